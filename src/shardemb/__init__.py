@@ -1,0 +1,77 @@
+"""Embedding tables larger than memory: plain zarr on disk, NumPy in and NumPy out, trained in place.
+
+>>> import shardemb
+>>> with shardemb.open(tmp / "words.zarr") as store:
+...     table = store.create_table("tokens", num_embeddings=400_000, embedding_dim=128)
+...     table.lookup([[1, 2], [3, 4]]).shape
+(2, 2, 128)
+
+Importing shardemb loads none of zarr, numba, dask and pyarrow; the first store that is opened does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
+
+from shardemb import initializers, optim
+from shardemb.errors import (
+    DiskFullError,
+    FormatError,
+    PoisonedError,
+    ReadOnlyError,
+    RowIdError,
+    ShardEmbError,
+    StoreClosedError,
+    StoreExistsError,
+    StoreLockedError,
+    StoreNotFoundError,
+    TableExistsError,
+    TableNotFoundError,
+)
+
+if TYPE_CHECKING:
+    from shardemb.manifest import Commit
+    from shardemb.opening import open  # noqa: A004
+    from shardemb.store import Store
+    from shardemb.table import Table
+
+__version__ = _version("shardemb")
+
+__all__ = [
+    "Commit",
+    "DiskFullError",
+    "FormatError",
+    "PoisonedError",
+    "ReadOnlyError",
+    "RowIdError",
+    "ShardEmbError",
+    "Store",
+    "StoreClosedError",
+    "StoreExistsError",
+    "StoreLockedError",
+    "StoreNotFoundError",
+    "Table",
+    "TableExistsError",
+    "TableNotFoundError",
+    "__version__",
+    "initializers",
+    "open",
+    "optim",
+]
+
+_LAZY = {"open": "opening", "Store": "store", "Table": "table", "Commit": "manifest"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        msg = f"module 'shardemb' has no attribute {name!r}"
+        raise AttributeError(msg)
+    value: object = getattr(import_module(f"shardemb.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,389 @@
+"""Every system call on files: opening, writing, syncing, renaming, locking, mapping, advising.
+
+Nothing else in the package touches a disk, so a simulator that replaces these functions sees all that happens.
+Callers use them as ``files.name(...)`` for that reason. Each checks what the kernel answers. "Disk full" becomes
+`DiskFullError`; other errors stay `OSError`.
+
+Linux only: private mappings at fixed places, ``MADV_DONTNEED`` on private pages, ``flock``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import shutil
+import stat
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shardemb.errors import DiskFullError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from numpy.typing import DTypeLike, NDArray
+
+MADV_RANDOM, MADV_WILLNEED, MADV_DONTNEED, MADV_POPULATE_WRITE = 1, 3, 4, 23
+
+MAX_MAPPINGS = 32_768
+"""Files that all open tables of a process may map; the kernel allows 65,530 mappings of any kind."""
+
+HUGE_PAGE = 2 * 2**20
+
+_PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
+_FALLOC_FL_KEEP_SIZE = 1
+_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_longlong]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
+
+
+class Counters:
+    """What this process has done to files since it started, for statistics and benchmarks."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.bytes_written = 0
+        self.writes = 0
+        self.syncs = 0
+        self.mappings = 0
+
+    def add(self, *, bytes_written: int = 0, writes: int = 0, syncs: int = 0, mappings: int = 0) -> None:
+        """Add to the counters. Safe from any thread."""
+        with self._lock:
+            self.bytes_written += bytes_written
+            self.writes += writes
+            self.syncs += syncs
+            self.mappings += mappings
+
+
+counters = Counters()
+
+
+@contextlib.contextmanager
+def _disk_errors(path: object) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            msg = f"no room left on the disk while writing {path}; make room and call again"
+            raise DiskFullError(error.errno, msg) from error
+        raise
+
+
+# ---- folders --------------------------------------------------------------------------------------------------
+
+
+def make_directory(path: Path) -> None:
+    """Create a folder and the folders above it; an existing one is fine."""
+    with _disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a folder durable."""
+    sync_file(path)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file or folder; a file at `target` is replaced, in one instant."""
+    with _disk_errors(target):
+        source.rename(target)
+
+
+def remove(path: Path) -> None:
+    """Remove a file; a missing one is fine."""
+    path.unlink(missing_ok=True)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder and all in it; a missing one is fine. Links are removed, not followed."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
+def sync_filesystem(path: Path) -> None:
+    """Make everything under a folder durable in one call, however many files that is."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        counters.add(syncs=1)
+        with _disk_errors(path):
+            _check(_libc.syncfs(descriptor), f"syncfs of {path}")
+    finally:
+        os.close(descriptor)
+
+
+# ---- whole files ----------------------------------------------------------------------------------------------
+
+
+def read(path: Path, limit: int = 16 * 2**20) -> bytes:
+    """Read a small file, at most `limit` bytes of it.
+
+    Raises
+    ------
+    ValueError
+        The file is larger.
+    """
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        msg = f"{path} is larger than {limit} bytes"
+        raise ValueError(msg)
+    return data
+
+
+def size(path: Path) -> int | None:
+    """Size of a regular file in bytes; None if there is none."""
+    try:
+        status = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def allocated(path: Path) -> int:
+    """Bytes that a file or a folder with all in it takes on disk; holes take none."""
+    total = 0
+    for found in (path, *path.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # it went meanwhile
+            total += found.lstat().st_blocks * 512
+    return total
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Create a file with the given content; it must not exist. Not synced."""
+    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+        write(descriptor, data, 0, path)
+
+
+def stage(path: Path, data: bytes) -> Path:
+    """Write what is to become the content of `path` beside it, durably; return where. `publish` puts it in place."""
+    temporary = path.with_name(path.name + ".tmp")
+    remove(temporary)
+    try:
+        with opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+            write(descriptor, data, 0, path)
+            sync(descriptor, path)
+    except BaseException:
+        remove(temporary)
+        raise
+    return temporary
+
+
+def publish(staged: Path) -> None:
+    """Put a staged file in the place of its original, in one instant and durably."""
+    rename(staged, staged.with_suffix(""))
+    sync_directory(staged.parent)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Replace a file's content, in one instant and durably."""
+    publish(stage(path, data))
+
+
+def create_sparse(path: Path, nbytes: int) -> None:
+    """Create a file of `nbytes` zero bytes that takes no disk; it must not exist. Not synced."""
+    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor, _disk_errors(path):
+        os.ftruncate(descriptor, nbytes)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content durable."""
+    with opened(path, os.O_RDONLY) as descriptor:
+        sync(descriptor, path)
+
+
+# ---- open files -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """Open a file for the length of a with block."""
+    with _disk_errors(path):
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def write(descriptor: int, data: bytes | memoryview, offset: int, path: Path) -> None:
+    """Write all of `data` at `offset`."""
+    view = memoryview(data).cast("B")
+    with _disk_errors(path):
+        while view:
+            done = os.pwrite(descriptor, view, offset)
+            counters.add(bytes_written=done, writes=1)
+            view, offset = view[done:], offset + done
+
+
+def allocate(descriptor: int, offset: int, nbytes: int, path: Path) -> None:
+    """Secure the disk space of a range, so that writing it cannot meet a full disk. Content stays.
+
+    A file system without ``fallocate`` gives no such assurance, and none is needed where it is not asked for.
+    """
+    if _libc.fallocate(descriptor, _FALLOC_FL_KEEP_SIZE, offset, nbytes) != 0:
+        code = ctypes.get_errno()
+        if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            with _disk_errors(path):
+                raise OSError(code, os.strerror(code), str(path))
+
+
+def sync(descriptor: int, path: Path) -> None:
+    """Make an open file durable."""
+    counters.add(syncs=1)
+    with _disk_errors(path):
+        os.fsync(descriptor)
+
+
+def forget(descriptor: int) -> None:
+    """Drop a synced file's pages from the page cache."""
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def lock(path: Path, *, shared: bool) -> int | None:
+    """Take a file's lock for this process without waiting; return its descriptor, or None if it is taken.
+
+    The lock ends when the descriptor is closed, also by the death of the process.
+    """
+    flags = os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def note(descriptor: int, text: str) -> None:
+    """Replace the content of an open file by a line meant for people. Not durable."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, text.encode(), 0)
+
+
+def close(descriptor: int) -> None:
+    """Close a descriptor."""
+    os.close(descriptor)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------
+
+
+class AddressRange:
+    """A stretch of address space, 2 MiB aligned, into which files are mapped privately.
+
+    Until something is mapped there, it cannot be touched. It is unmapped when the last array over it goes, so a
+    thread that still reads from one is safe whatever the others do.
+
+    Parameters
+    ----------
+    nbytes : int
+        A whole number of pages.
+
+    Raises
+    ------
+    OSError
+        The address space is not to be had.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        length = nbytes + HUGE_PAGE
+        start = _mmap(0, length, _PROT_NONE, -1)
+        self.address = -(-start // HUGE_PAGE) * HUGE_PAGE
+        self._files = [0]
+        weakref.finalize(self, _unmap, start, length, self._files).atexit = False
+
+    def map_file(self, offset: int, path: Path, nbytes: int) -> None:
+        """Map a file's first `nbytes` at `offset`: reads see the file, writes stay in this process."""
+        with opened(path, os.O_RDONLY) as descriptor:
+            _mmap(self.address + offset, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, descriptor)
+        self._files[0] += 1
+        counters.add(mappings=1)
+
+    def map_zeros(self, offset: int, nbytes: int) -> None:
+        """Map zero bytes that take memory once they are written."""
+        _mmap(self.address + offset, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, -1)
+
+    def array(self, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
+        """View the beginning of the range as an array, which keeps the range mapped."""
+        view = _View(self, np.dtype(dtype).str, shape)
+        return np.asarray(view)
+
+    def bytes(self, offset: int, nbytes: int) -> memoryview:
+        """View a part of the range as bytes, which keeps the range mapped."""
+        whole = self.array(np.uint8, (self.nbytes,))
+        return memoryview(whole)[offset : offset + nbytes]
+
+    def advise(self, offset: int, nbytes: int, advice: int) -> None:
+        """Advise the kernel about a part of the range.
+
+        Raises
+        ------
+        OSError
+            The kernel refused.
+        """
+        _check(_libc.madvise(self.address + offset, nbytes, advice), f"madvise({advice})")
+
+
+class _View:
+    """What NumPy needs to know to make an array over a range."""
+
+    def __init__(self, owner: AddressRange, typestr: str, shape: tuple[int, ...]) -> None:
+        self._owner = owner
+        self.__array_interface__ = {
+            "data": (owner.address, False),
+            "typestr": typestr,
+            "shape": shape,
+            "version": 3,
+        }
+
+
+def zeros(dtype: DTypeLike, count: int) -> NDArray[Any]:
+    """Make an array of zeros that takes memory page by page, as it is written."""
+    nbytes = -(-max(count * np.dtype(dtype).itemsize, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = AddressRange(nbytes)
+    memory.map_zeros(0, nbytes)
+    return memory.array(dtype, (count,))
+
+
+def _mmap(address: int, nbytes: int, protection: int, descriptor: int) -> int:
+    flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+    flags |= mmap.MAP_ANONYMOUS if descriptor < 0 else 0
+    flags |= _MAP_FIXED if address else 0
+    result = _libc.mmap(address, nbytes, protection, flags, descriptor, 0)
+    if result == _FAILED:
+        code = ctypes.get_errno()
+        msg = (
+            f"cannot map {nbytes} bytes ({os.strerror(code)}); a limit on address space (ulimit -v), "
+            f"vm.overcommit_memory=2 or vm.max_map_count may be in the way"
+        )
+        raise OSError(code, msg)
+    return int(result)
+
+
+def _unmap(address: int, nbytes: int, files: list[int]) -> None:
+    counters.add(mappings=-files[0])
+    _libc.munmap(address, nbytes)
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{what}: {os.strerror(code)}")

@@ -1,0 +1,389 @@
+"""Every numba kernel: the only hot loops of the package.
+
+A kernel releases the GIL, allocates nothing that it does not return, raises nothing and is compiled once, into a
+cache on disk. It works on the half-open range ``start:stop`` of a batch, so that one call is one task; tasks over
+different ranges write different rows.
+
+The formulas of optimizers and initializers are plain Python in their own modules. `_specialise` compiles a kernel
+around each of them: the same code with other global names, so that numba sees a direct call which it can inline
+and cache. (A kernel that takes a function as an argument is never found in the cache again.)
+"""
+
+from __future__ import annotations
+
+import math
+import types
+import zlib
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numba import njit
+from numba import types as nb
+
+from shardemb import initializers, optim
+from shardemb.spec import PAGE, ROWS_PER_BLOCK
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from shardemb.arrays import Float32Array, Int64Array
+
+# "numpy": a division by zero gives infinity, as in NumPy; raising could stop an update half way.
+_kernel = njit(nogil=True, cache=True, error_model="numpy")
+_inline = njit(nogil=True, error_model="numpy")
+
+_madvise = nb.ExternalFunction("madvise", nb.int32(nb.uintp, nb.uintp, nb.int32))
+_mincore = nb.ExternalFunction("mincore", nb.int32(nb.uintp, nb.uintp, nb.uintp))
+
+_RADIX_BITS = 11
+_RADIX = 1 << _RADIX_BITS
+
+
+# ---- grouping -------------------------------------------------------------------------------------------------
+
+
+@_kernel
+def sort_rows(ids: Int64Array, num_bits: int) -> tuple[Int64Array, Int64Array]:
+    """Sort ids, stably: (sorted ids, position in the batch of each). LSD radix sort, `num_bits` significant bits."""
+    n = ids.size
+    keys, order = ids.copy(), np.arange(n)
+    other_keys, other_order = np.empty_like(keys), np.empty_like(order)
+    for shift in range(0, num_bits, _RADIX_BITS):
+        place = np.zeros(_RADIX + 1, np.int64)
+        for i in range(n):
+            place[((keys[i] >> shift) & (_RADIX - 1)) + 1] += 1
+        for digit in range(_RADIX):
+            place[digit + 1] += place[digit]
+        for i in range(n):
+            digit = (keys[i] >> shift) & (_RADIX - 1)
+            at = place[digit]
+            place[digit] = at + 1
+            other_keys[at], other_order[at] = keys[i], order[i]
+        keys, other_keys = other_keys, keys
+        order, other_order = other_order, order
+    return keys, order
+
+
+@_kernel
+def group_rows(sorted_ids: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Return the distinct ids, and where each one's run begins in `sorted_ids` (with the length at the end)."""
+    n = sorted_ids.size
+    count = 0
+    for i in range(n):
+        count += i == 0 or sorted_ids[i] != sorted_ids[i - 1]
+    unique, starts = np.empty(count, np.int64), np.empty(count + 1, np.int64)
+    u = 0
+    for i in range(n):
+        if i == 0 or sorted_ids[i] != sorted_ids[i - 1]:
+            unique[u], starts[u] = sorted_ids[i], i
+            u += 1
+    starts[count] = n
+    return unique, starts
+
+
+@_kernel
+def invert(order: Int64Array, starts: Int64Array) -> Int64Array:
+    """For each position of the batch, which distinct id it holds."""
+    inverse = np.empty(order.size, np.int64)
+    for u in range(starts.size - 1):
+        for k in range(starts[u], starts[u + 1]):
+            inverse[order[k]] = u
+    return inverse
+
+
+# ---- reading --------------------------------------------------------------------------------------------------
+
+
+@_kernel
+def gather(records: Float32Array, column: int, ids: Int64Array, out: Float32Array, start: int, stop: int) -> None:
+    """``out[i] = records[ids[i], column : column + out.shape[1]]``."""
+    width = out.shape[1]
+    for i in range(start, stop):
+        row = ids[i]
+        for j in range(width):
+            out[i, j] = records[row, column + j]
+
+
+def _fill_row(out: Float32Array, row: Any, key: Any, parameters: Any) -> None:  # noqa: ANN401
+    """Stand for an initializer's function in the kernels below."""
+
+
+def _gather_or_fill(
+    records: Float32Array,
+    present: NDArray[np.uint8],
+    column: int,
+    ids: Int64Array,
+    out: Float32Array,
+    key: np.uint64,
+    parameters: NDArray[np.float64],
+    start: int,
+    stop: int,
+) -> None:
+    """As `gather`; rows never written get their initial value without a look at their page."""
+    width = out.shape[1]
+    for i in range(start, stop):
+        row = ids[i]
+        if (present[row >> 3] >> (row & 7)) & 1:
+            for j in range(width):
+                out[i, j] = records[row, column + j]
+        else:
+            _fill_row(out[i], np.uint64(row), key, parameters)
+
+
+@_kernel
+def sample_resident(
+    base: int, record_bytes: int, present: NDArray[np.uint8], ids: Int64Array, samples: int
+) -> int:
+    """Of `samples` ids spread over the batch, count those whose page is in memory; -1 if the kernel won't tell.
+
+    Rows that `present` says were never written need no page.
+    """
+    answer = np.zeros(1, np.uint8)
+    resident = 0
+    for k in range(samples):
+        row = ids[k * ids.size // samples]
+        if present.size and not (present[row >> 3] >> (row & 7)) & 1:
+            resident += 1
+            continue
+        page = (base + row * record_bytes) & -PAGE
+        if _mincore(page, PAGE, answer.ctypes.data) != 0:
+            return -1
+        resident += answer[0] & 1
+    return resident
+
+
+@_kernel
+def advise(
+    base: int,
+    record_bytes: int,
+    present: NDArray[np.uint8],
+    sorted_ids: Int64Array,
+    advice: int,
+    start: int,
+    stop: int,
+) -> int:
+    """Give `advice` on the pages of ascending ids, adjacent pages in one call; return the calls that failed.
+
+    Rows that `present` says were never written are passed over; an empty `present` says nothing.
+    """
+    first, last, failed = np.int64(0), np.int64(-2), 0
+    for i in range(start, stop):
+        row = sorted_ids[i]
+        if present.size and not (present[row >> 3] >> (row & 7)) & 1:
+            continue
+        low, high = row * record_bytes // PAGE, ((row + 1) * record_bytes - 1) // PAGE
+        if low > last + 1:
+            if last >= 0:
+                failed += _madvise(base + first * PAGE, (last + 1 - first) * PAGE, advice) != 0
+            first = low
+        last = max(last, high)
+    if last >= 0:
+        failed += _madvise(base + first * PAGE, (last + 1 - first) * PAGE, advice) != 0
+    return failed
+
+
+# ---- changing -------------------------------------------------------------------------------------------------
+
+
+@_kernel
+def mark_dirty(ids: Int64Array, dirty: NDArray[np.uint64], blocks: NDArray[np.uint8]) -> None:
+    """Note that rows are about to change."""
+    for i in range(ids.size):
+        row = ids[i]
+        dirty[row >> 6] |= np.uint64(1) << np.uint64(row & 63)
+        blocks[row // ROWS_PER_BLOCK] = 1
+
+
+@_kernel
+def mark_private(ids: Int64Array, record_bytes: int, private: NDArray[np.uint64]) -> int:
+    """Note that the pages of rows become copies; return how many were none before."""
+    pages = 0
+    for i in range(ids.size):
+        for page in range(ids[i] * record_bytes // PAGE, ((ids[i] + 1) * record_bytes - 1) // PAGE + 1):
+            bit = np.uint64(1) << np.uint64(page & 63)
+            pages += (private[page >> 6] & bit) == 0
+            private[page >> 6] |= bit
+    return pages
+
+
+@_kernel
+def clear_bits(words: NDArray[np.uint64], start: int, stop: int) -> int:
+    """Clear bits ``start:stop`` of a bitmap; return how many were set."""
+    cleared = 0
+    for i in range(start, stop):
+        bit = np.uint64(1) << np.uint64(i & 63)
+        cleared += (words[i >> 6] & bit) != 0
+        words[i >> 6] &= ~bit
+    return cleared
+
+
+def _bring_in(
+    records: Float32Array,
+    present: NDArray[np.uint8],
+    ids: Int64Array,
+    initial_state: Float32Array,
+    key: np.uint64,
+    parameters: NDArray[np.float64],
+    start: int,
+    stop: int,
+) -> None:
+    """Give rows never written their initial record, and say that they are written."""
+    dim = records.shape[1] - initial_state.size
+    for i in range(start, stop):
+        row = ids[i]
+        if not (present[row >> 3] >> (row & 7)) & 1:
+            _fill_row(records[row, :dim], np.uint64(row), key, parameters)
+            for j in range(initial_state.size):
+                records[row, dim + j] = initial_state[j]
+            present[row >> 3] |= np.uint8(1 << (row & 7))
+
+
+@_kernel
+def scatter(
+    records: Float32Array,
+    ids: Int64Array,
+    starts: Int64Array,
+    order: Int64Array,
+    values: Float32Array,
+    start: int,
+    stop: int,
+) -> None:
+    """Overwrite the weights of distinct rows; of a row's values the last in the batch wins."""
+    for u in range(start, stop):
+        row, source = ids[u], order[starts[u + 1] - 1]
+        for j in range(values.shape[1]):
+            records[row, j] = values[source, j]
+
+
+def _row_step(weight: Any, state: Any, gradient: Any, scalars: Any) -> None:  # noqa: ANN401
+    """Stand for an optimizer's function in the kernel below."""
+
+
+def _step(
+    records: Float32Array,
+    ids: Int64Array,
+    starts: Int64Array,
+    order: Int64Array,
+    gradients: Float32Array,
+    scalars: Float32Array,
+    scratch: Float32Array,
+    start: int,
+    stop: int,
+) -> None:
+    """One optimizer step on distinct rows; a row's gradients are summed first, in the order of the batch."""
+    dim = gradients.shape[1]
+    for u in range(start, stop):
+        record = records[ids[u]]
+        first, last = starts[u], starts[u + 1]
+        if last - first == 1:
+            _row_step(record[:dim], record[dim:], gradients[order[first]], scalars)
+            continue
+        for j in range(dim):
+            scratch[j] = gradients[order[first], j]
+        for k in range(first + 1, last):
+            gradient = gradients[order[k]]
+            for j in range(dim):
+                scratch[j] += gradient[j]
+        _row_step(record[:dim], record[dim:], scratch, scalars)
+
+
+# ---- what changed ---------------------------------------------------------------------------------------------
+
+
+@_kernel
+def dirty_pages(dirty: NDArray[np.uint64], blocks: NDArray[np.uint8], record_bytes: int) -> Int64Array:
+    """Runs of pages that hold changed rows, ascending and apart: shape (runs, 2), first and one past the last."""
+    runs = np.empty((16, 2), np.int64)
+    count = 0
+    words = ROWS_PER_BLOCK // 64
+    for block in np.flatnonzero(blocks):
+        for w in range(block * words, min((block + 1) * words, dirty.size)):
+            word = dirty[w]
+            if word == 0:
+                continue
+            for bit in range(64):
+                if not (word >> np.uint64(bit)) & np.uint64(1):
+                    continue
+                row = w * 64 + bit
+                low, high = row * record_bytes // PAGE, ((row + 1) * record_bytes - 1) // PAGE + 1
+                if count and low <= runs[count - 1, 1]:
+                    runs[count - 1, 1] = high
+                    continue
+                if count == runs.shape[0]:
+                    larger = np.empty((2 * count, 2), np.int64)
+                    larger[:count] = runs
+                    runs = larger
+                runs[count, 0], runs[count, 1] = low, high
+                count += 1
+    return runs[:count].copy()
+
+
+@_kernel
+def count_bits(words: NDArray[np.uint64], blocks: NDArray[np.uint8]) -> int:
+    """Count the set bits of a bitmap within its marked blocks."""
+    per_block = ROWS_PER_BLOCK // 64
+    total = 0
+    for block in np.flatnonzero(blocks):
+        for w in range(block * per_block, min((block + 1) * per_block, words.size)):
+            word = words[w]
+            while word:
+                word &= word - np.uint64(1)
+                total += 1
+    return total
+
+
+# ---- one kernel for each formula ------------------------------------------------------------------------------
+
+
+def _specialise(kernel: Callable[..., Any], name: str, **helpers: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `kernel`'s code with `helpers` in place of the global names, under a name of its own."""
+    code = types.FunctionType(kernel.__code__, {**kernel.__globals__, **helpers}, name)
+    code.__qualname__ = name
+    return code
+
+
+@cache
+def _formulas() -> int:
+    # numba notices a changed kernels.py by itself, but not a changed formula: that goes into the name.
+    return zlib.crc32(b"".join(Path(str(m.__file__)).read_bytes() for m in (optim, initializers)))
+
+
+@cache
+def _fill_function(initializer: type[initializers.Initializer]) -> Callable[..., Any]:
+    quantile = _specialise(
+        initializers.normal_quantile, "normal_quantile", log=_inline(initializers.log), math=math
+    )
+    return _inline(
+        _specialise(
+            initializer.fill_row,
+            "fill_row",
+            philox=_inline(initializers.philox),
+            unit=_inline(initializers.unit),
+            normal_quantile=_inline(quantile),
+        )
+    )
+
+
+@cache
+def gather_or_fill(initializer: type[initializers.Initializer]) -> Callable[..., None]:
+    """`_gather_or_fill` for one kind of initial value."""
+    name = f"gather_or_fill_{initializer.__name__}_{_formulas():08x}"
+    return _kernel(_specialise(_gather_or_fill, name, _fill_row=_fill_function(initializer)))
+
+
+@cache
+def bring_in(initializer: type[initializers.Initializer]) -> Callable[..., None]:
+    """`_bring_in` for one kind of initial value."""
+    name = f"bring_in_{initializer.__name__}_{_formulas():08x}"
+    return _kernel(_specialise(_bring_in, name, _fill_row=_fill_function(initializer)))
+
+
+@cache
+def step(optimizer: type[optim.Optimizer]) -> Callable[..., None]:
+    """`_step` for one optimizer."""
+    name = f"step_{optimizer.__name__}_{_formulas():08x}"
+    return _kernel(_specialise(_step, name, _row_step=_inline(optimizer.row_step)))

@@ -1,0 +1,152 @@
+"""The zarr v3 metadata of a store, the only room that imports zarr.
+
+zarr writes and reads the metadata documents in memory; where they lie on disk is somebody else's concern. So every
+byte that reaches the disk passes ``files.py``, and a table's documents can be checked before anything is mapped.
+
+::
+
+    zarr.json                 group: attributes.shardemb = {format_version, uuid}
+    NAME/zarr.json            group: attributes.shardemb = TableSpec
+    NAME/rows/zarr.json       float32 (num_embeddings, width), chunks (rows_per_shard, width), keys "c.17.0"
+    NAME/present/zarr.json    uint8, one bit a row; only where a fresh record is not all zero bytes
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import zarr
+from zarr.storage import MemoryStore
+
+from shardemb.errors import FormatError
+from shardemb.spec import FORMAT_VERSION, TableSpec, field, parse_json, require_version
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from zarr.core.metadata import ArrayV3Metadata
+
+ATTRIBUTE = "shardemb"
+DOCUMENT = "zarr.json"
+ROWS, PRESENT = "rows", "present"
+
+
+def shard_key(shard: int) -> str:
+    """File name of a row-shard within the table's ``rows`` folder."""
+    return f"c.{shard}.0"
+
+
+def presence_key(chunk: int) -> str:
+    """File name of a chunk of the presence bitmap within the table's ``present`` folder."""
+    return f"c.{chunk}"
+
+
+def store_documents(uuid: str) -> dict[str, bytes]:
+    """Return the documents of an empty store, by their path within it."""
+    memory: dict[str, Any] = {}
+    zarr.create_group(
+        MemoryStore(memory),
+        zarr_format=3,
+        attributes={ATTRIBUTE: {"format_version": FORMAT_VERSION, "uuid": uuid}},
+    )
+    return _as_bytes(memory)
+
+
+def table_documents(spec: TableSpec) -> dict[str, bytes]:
+    """Return the documents of a table, by their path within its folder."""
+    memory: dict[str, Any] = {}
+    group = zarr.create_group(MemoryStore(memory), zarr_format=3, attributes={ATTRIBUTE: spec.to_json()})
+    group.create_array(
+        ROWS,
+        shape=(spec.num_embeddings, spec.width),
+        chunks=(spec.rows_per_shard, spec.width),
+        dtype="float32",
+        fill_value=0.0,
+        filters=None,
+        compressors=None,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        dimension_names=("row", "column"),
+    )
+    if spec.has_presence:
+        group.create_array(
+            PRESENT,
+            shape=(spec.presence_bytes,),
+            chunks=(spec.presence_chunk_bytes,),
+            dtype="uint8",
+            fill_value=0,
+            filters=None,
+            compressors=None,
+            chunk_key_encoding={"name": "default", "separator": "."},
+            dimension_names=("byte",),
+        )
+    return _as_bytes(memory)
+
+
+def store_uuid(document: bytes) -> str:
+    """Read the identity of a store from its group's document.
+
+    Raises
+    ------
+    FormatError
+        Not a group of shardemb, or of a newer format.
+    """
+    attributes = _attributes(document)
+    require_version(attributes)
+    uuid: str = field(attributes, "uuid", str)
+    return uuid
+
+
+def table_uuid(document: bytes) -> str | None:
+    """Read the identity of a table from its group's document; None if it is not a table of shardemb."""
+    try:
+        uuid = _attributes(document).get("uuid")
+    except FormatError:
+        return None
+    return uuid if isinstance(uuid, str) else None
+
+
+def table_spec(documents: Mapping[str, bytes]) -> TableSpec:
+    """Read a table's spec from its documents and check that its arrays are what the spec makes them.
+
+    Raises
+    ------
+    FormatError
+        A document is missing or damaged; shapes, chunks, codecs or dtypes disagree with the spec.
+    """
+    spec = TableSpec.from_json(_attributes(documents.get(DOCUMENT, b"")))
+    for path, document in table_documents(spec).items():
+        if path == DOCUMENT:
+            continue
+        name = path.removesuffix("/" + DOCUMENT)
+        expected, found = _metadata(document), _metadata(documents.get(path, b""))
+        for what in ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs", "fill_value"):
+            if getattr(found, what) != getattr(expected, what):
+                msg = f"array {name!r} has {what} {getattr(found, what)}, but the table asks for {getattr(expected, what)}"
+                raise FormatError(msg)
+    return spec
+
+
+def _attributes(document: bytes) -> dict[str, Any]:
+    group = parse_json(document)
+    if group.get("zarr_format") != 3 or group.get("node_type") != "group":
+        msg = "its zarr.json is not that of a zarr v3 group"
+        raise FormatError(msg)
+    attributes: dict[str, Any] = field(field(group, "attributes", dict), ATTRIBUTE, dict)
+    return attributes
+
+
+def _metadata(document: bytes) -> ArrayV3Metadata:
+    from zarr.core.metadata import ArrayV3Metadata
+
+    try:
+        return ArrayV3Metadata.from_dict(parse_json(document))
+    except FormatError:
+        raise
+    except Exception as error:
+        # zarr raises whatever its parsers meet: KeyError, TypeError, its own errors.
+        msg = f"zarr refuses the metadata of an array: {type(error).__name__}: {error}"
+        raise FormatError(msg) from error
+
+
+def _as_bytes(memory: dict[str, Any]) -> dict[str, bytes]:
+    return {path: value.to_bytes() for path, value in memory.items()}

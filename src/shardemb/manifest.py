@@ -1,0 +1,189 @@
+"""What a commit says: replacing the manifest *is* the commit.
+
+A `TableRecord` is what a commit can change about a table (its name, its step count, the optimizer's
+hyper-parameters); a `Manifest` holds those of all tables together with the commit they belong to. It is one small
+JSON file, always replaced whole.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from shardemb import optim
+from shardemb.errors import FormatError
+from shardemb.spec import FORMAT_VERSION, check_name, field, int_field, parse_json, require_version
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One durable instant of a store.
+
+    Attributes
+    ----------
+    id : int
+        1 for the first commit of a store, then counting up.
+    step : int
+        The job's own step, as given to `Store.commit`.
+    metadata : dict
+        The job's own small JSON, as given to `Store.commit`.
+    """
+
+    id: int
+    step: int
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TableRecord:
+    """What a commit says about one table.
+
+    Attributes
+    ----------
+    uuid, name : str
+        Which table, and what it is called since this commit.
+    step : int
+        Number of updates so far.
+    optimizer : Optimizer or None
+        Hyper-parameters as of this commit.
+    """
+
+    uuid: str
+    name: str
+    step: int
+    optimizer: optim.Optimizer | None
+
+    def to_json(self) -> dict[str, object]:
+        """Return the record as JSON values."""
+        return {
+            "uuid": self.uuid,
+            "name": self.name,
+            "step": self.step,
+            "optimizer": self.optimizer.to_json() if self.optimizer else None,
+        }
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the files of a store mean: the last commit and every table as of it.
+
+    Attributes
+    ----------
+    uuid : str
+        Identity of the store.
+    epoch : int
+        Number of times that the store was opened for writing.
+    clean : bool
+        Whether the last writer closed it: only then may a shard be missing because zarr deleted it.
+    commit : Commit or None
+        None before the first.
+    tables : tuple of TableRecord
+        The tables of that commit.
+    dropped : tuple of str
+        Uuids of tables that this commit dropped and whose folders may still be there.
+    """
+
+    uuid: str
+    epoch: int = 0
+    clean: bool = False
+    commit: Commit | None = None
+    tables: tuple[TableRecord, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        """Serialise, with a checksum over everything else."""
+        document: dict[str, object] = {
+            "format_version": FORMAT_VERSION,
+            "uuid": self.uuid,
+            "epoch": self.epoch,
+            "clean": self.clean,
+            "commit": None if self.commit is None else asdict(self.commit),
+            "tables": [table.to_json() for table in self.tables],
+            "dropped": list(self.dropped),
+        }
+        document["crc32"] = _checksum(document)
+        return json.dumps(document, indent=1).encode() + b"\n"
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Manifest:
+        """Read what `to_bytes` wrote, believing nothing.
+
+        Raises
+        ------
+        FormatError
+            Not JSON, a newer version, a wrong checksum, a missing or impossible value.
+        """
+        document = parse_json(data)
+        require_version(document)
+        crc = document.pop("crc32", None)
+        if crc != _checksum(document):
+            msg = "its checksum does not match its content"
+            raise FormatError(msg)
+        commit = field(document, "commit", (dict, type(None)))
+        return Manifest(
+            uuid=field(document, "uuid", str),
+            epoch=int_field(document, "epoch", 2**62, minimum=0),
+            clean=field(document, "clean", bool),
+            commit=None if commit is None else _commit_from_json(commit),
+            tables=tuple(_record_from_json(entry) for entry in field(document, "tables", list)),
+            dropped=tuple(map(str, field(document, "dropped", list))),
+        )
+
+
+def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Check a commit's metadata and return a copy that nobody else holds.
+
+    Raises
+    ------
+    TypeError
+        Not a mapping of strings to JSON values.
+    ValueError
+        Larger than 1 MiB as JSON, or holding NaN or infinity.
+    """
+    try:
+        text = json.dumps(dict(metadata or {}), allow_nan=False)
+    except TypeError as error:
+        msg = f"commit: metadata must be a dict of JSON values: {error}"
+        raise TypeError(msg) from error
+    except ValueError as error:
+        msg = f"commit: metadata cannot be written as JSON: {error}"
+        raise ValueError(msg) from error
+    if len(text) > 2**20:
+        msg = f"commit: metadata takes {len(text)} bytes as JSON, more than 1 MiB; keep bulk data in a table or a file"
+        raise ValueError(msg)
+    copy: dict[str, Any] = json.loads(text)
+    return copy
+
+
+def _commit_from_json(document: Mapping[str, Any]) -> Commit:
+    return Commit(
+        id=int_field(document, "id", 2**62),
+        step=int_field(document, "step", 2**62, minimum=0),
+        metadata=field(document, "metadata", dict),
+    )
+
+
+def _record_from_json(document: object) -> TableRecord:
+    if not isinstance(document, dict):
+        msg = f"a table's record is {document!r}"
+        raise FormatError(msg)
+    optimizer = field(document, "optimizer", (dict, type(None)))
+    try:
+        name = check_name(document.get("name"))
+    except (TypeError, ValueError) as error:
+        raise FormatError(str(error)) from error
+    return TableRecord(
+        uuid=field(document, "uuid", str),
+        name=name,
+        step=int_field(document, "step", 2**62, minimum=0),
+        optimizer=None if optimizer is None else optim.from_json(optimizer),
+    )
+
+
+def _checksum(document: Mapping[str, object]) -> int:
+    return zlib.crc32(json.dumps(document, sort_keys=True).encode())

@@ -1,0 +1,219 @@
+"""How a store comes to be open: which mode allows what, who may write, what is made and what is refused."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from shardemb import arrays, files, folders, layout, scheduler
+from shardemb.errors import FormatError, StoreExistsError, StoreLockedError, StoreNotFoundError
+from shardemb.manifest import Manifest
+from shardemb.runtime import Runtime
+from shardemb.store import Store
+
+Mode: TypeAlias = Literal["r", "r+", "a", "w", "w-"]
+
+MODES = ("r", "r+", "a", "w", "w-")
+
+
+def open(  # noqa: A001
+    path: str | os.PathLike[str],
+    mode: Mode = "a",
+    *,
+    memory_budget: int | None = None,
+    log_bytes: int = 2**30,
+    threads: int | None = None,
+) -> Store:
+    """Open a store, or create one.
+
+    Parameters
+    ----------
+    path : path-like
+        The store's folder.
+    mode : {"r", "r+", "a", "w", "w-"}
+        As in zarr. ``"r"``: read an existing store; ``"r+"``: read and write an existing one; ``"a"``: the same,
+        created if missing; ``"w"``: a new one, an existing *store* is deleted first; ``"w-"``: a new one, an
+        existing one is an error.
+    memory_budget : int, optional
+        Bytes of changed pages that may stay in memory after a commit; half of the machine's memory by default.
+        Changes that are not committed always stay in memory.
+    log_bytes : int
+        Bytes that the commit log may take before it is folded into the shards. Commits of this version write into
+        the shards themselves and keep no log.
+    threads : int, optional
+        Cores that a batch may use; all that the process has by default.
+
+    Returns
+    -------
+    Store
+        Close it, or use it as a context manager.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An option that cannot be.
+    StoreNotFoundError
+        Nothing is there, or something that is not a store.
+    StoreExistsError
+        Mode ``"w-"`` and there is a store.
+    StoreLockedError
+        Somebody else writes to the store.
+    FormatError
+        The store is of a newer version, or its files are damaged.
+
+    Notes
+    -----
+    One opening at a time may write. A store that is open for reading alone cannot be opened for writing; one that
+    is open for writing can be read beside it, and then shows rows as the writer's commits write them.
+
+    Examples
+    --------
+    >>> import shardemb
+    >>> with shardemb.open(tmp / "words.zarr") as store:
+    ...     print(store.last_commit)
+    None
+    """
+    if mode not in MODES:
+        msg = f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}"
+        raise ValueError(msg)
+    arrays.count(log_bytes, "log_bytes", maximum=2**62)
+    runtime = Runtime(
+        path=Path(path).absolute(),
+        writable=mode != "r",
+        threads=scheduler.CORES if threads is None else arrays.count(threads, "threads", maximum=1024),
+        memory_budget=_half_of_memory()
+        if memory_budget is None
+        else arrays.count(memory_budget, "memory_budget", minimum=0, maximum=2**62),
+    )
+    exists = folders.manifest(runtime.path).is_file()
+    if not exists:
+        _require_creatable(runtime.path, mode)
+    elif mode == "w-":
+        msg = f'{runtime.path} is a store already; open it with mode "r+", or replace it with mode "w"'
+        raise StoreExistsError(msg)
+    if mode == "r":
+        return _read(runtime)
+    return _write(runtime, new=mode == "w")
+
+
+def _read(runtime: Runtime) -> Store:
+    lock = _shared_lock(runtime.path)
+    try:
+        return Store(runtime, read_manifest(runtime.path), lock)
+    except BaseException:
+        if lock is not None:
+            files.close(lock)
+        raise
+
+
+def _write(runtime: Runtime, *, new: bool) -> Store:
+    path = runtime.path
+    files.make_directory(folders.private(path))
+    lock = files.lock(folders.lock(path), shared=False)
+    if lock is None:
+        raise _locked(path)
+    try:
+        files.note(lock, f"{os.getpid()}\n")
+        if new:
+            _clear(path)
+        if not folders.manifest(path).is_file():
+            _create(path)
+        return Store(runtime, read_manifest(path), lock)
+    except BaseException:
+        files.close(lock)
+        raise
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a store's manifest and check that the zarr group belongs to it.
+
+    Raises
+    ------
+    FormatError
+        Either is missing or damaged, or they belong to two stores.
+    """
+    manifest = _parse(folders.manifest(path), Manifest.from_bytes)
+    found = _parse(path / layout.DOCUMENT, layout.store_uuid)
+    if found != manifest.uuid:
+        msg = f"{path}: zarr.json and the manifest belong to two different stores ({found} and {manifest.uuid})"
+        raise FormatError(msg)
+    return manifest
+
+
+def _parse(path, parse):
+    try:
+        return parse(files.read(path))
+    except (OSError, ValueError) as error:
+        msg = f"{path}: {error}"
+        raise FormatError(msg) from error
+
+
+def _create(path: Path) -> None:
+    identity = str(uuid.uuid4())
+    for name, document in layout.store_documents(identity).items():
+        files.replace(path / name, document)
+    # Last: a folder without a manifest is an empty folder.
+    files.replace(folders.manifest(path), Manifest(uuid=identity).to_bytes())
+    files.sync_directory(path.parent)
+
+
+def _clear(path: Path) -> None:
+    """Delete a store but for its lock, the manifest first: from then on it is none."""
+    files.remove(folders.manifest(path))
+    files.sync_directory(folders.private(path))
+    for entry in path.iterdir():
+        if entry != folders.private(path):
+            (files.remove_tree if entry.is_dir() and not entry.is_symlink() else files.remove)(entry)
+    files.remove_tree(folders.private(path) / "tables")
+
+
+def _require_creatable(path: Path, mode: str) -> None:
+    if path.exists() and not path.is_dir():
+        msg = f"{path} is a file; a store is a folder, choose another path"
+        raise StoreNotFoundError(msg)
+    names = folders.foreign(path)
+    if names:
+        more = ", ..." if len(names) > 3 else ""
+        msg = (
+            f"{path} is a folder but not a shardemb store (it holds {', '.join(names[:3])}{more}, and no manifest); "
+            f"choose a new or empty folder"
+        )
+        raise StoreNotFoundError(msg)
+    if mode in ("r", "r+"):
+        msg = f'there is no store at {path}; create one with mode "a"'
+        raise StoreNotFoundError(msg)
+
+
+def _shared_lock(path: Path) -> int | None:
+    """Take the lock as a reader; None beside a writer, or where the file cannot be had (a read-only copy)."""
+    try:
+        return files.lock(folders.lock(path), shared=True)
+    except OSError:
+        return None
+
+
+def _locked(path: Path) -> StoreLockedError:
+    reader = _shared_lock(path)
+    if reader is not None:
+        files.close(reader)
+        msg = f'{path} is open for reading elsewhere; close that, or open it with mode "r" too'
+        return StoreLockedError(msg)
+    try:
+        holder = f"process {int(files.read(folders.lock(path), 64))}"
+    except (OSError, ValueError):
+        holder = "another process"
+    mine = " (this one)" if holder == f"process {os.getpid()}" else ""
+    msg = f'{path} is being written by {holder}{mine}; close it there, or open it here with mode "r"'
+    return StoreLockedError(msg)
+
+
+def _half_of_memory() -> int:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            memory = min(memory, int(Path(limit).read_text()))
+        except (OSError, ValueError):
+            continue  # no such cgroup, or no limit ("max")
+    return memory // 2

@@ -1,0 +1,142 @@
+"""What all tables of an open store share: its lock, its limits, and whether it may be used and changed.
+
+Settings that last as long as this opening of the store live here; what lasts as long as the files is in
+``spec.py``, and what lasts for one call is an argument of that call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from shardemb.errors import PoisonedError, ReadOnlyError, StoreClosedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+    from types import FrameType
+
+
+@dataclass
+class Runtime:
+    """The state of one opening of a store.
+
+    Attributes
+    ----------
+    path : Path
+        The store's folder.
+    writable : bool
+        False for mode ``"r"``.
+    threads : int
+        Cores that a batch may use.
+    memory_budget : int
+        Bytes of changed pages that may stay in memory after a commit.
+    lock : RLock
+        Held by everything that changes rows, drops pages or changes the set of tables. Lookups do without.
+    """
+
+    path: Path
+    writable: bool
+    threads: int
+    memory_budget: int
+    lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    closed: bool = False
+    poisoned: str | None = None
+    half_done: str | None = None
+    pid: int = field(default_factory=os.getpid)
+    _background: ThreadPoolExecutor | None = field(default=None, repr=False)
+    _background_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def check_open(self) -> None:
+        """Raise `StoreClosedError` once the store is closed."""
+        if self.closed:
+            msg = f"the store {self.path} is closed; open it again with shardemb.open({str(self.path)!r})"
+            raise StoreClosedError(msg)
+
+    def check_sound(self) -> None:
+        """Raise `PoisonedError` if memory may not be what its callers believe, so that nothing of it is kept."""
+        if self.poisoned:
+            msg = f"the store {self.path} cannot commit any more: {self.poisoned}; close it and open it again"
+            raise PoisonedError(msg)
+        if self.half_done:
+            msg = f"{self.half_done} broke off half way; call store.rollback() before anything else"
+            raise PoisonedError(msg)
+
+    def check_writable(self) -> None:
+        """Raise `ReadOnlyError` in a store that was opened for reading."""
+        if not self.owned:
+            msg = f"the store {self.path} belongs to process {self.pid}, of which this is a fork; change it there"
+            raise ReadOnlyError(msg)
+        if not self.writable:
+            msg = f'the store {self.path} was opened with mode "r"; open it with mode "r+" to change it'
+            raise ReadOnlyError(msg)
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Hold the lock, in a store that is open and may be written."""
+        with self.lock:
+            self.check_open()
+            self.check_writable()
+            yield
+
+    @property
+    def owned(self) -> bool:
+        """Whether this is the process that opened the store, and no fork of it."""
+        return os.getpid() == self.pid
+
+    def in_background(self, work: Callable[[], None]) -> None:
+        """Run something that nobody waits for, after what was given before; dropped if the store closes first."""
+        with self._background_lock:
+            self.check_open()
+            if self._background is None:
+                self._background = ThreadPoolExecutor(1, thread_name_prefix="shardemb")
+            self._background.submit(work)
+
+    def close(self) -> None:
+        """Take no more calls and wait for the background to end."""
+        with self._background_lock:
+            self.closed = True
+            background, self._background = self._background, None
+        if background is not None:
+            background.shutdown(cancel_futures=True)
+
+    @contextlib.contextmanager
+    def all_or_nothing(self, what: str) -> Iterator[None]:
+        """Run the part of a change that must not stop half way.
+
+        Ctrl-C takes effect at its end. Should anything break all the same, commits are refused until rollback.
+        """
+        with signals_deferred():
+            try:
+                yield
+            except BaseException:
+                self.half_done = what
+                raise
+
+
+@contextlib.contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Let SIGINT and SIGTERM, where Python handles them, take effect at the end of the block and not within it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread only
+        return
+    received: list[tuple[int, FrameType | None]] = []
+    previous = {
+        number: handler
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if callable(handler := signal.getsignal(number))
+    }
+    try:
+        for number in previous:
+            signal.signal(number, lambda number, frame: received.append((number, frame)))
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for number, frame in received:
+            previous[signal.Signals(number)](number, frame)

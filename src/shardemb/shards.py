@@ -1,0 +1,334 @@
+"""The shards of one table: its files, mapped privately as one array, and what has changed in memory.
+
+`Shards` maps every file of a table into one contiguous range, so the table *is* one array however many files
+hold it. The mapping is private: the kernel copies a page when it is first written, the files keep the last commit,
+and forgetting a change is dropping its pages. Bitmaps say which rows differ from the files (``dirty``, one byte of
+``blocks`` for every 32,768 rows that hold any) and which pages are copies (``private``).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shardemb import files, kernels, layout
+from shardemb.errors import FormatError, ShardEmbError
+from shardemb.initializers import Constant, stream_key
+from shardemb.spec import PAGE, ROWS_PER_BLOCK, TableSpec
+from shardemb.writeback import FileRange
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from shardemb.arrays import Float32Array, Int64Array
+
+SAMPLES = 32
+COLD_SHARE = 0.1
+"""A batch is cold if more than this share of `SAMPLES` rows of it is not in memory."""
+
+_BLOCK_BYTES = 4 * 2**20
+
+
+_NO_BITMAP = np.empty(0, np.uint8)
+
+
+class Shards:
+    """One table's files in memory.
+
+    Parameters
+    ----------
+    spec : TableSpec
+    directory : Path
+        Where the table lies now; the attribute follows it when it moves.
+    missing : collection of Path
+        Files that are not there and read as zeros.
+
+    Raises
+    ------
+    ShardEmbError
+        The tables that this process has open would need too many mappings.
+
+    Attributes
+    ----------
+    spec : TableSpec
+    records : ndarray of float32, shape (rows of whole shards, width)
+        All records of the table; private memory of this process over the files.
+    present : ndarray of uint8
+        The presence bitmap; empty where the table keeps none.
+    dirty : ndarray of uint64
+        Bit r: row r differs from the files.
+    blocks : ndarray of uint8
+        Whether any of 32,768 rows is dirty.
+    private : ndarray of uint64
+        Bit p: page p of the records is a copy that this process has made.
+    private_pages : int
+        Number of bits set in `private`.
+    """
+
+    def __init__(self, spec: TableSpec, directory: Path, missing: Collection[Path] = ()) -> None:
+        self.spec = spec
+        self.directory = directory
+        check_mappings(spec)
+        shards = map(self.shard_path, range(spec.num_shards))
+        self._rows = _map(shards, spec.num_shards, spec.shard_bytes, missing)
+        chunks = map(self.presence_path, range(spec.num_presence_chunks))
+        self._present = _map(chunks, spec.num_presence_chunks, spec.presence_chunk_bytes, missing)
+        # The default read-ahead would read whole megabytes for a row.
+        self._rows.advise(0, self._rows.nbytes, files.MADV_RANDOM)
+        self.records: Float32Array = self._rows.array(
+            np.float32, (spec.num_shards * spec.rows_per_shard, spec.width)
+        )
+        self.present: NDArray[np.uint8] = self._present.array(np.uint8, (self._present.nbytes,))
+        num_blocks = -(-spec.num_embeddings // ROWS_PER_BLOCK)
+        self.dirty: NDArray[np.uint64] = files.zeros(np.uint64, num_blocks * ROWS_PER_BLOCK // 64)
+        self.blocks: NDArray[np.uint8] = files.zeros(np.uint8, num_blocks)
+        self.private: NDArray[np.uint64] = files.zeros(np.uint64, -(-self._rows.nbytes // PAGE // 64))
+        self.private_pages = 0
+        initializer = spec.initializer
+        self._key = np.uint64(stream_key(getattr(initializer, "seed", 0), spec.stream))
+        self._parameters = np.array(initializer.parameters(), np.float64)
+
+    # ---- reading; needs no lock
+
+    def gather(self, column: str, ids: Int64Array, out: Float32Array, start: int, stop: int) -> None:
+        """Copy a column of rows ``ids[start:stop]`` into ``out[start:stop]``, initial values for rows never written."""
+        first = self.spec.columns[column][0]
+        if not self.spec.has_presence:
+            kernels.gather(self.records, first, ids, out, start, stop)
+            return
+        initializer, key, parameters = type(self.spec.initializer), self._key, self._parameters
+        if column != "weight":
+            initializer = Constant  # a state column starts from one value
+            parameters = self.spec.initial_state[first - self.spec.embedding_dim :][:1].astype(np.float64)
+        kernels.gather_or_fill(initializer)(
+            self.records, self.present, first, ids, out, key, parameters, start, stop
+        )
+
+    def is_cold(self, ids: Int64Array) -> bool:
+        """Whether too much of a batch would have to be read from disk, by a sample."""
+        samples = min(SAMPLES, ids.size)
+        if samples == 0:
+            return False
+        resident = kernels.sample_resident(
+            self._rows.address, self.spec.record_bytes, self.present, ids, samples
+        )
+        return 0 <= resident < (1 - COLD_SHARE) * samples
+
+    def read_ahead(self, rows: Int64Array, start: int, stop: int) -> None:
+        """Ask for the pages of ascending ``rows[start:stop]``; the kernel reads them meanwhile."""
+        # Advice that fails costs time and nothing else: the gather reads the page all the same.
+        kernels.advise(
+            self._rows.address, self.spec.record_bytes, self.present, rows, files.MADV_WILLNEED, start, stop
+        )
+
+    # ---- changing, in memory; all of it under the store's lock
+
+    def mark(self, rows: Int64Array) -> None:
+        """Note that rows are about to differ from the files."""
+        kernels.mark_dirty(rows, self.dirty, self.blocks)
+        self.private_pages += kernels.mark_private(rows, self.spec.record_bytes, self.private)
+
+    def make_private(self, rows: Int64Array) -> None:
+        """Copy the pages of ascending rows, so that an update finds them ready."""
+        kernels.advise(
+            self._rows.address, self.spec.record_bytes, _NO_BITMAP, rows, files.MADV_POPULATE_WRITE, 0, rows.size
+        )
+        self.private_pages += kernels.mark_private(rows, self.spec.record_bytes, self.private)
+
+    def bring_in(self, rows: Int64Array, start: int, stop: int) -> None:
+        """Give those of ``rows[start:stop]`` that were never written their initial record."""
+        if self.spec.has_presence:
+            kernels.bring_in(type(self.spec.initializer))(
+                self.records,
+                self.present,
+                rows,
+                self.spec.initial_state,
+                self._key,
+                self._parameters,
+                start,
+                stop,
+            )
+
+    # ---- what changed; under the store's lock
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether any row differs from the files."""
+        return bool(self.blocks.any())
+
+    def count_changes(self) -> int:
+        """Count the rows that differ from the files."""
+        return int(kernels.count_bits(self.dirty, self.blocks))
+
+    def changed_ranges(self) -> list[FileRange]:
+        """Stretches of the files whose pages hold changed rows or presence bits, in order."""
+        ranges = []
+        for first, last in self._changed_pages():
+            ranges += _split(self._rows, int(first), int(last), self.spec.shard_bytes, self.shard_path)
+        if self.spec.has_presence:
+            # A block of rows has its presence bits in the page of the same number.
+            for block in map(int, np.flatnonzero(self.blocks)):
+                ranges += _split(
+                    self._present, block, block + 1, self.spec.presence_chunk_bytes, self.presence_path
+                )
+        return ranges
+
+    def forget_changes(self) -> None:
+        """Go back to what the files hold."""
+        for first, last in self._changed_pages():
+            self._drop(int(first), int(last))
+        if self.spec.has_presence:
+            for block in map(int, np.flatnonzero(self.blocks)):
+                self._present.advise(block * PAGE, PAGE, files.MADV_DONTNEED)
+        self.clear_changes()
+
+    def clear_changes(self) -> None:
+        """Count no row as changed any more: the files hold them all."""
+        words = ROWS_PER_BLOCK // 64
+        for block in map(int, np.flatnonzero(self.blocks)):
+            self.dirty[block * words : (block + 1) * words] = 0
+            self.blocks[block] = 0
+
+    def drop_clean(self, start: int, stop: int) -> None:
+        """Let the pages of rows ``start:stop`` leave memory, but for blocks that hold changes."""
+        for block in range(start // ROWS_PER_BLOCK, -(-stop // ROWS_PER_BLOCK)):
+            if not self.blocks[block]:  # blocks begin with a page, so none is shared with a changed one
+                first, last = max(start, block * ROWS_PER_BLOCK), min(stop, (block + 1) * ROWS_PER_BLOCK)
+                self._drop(first * self.spec.record_bytes // PAGE, -(-last * self.spec.record_bytes // PAGE))
+
+    def drop_all(self) -> None:
+        """Let every page leave memory, in a table without changes."""
+        self._rows.advise(0, self._rows.nbytes, files.MADV_DONTNEED)
+        self.private = files.zeros(np.uint64, self.private.size)  # clearing it would touch all of it
+        self.private_pages = 0
+
+    def _changed_pages(self) -> Int64Array:
+        pages: Int64Array = kernels.dirty_pages(self.dirty, self.blocks, self.spec.record_bytes)
+        return pages
+
+    def _drop(self, first: int, last: int) -> None:
+        self._rows.advise(first * PAGE, (last - first) * PAGE, files.MADV_DONTNEED)
+        self.private_pages -= kernels.clear_bits(self.private, first, last)
+
+    # ---- files
+
+    def shard_path(self, shard: int) -> Path:
+        """File of a row-shard, where the table lies now."""
+        return self.directory / layout.ROWS / layout.shard_key(shard)
+
+    def presence_path(self, chunk: int) -> Path:
+        """File of a chunk of the presence bitmap, where the table lies now."""
+        return self.directory / layout.PRESENT / layout.presence_key(chunk)
+
+
+def check_mappings(spec: TableSpec) -> None:
+    """Raise `ShardEmbError` if the files of one more table cannot all be mapped."""
+    more, used = spec.num_shards + spec.num_presence_chunks, files.counters.mappings
+    if used + more > files.MAX_MAPPINGS:
+        msg = (
+            f"the table takes {more} files of {spec.shard_bytes} bytes, and the tables open in this process {used} "
+            f"more, but a process maps at most {files.MAX_MAPPINGS}: use larger shards (rows_per_shard) or close a store"
+        )
+        raise ShardEmbError(msg)
+
+
+def _map(
+    paths: Iterable[Path], count: int, file_bytes: int, missing: Collection[Path]
+) -> files.AddressRange:
+    memory = files.AddressRange(count * file_bytes)
+    for number, path in enumerate(paths):
+        if path in missing:
+            memory.map_zeros(number * file_bytes, file_bytes)
+        else:
+            memory.map_file(number * file_bytes, path, file_bytes)
+    return memory
+
+
+def _split(
+    memory: files.AddressRange, first: int, last: int, file_bytes: int, path: Callable[[int], Path]
+) -> list[FileRange]:
+    """Turn a run of pages of a mapped range into stretches of the files that are mapped there."""
+    begin, end, ranges = first * PAGE, last * PAGE, []
+    while begin < end:
+        number, offset = divmod(begin, file_bytes)
+        nbytes = min(end - begin, file_bytes - offset)
+        ranges.append(FileRange(path(number), offset, memory.bytes(begin, nbytes)))
+        begin += nbytes
+    return ranges
+
+
+def create(spec: TableSpec, directory: Path, values: Float32Array | None) -> None:
+    """Create a table's folder: its zarr documents and all its files, sparse; with `values`, every row of it.
+
+    Nothing is durable yet (`files.sync_filesystem` makes it so).
+
+    Raises
+    ------
+    DiskFullError
+        There is no room; what was created is left for the caller to remove.
+    """
+    for path, document in layout.table_documents(spec).items():
+        files.make_directory((directory / path).parent)
+        files.write_new(directory / path, document)
+    for path, nbytes in _expected_files(spec, directory):
+        files.create_sparse(path, nbytes)
+    if values is not None:
+        _write_rows(spec, directory, values)
+
+
+def find_missing(spec: TableSpec, directory: Path) -> list[tuple[Path, int]]:
+    """List the files of a table that are not there, with the size that they should have.
+
+    Raises
+    ------
+    FormatError
+        A file has another size than the metadata says.
+    """
+    missing = []
+    for path, nbytes in _expected_files(spec, directory):
+        found = files.size(path)
+        if found is None:
+            missing.append((path, nbytes))
+        elif found != nbytes:
+            msg = (
+                f"{path} has {found} bytes instead of {nbytes}: it was cut short or replaced; "
+                f"restore it from a copy of the store"
+            )
+            raise FormatError(msg)
+    return missing
+
+
+def _expected_files(spec: TableSpec, directory: Path) -> Iterator[tuple[Path, int]]:
+    for shard in range(spec.num_shards):
+        yield directory / layout.ROWS / layout.shard_key(shard), spec.shard_bytes
+    for chunk in range(spec.num_presence_chunks):
+        yield directory / layout.PRESENT / layout.presence_key(chunk), spec.presence_chunk_bytes
+
+
+def _write_rows(spec: TableSpec, directory: Path, values: Float32Array) -> None:
+    """Write all rows straight into new files: bulk data never becomes private memory."""
+    block_rows = max(1, _BLOCK_BYTES // spec.record_bytes)
+    for shard in range(spec.num_shards):
+        path = directory / layout.ROWS / layout.shard_key(shard)
+        begin, end = shard * spec.rows_per_shard, min((shard + 1) * spec.rows_per_shard, spec.num_embeddings)
+        with files.opened(path, os.O_WRONLY) as descriptor:
+            for start in range(begin, end, block_rows):
+                block = values[start : min(start + block_rows, end)]
+                records = np.empty((len(block), spec.width), np.float32)
+                records[:, : spec.embedding_dim] = block
+                records[:, spec.embedding_dim :] = spec.initial_state
+                files.write(descriptor, memoryview(records), (start - begin) * spec.record_bytes, path)
+            files.sync(descriptor, path)
+            files.forget(descriptor)
+    for chunk in range(spec.num_presence_chunks):
+        path = directory / layout.PRESENT / layout.presence_key(chunk)
+        first = chunk * spec.presence_chunk_bytes * 8
+        rows = min(spec.num_embeddings - first, spec.presence_chunk_bytes * 8)
+        bits = np.packbits(np.ones(rows, np.bool_), bitorder="little")
+        with files.opened(path, os.O_WRONLY) as descriptor:
+            files.write(descriptor, memoryview(bits), 0, path)

@@ -1,0 +1,305 @@
+"""What is fixed about a table, and the arithmetic of where a row lies.
+
+A `TableSpec` is fixed when its table is created; it stands in the table's zarr metadata. What a commit can change
+about a table is in ``manifest.py``.
+
+One row is one **record**: the weight, then each state column, side by side, as float32. A row-shard is
+`rows_per_shard` records, one zarr chunk, one file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shardemb import initializers, optim
+from shardemb.errors import FormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from shardemb.arrays import Float32Array
+
+FORMAT_VERSION = 1
+
+PAGE = 4096
+"""Bytes of a page: the unit in which the kernel reads, copies and drops, and to which shards are aligned."""
+
+ROWS_PER_WORD = 64
+"""Shards and tasks begin at multiples of this, so two tasks never share a word of a bitmap."""
+
+ROWS_PER_BLOCK = 8 * PAGE
+"""Rows whose bits fill one page of a bitmap."""
+
+SHARD_BYTES = 64 * 2**20, 512 * 2**20
+MAX_SHARDS = 2048
+"""The automatic size lets a shard grow within `SHARD_BYTES` to keep a table below `MAX_SHARDS`."""
+
+PRESENCE_BYTES = 4 * 2**20
+"""Largest chunk of the presence bitmap."""
+
+MAX_ROWS = 2**48
+MAX_DIM = 2**16
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Round `value` up to a multiple of `multiple`."""
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """Everything about a table that never changes.
+
+    Attributes
+    ----------
+    uuid : str
+        Identity of the table; names can change.
+    stream : str
+        Name under which the table was created; selects the stream of its initial values.
+    num_embeddings, embedding_dim : int
+        Rows, and float32 values of weight in a row.
+    rows_per_shard : int
+        A multiple of `shard_rows_multiple`.
+    optimizer : Optimizer or None
+        As of creation: decides the state columns. The hyper-parameters of today are in the `TableRecord`.
+    initializer : Initializer
+        Weights of rows never written.
+    """
+
+    uuid: str
+    stream: str
+    num_embeddings: int
+    embedding_dim: int
+    rows_per_shard: int
+    optimizer: optim.Optimizer | None
+    initializer: initializers.Initializer
+
+    @cached_property
+    def columns(self) -> dict[str, tuple[int, int]]:
+        """Column name to its first and one-past-last value in the record, ``"weight"`` first."""
+        return record_columns(self.embedding_dim, self.optimizer)
+
+    @cached_property
+    def width(self) -> int:
+        """Values in a record."""
+        return max(stop for _, stop in self.columns.values())
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a record."""
+        return 4 * self.width
+
+    @property
+    def num_shards(self) -> int:
+        """Number of shard files."""
+        return -(-self.num_embeddings // self.rows_per_shard)
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of a shard file: a whole number of pages."""
+        return self.rows_per_shard * self.record_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all records, whether they take disk or not."""
+        return self.num_embeddings * self.record_bytes
+
+    @cached_property
+    def initial_state(self) -> Float32Array:
+        """Values of a fresh row's state columns, float32, shape (width - embedding_dim,)."""
+        state = np.zeros(self.width, np.float32)
+        if self.optimizer is not None:
+            for name, value in self.optimizer.initial_state().items():
+                state[slice(*self.columns[name])] = value
+        return state[self.embedding_dim :]
+
+    @cached_property
+    def has_presence(self) -> bool:
+        """Whether a presence bitmap is kept: unless a fresh record is all zero bytes, as a hole in a file reads."""
+        weight = self.initializer.value if isinstance(self.initializer, initializers.Constant) else math.nan
+        zero = np.float32(weight).tobytes() == bytes(4)
+        return not zero or any(self.initial_state.tobytes())
+
+    @property
+    def presence_bytes(self) -> int:
+        """Bytes of the presence bitmap: bit r is row r, little bit order."""
+        return -(-self.num_embeddings // 8)
+
+    @property
+    def presence_chunk_bytes(self) -> int:
+        """Bytes of a chunk of the presence bitmap: a whole number of pages."""
+        return min(round_up(self.presence_bytes, PAGE), PRESENCE_BYTES)
+
+    @property
+    def num_presence_chunks(self) -> int:
+        """Number of presence files."""
+        return -(-self.presence_bytes // self.presence_chunk_bytes) if self.has_presence else 0
+
+    def to_json(self) -> dict[str, object]:
+        """Return the table's attributes in zarr."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "uuid": self.uuid,
+            "stream": self.stream,
+            "num_embeddings": self.num_embeddings,
+            "embedding_dim": self.embedding_dim,
+            "rows_per_shard": self.rows_per_shard,
+            "columns": {name: list(bounds) for name, bounds in self.columns.items()},
+            "optimizer": self.optimizer.to_json() if self.optimizer else None,
+            "initializer": self.initializer.to_json(),
+        }
+
+    @staticmethod
+    def from_json(document: Mapping[str, Any]) -> TableSpec:
+        """Build a spec from the table's attributes, believing none of them.
+
+        Raises
+        ------
+        FormatError
+            A newer version, a missing or impossible value, columns that disagree with the optimizer.
+        """
+        require_version(document)
+        optimizer = field(document, "optimizer", (dict, type(None)))
+        spec = TableSpec(
+            uuid=field(document, "uuid", str),
+            stream=field(document, "stream", str),
+            num_embeddings=int_field(document, "num_embeddings", MAX_ROWS),
+            embedding_dim=int_field(document, "embedding_dim", MAX_DIM),
+            rows_per_shard=int_field(document, "rows_per_shard", MAX_ROWS),
+            optimizer=None if optimizer is None else optim.from_json(optimizer),
+            initializer=initializers.from_json(field(document, "initializer", dict)),
+        )
+        columns = {name: list(bounds) for name, bounds in spec.columns.items()}
+        if document.get("columns") != columns:
+            msg = f"columns are {document.get('columns')}, but the optimizer makes them {columns}"
+            raise FormatError(msg)
+        if spec.rows_per_shard % shard_rows_multiple(spec.record_bytes):
+            msg = f"rows_per_shard {spec.rows_per_shard} is not a multiple of {shard_rows_multiple(spec.record_bytes)}"
+            raise FormatError(msg)
+        return spec
+
+
+def record_columns(embedding_dim: int, optimizer: optim.Optimizer | None) -> dict[str, tuple[int, int]]:
+    """Lay out a record: the weight, then each state column, as half-open ranges of values."""
+    columns, start = {"weight": (0, embedding_dim)}, embedding_dim
+    for name, width in (optimizer.state_columns(embedding_dim) if optimizer else {}).items():
+        columns[name] = (start, start + width)
+        start += width
+    return columns
+
+
+def shard_rows_multiple(record_bytes: int) -> int:
+    """Return what `rows_per_shard` must be a multiple of: whole words of bitmap, whole pages of file."""
+    return math.lcm(ROWS_PER_WORD, PAGE // math.gcd(PAGE, record_bytes))
+
+
+def choose_rows_per_shard(num_embeddings: int, record_bytes: int, wanted: int | None, max_shards: int) -> int:
+    """Choose the rows of a shard: `wanted` rounded up, or an automatic size.
+
+    The automatic one lies between 64 and 512 MiB (more where `max_shards`, the mappings still free in this
+    process, asks for it), and is no larger than a small table.
+    """
+    multiple = shard_rows_multiple(record_bytes)
+    if wanted is None:
+        smallest, largest = SHARD_BYTES
+        total = num_embeddings * record_bytes
+        size = max(min(max(-(-total // MAX_SHARDS), smallest), largest), -(-total // max(max_shards, 1)))
+        wanted = min(num_embeddings, -(-size // record_bytes))
+    return round_up(wanted, multiple)
+
+
+def check_name(name: object) -> str:
+    """Check a table's name: letters, digits, ``_``, ``-`` and ``.``, at most 64, not beginning with ``.`` or ``-``.
+
+    Raises
+    ------
+    TypeError
+        Not a string.
+    ValueError
+        Other characters: a name is one folder, never a path.
+    """
+    if not isinstance(name, str):
+        msg = f"a table's name must be a str, got {name!r}"
+        raise TypeError(msg)
+    if not _NAME.fullmatch(name) or name == "zarr.json":
+        msg = (
+            f"{name!r} cannot be a table's name: use 1 to 64 letters, digits, '_', '-' and '.', "
+            f"beginning with a letter, a digit or '_' (a name is one folder of the store, not a path)"
+        )
+        raise ValueError(msg)
+    return name
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises
+    ------
+    FormatError
+        Not a JSON object.
+    """
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        msg = f"it is not JSON ({error})"
+        raise FormatError(msg) from error
+    if not isinstance(document, dict):
+        msg = "it is not a JSON object"
+        raise FormatError(msg)
+    return document
+
+
+def require_version(document: Mapping[str, Any]) -> None:
+    """Refuse what a newer shardemb wrote.
+
+    Raises
+    ------
+    FormatError
+        No version, or a newer one.
+    """
+    version = int_field(document, "format_version", 2**31)
+    if version > FORMAT_VERSION:
+        msg = (
+            f"format version {version} is newer than {FORMAT_VERSION}, the newest that this shardemb reads; "
+            f"upgrade shardemb"
+        )
+        raise FormatError(msg)
+
+
+def field(document: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:  # noqa: ANN401
+    """Take a value of a JSON object, of the given type.
+
+    Raises
+    ------
+    FormatError
+        It is missing or of another type.
+    """
+    value = document.get(name)
+    if name not in document or not isinstance(value, kind):
+        msg = f"{name} is {value!r}"
+        raise FormatError(msg)
+    return value
+
+
+def int_field(document: Mapping[str, Any], name: str, maximum: int, *, minimum: int = 1) -> int:
+    """Take an integer of a JSON object, within its limits.
+
+    Raises
+    ------
+    FormatError
+        It is missing, not an integer, or out of the limits.
+    """
+    value = field(document, name, int)
+    if isinstance(value, bool) or not minimum <= value <= maximum:
+        msg = f"{name} is {value!r}"
+        raise FormatError(msg)
+    return int(value)

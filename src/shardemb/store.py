@@ -1,0 +1,589 @@
+"""A store: several tables with one commit point. Open, create, commit, roll back, close.
+
+What a store means is said by one small file, the manifest; its replacement is the commit. Before that instant a
+commit has written every changed row into the shards and synced them, after it the folders of tables that were
+created, dropped or renamed follow.
+"""
+
+from __future__ import annotations
+
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from shardemb import arrays, batch, files, folders, layout, optim, report, shards, writeback
+from shardemb.batch import Training
+from shardemb.errors import FormatError, TableExistsError, TableNotFoundError
+from shardemb.initializers import Constant, Initializer
+from shardemb.manifest import Commit, Manifest, TableRecord, check_metadata
+from shardemb.runtime import Runtime, signals_deferred
+from shardemb.spec import MAX_DIM, MAX_ROWS, PAGE, TableSpec, check_name, choose_rows_per_shard, record_columns
+from shardemb.table import Table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+
+    from numpy.typing import ArrayLike, NDArray
+
+
+class Store(Mapping[str, Table]):
+    """Tables by name, with one commit for all of them. Made by `shardemb.open`; a context manager.
+
+    Examples
+    --------
+    >>> import shardemb
+    >>> with shardemb.open(tmp / "words.zarr") as store:
+    ...     table = store.create_table("tokens", num_embeddings=1000, embedding_dim=8)
+    ...     table.write([1], np.ones((1, 8), np.float32))
+    ...     commit = store.commit(step=100, metadata={"loss": 0.3})
+    >>> store = shardemb.open(tmp / "words.zarr", mode="r")
+    >>> store.last_commit
+    Commit(id=1, step=100, metadata={'loss': 0.3})
+    >>> list(store)
+    ['tokens']
+    >>> store.close()
+    """
+
+    def __init__(self, runtime: Runtime, manifest: Manifest, lock: int | None) -> None:
+        self._runtime = runtime
+        self._manifest = manifest
+        self._lock = lock
+        self._written_before = files.counters.bytes_written, files.counters.syncs
+        self._tables: dict[str, Table] = {}
+        self._committed: dict[str, Table] = {}
+        locate = folders.arrange if runtime.writable else folders.locate
+        directories = locate(runtime.path, manifest.tables)
+        for record in manifest.tables:
+            table = self._open_table(record, directories[record.uuid])
+            self._committed[record.uuid] = self._tables[record.name] = table
+        if runtime.writable:
+            # From here on a missing shard is damage and not zarr's way to write zeros.
+            self._publish(replace(manifest, epoch=manifest.epoch + 1, clean=False))
+
+    # ---- tables
+
+    def __getitem__(self, name: str) -> Table:
+        self._runtime.check_open()
+        try:
+            return self._tables[name]
+        except KeyError:
+            names = ", ".join(map(repr, self._tables)) or "none"
+            msg = f"the store {self._runtime.path} has no table {name!r}; its tables: {names}"
+            raise TableNotFoundError(msg) from None
+
+    def __iter__(self) -> Iterator[str]:
+        self._runtime.check_open()
+        return iter(tuple(self._tables))
+
+    def __len__(self) -> int:
+        self._runtime.check_open()
+        return len(self._tables)
+
+    def create_table(
+        self,
+        name: str,
+        *,
+        num_embeddings: int,
+        embedding_dim: int,
+        initializer: Initializer | ArrayLike | None = None,
+        optimizer: optim.Optimizer | None = None,
+        rows_per_shard: int | None = None,
+    ) -> Table:
+        """Create a table; it becomes part of the store with the next commit. Rows cost no disk until written.
+
+        Parameters
+        ----------
+        name : str
+            Letters, digits, ``_``, ``-`` and ``.``; the table's folder in the store.
+        num_embeddings, embedding_dim : int
+            Rows, and values in a row.
+        initializer : Initializer or array_like, shape (num_embeddings, embedding_dim), optional
+            What rows hold before they are written; zeros by default. An array is copied into the table.
+        optimizer : Optimizer, optional
+            How `Table.update` moves rows. Without one, rows change by `Table.write` alone.
+        rows_per_shard : int, optional
+            Rows in a file, rounded up so that files are whole pages. By default files of 64 to 512 MiB.
+
+        Returns
+        -------
+        Table
+
+        Raises
+        ------
+        TableExistsError
+            There is a table of that name.
+        TypeError, ValueError
+            A name, size, array, initializer or optimizer that cannot be.
+        ReadOnlyError, StoreClosedError, DiskFullError
+            Nothing was created.
+
+        Examples
+        --------
+        >>> table = store.create_table(
+        ...     "users", num_embeddings=10**6, embedding_dim=16, optimizer=shardemb.optim.Adam(),
+        ...     initializer=shardemb.initializers.Uniform(-0.05, 0.05, seed=0),
+        ... )
+        >>> table.shape
+        (1000000, 16)
+        """
+        with self._runtime.changing():
+            self._require_free(check_name(name))
+            num_embeddings = arrays.count(num_embeddings, "num_embeddings", maximum=MAX_ROWS)
+            embedding_dim = arrays.count(embedding_dim, "embedding_dim", maximum=MAX_DIM)
+            if optimizer is not None and not isinstance(optimizer, optim.Optimizer):
+                msg = f"optimizer must be one of shardemb.optim, for example shardemb.optim.Adam(), got {optimizer!r}"
+                raise TypeError(msg)
+            if rows_per_shard is not None:
+                rows_per_shard = arrays.count(rows_per_shard, "rows_per_shard", maximum=MAX_ROWS)
+            values = None
+            if callable(initializer):
+                msg = f"initializer must be one of shardemb.initializers or an array, got {initializer!r}"
+                raise TypeError(msg)
+            if initializer is None:
+                initializer = Constant(0.0)
+            elif not isinstance(initializer, Initializer):
+                values = arrays.initial_rows(initializer, num_embeddings, embedding_dim)
+                initializer = Constant(0.0)
+            width = max(stop for _, stop in record_columns(embedding_dim, optimizer).values())
+            spec = TableSpec(
+                uuid=str(uuid.uuid4()),
+                stream=name,
+                num_embeddings=num_embeddings,
+                embedding_dim=embedding_dim,
+                rows_per_shard=choose_rows_per_shard(
+                    num_embeddings, 4 * width, rows_per_shard, files.MAX_MAPPINGS - files.counters.mappings
+                ),
+                optimizer=optimizer,
+                initializer=initializer,
+            )
+            table = self._make_table(spec, values)
+            self._tables[name] = table
+            return table
+
+    def drop_table(self, name: str) -> None:
+        """Drop a table, with the next commit; until then `rollback` brings it back.
+
+        Raises
+        ------
+        TableNotFoundError, ReadOnlyError, StoreClosedError
+            Nothing was changed.
+
+        Examples
+        --------
+        >>> store.drop_table("users")
+        """
+        with self._runtime.changing():
+            self[name]._dropped = True
+            del self._tables[name]
+
+    def rename_table(self, name: str, new_name: str) -> None:
+        """Rename a table, with the next commit. Its initial values stay what they were.
+
+        Raises
+        ------
+        TableNotFoundError, TableExistsError, ReadOnlyError, StoreClosedError
+            Nothing was changed.
+
+        Examples
+        --------
+        >>> store.rename_table("tokens", "words")
+        """
+        with self._runtime.changing():
+            table = self[name]
+            self._require_free(check_name(new_name))
+            self._tables = {new_name if key == name else key: value for key, value in self._tables.items()}
+            table._name = new_name
+
+    # ---- many tables at once
+
+    def lookup(self, ids: Mapping[str, ArrayLike]) -> dict[str, NDArray[np.float32]]:
+        """Look up rows of several tables together, which costs about as much as one lookup of the same size.
+
+        Parameters
+        ----------
+        ids : mapping of str to array_like of int
+            Row ids by table.
+
+        Returns
+        -------
+        dict of str to ndarray of float32, shape ``ids.shape + (embedding_dim,)``
+            The caller's own memory.
+
+        Raises
+        ------
+        TableNotFoundError, TypeError, RowIdError, StoreClosedError
+            As `Table.lookup`.
+
+        Examples
+        --------
+        >>> rows = store.lookup({"tokens": [1, 2]})
+        >>> rows["tokens"].shape
+        (2, 4)
+        """
+        planned = {name: self[name].plan_read("weight", each) for name, each in ids.items()}
+        batch.read(self._runtime, [read for read, _ in planned.values()])
+        return {name: result for name, (_, result) in planned.items()}
+
+    def update(self, batches: Mapping[str, tuple[ArrayLike, ArrayLike]], *, check_finite: bool = True) -> None:
+        """Take one optimizer step in several tables together; all of them are checked before any row changes.
+
+        Parameters
+        ----------
+        batches : mapping of str to (ids, grads)
+            As for `Table.update`, by table.
+        check_finite : bool
+            Refuse NaN and infinity.
+
+        Raises
+        ------
+        TableNotFoundError, TypeError, ValueError, RowIdError, ReadOnlyError, StoreClosedError
+            As `Table.update`; no table was changed.
+
+        Examples
+        --------
+        >>> store.update({"tokens": ([1, 2], np.ones((2, 4), np.float32))})
+        """
+        self._runtime.check_open()
+        changes = [
+            self[name].plan_change(ids, grads, "gradients", check_finite=check_finite)
+            for name, (ids, grads) in batches.items()
+        ]
+        batch.change(self._runtime, changes)
+
+    # ---- commits
+
+    @property
+    def last_commit(self) -> Commit | None:
+        """The last commit, None before the first."""
+        commit = self._manifest.commit
+        return None if commit is None else replace(commit, metadata=check_metadata(commit.metadata))
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether rows, steps, hyper-parameters or the set of tables differ from the last commit."""
+        self._runtime.check_open()
+        return self._differs()
+
+    def commit(self, step: int | None = None, metadata: Mapping[str, Any] | None = None) -> Commit:
+        """Make every change since the last commit durable.
+
+        Changed rows are written into the shards and synced, then the commit itself is written in one instant.
+        In this version a crash *within* the call can leave rows of the new commit under the old one's step.
+
+        Parameters
+        ----------
+        step : int, optional
+            The job's own step; the last commit's by default.
+        metadata : dict, optional
+            The job's own small JSON: data position, random state, anything that must never disagree with the rows.
+
+        Returns
+        -------
+        Commit
+
+        Raises
+        ------
+        TypeError, ValueError
+            A step or metadata that cannot be.
+        DiskFullError
+            There is no room: the last commit stands, and so do the changes in memory. Make room and call again.
+        PoisonedError
+            A write or sync failed before: close and reopen. Or an update broke off half way: roll back.
+        ReadOnlyError, StoreClosedError
+            Nothing was written.
+
+        Examples
+        --------
+        >>> store.commit(step=100, metadata={"loss": 0.3})
+        Commit(id=1, step=100, metadata={'loss': 0.3})
+        """
+        metadata = check_metadata(metadata)
+        with self._runtime.changing():
+            self._runtime.check_sound()
+            last = self._manifest.commit
+            number = arrays.count(step, "step", minimum=0) if step is not None else last.step if last else 0
+            commit = Commit(last.id + 1 if last else 1, number, metadata)
+            self._write(replace(self._manifest, commit=commit, tables=self._records()))
+            self._trim_memory()
+            return replace(commit, metadata=check_metadata(metadata))
+
+    def rollback(self) -> None:
+        """Go back to the last commit: rows, state, steps, hyper-parameters and the set of tables.
+
+        Raises
+        ------
+        PoisonedError
+            A write or sync failed before: close and reopen.
+        ReadOnlyError, StoreClosedError
+            Nothing was changed.
+
+        Examples
+        --------
+        >>> store.rollback()
+        """
+        with self._runtime.changing(), signals_deferred():
+            self._runtime.half_done = None
+            self._runtime.check_sound()
+            for table in self._tables.values():
+                if table._spec.uuid not in self._committed:
+                    self._abandon(table)
+            self._tables = {}
+            for record in self._manifest.tables:
+                table = self._committed[record.uuid]
+                table._shards.forget_changes()
+                table._restore(record.name, record.optimizer, record.step)
+                self._tables[record.name] = table
+
+    def checkpoint(self) -> None:
+        """Bring what is committed into the shards, where other readers of zarr see it. Commits nothing.
+
+        A commit of this version writes into the shards itself, so there is never anything left to do.
+
+        Raises
+        ------
+        ReadOnlyError, StoreClosedError
+            The store cannot be written.
+
+        Examples
+        --------
+        >>> store.checkpoint()
+        """
+        with self._runtime.changing():
+            self._runtime.check_sound()
+
+    def verify(self) -> list[str]:
+        """Check the files of every committed table against its metadata: documents, shards, their sizes.
+
+        Returns
+        -------
+        list of str
+            What is wrong, naming table and file; empty if nothing is.
+
+        Raises
+        ------
+        StoreClosedError
+            The store was closed.
+
+        Examples
+        --------
+        >>> store.verify()
+        []
+        """
+        self._runtime.check_open()
+        problems = []
+        for table in self._committed.values():
+            directory = table._shards.directory
+            try:
+                layout.table_spec(folders.documents(directory))
+                missing = shards.find_missing(table._spec, directory)
+            except FormatError as error:
+                problems.append(f"table {table.name!r}: {error}")
+            else:
+                problems += [f"table {table.name!r}: {path} is missing" for path, _ in missing]
+        return problems
+
+    def stats(self) -> dict[str, int]:
+        """Bytes written to files and syncs made by this process since the store was opened.
+
+        Examples
+        --------
+        >>> sorted(store.stats())
+        ['bytes_written', 'syncs']
+        """
+        written, syncs = self._written_before
+        return {
+            "bytes_written": files.counters.bytes_written - written,
+            "syncs": files.counters.syncs - syncs,
+        }
+
+    # ---- closing
+
+    def close(self) -> None:
+        """Close the store and its tables. Never commits: uncommitted changes are gone, with a warning.
+
+        A second call does nothing. Later use of the store or its tables raises `StoreClosedError`.
+
+        Examples
+        --------
+        >>> store.close()
+        """
+        if self._runtime.closed:
+            return
+        self._runtime.close()
+        with self._runtime.lock:
+            try:
+                if self._runtime.owned and self._runtime.writable:
+                    self._leave()
+            finally:
+                for table in (*self._tables.values(), *self._committed.values()):
+                    table._shards = None  # unmapped once the last lookup that still runs has ended
+                if self._lock is not None:
+                    files.close(self._lock)
+
+    def __enter__(self) -> Store:
+        self._runtime.check_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Not reached by __init__ if opening failed.
+        if "_committed" in self.__dict__ and not self._runtime.closed:
+            warnings.warn(f"{self!r} was not closed", ResourceWarning, stacklevel=2, source=self)
+            self._runtime.closed = True
+            if self._lock is not None:
+                files.close(self._lock)
+
+    def __reduce__(self) -> NoReturn:
+        msg = (
+            f"the store {self._runtime.path} cannot be pickled: it is memory and a lock of this process; "
+            f'in the other process call shardemb.open({str(self._runtime.path)!r}, mode="r")'
+        )
+        raise TypeError(msg)
+
+    # ---- at a glance
+
+    @property
+    def path(self) -> Path:
+        """The store's folder."""
+        return self._runtime.path
+
+    def __repr__(self) -> str:
+        return "\n  ".join([self._headline(), *map(repr, self._tables.values())])
+
+    def _repr_html_(self) -> str:
+        return report.html_table([table.facts() for table in self._tables.values()], self._headline())
+
+    def _headline(self) -> str:
+        commit = self._manifest.commit
+        parts = [
+            report.plural(len(self._tables), "table"),
+            f"commit {commit.id} at step {commit.step}" if commit else "no commit yet",
+        ]
+        if self._runtime.closed:
+            parts.append("closed")
+        elif self._differs():
+            parts.append("changes not committed")
+        elif not self._runtime.writable:
+            parts.append("read only")
+        return f"Store {str(self._runtime.path)!r}: {', '.join(parts)}"
+
+    # ---- the way down
+
+    def _require_free(self, name: str) -> None:
+        if name in self._tables:
+            msg = f"the store {self._runtime.path} already has a table {name!r}; use store[{name!r}], or drop it first"
+            raise TableExistsError(msg)
+
+    def _make_table(self, spec: TableSpec, values: NDArray[np.float32] | None) -> Table:
+        directory = folders.parked(self._runtime.path, spec.uuid)
+        shards.check_mappings(spec)
+        try:
+            shards.create(spec, directory, values)
+            return Table(self._runtime, spec.stream, shards.Shards(spec, directory), Training(spec.optimizer, 0))
+        except BaseException:
+            files.remove_tree(directory)
+            raise
+
+    def _open_table(self, record: TableRecord, directory: Path) -> Table:
+        try:
+            spec = layout.table_spec(folders.documents(directory))
+            if type(spec.optimizer) is not type(record.optimizer):
+                msg = f"it was created for {spec.optimizer}, but the commit says {record.optimizer}"
+                raise FormatError(msg)
+            missing = shards.find_missing(spec, directory)
+        except FormatError as error:
+            msg = f"table {record.name!r} in {directory}: {error}"
+            raise FormatError(msg) from error
+        if missing and (spec.has_presence or not self._manifest.clean):
+            msg = (
+                f"table {record.name!r}: {missing[0][0]} is missing ({len(missing)} in all); "
+                f"restore it from a copy of the store"
+            )
+            raise FormatError(msg)
+        absent = [path for path, _ in missing]
+        if missing and self._runtime.writable:
+            # zarr deletes a chunk that it is asked to fill with zeros.
+            for path, nbytes in missing:
+                files.create_sparse(path, nbytes)
+            files.sync_filesystem(directory)
+            absent = []
+        return Table(
+            self._runtime,
+            record.name,
+            shards.Shards(spec, directory, absent),
+            Training(record.optimizer, record.step),
+        )
+
+    def _records(self) -> tuple[TableRecord, ...]:
+        return tuple(
+            TableRecord(table._spec.uuid, name, table.step, table.optimizer) for name, table in self._tables.items()
+        )
+
+    def _differs(self) -> bool:
+        with self._runtime.lock:
+            return self._records() != self._manifest.tables or any(
+                table._shards.has_changes for table in self._tables.values()
+            )
+
+    def _write(self, manifest: Manifest) -> None:
+        """Bring rows, manifest and folders on disk to what memory says."""
+        path, threads, tables = self._runtime.path, self._runtime.threads, tuple(self._tables.values())
+        kept = {table._spec.uuid for table in tables}
+        manifest = replace(manifest, dropped=tuple(old for old in self._committed if old not in kept))
+        ranges = [each for table in tables for each in table._shards.changed_ranges()]
+        staged = files.stage(folders.manifest(path), manifest.to_bytes())
+        writeback.secure(ranges, threads)
+        if any(uuid not in self._committed for uuid in kept):
+            files.sync_filesystem(path)
+        with signals_deferred():
+            try:
+                writeback.write(ranges, threads)
+                files.publish(staged)
+                self._manifest = manifest
+                directories = folders.arrange(path, manifest.tables, manifest.dropped)
+            except BaseException as error:
+                self._runtime.poisoned = f"a commit broke off ({error})"
+                raise
+            for table in tables:
+                table._shards.directory = directories[table._spec.uuid]
+                table._shards.clear_changes()
+            self._committed = {table._spec.uuid: table for table in tables}
+
+    def _trim_memory(self) -> None:
+        """Give copied pages back where they are over the budget; the files hold what they hold."""
+        live = [table._shards for table in self._tables.values()]
+        if sum(each.private_pages for each in live) * PAGE > self._runtime.memory_budget:
+            for each in live:
+                each.drop_all()
+
+    def _publish(self, manifest: Manifest) -> None:
+        files.publish(files.stage(folders.manifest(self._runtime.path), manifest.to_bytes()))
+        self._manifest = manifest
+
+    def _abandon(self, table: Table) -> None:
+        files.remove_tree(table._shards.directory)
+        table._shards = None
+
+    def _leave(self) -> None:
+        if self._differs() and not self._runtime.poisoned:
+            commit = self._manifest.commit
+            since = f"since commit {commit.id} (step {commit.step})" if commit else "(there was no commit)"
+            warnings.warn(
+                f"the changes of {self._runtime.path} {since} are lost: close() never commits; call commit() before",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        for table in self._tables.values():
+            if table._spec.uuid not in self._committed:
+                self._abandon(table)
+        if not self._runtime.poisoned:
+            self._publish(replace(self._manifest, clean=True))

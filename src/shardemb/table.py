@@ -1,0 +1,578 @@
+"""One table: lookup, update, write. Read this first.
+
+A batch goes down through the rooms once: `arrays` checks it, `plan` groups and cuts it, `batch` hands the pieces to
+`scheduler`, which runs them on threads, and `kernels` moves the numbers, in memory that `shards` has mapped over the
+files. `plan_read` and `plan_change` are the checked half of that, so that a store can check many tables before it
+changes any.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, NoReturn
+
+import numpy as np
+
+from shardemb import arrays, batch, plan, report, scheduler
+from shardemb.errors import TableNotFoundError
+from shardemb.optim import Optimizer
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping, Sequence
+
+    import dask.array
+    import pyarrow as pa
+    from numpy.typing import ArrayLike, NDArray
+
+    from shardemb.arrays import Float32Array
+    from shardemb.batch import Training
+    from shardemb.export import ExportReport
+    from shardemb.initializers import Initializer
+    from shardemb.progress import Progress
+    from shardemb.runtime import Runtime
+    from shardemb.shards import Shards
+
+
+class Table:
+    """Rows of float32 on disk, looked up and trained by row id. Made by `Store.create_table`, found by name.
+
+    Lookups may run in any number of threads, also beside an update; a lookup beside an update may see a row half
+    old and half new. Updates, writes and commits wait for each other. A table cannot be pickled: open the store in
+    the other process, with ``mode="r"`` where it only reads.
+
+    Examples
+    --------
+    >>> import shardemb
+    >>> store = shardemb.open(tmp / "words.zarr")
+    >>> table = store.create_table(
+    ...     "tokens", num_embeddings=400_000, embedding_dim=4, optimizer=shardemb.optim.SGD(lr=0.5)
+    ... )
+    >>> table.update([7, 7], [[1, 0, 0, 0.0], [1, 0, 0, 2.0]])
+    >>> table.lookup([[7], [8]])
+    array([[[-1.,  0.,  0., -1.]],
+    <BLANKLINE>
+           [[ 0.,  0.,  0.,  0.]]], dtype=float32)
+    >>> table
+    Table 'tokens': 400,000 x 4 float32, SGD(lr=0.5), step 1, 1 shard, 1 changed row not committed
+    >>> store.commit(step=1)
+    Commit(id=1, step=1, metadata={})
+    >>> store.close()
+    """
+
+    def __init__(self, runtime: Runtime, name: str, shards: Shards, training: Training) -> None:
+        self._runtime = runtime
+        self._name = name
+        self._shards: Shards | None = shards
+        self._spec = shards.spec
+        self._training = training
+        self._dropped = False
+
+    # ---- what it is
+
+    @property
+    def name(self) -> str:
+        """Name of the table within its store."""
+        return self._name
+
+    @property
+    def num_embeddings(self) -> int:
+        """Number of rows; row ids run from 0 to one less."""
+        return self._spec.num_embeddings
+
+    @property
+    def embedding_dim(self) -> int:
+        """Number of values in a row's weight."""
+        return self._spec.embedding_dim
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(num_embeddings, embedding_dim)``."""
+        return self.num_embeddings, self.embedding_dim
+
+    @property
+    def rows_per_shard(self) -> int:
+        """Rows in a row-shard, which is one file and one zarr chunk."""
+        return self._spec.rows_per_shard
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows with their optimizer state, whether they take disk yet or not."""
+        return self._spec.nbytes
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer with its hyper-parameters, or None."""
+        return self._training.optimizer
+
+    @property
+    def initializer(self) -> Initializer:
+        """What rows hold before they are first written."""
+        return self._spec.initializer
+
+    @property
+    def step(self) -> int:
+        """Number of updates so far, which Adam's bias correction uses."""
+        return self._training.step
+
+    # ---- reading
+
+    def lookup(self, ids: ArrayLike, *, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Copy rows out of the table.
+
+        Parameters
+        ----------
+        ids : array_like of int
+            Row ids of any integer dtype and any shape; lists too, empty ones too.
+        out : ndarray of float32, shape ``ids.shape + (embedding_dim,)``, optional
+            C-contiguous and writable; filled and returned.
+
+        Returns
+        -------
+        ndarray of float32, shape ``ids.shape + (embedding_dim,)``
+            The caller's own memory, never a view of the table.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The ids are not integers; `out` does not fit.
+        RowIdError
+            An id is negative or past the end.
+        StoreClosedError, TableNotFoundError
+            The store was closed; the table was dropped.
+
+        Notes
+        -----
+        Safe from any thread.
+
+        Examples
+        --------
+        >>> table.lookup([[0, 2], [1, 2]]).shape
+        (2, 2, 4)
+        """
+        return self._read("weight", ids, out)
+
+    def lookup_unique(
+        self, ids: ArrayLike
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+        """Copy each distinct row once.
+
+        Parameters
+        ----------
+        ids : array_like of int
+            Row ids of any integer dtype and any shape.
+
+        Returns
+        -------
+        rows : ndarray of float32, shape (u, embedding_dim)
+            The distinct rows, by ascending id; the caller's own memory.
+        unique_ids : ndarray of int64, shape (u,)
+            Their ids.
+        inverse : ndarray of int64, shape ``ids.shape``
+            ``rows[inverse]`` is what `lookup` returns.
+
+        Raises
+        ------
+        TypeError, RowIdError, StoreClosedError, TableNotFoundError
+            As `lookup`.
+
+        Examples
+        --------
+        >>> rows, unique_ids, inverse = table.lookup_unique([5, 3, 5])
+        >>> unique_ids, inverse
+        (array([3, 5]), array([1, 0, 1]))
+        """
+        self._live()
+        checked = arrays.row_ids(ids, self.num_embeddings, self.name)
+        grouped = plan.group(checked.flat, self.num_embeddings)
+        rows = self._read("weight", grouped.rows, None)
+        return rows, grouped.rows, grouped.inverse().reshape(checked.shape)
+
+    def state(self, column: str, ids: ArrayLike) -> NDArray[np.float32]:
+        """Copy optimizer state of rows.
+
+        Parameters
+        ----------
+        column : str
+            One of the optimizer's state columns, for example ``"exp_avg"``.
+        ids : array_like of int
+            Row ids of any integer dtype and any shape.
+
+        Returns
+        -------
+        ndarray of float32, shape ``ids.shape + (embedding_dim,)``, or ``ids.shape``
+            The latter where the column is one number a row. The caller's own memory.
+
+        Raises
+        ------
+        ValueError
+            The table has no such column.
+        TypeError, RowIdError, StoreClosedError, TableNotFoundError
+            As `lookup`.
+
+        Examples
+        --------
+        >>> table.state("exp_avg", [0, 1]).shape
+        (2, 4)
+        """
+        self._live()
+        states = list(self._spec.columns)[1:]
+        if column not in states:
+            msg = f"table {self.name!r} has no state column {column!r}; it has {', '.join(states) or 'none'}"
+            raise ValueError(msg)
+        rows = self._read(column, ids, None)
+        return rows[..., 0] if rows.shape[-1] == 1 else rows
+
+    def prefetch(self, ids: ArrayLike, *, for_update: bool = False) -> None:
+        """Start to read rows into memory, in the background.
+
+        Parameters
+        ----------
+        ids : array_like of int
+            Row ids that a later lookup or update will ask for.
+        for_update : bool
+            Also make the pages private to this process, which an update would do otherwise.
+
+        Raises
+        ------
+        TypeError, RowIdError, StoreClosedError, TableNotFoundError
+            As `lookup`; `ReadOnlyError` with `for_update` in a read-only store.
+
+        Examples
+        --------
+        >>> table.prefetch([1, 2, 3], for_update=True)
+        """
+        shards = self._live()
+        checked = arrays.row_ids(ids, self.num_embeddings, self.name)
+        rows = plan.group(checked.flat, self.num_embeddings).rows
+        if for_update:
+            self._runtime.check_writable()
+        self._runtime.in_background(partial(batch.prefetch, self._runtime, shards, rows, for_update=for_update))
+
+    # ---- changing
+
+    def update(self, ids: ArrayLike, grads: ArrayLike, *, check_finite: bool = True) -> None:
+        """Take one optimizer step on the rows in `ids`; all of it or nothing.
+
+        Gradients of duplicate ids are summed first, in the order of the batch, so the result has the same bits for
+        any number of threads and shards. Rows that are not in `ids` do not move. In memory only until `Store.commit`.
+
+        Parameters
+        ----------
+        ids : array_like of int
+            Row ids of any integer dtype and any shape.
+        grads : array_like of float, shape ``ids.shape + (embedding_dim,)``
+            float16, float32 or float64; computed in float32.
+        check_finite : bool
+            Refuse NaN and infinity.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Wrong dtype or shape; NaN or infinity; the table has no optimizer.
+        RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError
+            Nothing was changed.
+
+        Examples
+        --------
+        >>> table.update([0, 1], np.ones((2, 4), np.float32))
+        """
+        change = self.plan_change(ids, grads, "gradients", check_finite=check_finite)
+        batch.change(self._runtime, [change])
+
+    def write(self, ids: ArrayLike, rows: ArrayLike, *, check_finite: bool = True) -> None:
+        """Overwrite weights; optimizer state stays. In memory only until `Store.commit`.
+
+        Parameters
+        ----------
+        ids : array_like of int
+            Row ids of any integer dtype and any shape; of duplicates the last wins.
+        rows : array_like of float, shape ``ids.shape + (embedding_dim,)``
+            float16, float32 or float64; kept as float32.
+        check_finite : bool
+            Refuse NaN and infinity.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Wrong dtype or shape; NaN or infinity.
+        RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError
+            Nothing was changed.
+
+        Examples
+        --------
+        >>> table.write([3], [[1.0, 2.0, 3.0, 4.0]])
+        >>> table.lookup(3)
+        array([1., 2., 3., 4.], dtype=float32)
+        """
+        change = self.plan_change(ids, rows, "rows", check_finite=check_finite)
+        batch.change(self._runtime, [change])
+
+    def set_optimizer(self, optimizer: Optimizer) -> None:
+        """Change hyper-parameters, from the next update on; part of the next commit.
+
+        Parameters
+        ----------
+        optimizer : Optimizer
+            Of the same class as the table's, so the state columns are the same.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Not an optimizer, or one with other state.
+        ReadOnlyError, StoreClosedError, TableNotFoundError
+            Nothing was changed.
+
+        Examples
+        --------
+        >>> table.set_optimizer(shardemb.optim.Adam(lr=1e-4))
+        """
+        with self._runtime.changing():
+            self._live()
+            if not isinstance(optimizer, Optimizer) or type(optimizer) is not type(self.optimizer):
+                msg = (
+                    f"table {self.name!r} has the optimizer {self.optimizer}; set_optimizer changes its "
+                    f"hyper-parameters, not its kind, got {optimizer!r}"
+                )
+                raise ValueError(msg)
+            self._training.optimizer = optimizer
+
+    # ---- leaving
+
+    def to_dask_array(self) -> dask.array.Array:
+        """Make a dask array of the weights, one chunk a row-shard, read when it is computed.
+
+        Returns
+        -------
+        dask.array.Array of float32, shape (num_embeddings, embedding_dim)
+            Shows the rows as they are when a chunk is computed, changes that are not committed included. For
+            schedulers of this process; from other processes open ``TABLE/rows`` with `dask.array.from_zarr`.
+
+        Raises
+        ------
+        StoreClosedError, TableNotFoundError
+            As `lookup`.
+
+        Examples
+        --------
+        >>> float(table.to_dask_array()[:100].sum().compute())
+        0.0
+        """
+        read = partial(_read_weights, self)
+        self._live()
+        return scheduler.as_array(read, self.num_embeddings, self.embedding_dim, self.rows_per_shard)
+
+    def to_arrow_batches(
+        self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None
+    ) -> pa.RecordBatchReader:
+        """Stream the table as Arrow record batches, in bounded memory.
+
+        Parameters
+        ----------
+        columns : sequence of str
+            Optimizer state columns to add.
+        rows : tuple of two int, optional
+            ``(start, stop)``, a half-open range of row ids; all rows by default.
+
+        Returns
+        -------
+        pyarrow.RecordBatchReader
+            ``id: int64``, ``embedding: FixedSizeList<float32>``, then the state columns; at most 65,536 rows a
+            batch. duckdb, polars, lance and others take it as it is. Read it before the store is closed.
+
+        Raises
+        ------
+        ValueError
+            No such column, or no such range.
+        StoreClosedError, TableNotFoundError
+            As `lookup`.
+
+        Examples
+        --------
+        >>> table.to_arrow_batches(rows=(10, 20)).read_all().num_rows
+        10
+        """
+        from shardemb import export
+
+        self._live()
+        return export.to_arrow_batches(
+            _Source(self),
+            columns=columns,
+            rows=rows,
+            run=partial(scheduler.run, threads=self._runtime.threads),
+            workers=self._runtime.threads,
+        )
+
+    def export_parquet(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        columns: Sequence[str] = (),
+        rows: tuple[int, int] | None = None,
+        parts: int | None = None,
+        progress: Progress = None,
+    ) -> ExportReport:
+        """Write the table to a parquet file, or to a folder of them, in bounded memory.
+
+        Parameters
+        ----------
+        path : path-like
+            The file; one that exists is replaced, in one instant. With `parts`, the folder: new or empty.
+        columns : sequence of str
+            Optimizer state columns to add.
+        rows : tuple of two int, optional
+            ``(start, stop)``, a half-open range of row ids; all rows by default.
+        parts : int, optional
+            Write this many files, several at a time, which is faster on several cores.
+        progress : bool or callable, optional
+            True for a bar; or a function that is called with the rows done and the rows in all.
+
+        Returns
+        -------
+        ExportReport
+            Path, files, rows and bytes.
+
+        Raises
+        ------
+        TypeError, ValueError
+            No such column, no such range, or a number of parts below 1.
+        FileNotFoundError, FileExistsError, DiskFullError
+            About `path`; what was there before is as it was.
+        StoreClosedError, TableNotFoundError
+            As `lookup`.
+
+        Notes
+        -----
+        ``id: int64``, ``embedding: FixedSizeList<float32>`` and the state columns, none of them nullable; zstd,
+        BYTE_STREAM_SPLIT, row groups of at most 65,536 rows. Rows are exported as a lookup sees them, changes that
+        are not committed included.
+
+        Examples
+        --------
+        >>> report = table.export_parquet(tmp / "tokens.parquet", rows=(0, 100))
+        >>> report.num_rows
+        100
+        """
+        from shardemb import export
+
+        self._live()
+        return export.export_parquet(
+            _Source(self),
+            path,
+            columns=columns,
+            rows=rows,
+            parts=parts,
+            progress=progress,
+            run=partial(scheduler.run, threads=self._runtime.threads),
+            workers=self._runtime.threads,
+        )
+
+    # ---- at a glance
+
+    def __repr__(self) -> str:
+        return report.one_line(self.facts())
+
+    def _repr_html_(self) -> str:
+        return report.html_table([self.facts()])
+
+    def __len__(self) -> int:
+        return self.num_embeddings
+
+    def __reduce__(self) -> NoReturn:
+        msg = (
+            f"table {self.name!r} cannot be pickled: it is memory of this process; in the other process call "
+            f'shardemb.open({str(self._runtime.path)!r}, mode="r")[{self.name!r}]'
+        )
+        raise TypeError(msg)
+
+    def facts(self) -> report.Facts:
+        """Return what is told about the table at a glance."""
+        changed = self._shards.count_changes() if self._shards and not self._runtime.closed else None
+        return report.Facts(
+            name=self.name,
+            num_embeddings=self.num_embeddings,
+            embedding_dim=self.embedding_dim,
+            optimizer=repr(self.optimizer) if self.optimizer else "no optimizer",
+            step=self.step,
+            num_shards=self._spec.num_shards,
+            nbytes=self.nbytes,
+            changed_rows=changed,
+        )
+
+    # ---- the way down
+
+    def plan_read(
+        self, column: str, ids: ArrayLike, out: NDArray[np.float32] | None = None
+    ) -> tuple[batch.Read, Float32Array]:
+        """Check a lookup; return what is to be done, and the array that will hold the result. For `Store`."""
+        shards = self._live()
+        checked = arrays.row_ids(ids, self.num_embeddings, self.name)
+        first, last = self._spec.columns[column]
+        result = arrays.output(out, (*checked.shape, last - first))
+        # A subclass of ndarray, such as a memmap, would be another type to the kernels.
+        flat = result.view(np.ndarray).reshape(-1, last - first)
+        return batch.Read(shards, column, checked.flat, flat), result
+
+    def plan_change(self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool) -> batch.Change:
+        """Check an update (`what` is "gradients") or a write ("rows") and group its ids. For `Store`."""
+        shards = self._live()
+        if what == "gradients" and self.optimizer is None:
+            msg = f"table {self.name!r} has no optimizer: give create_table one, or set rows with write()"
+            raise ValueError(msg)
+        checked = arrays.row_ids(ids, self.num_embeddings, self.name)
+        shape = (*checked.shape, self.embedding_dim)
+        rows = arrays.rows(values, shape, what=what, table=self.name, check_finite=check_finite)
+        grouped = plan.group(checked.flat, self.num_embeddings)
+        return batch.Change(shards, grouped, rows, self._training if what == "gradients" else None)
+
+    def _restore(self, name: str, optimizer: Optimizer | None, step: int) -> None:
+        self._name, self._dropped = name, False
+        self._training.optimizer, self._training.step = optimizer, step
+
+    def _live(self) -> Shards:
+        self._runtime.check_open()
+        if self._shards is None or self._dropped:
+            msg = f"table {self.name!r} is no longer in the store {self._runtime.path}"
+            raise TableNotFoundError(msg)
+        return self._shards
+
+    def _read(self, column: str, ids: ArrayLike, out: NDArray[np.float32] | None) -> Float32Array:
+        read, result = self.plan_read(column, ids, out)
+        batch.read(self._runtime, [read])
+        return result
+
+
+def _read_weights(table: Table, start: int, stop: int) -> Float32Array:
+    return batch.read_range(table._live(), "weight", start, stop)
+
+
+class _Source:
+    """A table as `export` sees it."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self.name = table.name
+        self.num_embeddings = table.num_embeddings
+        self.embedding_dim = table.embedding_dim
+        self.rows_per_shard = table.rows_per_shard
+        spec = table._spec
+        self.columns = {name: last - first for name, (first, last) in spec.columns.items() if name != "weight"}
+
+    def read_rows(self, start: int, stop: int, columns: Sequence[str]) -> list[Float32Array]:
+        return [
+            batch.read_range(self._table._live(), column, start, stop) for column in ("weight", *columns)
+        ]
+
+    def give_back(self, start: int, stop: int) -> None:
+        runtime = self._table._runtime
+        with runtime.lock:
+            self._table._live().drop_clean(start, stop)
+
+    def describe(self) -> Mapping[str, object]:
+        spec, optimizer = self._table._spec, self._table.optimizer
+        return {
+            "uuid": spec.uuid,
+            "step": self._table.step,
+            "optimizer": optimizer.to_json() if optimizer else None,
+            "initializer": spec.initializer.to_json(),
+        }
