@@ -17,7 +17,7 @@ from shardemb import files, kernels, layout
 from shardemb.errors import FormatError, ShardEmbError
 from shardemb.initializers import Constant, stream_key
 from shardemb.spec import PAGE, ROWS_PER_BLOCK, TableSpec
-from shardemb.writeback import FileRange
+from shardemb.writeback import FileChanges
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
@@ -165,18 +165,15 @@ class Shards:
         """Count the rows that differ from the files."""
         return int(kernels.count_bits(self.dirty, self.blocks))
 
-    def changed_ranges(self) -> list[FileRange]:
-        """Stretches of the files whose pages hold changed rows or presence bits, in order."""
-        ranges = []
-        for first, last in self._changed_pages():
-            ranges += _split(self._rows, int(first), int(last), self.spec.shard_bytes, self.shard_path)
+    def changed_files(self) -> list[FileChanges]:
+        """List the pages that hold changed rows or presence bits, by the file that they belong to."""
+        changes = _by_file(self._rows, self._changed_pages(), self.spec.shard_bytes, self.shard_path)
         if self.spec.has_presence:
             # A block of rows has its presence bits in the page of the same number.
-            for block in map(int, np.flatnonzero(self.blocks)):
-                ranges += _split(
-                    self._present, block, block + 1, self.spec.presence_chunk_bytes, self.presence_path
-                )
-        return ranges
+            blocks = np.flatnonzero(self.blocks)
+            pages = np.stack([blocks, blocks + 1], axis=1)
+            changes += _by_file(self._present, pages, self.spec.presence_chunk_bytes, self.presence_path)
+        return changes
 
     def forget_changes(self) -> None:
         """Go back to what the files hold."""
@@ -249,17 +246,23 @@ def _map(
     return memory
 
 
-def _split(
-    memory: files.AddressRange, first: int, last: int, file_bytes: int, path: Callable[[int], Path]
-) -> list[FileRange]:
-    """Turn a run of pages of a mapped range into stretches of the files that are mapped there."""
-    begin, end, ranges = first * PAGE, last * PAGE, []
-    while begin < end:
-        number, offset = divmod(begin, file_bytes)
-        nbytes = min(end - begin, file_bytes - offset)
-        ranges.append(FileRange(path(number), offset, memory.bytes(begin, nbytes)))
-        begin += nbytes
-    return ranges
+def _by_file(
+    memory: files.AddressRange, pages: Int64Array, file_bytes: int, path: Callable[[int], Path]
+) -> list[FileChanges]:
+    """Divide runs of pages of a mapped range, ascending and apart, among the files that are mapped there."""
+    runs = pages * PAGE
+    changes, number = [], 0
+    while True:
+        first = int(np.searchsorted(runs[:, 1], number * file_bytes, side="right"))
+        if first == len(runs):
+            return changes
+        number = max(number, int(runs[first, 0]) // file_bytes)
+        begin, end = number * file_bytes, (number + 1) * file_bytes
+        last = int(np.searchsorted(runs[:, 0], end))
+        # A run may go on in the next file.
+        stretches = np.clip(runs[first:last], begin, end) - begin
+        changes.append(FileChanges(path(number), memory.bytes(begin, file_bytes), stretches))
+        number += 1
 
 
 def create(spec: TableSpec, directory: Path, values: Float32Array | None) -> None:

@@ -175,7 +175,7 @@ class Store(Mapping[str, Table]):
 
         Examples
         --------
-        >>> store.drop_table("users")
+        >>> store.drop_table("tokens")
         """
         with self._runtime.changing():
             self[name]._dropped = True
@@ -539,14 +539,14 @@ class Store(Mapping[str, Table]):
         path, threads, tables = self._runtime.path, self._runtime.threads, tuple(self._tables.values())
         kept = {table._spec.uuid for table in tables}
         manifest = replace(manifest, dropped=tuple(old for old in self._committed if old not in kept))
-        ranges = [each for table in tables for each in table._shards.changed_ranges()]
+        changes = [each for table in tables for each in table._shards.changed_files()]
         staged = files.stage(folders.manifest(path), manifest.to_bytes())
-        writeback.secure(ranges, threads)
+        writeback.secure(changes, threads)
         if any(uuid not in self._committed for uuid in kept):
             files.sync_filesystem(path)
         with signals_deferred():
             try:
-                writeback.write(ranges, threads)
+                writeback.write(changes, threads)
                 files.publish(staged)
                 self._manifest = manifest
                 directories = folders.arrange(path, manifest.tables, manifest.dropped)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 from shardemb import files, scheduler
@@ -17,17 +16,29 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from shardemb.arrays import Int64Array
+
 
 @dataclass(frozen=True)
-class FileRange:
-    """A stretch of a file, and the memory that it is to be written from."""
+class FileChanges:
+    """What is to be written into one file.
+
+    Attributes
+    ----------
+    path : Path
+        The file.
+    memory : memoryview
+        Where the whole file is mapped: what to write, and where, have the same offset.
+    stretches : ndarray of int64, shape (n, 2)
+        First byte and one past the last of each stretch that changed, ascending and apart.
+    """
 
     path: Path
-    offset: int
-    data: memoryview
+    memory: memoryview
+    stretches: Int64Array
 
 
-def secure(ranges: Sequence[FileRange], threads: int) -> None:
+def secure(changes: Sequence[FileChanges], threads: int) -> None:
     """Secure the disk space of every stretch.
 
     Raises
@@ -35,35 +46,31 @@ def secure(ranges: Sequence[FileRange], threads: int) -> None:
     DiskFullError
         There is no room; nothing was changed.
     """
-    _each_file(_secure_file, ranges, threads)
+    _each_file(_secure_file, changes, threads)
 
 
-def write(ranges: Sequence[FileRange], threads: int) -> None:
+def write(changes: Sequence[FileChanges], threads: int) -> None:
     """Write every stretch and make it durable, each file within one task."""
-    _each_file(_write_file, ranges, threads)
+    _each_file(_write_file, changes, threads)
 
 
-def _each_file(work: Callable[[list[FileRange]], None], ranges: Sequence[FileRange], threads: int) -> None:
-    by_file = [list(group) for _, group in groupby(ranges, key=lambda stretch: stretch.path)]
-    tasks = min(2 * threads, len(by_file))
-    scheduler.run([partial(_all, work, by_file[task::tasks]) for task in range(tasks)], threads)
+def _each_file(work: Callable[[FileChanges], None], changes: Sequence[FileChanges], threads: int) -> None:
+    def some(changes: Sequence[FileChanges]) -> None:
+        for each in changes:
+            work(each)
+
+    tasks = min(2 * threads, len(changes))
+    scheduler.run([partial(some, changes[task::tasks]) for task in range(tasks)], threads)
 
 
-def _all(work: Callable[[list[FileRange]], None], by_file: list[list[FileRange]]) -> None:
-    for ranges in by_file:
-        work(ranges)
+def _secure_file(changes: FileChanges) -> None:
+    with files.opened(changes.path, os.O_WRONLY) as descriptor:
+        for start, stop in changes.stretches.tolist():
+            files.allocate(descriptor, start, stop - start, changes.path)
 
 
-def _secure_file(ranges: list[FileRange]) -> None:
-    path = ranges[0].path
-    with files.opened(path, os.O_WRONLY) as descriptor:
-        for stretch in ranges:
-            files.allocate(descriptor, stretch.offset, stretch.data.nbytes, path)
-
-
-def _write_file(ranges: list[FileRange]) -> None:
-    path = ranges[0].path
-    with files.opened(path, os.O_WRONLY) as descriptor:
-        for stretch in ranges:
-            files.write(descriptor, stretch.data, stretch.offset, path)
-        files.sync(descriptor, path)
+def _write_file(changes: FileChanges) -> None:
+    with files.opened(changes.path, os.O_WRONLY) as descriptor:
+        for start, stop in changes.stretches.tolist():
+            files.write(descriptor, changes.memory[start:stop], start, changes.path)
+        files.sync(descriptor, changes.path)

@@ -1,0 +1,333 @@
+"""English prose that every Python carries, and the batches that word vectors are trained on.
+
+Where does a program find real text to learn from, without a download? In the language reference that
+``help()`` prints, and in the docstrings and comments of the standard library's source files: some 400,000
+words.
+
+1. `passages` reads the texts: one passage is a topic, a docstring or a block of comment lines. Files come in
+   the order of their paths, so the text is the same each time; files that cannot be read are left out.
+2. `prose` keeps the lines that are English rather than code, in lower case, and splits them into paragraphs.
+3. `build` leaves out paragraphs seen before (licences, and what stands over every second method), gives the
+   most frequent words the row ids 0, 1, 2, ... and writes the text as row ids.
+4. `Batches` cuts the text into batches. Each is a function of the seed and its number alone, so that a run
+   that was stopped can go on as if it had not been.
+
+Another version of Python has another library and so another text; `Corpus.fingerprint` tells them apart.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import re
+import sysconfig
+import tokenize
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from shardemb.arrays import Float32Array, Int64Array
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "Corpus",
+    "build",
+    "fingerprint",
+    "passages",
+    "prose",
+    "read_words",
+    "write_words",
+]
+
+SKIPPED_FOLDERS = frozenset(
+    {"__pycache__", "dist-packages", "ensurepip", "idle_test", "idlelib", "lib2to3"}
+    | {"pydoc_data", "site-packages", "test", "tests", "turtledemo"}
+)
+"""Not installed everywhere, not the library's own, or hardly any prose. (pydoc_data is imported instead.)"""
+
+SPANS, SPAN_LENGTH = 256, 32
+"""A batch is so many stretches of text of so many words: 8,192 words, some 38,000 pairs of neighbours."""
+
+WINDOW = 5
+"""Neighbours stand at most so far apart; how far is drawn anew for each word, so near ones count more."""
+
+NOISE, NOISE_PER_PAIR = 32, 5
+"""Random words drawn for each span and shared by its pairs, and how many of them a pair should weigh as."""
+
+SUBSAMPLE = 1e-3
+"""Words more frequent than this are thinned out first: "the" says little about what stands beside it."""
+
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_WORD = re.compile(r"[a-z]+(?:['-][a-z]+)*")
+_PUNCTUATION = ".,;:!?()[]{}<>\"'`*|/-"
+_WORDS_IN_PROSE = 0.7
+_SHORTEST_PARAGRAPH = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """A text as row ids.
+
+    Attributes
+    ----------
+    words : tuple of str
+        The vocabulary: row id r stands for ``words[r]``; the more frequent word comes first.
+    tokens : ndarray of int64, shape (n,)
+        The text. Words outside the vocabulary are left out.
+    passage : ndarray of int64, shape (n,)
+        Number of the passage that each token stands in; words of two passages are not each other's context.
+    """
+
+    words: tuple[str, ...]
+    tokens: Int64Array
+    passage: Int64Array
+
+    @property
+    def counts(self) -> Int64Array:
+        """How often each word occurs, shape (len(words),)."""
+        return np.bincount(self.tokens, minlength=len(self.words))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of words, tokens and passages: 16 hexadecimal digits, the same on every machine."""
+        digest = hashlib.blake2b(fingerprint(self.words).encode(), digest_size=8)
+        for array in (self.tokens, self.passage):
+            digest.update(array.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def build(vocabulary: int, stdlib: Path | None = None) -> Corpus:
+    """Read the standard library's prose.
+
+    Parameters
+    ----------
+    vocabulary : int
+        Words to keep, the most frequent ones; words of one frequency in alphabetical order. There are fewer
+        where the text does not have as many.
+    stdlib : Path, optional
+        Folder of source files; default the running interpreter's standard library.
+
+    Returns
+    -------
+    Corpus
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no prose in `stdlib`: some distributions ship the library without its sources.
+
+    Examples
+    --------
+    >>> corpus = build(1000)
+    >>> len(corpus.words), "the" in corpus.words, len(corpus.tokens) > 100_000
+    (1000, True, True)
+    """
+    folder = stdlib or Path(sysconfig.get_paths()["stdlib"])
+    texts = list(_without_repeats(folder))
+    frequency = Counter(word for text in texts for word in text)
+    if not frequency:
+        msg = f"{folder} has no source files with English text; use a Python that keeps its library there"
+        raise FileNotFoundError(msg)
+    words = sorted(frequency, key=lambda word: (-frequency[word], word))[:vocabulary]
+    row_of = {word: row for row, word in enumerate(words)}
+    rows = [[row_of[word] for word in text if word in row_of] for text in texts]
+    return Corpus(
+        words=tuple(words),
+        tokens=np.fromiter((row for text in rows for row in text), dtype=np.int64),
+        passage=np.repeat(np.arange(len(rows)), [len(text) for text in rows]),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Spans of text with all their pairs.
+
+    Attributes
+    ----------
+    words : ndarray of int64, shape (spans, span_length)
+        The text.
+    contexts : ndarray of int64, shape (spans, span_length + noise)
+        The same text again, as neighbours of itself, then the noise.
+    weights : ndarray of float32, shape (spans, span_length, span_length + noise)
+        How much the pair of a word and a context counts: 1 for neighbours, 0 for other words of the span.
+        Noise weighs `NOISE_PER_PAIR` times as much as the word has neighbours, spread evenly.
+    """
+
+    words: Int64Array
+    contexts: Int64Array
+    weights: Float32Array
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs of neighbours."""
+        return int(np.count_nonzero(self.weights[:, :, : self.words.shape[1]]))
+
+
+class Batches:
+    """The batches of a run: ``batches[step]`` depends on the corpus, the seed and the step, and nothing else.
+
+    An epoch goes over the text once: it thins out the frequent words, cuts what is left into spans and
+    shuffles them. Every epoch has `per_epoch` batches, so the step alone tells where in which epoch it lies.
+
+    Examples
+    --------
+    >>> batch = Batches(build(1000), seed=0)[7]
+    >>> batch.words.shape, batch.contexts.shape, batch.weights.shape
+    ((256, 32), (256, 64), (256, 32, 64))
+    """
+
+    def __init__(self, text: Corpus, seed: int) -> None:
+        counts = text.counts
+        share = SUBSAMPLE * counts.sum() / np.maximum(counts, 1)
+        self._text, self._seed = text, seed
+        self._kept = np.minimum(np.sqrt(share) + share, 1.0)
+        noise = np.cumsum(counts**0.75)
+        self._noise = noise / noise[-1]
+        self.per_epoch = max(1, int(counts @ self._kept) // (SPANS * SPAN_LENGTH))
+        self._epoch = lru_cache(maxsize=1)(self._make_epoch)
+
+    def __getitem__(self, step: int) -> Batch:
+        """Make the batch of a step, counted from 0."""
+        epoch, number = divmod(step, self.per_epoch)
+        spans = self._epoch(epoch)
+        # An epoch that happened to keep too few words begins again from its start.
+        positions = spans[np.arange(number * SPANS, (number + 1) * SPANS) % len(spans)]
+        random = np.random.default_rng((self._seed, 1, step))
+        words, passage = self._text.tokens[positions], self._text.passage[positions]
+        reach = random.integers(1, WINDOW + 1, size=words.shape)[:, :, None]
+        noise = np.searchsorted(self._noise, random.random((SPANS, NOISE)), side="right")
+        place = np.arange(SPAN_LENGTH)
+        distance = np.abs(place[:, None] - place)
+        near = (distance > 0) & (distance <= reach) & (passage[:, :, None] == passage[:, None, :])
+        weights = np.empty((*words.shape, SPAN_LENGTH + NOISE), dtype=np.float32)
+        weights[:, :, :SPAN_LENGTH] = near
+        weights[:, :, SPAN_LENGTH:] = near.sum(axis=2, keepdims=True) * (NOISE_PER_PAIR / NOISE)
+        return Batch(words, np.concatenate([words, noise], axis=1), weights)
+
+    def _make_epoch(self, epoch: int) -> Int64Array:
+        """Positions in the text, shape (spans, SPAN_LENGTH), shuffled."""
+        random = np.random.default_rng((self._seed, 0, epoch))
+        kept = np.flatnonzero(random.random(len(self._text.tokens)) < self._kept[self._text.tokens])
+        kept = kept[random.integers(SPAN_LENGTH) :]
+        spans = kept[: len(kept) // SPAN_LENGTH * SPAN_LENGTH].reshape(-1, SPAN_LENGTH)
+        return spans[random.permutation(len(spans))]
+
+
+def write_words(path: Path, words: Sequence[str]) -> None:
+    """Write a vocabulary, one word a line in the order of the rows. The file appears whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+    draft.replace(path)
+
+
+def read_words(path: Path) -> tuple[str, ...]:
+    """Read what `write_words` wrote; no words where there is no such file."""
+    return tuple(path.read_text(encoding="utf-8").split()) if path.exists() else ()
+
+
+def fingerprint(words: Sequence[str]) -> str:
+    """Hash a vocabulary: 16 hexadecimal digits, the same on every machine."""
+    return hashlib.blake2b("\n".join(words).encode(), digest_size=8).hexdigest()
+
+
+def passages(stdlib: Path) -> Iterator[str]:
+    """Yield every topic of the language reference, then every docstring and comment of the source files."""
+    yield from _topics()
+    for path in _source_files(stdlib):
+        try:
+            with tokenize.open(path) as file:  # minds the file's own declaration of its encoding
+                source = file.read()
+            with warnings.catch_warnings(action="ignore"):  # a parser's remarks on somebody else's escapes
+                tree = ast.parse(source)
+        except (OSError, SyntaxError, ValueError, RecursionError):
+            continue
+        yield from _docstrings(tree)
+        yield from _comments(source)
+
+
+def prose(text: str) -> Iterator[list[str]]:
+    r"""Yield the words of each paragraph, in lower case, without its lines of code.
+
+    Examples
+    --------
+    >>> list(prose("Return the list.\n>>> f(1)\n\nx = f(y, 2)\n----\n"))
+    [['return', 'the', 'list']]
+    """
+    for paragraph in re.split(r"\n\s*\n", text):
+        words = [word for line in paragraph.split("\n") for word in _words(line)]
+        if len(words) >= _SHORTEST_PARAGRAPH:
+            yield words
+
+
+def _without_repeats(stdlib: Path) -> Iterator[list[str]]:
+    seen: set[tuple[str, ...]] = set()
+    for passage in passages(stdlib):
+        words: list[str] = []
+        for paragraph in prose(passage):
+            key = tuple(paragraph)
+            if key not in seen:
+                seen.add(key)
+                words += paragraph
+        if words:
+            yield words
+
+
+def _topics() -> Iterator[str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions package the documentation apart
+        return
+    for name in sorted(topics):
+        yield topics[name]
+
+
+def _source_files(stdlib: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(stdlib):
+        # Sorting in place steers the walk: the order of a directory's entries is otherwise the file system's.
+        folders[:] = sorted(set(folders) - SKIPPED_FOLDERS)
+        for name in sorted(names):
+            if name.endswith(".py"):
+                yield Path(folder, name)
+
+
+def _docstrings(tree: ast.AST) -> Iterator[str]:
+    if isinstance(tree, _DOCUMENTED):
+        text = ast.get_docstring(tree, clean=False)
+        if text:
+            yield text
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, (ast.stmt, ast.ExceptHandler)):  # expressions hold no docstrings, and are many
+            yield from _docstrings(child)
+
+
+def _comments(source: str) -> Iterator[str]:
+    # Only lines that are comments as a whole: what stands after code is mostly a note on that code. tokenize
+    # would also tell a "#" within a string, but takes longer than all the rest of this module together.
+    block: list[str] = []
+    for line in source.split("\n"):
+        stripped = line.lstrip()
+        if stripped.startswith("#"):
+            block.append(stripped.lstrip("#"))
+        elif block:
+            yield "\n".join(block)
+            block.clear()
+    if block:
+        yield "\n".join(block)
+
+
+def _words(line: str) -> list[str]:
+    if line.lstrip().startswith((">>>", "...")):
+        return []
+    pieces = [piece for piece in (piece.strip(_PUNCTUATION).lower() for piece in line.split()) if piece]
+    words = [piece for piece in pieces if _WORD.fullmatch(piece)]
+    return words if len(words) >= max(2, _WORDS_IN_PROSE * len(pieces)) else []

@@ -1,0 +1,175 @@
+"""A long job as its caller sees it: how far it has come, and that it is over when the call is.
+
+A job opens `track` with the number of steps it will make and calls what it gets back after each of them, from
+whichever thread made it. What becomes of that is the caller's choice, the argument `progress` of every public
+method that takes long:
+
+- ``False`` or ``None``: nothing is shown, which is what a library does unless asked;
+- ``True``: a bar on stderr where stderr is a terminal, else one line when the job is done, so that a log gets
+  neither escape codes nor a hundred half-drawn bars;
+- a function: called as ``progress(done, total)`` after each step; what it raises ends the job.
+
+rich is imported only when a bar is really drawn.
+
+A job that works in several threads runs its tasks through `settled`, so that whoever gets an exception can
+clean up after them.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+Report: TypeAlias = "Callable[[int, int], object]"
+"""Takes the steps made and the steps to make; its result is not looked at."""
+
+Progress: TypeAlias = "bool | Report | None"
+"""What a public method accepts as `progress`."""
+
+Advance: TypeAlias = "Callable[[int], None]"
+"""Takes the number of steps just made."""
+
+Run: TypeAlias = "Callable[[Sequence[Callable[[], Any]]], list[Any]]"
+"""Runs a few tasks side by side and returns their results in order when all are done; or raises."""
+
+
+@contextmanager
+def track(total: int, description: str, *, progress: Progress = None) -> Iterator[Advance]:
+    """Show a job's progress while the block runs.
+
+    Parameters
+    ----------
+    total : int
+        Steps of the whole job. With none there is nothing to report, and a function is never called.
+    description : str
+        What is being done, for the bar or the line.
+    progress : bool or callable or None
+        See the module's description.
+
+    Yields
+    ------
+    callable
+        ``advance(steps)``, to be called after each step or batch of steps, from any thread: calls are taken
+        one at a time, so the caller's function never sees less than before. What it raises comes out there.
+
+    Raises
+    ------
+    TypeError
+        `progress` is none of the three.
+
+    Examples
+    --------
+    >>> with track(3, "counting", progress=lambda done, total: print(f"{done}/{total}")) as advance:
+    ...     advance(2)
+    ...     advance(1)
+    2/3
+    3/3
+    """
+    done = 0
+    lock = threading.Lock()
+    with _reporter(total, description, progress) as report:
+
+        def advance(steps: int) -> None:
+            nonlocal done
+            with lock:
+                done += steps
+                report(done, total)
+
+        yield advance
+
+
+def settled(run: Run, tasks: Sequence[Callable[[], Any]], stop: threading.Event) -> list[Any]:
+    """Run tasks so that none of them is still running when this raises.
+
+    `run` may well raise earlier: a Ctrl-C comes to the thread that waits, and those that do the work know
+    nothing of it.
+
+    Parameters
+    ----------
+    run : callable
+        Runs the tasks.
+    tasks : sequence of callable
+        What to run. A task that takes long looks at `stop` now and then, and returns early if it is set.
+    stop : threading.Event
+        Set as soon as a task or `run` raises. Tasks that have not begun by then never will.
+
+    Returns
+    -------
+    list
+        The tasks' results, in order.
+
+    Examples
+    --------
+    >>> settled(lambda tasks: [task() for task in tasks], [lambda: 1, lambda: 2], threading.Event())
+    [1, 2]
+    """
+    begun: list[Future[None]] = [Future() for _ in tasks]
+
+    def guarded(future: Future[None], task: Callable[[], Any]) -> object:
+        if not future.set_running_or_notify_cancel():
+            return None
+        try:
+            return task()
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            future.set_result(None)
+
+    try:
+        return run([partial(guarded, future, task) for future, task in zip(begun, tasks, strict=True)])
+    except BaseException:
+        stop.set()
+        wait([future for future in begun if not future.cancel()])
+        raise
+
+
+def _reporter(total: int, description: str, progress: Progress) -> AbstractContextManager[Report]:
+    if callable(progress):
+        return nullcontext(progress)
+    if progress not in (None, False, True):
+        msg = f"progress must be True, False, None or a function of (done, total), got {progress!r}"
+        raise TypeError(msg)
+    if not progress:
+        return nullcontext(lambda done, total: None)
+    # A process without a console, a Windows service or pythonw, has no stderr at all.
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    return _bar(total, description) if terminal else _line(description)
+
+
+@contextmanager
+def _bar(total: int, description: str) -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda done, total: bar.update(task, completed=done)
+
+
+@contextmanager
+def _line(description: str) -> Iterator[Report]:
+    start = time.perf_counter()
+    last = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        last = done
+
+    yield report
+    if sys.stderr is not None:
+        print(f"{description}: {last:,} in {time.perf_counter() - start:.1f} s", file=sys.stderr)

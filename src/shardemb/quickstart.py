@@ -1,0 +1,407 @@
+"""Word vectors from the standard library's own prose: the whole life of a store in one short program.
+
+How does one train embeddings with shardemb? Two tables in one store, one row a word: ``words`` holds the
+vectors that are wanted, ``contexts`` those they are trained against: skip-gram with negative sampling (Mikolov
+and others, "Distributed representations of words and phrases and their compositionality", 2013). A step:
+
+1. `corpus.Batches` makes the batch: a function of (seed, step) and of nothing else.
+2. ``store.lookup`` brings the rows of both tables.
+3. `gradients` does the mathematics: three matrix products in NumPy.
+4. ``store.update`` takes one optimizer step on each row of the batch.
+5. Every so often ``store.commit`` makes all of it durable, together with the step and the options.
+
+So whatever stops a run, the next one goes on from the last commit and ends with the same bits as a run that
+was never stopped (on one machine: another processor's matrix product may round differently).
+
+What a run leaves in its folder::
+
+    store.zarr/       the store with both tables
+    words.txt         the vocabulary: line r, counted from 0, is the word of row r
+    words.parquet     the vectors of the table "words": columns id and embedding
+
+In pandas, ``pandas.read_parquet("words.parquet").assign(word=open("words.txt").read().split())`` puts each
+word beside its vector.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+import shardemb
+from shardemb import corpus
+from shardemb.report import size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from shardemb.arrays import Float32Array
+
+__all__ = ["OptionError", "Options", "Result", "gradients", "nearest", "run"]
+
+LEARNING_RATE = 0.3
+"""High, for Adagrad, which divides by the size of past gradients: the sum over a word's hundreds of pairs in
+a batch moves it no further than one pair would. Frequent words do not run away, and rare ones still move."""
+
+_FIXED = ("vocabulary", "dim", "seed")
+"""Options that cannot change from one run in a folder to the next."""
+
+SHOWN = (
+    *("list", "string", "bytes", "integer", "true", "exception"),
+    *("class", "function", "module", "file", "thread", "server"),
+)
+"""Words whose neighbours are shown at the end."""
+
+
+class OptionError(shardemb.ShardEmbError, ValueError):
+    """An option is out of range, or is not what the folder was trained with."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run is asked to do.
+
+    Attributes
+    ----------
+    folder : Path
+        Where everything is kept; made if missing.
+    vocabulary : int
+        Rows of each table, one a word: the most frequent ones.
+    dim : int
+        Values of a vector.
+    steps : int
+        Batches to train on, those of earlier runs in this folder included.
+    seed : int
+        Of the initial vectors, and of what is drawn for the batches; at least 0.
+    commit_every : int
+        Steps between two commits; also between two lines of output where that is not a terminal.
+
+    Raises
+    ------
+    OptionError
+        A number is out of range.
+    """
+
+    folder: Path = Path("quickstart")
+    vocabulary: int = 5000
+    dim: int = 64
+    steps: int = 1000
+    seed: int = 0
+    commit_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name, least in {"vocabulary": 2, "dim": 1, "steps": 1, "seed": 0, "commit_every": 1}.items():
+            if getattr(self, name) < least:
+                raise OptionError(f"option {name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def store(self) -> Path:
+        """The store."""
+        return self.folder / "store.zarr"
+
+    @property
+    def words(self) -> Path:
+        """The vocabulary, one word a line in the order of the rows."""
+        return self.folder / "words.txt"
+
+    @property
+    def parquet(self) -> Path:
+        """The vectors, for everybody else."""
+        return self.folder / "words.parquet"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ended with.
+
+    Attributes
+    ----------
+    steps : int
+        Steps the vectors have been trained for, in all runs together.
+    trained : int
+        Steps that this run made of them.
+    loss : float
+        Mean loss of a pair in the steps before the last commit.
+    neighbours : mapping of str to tuple of str
+        The words whose vectors point most nearly the same way, nearest first, for the words of `SHOWN`.
+    bytes_on_disk : int
+        Disk space that the store takes. Its files are sparse: ``ls -l`` shows more than there is.
+    parquet : Path
+        The vectors, by row id.
+    """
+
+    steps: int
+    trained: int
+    loss: float
+    neighbours: Mapping[str, tuple[str, ...]]
+    bytes_on_disk: int
+    parquet: Path
+
+
+# ---- the mathematics
+
+
+def gradients(
+    words: Float32Array, contexts: Float32Array, weights: Float32Array
+) -> tuple[float, Float32Array, Float32Array]:
+    """Loss of a batch, and its derivatives with respect to all looked-up rows.
+
+    The loss is the sum of ``-log(sigmoid(score))`` over the neighbours and of ``-log(sigmoid(-score))`` over
+    the noise, each times its weight; the score of a word and a context is the dot product of their rows.
+
+    Parameters
+    ----------
+    words : ndarray of float32, shape (spans, span_length, dim)
+        Rows of the words.
+    contexts : ndarray of float32, shape (spans, span_length + noise, dim)
+        Rows of the contexts, noise last.
+    weights : ndarray of float32, shape (spans, span_length, span_length + noise)
+        As in `Batch`.
+
+    Returns
+    -------
+    loss : float
+    words_gradient, contexts_gradient : ndarray of float32
+        Of the shapes of `words` and `contexts`. A row that was looked up twice has its gradient in two parts,
+        which ``store.update`` adds up.
+
+    Examples
+    --------
+    >>> one = np.ones((1, 1, 1), np.float32)
+    >>> loss, words_gradient, contexts_gradient = gradients(0 * one, 2 * one, one)
+    >>> round(loss, 4), float(words_gradient[0, 0, 0]), float(contexts_gradient[0, 0, 0])
+    (0.6931, -1.0, -0.0)
+    """
+    is_neighbour = np.arange(contexts.shape[1]) < words.shape[1]
+    sign = np.where(is_neighbour, 1, -1).astype(words.dtype)
+    # Beyond 30 the sigmoid is 1 in float32, and exp would soon overflow.
+    scores = np.clip(words @ contexts.transpose(0, 2, 1) * sign, -30, 30)
+    right = 1 / (1 + np.exp(-scores))
+    loss = -float(np.sum(weights * np.log(right), dtype=np.float64))
+    slope = weights * sign * (right - 1)
+    return loss, slope @ contexts, slope.transpose(0, 2, 1) @ words
+
+
+def nearest(word: str, words: Sequence[str], vectors: Float32Array, count: int = 8) -> tuple[str, ...]:
+    """Words whose vectors make the smallest angles with that of `word`, nearest first, itself not among them.
+
+    Parameters
+    ----------
+    word : str
+        One of `words`.
+    words : sequence of str
+        The vocabulary, in the order of the rows.
+    vectors : ndarray of float32, shape (len(words), dim)
+        The rows.
+    count : int
+        How many to return, at most.
+
+    Examples
+    --------
+    >>> nearest("a", ["a", "b", "c"], np.array([[1, 0], [0, 1], [2, 1]], np.float32))
+    ('c', 'b')
+    """
+    row = words.index(word)
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    order = np.argsort(-(unit @ unit[row]), kind="stable")
+    return tuple(words[r] for r in order if r != row)[:count]
+
+
+# ---- the run
+
+
+def run(options: Options, console: Console | None = None) -> Result:
+    """Train, or go on training, and show what was learnt.
+
+    Parameters
+    ----------
+    options : Options
+        What to do.
+    console : rich.console.Console, optional
+        Where to report; default stdout. A terminal gets a live bar, anything else a line for each commit.
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    OptionError
+        The folder was trained with another vocabulary, dim or seed, or on another Python's text; or its
+        ``words.txt`` is missing or another's. Nothing was changed.
+    FileNotFoundError
+        This Python has no standard library sources to read.
+    SystemExit
+        With code 130, on Ctrl-C: the store is closed then, and the next run goes on from its last commit.
+
+    Examples
+    --------
+    >>> options = Options(tmp / "quickstart", vocabulary=500, dim=8, steps=2, commit_every=1)
+    >>> result = run(options, Console(quiet=True))
+    >>> result.steps, result.parquet.name, sorted(path.name for path in options.folder.iterdir())
+    (2, 'words.parquet', ['store.zarr', 'words.parquet', 'words.txt'])
+    """
+    console = console or Console()
+    try:
+        return _run(options, console)
+    except KeyboardInterrupt:
+        _say(console, f"\nStopped. {_saved(options)} Run the same command again to go on.")
+        raise SystemExit(130) from None
+
+
+def _run(options: Options, console: Console) -> Result:
+    options.folder.mkdir(parents=True, exist_ok=True)
+    with shardemb.open(options.store) as store:
+        before = last = store.last_commit
+        if before is not None:
+            _check_options(options, before.metadata)
+        if last is None or last.step < options.steps:
+            try:
+                last = _train(store, options, console)
+            except KeyboardInterrupt:
+                store.rollback()  # given up on purpose: closing warns of changes that are merely forgotten
+                raise
+        else:
+            _say(console, f"{options.folder} is trained already: {last.step:,} steps")
+        words = corpus.read_words(options.words)
+        vectors = store["words"].lookup(np.arange(len(words)))
+        store["words"].export_parquet(options.parquet)
+    result = Result(
+        steps=last.step,
+        trained=last.step - (before.step if before else 0),
+        loss=last.metadata["loss"],
+        neighbours={word: nearest(word, words, vectors) for word in SHOWN if word in words},
+        bytes_on_disk=sum(path.lstat().st_blocks * 512 for path in options.store.rglob("*")),
+        parquet=options.parquet,
+    )
+    _show(options, result, console)
+    return result
+
+
+def _train(store: shardemb.Store, options: Options, console: Console) -> shardemb.Commit:
+    text = corpus.build(options.vocabulary)
+    _say(console, f"Text: {len(text.tokens):,} words of prose, {len(text.words):,} different ones")
+    last = store.last_commit or _begin(store, options, text)
+    if last.metadata["text"] != text.fingerprint:
+        msg = f"{options.folder} was trained on another Python's text; use that, or {_way_out(options)}"
+        raise OptionError(msg)
+    batches = corpus.Batches(text, options.seed)
+    meter = _Meter(store)
+    with _progress(console, last.step, options.steps) as show:
+        for step in range(last.step + 1, options.steps + 1):
+            batch = batches[step - 1]
+            meter.add(batch, _step(store, batch))
+            if step % options.commit_every == 0 or step == options.steps:
+                last = store.commit(step=step, metadata={**last.metadata, "loss": meter.loss})
+            show(step, meter, step == last.step)
+            if step == last.step:
+                meter = _Meter(store)
+    return last
+
+
+def _begin(store: shardemb.Store, options: Options, text: corpus.Corpus) -> shardemb.Commit:
+    # The words come first: vectors of unknown words would be worth nothing.
+    corpus.write_words(options.words, text.words)
+    shape = {"num_embeddings": len(text.words), "embedding_dim": options.dim}
+    optimizer = shardemb.optim.Adagrad(lr=LEARNING_RATE)
+    width = 0.5 / options.dim**0.5
+    uniform = shardemb.initializers.Uniform(-width, width, seed=options.seed)
+    store.create_table("words", **shape, initializer=uniform, optimizer=optimizer)
+    store.create_table("contexts", **shape, optimizer=optimizer)
+    facts = {"text": text.fingerprint, "words": corpus.fingerprint(text.words)}
+    return store.commit(step=0, metadata=facts | {name: getattr(options, name) for name in _FIXED})
+
+
+def _step(store: shardemb.Store, batch: corpus.Batch) -> float:
+    """Train on one batch; return its loss, summed over its pairs."""
+    rows = store.lookup({"words": batch.words, "contexts": batch.contexts})
+    loss, words_gradient, contexts_gradient = gradients(rows["words"], rows["contexts"], batch.weights)
+    store.update({"words": (batch.words, words_gradient), "contexts": (batch.contexts, contexts_gradient)})
+    return loss
+
+
+def _check_options(options: Options, metadata: Mapping[str, Any]) -> None:
+    for name in _FIXED:
+        given, held = getattr(options, name), metadata.get(name)
+        if given != held:
+            trained = f"{options.folder} was trained with {held}"
+            msg = f"option {name} is {given}, but {trained}; give that, or {_way_out(options)}"
+            raise OptionError(msg)
+    if corpus.fingerprint(corpus.read_words(options.words)) != metadata["words"]:
+        msg = f"{options.words} is not the vocabulary of the store; bring that back, or {_way_out(options)}"
+        raise OptionError(msg)
+
+
+def _way_out(options: Options) -> str:
+    return f"choose another folder, or delete {options.folder}"
+
+
+# ---- what a person sees
+
+
+class _Meter:
+    """Counts from one commit to the next."""
+
+    def __init__(self, store: shardemb.Store) -> None:
+        self._store, self._start = store, time.perf_counter()
+        self._pairs = self._rows = 0
+        self._loss = 0.0
+
+    def add(self, batch: corpus.Batch, loss: float) -> None:
+        self._loss += loss
+        self._pairs += batch.pairs
+        self._rows += 2 * (batch.words.size + batch.contexts.size)  # looked up, then updated
+
+    @property
+    def loss(self) -> float:
+        return self._loss / self._pairs
+
+    def __str__(self) -> str:
+        rows = self._rows / (time.perf_counter() - self._start)
+        written = size(self._store.stats()["bytes_written"])
+        return f"loss {self.loss:.3f}   {rows / 1e6:.2f} M rows/s   {written} written"
+
+
+@contextmanager
+def _progress(console: Console, start: int, total: int) -> Iterator[Callable[[int, _Meter, bool], None]]:
+    if not console.is_terminal:
+
+        def show(step: int, meter: _Meter, committed: bool) -> None:
+            if committed:
+                _say(console, f"step {step:>{len(f'{total:,}')},} of {total:,}   {meter}")
+
+        yield show
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total, completed=start)
+        yield lambda step, meter, _: bar.update(task, completed=step, description=str(meter))
+
+
+def _show(options: Options, result: Result, console: Console) -> None:
+    _say(console, "\nNearest neighbours, by the angle between the vectors:")
+    for word, neighbours in result.neighbours.items():
+        _say(console, f"  {word:<10} {', '.join(neighbours)}")
+    _say(console, f"\n{options.store}: {size(result.bytes_on_disk)} on disk, {result.steps:,} steps")
+    _say(console, f"{options.parquet}: the vectors; {options.words}: their words, line r (from 0) for id r")
+
+
+def _say(console: Console, text: str) -> None:
+    # Plain text: a file name may look like markup, and a line cut at 80 columns cannot be copied.
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _saved(options: Options) -> str:
+    try:
+        with shardemb.open(options.store, mode="r") as store:
+            last = store.last_commit
+    except shardemb.StoreNotFoundError:
+        last = None
+    return f"Step {last.step:,} is saved in {options.folder}." if last else "Nothing was saved yet."

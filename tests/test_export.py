@@ -1,0 +1,715 @@
+import doctest
+import errno
+import json
+import mmap
+import os
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import duckdb
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shardemb import export, files, scheduler
+from shardemb.errors import DiskFullError
+from shardemb.export import export_parquet, schema, to_arrow_batches
+
+
+@dataclass
+class Rows:
+    """A table in memory, which remembers what was asked of it."""
+
+    weights: np.ndarray
+    states: dict = field(default_factory=dict)
+    rows_per_shard: int = 64
+    name: str = "tokens"
+    before_read: Callable[[int], object] = lambda start: None
+    events: list = field(default_factory=list)
+    arrays: list = field(default_factory=list)
+
+    @property
+    def num_embeddings(self):
+        return len(self.weights)
+
+    @property
+    def embedding_dim(self):
+        return self.weights.shape[1]
+
+    @property
+    def columns(self):
+        return {name: values.shape[1] for name, values in self.states.items()}
+
+    def read_rows(self, start, stop, columns):
+        self.before_read(start)
+        arrays = [
+            self.weights[start:stop].copy(),
+            *(self.states[name][start:stop].copy() for name in columns),
+        ]
+        self.events.append(("read", start, stop))
+        self.arrays.append([weakref.ref(array) for array in arrays])
+        return arrays
+
+    def give_back(self, start, stop):
+        self.events.append(("give back", start, stop))
+
+    def describe(self):
+        return {"step": 7, "optimizer": "Adam"}
+
+    @property
+    def reads(self):
+        return sorted((start, stop) for what, start, stop in self.events if what == "read")
+
+
+def any_bits(num_rows, width, seed=0):
+    """Make float32 values of every kind: NaNs with payloads, signalling ones, infinities, denormals, -0.0."""
+    bits = np.random.default_rng(seed).integers(0, 2**32, (num_rows, width), dtype=np.uint32)
+    special = np.array(
+        [0x7FC00000, 0xFFC12345, 0x7F800001, 0x80000000, 0x00000001, 0x807FFFFF, 0x7F800000, 0xFF800000, 0],
+        np.uint32,
+    )
+    bits.reshape(-1)[: special.size] = special[: bits.size]
+    return bits.view(np.float32)
+
+
+def trained(num_rows, dim=3, rows_per_shard=64):
+    states = {
+        "exp_avg": any_bits(num_rows, dim, 1),
+        "sum": any_bits(num_rows, 1, 2),
+        "other": any_bits(num_rows, 2, 3),
+    }
+    return Rows(any_bits(num_rows, dim), states, rows_per_shard)
+
+
+def one_by_one(tasks):
+    return [task() for task in tasks]
+
+
+def in_threads(tasks):
+    with ThreadPoolExecutor(2) as pool:
+        return [future.result() for future in [pool.submit(task) for task in tasks]]
+
+
+RUNS = {"one by one": one_by_one, "threads": in_threads, "dask": partial(scheduler.run, threads=2)}
+INLINE = {"run": one_by_one, "workers": 2}
+
+
+@pytest.fixture
+def run():
+    return partial(scheduler.run, threads=2)
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    monkeypatch.setattr(export, "MAX_ROWS", 32)
+
+
+def bits(column):
+    """Give the bits of an Arrow column of floats or of lists of floats as one flat array."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    assert column.null_count == 0
+    values = column if pa.types.is_float32(column.type) else column.flatten()
+    assert values.null_count == 0
+    return values.to_numpy().view(np.uint32)
+
+
+def assert_holds(table, source, start=0, stop=None, columns=()):
+    """Compare an Arrow table with the rows of a source, bit for bit."""
+    stop = source.num_embeddings if stop is None else stop
+    assert table.column_names == ["id", "embedding", *columns]
+    np.testing.assert_array_equal(table["id"].to_numpy(), np.arange(start, stop))
+    for name in table.column_names[1:]:
+        expected = source.weights if name == "embedding" else source.states[name]
+        np.testing.assert_array_equal(bits(table[name]), expected[start:stop].view(np.uint32).reshape(-1))
+
+
+def by_pyarrow(path):
+    return pq.read_table(path)
+
+
+def by_duckdb(path):
+    where = f"{path}/*.parquet" if path.is_dir() else str(path)
+    with duckdb.connect() as connection:
+        return connection.sql("select * from read_parquet(?) order by id", params=[where]).to_arrow_table()
+
+
+def by_polars(path):
+    return pl.read_parquet(f"{path}/*.parquet" if path.is_dir() else path).sort("id").to_arrow()
+
+
+READERS = [by_pyarrow, by_duckdb, by_polars]
+
+
+# ---- what is in the files
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("parts", [None, 1, 3])
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_read_back_bit_for_bit(tmp_path, read, parts, run, small_batches):
+    source = trained(1003, rows_per_shard=100)
+    columns = ["sum", "exp_avg"]
+    report = export_parquet(
+        source, tmp_path / "t", columns=columns, rows=(5, 998), parts=parts, run=run, workers=2
+    )
+    assert report.num_rows == 993
+    assert_holds(read(tmp_path / "t"), source, 5, 998, columns)
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("parts", [None, 2])
+def test_an_empty_range_has_the_schema(tmp_path, read, parts):
+    source = trained(10)
+    path = tmp_path / "none.parquet"
+    report = export_parquet(source, path, columns=["sum"], rows=(4, 4), parts=parts, **INLINE)
+    table = read(path)
+    assert (table.num_rows, report.num_rows, source.reads) == (0, 0, [])
+    assert table.column_names == ["id", "embedding", "sum"]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_vectors_of_one_value(tmp_path, read):
+    source = Rows(any_bits(77, 1))
+    export_parquet(source, tmp_path / "one.parquet", **INLINE)
+    assert_holds(read(tmp_path / "one.parquet"), source)
+
+
+def test_schema():
+    fields = schema(trained(10, dim=4), ["sum", "exp_avg"])
+    vector = pa.list_(pa.field("element", pa.float32(), nullable=False), 4)
+    assert fields.equals(
+        pa.schema(
+            [
+                pa.field("id", pa.int64(), nullable=False),
+                pa.field("embedding", vector, nullable=False),
+                pa.field("sum", pa.float32(), nullable=False),
+                pa.field("exp_avg", vector, nullable=False),
+            ]
+        )
+    )
+    assert not fields.field("embedding").type.value_field.nullable
+    assert json.loads(fields.metadata[b"shardemb"]) == {
+        "table": "tokens",
+        "num_embeddings": 10,
+        "embedding_dim": 4,
+        "step": 7,
+        "optimizer": "Adam",
+    }
+
+
+def test_the_file_keeps_the_schema(tmp_path):
+    source = trained(10)
+    export_parquet(source, tmp_path / "t.parquet", columns=["sum", "exp_avg"], **INLINE)
+    written, promised = pq.read_schema(tmp_path / "t.parquet"), schema(source, ["sum", "exp_avg"])
+    assert written.equals(promised)
+    assert written.metadata[b"shardemb"] == promised.metadata[b"shardemb"]
+    assert "optional" not in str(pq.ParquetFile(tmp_path / "t.parquet").schema)
+
+
+def test_compression_and_encodings(tmp_path):
+    source = trained(200_000, rows_per_shard=150_016)
+    export_parquet(source, tmp_path / "t.parquet", columns=["sum", "exp_avg"], **INLINE)
+    metadata = pq.ParquetFile(tmp_path / "t.parquet").metadata
+    groups = [metadata.row_group(k) for k in range(metadata.num_row_groups)]
+    assert [group.num_rows for group in groups] == [50_005, 50_005, 50_006, 49_984]
+    for group in groups:
+        assert [(column.column_index, column.descending) for column in group.sorting_columns] == [(0, False)]
+        chunks = {(chunk := group.column(k)).path_in_schema: chunk for k in range(4)}
+        assert list(chunks) == ["id", "embedding.list.element", "sum", "exp_avg.list.element"]
+        for path, chunk in chunks.items():
+            encoding = "DELTA_BINARY_PACKED" if path == "id" else "BYTE_STREAM_SPLIT"
+            assert chunk.compression == "ZSTD"
+            assert set(chunk.encodings) <= {"RLE", encoding}
+            assert encoding in chunk.encodings
+            assert not chunk.has_dictionary_page
+            assert chunk.is_stats_set == (path == "id")
+            assert chunk.has_offset_index
+    ids = [group.column(0).statistics for group in groups]
+    assert [(s.min, s.max) for s in ids] == [
+        (0, 50_004),
+        (50_005, 100_009),
+        (100_010, 150_015),
+        (150_016, 199_999),
+    ]
+
+
+def test_vectors_do_compress(tmp_path):
+    vectors = (np.random.default_rng(0).standard_normal((20_000, 32)) * 0.05).astype(np.float32)
+    report = export_parquet(Rows(vectors, rows_per_shard=20_032), tmp_path / "t.parquet", **INLINE)
+    assert report.nbytes < 0.88 * vectors.nbytes
+
+
+# ---- where it is written
+
+
+def test_report(tmp_path):
+    source = trained(1000)
+    one = export_parquet(source, tmp_path / "one.parquet", **INLINE)
+    assert (one.path, one.files) == (tmp_path / "one.parquet", (tmp_path / "one.parquet",))
+    assert one.nbytes == (tmp_path / "one.parquet").stat().st_size
+    many = export_parquet(source, tmp_path / "many", parts=3, **INLINE)
+    assert many.path == tmp_path / "many"
+    assert [file.name for file in many.files] == [f"part-0000{k}.parquet" for k in range(3)]
+    assert sorted(many.files) == sorted((tmp_path / "many").iterdir())
+    assert many.nbytes == sum(file.stat().st_size for file in many.files)
+
+
+def test_nothing_else_is_left(tmp_path):
+    export_parquet(trained(100), tmp_path / "one", **INLINE)
+    export_parquet(trained(100), tmp_path / "many", parts=2, **INLINE)
+    assert sorted(os.listdir(tmp_path)) == ["many", "one"]
+
+
+@pytest.mark.parametrize(("num_rows", "parts"), [(10_000, 7), (100_000, 2), (999, 100), (12, 12), (5, 8)])
+def test_parts_are_exactly_so_many_and_of_about_equal_size(tmp_path, num_rows, parts):
+    source = Rows(any_bits(num_rows, 2), rows_per_shard=4096)
+    report = export_parquet(source, tmp_path / "t", parts=parts, **INLINE)
+    sizes = [pq.ParquetFile(file).metadata.num_rows for file in report.files]
+    assert len(sizes) == parts
+    assert max(sizes) <= max(1, 1.5 * num_rows / parts)
+    assert num_rows < parts or min(sizes) >= max(1, 0.5 * num_rows / parts)
+    assert_holds(pq.read_table(list(report.files)[0].parent), source)
+
+
+def test_an_existing_file_is_replaced(tmp_path):
+    (tmp_path / "t.parquet").write_text("old")
+    source = trained(100)
+    export_parquet(source, tmp_path / "t.parquet", **INLINE)
+    assert_holds(pq.read_table(tmp_path / "t.parquet"), source)
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "real").write_text("old")
+    (tmp_path / "link").symlink_to("there/real")
+    report = export_parquet(trained(100), tmp_path / "link", **INLINE)
+    assert (tmp_path / "link").is_symlink()
+    assert report.path == tmp_path / "there" / "real"
+    assert pq.read_metadata(report.path).num_rows == 100
+
+
+def test_an_empty_folder_takes_parts(tmp_path):
+    (tmp_path / "t").mkdir()
+    export_parquet(trained(100), str(tmp_path / "t"), parts=2, **INLINE)
+    assert len(list((tmp_path / "t").iterdir())) == 2
+
+
+def test_a_name_as_long_as_names_can_be(tmp_path):
+    export_parquet(trained(100), tmp_path / ("x" * 255), **INLINE)
+    assert (tmp_path / ("x" * 255)).is_file()
+
+
+def test_written_then_synced_then_renamed_then_the_folder_synced(tmp_path, monkeypatch):
+    calls = []
+
+    def heard(name, where):
+        real = getattr(files, name)
+        monkeypatch.setattr(files, name, lambda *args: (calls.append((name, args[where])), real(*args))[1])
+
+    heard("write", 3)
+    heard("sync", 1)
+    heard("rename", 1)
+    target = tmp_path / "t"
+    export_parquet(trained(100), target, **INLINE)
+    temporary = calls[0][1]
+    assert temporary.parent == tmp_path
+    tail = [("sync", temporary), ("rename", target), ("sync", tmp_path)]
+    assert calls == [("write", temporary)] * (len(calls) - 3) + tail
+
+    calls.clear()
+    target = tmp_path / "many"
+    export_parquet(trained(100), target, parts=2, **INLINE)
+    folder = calls[0][1].parent
+    parts = [("sync", folder / "part-00000.parquet"), ("sync", folder / "part-00001.parquet")]
+    tail = [("sync", folder), ("rename", target), ("sync", tmp_path)]
+    assert [call for call in calls if call[0] != "write"] == parts + tail
+
+
+# ---- what goes wrong
+
+
+BAD = {
+    "unknown column": ({"columns": ["exp_avg_sq"]}, ValueError, r"'tokens'.*exp_avg.*got \['exp_avg_sq'\]"),
+    "weight as a column": ({"columns": ["weight"]}, ValueError, "weight is always exported"),
+    "column twice": ({"columns": ["sum", "sum"]}, ValueError, "different names"),
+    "column as a string": ({"columns": "sum"}, ValueError, "must be a list"),
+    "negative start": ({"rows": (-1, 5)}, ValueError, r"'tokens'.*stop <= 10, got \(-1, 5\)"),
+    "stop past the end": ({"rows": (0, 11)}, ValueError, r"stop <= 10, got \(0, 11\)"),
+    "stop before start": ({"rows": (5, 4)}, ValueError, r"got \(5, 4\)"),
+    "rows as floats": ({"rows": (0.0, 5.0)}, ValueError, r"got \(0.0, 5.0\)"),
+    "rows as a range": ({"rows": range(2, 4)}, ValueError, r"must be a tuple.*got range\(2, 4\)"),
+    "three rows": ({"rows": (1, 2, 3)}, ValueError, r"got \(1, 2, 3\)"),
+    "no parts": ({"parts": 0}, ValueError, "parts must be 1 to 100000.*got 0"),
+    "too many parts": ({"parts": 100_001}, ValueError, "parts must be 1 to 100000"),
+    "progress": ({"progress": "yes"}, TypeError, "progress must be"),
+    "missing folder": ({"path": "no/such"}, FileNotFoundError, r"'tokens'.*no folder .*/no; create it"),
+    "folder as a file": ({"path": "full"}, FileExistsError, "that is a folder.*choose another name"),
+    "pipe as a file": ({"path": "pipe"}, FileExistsError, "no regular file"),
+    "file as a folder": (
+        {"path": "file", "parts": 2},
+        FileExistsError,
+        "parts need a new or an empty folder",
+    ),
+    "full folder": ({"path": "full", "parts": 2}, FileExistsError, "parts need a new or an empty folder"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_input_changes_nothing(tmp_path, options, error, message):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept").touch()
+    (tmp_path / "file").write_text("old")
+    os.mkfifo(tmp_path / "pipe")
+    source = Rows(any_bits(10, 2), {"sum": any_bits(10, 1), "exp_avg": any_bits(10, 2)})
+    options = dict(options)
+    with pytest.raises(error, match=message):
+        export_parquet(source, tmp_path / options.pop("path", "file"), **options, **INLINE)
+    assert sorted(os.listdir(tmp_path)) == ["file", "full", "pipe"]
+    assert (tmp_path / "file").read_text() == "old"
+    assert os.listdir(tmp_path / "full") == ["kept"]
+    assert source.events == []
+
+
+@pytest.mark.parametrize("name", ["unknown column", "stop past the end"])
+def test_bad_input_of_a_stream_is_refused_at_once(name):
+    options, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        to_arrow_batches(trained(10), **options, **INLINE)
+
+
+def test_a_state_column_called_like_another_field():
+    with pytest.raises(ValueError, match="'id'"):
+        schema(Rows(any_bits(3, 2), {"id": any_bits(3, 1)}), ["id"])
+
+
+@pytest.fixture(params=[None, 3], ids=["file", "parts"])
+def target(request, tmp_path):
+    """A target with something in its place, and a check that it is still there, alone."""
+    path = tmp_path / "target"
+    (path.mkdir if request.param else partial(path.write_text, "old"))()
+    yield path, request.param
+    assert os.listdir(tmp_path) == ["target"]
+    assert os.listdir(path) == [] if request.param else path.read_text() == "old"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", [0, 1, 2, 15, 31])
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_reading_fails(target, run, at, error, small_batches):
+    source = trained(1024)
+    reads = iter(range(1000))
+    lock = threading.Lock()
+
+    def fail(start):
+        with lock:
+            if next(reads) == at:
+                raise error("the disk is on fire")
+
+    source.before_read = fail
+    path, parts = target
+    with pytest.raises(error, match="on fire"):
+        export_parquet(source, path, parts=parts, run=run, workers=2)
+
+
+@pytest.mark.parametrize("room", ["write", "sync", "rename"])
+def test_the_disk_is_full(target, monkeypatch, room, run):
+    def full(*args):
+        raise DiskFullError(errno.ENOSPC, "no room left")
+
+    path, parts = target
+    monkeypatch.setattr(files, room, full)
+    with pytest.raises(DiskFullError, match="no room left"):
+        export_parquet(trained(1000), path, parts=parts, run=run, workers=2)
+
+
+def test_the_disk_becomes_full_half_way(target, monkeypatch, run, small_batches):
+    """The kernel's own error, out of the middle of Arrow."""
+    real, left = os.pwrite, [20_000]
+
+    def pwrite(descriptor, data, offset):
+        left[0] -= len(data)
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data, offset)
+
+    path, parts = target
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(DiskFullError, match="room"):
+        export_parquet(trained(3000), path, parts=parts, run=run, workers=2)
+
+
+def test_progress_may_end_it(target, run, small_batches):
+    def enough(done, total):
+        if done > total / 2:
+            raise InterruptedError("enough")
+
+    path, parts = target
+    with pytest.raises(InterruptedError, match="enough"):
+        export_parquet(trained(1000), path, parts=parts, progress=enough, run=run, workers=2)
+
+
+def test_ctrl_c_waits_for_the_threads_and_then_cleans_up(target, run, small_batches):
+    """A signal interrupts only the main thread, while the others go on writing."""
+    source = trained(2048)
+    reading, interrupted = set(), threading.Event()
+
+    def slow(start):
+        if threading.current_thread() is threading.main_thread():
+            return
+        reading.add(start)
+        if len(source.events) > 6 and not interrupted.is_set():
+            interrupted.set()
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1 if interrupted.is_set() else 0)
+        reading.discard(start)
+
+    source.before_read = slow
+    path, parts = target
+    with pytest.raises(KeyboardInterrupt):
+        export_parquet(source, path, parts=parts, run=run, workers=2)
+    assert reading == set()
+    count = len(source.events)
+    assert count < 32  # of 128: no task went on to the end of its part
+    time.sleep(0.2)
+    assert len(source.events) == count
+
+
+def test_a_second_export_to_a_folder_that_appeared_meanwhile(tmp_path):
+    source = trained(100)
+    source.before_read = lambda start: (tmp_path / "t" / "theirs").mkdir(parents=True, exist_ok=True)
+    with pytest.raises(OSError):
+        export_parquet(source, tmp_path / "t", parts=1, **INLINE)
+    assert os.listdir(tmp_path) == ["t"]
+    assert os.listdir(tmp_path / "t") == ["theirs"]
+
+
+# ---- progress
+
+
+@pytest.mark.parametrize("parts", [None, 3])
+def test_progress_is_called_to_completion(tmp_path, parts, run, small_batches):
+    heard = []
+    export_parquet(
+        trained(1000),
+        tmp_path / "t",
+        rows=(10, 990),
+        parts=parts,
+        run=run,
+        workers=2,
+        progress=lambda done, total: heard.append((done, total)),
+    )
+    assert {total for _, total in heard} == {980}
+    done = [done for done, _ in heard]
+    assert done == sorted(set(done))
+    assert done[-1] == 980
+    assert len(done) >= 30
+
+
+def test_a_line_says_that_it_is_done(tmp_path, capsys):
+    export_parquet(trained(1000), tmp_path / "t", progress=True, **INLINE)
+    assert capsys.readouterr().err.startswith("export tokens: 1,000 in ")
+
+
+# ---- the stream
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_stream(run, small_batches):
+    source = trained(1003, rows_per_shard=100)
+    reader = to_arrow_batches(source, columns=["other"], rows=(1, 1003), run=run, workers=3)
+    assert isinstance(reader, pa.RecordBatchReader)
+    assert reader.schema.equals(schema(source, ["other"]), check_metadata=True)
+    assert_holds(reader.read_all(), source, 1, 1003, ["other"])
+
+
+def test_an_empty_stream_has_the_schema():
+    source = trained(10)
+    table = to_arrow_batches(source, columns=["sum"], rows=(10, 10), **INLINE).read_all()
+    assert (table.num_rows, source.reads) == (0, [])
+    assert table.schema.equals(schema(source, ["sum"]), check_metadata=True)
+
+
+def test_a_stream_reads_when_asked_and_little_ahead(small_batches):
+    source = trained(1024)
+    reader = to_arrow_batches(source, run=one_by_one, workers=64)
+    assert source.events == []
+    reader.read_next_batch()
+    assert len(source.reads) == export.MAX_READ_AHEAD
+
+
+def test_a_stream_copies_nothing_and_keeps_nothing(small_batches):
+    source = trained(256)
+    reader = to_arrow_batches(source, columns=["sum"], **INLINE)
+    first = reader.read_next_batch()
+    weights, states = source.arrays[0]
+    assert first["embedding"].flatten().buffers()[1].address == weights().ctypes.data
+    assert first["sum"].buffers()[1].address == states().ctypes.data
+    reader.read_next_batch()
+    reader.read_next_batch()
+    alive = [weights() is not None for weights, _ in source.arrays]
+    assert alive == [True, False, False, True]  # ours; two given up by the consumer; one that waits
+    del first
+    assert weights() is None
+
+
+@pytest.mark.parametrize("export_all", [
+    lambda source, path: list(to_arrow_batches(source, **INLINE)),
+    lambda source, path: export_parquet(source, path, **INLINE),
+    lambda source, path: export_parquet(source, path, parts=2, **INLINE),
+])  # fmt: skip
+def test_pages_are_given_back_once_read(tmp_path, export_all, small_batches):
+    source = trained(500)
+    export_all(source, tmp_path / "t")
+    pairs = [source.events[k : k + 2] for k in range(0, len(source.events), 2)]
+    assert all(pair == [("read", *pair[0][1:]), ("give back", *pair[0][1:])] for pair in pairs)
+    assert source.reads[0][0] == 0
+    assert [stop for _, stop in source.reads] == [start for start, _ in source.reads[1:]] + [500]
+
+
+def test_an_error_comes_out_of_the_stream_as_it_is(small_batches):
+    source = trained(500)
+    reader = to_arrow_batches(source, **INLINE)
+    reader.read_next_batch()
+
+    def fail(start):
+        raise DiskFullError("as it is")
+
+    source.before_read = fail
+    with pytest.raises(DiskFullError, match="as it is"):
+        list(reader)
+
+
+def test_duckdb_and_polars_take_the_stream(small_batches):
+    source = Rows(any_bits(300, 2))
+    reader = to_arrow_batches(source, **INLINE)
+    with duckdb.connect() as connection:
+        assert connection.sql("select sum(id), count(embedding) from reader").fetchall() == [(44850, 300)]
+    assert pl.DataFrame(to_arrow_batches(source, **INLINE)).shape == (300, 2)
+
+
+# ---- batches
+
+
+def test_batches_are_large_but_not_too_large():
+    wide = to_arrow_batches(Rows(np.zeros((3000, 8192), np.float32), rows_per_shard=2048), **INLINE)
+    assert [batch.num_rows for batch in wide] == [1024, 1024, 952]  # 32 MiB
+    long = to_arrow_batches(Rows(np.zeros((200_000, 1), np.float32), rows_per_shard=1024), **INLINE)
+    assert [batch.num_rows for batch in long] == [65_536, 65_536, 65_536, 3392]
+    huge = to_arrow_batches(Rows(np.zeros((2, 9 * 2**20), np.float32), rows_per_shard=64), **INLINE)
+    assert [batch.num_rows for batch in huge] == [1, 1]  # there is nothing smaller than a row
+
+
+@st.composite
+def cases(draw):
+    num_rows = draw(st.integers(1, 400))
+    start = draw(st.integers(0, num_rows))
+    return (
+        num_rows,
+        draw(st.integers(1, 5)),
+        draw(st.integers(1, 150)),
+        draw(st.one_of(st.none(), st.tuples(st.just(start), st.integers(start, num_rows)))),
+        draw(st.lists(st.sampled_from(["exp_avg", "sum", "other"]), unique=True)),
+        draw(st.integers(1, 100)),
+        draw(st.integers(1, 6)),
+    )
+
+
+@settings(deadline=None)
+@given(cases())
+def test_batches_add_up_to_the_table(case):
+    num_rows, dim, rows_per_shard, rows, columns, max_rows, workers = case
+    source = trained(num_rows, dim, rows_per_shard)
+    with mock.patch.object(export, "MAX_ROWS", max_rows):
+        batches = list(to_arrow_batches(source, columns=columns, rows=rows, run=one_by_one, workers=workers))
+    start, stop = rows or (0, num_rows)
+    assert_holds(pa.Table.from_batches(batches, schema(source, columns)), source, start, stop, columns)
+    assert len(source.reads) == len(batches)
+    for first, last in source.reads:
+        assert 0 < last - first <= max_rows
+        within_one = first // rows_per_shard == (last - 1) // rows_per_shard
+        whole = all(row in (start, stop) or row % rows_per_shard == 0 for row in (first, last))
+        assert within_one or whole
+
+
+@settings(deadline=None, max_examples=30)
+@given(cases(), st.integers(1, 9))
+def test_parts_add_up_to_the_table(tmp_path_factory, case, parts):
+    num_rows, dim, rows_per_shard, rows, columns, max_rows, workers = case
+    source = trained(num_rows, dim, rows_per_shard)
+    folder = tmp_path_factory.mktemp("parts") / "t"
+    with mock.patch.object(export, "MAX_ROWS", max_rows):
+        report = export_parquet(
+            source, folder, columns=columns, rows=rows, parts=parts, run=one_by_one, workers=workers
+        )
+    assert len(report.files) == parts
+    table = pa.concat_tables([pq.read_table(file) for file in report.files])
+    assert_holds(table, source, *(rows or (0, num_rows)), columns)
+    groups = [pq.read_metadata(file) for file in report.files]
+    assert all(meta.row_group(k).num_rows <= max_rows for meta in groups for k in range(meta.num_row_groups))
+
+
+# ---- memory
+
+
+def anonymous_bytes():
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    pytest.skip("this kernel does not tell RssAnon")
+
+
+class Synthetic(Rows):
+    """Rows made when they are read, in memory that goes back to the kernel as soon as nobody holds it.
+
+    (Blocks of this size are kept by malloc, which would blur what the export itself holds.)
+    """
+
+    def __init__(self, num_rows):
+        self._num_rows = num_rows
+        super().__init__(np.empty((0, 64), np.float32), rows_per_shard=262_144)
+        self.peak = 0
+
+    @property
+    def num_embeddings(self):
+        return self._num_rows
+
+    def read_rows(self, start, stop, columns):
+        self.peak = max(self.peak, anonymous_bytes())
+        rows = np.frombuffer(mmap.mmap(-1, (stop - start) * 256), np.float32).reshape(-1, 64)
+        rows[:] = (np.arange(start, stop) & 1023)[:, None]
+        return [rows]
+
+
+EXPORTS = {
+    "file": lambda source, path, run: export_parquet(source, path, run=run, workers=2),
+    "parts": lambda source, path, run: export_parquet(source, path, parts=2, run=run, workers=2),
+    "stream": lambda source, path, run: [b.num_rows for b in to_arrow_batches(source, run=run, workers=2)],
+}
+
+
+@pytest.mark.parametrize("export_all", EXPORTS.values(), ids=EXPORTS)
+def test_memory_does_not_grow_with_rows(tmp_path, run, export_all):
+    peaks = []
+    for num_rows in (600_000, 2_000_000):
+        source = Synthetic(num_rows)
+        export_all(source, tmp_path / str(num_rows), run)
+        peaks.append(source.peak)
+    # The table grew by 358 MB; three batches are 50 MB. How many of them are alive at a sample is a matter of luck.
+    assert peaks[1] - peaks[0] < 3 * 65_536 * 256
+
+
+def test_examples():
+    assert doctest.testmod(export).failed == 0
