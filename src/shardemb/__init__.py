@@ -33,7 +33,7 @@ from shardemb.errors import (
 
 if TYPE_CHECKING:
     from shardemb.manifest import Commit
-    from shardemb.opening import open  # noqa: A004
+    from shardemb.opening import open
     from shardemb.store import Store
     from shardemb.table import Table
 

@@ -17,14 +17,10 @@ import numpy as np
 from shardemb.errors import RowIdError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import ArrayLike, NDArray
 
 Float32Array: TypeAlias = "NDArray[np.float32]"
 Int64Array: TypeAlias = "NDArray[np.int64]"
-
-_KERNEL_FLAGS = ["C_CONTIGUOUS", "ALIGNED", "WRITEABLE"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ def row_ids(ids: ArrayLike, num_embeddings: int, table: str) -> Ids:
     unsigned = array.astype(np.int64, copy=False).view(np.uint64) if array.dtype.kind == "i" else array
     if array.size and int(unsigned.max()) >= num_embeddings:
         _refuse_ids(array, num_embeddings, table)
-    flat = np.require(array, np.int64, _KERNEL_FLAGS).reshape(-1)
+    flat = np.require(array, np.int64, ["C", "A", "W"]).reshape(-1)
     return Ids(flat, array.shape)
 
 
@@ -141,13 +137,13 @@ def rows(
         )
         raise ValueError(msg)
     with np.errstate(over="ignore"):
-        converted = np.require(array, np.float32, _KERNEL_FLAGS)
+        converted = np.require(array, np.float32, ["C", "A", "W"])
     if check_finite:
         _require_finite(converted, f"table {table!r}: {what}", " (check_finite=False lets such values in)")
     return converted.reshape(-1, shape[-1])
 
 
-def initial_rows(values: ArrayLike, num_embeddings: int, embedding_dim: int) -> Float32Array:
+def initial_rows(values: object, num_embeddings: int, embedding_dim: int) -> Float32Array:
     """Check the array that a new table is to start from: floats, or integers that float32 holds exactly.
 
     Raises
@@ -168,7 +164,7 @@ def initial_rows(values: ArrayLike, num_embeddings: int, embedding_dim: int) -> 
         )
         raise ValueError(msg)
     with np.errstate(over="ignore"):
-        converted = np.require(array, np.float32, _KERNEL_FLAGS)
+        converted = np.require(array, np.float32, ["C", "A", "W"])
     if array.dtype.kind in "iu" and not np.array_equal(converted, array):
         msg = "initializer: the array holds integers that float32 cannot represent; convert it first"
         raise ValueError(msg)
@@ -218,23 +214,6 @@ def count(value: object, name: str, *, minimum: int = 1, maximum: int = 2**48) -
         msg = f"{name} must be between {minimum} and {maximum}, got {value}"
         raise ValueError(msg)
     return int(value)
-
-
-def row_range(bounds: Sequence[int] | None, num_embeddings: int) -> tuple[int, int]:
-    """Check ``(start, stop)``, a half-open range of row ids; ``None`` means all rows.
-
-    Raises
-    ------
-    ValueError
-        Not two integers with ``0 <= start <= stop <= num_embeddings``.
-    """
-    if bounds is None:
-        return 0, num_embeddings
-    start, stop = (count(bound, "a bound of rows", minimum=0) for bound in bounds)
-    if not 0 <= start <= stop <= num_embeddings:
-        msg = f"rows=({start}, {stop}) is not a range within 0 and {num_embeddings}; give (start, stop)"
-        raise ValueError(msg)
-    return start, stop
 
 
 def _require_finite(array: Float32Array, what: str, way_out: str) -> None:

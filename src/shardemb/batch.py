@@ -73,7 +73,9 @@ def read(runtime: Runtime, reads: Sequence[Read]) -> None:
     Warm batches are gathered as they are: no sort, no system call a row. What is cold is grouped first, and the
     pages of *all* of it are asked for before the first is waited for: the disk sees as many requests as it can take.
     """
-    cold = [(r.shards, plan.group(r.ids, r.shards.spec.num_embeddings)) for r in reads if r.shards.is_cold(r.ids)]
+    cold = [
+        (r.shards, plan.group(r.ids, r.shards.spec.num_embeddings)) for r in reads if r.shards.is_cold(r.ids)
+    ]
     _read_ahead(runtime, cold)
 
     def gather(pieces: list[Piece]) -> None:
@@ -111,7 +113,9 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
             for piece in pieces:
                 work[piece.which](*plan.align(changes[piece.which].batch, piece))
 
-        pieces = _cut(runtime, [c.batch.order.size for c in changes], [c.shards.spec.record_bytes for c in changes])
+        pieces = _cut(
+            runtime, [c.batch.order.size for c in changes], [c.shards.spec.record_bytes for c in changes]
+        )
         tasks = [partial(change_rows, task) for task in pieces]
         with runtime.all_or_nothing("an update or write"):
             for each in changes:

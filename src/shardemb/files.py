@@ -328,8 +328,7 @@ class AddressRange:
 
     def bytes(self, offset: int, nbytes: int) -> memoryview:
         """View a part of the range as bytes, which keeps the range mapped."""
-        whole = self.array(np.uint8, (self.nbytes,))
-        return memoryview(whole)[offset : offset + nbytes]
+        return self.array(np.uint8, (self.nbytes,)).data[offset : offset + nbytes]
 
     def advise(self, offset: int, nbytes: int, advice: int) -> None:
         """Advise the kernel about a part of the range.

@@ -88,12 +88,16 @@ def arrange(store: Path, tables: Iterable[TableRecord], dropped: Iterable[str] =
     misplaced = [table for table in tables if found[table.uuid] != store / table.name]
     going = set(dropped)
     moves = [(found[table.uuid], parked(store, table.uuid)) for table in misplaced]
-    moves += [(path, parked(store, uuid)) for path in _children(store) if going and (uuid := _uuid(path)) in going]
+    moves += [
+        (path, parked(store, uuid)) for path in _children(store) if going and (uuid := _uuid(path)) in going
+    ]
     # Aside first: two tables may have exchanged their names.
     _move(store, [(source, target) for source, target in moves if source != target])
     for table in misplaced:
         if (store / table.name).exists():
-            msg = f"{store / table.name} is not the folder of table {table.name!r}; move it away and open the store again"
+            msg = (
+                f"{store / table.name} is not the folder of that table; move it away and open the store again"
+            )
             raise FormatError(msg)
     _move(store, [(parked(store, table.uuid), store / table.name) for table in misplaced])
     for path in _children(private(store) / "tables"):
@@ -115,7 +119,9 @@ def _children(directory: Path) -> list[Path]:
     if not directory.is_dir():
         return []
     return sorted(
-        path for path in directory.iterdir() if path.name != _PRIVATE and path.is_dir() and not path.is_symlink()
+        path
+        for path in directory.iterdir()
+        if path.name != _PRIVATE and path.is_dir() and not path.is_symlink()
     )
 
 

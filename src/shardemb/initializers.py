@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shardemb.errors import FormatError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
@@ -89,14 +90,17 @@ def normal_quantile(p: float) -> float:
 
 
 @dataclass(frozen=True)
-class Initializer:
+class Initializer(ABC):
     """What every initializer has; use one of its subclasses."""
 
-    fill_row: ClassVar[Callable[[Float32Array, np.uint64, np.uint64, NDArray[np.float64]], None]]
-
+    @abstractmethod
     def parameters(self) -> tuple[float, ...]:
         """Return the numbers that `fill_row` reads."""
-        raise TypeError(f"{type(self).__name__} is not an initializer that a table can use")  # pragma: no cover
+
+    @staticmethod
+    @abstractmethod
+    def fill_row(out: Float32Array, row: np.uint64, key: np.uint64, parameters: NDArray[np.float64]) -> None:
+        """Write one row."""
 
     def to_json(self) -> dict[str, object]:
         """Name and parameters, as they are kept on disk."""

@@ -16,7 +16,7 @@ import types
 import zlib
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from numba import njit
@@ -32,9 +32,21 @@ if TYPE_CHECKING:
 
     from shardemb.arrays import Float32Array, Int64Array
 
-# "numpy": a division by zero gives infinity, as in NumPy; raising could stop an update half way.
-_kernel = njit(nogil=True, cache=True, error_model="numpy")
-_inline = njit(nogil=True, error_model="numpy")
+F = TypeVar("F", bound="Callable[..., Any]")
+
+
+def _kernel(function: F) -> F:
+    # "numpy": a division by zero gives infinity, as in NumPy; raising could stop an update half way.
+    return cast(F, njit(nogil=True, cache=True, error_model="numpy")(function))
+
+
+def _inline(function: F) -> F:
+    return cast(F, njit(nogil=True, error_model="numpy")(function))
+
+
+def _once(function: F) -> F:
+    return cast(F, cache(function))
+
 
 _madvise = nb.ExternalFunction("madvise", nb.int32(nb.uintp, nb.uintp, nb.int32))
 _mincore = nb.ExternalFunction("mincore", nb.int32(nb.uintp, nb.uintp, nb.uintp))
@@ -99,7 +111,9 @@ def invert(order: Int64Array, starts: Int64Array) -> Int64Array:
 
 
 @_kernel
-def gather(records: Float32Array, column: int, ids: Int64Array, out: Float32Array, start: int, stop: int) -> None:
+def gather(
+    records: Float32Array, column: int, ids: Int64Array, out: Float32Array, start: int, stop: int
+) -> None:
     """``out[i] = records[ids[i], column : column + out.shape[1]]``."""
     width = out.shape[1]
     for i in range(start, stop):
@@ -296,12 +310,13 @@ def _step(
 
 @_kernel
 def dirty_pages(dirty: NDArray[np.uint64], blocks: NDArray[np.uint8], record_bytes: int) -> Int64Array:
-    """Runs of pages that hold changed rows, ascending and apart: shape (runs, 2), first and one past the last."""
+    """List the runs of pages that hold changed rows, ascending and apart: (first, one past the last), (runs, 2)."""
     runs = np.empty((16, 2), np.int64)
     count = 0
     words = ROWS_PER_BLOCK // 64
     for block in np.flatnonzero(blocks):
-        for w in range(block * words, min((block + 1) * words, dirty.size)):
+        first = int(block) * words
+        for w in range(first, min(first + words, dirty.size)):
             word = dirty[w]
             if word == 0:
                 continue
@@ -328,7 +343,8 @@ def count_bits(words: NDArray[np.uint64], blocks: NDArray[np.uint8]) -> int:
     per_block = ROWS_PER_BLOCK // 64
     total = 0
     for block in np.flatnonzero(blocks):
-        for w in range(block * per_block, min((block + 1) * per_block, words.size)):
+        first = int(block) * per_block
+        for w in range(first, min(first + per_block, words.size)):
             word = words[w]
             while word:
                 word &= word - np.uint64(1)
@@ -339,20 +355,20 @@ def count_bits(words: NDArray[np.uint64], blocks: NDArray[np.uint8]) -> int:
 # ---- one kernel for each formula ------------------------------------------------------------------------------
 
 
-def _specialise(kernel: Callable[..., Any], name: str, **helpers: Callable[..., Any]) -> Callable[..., Any]:
+def _specialise(kernel: Callable[..., Any], name: str, **helpers: object) -> Callable[..., Any]:
     """Return `kernel`'s code with `helpers` in place of the global names, under a name of its own."""
     code = types.FunctionType(kernel.__code__, {**kernel.__globals__, **helpers}, name)
     code.__qualname__ = name
     return code
 
 
-@cache
+@_once
 def _formulas() -> int:
     # numba notices a changed kernels.py by itself, but not a changed formula: that goes into the name.
     return zlib.crc32(b"".join(Path(str(m.__file__)).read_bytes() for m in (optim, initializers)))
 
 
-@cache
+@_once
 def _fill_function(initializer: type[initializers.Initializer]) -> Callable[..., Any]:
     quantile = _specialise(
         initializers.normal_quantile, "normal_quantile", log=_inline(initializers.log), math=math
@@ -368,21 +384,21 @@ def _fill_function(initializer: type[initializers.Initializer]) -> Callable[...,
     )
 
 
-@cache
+@_once
 def gather_or_fill(initializer: type[initializers.Initializer]) -> Callable[..., None]:
     """`_gather_or_fill` for one kind of initial value."""
     name = f"gather_or_fill_{initializer.__name__}_{_formulas():08x}"
     return _kernel(_specialise(_gather_or_fill, name, _fill_row=_fill_function(initializer)))
 
 
-@cache
+@_once
 def bring_in(initializer: type[initializers.Initializer]) -> Callable[..., None]:
     """`_bring_in` for one kind of initial value."""
     name = f"bring_in_{initializer.__name__}_{_formulas():08x}"
     return _kernel(_specialise(_bring_in, name, _fill_row=_fill_function(initializer)))
 
 
-@cache
+@_once
 def step(optimizer: type[optim.Optimizer]) -> Callable[..., None]:
     """`_step` for one optimizer."""
     name = f"step_{optimizer.__name__}_{_formulas():08x}"

@@ -121,7 +121,8 @@ def table_spec(documents: Mapping[str, bytes]) -> TableSpec:
         expected, found = _metadata(document), _metadata(documents.get(path, b""))
         for what in ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs", "fill_value"):
             if getattr(found, what) != getattr(expected, what):
-                msg = f"array {name!r} has {what} {getattr(found, what)}, but the table asks for {getattr(expected, what)}"
+                wanted = getattr(expected, what)
+                msg = f"array {name!r} has {what} {getattr(found, what)}, but the table asks for {wanted}"
                 raise FormatError(msg)
     return spec
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 from shardemb import arrays, files, folders, layout, scheduler
 from shardemb.errors import FormatError, StoreExistsError, StoreLockedError, StoreNotFoundError
@@ -13,12 +13,17 @@ from shardemb.manifest import Manifest
 from shardemb.runtime import Runtime
 from shardemb.store import Store
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
 Mode: TypeAlias = Literal["r", "r+", "a", "w", "w-"]
 
 MODES = ("r", "r+", "a", "w", "w-")
 
 
-def open(  # noqa: A001
+def open(
     path: str | os.PathLike[str],
     mode: Mode = "a",
     *,
@@ -137,12 +142,14 @@ def read_manifest(path: Path) -> Manifest:
     manifest = _parse(folders.manifest(path), Manifest.from_bytes)
     found = _parse(path / layout.DOCUMENT, layout.store_uuid)
     if found != manifest.uuid:
-        msg = f"{path}: zarr.json and the manifest belong to two different stores ({found} and {manifest.uuid})"
+        msg = (
+            f"{path}: zarr.json and the manifest belong to two different stores ({found} and {manifest.uuid})"
+        )
         raise FormatError(msg)
     return manifest
 
 
-def _parse(path, parse):
+def _parse(path: Path, parse: Callable[[bytes], T]) -> T:
     try:
         return parse(files.read(path))
     except (OSError, ValueError) as error:

@@ -16,13 +16,14 @@ are not in a batch do not move, and neither does their state.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from shardemb.errors import FormatError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from shardemb.arrays import Float32Array
 
@@ -30,22 +31,27 @@ __all__ = ["SGD", "Adagrad", "Adam", "Optimizer", "RowWiseAdagrad"]
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class Optimizer(ABC):
     """What every optimizer has; use one of its subclasses."""
 
-    row_step: ClassVar[Callable[[Float32Array, Float32Array, Float32Array, Float32Array], None]]
-
+    @abstractmethod
     def state_columns(self, embedding_dim: int) -> dict[str, int]:
         """Name and width (values per row) of each state column, in the order of the record."""
-        raise TypeError(f"{type(self).__name__} is not an optimizer that a table can use")  # pragma: no cover
+
+    @abstractmethod
+    def scalars(self, step: int) -> tuple[float, ...]:
+        """Return the numbers that `row_step` reads, for the `step`-th update (1 for the first)."""
+
+    @staticmethod
+    @abstractmethod
+    def row_step(
+        weight: Float32Array, state: Float32Array, gradient: Float32Array, scalars: Float32Array
+    ) -> None:
+        """Take one step on one row, in place: `weight` and `gradient` of shape (dim,), all of its state in a row."""
 
     def initial_state(self) -> dict[str, float]:
         """Value that a state column starts from; columns not named start from zero."""
         return {}
-
-    def scalars(self, step: int) -> tuple[float, ...]:
-        """Return the numbers that `row_step` reads, for the `step`-th update (1 for the first)."""
-        raise TypeError(f"{type(self).__name__} is not an optimizer that a table can use")  # pragma: no cover
 
     def to_json(self) -> dict[str, object]:
         """Name and hyper-parameters, as they are kept on disk."""
@@ -77,14 +83,16 @@ class SGD(Optimizer):
     def __post_init__(self) -> None:
         _require_at_least_zero(lr=self.lr)
 
-    def state_columns(self, embedding_dim: int) -> dict[str, int]:  # noqa: ARG002, D102
+    def state_columns(self, embedding_dim: int) -> dict[str, int]:  # noqa: D102
         return {}
 
-    def scalars(self, step: int) -> tuple[float, ...]:  # noqa: ARG002, D102
+    def scalars(self, step: int) -> tuple[float, ...]:  # noqa: D102
         return (self.lr,)
 
     @staticmethod
-    def row_step(weight: Float32Array, state: Float32Array, gradient: Float32Array, scalars: Float32Array) -> None:
+    def row_step(
+        weight: Float32Array, state: Float32Array, gradient: Float32Array, scalars: Float32Array
+    ) -> None:
         """Take one step on one row, in place."""
         lr = scalars[0]
         for j in range(weight.size):
@@ -138,7 +146,9 @@ class Adagrad(Optimizer):
         return (self.lr / (1 + (step - 1) * self.lr_decay), self.eps)
 
     @staticmethod
-    def row_step(weight: Float32Array, state: Float32Array, gradient: Float32Array, scalars: Float32Array) -> None:
+    def row_step(
+        weight: Float32Array, state: Float32Array, gradient: Float32Array, scalars: Float32Array
+    ) -> None:
         """Take one step on one row, in place."""
         lr, eps = scalars[0], scalars[1]
         for j in range(weight.size):
@@ -175,14 +185,16 @@ class RowWiseAdagrad(Optimizer):
     def __post_init__(self) -> None:
         _require_at_least_zero(lr=self.lr, eps=self.eps)
 
-    def state_columns(self, embedding_dim: int) -> dict[str, int]:  # noqa: ARG002, D102
+    def state_columns(self, embedding_dim: int) -> dict[str, int]:  # noqa: D102
         return {"sum": 1}
 
-    def scalars(self, step: int) -> tuple[float, ...]:  # noqa: ARG002, D102
+    def scalars(self, step: int) -> tuple[float, ...]:  # noqa: D102
         return (self.lr, self.eps)
 
     @staticmethod
-    def row_step(weight: Float32Array, state: Float32Array, gradient: Float32Array, scalars: Float32Array) -> None:
+    def row_step(
+        weight: Float32Array, state: Float32Array, gradient: Float32Array, scalars: Float32Array
+    ) -> None:
         """Take one step on one row, in place."""
         lr, eps = scalars[0], scalars[1]
         dim = weight.size
@@ -257,7 +269,9 @@ class Adam(Optimizer):
         return (1 - b1, 1 - b2, step_size, self.eps)
 
     @staticmethod
-    def row_step(weight: Float32Array, state: Float32Array, gradient: Float32Array, scalars: Float32Array) -> None:
+    def row_step(
+        weight: Float32Array, state: Float32Array, gradient: Float32Array, scalars: Float32Array
+    ) -> None:
         """Take one step on one row, in place."""
         one_minus_b1, one_minus_b2, step_size, eps = scalars[0], scalars[1], scalars[2], scalars[3]
         dim = weight.size

@@ -1,8 +1,9 @@
 """Word vectors from the standard library's own prose: the whole life of a store in one short program.
 
 How does one train embeddings with shardemb? Two tables in one store, one row a word: ``words`` holds the
-vectors that are wanted, ``contexts`` those they are trained against: skip-gram with negative sampling (Mikolov
-and others, "Distributed representations of words and phrases and their compositionality", 2013). A step:
+vectors that are wanted, ``contexts`` those they are trained against. The method is skip-gram with negative
+sampling (Mikolov and others, "Distributed representations of words and phrases and their compositionality",
+2013). A step:
 
 1. `corpus.Batches` makes the batch: a function of (seed, step) and of nothing else.
 2. ``store.lookup`` brings the rows of both tables.
@@ -59,6 +60,9 @@ SHOWN = (
 )
 """Words whose neighbours are shown at the end."""
 
+FREQUENT = 2000
+"""Neighbours are looked for among so many words: rarer ones were seen too seldom to be placed well."""
+
 
 class OptionError(shardemb.ShardEmbError, ValueError):
     """An option is out of range, or is not what the folder was trained with."""
@@ -99,7 +103,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, least in {"vocabulary": 2, "dim": 1, "steps": 1, "seed": 0, "commit_every": 1}.items():
             if getattr(self, name) < least:
-                raise OptionError(f"option {name} must be at least {least}, got {getattr(self, name)}")
+                raise OptionError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
     @property
     def store(self) -> Path:
@@ -130,7 +134,7 @@ class Result:
     loss : float
         Mean loss of a pair in the steps before the last commit.
     neighbours : mapping of str to tuple of str
-        The words whose vectors point most nearly the same way, nearest first, for the words of `SHOWN`.
+        What `nearest` finds for the words of `SHOWN`.
     bytes_on_disk : int
         Disk space that the store takes. Its files are sparse: ``ls -l`` shows more than there is.
     parquet : Path
@@ -158,12 +162,10 @@ def gradients(
 
     Parameters
     ----------
-    words : ndarray of float32, shape (spans, span_length, dim)
-        Rows of the words.
-    contexts : ndarray of float32, shape (spans, span_length + noise, dim)
-        Rows of the contexts, noise last.
+    words, contexts : ndarray of float32, shape (spans, span_length, dim) and (spans, span_length + noise, dim)
+        Rows of the words, and of the contexts with the noise last.
     weights : ndarray of float32, shape (spans, span_length, span_length + noise)
-        As in `Batch`.
+        As in `corpus.Batch`.
 
     Returns
     -------
@@ -184,7 +186,7 @@ def gradients(
     # Beyond 30 the sigmoid is 1 in float32, and exp would soon overflow.
     scores = np.clip(words @ contexts.transpose(0, 2, 1) * sign, -30, 30)
     right = 1 / (1 + np.exp(-scores))
-    loss = -float(np.sum(weights * np.log(right), dtype=np.float64))
+    loss = -float(np.sum(weights * np.log(right)))
     slope = weights * sign * (right - 1)
     return loss, slope @ contexts, slope.transpose(0, 2, 1) @ words
 
@@ -194,12 +196,10 @@ def nearest(word: str, words: Sequence[str], vectors: Float32Array, count: int =
 
     Parameters
     ----------
-    word : str
-        One of `words`.
-    words : sequence of str
-        The vocabulary, in the order of the rows.
+    word, words : str and sequence of str
+        One word, and all of them in the order of the rows.
     vectors : ndarray of float32, shape (len(words), dim)
-        The rows.
+        Their rows.
     count : int
         How many to return, at most.
 
@@ -270,7 +270,7 @@ def _run(options: Options, console: Console) -> Result:
                 raise
         else:
             _say(console, f"{options.folder} is trained already: {last.step:,} steps")
-        words = corpus.read_words(options.words)
+        words = corpus.read_words(options.words)[:FREQUENT]
         vectors = store["words"].lookup(np.arange(len(words)))
         store["words"].export_parquet(options.parquet)
     result = Result(
@@ -290,8 +290,11 @@ def _train(store: shardemb.Store, options: Options, console: Console) -> shardem
     _say(console, f"Text: {len(text.tokens):,} words of prose, {len(text.words):,} different ones")
     last = store.last_commit or _begin(store, options, text)
     if last.metadata["text"] != text.fingerprint:
-        msg = f"{options.folder} was trained on another Python's text; use that, or {_way_out(options)}"
-        raise OptionError(msg)
+        raise _refusal(
+            options, f"{options.folder} was trained on the text of another version of Python; use that"
+        )
+    if last.step:
+        _say(console, f"Going on from step {last.step:,}")
     batches = corpus.Batches(text, options.seed)
     meter = _Meter(store)
     with _progress(console, last.step, options.steps) as show:
@@ -331,16 +334,15 @@ def _check_options(options: Options, metadata: Mapping[str, Any]) -> None:
     for name in _FIXED:
         given, held = getattr(options, name), metadata.get(name)
         if given != held:
-            trained = f"{options.folder} was trained with {held}"
-            msg = f"option {name} is {given}, but {trained}; give that, or {_way_out(options)}"
-            raise OptionError(msg)
+            raise _refusal(
+                options, f"{name} is {given}, but {options.folder} was trained with {held}; give that"
+            )
     if corpus.fingerprint(corpus.read_words(options.words)) != metadata["words"]:
-        msg = f"{options.words} is not the vocabulary of the store; bring that back, or {_way_out(options)}"
-        raise OptionError(msg)
+        raise _refusal(options, f"{options.words} is not the vocabulary of the store; bring that back")
 
 
-def _way_out(options: Options) -> str:
-    return f"choose another folder, or delete {options.folder}"
+def _refusal(options: Options, reason: str) -> OptionError:
+    return OptionError(f"{reason}, choose another folder, or delete {options.folder}")
 
 
 # ---- what a person sees
@@ -371,13 +373,12 @@ class _Meter:
 
 @contextmanager
 def _progress(console: Console, start: int, total: int) -> Iterator[Callable[[int, _Meter, bool], None]]:
+    def line(step: int, meter: _Meter, committed: bool) -> None:
+        if committed:
+            _say(console, f"step {step:>{len(f'{total:,}')},} of {total:,}   {meter}")
+
     if not console.is_terminal:
-
-        def show(step: int, meter: _Meter, committed: bool) -> None:
-            if committed:
-                _say(console, f"step {step:>{len(f'{total:,}')},} of {total:,}   {meter}")
-
-        yield show
+        yield line
         return
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:

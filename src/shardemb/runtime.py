@@ -138,5 +138,5 @@ def signals_deferred() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        for number, frame in received:
-            previous[signal.Signals(number)](number, frame)
+        for arrived, frame in received:
+            previous[signal.Signals(arrived)](arrived, frame)

@@ -7,8 +7,7 @@ of threads). An active distributed client and the process scheduler are not used
 
 from __future__ import annotations
 
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import dask
@@ -20,8 +19,8 @@ import dask.threaded
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import dask.array
     import numpy as np
+    from dask.array import Array
     from numpy.typing import NDArray
 
 T = TypeVar("T")
@@ -51,7 +50,7 @@ def run(tasks: Sequence[Callable[[], T]], threads: int) -> list[T]:
 
 def as_array(
     read: Callable[[int, int], NDArray[np.float32]], num_rows: int, width: int, rows_per_chunk: int
-) -> dask.array.Array:
+) -> Array:
     """Make a dask array whose chunks call ``read(start, stop)`` when they are computed."""
     import dask.array as da
     import numpy as np
@@ -63,15 +62,13 @@ def as_array(
         (start, stop), _ = block_info[None]["array-location"]
         return read(start, stop)
 
-    return da.map_blocks(
-        block, chunks=(rows, (width,)), dtype=np.float32, meta=np.empty((0, 0), np.float32)
-    )
+    return da.map_blocks(block, chunks=(rows, (width,)), dtype=np.float32, meta=np.empty((0, 0), np.float32))
 
 
 def _guarded(task: Callable[[], T]) -> tuple[T | None, BaseException | None]:
     try:
         return task(), None
-    except BaseException as error:  # noqa: BLE001
+    except BaseException as error:
         return None, error
 
 
@@ -81,5 +78,8 @@ def _get() -> Callable[..., Any]:
         choice = dask.base.named_schedulers[choice.lower()]
     if isinstance(choice, Executor) and not isinstance(choice, ProcessPoolExecutor):
         get: Callable[..., Any] = dask.base.get_scheduler(scheduler=choice)
-        return get
-    return dask.local.get_sync if choice in (dask.get, dask.local.get_sync) else dask.threaded.get
+    elif choice in (dask.get, dask.local.get_sync):
+        get = dask.local.get_sync
+    else:
+        get = dask.threaded.get
+    return get

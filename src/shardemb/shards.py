@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb import files, kernels, layout
+from shardemb import files, folders, kernels, layout
 from shardemb.errors import FormatError, ShardEmbError
 from shardemb.initializers import Constant, stream_key
 from shardemb.spec import PAGE, ROWS_PER_BLOCK, TableSpec
@@ -117,7 +117,7 @@ class Shards:
         resident = kernels.sample_resident(
             self._rows.address, self.spec.record_bytes, self.present, ids, samples
         )
-        return 0 <= resident < (1 - COLD_SHARE) * samples
+        return bool(0 <= resident < (1 - COLD_SHARE) * samples)
 
     def read_ahead(self, rows: Int64Array, start: int, stop: int) -> None:
         """Ask for the pages of ascending ``rows[start:stop]``; the kernel reads them meanwhile."""
@@ -136,7 +136,13 @@ class Shards:
     def make_private(self, rows: Int64Array) -> None:
         """Copy the pages of ascending rows, so that an update finds them ready."""
         kernels.advise(
-            self._rows.address, self.spec.record_bytes, _NO_BITMAP, rows, files.MADV_POPULATE_WRITE, 0, rows.size
+            self._rows.address,
+            self.spec.record_bytes,
+            _NO_BITMAP,
+            rows,
+            files.MADV_POPULATE_WRITE,
+            0,
+            rows.size,
         )
         self.private_pages += kernels.mark_private(rows, self.spec.record_bytes, self.private)
 
@@ -229,14 +235,12 @@ def check_mappings(spec: TableSpec) -> None:
     if used + more > files.MAX_MAPPINGS:
         msg = (
             f"the table takes {more} files of {spec.shard_bytes} bytes, and the tables open in this process {used} "
-            f"more, but a process maps at most {files.MAX_MAPPINGS}: use larger shards (rows_per_shard) or close a store"
+            f"more, but a process maps at most {files.MAX_MAPPINGS}: use larger shards or close a store"
         )
         raise ShardEmbError(msg)
 
 
-def _map(
-    paths: Iterable[Path], count: int, file_bytes: int, missing: Collection[Path]
-) -> files.AddressRange:
+def _map(paths: Iterable[Path], count: int, file_bytes: int, missing: Collection[Path]) -> files.AddressRange:
     memory = files.AddressRange(count * file_bytes)
     for number, path in enumerate(paths):
         if path in missing:
@@ -251,7 +255,8 @@ def _by_file(
 ) -> list[FileChanges]:
     """Divide runs of pages of a mapped range, ascending and apart, among the files that are mapped there."""
     runs = pages * PAGE
-    changes, number = [], 0
+    changes: list[FileChanges] = []
+    number = 0
     while True:
         first = int(np.searchsorted(runs[:, 1], number * file_bytes, side="right"))
         if first == len(runs):
@@ -265,23 +270,60 @@ def _by_file(
         number += 1
 
 
-def create(spec: TableSpec, directory: Path, values: Float32Array | None) -> None:
-    """Create a table's folder: its zarr documents and all its files, sparse; with `values`, every row of it.
+def create(spec: TableSpec, directory: Path, values: Float32Array | None) -> Shards:
+    """Create a table's folder, its zarr documents and all its files, sparse; with `values`, every row of it.
 
     Nothing is durable yet (`files.sync_filesystem` makes it so).
 
     Raises
     ------
-    DiskFullError
-        There is no room; what was created is left for the caller to remove.
+    ShardEmbError, OSError
+        It cannot be mapped, or there is no room; nothing is left behind.
     """
-    for path, document in layout.table_documents(spec).items():
-        files.make_directory((directory / path).parent)
-        files.write_new(directory / path, document)
-    for path, nbytes in _expected_files(spec, directory):
-        files.create_sparse(path, nbytes)
-    if values is not None:
-        _write_rows(spec, directory, values)
+    check_mappings(spec)
+    try:
+        for name, document in layout.table_documents(spec).items():
+            files.make_directory((directory / name).parent)
+            files.write_new(directory / name, document)
+        for path, nbytes in _expected_files(spec, directory):
+            files.create_sparse(path, nbytes)
+        if values is not None:
+            _write_rows(spec, directory, values)
+        return Shards(spec, directory)
+    except BaseException:
+        files.remove_tree(directory)
+        raise
+
+
+def open_existing(directory: Path, *, may_miss: bool, may_create: bool) -> Shards:
+    """Map a table that exists, believing nothing that its metadata say before it is checked.
+
+    Parameters
+    ----------
+    directory : Path
+        The table's folder.
+    may_miss : bool
+        Whether a file of a table that starts from zeros may be missing: zarr deletes a chunk that it is asked to
+        fill with zeros.
+    may_create : bool
+        Whether such a file is made anew, or only read as zeros.
+
+    Raises
+    ------
+    FormatError
+        The documents are not those of a table; a file is missing or has another size.
+    """
+    spec = layout.table_spec(folders.documents(directory))
+    missing = dict(find_missing(spec, directory))
+    if missing and (spec.has_presence or not may_miss):
+        msg = f"{next(iter(missing))} is missing ({len(missing)} in all); restore it from a copy of the store"
+        raise FormatError(msg)
+    if may_create and missing:
+        for path, nbytes in missing.items():
+            files.create_sparse(path, nbytes)
+        files.sync_filesystem(directory)
+        missing = {}
+    return Shards(spec, directory, missing)
 
 
 def find_missing(spec: TableSpec, directory: Path) -> list[tuple[Path, int]]:
@@ -325,7 +367,7 @@ def _write_rows(spec: TableSpec, directory: Path, values: Float32Array) -> None:
                 records = np.empty((len(block), spec.width), np.float32)
                 records[:, : spec.embedding_dim] = block
                 records[:, spec.embedding_dim :] = spec.initial_state
-                files.write(descriptor, memoryview(records), (start - begin) * spec.record_bytes, path)
+                files.write(descriptor, records.data, (start - begin) * spec.record_bytes, path)
             files.sync(descriptor, path)
             files.forget(descriptor)
     for chunk in range(spec.num_presence_chunks):
@@ -334,4 +376,4 @@ def _write_rows(spec: TableSpec, directory: Path, values: Float32Array) -> None:
         rows = min(spec.num_embeddings - first, spec.presence_chunk_bytes * 8)
         bits = np.packbits(np.ones(rows, np.bool_), bitorder="little")
         with files.opened(path, os.O_WRONLY) as descriptor:
-            files.write(descriptor, memoryview(bits), 0, path)
+            files.write(descriptor, bits.data, 0, path)

@@ -13,21 +13,28 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
-
 from shardemb import arrays, batch, files, folders, layout, optim, report, shards, writeback
 from shardemb.batch import Training
 from shardemb.errors import FormatError, TableExistsError, TableNotFoundError
 from shardemb.initializers import Constant, Initializer
 from shardemb.manifest import Commit, Manifest, TableRecord, check_metadata
 from shardemb.runtime import Runtime, signals_deferred
-from shardemb.spec import MAX_DIM, MAX_ROWS, PAGE, TableSpec, check_name, choose_rows_per_shard, record_columns
+from shardemb.spec import (
+    MAX_DIM,
+    MAX_ROWS,
+    PAGE,
+    TableSpec,
+    check_name,
+    choose_rows_per_shard,
+    record_columns,
+)
 from shardemb.table import Table
 
 if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
 
@@ -133,35 +140,9 @@ class Store(Mapping[str, Table]):
         """
         with self._runtime.changing():
             self._require_free(check_name(name))
-            num_embeddings = arrays.count(num_embeddings, "num_embeddings", maximum=MAX_ROWS)
-            embedding_dim = arrays.count(embedding_dim, "embedding_dim", maximum=MAX_DIM)
-            if optimizer is not None and not isinstance(optimizer, optim.Optimizer):
-                msg = f"optimizer must be one of shardemb.optim, for example shardemb.optim.Adam(), got {optimizer!r}"
-                raise TypeError(msg)
-            if rows_per_shard is not None:
-                rows_per_shard = arrays.count(rows_per_shard, "rows_per_shard", maximum=MAX_ROWS)
-            values = None
-            if callable(initializer):
-                msg = f"initializer must be one of shardemb.initializers or an array, got {initializer!r}"
-                raise TypeError(msg)
-            if initializer is None:
-                initializer = Constant(0.0)
-            elif not isinstance(initializer, Initializer):
-                values = arrays.initial_rows(initializer, num_embeddings, embedding_dim)
-                initializer = Constant(0.0)
-            width = max(stop for _, stop in record_columns(embedding_dim, optimizer).values())
-            spec = TableSpec(
-                uuid=str(uuid.uuid4()),
-                stream=name,
-                num_embeddings=num_embeddings,
-                embedding_dim=embedding_dim,
-                rows_per_shard=choose_rows_per_shard(
-                    num_embeddings, 4 * width, rows_per_shard, files.MAX_MAPPINGS - files.counters.mappings
-                ),
-                optimizer=optimizer,
-                initializer=initializer,
-            )
-            table = self._make_table(spec, values)
+            initializer, values = _initial(initializer, num_embeddings, embedding_dim)
+            spec = _new_spec(name, num_embeddings, embedding_dim, initializer, optimizer, rows_per_shard)
+            table = self._new_table(spec, values)
             self._tables[name] = table
             return table
 
@@ -229,7 +210,9 @@ class Store(Mapping[str, Table]):
         batch.read(self._runtime, [read for read, _ in planned.values()])
         return {name: result for name, (_, result) in planned.items()}
 
-    def update(self, batches: Mapping[str, tuple[ArrayLike, ArrayLike]], *, check_finite: bool = True) -> None:
+    def update(
+        self, batches: Mapping[str, tuple[ArrayLike, ArrayLike]], *, check_finite: bool = True
+    ) -> None:
         """Take one optimizer step in several tables together; all of them are checked before any row changes.
 
         Parameters
@@ -335,7 +318,7 @@ class Store(Mapping[str, Table]):
             self._tables = {}
             for record in self._manifest.tables:
                 table = self._committed[record.uuid]
-                table._shards.forget_changes()
+                table.mapped.forget_changes()
                 table._restore(record.name, record.optimizer, record.step)
                 self._tables[record.name] = table
 
@@ -377,7 +360,7 @@ class Store(Mapping[str, Table]):
         self._runtime.check_open()
         problems = []
         for table in self._committed.values():
-            directory = table._shards.directory
+            directory = table.mapped.directory
             try:
                 layout.table_spec(folders.documents(directory))
                 missing = shards.find_missing(table._spec, directory)
@@ -421,7 +404,7 @@ class Store(Mapping[str, Table]):
                     self._leave()
             finally:
                 for table in (*self._tables.values(), *self._committed.values()):
-                    table._shards = None  # unmapped once the last lookup that still runs has ended
+                    table.release()
                 if self._lock is not None:
                     files.close(self._lock)
 
@@ -483,55 +466,33 @@ class Store(Mapping[str, Table]):
             msg = f"the store {self._runtime.path} already has a table {name!r}; use store[{name!r}], or drop it first"
             raise TableExistsError(msg)
 
-    def _make_table(self, spec: TableSpec, values: NDArray[np.float32] | None) -> Table:
-        directory = folders.parked(self._runtime.path, spec.uuid)
-        shards.check_mappings(spec)
-        try:
-            shards.create(spec, directory, values)
-            return Table(self._runtime, spec.stream, shards.Shards(spec, directory), Training(spec.optimizer, 0))
-        except BaseException:
-            files.remove_tree(directory)
-            raise
+    def _new_table(self, spec: TableSpec, values: NDArray[np.float32] | None) -> Table:
+        mapped = shards.create(spec, folders.parked(self._runtime.path, spec.uuid), values)
+        return Table(self._runtime, spec.stream, mapped, Training(spec.optimizer, 0))
 
     def _open_table(self, record: TableRecord, directory: Path) -> Table:
         try:
-            spec = layout.table_spec(folders.documents(directory))
-            if type(spec.optimizer) is not type(record.optimizer):
-                msg = f"it was created for {spec.optimizer}, but the commit says {record.optimizer}"
+            mapped = shards.open_existing(
+                directory, may_miss=self._manifest.clean, may_create=self._runtime.writable
+            )
+            if type(mapped.spec.optimizer) is not type(record.optimizer):
+                msg = f"it was created for {mapped.spec.optimizer}, but the commit says {record.optimizer}"
                 raise FormatError(msg)
-            missing = shards.find_missing(spec, directory)
         except FormatError as error:
             msg = f"table {record.name!r} in {directory}: {error}"
             raise FormatError(msg) from error
-        if missing and (spec.has_presence or not self._manifest.clean):
-            msg = (
-                f"table {record.name!r}: {missing[0][0]} is missing ({len(missing)} in all); "
-                f"restore it from a copy of the store"
-            )
-            raise FormatError(msg)
-        absent = [path for path, _ in missing]
-        if missing and self._runtime.writable:
-            # zarr deletes a chunk that it is asked to fill with zeros.
-            for path, nbytes in missing:
-                files.create_sparse(path, nbytes)
-            files.sync_filesystem(directory)
-            absent = []
-        return Table(
-            self._runtime,
-            record.name,
-            shards.Shards(spec, directory, absent),
-            Training(record.optimizer, record.step),
-        )
+        return Table(self._runtime, record.name, mapped, Training(record.optimizer, record.step))
 
     def _records(self) -> tuple[TableRecord, ...]:
         return tuple(
-            TableRecord(table._spec.uuid, name, table.step, table.optimizer) for name, table in self._tables.items()
+            TableRecord(table._spec.uuid, name, table.step, table.optimizer)
+            for name, table in self._tables.items()
         )
 
     def _differs(self) -> bool:
         with self._runtime.lock:
             return self._records() != self._manifest.tables or any(
-                table._shards.has_changes for table in self._tables.values()
+                table.mapped.has_changes for table in self._tables.values()
             )
 
     def _write(self, manifest: Manifest) -> None:
@@ -539,7 +500,7 @@ class Store(Mapping[str, Table]):
         path, threads, tables = self._runtime.path, self._runtime.threads, tuple(self._tables.values())
         kept = {table._spec.uuid for table in tables}
         manifest = replace(manifest, dropped=tuple(old for old in self._committed if old not in kept))
-        changes = [each for table in tables for each in table._shards.changed_files()]
+        changes = [each for table in tables for each in table.mapped.changed_files()]
         staged = files.stage(folders.manifest(path), manifest.to_bytes())
         writeback.secure(changes, threads)
         if any(uuid not in self._committed for uuid in kept):
@@ -554,13 +515,13 @@ class Store(Mapping[str, Table]):
                 self._runtime.poisoned = f"a commit broke off ({error})"
                 raise
             for table in tables:
-                table._shards.directory = directories[table._spec.uuid]
-                table._shards.clear_changes()
+                table.mapped.directory = directories[table._spec.uuid]
+                table.mapped.clear_changes()
             self._committed = {table._spec.uuid: table for table in tables}
 
     def _trim_memory(self) -> None:
         """Give copied pages back where they are over the budget; the files hold what they hold."""
-        live = [table._shards for table in self._tables.values()]
+        live = [table.mapped for table in self._tables.values()]
         if sum(each.private_pages for each in live) * PAGE > self._runtime.memory_budget:
             for each in live:
                 each.drop_all()
@@ -570,8 +531,8 @@ class Store(Mapping[str, Table]):
         self._manifest = manifest
 
     def _abandon(self, table: Table) -> None:
-        files.remove_tree(table._shards.directory)
-        table._shards = None
+        files.remove_tree(table.mapped.directory)
+        table.release()
 
     def _leave(self) -> None:
         if self._differs() and not self._runtime.poisoned:
@@ -587,3 +548,45 @@ class Store(Mapping[str, Table]):
                 self._abandon(table)
         if not self._runtime.poisoned:
             self._publish(replace(self._manifest, clean=True))
+
+
+def _initial(
+    initializer: object, num_embeddings: int, embedding_dim: int
+) -> tuple[Initializer, NDArray[np.float32] | None]:
+    """Tell what fresh rows hold from the rows that a new table is filled with."""
+    if initializer is None:
+        return Constant(0.0), None
+    if isinstance(initializer, Initializer):
+        return initializer, None
+    if callable(initializer):
+        msg = f"initializer must be one of shardemb.initializers or an array, got {initializer!r}"
+        raise TypeError(msg)
+    return Constant(0.0), arrays.initial_rows(initializer, num_embeddings, embedding_dim)
+
+
+def _new_spec(
+    name: str,
+    num_embeddings: int,
+    embedding_dim: int,
+    initializer: Initializer,
+    optimizer: object,
+    rows_per_shard: int | None,
+) -> TableSpec:
+    num_embeddings = arrays.count(num_embeddings, "num_embeddings", maximum=MAX_ROWS)
+    embedding_dim = arrays.count(embedding_dim, "embedding_dim", maximum=MAX_DIM)
+    if optimizer is not None and not isinstance(optimizer, optim.Optimizer):
+        msg = f"optimizer must be one of shardemb.optim, for example shardemb.optim.Adam(), got {optimizer!r}"
+        raise TypeError(msg)
+    if rows_per_shard is not None:
+        rows_per_shard = arrays.count(rows_per_shard, "rows_per_shard", maximum=MAX_ROWS)
+    width = max(stop for _, stop in record_columns(embedding_dim, optimizer).values())
+    free = files.MAX_MAPPINGS - files.counters.mappings
+    return TableSpec(
+        uuid=str(uuid.uuid4()),
+        stream=name,
+        num_embeddings=num_embeddings,
+        embedding_dim=embedding_dim,
+        rows_per_shard=choose_rows_per_shard(num_embeddings, 4 * width, rows_per_shard, free),
+        optimizer=optimizer,
+        initializer=initializer,
+    )

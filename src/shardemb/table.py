@@ -247,7 +247,9 @@ class Table:
         rows = plan.group(checked.flat, self.num_embeddings).rows
         if for_update:
             self._runtime.check_writable()
-        self._runtime.in_background(partial(batch.prefetch, self._runtime, shards, rows, for_update=for_update))
+        self._runtime.in_background(
+            partial(batch.prefetch, self._runtime, shards, rows, for_update=for_update)
+        )
 
     # ---- changing
 
@@ -513,7 +515,9 @@ class Table:
         flat = result.view(np.ndarray).reshape(-1, last - first)
         return batch.Read(shards, column, checked.flat, flat), result
 
-    def plan_change(self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool) -> batch.Change:
+    def plan_change(
+        self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool
+    ) -> batch.Change:
         """Check an update (`what` is "gradients") or a write ("rows") and group its ids. For `Store`."""
         shards = self._live()
         if what == "gradients" and self.optimizer is None:
@@ -524,6 +528,16 @@ class Table:
         rows = arrays.rows(values, shape, what=what, table=self.name, check_finite=check_finite)
         grouped = plan.group(checked.flat, self.num_embeddings)
         return batch.Change(shards, grouped, rows, self._training if what == "gradients" else None)
+
+    @property
+    def mapped(self) -> Shards:
+        """The table's memory, as long as the store is open. For `Store`."""
+        assert self._shards is not None
+        return self._shards
+
+    def release(self) -> None:
+        """Let go of the table's memory: it is unmapped once the last lookup that still runs has ended."""
+        self._shards = None
 
     def _restore(self, name: str, optimizer: Optimizer | None, step: int) -> None:
         self._name, self._dropped = name, False
@@ -556,12 +570,12 @@ class _Source:
         self.embedding_dim = table.embedding_dim
         self.rows_per_shard = table.rows_per_shard
         spec = table._spec
-        self.columns = {name: last - first for name, (first, last) in spec.columns.items() if name != "weight"}
+        self.columns = {
+            name: last - first for name, (first, last) in spec.columns.items() if name != "weight"
+        }
 
     def read_rows(self, start: int, stop: int, columns: Sequence[str]) -> list[Float32Array]:
-        return [
-            batch.read_range(self._table._live(), column, start, stop) for column in ("weight", *columns)
-        ]
+        return [batch.read_range(self._table._live(), column, start, stop) for column in ("weight", *columns)]
 
     def give_back(self, start: int, stop: int) -> None:
         runtime = self._table._runtime
