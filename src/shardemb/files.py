@@ -54,7 +54,7 @@ class Counters:
     """What this process has done to files since it started, for statistics and benchmarks."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a collection within `add` may unmap, which counts
         self.bytes_written = 0
         self.writes = 0
         self.syncs = 0

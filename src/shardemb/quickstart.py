@@ -20,8 +20,7 @@ What a run leaves in its folder::
     words.txt         the vocabulary: line r, counted from 0, is the word of row r
     words.parquet     the vectors of the table "words": columns id and embedding
 
-In pandas, ``pandas.read_parquet("words.parquet").assign(word=open("words.txt").read().split())`` puts each
-word beside its vector.
+``pandas.read_parquet("words.parquet").assign(word=open("words.txt").read().split())`` puts words to vectors.
 """
 
 from __future__ import annotations
@@ -227,10 +226,6 @@ def run(options: Options, console: Console | None = None) -> Result:
     console : rich.console.Console, optional
         Where to report; default stdout. A terminal gets a live bar, anything else a line for each commit.
 
-    Returns
-    -------
-    Result
-
     Raises
     ------
     OptionError
@@ -290,9 +285,7 @@ def _train(store: shardemb.Store, options: Options, console: Console) -> shardem
     _say(console, f"Text: {len(text.tokens):,} words of prose, {len(text.words):,} different ones")
     last = store.last_commit or _begin(store, options, text)
     if last.metadata["text"] != text.fingerprint:
-        raise _refusal(
-            options, f"{options.folder} was trained on the text of another version of Python; use that"
-        )
+        raise _refusal(options, f"{options.folder} was trained on another Python's text; use that Python")
     if last.step:
         _say(console, f"Going on from step {last.step:,}")
     batches = corpus.Batches(text, options.seed)
@@ -334,9 +327,8 @@ def _check_options(options: Options, metadata: Mapping[str, Any]) -> None:
     for name in _FIXED:
         given, held = getattr(options, name), metadata.get(name)
         if given != held:
-            raise _refusal(
-                options, f"{name} is {given}, but {options.folder} was trained with {held}; give that"
-            )
+            trained = f"{options.folder} was trained with {held}"
+            raise _refusal(options, f"{name} is {given}, but {trained}; give that")
     if corpus.fingerprint(corpus.read_words(options.words)) != metadata["words"]:
         raise _refusal(options, f"{options.words} is not the vocabulary of the store; bring that back")
 

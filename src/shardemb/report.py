@@ -3,25 +3,73 @@
 from __future__ import annotations
 
 import html
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from shardemb.manifest import Commit
+
 
 @dataclass(frozen=True)
 class Facts:
-    """What is told about a table; `changed_rows` is None where nothing can be changed any more."""
+    """What is told about a table.
+
+    Attributes
+    ----------
+    name : str
+    num_embeddings, embedding_dim : int
+    optimizer, initializer : str
+        As they print.
+    step : int
+        Updates so far.
+    state_columns : tuple of str
+    rows_per_shard, num_shards : int
+    nbytes : int
+        Of all rows with their state, whether they take disk or not.
+    changed_rows : int or None
+        Rows that differ from the last commit; None once the table is closed.
+    bytes_on_disk : int or None
+        Disk space that the table takes, where it was asked for.
+    """
 
     name: str
     num_embeddings: int
     embedding_dim: int
     optimizer: str
+    initializer: str
     step: int
+    state_columns: tuple[str, ...]
+    rows_per_shard: int
     num_shards: int
     nbytes: int
     changed_rows: int | None
+    bytes_on_disk: int | None = None
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """What a store holds, see `Store.info`.
+
+    Attributes
+    ----------
+    path : str
+    uuid : str
+        Identity of the store.
+    commit : Commit or None
+        The last one.
+    bytes_on_disk : int
+        Disk space that the store takes.
+    tables : tuple of Facts
+    """
+
+    path: str
+    uuid: str
+    commit: Commit | None
+    bytes_on_disk: int
+    tables: tuple[Facts, ...]
 
 
 def one_line(facts: Facts) -> str:
@@ -29,7 +77,7 @@ def one_line(facts: Facts) -> str:
 
     Examples
     --------
-    >>> one_line(Facts("tokens", 1000, 8, "SGD(lr=0.1)", 3, 1, 32_000, 5))
+    >>> one_line(Facts("tokens", 1000, 8, "SGD(lr=0.1)", "Constant(value=0.0)", 3, (), 1024, 1, 32_000, 5))
     "Table 'tokens': 1,000 x 8 float32, SGD(lr=0.1), step 3, 1 shard, 5 changed rows not committed"
     """
     parts = [
@@ -43,6 +91,30 @@ def one_line(facts: Facts) -> str:
     elif facts.changed_rows:
         parts.append(f"{plural(facts.changed_rows, 'changed row')} not committed")
     return f"Table {facts.name!r}: {', '.join(parts)}"
+
+
+def describe(info: StoreInfo) -> str:
+    """Describe a store in lines for a terminal."""
+    commit = info.commit
+    lines = [
+        f"Store   {info.path}",
+        f"Commit  {f'{commit.id} at step {commit.step}' if commit else 'none yet'}",
+        f"Disk    {size(info.bytes_on_disk)}",
+    ]
+    if commit and commit.metadata:
+        lines.append(f"Job     {json.dumps(commit.metadata)}")
+    for facts in info.tables:
+        lines += [
+            "",
+            f"Table   {facts.name}",
+            f"  rows         {facts.num_embeddings:,} x {facts.embedding_dim} float32",
+            f"  optimizer    {facts.optimizer}, step {facts.step:,}",
+            f"  state        {', '.join(facts.state_columns) or 'none'}",
+            f"  initializer  {facts.initializer}",
+            f"  shards       {facts.num_shards:,} of {facts.rows_per_shard:,} rows",
+            f"  size         {size(facts.nbytes)}, {size(facts.bytes_on_disk or 0)} on disk",
+        ]
+    return "\n".join(lines)
 
 
 def html_table(tables: Sequence[Facts], caption: str = "") -> str:

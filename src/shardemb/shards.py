@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SAMPLES = 32
 COLD_SHARE = 0.1
-"""A batch is cold if more than this share of `SAMPLES` rows of it is not in memory."""
+"""A batch is cold if more than this share of a sample, one row in eight up to `SAMPLES`, is not in memory."""
 
 _BLOCK_BYTES = 4 * 2**20
 
@@ -111,7 +111,7 @@ class Shards:
 
     def is_cold(self, ids: Int64Array) -> bool:
         """Whether too much of a batch would have to be read from disk, by a sample."""
-        samples = min(SAMPLES, ids.size)
+        samples = min(SAMPLES, -(-ids.size // 8))
         if samples == 0:
             return False
         resident = kernels.sample_resident(

@@ -370,6 +370,38 @@ class Store(Mapping[str, Table]):
                 problems += [f"table {table.name!r}: {path} is missing" for path, _ in missing]
         return problems
 
+    def info(self) -> report.StoreInfo:
+        """Tell what the store holds and the disk space that it takes; looks at every file.
+
+        Returns
+        -------
+        StoreInfo
+            A frozen dataclass: path, uuid, commit, bytes_on_disk, tables.
+
+        Raises
+        ------
+        StoreClosedError
+            The store was closed.
+
+        Examples
+        --------
+        >>> store.info().tables[0].name
+        'tokens'
+        """
+        self._runtime.check_open()
+        with self._runtime.lock:
+            tables = tuple(
+                replace(table.facts(), bytes_on_disk=files.allocated(table.mapped.directory))
+                for table in self._tables.values()
+            )
+            return report.StoreInfo(
+                path=str(self.path),
+                uuid=self._manifest.uuid,
+                commit=self.last_commit,
+                bytes_on_disk=files.allocated(self.path),
+                tables=tables,
+            )
+
     def stats(self) -> dict[str, int]:
         """Bytes written to files and syncs made by this process since the store was opened.
 
