@@ -23,6 +23,9 @@ Float32Array: TypeAlias = "NDArray[np.float32]"
 Int64Array: TypeAlias = "NDArray[np.int64]"
 
 
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
 @dataclass(frozen=True)
 class Ids:
     """Checked row ids.
@@ -61,8 +64,10 @@ def row_ids(ids: ArrayLike, num_embeddings: int, table: str) -> Ids:
     array = np.asarray(ids)
     if array.size == 0 and not isinstance(ids, np.ndarray):
         array = array.astype(np.int64)  # np.asarray([]) is float64
+    if array.dtype == np.float64 and not isinstance(ids, np.ndarray):
+        array = np.asarray(ids, dtype=object)  # so are ints of which one needs uint64 and another a sign
     if array.dtype == object and all(type(value) is int for value in array.flat):
-        # Python ints too large for any integer dtype: out of range, not of a wrong type.
+        # Python ints too large for an integer dtype: out of range, not of a wrong type.
         _refuse_ids(array, num_embeddings, table)
     if array.dtype.kind not in "iu":
         msg = (
@@ -165,7 +170,10 @@ def initial_rows(values: object, num_embeddings: int, embedding_dim: int) -> Flo
         raise ValueError(msg)
     with np.errstate(over="ignore"):
         converted = np.require(array, np.float32, ["C", "A", "W"])
-    if array.dtype.kind in "iu" and not np.array_equal(converted, array):
+    # Compared in longdouble, which holds every int64, as float64 does not.
+    if array.dtype.kind in "iu" and not np.array_equal(
+        converted.astype(np.longdouble), array.astype(np.longdouble)
+    ):
         msg = "initializer: the array holds integers that float32 cannot represent; convert it first"
         raise ValueError(msg)
     _require_finite(converted, "initializer: the array", "")
@@ -195,6 +203,28 @@ def output(out: NDArray[Any] | None, shape: tuple[int, ...]) -> Float32Array:
         msg = "out must be C-contiguous, aligned and writable, for example np.empty(shape, np.float32)"
         raise ValueError(msg)
     return out
+
+
+def number(value: object, name: str, *, minimum: float | None = None) -> float:
+    """Check a real number given by the user: a Python or NumPy one (no bool), finite in float32.
+
+    Raises
+    ------
+    TypeError
+        Not a real number.
+    ValueError
+        Less than `minimum`; or NaN, infinite, or too large for float32.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        msg = f"{name} must be a number, got {value!r}"
+        raise TypeError(msg)
+    if not abs(value) <= _FLOAT32_MAX:
+        msg = f"{name} must be finite in float32, got {value}"
+        raise ValueError(msg)
+    if minimum is not None and value < minimum:
+        msg = f"{name} must be at least {minimum:g}, got {value}"
+        raise ValueError(msg)
+    return float(value)
 
 
 def count(value: object, name: str, *, minimum: int = 1, maximum: int = 2**48) -> int:

@@ -168,9 +168,14 @@ def write_new(path: Path, data: bytes) -> None:
         write(descriptor, data, 0, path)
 
 
-def stage(path: Path, data: bytes) -> Path:
-    """Write what is to become the content of `path` beside it, durably; return where. `publish` puts it in place."""
-    temporary = path.with_name(path.name + ".tmp")
+def staged(path: Path) -> Path:
+    """Where the next content of a file is staged."""
+    return path.with_name(path.name + ".tmp")
+
+
+def stage(path: Path, data: bytes) -> None:
+    """Write what is to become a file's content beside it, durably; `publish` puts it in place."""
+    temporary = staged(path)
     remove(temporary)
     try:
         with opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
@@ -179,18 +184,18 @@ def stage(path: Path, data: bytes) -> Path:
     except BaseException:
         remove(temporary)
         raise
-    return temporary
 
 
-def publish(staged: Path) -> None:
-    """Put a staged file in the place of its original, in one instant and durably."""
-    rename(staged, staged.with_suffix(""))
-    sync_directory(staged.parent)
+def publish(path: Path) -> None:
+    """Put what is staged for a file in its place, in one instant and durably."""
+    rename(staged(path), path)
+    sync_directory(path.parent)
 
 
 def replace(path: Path, data: bytes) -> None:
     """Replace a file's content, in one instant and durably."""
-    publish(stage(path, data))
+    stage(path, data)
+    publish(path)
 
 
 def create_sparse(path: Path, nbytes: int) -> None:

@@ -7,6 +7,7 @@ there. Whatever a crash leaves in between, `arrange` puts every folder in its pl
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from shardemb import files, layout
@@ -45,7 +46,8 @@ def foreign(store: Path) -> list[str]:
     """Names in a folder that would not be there if it were empty, or a store whose creation was cut short."""
     if not store.exists():
         return []
-    return sorted(entry.name for entry in store.iterdir() if entry.name not in (_PRIVATE, layout.DOCUMENT))
+    own = (_PRIVATE, layout.DOCUMENT, files.staged(store / layout.DOCUMENT).name)
+    return sorted(entry.name for entry in store.iterdir() if entry.name not in own)
 
 
 def documents(directory: Path) -> dict[str, bytes]:
@@ -73,6 +75,26 @@ def locate(store: Path, tables: Iterable[TableRecord]) -> dict[str, Path]:
     return found
 
 
+def require_places(store: Path, tables: Iterable[TableRecord], dropped: Iterable[str] = ()) -> None:
+    """Check that nothing foreign stands where the folder of a table belongs.
+
+    Raises
+    ------
+    FormatError
+        Something does; it is never moved or deleted.
+    """
+    tables = list(tables)
+    ours = {table.uuid for table in tables} | set(dropped)
+    for table in tables:
+        place = store / table.name
+        if os.path.lexists(place) and _uuid(place) not in ours:
+            msg = (
+                f"{place} stands where table {table.name!r} belongs and is none of the store's; "
+                f"move it away, or give the table another name"
+            )
+            raise FormatError(msg)
+
+
 def arrange(store: Path, tables: Iterable[TableRecord], dropped: Iterable[str] = ()) -> dict[str, Path]:
     """Put the folders of all tables under their names and remove those of no table; return where they are.
 
@@ -87,6 +109,7 @@ def arrange(store: Path, tables: Iterable[TableRecord], dropped: Iterable[str] =
     found = locate(store, tables)
     misplaced = [table for table in tables if found[table.uuid] != store / table.name]
     going = set(dropped)
+    require_places(store, tables, going)
     moves = [(found[table.uuid], parked(store, table.uuid)) for table in misplaced]
     moves += [
         (path, parked(store, uuid)) for path in _children(store) if going and (uuid := _uuid(path)) in going

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb.errors import FormatError
+from shardemb import arrays, persisted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -93,6 +93,17 @@ def normal_quantile(p: float) -> float:
 class Initializer(ABC):
     """What every initializer has; use one of its subclasses."""
 
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            # NumPy's scalars become what JSON can hold.
+            if each.type == "float":
+                object.__setattr__(self, each.name, arrays.number(value, each.name))
+            else:
+                object.__setattr__(
+                    self, each.name, arrays.count(value, each.name, minimum=0, maximum=2**64 - 1)
+                )
+
     @abstractmethod
     def parameters(self) -> tuple[float, ...]:
         """Return the numbers that `fill_row` reads."""
@@ -101,10 +112,6 @@ class Initializer(ABC):
     @abstractmethod
     def fill_row(out: Float32Array, row: np.uint64, key: np.uint64, parameters: NDArray[np.float64]) -> None:
         """Write one row."""
-
-    def to_json(self) -> dict[str, object]:
-        """Name and parameters, as they are kept on disk."""
-        return {"name": type(self).__name__} | {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -124,9 +131,6 @@ class Constant(Initializer):
     """
 
     value: float = 0.0
-
-    def __post_init__(self) -> None:
-        _require_float32(value=self.value)
 
     def parameters(self) -> tuple[float, ...]:  # noqa: D102
         return (self.value,)
@@ -162,8 +166,8 @@ class Uniform(Initializer):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_float32(low=self.low, high=self.high, difference=self.high - self.low)
-        _require_seed(self.seed)
+        super().__post_init__()
+        arrays.number(self.high - self.low, "high - low")
         if not np.float32(self.low) < np.float32(self.high):
             msg = f"Uniform: low must be less than high in float32, got {self.low} and {self.high}"
             raise ValueError(msg)
@@ -210,8 +214,8 @@ class Normal(Initializer):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_float32(mean=self.mean, std=self.std, reach=abs(self.mean) + 7 * self.std)
-        _require_seed(self.seed)
+        super().__post_init__()
+        arrays.number(abs(self.mean) + 7 * self.std, "abs(mean) + 7 * std")
         if not self.std > 0:
             msg = f"Normal: std must be greater than 0, got {self.std}"
             raise ValueError(msg)
@@ -243,39 +247,11 @@ def stream_key(seed: int, stream: str) -> int:
 
 
 def from_json(document: Mapping[str, object]) -> Initializer:
-    """Build the initializer that `Initializer.to_json` described.
+    """Build the initializer that `persisted.to_json` described.
 
     Raises
     ------
     FormatError
         Not one that this version knows, or parameters that it refuses.
     """
-    parameters = dict(document)
-    name = parameters.pop("name", None)
-    if not isinstance(name, str) or name not in INITIALIZERS:
-        msg = f"initializer {name!r} is not one of {', '.join(INITIALIZERS)}"
-        raise FormatError(msg)
-    try:
-        return INITIALIZERS[name](**parameters)
-    except (TypeError, ValueError) as error:
-        msg = f"initializer {name}: {error}"
-        raise FormatError(msg) from error
-
-
-def _require_float32(**values: float) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float | np.floating):
-            msg = f"{name} must be a number, got {value!r}"
-            raise TypeError(msg)
-        if not abs(value) <= np.finfo(np.float32).max:
-            msg = f"{name} must be finite in float32, got {value}"
-            raise ValueError(msg)
-
-
-def _require_seed(seed: object) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        msg = f"seed must be an int, got {seed!r}"
-        raise TypeError(msg)
-    if not 0 <= seed < 2**64:
-        msg = f"seed must be between 0 and 2**64 - 1, got {seed}"
-        raise ValueError(msg)
+    return persisted.from_json("initializer", INITIALIZERS, document)

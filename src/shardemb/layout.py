@@ -19,7 +19,7 @@ import zarr
 from zarr.storage import MemoryStore
 
 from shardemb.errors import FormatError
-from shardemb.spec import FORMAT_VERSION, TableSpec, field, parse_json, require_version
+from shardemb.spec import FORMAT_VERSION, TableSpec, field, parse_json, require_version, uuid_field
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -92,8 +92,7 @@ def store_uuid(document: bytes) -> str:
     """
     attributes = _attributes(document)
     require_version(attributes)
-    uuid: str = field(attributes, "uuid", str)
-    return uuid
+    return uuid_field(attributes)
 
 
 def table_uuid(document: bytes) -> str | None:

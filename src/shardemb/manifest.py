@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import json
 import zlib
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from shardemb import optim
+from shardemb import optim, persisted
 from shardemb.errors import FormatError
-from shardemb.spec import FORMAT_VERSION, check_name, field, int_field, parse_json, require_version
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from shardemb.spec import (
+    FORMAT_VERSION,
+    check_name,
+    field,
+    int_field,
+    parse_json,
+    require_version,
+    uuid_field,
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class TableRecord:
             "uuid": self.uuid,
             "name": self.name,
             "step": self.step,
-            "optimizer": self.optimizer.to_json() if self.optimizer else None,
+            "optimizer": persisted.to_json(self.optimizer) if self.optimizer else None,
         }
 
 
@@ -102,7 +108,7 @@ class Manifest:
             "uuid": self.uuid,
             "epoch": self.epoch,
             "clean": self.clean,
-            "commit": None if self.commit is None else asdict(self.commit),
+            "commit": None if self.commit is None else vars(self.commit),
             "tables": [table.to_json() for table in self.tables],
             "dropped": list(self.dropped),
         }
@@ -125,12 +131,17 @@ class Manifest:
             msg = "its checksum does not match its content"
             raise FormatError(msg)
         commit = field(document, "commit", (dict, type(None)))
+        tables = tuple(_record_from_json(entry) for entry in field(document, "tables", list))
+        for what in ("name", "uuid"):
+            if len({getattr(table, what) for table in tables}) < len(tables):
+                msg = f"two tables have the same {what}"
+                raise FormatError(msg)
         return Manifest(
-            uuid=field(document, "uuid", str),
+            uuid=uuid_field(document),
             epoch=int_field(document, "epoch", 2**62, minimum=0),
             clean=field(document, "clean", bool),
             commit=None if commit is None else _commit_from_json(commit),
-            tables=tuple(_record_from_json(entry) for entry in field(document, "tables", list)),
+            tables=tables,
             dropped=tuple(map(str, field(document, "dropped", list))),
         )
 
@@ -145,12 +156,16 @@ def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     ValueError
         Larger than 1 MiB as JSON, or holding NaN or infinity.
     """
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, Mapping) or not all(isinstance(key, str) for key in metadata):
+        msg = f"commit: metadata must be a dict with str keys, got {metadata!r:.200}"
+        raise TypeError(msg)
     try:
-        text = json.dumps(dict(metadata or {}), allow_nan=False)
+        text = json.dumps(dict(metadata), allow_nan=False)
     except TypeError as error:
         msg = f"commit: metadata must be a dict of JSON values: {error}"
         raise TypeError(msg) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         msg = f"commit: metadata cannot be written as JSON: {error}"
         raise ValueError(msg) from error
     if len(text) > 2**20:
@@ -178,7 +193,7 @@ def _record_from_json(document: object) -> TableRecord:
     except (TypeError, ValueError) as error:
         raise FormatError(str(error)) from error
     return TableRecord(
-        uuid=field(document, "uuid", str),
+        uuid=uuid_field(document),
         name=name,
         step=int_field(document, "step", 2**62, minimum=0),
         optimizer=None if optimizer is None else optim.from_json(optimizer),

@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from shardemb.errors import FormatError
+from shardemb import arrays, persisted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,6 +33,12 @@ __all__ = ["SGD", "Adagrad", "Adam", "Optimizer", "RowWiseAdagrad"]
 @dataclass(frozen=True)
 class Optimizer(ABC):
     """What every optimizer has; use one of its subclasses."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if each.type == "float":  # NumPy's scalars become what JSON can hold
+                value = arrays.number(getattr(self, each.name), each.name, minimum=0.0)
+                object.__setattr__(self, each.name, value)
 
     @abstractmethod
     def state_columns(self, embedding_dim: int) -> dict[str, int]:
@@ -52,10 +58,6 @@ class Optimizer(ABC):
     def initial_state(self) -> dict[str, float]:
         """Value that a state column starts from; columns not named start from zero."""
         return {}
-
-    def to_json(self) -> dict[str, object]:
-        """Name and hyper-parameters, as they are kept on disk."""
-        return {"name": type(self).__name__} | {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,6 @@ class SGD(Optimizer):
     """
 
     lr: float = 1e-2
-
-    def __post_init__(self) -> None:
-        _require_at_least_zero(lr=self.lr)
 
     def state_columns(self, embedding_dim: int) -> dict[str, int]:  # noqa: D102
         return {}
@@ -127,14 +126,6 @@ class Adagrad(Optimizer):
     lr_decay: float = 0.0
     eps: float = 1e-10
     initial_accumulator_value: float = 0.0
-
-    def __post_init__(self) -> None:
-        _require_at_least_zero(
-            lr=self.lr,
-            lr_decay=self.lr_decay,
-            eps=self.eps,
-            initial_accumulator_value=self.initial_accumulator_value,
-        )
 
     def state_columns(self, embedding_dim: int) -> dict[str, int]:  # noqa: D102
         return {"sum": embedding_dim}
@@ -182,9 +173,6 @@ class RowWiseAdagrad(Optimizer):
     lr: float = 1e-2
     eps: float = 1e-8
 
-    def __post_init__(self) -> None:
-        _require_at_least_zero(lr=self.lr, eps=self.eps)
-
     def state_columns(self, embedding_dim: int) -> dict[str, int]:  # noqa: D102
         return {"sum": 1}
 
@@ -199,7 +187,7 @@ class RowWiseAdagrad(Optimizer):
         lr, eps = scalars[0], scalars[1]
         dim = weight.size
         # One running sum would wait for each addition before the next; the order of these is fixed all the same.
-        s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = gradient[0] * 0
+        s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = state.dtype.type(0)
         whole = dim - dim % 8
         for j in range(0, whole, 8):
             s0 += gradient[j] * gradient[j]
@@ -252,11 +240,11 @@ class Adam(Optimizer):
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        _require_at_least_zero(lr=self.lr, eps=self.eps)
+        super().__post_init__()
         # Lists are what JSON gives back; as a tuple the dataclass compares equal and hashes.
-        betas = tuple(self.betas)
-        if len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
-            msg = f"Adam: betas must be two numbers in [0, 1), got {self.betas!r}"
+        betas = tuple(arrays.number(beta, "betas", minimum=0.0) for beta in self.betas)
+        if len(betas) != 2 or max(betas) >= 1:
+            msg = f"betas must be two numbers in [0, 1), got {self.betas!r}"
             raise ValueError(msg)
         object.__setattr__(self, "betas", betas)
 
@@ -287,34 +275,11 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {cls.__name__: cls for cls in (SGD, Ada
 
 
 def from_json(document: Mapping[str, object]) -> Optimizer:
-    """Build the optimizer that `Optimizer.to_json` described.
+    """Build the optimizer that `persisted.to_json` described.
 
     Raises
     ------
     FormatError
         Not one that this version knows, or hyper-parameters that it refuses.
     """
-    hyper = dict(document)
-    name = hyper.pop("name", None)
-    if not isinstance(name, str) or name not in OPTIMIZERS:
-        msg = f"optimizer {name!r} is not one of {', '.join(OPTIMIZERS)}"
-        raise FormatError(msg)
-    try:
-        return OPTIMIZERS[name](**hyper)
-    except (TypeError, ValueError) as error:
-        msg = f"optimizer {name}: {error}"
-        raise FormatError(msg) from error
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _require_at_least_zero(**hyper: float) -> None:
-    for name, value in hyper.items():
-        if not _is_number(value):
-            msg = f"{name} must be a finite number, got {value!r}"
-            raise TypeError(msg)
-        if value < 0:
-            msg = f"{name} must be at least 0, got {value}"
-            raise ValueError(msg)
+    return persisted.from_json("optimizer", OPTIMIZERS, document)

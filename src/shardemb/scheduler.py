@@ -8,6 +8,7 @@ of threads). An active distributed client and the process scheduler are not used
 from __future__ import annotations
 
 from concurrent.futures import Executor, ProcessPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import dask
@@ -41,7 +42,7 @@ def run(tasks: Sequence[Callable[[], T]], threads: int) -> list[T]:
         return []
     # A plain dict graph: dask.compute on delayed objects costs five times as much.
     graph = {("shardemb", k): (_guarded, task) for k, task in enumerate(tasks)}
-    outcomes = _get()(graph, list(graph), num_workers=threads)
+    outcomes = _get(threads)(graph, list(graph))
     for _, error in outcomes:
         if error is not None:
             raise error
@@ -72,14 +73,12 @@ def _guarded(task: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         return None, error
 
 
-def _get() -> Callable[..., Any]:
+def _get(threads: int) -> Callable[..., Any]:
     choice = dask.config.get("scheduler", None)
-    if isinstance(choice, str) and choice.lower() in dask.base.named_schedulers:
-        choice = dask.base.named_schedulers[choice.lower()]
+    if isinstance(choice, str):
+        choice = dask.base.named_schedulers.get(choice.lower())
     if isinstance(choice, Executor) and not isinstance(choice, ProcessPoolExecutor):
-        get: Callable[..., Any] = dask.base.get_scheduler(scheduler=choice)
-    elif choice in (dask.get, dask.local.get_sync):
-        get = dask.local.get_sync
-    else:
-        get = dask.threaded.get
-    return get
+        return partial(dask.local.get_async, choice.submit, getattr(choice, "_max_workers", threads))
+    if choice in (dask.get, dask.local.get_sync):
+        return partial(dask.local.get_sync)
+    return partial(dask.threaded.get, num_workers=threads)

@@ -314,6 +314,7 @@ def open_existing(directory: Path, *, may_miss: bool, may_create: bool) -> Shard
         The documents are not those of a table; a file is missing or has another size.
     """
     spec = layout.table_spec(folders.documents(directory))
+    check_mappings(spec)  # before so many files are looked for
     missing = dict(find_missing(spec, directory))
     if missing and (spec.has_presence or not may_miss):
         msg = f"{next(iter(missing))} is missing ({len(missing)} in all); restore it from a copy of the store"

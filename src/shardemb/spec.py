@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shardemb import initializers, optim
+from shardemb import initializers, optim, persisted
 from shardemb.errors import FormatError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ PRESENCE_BYTES = 4 * 2**20
 MAX_ROWS = 2**48
 MAX_DIM = 2**16
 
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
@@ -154,8 +155,8 @@ class TableSpec:
             "embedding_dim": self.embedding_dim,
             "rows_per_shard": self.rows_per_shard,
             "columns": {name: list(bounds) for name, bounds in self.columns.items()},
-            "optimizer": self.optimizer.to_json() if self.optimizer else None,
-            "initializer": self.initializer.to_json(),
+            "optimizer": persisted.to_json(self.optimizer) if self.optimizer else None,
+            "initializer": persisted.to_json(self.initializer),
         }
 
     @staticmethod
@@ -170,7 +171,7 @@ class TableSpec:
         require_version(document)
         optimizer = field(document, "optimizer", (dict, type(None)))
         spec = TableSpec(
-            uuid=field(document, "uuid", str),
+            uuid=uuid_field(document),
             stream=field(document, "stream", str),
             num_embeddings=int_field(document, "num_embeddings", MAX_ROWS),
             embedding_dim=int_field(document, "embedding_dim", MAX_DIM),
@@ -213,8 +214,8 @@ def choose_rows_per_shard(num_embeddings: int, record_bytes: int, wanted: int | 
         smallest, largest = SHARD_BYTES
         total = num_embeddings * record_bytes
         size = max(min(max(-(-total // MAX_SHARDS), smallest), largest), -(-total // max(max_shards, 1)))
-        wanted = min(num_embeddings, -(-size // record_bytes))
-    return round_up(wanted, multiple)
+        wanted = -(-size // record_bytes)
+    return round_up(min(wanted, num_embeddings), multiple)
 
 
 def check_name(name: object) -> str:
@@ -288,6 +289,21 @@ def field(document: Mapping[str, Any], name: str, kind: type | tuple[type, ...])
         msg = f"{name} is {value!r}"
         raise FormatError(msg)
     return value
+
+
+def uuid_field(document: Mapping[str, Any]) -> str:
+    """Take the uuid of a JSON object, which names folders too.
+
+    Raises
+    ------
+    FormatError
+        It is missing or not a uuid.
+    """
+    text = field(document, "uuid", str)
+    if not _UUID.fullmatch(text):
+        msg = f"uuid is {text!r}"
+        raise FormatError(msg)
+    return str(text)
 
 
 def int_field(document: Mapping[str, Any], name: str, maximum: int, *, minimum: int = 1) -> int:

@@ -60,17 +60,21 @@ class Store(Mapping[str, Table]):
         self._runtime = runtime
         self._manifest = manifest
         self._lock = lock
+        self._opened = False
         self._written_before = files.counters.bytes_written, files.counters.syncs
         self._tables: dict[str, Table] = {}
         self._committed: dict[str, Table] = {}
-        locate = folders.arrange if runtime.writable else folders.locate
-        directories = locate(runtime.path, manifest.tables)
+        if runtime.writable:
+            directories = folders.arrange(runtime.path, manifest.tables, manifest.dropped)
+        else:
+            directories = folders.locate(runtime.path, manifest.tables)
         for record in manifest.tables:
             table = self._open_table(record, directories[record.uuid])
             self._committed[record.uuid] = self._tables[record.name] = table
         if runtime.writable:
             # From here on a missing shard is damage and not zarr's way to write zeros.
-            self._publish(replace(manifest, epoch=manifest.epoch + 1, clean=False))
+            self._publish(replace(manifest, epoch=manifest.epoch + 1, clean=False, dropped=()))
+        self._opened = True
 
     # ---- tables
 
@@ -450,8 +454,7 @@ class Store(Mapping[str, Table]):
         self.close()
 
     def __del__(self) -> None:
-        # Not reached by __init__ if opening failed.
-        if "_committed" in self.__dict__ and not self._runtime.closed:
+        if getattr(self, "_opened", False) and not self._runtime.closed:
             warnings.warn(f"{self!r} was not closed", ResourceWarning, stacklevel=2, source=self)
             self._runtime.closed = True
             if self._lock is not None:
@@ -533,14 +536,15 @@ class Store(Mapping[str, Table]):
         kept = {table._spec.uuid for table in tables}
         manifest = replace(manifest, dropped=tuple(old for old in self._committed if old not in kept))
         changes = [each for table in tables for each in table.mapped.changed_files()]
-        staged = files.stage(folders.manifest(path), manifest.to_bytes())
+        folders.require_places(path, manifest.tables, manifest.dropped)
+        files.stage(folders.manifest(path), manifest.to_bytes())
         writeback.secure(changes, threads)
         if any(uuid not in self._committed for uuid in kept):
             files.sync_filesystem(path)
         with signals_deferred():
             try:
                 writeback.write(changes, threads)
-                files.publish(staged)
+                files.publish(folders.manifest(path))
                 self._manifest = manifest
                 directories = folders.arrange(path, manifest.tables, manifest.dropped)
             except BaseException as error:
@@ -559,7 +563,7 @@ class Store(Mapping[str, Table]):
                 each.drop_all()
 
     def _publish(self, manifest: Manifest) -> None:
-        files.publish(files.stage(folders.manifest(self._runtime.path), manifest.to_bytes()))
+        files.replace(folders.manifest(self._runtime.path), manifest.to_bytes())
         self._manifest = manifest
 
     def _abandon(self, table: Table) -> None:
@@ -567,19 +571,21 @@ class Store(Mapping[str, Table]):
         table.release()
 
     def _leave(self) -> None:
-        if self._differs() and not self._runtime.poisoned:
+        if self._runtime.poisoned:
+            return  # what is on disk may be ahead of memory: the next opening sees to it
+        if self._differs():
             commit = self._manifest.commit
             since = f"since commit {commit.id} (step {commit.step})" if commit else "(there was no commit)"
             warnings.warn(
-                f"the changes of {self._runtime.path} {since} are lost: close() never commits; call commit() before",
+                f"the changes of {self._runtime.path} {since} are lost: close() never commits; "
+                f"call commit() before",
                 RuntimeWarning,
                 stacklevel=3,
             )
         for table in self._tables.values():
             if table._spec.uuid not in self._committed:
                 self._abandon(table)
-        if not self._runtime.poisoned:
-            self._publish(replace(self._manifest, clean=True))
+        self._publish(replace(self._manifest, clean=True))
 
 
 def _initial(

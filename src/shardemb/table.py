@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from shardemb import arrays, batch, plan, report, scheduler
+from shardemb import arrays, batch, persisted, plan, report, scheduler
 from shardemb.errors import TableNotFoundError
 from shardemb.optim import Optimizer
 
@@ -590,6 +590,6 @@ class _Source:
         return {
             "uuid": spec.uuid,
             "step": self._table.step,
-            "optimizer": optimizer.to_json() if optimizer else None,
-            "initializer": spec.initializer.to_json(),
+            "optimizer": persisted.to_json(optimizer) if optimizer else None,
+            "initializer": persisted.to_json(spec.initializer),
         }
