@@ -9,6 +9,7 @@ A check that fails raises before anything was changed, and names the thing, the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -218,13 +219,17 @@ def number(value: object, name: str, *, minimum: float | None = None) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         msg = f"{name} must be a number, got {value!r}"
         raise TypeError(msg)
-    if not abs(value) <= _FLOAT32_MAX:
+    try:
+        result = float(value)
+    except OverflowError:
+        result = math.inf
+    if not abs(result) <= _FLOAT32_MAX:
         msg = f"{name} must be finite in float32, got {value}"
         raise ValueError(msg)
-    if minimum is not None and value < minimum:
+    if minimum is not None and result < minimum:
         msg = f"{name} must be at least {minimum:g}, got {value}"
         raise ValueError(msg)
-    return float(value)
+    return result
 
 
 def count(value: object, name: str, *, minimum: int = 1, maximum: int = 2**48) -> int:

@@ -38,7 +38,7 @@ def main() -> None:
     \b
     Example:
       shardemb quickstart
-      shardemb info quickstart/vectors.zarr
+      shardemb info quickstart/store.zarr
     """
 
 

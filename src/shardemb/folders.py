@@ -7,6 +7,7 @@ there. Whatever a crash leaves in between, `arrange` puts every folder in its pl
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,11 @@ def foreign(store: Path) -> list[str]:
     """Names in a folder that would not be there if it were empty, or a store whose creation was cut short."""
     if not store.exists():
         return []
-    own = (_PRIVATE, layout.DOCUMENT, files.staged(store / layout.DOCUMENT).name)
+    group = store / layout.DOCUMENT
+    own = {_PRIVATE, files.staged(group).name}
+    with contextlib.suppress(FormatError):
+        layout.store_uuid(_read(group) or b"")
+        own.add(group.name)
     return sorted(entry.name for entry in store.iterdir() if entry.name not in own)
 
 

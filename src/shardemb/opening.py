@@ -121,7 +121,7 @@ def _write(runtime: Runtime, *, new: bool) -> Store:
         raise _locked(path)
     try:
         files.note(lock, f"{os.getpid()}\n")
-        if new:
+        if new and folders.manifest(path).is_file():
             _clear(path)
         if not folders.manifest(path).is_file():
             _create(path)
@@ -167,13 +167,17 @@ def _create(path: Path) -> None:
 
 
 def _clear(path: Path) -> None:
-    """Delete a store but for its lock, the manifest first: from then on it is none."""
-    files.remove(folders.manifest(path))
-    files.sync_directory(folders.private(path))
+    """Delete a store but for its lock. Cut short, it leaves an empty store, or a folder to make one in."""
+    try:
+        old = _parse(folders.manifest(path), Manifest.from_bytes)
+    except FormatError:
+        old = Manifest(uuid=str(uuid.uuid4()))
+    files.replace(folders.manifest(path), Manifest(uuid=old.uuid, epoch=old.epoch).to_bytes())
     for entry in path.iterdir():
-        if entry != folders.private(path):
+        if entry not in (folders.private(path), path / layout.DOCUMENT):
             (files.remove_tree if entry.is_dir() and not entry.is_symlink() else files.remove)(entry)
     files.remove_tree(folders.private(path) / "tables")
+    files.remove(folders.manifest(path))
 
 
 def _require_creatable(path: Path, mode: str) -> None:

@@ -7,6 +7,7 @@ of threads). An active distributed client and the process scheduler are not used
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import Executor, ProcessPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_PID = os.getpid()
+
 CORES: int = dask.system.CPU_COUNT
 """Cores that this process may use, as dask counts them (affinity and cgroup limits included)."""
 
@@ -33,13 +36,11 @@ CORES: int = dask.system.CPU_COUNT
 def run(tasks: Sequence[Callable[[], T]], threads: int) -> list[T]:
     """Run tasks and return their results in order, once all have ended.
 
-    A single task runs in the calling thread. Should tasks raise, the first one's error is raised, also after all
+    A single task runs in the calling thread, and so do all tasks in a forked process. Should tasks raise, the first one's error is raised, also after all
     have ended: nothing goes on behind the caller's back.
     """
-    if len(tasks) == 1:
-        return [tasks[0]()]
-    if not tasks:
-        return []
+    if len(tasks) < 2 or os.getpid() != _PID:  # the threads of a pool do not survive a fork
+        return [task() for task in tasks]
     # A plain dict graph: dask.compute on delayed objects costs five times as much.
     graph = {("shardemb", k): (_guarded, task) for k, task in enumerate(tasks)}
     outcomes = _get(threads)(graph, list(graph))

@@ -539,10 +539,10 @@ class Store(Mapping[str, Table]):
         folders.require_places(path, manifest.tables, manifest.dropped)
         files.stage(folders.manifest(path), manifest.to_bytes())
         writeback.secure(changes, threads)
-        if any(uuid not in self._committed for uuid in kept):
-            files.sync_filesystem(path)
         with signals_deferred():
             try:
+                if kept - set(self._committed):
+                    files.sync_filesystem(path)
                 writeback.write(changes, threads)
                 files.publish(folders.manifest(path))
                 self._manifest = manifest
@@ -573,7 +573,12 @@ class Store(Mapping[str, Table]):
     def _leave(self) -> None:
         if self._runtime.poisoned:
             return  # what is on disk may be ahead of memory: the next opening sees to it
-        if self._differs():
+        lost = self._differs()
+        for table in self._tables.values():
+            if table._spec.uuid not in self._committed:
+                self._abandon(table)
+        self._publish(replace(self._manifest, clean=True))
+        if lost:
             commit = self._manifest.commit
             since = f"since commit {commit.id} (step {commit.step})" if commit else "(there was no commit)"
             warnings.warn(
@@ -582,10 +587,6 @@ class Store(Mapping[str, Table]):
                 RuntimeWarning,
                 stacklevel=3,
             )
-        for table in self._tables.values():
-            if table._spec.uuid not in self._committed:
-                self._abandon(table)
-        self._publish(replace(self._manifest, clean=True))
 
 
 def _initial(

@@ -1,0 +1,140 @@
+"""The command line: each subcommand end to end, its exit codes, and where its output goes."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+import shardemb
+from shardemb.cli import main
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "words.zarr"
+    with shardemb.open(path) as store:
+        table = store.create_table(
+            "tokens", num_embeddings=300, embedding_dim=4, optimizer=shardemb.optim.Adam(lr=0.1)
+        )
+        table.update(np.arange(300), np.ones((300, 4), np.float32))
+        store.commit(step=7, metadata={"loss": 0.5})
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_info_tells_what_a_person_wants_to_know(path):
+    result = run("info", path)
+    assert result.exit_code == 0
+    for expected in (
+        "1 at step 7",
+        "tokens",
+        "300 x 4 float32",
+        "Adam(lr=0.1",
+        "exp_avg, exp_avg_sq",
+        '{"loss": 0.5}',
+    ):
+        assert expected in result.stdout
+
+
+def test_info_as_json_is_one_object(path):
+    facts = json.loads(run("info", path, "--json").stdout)
+    assert facts["commit"] == {"id": 1, "step": 7, "metadata": {"loss": 0.5}}
+    (table,) = facts["tables"]
+    assert (table["name"], table["num_embeddings"], table["embedding_dim"], table["step"]) == (
+        "tokens",
+        300,
+        4,
+        1,
+    )
+    assert 0 < table["bytes_on_disk"] <= facts["bytes_on_disk"]
+
+
+def test_export_writes_rows_and_state(path, tmp_path):
+    target = tmp_path / "tokens.parquet"
+    result = run("export", path, "tokens", target, "--column", "exp_avg", "--rows", 10, 30)
+    assert result.exit_code == 0, result.output
+    assert "20 rows" in result.stdout
+    written = pq.read_table(target)
+    assert written["id"].to_pylist() == list(range(10, 30))
+    with shardemb.open(path, mode="r") as store:
+        for column, expected in (
+            ("embedding", store["tokens"].lookup(range(10, 30))),
+            ("exp_avg", store["tokens"].state("exp_avg", range(10, 30))),
+        ):
+            values = written[column].combine_chunks().flatten().to_numpy().reshape(20, 4)
+            np.testing.assert_array_equal(values, expected)
+
+
+def test_export_in_parts(path, tmp_path):
+    assert run("export", path, "tokens", tmp_path / "parts", "--parts", 3, "--quiet").exit_code == 0
+    assert pq.read_table(tmp_path / "parts").num_rows == 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("info", "missing.zarr"), "there is no store at"),
+        (("export", "words.zarr", "nobody", "out.parquet"), "no table 'nobody'; its tables: 'tokens'"),
+        (("export", "words.zarr", "tokens", "no/such/folder/out.parquet"), "folder"),
+        (("export", "words.zarr", "tokens", "out.parquet", "--column", "sum"), "sum"),
+        (("export", "words.zarr", "tokens", "out.parquet", "--rows", "5", "301"), "301"),
+    ],
+)
+def test_what_the_library_refuses_is_one_line_and_exit_code_1(path, monkeypatch, arguments, message):
+    monkeypatch.chdir(path.parent)
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (path.parent / "out.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [("info",), ("export", "a"), ("nonsense",), ("info", "a", "--nonsense")]
+)
+def test_a_command_line_that_makes_no_sense_is_exit_code_2(arguments):
+    assert run(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["quickstart", "info", "export"])
+def test_help_shows_an_example(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"shardemb {command}" in result.stdout.split("Example:")[1]
+
+
+def test_quickstart_passes_its_options_on(tmp_path, monkeypatch):
+    from shardemb import quickstart
+
+    seen = []
+    monkeypatch.setattr(quickstart, "run", seen.append)
+    result = run("quickstart", "--folder", tmp_path, "--vocabulary", 10, "--dim", 3, "--steps", 2, "--seed", 5,
+                 "--commit-every", 1)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert seen == [
+        quickstart.Options(folder=tmp_path, vocabulary=10, dim=3, steps=2, seed=5, commit_every=1)
+    ]
+
+
+def test_quickstart_defaults_are_the_librarys(tmp_path, monkeypatch):
+    from shardemb import quickstart
+
+    seen = []
+    monkeypatch.setattr(quickstart, "run", seen.append)
+    assert run("quickstart").exit_code == 0
+    assert seen == [quickstart.Options()]
+
+
+def test_the_installed_command_and_its_version():
+    done = subprocess.run(
+        [sys.executable, "-m", "shardemb.cli", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == f"shardemb, version {shardemb.__version__}"
