@@ -142,7 +142,7 @@ class Manifest:
             clean=field(document, "clean", bool),
             commit=None if commit is None else _commit_from_json(commit),
             tables=tables,
-            dropped=tuple(map(str, field(document, "dropped", list))),
+            dropped=tuple(uuid_field({"uuid": each}) for each in field(document, "dropped", list)),
         )
 
 

@@ -36,8 +36,8 @@ CORES: int = dask.system.CPU_COUNT
 def run(tasks: Sequence[Callable[[], T]], threads: int) -> list[T]:
     """Run tasks and return their results in order, once all have ended.
 
-    A single task runs in the calling thread, and so do all tasks in a forked process. Should tasks raise, the first one's error is raised, also after all
-    have ended: nothing goes on behind the caller's back.
+    A single task runs in the calling thread, and so do all tasks in a forked process. Should tasks raise, the first
+    one's error is raised, also after all have ended: nothing goes on behind the caller's back.
     """
     if len(tasks) < 2 or os.getpid() != _PID:  # the threads of a pool do not survive a fork
         return [task() for task in tasks]

@@ -171,15 +171,18 @@ class Shards:
         """Count the rows that differ from the files."""
         return int(kernels.count_bits(self.dirty, self.blocks))
 
-    def changed_files(self) -> list[FileChanges]:
-        """List the pages that hold changed rows or presence bits, by the file that they belong to."""
-        changes = _by_file(self._rows, self._changed_pages(), self.spec.shard_bytes, self.shard_path)
-        if self.spec.has_presence:
-            # A block of rows has its presence bits in the page of the same number.
-            blocks = np.flatnonzero(self.blocks)
-            pages = np.stack([blocks, blocks + 1], axis=1)
-            changes += _by_file(self._present, pages, self.spec.presence_chunk_bytes, self.presence_path)
-        return changes
+    def changed_rows(self) -> list[FileChanges]:
+        """List the pages that hold changed rows, by the row-shard that they belong to."""
+        return _by_file(self._rows, self._changed_pages(), self.spec.shard_bytes, self.shard_path)
+
+    def changed_presence(self) -> list[FileChanges]:
+        """List the pages of the presence bitmap that may have changed, by file; to be written after the rows."""
+        if not self.spec.has_presence:
+            return []
+        # A block of rows has its presence bits in the page of the same number.
+        blocks = np.flatnonzero(self.blocks)
+        pages = np.stack([blocks, blocks + 1], axis=1)
+        return _by_file(self._present, pages, self.spec.presence_chunk_bytes, self.presence_path)
 
     def forget_changes(self) -> None:
         """Go back to what the files hold."""

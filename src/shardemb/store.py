@@ -535,15 +535,17 @@ class Store(Mapping[str, Table]):
         path, threads, tables = self._runtime.path, self._runtime.threads, tuple(self._tables.values())
         kept = {table._spec.uuid for table in tables}
         manifest = replace(manifest, dropped=tuple(old for old in self._committed if old not in kept))
-        changes = [each for table in tables for each in table.mapped.changed_files()]
+        rows = [each for table in tables for each in table.mapped.changed_rows()]
+        presence = [each for table in tables for each in table.mapped.changed_presence()]
         folders.require_places(path, manifest.tables, manifest.dropped)
         files.stage(folders.manifest(path), manifest.to_bytes())
-        writeback.secure(changes, threads)
+        writeback.secure(rows + presence, threads)
         with signals_deferred():
             try:
                 if kept - set(self._committed):
                     files.sync_filesystem(path)
-                writeback.write(changes, threads)
+                writeback.write(rows, threads)
+                writeback.write(presence, threads)  # a row that says it is there is there
                 files.publish(folders.manifest(path))
                 self._manifest = manifest
                 directories = folders.arrange(path, manifest.tables, manifest.dropped)

@@ -316,11 +316,11 @@ class Table:
         Parameters
         ----------
         optimizer : Optimizer
-            Of the same class as the table's, so the state columns are the same.
+            Of the same class as the table's and with the same initial state, so that records stay what they are.
 
         Raises
         ------
-        TypeError, ValueError
+        ValueError
             Not an optimizer, or one with other state.
         ReadOnlyError, StoreClosedError, TableNotFoundError
             Nothing was changed.
@@ -331,10 +331,15 @@ class Table:
         """
         with self._runtime.changing():
             self._live()
-            if not isinstance(optimizer, Optimizer) or type(optimizer) is not type(self.optimizer):
+            now = self.optimizer
+            if (
+                now is None
+                or type(optimizer) is not type(now)
+                or optimizer.initial_state() != now.initial_state()
+            ):
                 msg = (
-                    f"table {self.name!r} has the optimizer {self.optimizer}; set_optimizer changes its "
-                    f"hyper-parameters, not its kind, got {optimizer!r}"
+                    f"table {self.name!r} has the optimizer {now}; set_optimizer changes its hyper-parameters, "
+                    f"not its kind nor what its state starts from, got {optimizer!r}"
                 )
                 raise ValueError(msg)
             self._training.optimizer = optimizer
