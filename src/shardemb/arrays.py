@@ -149,7 +149,7 @@ def rows(
     return converted.reshape(-1, shape[-1])
 
 
-def initial_rows(values: object, num_embeddings: int, embedding_dim: int) -> Float32Array:
+def initial_rows(values: object, shape: tuple[int, int]) -> Float32Array:
     """Check the array that a new table is to start from: floats, or integers that float32 holds exactly.
 
     Raises
@@ -163,10 +163,10 @@ def initial_rows(values: object, num_embeddings: int, embedding_dim: int) -> Flo
     if array.dtype.kind not in "fiu":
         msg = f"initializer: the array must hold real numbers, got dtype {array.dtype}"
         raise TypeError(msg)
-    if array.shape != (num_embeddings, embedding_dim):
+    if array.shape != shape:
         msg = (
             f"initializer: the array has shape {array.shape}, but the table has "
-            f"(num_embeddings, embedding_dim) = {(num_embeddings, embedding_dim)}"
+            f"(num_embeddings, embedding_dim) = {shape}"
         )
         raise ValueError(msg)
     with np.errstate(over="ignore"):

@@ -1,7 +1,7 @@
 """English prose that every Python carries, and the batches that word vectors are trained on.
 
 Where does a program find real text to learn from, without a download? In the language reference that
-``help()`` prints, and in the docstrings and comments of the standard library's source files: some 400,000
+``help()`` prints, and in the docstrings and comments of the standard library's source files: some 380,000
 words.
 
 1. `passages` reads the texts: one passage is a topic, a docstring or a block of comment lines. Files come in
@@ -56,7 +56,7 @@ SKIPPED_FOLDERS = frozenset(
 """Not installed everywhere, not the library's own, or hardly any prose. (pydoc_data is imported instead.)"""
 
 SPANS, SPAN_LENGTH = 256, 32
-"""A batch is so many stretches of text of so many words: 8,192 words, some 38,000 pairs of neighbours."""
+"""A batch is so many stretches of text of so many words: 8,192 words, some 40,000 pairs of neighbours."""
 
 WINDOW = 5
 """Neighbours stand at most so far apart; how far is drawn anew for each word, so near ones count more."""

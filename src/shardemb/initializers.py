@@ -236,6 +236,24 @@ class Normal(Initializer):
 INITIALIZERS: dict[str, type[Initializer]] = {cls.__name__: cls for cls in (Constant, Uniform, Normal)}
 
 
+def resolve(given: object, shape: tuple[int, int]) -> tuple[Initializer, Float32Array | None]:
+    """Tell what fresh rows of a new table hold from the rows that it is filled with at once.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Neither an initializer nor an array of that shape.
+    """
+    if given is None:
+        return Constant(0.0), None
+    if isinstance(given, Initializer):
+        return given, None
+    if callable(given):
+        msg = f"initializer must be one of shardemb.initializers or an array, got {given!r}"
+        raise TypeError(msg)
+    return Constant(0.0), arrays.initial_rows(given, shape)
+
+
 def stream_key(seed: int, stream: str) -> int:
     """Key of a table's generator: the first 8 bytes (little-endian) of BLAKE2b over the seed and the stream.
 

@@ -12,13 +12,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import uuid
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shardemb import initializers, optim, persisted
+from shardemb import arrays, initializers, optim, persisted
 from shardemb.errors import FormatError
 
 if TYPE_CHECKING:
@@ -187,6 +188,40 @@ class TableSpec:
             msg = f"rows_per_shard {spec.rows_per_shard} is not a multiple of {shard_rows_multiple(spec.record_bytes)}"
             raise FormatError(msg)
         return spec
+
+
+def new_spec(
+    name: str,
+    shape: tuple[int, int],
+    *,
+    initializer: initializers.Initializer,
+    optimizer: object,
+    rows_per_shard: int | None,
+    max_shards: int,
+) -> TableSpec:
+    """Make the spec of a new table of a checked name and shape.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An optimizer or a size of shards that cannot be.
+    """
+    num_embeddings, embedding_dim = shape
+    if optimizer is not None and not isinstance(optimizer, optim.Optimizer):
+        msg = f"optimizer must be one of shardemb.optim, for example shardemb.optim.Adam(), got {optimizer!r}"
+        raise TypeError(msg)
+    if rows_per_shard is not None:
+        rows_per_shard = arrays.count(rows_per_shard, "rows_per_shard", maximum=MAX_ROWS)
+    width = max(stop for _, stop in record_columns(embedding_dim, optimizer).values())
+    return TableSpec(
+        uuid=str(uuid.uuid4()),
+        stream=name,
+        num_embeddings=num_embeddings,
+        embedding_dim=embedding_dim,
+        rows_per_shard=choose_rows_per_shard(num_embeddings, 4 * width, rows_per_shard, max_shards),
+        optimizer=optimizer,
+        initializer=initializer,
+    )
 
 
 def record_columns(embedding_dim: int, optimizer: optim.Optimizer | None) -> dict[str, tuple[int, int]]:

@@ -7,27 +7,17 @@ created, dropped or renamed follow.
 
 from __future__ import annotations
 
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shardemb import arrays, batch, files, folders, layout, optim, report, shards, writeback
+from shardemb import arrays, batch, files, folders, initializers, layout, report, shards, writeback
 from shardemb.batch import Training
 from shardemb.errors import FormatError, TableExistsError, TableNotFoundError
-from shardemb.initializers import Constant, Initializer
 from shardemb.manifest import Commit, Manifest, TableRecord, check_metadata
 from shardemb.runtime import Runtime, signals_deferred
-from shardemb.spec import (
-    MAX_DIM,
-    MAX_ROWS,
-    PAGE,
-    TableSpec,
-    check_name,
-    choose_rows_per_shard,
-    record_columns,
-)
+from shardemb.spec import MAX_DIM, MAX_ROWS, PAGE, check_name, new_spec
 from shardemb.table import Table
 
 if TYPE_CHECKING:
@@ -36,6 +26,8 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
+
+    from shardemb.optim import Optimizer
 
 
 class Store(Mapping[str, Table]):
@@ -101,8 +93,8 @@ class Store(Mapping[str, Table]):
         *,
         num_embeddings: int,
         embedding_dim: int,
-        initializer: Initializer | ArrayLike | None = None,
-        optimizer: optim.Optimizer | None = None,
+        initializer: initializers.Initializer | ArrayLike | None = None,
+        optimizer: Optimizer | None = None,
         rows_per_shard: int | None = None,
     ) -> Table:
         """Create a table; it becomes part of the store with the next commit. Rows cost no disk until written.
@@ -144,11 +136,22 @@ class Store(Mapping[str, Table]):
         """
         with self._runtime.changing():
             self._require_free(check_name(name))
-            initializer, values = _initial(initializer, num_embeddings, embedding_dim)
-            spec = _new_spec(name, num_embeddings, embedding_dim, initializer, optimizer, rows_per_shard)
-            table = self._new_table(spec, values)
-            self._tables[name] = table
-            return table
+            shape = (
+                arrays.count(num_embeddings, "num_embeddings", maximum=MAX_ROWS),
+                arrays.count(embedding_dim, "embedding_dim", maximum=MAX_DIM),
+            )
+            kind, values = initializers.resolve(initializer, shape)
+            spec = new_spec(
+                name,
+                shape,
+                initializer=kind,
+                optimizer=optimizer,
+                rows_per_shard=rows_per_shard,
+                max_shards=files.MAX_MAPPINGS - files.counters.mappings,
+            )
+            mapped = shards.create(spec, folders.parked(self._runtime.path, spec.uuid), values)
+            self._tables[name] = Table(self._runtime, name, mapped, Training(optimizer, 0))
+            return self._tables[name]
 
     def drop_table(self, name: str) -> None:
         """Drop a table, with the next commit; until then `rollback` brings it back.
@@ -501,10 +504,6 @@ class Store(Mapping[str, Table]):
             msg = f"the store {self._runtime.path} already has a table {name!r}; use store[{name!r}], or drop it first"
             raise TableExistsError(msg)
 
-    def _new_table(self, spec: TableSpec, values: NDArray[np.float32] | None) -> Table:
-        mapped = shards.create(spec, folders.parked(self._runtime.path, spec.uuid), values)
-        return Table(self._runtime, spec.stream, mapped, Training(spec.optimizer, 0))
-
     def _open_table(self, record: TableRecord, directory: Path) -> Table:
         try:
             mapped = shards.open_existing(
@@ -589,45 +588,3 @@ class Store(Mapping[str, Table]):
                 RuntimeWarning,
                 stacklevel=3,
             )
-
-
-def _initial(
-    initializer: object, num_embeddings: int, embedding_dim: int
-) -> tuple[Initializer, NDArray[np.float32] | None]:
-    """Tell what fresh rows hold from the rows that a new table is filled with."""
-    if initializer is None:
-        return Constant(0.0), None
-    if isinstance(initializer, Initializer):
-        return initializer, None
-    if callable(initializer):
-        msg = f"initializer must be one of shardemb.initializers or an array, got {initializer!r}"
-        raise TypeError(msg)
-    return Constant(0.0), arrays.initial_rows(initializer, num_embeddings, embedding_dim)
-
-
-def _new_spec(
-    name: str,
-    num_embeddings: int,
-    embedding_dim: int,
-    initializer: Initializer,
-    optimizer: object,
-    rows_per_shard: int | None,
-) -> TableSpec:
-    num_embeddings = arrays.count(num_embeddings, "num_embeddings", maximum=MAX_ROWS)
-    embedding_dim = arrays.count(embedding_dim, "embedding_dim", maximum=MAX_DIM)
-    if optimizer is not None and not isinstance(optimizer, optim.Optimizer):
-        msg = f"optimizer must be one of shardemb.optim, for example shardemb.optim.Adam(), got {optimizer!r}"
-        raise TypeError(msg)
-    if rows_per_shard is not None:
-        rows_per_shard = arrays.count(rows_per_shard, "rows_per_shard", maximum=MAX_ROWS)
-    width = max(stop for _, stop in record_columns(embedding_dim, optimizer).values())
-    free = files.MAX_MAPPINGS - files.counters.mappings
-    return TableSpec(
-        uuid=str(uuid.uuid4()),
-        stream=name,
-        num_embeddings=num_embeddings,
-        embedding_dim=embedding_dim,
-        rows_per_shard=choose_rows_per_shard(num_embeddings, 4 * width, rows_per_shard, free),
-        optimizer=optimizer,
-        initializer=initializer,
-    )

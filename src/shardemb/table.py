@@ -15,7 +15,6 @@ import numpy as np
 
 from shardemb import arrays, batch, persisted, plan, report, scheduler
 from shardemb.errors import TableNotFoundError
-from shardemb.optim import Optimizer
 
 if TYPE_CHECKING:
     import os
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from shardemb.batch import Training
     from shardemb.export import ExportReport
     from shardemb.initializers import Initializer
+    from shardemb.optim import Optimizer
     from shardemb.progress import Progress
     from shardemb.runtime import Runtime
     from shardemb.shards import Shards
