@@ -2,14 +2,13 @@ import contextlib
 import io
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from shardemb import progress
-from shardemb.progress import settled, track
+from shardemb.progress import track
 
 
 class Terminal(io.StringIO):
@@ -120,66 +119,6 @@ assert "rich" not in sys.modules
         stderr=subprocess.PIPE,
         env={"PYTHONPATH": ":".join(sys.path)},
     )
-
-
-# ---- settled
-
-
-def in_threads(tasks):
-    with ThreadPoolExecutor(len(tasks)) as pool:
-        return [future.result() for future in [pool.submit(task) for task in tasks]]
-
-
-def one_by_one(tasks):
-    return [task() for task in tasks]
-
-
-@pytest.mark.parametrize("run", [in_threads, one_by_one])
-def test_results_come_in_order(run):
-    stop = threading.Event()
-    assert settled(run, [lambda k=k: k * k for k in range(5)], stop) == [0, 1, 4, 9, 16]
-    assert not stop.is_set()
-
-
-def test_nothing_runs_any_more_when_an_interrupt_comes_out():
-    begun, running, threads = threading.Event(), set(), []
-
-    def work(name):
-        running.add(name)
-        begun.set()
-        time.sleep(0.1)
-        running.discard(name)
-
-    def interrupted(tasks):
-        threads.extend(threading.Thread(target=task) for task in tasks)
-        threads[0].start()
-        threads[1].start()  # the third one is started only after the interrupt
-        begun.wait()
-        raise KeyboardInterrupt
-
-    stop = threading.Event()
-    with pytest.raises(KeyboardInterrupt):
-        settled(interrupted, [lambda k=k: work(k) for k in range(3)], stop)
-    assert running == set()
-    assert stop.is_set()
-    begun.clear()
-    threads[2].start()
-    for thread in threads:
-        thread.join()
-    assert not begun.is_set()
-
-
-def test_a_failing_task_stops_the_others_and_its_error_comes_out():
-    stop = threading.Event()
-
-    def patient():
-        assert stop.wait(10)
-
-    def failing():
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        settled(in_threads, [patient, failing, patient], stop)
 
 
 def test_examples():

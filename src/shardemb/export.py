@@ -25,20 +25,20 @@ import threading
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
 from shardemb import files
-from shardemb.progress import settled, track
+from shardemb.progress import track
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from shardemb.arrays import Float32Array
-    from shardemb.progress import Advance, Progress, Run
+    from shardemb.progress import Advance, Progress
 
 MAX_ROWS = 65_536
 """Most rows of a batch, and so of a row group."""
@@ -48,6 +48,15 @@ MAX_BYTES = 32 * 2**20
 
 MAX_READ_AHEAD = 4
 """Batches that a stream reads side by side: keeps an NVMe disk busy, and bounds memory on large machines."""
+
+
+class Run(Protocol):
+    """Runs tasks side by side, see `scheduler.run`: none of them is still running when it returns or raises."""
+
+    def __call__(
+        self, tasks: Sequence[Callable[[], Any]], *, stop: threading.Event | None = None
+    ) -> list[Any]:
+        """Run `tasks` and return their results in order."""
 
 
 class RowSource(Protocol):
@@ -324,7 +333,7 @@ def _write_file(chosen: _Selection, path: Path, run: Run, advance: Advance) -> N
             tasks = [partial(write, batch)]
             if following < len(chosen):
                 tasks.append(partial(chosen.read, following))
-            batch = settled(run, tasks, threading.Event())[-1]
+            batch = run(tasks)[-1]
 
 
 def _write_parts(chosen: _Selection, paths: list[Path], run: Run, advance: Advance, workers: int) -> None:
@@ -340,7 +349,7 @@ def _write_parts(chosen: _Selection, paths: list[Path], run: Run, advance: Advan
                         return
                     write(chosen.read(index))
 
-    settled(run, [partial(write_every, first) for first in range(min(workers, len(paths)))], stop)
+    run([partial(write_every, first) for first in range(min(workers, len(paths)))], stop=stop)
     files.sync_directory(paths[0].parent)
 
 

@@ -20,13 +20,11 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
 Report: TypeAlias = "Callable[[int, int], object]"
 """Takes the steps made and the steps to make; its result is not looked at."""
@@ -36,9 +34,6 @@ Progress: TypeAlias = "bool | Report | None"
 
 Advance: TypeAlias = "Callable[[int], None]"
 """Takes the number of steps just made."""
-
-Run: TypeAlias = "Callable[[Sequence[Callable[[], Any]]], list[Any]]"
-"""Runs a few tasks side by side and returns their results in order when all are done; or raises."""
 
 
 @contextmanager
@@ -84,52 +79,6 @@ def track(total: int, description: str, *, progress: Progress = None) -> Iterato
                 report(done, total)
 
         yield advance
-
-
-def settled(run: Run, tasks: Sequence[Callable[[], Any]], stop: threading.Event) -> list[Any]:
-    """Run tasks so that none of them is still running when this raises.
-
-    `run` may well raise earlier: a Ctrl-C comes to the thread that waits, and those that do the work know
-    nothing of it.
-
-    Parameters
-    ----------
-    run : callable
-        Runs the tasks.
-    tasks : sequence of callable
-        What to run. A task that takes long looks at `stop` now and then, and returns early if it is set.
-    stop : threading.Event
-        Set as soon as a task or `run` raises. Tasks that have not begun by then never will.
-
-    Returns
-    -------
-    list
-        The tasks' results, in order.
-
-    Examples
-    --------
-    >>> settled(lambda tasks: [task() for task in tasks], [lambda: 1, lambda: 2], threading.Event())
-    [1, 2]
-    """
-    begun: list[Future[None]] = [Future() for _ in tasks]
-
-    def guarded(future: Future[None], task: Callable[[], Any]) -> object:
-        if not future.set_running_or_notify_cancel():
-            return None
-        try:
-            return task()
-        except BaseException:
-            stop.set()
-            raise
-        finally:
-            future.set_result(None)
-
-    try:
-        return run([partial(guarded, future, task) for future, task in zip(begun, tasks, strict=True)])
-    except BaseException:
-        stop.set()
-        wait([future for future in begun if not future.cancel()])
-        raise
 
 
 def _reporter(total: int, description: str, progress: Progress) -> AbstractContextManager[Report]:

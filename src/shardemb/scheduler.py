@@ -8,7 +8,8 @@ of threads). An active distributed client and the process scheduler are not used
 from __future__ import annotations
 
 import os
-from concurrent.futures import Executor, ProcessPoolExecutor
+import threading
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,21 +34,58 @@ CORES: int = dask.system.CPU_COUNT
 """Cores that this process may use, as dask counts them (affinity and cgroup limits included)."""
 
 
-def run(tasks: Sequence[Callable[[], T]], threads: int) -> list[T]:
-    """Run tasks and return their results in order, once all have ended.
+def run(tasks: Sequence[Callable[[], T]], threads: int, stop: threading.Event | None = None) -> list[T]:
+    """Run tasks so that none of them is still running when this returns or raises.
 
-    A single task runs in the calling thread, and so do all tasks in a forked process. Should tasks raise, the first
-    one's error is raised, also after all have ended: nothing goes on behind the caller's back.
+    A Ctrl-C comes to the thread that waits, and those that do the work know nothing of it: they are waited for.
+
+    Parameters
+    ----------
+    tasks : sequence of callable
+        What to run. A task that takes long looks at `stop` now and then, and returns early if it is set. A single
+        task runs in the calling thread, and so do all tasks in a forked process.
+    threads : int
+        How many run side by side.
+    stop : threading.Event, optional
+        Set as soon as a task fails or the waiting is interrupted. Tasks that have not begun by then never will.
+
+    Returns
+    -------
+    list
+        The tasks' results, in order. Should tasks raise, the first error is raised instead.
+
+    Examples
+    --------
+    >>> run([lambda: 1, lambda: 2], threads=2)
+    [1, 2]
     """
     if len(tasks) < 2 or os.getpid() != _PID:  # the threads of a pool do not survive a fork
         return [task() for task in tasks]
+    stop = stop or threading.Event()
+    begun: list[Future[None]] = [Future() for _ in tasks]
+
+    def guarded(future: Future[None], task: Callable[[], T]) -> T | None:
+        if not future.set_running_or_notify_cancel():
+            return None
+        try:
+            return task()
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            future.set_result(None)
+
     # A plain dict graph: dask.compute on delayed objects costs five times as much.
-    graph = {("shardemb", k): (_guarded, task) for k, task in enumerate(tasks)}
-    outcomes = _get(threads)(graph, list(graph))
-    for _, error in outcomes:
-        if error is not None:
-            raise error
-    return [result for result, _ in outcomes]
+    graph = {
+        ("shardemb", k): (guarded, future, task)
+        for k, (future, task) in enumerate(zip(begun, tasks, strict=True))
+    }
+    try:
+        return list(_get(threads)(graph, list(graph)))
+    except BaseException:
+        stop.set()
+        wait([future for future in begun if not future.cancel()])
+        raise
 
 
 def as_array(
@@ -65,13 +103,6 @@ def as_array(
         return read(start, stop)
 
     return da.map_blocks(block, chunks=(rows, (width,)), dtype=np.float32, meta=np.empty((0, 0), np.float32))
-
-
-def _guarded(task: Callable[[], T]) -> tuple[T | None, BaseException | None]:
-    try:
-        return task(), None
-    except BaseException as error:
-        return None, error
 
 
 def _get(threads: int) -> Callable[..., Any]:
