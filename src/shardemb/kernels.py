@@ -11,7 +11,6 @@ and cache. (A kernel that takes a function as an argument is never found in the 
 
 from __future__ import annotations
 
-import math
 import types
 import zlib
 from functools import cache
@@ -41,10 +40,6 @@ F = TypeVar("F", bound="Callable[..., Any]")
 def _kernel(function: F) -> F:
     # "numpy": a division by zero gives infinity, as in NumPy; raising could stop an update half way.
     return cast(F, njit(nogil=True, cache=True, error_model="numpy")(function))
-
-
-def _inline(function: F) -> F:
-    return cast(F, njit(nogil=True, error_model="numpy")(function))
 
 
 def _once(function: F) -> F:
@@ -375,52 +370,56 @@ def count_bits(words: NDArray[np.uint64], blocks: NDArray[np.uint8]) -> int:
 
 # ---- one kernel for each formula ------------------------------------------------------------------------------
 
-
-def _specialise(kernel: Callable[..., Any], name: str, **helpers: object) -> Callable[..., Any]:
-    """Return `kernel`'s code with `helpers` in place of the global names, under a name of its own."""
-    code = types.FunctionType(kernel.__code__, {**kernel.__globals__, **helpers}, name)
-    code.__qualname__ = name
-    return code
+# numba notices a changed kernels.py by itself, but not a changed formula: that goes into the name.
+_FORMULAS = zlib.crc32(b"".join(Path(str(m.__file__)).read_bytes() for m in (optim, initializers)))
 
 
-@_once
-def _formulas() -> int:
-    # numba notices a changed kernels.py by itself, but not a changed formula: that goes into the name.
-    return zlib.crc32(b"".join(Path(str(m.__file__)).read_bytes() for m in (optim, initializers)))
+def _specialise(function: Callable[..., Any], name: str, **helpers: object) -> Callable[..., Any]:
+    """Return a function's code with `helpers` in place of global names, under a name that no other code has.
+
+    The name becomes the symbol of the compiled code. Were two functions called the same and loaded from the cache
+    into one process, the linker would take the first for both.
+    """
+    name = f"{name}_{_FORMULAS:08x}"
+    copy = types.FunctionType(function.__code__, {**function.__globals__, **helpers}, name)
+    copy.__qualname__ = name
+    return copy
+
+
+def _helper(function: Callable[..., Any], **helpers: object) -> Callable[..., Any]:
+    """Compile a formula for use within a kernel."""
+    name = function.__qualname__.replace(".", "_")
+    return cast(
+        "Callable[..., Any]", njit(nogil=True, error_model="numpy")(_specialise(function, name, **helpers))
+    )
 
 
 @_once
 def _fill_function(initializer: type[initializers.Initializer]) -> Callable[..., Any]:
-    quantile = _specialise(
-        initializers.normal_quantile, "normal_quantile", log=_inline(initializers.log), math=math
-    )
-    return _inline(
-        _specialise(
-            initializer.fill_row,
-            "fill_row",
-            philox=_inline(initializers.philox),
-            unit=_inline(initializers.unit),
-            normal_quantile=_inline(quantile),
-        )
+    quantile = _helper(initializers.normal_quantile, log=_helper(initializers.log))
+    return _helper(
+        initializer.fill_row,
+        philox=_helper(initializers.philox),
+        unit=_helper(initializers.unit),
+        normal_quantile=quantile,
     )
 
 
 @_once
 def gather_or_fill(initializer: type[initializers.Initializer]) -> Callable[..., None]:
     """`_gather_or_fill` for one kind of initial value."""
-    name = f"gather_or_fill_{initializer.__name__}_{_formulas():08x}"
+    name = f"gather_or_fill_{initializer.__name__}"
     return _kernel(_specialise(_gather_or_fill, name, _fill_row=_fill_function(initializer)))
 
 
 @_once
 def bring_in(initializer: type[initializers.Initializer]) -> Callable[..., None]:
     """`_bring_in` for one kind of initial value."""
-    name = f"bring_in_{initializer.__name__}_{_formulas():08x}"
+    name = f"bring_in_{initializer.__name__}"
     return _kernel(_specialise(_bring_in, name, _fill_row=_fill_function(initializer)))
 
 
 @_once
 def step(optimizer: type[optim.Optimizer]) -> Callable[..., None]:
     """`_step` for one optimizer."""
-    name = f"step_{optimizer.__name__}_{_formulas():08x}"
-    return _kernel(_specialise(_step, name, _row_step=_inline(optimizer.row_step)))
+    return _kernel(_specialise(_step, f"step_{optimizer.__name__}", _row_step=_helper(optimizer.row_step)))

@@ -242,7 +242,8 @@ class Adam(Optimizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         # Lists are what JSON gives back; as a tuple the dataclass compares equal and hashes.
-        betas = tuple(arrays.number(beta, "betas", minimum=0.0) for beta in self.betas)
+        given = self.betas if isinstance(self.betas, tuple | list) else ()
+        betas = tuple(arrays.number(beta, "betas", minimum=0.0) for beta in given)
         if len(betas) != 2 or max(betas) >= 1:
             msg = f"betas must be two numbers in [0, 1), got {self.betas!r}"
             raise ValueError(msg)

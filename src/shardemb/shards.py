@@ -276,7 +276,7 @@ def _by_file(
 def create(spec: TableSpec, directory: Path, values: Float32Array | None) -> Shards:
     """Create a table's folder, its zarr documents and all its files, sparse; with `values`, every row of it.
 
-    Nothing is durable yet (`files.sync_filesystem` makes it so).
+    Nothing is durable yet (`files.sync_tree` makes it so).
 
     Raises
     ------
@@ -325,7 +325,7 @@ def open_existing(directory: Path, *, may_miss: bool, may_create: bool) -> Shard
     if may_create and missing:
         for path, nbytes in missing.items():
             files.create_sparse(path, nbytes)
-        files.sync_filesystem(directory)
+        files.sync_tree(directory)
         missing = {}
     return Shards(spec, directory, missing)
 

@@ -66,7 +66,8 @@ class TableSpec:
     uuid : str
         Identity of the table; names can change.
     stream : str
-        Name under which the table was created; selects the stream of its initial values.
+        Selects the stream of its initial values: the name under which the table was created, with ``#2``, ``#3``
+        and so on behind it where a table of the store had that stream already.
     num_embeddings, embedding_dim : int
         Rows, and float32 values of weight in a row.
     rows_per_shard : int
@@ -94,6 +95,11 @@ class TableSpec:
     def width(self) -> int:
         """Values in a record."""
         return max(stop for _, stop in self.columns.values())
+
+    def is_row_wise(self, column: str) -> bool:
+        """Whether a state column is one number a row, whatever the dim."""
+        assert self.optimizer is not None
+        return self.optimizer.state_columns(self.embedding_dim + 1)[column] == 1
 
     @property
     def record_bytes(self) -> int:
@@ -191,7 +197,7 @@ class TableSpec:
 
 
 def new_spec(
-    name: str,
+    stream: str,
     shape: tuple[int, int],
     *,
     initializer: initializers.Initializer,
@@ -215,7 +221,7 @@ def new_spec(
     width = max(stop for _, stop in record_columns(embedding_dim, optimizer).values())
     return TableSpec(
         uuid=str(uuid.uuid4()),
-        stream=name,
+        stream=stream,
         num_embeddings=num_embeddings,
         embedding_dim=embedding_dim,
         rows_per_shard=choose_rows_per_shard(num_embeddings, 4 * width, rows_per_shard, max_shards),

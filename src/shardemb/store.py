@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shardemb import arrays, batch, files, folders, initializers, layout, report, shards, writeback
@@ -142,7 +143,7 @@ class Store(Mapping[str, Table]):
             )
             kind, values = initializers.resolve(initializer, shape)
             spec = new_spec(
-                name,
+                self._free_stream(name),
                 shape,
                 initializer=kind,
                 optimizer=optimizer,
@@ -504,6 +505,12 @@ class Store(Mapping[str, Table]):
             msg = f"the store {self._runtime.path} already has a table {name!r}; use store[{name!r}], or drop it first"
             raise TableExistsError(msg)
 
+    def _free_stream(self, name: str) -> str:
+        """Return what keeps a new table's initial values apart from those of every other table of the store."""
+        taken = {table._spec.stream for table in (*self._tables.values(), *self._committed.values())}
+        streams = (name if number == 1 else f"{name}#{number}" for number in count(1))
+        return next(stream for stream in streams if stream not in taken)
+
     def _open_table(self, record: TableRecord, directory: Path) -> Table:
         try:
             mapped = shards.open_existing(
@@ -542,7 +549,7 @@ class Store(Mapping[str, Table]):
         with signals_deferred():
             try:
                 if kept - set(self._committed):
-                    files.sync_filesystem(path)
+                    files.sync_tree(folders.parked(path, ""))
                 writeback.write(rows, threads)
                 writeback.write(presence, threads)  # a row that says it is there is there
                 files.publish(folders.manifest(path))

@@ -221,7 +221,7 @@ class Table:
             msg = f"table {self.name!r} has no state column {column!r}; it has {', '.join(states) or 'none'}"
             raise ValueError(msg)
         rows = self._read(column, ids, None)
-        return rows[..., 0] if rows.shape[-1] == 1 else rows
+        return rows[..., 0] if self._spec.is_row_wise(column) else rows
 
     def prefetch(self, ids: ArrayLike, *, for_update: bool = False) -> None:
         """Start to read rows into memory, in the background.
