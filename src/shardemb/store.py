@@ -214,7 +214,7 @@ class Store(Mapping[str, Table]):
         >>> rows["tokens"].shape
         (2, 4)
         """
-        planned = {name: self[name].plan_read("weight", each) for name, each in ids.items()}
+        planned = {name: self[name]._plan_read("weight", each) for name, each in ids.items()}
         batch.read(self._runtime, [read for read, _ in planned.values()])
         return {name: result for name, (_, result) in planned.items()}
 
@@ -241,7 +241,7 @@ class Store(Mapping[str, Table]):
         """
         self._runtime.check_open()
         changes = [
-            self[name].plan_change(ids, grads, "gradients", check_finite=check_finite)
+            self[name]._plan_change(ids, grads, "gradients", check_finite=check_finite)
             for name, (ids, grads) in batches.items()
         ]
         batch.change(self._runtime, changes)
@@ -326,7 +326,7 @@ class Store(Mapping[str, Table]):
             self._tables = {}
             for record in self._manifest.tables:
                 table = self._committed[record.uuid]
-                table.mapped.forget_changes()
+                table._mapped.forget_changes()
                 table._restore(record.name, record.optimizer, record.step)
                 self._tables[record.name] = table
 
@@ -368,7 +368,7 @@ class Store(Mapping[str, Table]):
         self._runtime.check_open()
         problems = []
         for table in self._committed.values():
-            directory = table.mapped.directory
+            directory = table._mapped.directory
             try:
                 layout.table_spec(folders.documents(directory))
                 missing = shards.find_missing(table._spec, directory)
@@ -399,7 +399,7 @@ class Store(Mapping[str, Table]):
         self._runtime.check_open()
         with self._runtime.lock:
             tables = tuple(
-                replace(table.facts(), bytes_on_disk=files.allocated(table.mapped.directory))
+                replace(table._facts(), bytes_on_disk=files.allocated(table._mapped.directory))
                 for table in self._tables.values()
             )
             return report.StoreInfo(
@@ -444,7 +444,7 @@ class Store(Mapping[str, Table]):
                     self._leave()
             finally:
                 for table in (*self._tables.values(), *self._committed.values()):
-                    table.release()
+                    table._release()
                 if self._lock is not None:
                     files.close(self._lock)
 
@@ -482,7 +482,7 @@ class Store(Mapping[str, Table]):
         return "\n  ".join([self._headline(), *map(repr, self._tables.values())])
 
     def _repr_html_(self) -> str:
-        return report.html_table([table.facts() for table in self._tables.values()], self._headline())
+        return report.html_table([table._facts() for table in self._tables.values()], self._headline())
 
     def _headline(self) -> str:
         commit = self._manifest.commit
@@ -533,7 +533,7 @@ class Store(Mapping[str, Table]):
     def _differs(self) -> bool:
         with self._runtime.lock:
             return self._records() != self._manifest.tables or any(
-                table.mapped.has_changes for table in self._tables.values()
+                table._mapped.has_changes for table in self._tables.values()
             )
 
     def _write(self, manifest: Manifest) -> None:
@@ -541,11 +541,11 @@ class Store(Mapping[str, Table]):
         path, threads, tables = self._runtime.path, self._runtime.threads, tuple(self._tables.values())
         kept = {table._spec.uuid for table in tables}
         manifest = replace(manifest, dropped=tuple(old for old in self._committed if old not in kept))
-        rows = [each for table in tables for each in table.mapped.changed_rows()]
-        presence = [each for table in tables for each in table.mapped.changed_presence()]
+        rows = [each for table in tables for each in table._mapped.changed_rows()]
+        presence = [each for table in tables for each in table._mapped.changed_presence()]
         folders.require_places(path, manifest.tables, manifest.dropped)
-        files.stage(folders.manifest(path), manifest.to_bytes())
         writeback.secure(rows + presence, threads)
+        files.stage(folders.manifest(path), manifest.to_bytes())
         with signals_deferred():
             try:
                 if kept - set(self._committed):
@@ -559,13 +559,13 @@ class Store(Mapping[str, Table]):
                 self._runtime.poisoned = f"a commit broke off ({error})"
                 raise
             for table in tables:
-                table.mapped.directory = directories[table._spec.uuid]
-                table.mapped.clear_changes()
+                table._mapped.directory = directories[table._spec.uuid]
+                table._mapped.clear_changes()
             self._committed = {table._spec.uuid: table for table in tables}
 
     def _trim_memory(self) -> None:
         """Give copied pages back where they are over the budget; the files hold what they hold."""
-        live = [table.mapped for table in self._tables.values()]
+        live = [table._mapped for table in self._tables.values()]
         if sum(each.private_pages for each in live) * PAGE > self._runtime.memory_budget:
             for each in live:
                 each.drop_all()
@@ -575,8 +575,8 @@ class Store(Mapping[str, Table]):
         self._manifest = manifest
 
     def _abandon(self, table: Table) -> None:
-        files.remove_tree(table.mapped.directory)
-        table.release()
+        files.remove_tree(table._mapped.directory)
+        table._release()
 
     def _leave(self) -> None:
         if self._runtime.poisoned:

@@ -2,7 +2,7 @@
 
 A batch goes down through the rooms once: `arrays` checks it, `plan` groups and cuts it, `batch` hands the pieces to
 `scheduler`, which runs them on threads, and `kernels` moves the numbers, in memory that `shards` has mapped over the
-files. `plan_read` and `plan_change` are the checked half of that, so that a store can check many tables before it
+files. `_plan_read` and `_plan_change` are the checked half of that, so that a store can check many tables before it
 changes any.
 """
 
@@ -279,7 +279,7 @@ class Table:
         --------
         >>> table.update([0, 1], np.ones((2, 4), np.float32))
         """
-        change = self.plan_change(ids, grads, "gradients", check_finite=check_finite)
+        change = self._plan_change(ids, grads, "gradients", check_finite=check_finite)
         batch.change(self._runtime, [change])
 
     def write(self, ids: ArrayLike, rows: ArrayLike, *, check_finite: bool = True) -> None:
@@ -307,7 +307,7 @@ class Table:
         >>> table.lookup(3)
         array([1., 2., 3., 4.], dtype=float32)
         """
-        change = self.plan_change(ids, rows, "rows", check_finite=check_finite)
+        change = self._plan_change(ids, rows, "rows", check_finite=check_finite)
         batch.change(self._runtime, [change])
 
     def set_optimizer(self, optimizer: Optimizer) -> None:
@@ -477,10 +477,10 @@ class Table:
     # ---- at a glance
 
     def __repr__(self) -> str:
-        return report.one_line(self.facts())
+        return report.one_line(self._facts())
 
     def _repr_html_(self) -> str:
-        return report.html_table([self.facts()])
+        return report.html_table([self._facts()])
 
     def __len__(self) -> int:
         return self.num_embeddings
@@ -492,7 +492,7 @@ class Table:
         )
         raise TypeError(msg)
 
-    def facts(self) -> report.Facts:
+    def _facts(self) -> report.Facts:
         """Return what is told about the table at a glance."""
         changed = self._shards.count_changes() if self._shards and not self._runtime.closed else None
         return report.Facts(
@@ -511,7 +511,7 @@ class Table:
 
     # ---- the way down
 
-    def plan_read(
+    def _plan_read(
         self, column: str, ids: ArrayLike, out: NDArray[np.float32] | None = None
     ) -> tuple[batch.Read, Float32Array]:
         """Check a lookup; return what is to be done, and the array that will hold the result. For `Store`."""
@@ -523,7 +523,7 @@ class Table:
         flat = result.view(np.ndarray).reshape(-1, last - first)
         return batch.Read(shards, column, checked.flat, flat), result
 
-    def plan_change(
+    def _plan_change(
         self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool
     ) -> batch.Change:
         """Check an update (`what` is "gradients") or a write ("rows") and group its ids. For `Store`."""
@@ -538,12 +538,12 @@ class Table:
         return batch.Change(shards, grouped, rows, self._training if what == "gradients" else None)
 
     @property
-    def mapped(self) -> Shards:
+    def _mapped(self) -> Shards:
         """The table's memory, as long as the store is open. For `Store`."""
         assert self._shards is not None
         return self._shards
 
-    def release(self) -> None:
+    def _release(self) -> None:
         """Let go of the table's memory: it is unmapped once the last lookup that still runs has ended."""
         self._shards = None
 
@@ -559,7 +559,7 @@ class Table:
         return self._shards
 
     def _read(self, column: str, ids: ArrayLike, out: NDArray[np.float32] | None) -> Float32Array:
-        read, result = self.plan_read(column, ids, out)
+        read, result = self._plan_read(column, ids, out)
         batch.read(self._runtime, [read])
         return result
 
