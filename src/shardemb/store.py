@@ -167,8 +167,11 @@ class Store(Mapping[str, Table]):
         >>> store.drop_table("tokens")
         """
         with self._runtime.changing():
-            self[name]._dropped = True
+            table = self[name]
+            table._dropped = True
             del self._tables[name]
+            if table._spec.uuid not in self._committed:
+                self._abandon(table)
 
     def rename_table(self, name: str, new_name: str) -> None:
         """Rename a table, with the next commit. Its initial values stay what they were.
@@ -561,6 +564,8 @@ class Store(Mapping[str, Table]):
             for table in tables:
                 table._mapped.directory = directories[table._spec.uuid]
                 table._mapped.clear_changes()
+            for uuid in manifest.dropped:
+                self._committed[uuid]._release()
             self._committed = {table._spec.uuid: table for table in tables}
 
     def _trim_memory(self) -> None:
