@@ -3,7 +3,9 @@
 >>> import shardemb
 >>> with shardemb.open(tmp / "words.zarr") as store:
 ...     table = store.create_table("tokens", num_embeddings=400_000, embedding_dim=128)
-...     table.lookup([[1, 2], [3, 4]]).shape
+...     rows = table.lookup([[1, 2], [3, 4]])
+...     commit = store.commit(step=0)
+>>> rows.shape
 (2, 2, 128)
 
 Importing shardemb loads none of zarr, numba, dask and pyarrow; the first store that is opened does.

@@ -1,8 +1,8 @@
 """Every numba kernel: the only hot loops of the package.
 
-A kernel releases the GIL, allocates nothing that it does not return, raises nothing and is compiled once, into a
-cache on disk. It works on the half-open range ``start:stop`` of a batch, so that one call is one task; tasks over
-different ranges write different rows.
+A kernel releases the GIL, raises nothing and is compiled once, into a cache on disk. It works on the half-open range
+``start:stop`` of a batch, so that one call is one task; tasks over different ranges write different rows. It returns
+nothing, a number or one array: where a signal is pending while numba makes a *tuple* for Python, the process crashes.
 
 The formulas of optimizers and initializers are plain Python in their own modules. `_specialise` compiles a kernel
 around each of them: the same code with other global names, so that numba sees a direct call which it can inline
@@ -75,11 +75,15 @@ _RADIX = 1 << _RADIX_BITS
 
 
 @_kernel
-def sort_rows(ids: Int64Array, num_bits: int) -> tuple[Int64Array, Int64Array]:
-    """Sort ids, stably: (sorted ids, position in the batch of each). LSD radix sort, `num_bits` significant bits."""
-    n = ids.size
-    keys, order = ids.copy(), np.arange(n)
-    other_keys, other_order = np.empty_like(keys), np.empty_like(order)
+def sort_rows(
+    keys: Int64Array, order: Int64Array, other_keys: Int64Array, other_order: Int64Array, num_bits: int
+) -> None:
+    """Sort `keys` in place, stably, and `order` along with them: LSD radix sort of `num_bits` significant bits.
+
+    The others are room to work in, of the same size.
+    """
+    n = keys.size
+    swapped = False
     for shift in range(0, num_bits, _RADIX_BITS):
         place = np.zeros(_RADIX + 1, np.int64)
         for i in range(n):
@@ -93,24 +97,27 @@ def sort_rows(ids: Int64Array, num_bits: int) -> tuple[Int64Array, Int64Array]:
             other_keys[at], other_order[at] = keys[i], order[i]
         keys, other_keys = other_keys, keys
         order, other_order = other_order, order
-    return keys, order
+        swapped = not swapped
+    if swapped:  # the result stands in what was room to work in
+        other_keys[:] = keys
+        other_order[:] = order
 
 
 @_kernel
-def group_rows(sorted_ids: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """Return the distinct ids, and where each one's run begins in `sorted_ids` (with the length at the end)."""
+def group_starts(sorted_ids: Int64Array) -> Int64Array:
+    """Return where the run of each distinct id begins, with the length at the end."""
     n = sorted_ids.size
     count = 0
     for i in range(n):
         count += i == 0 or sorted_ids[i] != sorted_ids[i - 1]
-    unique, starts = np.empty(count, np.int64), np.empty(count + 1, np.int64)
+    starts = np.empty(count + 1, np.int64)
     u = 0
     for i in range(n):
         if i == 0 or sorted_ids[i] != sorted_ids[i - 1]:
-            unique[u], starts[u] = sorted_ids[i], i
+            starts[u] = i
             u += 1
     starts[count] = n
-    return unique, starts
+    return starts
 
 
 @_kernel

@@ -25,6 +25,9 @@ from shardemb.spec import (
     uuid_field,
 )
 
+MAX_DEPTH = 64
+"""Levels of a commit's metadata, so that it can be read back from any depth of the reader's stack."""
+
 
 @dataclass(frozen=True)
 class Commit:
@@ -113,7 +116,7 @@ class Manifest:
             "dropped": list(self.dropped),
         }
         document["crc32"] = _checksum(document)
-        return json.dumps(document, indent=1).encode() + b"\n"
+        return json.dumps(document).encode() + b"\n"
 
     @staticmethod
     def from_bytes(data: bytes) -> Manifest:
@@ -154,7 +157,7 @@ def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     TypeError
         Not a mapping of strings to JSON values.
     ValueError
-        Larger than 1 MiB as JSON, or holding NaN or infinity.
+        Larger than 1 MiB as JSON, nested deeper than `MAX_DEPTH`, or holding NaN or infinity.
     """
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, Mapping) or not all(isinstance(key, str) for key in metadata):
@@ -171,8 +174,20 @@ def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     if len(text) > 2**20:
         msg = f"commit: metadata takes {len(text)} bytes as JSON, more than 1 MiB; keep bulk data in a table or a file"
         raise ValueError(msg)
+    if _depth(metadata) > MAX_DEPTH:
+        msg = f"commit: metadata is nested deeper than {MAX_DEPTH} levels"
+        raise ValueError(msg)
     copy: dict[str, Any] = json.loads(text)
     return copy
+
+
+def _depth(value: object) -> int:
+    """Count the levels of containers within a JSON value that is known to end."""
+    depth, level = 0, [value]
+    while level := [each for each in level if isinstance(each, Mapping | list | tuple)]:
+        depth += 1
+        level = [inner for each in level for inner in (each.values() if isinstance(each, Mapping) else each)]
+    return depth
 
 
 def _commit_from_json(document: Mapping[str, Any]) -> Commit:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
@@ -72,6 +73,8 @@ def open(
     -----
     One opening at a time may write. A store that is open for reading alone cannot be opened for writing; one that
     is open for writing can be read beside it, and then shows rows as the writer's commits write them.
+
+    Keep stores on a disk. A tmpfs that is full kills the process (SIGBUS), even when it reads a hole of a file.
 
     Examples
     --------
@@ -172,7 +175,9 @@ def _clear(path: Path) -> None:
         old = _parse(folders.manifest(path), Manifest.from_bytes)
     except FormatError:
         old = Manifest(uuid=str(uuid.uuid4()))
-    files.replace(folders.manifest(path), Manifest(uuid=old.uuid, epoch=old.epoch).to_bytes())
+    dropped = (*(table.uuid for table in old.tables), *old.dropped)
+    files.replace(folders.manifest(path), replace(old, commit=None, tables=(), dropped=dropped).to_bytes())
+    folders.arrange(path, (), dropped)
     for entry in path.iterdir():
         if entry not in (folders.private(path), path / layout.DOCUMENT):
             (files.remove_tree if entry.is_dir() and not entry.is_symlink() else files.remove)(entry)

@@ -61,9 +61,12 @@ class Piece(NamedTuple):
 
 def group(ids: Int64Array, num_embeddings: int) -> Grouped:
     """Bring equal ids together; O(n) for any table."""
-    sorted_ids, order = kernels.sort_rows(ids, (num_embeddings - 1).bit_length())
-    rows, starts = kernels.group_rows(sorted_ids)
-    return Grouped(rows, starts, order)
+    keys, order = ids.copy(), np.arange(ids.size)
+    kernels.sort_rows(
+        keys, order, np.empty_like(keys), np.empty_like(order), (num_embeddings - 1).bit_length()
+    )
+    starts = kernels.group_starts(keys)
+    return Grouped(keys[starts[:-1]], starts, order)
 
 
 def num_tasks(nbytes: int, cores: int) -> int:
