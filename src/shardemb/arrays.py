@@ -65,11 +65,11 @@ def row_ids(ids: ArrayLike, num_embeddings: int, table: str) -> Ids:
     array = np.asarray(ids)
     if array.size == 0 and not isinstance(ids, np.ndarray):
         array = array.astype(np.int64)  # np.asarray([]) is float64
-    if array.dtype == np.float64 and not isinstance(ids, np.ndarray):
-        array = np.asarray(ids, dtype=object)  # so are ints of which one needs uint64 and another a sign
-    if array.dtype == object and all(type(value) is int for value in array.flat):
-        # Python ints too large for an integer dtype: out of range, not of a wrong type.
-        _refuse_ids(array, num_embeddings, table)
+    if array.dtype.kind in "fO":
+        # Python ints too large for int64, or for one integer dtype together: out of range, not of a wrong type.
+        values = np.asarray(ids, dtype=object)
+        if all(type(value) is int for value in values.flat):
+            _refuse_ids(values, num_embeddings, table)
     if array.dtype.kind not in "iu":
         msg = (
             f"table {table!r}: row ids must be integers, got dtype {array.dtype}; "

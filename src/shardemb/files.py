@@ -239,11 +239,13 @@ def allocate(descriptor: int, offset: int, nbytes: int, path: Path) -> None:
 
     A file system without ``fallocate`` gives no such assurance, and none is needed where it is not asked for.
     """
-    if _libc.fallocate(descriptor, _FALLOC_FL_KEEP_SIZE, offset, nbytes) != 0:
-        code = ctypes.get_errno()
-        if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
-            with _disk_errors(path):
-                raise OSError(code, os.strerror(code), str(path))
+    code = errno.EINTR
+    while code == errno.EINTR:  # a signal that Python has seen to
+        done = _libc.fallocate(descriptor, _FALLOC_FL_KEEP_SIZE, offset, nbytes) == 0
+        code = 0 if done else ctypes.get_errno()
+    if code not in (0, errno.EOPNOTSUPP, errno.ENOSYS):
+        with _disk_errors(path):
+            raise OSError(code, os.strerror(code), str(path))
 
 
 def sync(descriptor: int, path: Path) -> None:

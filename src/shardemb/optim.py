@@ -20,6 +20,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from shardemb import arrays, persisted
 
 if TYPE_CHECKING:
@@ -242,7 +244,7 @@ class Adam(Optimizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         # Lists are what JSON gives back; as a tuple the dataclass compares equal and hashes.
-        given = self.betas if isinstance(self.betas, tuple | list) else ()
+        given = self.betas if np.iterable(self.betas) else ()
         betas = tuple(arrays.number(beta, "betas", minimum=0.0) for beta in given)
         if len(betas) != 2 or max(betas) >= 1:
             msg = f"betas must be two numbers in [0, 1), got {self.betas!r}"

@@ -138,5 +138,17 @@ def signals_deferred() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-        for arrived, frame in received:
-            previous[signal.Signals(arrived)](arrived, frame)
+        _deliver(received, previous)
+
+
+def _deliver(
+    received: list[tuple[int, FrameType | None]],
+    handlers: dict[signal.Signals, Callable[[int, FrameType | None], object]],
+) -> None:
+    if not received:
+        return
+    number, frame = received[0]
+    try:
+        handlers[signal.Signals(number)](number, frame)
+    finally:  # the first may raise, and the second is due all the same
+        _deliver(received[1:], handlers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -109,7 +109,8 @@ def _get(threads: int) -> Callable[..., Any]:
     choice = dask.config.get("scheduler", None)
     if isinstance(choice, str):
         choice = dask.base.named_schedulers.get(choice.lower())
-    if isinstance(choice, Executor) and not isinstance(choice, ProcessPoolExecutor):
+    # No subclass: an executor of processes or interpreters does not share this memory.
+    if type(choice) in (ThreadPoolExecutor, dask.local.SynchronousExecutor):
         return partial(dask.local.get_async, choice.submit, getattr(choice, "_max_workers", threads))
     if choice in (dask.get, dask.local.get_sync):
         return partial(dask.local.get_sync)

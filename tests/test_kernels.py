@@ -1,0 +1,430 @@
+import ctypes
+import itertools
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import inspect
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from shardemb import files, kernels, plan
+from shardemb.initializers import Constant, Uniform
+from shardemb.optim import SGD, Adagrad, Adam
+from shardemb.spec import PAGE, ROWS_PER_BLOCK
+
+NOTHING = np.empty(0, np.uint8)
+
+
+def int64(values):
+    return np.array(values, np.int64).reshape(-1)
+
+
+# ---- how they are compiled --------------------------------------------------------------------------------------
+
+
+def dispatchers():
+    specialised = [kernels.step(Adam), kernels.gather_or_fill(Uniform), kernels.bring_in(Uniform)]
+    named = [each for each in vars(kernels).values() if hasattr(each, "py_func")]
+    return {each.py_func.__name__: each for each in (*named, *specialised)}
+
+
+def test_every_kernel_is_cached_releases_the_gil_and_keeps_ieee_arithmetic():
+    found = dispatchers()
+    assert {"sort_rows", "gather", "scatter", "advise", "dirty_pages"} <= set(found)
+    for name, each in found.items():
+        options = each.targetoptions
+        assert options["nogil"], name
+        assert options["error_model"] == "numpy", name
+        assert not options.get("fastmath"), name
+        assert not options.get("parallel"), name
+        assert each._cache.cache_path, name
+
+
+COUNT_CACHE_HITS = """
+    import numpy as np
+    from shardemb import kernels, optim
+    one, none = np.ones((1, 1), np.float32), np.zeros(1, np.int64)
+    step = kernels.step(optim.Adam)
+    record, scalars = np.zeros((1, 3), np.float32), np.ones(4, np.float32)
+    step(record, none, np.array([0, 1]), none, one, scalars, one[0].copy(), 0, 1)
+    kernels.group_starts(none)
+    for kernel in (step, kernels.group_starts):
+        print(sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))
+"""
+
+
+def run_python(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_second_process_finds_the_kernels_compiled(tmp_path):
+    """Also those made for one optimizer: compiling again in every process would take seconds."""
+    first, second = (run_python(COUNT_CACHE_HITS, NUMBA_CACHE_DIR=str(tmp_path)) for _ in range(2))
+    assert first.split() == ["0", "1", "0", "1"]
+    assert second.split() == ["1", "0", "1", "0"]
+
+
+LOOK_UP = """
+    import numpy as np
+    from shardemb import initializers, kernels
+    made = {"Uniform": (0.0, 1.0), "Normal": ()}
+    for name in NAMES:
+        each = getattr(initializers, name)(*made[name])
+        got, expected = np.empty((1, 3), np.float32), np.empty((1, 3), np.float32)
+        parameters = np.array(each.parameters(), np.float64)
+        kernels.gather_or_fill(type(each))(
+            got, np.zeros(1, np.uint8), 0, np.zeros(1, np.int64), got, np.uint64(5), parameters, 0, 1)
+        each.fill_row(expected[0], np.uint64(0), np.uint64(5), parameters)
+        assert (got == expected).all(), (name, got, expected)
+"""
+
+
+def test_kernels_of_different_processes_do_not_get_into_each_others_way(tmp_path):
+    """Each is compiled in a process of its own; one that loads both gets each one's code, not the first's twice."""
+    for names in (["Uniform"], ["Normal"], ["Uniform", "Normal"]):
+        code = textwrap.dedent(LOOK_UP).replace("NAMES", repr(names))
+        run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
+
+
+# ---- grouping ---------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def batches(draw):
+    num_rows = draw(st.sampled_from([1, 2, 63, 2048, 2049, 2**22, 2**22 + 1, 2**31 + 5, 2**48]))
+    few = st.sampled_from(draw(st.lists(st.integers(0, num_rows - 1), min_size=1, max_size=5)))
+    ids = draw(st.lists(few | st.integers(0, num_rows - 1), max_size=60))
+    return num_rows, int64(ids)
+
+
+def sort_rows(ids, num_bits):
+    keys, order = ids.copy(), np.arange(ids.size)
+    kernels.sort_rows(keys, order, np.empty_like(keys), np.empty_like(order), num_bits)
+    return keys, order
+
+
+@given(batches())
+def test_sort_rows_is_a_stable_argsort(batch):
+    num_rows, ids = batch
+    keys, order = sort_rows(ids, (num_rows - 1).bit_length())
+    expected = np.argsort(ids, kind="stable")
+    np.testing.assert_array_equal(order, expected)
+    np.testing.assert_array_equal(keys, ids[expected])
+
+
+@pytest.mark.parametrize("num_rows", [1_000, 400_000, 2**30])  # one, two and three passes
+def test_sort_rows_on_a_large_batch(num_rows):
+    ids = np.random.default_rng(0).zipf(1.2, 200_000) % num_rows
+    keys, order = sort_rows(ids, (num_rows - 1).bit_length())
+    np.testing.assert_array_equal(order, np.argsort(ids, kind="stable"))
+    np.testing.assert_array_equal(keys, np.sort(ids))
+
+
+@given(batches())
+@example((5, int64([])))
+def test_group_starts_and_invert_are_np_unique(batch):
+    num_rows, ids = batch
+    keys, order = sort_rows(ids, (num_rows - 1).bit_length())
+    starts = kernels.group_starts(keys)
+    expected, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    np.testing.assert_array_equal(keys[starts[:-1]], expected)
+    np.testing.assert_array_equal(starts, np.concatenate([[0], np.cumsum(counts)]))
+    np.testing.assert_array_equal(kernels.invert(order, starts), inverse)
+
+
+def test_no_kernel_returns_a_tuple():
+    """Where a signal is pending while numba makes one for Python, the process crashes."""
+    functions = {name: getattr(each, "py_func", each) for name, each in vars(kernels).items()}
+    returns = {
+        name: each.__annotations__["return"]
+        for name, each in functions.items()
+        if inspect.isfunction(each) and each.__module__ == kernels.__name__ and each is not kernels._copy
+    }
+    assert {"sort_rows", "_step", "_gather_or_fill"} <= set(returns)
+    assert [name for name, kind in returns.items() if "tuple" in kind] == []
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+def table(num_rows=300, width=7):
+    return np.arange(num_rows * width, dtype=np.float32).reshape(num_rows, width)
+
+
+def bitmap(rows, num_rows):
+    bits = np.zeros(-(-num_rows // 8) * 8, np.bool_)
+    bits[rows] = True
+    return np.packbits(bits, bitorder="little")
+
+
+@pytest.mark.parametrize(("column", "width"), [(0, 7), (0, 1), (3, 2), (6, 1)])
+def test_gather_copies_the_column_of_its_part_of_the_batch(column, width):
+    records, ids = table(), int64([5, 0, 299, 5, 17])
+    out = np.full((5, width), -1, np.float32)
+    kernels.gather(records, column, ids, out, 1, 4)
+    np.testing.assert_array_equal(out[1:4], records[ids[1:4], column : column + width])
+    assert (out[[0, 4]] == -1).all()
+
+
+def test_gather_or_fill_reads_only_rows_that_are_present():
+    records, ids = table(), int64([5, 0, 299, 5, 17])
+    out = np.full((5, 3), -1, np.float32)
+    kernel = kernels.gather_or_fill(Constant)
+    kernel(records, bitmap([5, 299], 300), 2, ids, out, np.uint64(0), np.array([0.5]), 0, 4)
+    np.testing.assert_array_equal(out[[0, 2, 3]], records[[5, 299, 5], 2:5])
+    assert (out[1] == 0.5).all()
+    assert (out[4] == -1).all()
+
+
+# ---- changing ---------------------------------------------------------------------------------------------------
+
+
+def grouped(ids, num_rows=300):
+    batch = plan.group(int64(ids), num_rows)
+    return batch.rows, batch.starts, batch.order
+
+
+def test_scatter_takes_the_last_of_duplicates_and_leaves_state_alone():
+    records, before = table(), table()
+    values = np.arange(100, 110, dtype=np.float32).reshape(5, 2)
+    rows, starts, order = grouped([9, 4, 9, 250, 4])
+    kernels.scatter(records, rows, starts, order, values, 0, 2)  # rows 4 and 9, but not 250
+    before[4, :2], before[9, :2] = values[4], values[2]
+    np.testing.assert_array_equal(records, before)
+
+
+def test_bring_in_gives_rows_never_written_their_first_record():
+    records, before = table(width=4), table(width=4)
+    present = bitmap([8, 10], 300)
+    state = np.array([7, 9], np.float32)
+    rows = int64([8, 9, 10, 11, 70])
+    kernels.bring_in(Constant)(records, present, rows, state, np.uint64(0), np.array([0.5]), 0, 4)
+    before[[9, 11]] = [0.5, 0.5, 7, 9]
+    np.testing.assert_array_equal(records, before)
+    np.testing.assert_array_equal(present, bitmap([8, 9, 10, 11], 300))
+
+
+def test_step_sums_the_gradients_of_a_row_in_the_order_of_the_batch():
+    """In float32 the order shows: here only the right one leaves 1."""
+    big = np.float32(2**25)
+    gradients = np.array([[big], [3], [-big], [5], [1]], np.float32)
+    records = np.zeros((300, 1), np.float32)
+    rows, starts, order = grouped([6, 2, 6, 2, 6])
+    scalars, scratch = np.array([-1], np.float32), np.empty(1, np.float32)
+    kernels.step(SGD)(records, rows, starts, order, gradients, scalars, scratch, 0, 2)
+    assert records[[6, 2], 0].tolist() == [1, 8]
+    assert not records[[0, 1, 3, 4, 5, 7]].any()
+
+
+def test_step_touches_only_its_part_of_the_rows():
+    records = np.zeros((300, 1), np.float32)
+    rows, starts, order = grouped([1, 2, 3, 4])
+    gradients, scratch = np.ones((4, 1), np.float32), np.empty(1, np.float32)
+    kernels.step(SGD)(records, rows, starts, order, gradients, np.array([1], np.float32), scratch, 1, 3)
+    assert np.flatnonzero(records).tolist() == [2, 3]
+
+
+def test_a_division_by_zero_in_a_formula_is_nan_and_no_exception():
+    records = np.zeros((300, 2), np.float32)
+    rows, starts, order = grouped([1, 2])
+    gradients, scratch = np.array([[0], [1]], np.float32), np.empty(1, np.float32)
+    scalars = np.array(Adagrad(lr=1, eps=0).scalars(1), np.float32)
+    kernels.step(Adagrad)(records, rows, starts, order, gradients, scalars, scratch, 0, 2)
+    np.testing.assert_array_equal(records[:4], [[0, 0], [np.nan, 0], [-1, 1], [0, 0]])
+
+
+# ---- what changed -----------------------------------------------------------------------------------------------
+
+NUM_BLOCKS = 3
+NUM_ROWS = NUM_BLOCKS * ROWS_PER_BLOCK
+
+record_sizes = st.sampled_from([4, 12, 100, 256, 4092, 4096, 4100, 5000, 8192, 10_004])
+some_rows = st.lists(
+    st.integers(0, NUM_ROWS - 1)
+    | st.sampled_from([0, 63, 64, ROWS_PER_BLOCK - 1, ROWS_PER_BLOCK, 2 * ROWS_PER_BLOCK - 1, NUM_ROWS - 1])
+    | st.integers(1000, 1100),
+    max_size=60,
+)
+
+
+def marked(rows):
+    dirty, blocks = np.zeros(NUM_ROWS // 64, np.uint64), np.zeros(NUM_BLOCKS, np.uint8)
+    kernels.mark_dirty(int64(rows), dirty, blocks)
+    return dirty, blocks
+
+
+def pages_of(rows, record_bytes):
+    return {
+        page
+        for row in rows
+        for page in range(row * record_bytes // PAGE, ((row + 1) * record_bytes - 1) // PAGE + 1)
+    }
+
+
+def set_bits(words):
+    return set(np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist())
+
+
+@given(some_rows)
+def test_mark_dirty_sets_one_bit_a_row_and_its_block(rows):
+    dirty, blocks = marked(rows)
+    assert set_bits(dirty) == set(rows)
+    assert set(np.flatnonzero(blocks).tolist()) == {row // ROWS_PER_BLOCK for row in rows}
+    assert kernels.count_bits(dirty, blocks) == len(set(rows))
+
+
+@given(some_rows, record_sizes)
+def test_dirty_pages_are_the_pages_of_dirty_rows_in_runs_apart(rows, record_bytes):
+    runs = kernels.dirty_pages(*marked(rows), record_bytes).tolist()
+    assert {page for first, last in runs for page in range(first, last)} == pages_of(rows, record_bytes)
+    assert all(first < last for first, last in runs)
+    assert all(before[1] < after[0] for before, after in itertools.pairwise(runs))
+
+
+def test_dirty_pages_of_many_runs():
+    rows = int64(range(0, NUM_ROWS, 3 * PAGE // 4))
+    assert kernels.dirty_pages(*marked(rows), 4).tolist() == [[3 * k, 3 * k + 1] for k in range(len(rows))]
+
+
+@given(some_rows, some_rows, record_sizes)
+def test_mark_private_counts_pages_that_were_none_before(first, second, record_bytes):
+    private = np.zeros(NUM_ROWS * record_bytes // PAGE // 64 + 1, np.uint64)
+    before = pages_of(first, record_bytes)
+    assert kernels.mark_private(int64(first), record_bytes, private) == len(before)
+    both = before | pages_of(second, record_bytes)
+    assert kernels.mark_private(int64(second), record_bytes, private) == len(both) - len(before)
+    assert set_bits(private) == both
+
+
+@given(st.sets(st.integers(0, 255)), st.integers(0, 256), st.integers(0, 256))
+def test_clear_bits_clears_a_range_and_counts(bits, start, stop):
+    words = np.packbits([bit in bits for bit in range(256)], bitorder="little").view(np.uint64)
+    cleared = {bit for bit in bits if start <= bit < stop}
+    assert kernels.clear_bits(words, start, stop) == len(cleared)
+    assert set_bits(words) == bits - cleared
+
+
+# ---- what is in memory ------------------------------------------------------------------------------------------
+
+PAGES = 64
+RECORD = 1024  # four rows a page
+
+
+class Mapped:
+    """A file of 64 pages, mapped."""
+
+    def __init__(self, path):
+        path.write_bytes(os.urandom(PAGES * PAGE))
+        self.path = path
+        self.memory = files.AddressRange(PAGES * PAGE)
+        self.memory.map_file(0, path, PAGES * PAGE)
+        self.memory.advise(0, PAGES * PAGE, files.MADV_RANDOM)
+        self.drop()
+
+    def drop(self):
+        """Let all of it leave memory."""
+        self.memory.advise(0, PAGES * PAGE, files.MADV_DONTNEED)
+        with self.path.open("rb") as file:
+            os.fsync(file)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def touch(self, *pages):
+        for page in pages:
+            assert self.memory.bytes(page * PAGE, 1)[0] is not None
+
+    def resident(self):
+        """The pages that are in memory, as mincore tells without any help of ours."""
+        answer = (ctypes.c_ubyte * PAGES)()
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+        assert libc.mincore(self.memory.address, PAGES * PAGE, answer) == 0
+        return {page for page in range(PAGES) if answer[page] & 1}
+
+    def sample(self, ids, samples=None, present=NOTHING):
+        return kernels.sample_resident(self.memory.address, RECORD, present, int64(ids), samples or len(ids))
+
+    def advise(self, ids, advice, *, record_bytes=RECORD, present=NOTHING):
+        return kernels.advise(self.memory.address, record_bytes, present, int64(ids), advice, 0, len(ids))
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    mapped = Mapped(tmp_path / "rows")
+    if mapped.resident():
+        pytest.skip("this file system keeps its files in memory")
+    yield mapped
+    mapped.memory = None
+
+
+def test_sample_resident_counts_rows_whose_page_is_in_memory(mapped):
+    every_page = range(0, 4 * PAGES, 4)
+    assert mapped.sample(every_page) == 0
+    mapped.touch(3, 40)
+    assert mapped.resident() == {3, 40}
+    assert mapped.sample(every_page) == 2
+    assert mapped.sample([12, 13, 14, 15, 16, 160]) == 5
+    mapped.drop()
+    assert mapped.sample(every_page) == 0
+
+
+def test_sample_resident_looks_at_so_many_spread_over_the_batch(mapped):
+    mapped.touch(0)
+    assert mapped.sample([0] * 50 + [100] * 50, samples=10) == 5
+
+
+def test_rows_never_written_need_no_page(mapped):
+    assert mapped.sample([1, 2, 3, 200], present=bitmap([2, 200], 4 * PAGES)) == 2
+    assert mapped.resident() == set()
+
+
+def test_advise_brings_in_the_pages_of_the_rows_and_no_others(mapped):
+    rows = int64([0, 1, 12, 15, 16, 160, 200])
+    failed = kernels.advise(mapped.memory.address, RECORD, NOTHING, rows, files.MADV_POPULATE_WRITE, 1, 6)
+    assert failed == 0
+    assert mapped.resident() == {0, 3, 4, 40}
+
+
+def test_advise_passes_over_rows_never_written(mapped):
+    present = bitmap([12, 160], 4 * PAGES)
+    assert mapped.advise([0, 12, 100, 160], files.MADV_POPULATE_WRITE, present=present) == 0
+    assert mapped.resident() == {3, 40}
+
+
+def test_willneed_reads_ahead(mapped):
+    assert mapped.advise([20, 80], files.MADV_WILLNEED) == 0
+    deadline = time.monotonic() + 30
+    while not {5, 20} <= mapped.resident() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert {5, 20} <= mapped.resident()
+
+
+def test_a_record_that_lies_on_two_pages_gets_both(mapped):
+    assert mapped.advise([1, 9], files.MADV_POPULATE_WRITE, record_bytes=5000) == 0
+    assert mapped.resident() == pages_of([1, 9], 5000) == {1, 2, 10, 11, 12}
+
+
+def test_what_the_kernel_refuses_is_counted_and_not_raised():
+    hole = files.AddressRange(64 * PAGE)  # reserved, but nothing is mapped there
+    rows = int64([0, 1, 16, 100])  # pages 0, 4 and 25: three calls
+    assert kernels.advise(hole.address, RECORD, NOTHING, rows, files.MADV_POPULATE_WRITE, 0, 4) == 3
+    assert kernels.advise(hole.address, RECORD, NOTHING, rows, 12345, 0, 4) == 3
+
+
+def test_sample_resident_says_if_the_kernel_will_not_tell():
+    nowhere = 2**46 + 2**45  # an address at which nothing is mapped
+    assert kernels.sample_resident(nowhere, RECORD, NOTHING, int64([0]), 1) == -1
