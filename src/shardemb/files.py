@@ -39,7 +39,7 @@ MAX_MAPPINGS = 32_768
 HUGE_PAGE = 2 * 2**20
 
 _PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
-_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -239,13 +239,15 @@ def allocate(descriptor: int, offset: int, nbytes: int, path: Path) -> None:
 
     A file system without ``fallocate`` gives no such assurance, and none is needed where it is not asked for.
     """
-    code = errno.EINTR
-    while code == errno.EINTR:  # a signal that Python has seen to
-        done = _libc.fallocate(descriptor, _FALLOC_FL_KEEP_SIZE, offset, nbytes) == 0
-        code = 0 if done else ctypes.get_errno()
-    if code not in (0, errno.EOPNOTSUPP, errno.ENOSYS):
-        with _disk_errors(path):
-            raise OSError(code, os.strerror(code), str(path))
+    _fallocate(descriptor, _FALLOC_FL_KEEP_SIZE, offset, nbytes, path)
+
+
+def release(descriptor: int, offset: int, nbytes: int, path: Path) -> None:
+    """Give back the disk space within a range that `allocate` took and nobody wrote. Content stays."""
+    position, end = offset, offset + nbytes
+    while (hole := _seek(descriptor, position, os.SEEK_HOLE, end)) < end:
+        position = _seek(descriptor, hole, os.SEEK_DATA, end)
+        _fallocate(descriptor, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, hole, position - hole, path)
 
 
 def sync(descriptor: int, path: Path) -> None:
@@ -393,3 +395,23 @@ def _check(result: int, what: str) -> None:
     if result != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{what}: {os.strerror(code)}")
+
+
+def _seek(descriptor: int, position: int, kind: int, end: int) -> int:
+    """Find the next hole or the next data at or behind a position, `end` at most."""
+    try:
+        return min(os.lseek(descriptor, position, kind), end)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return end  # the file ends before
+
+
+def _fallocate(descriptor: int, flags: int, offset: int, nbytes: int, path: Path) -> None:
+    code = errno.EINTR
+    while code == errno.EINTR:  # a signal that Python has seen to
+        done = _libc.fallocate(descriptor, flags, offset, nbytes) == 0
+        code = 0 if done else ctypes.get_errno()
+    if code not in (0, errno.EOPNOTSUPP, errno.ENOSYS):
+        with _disk_errors(path):
+            raise OSError(code, os.strerror(code), str(path))

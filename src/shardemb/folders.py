@@ -62,37 +62,44 @@ def documents(directory: Path) -> dict[str, bytes]:
 
 
 def locate(store: Path, tables: Iterable[TableRecord]) -> dict[str, Path]:
-    """Find each table's folder, wherever it is.
+    """Find each table's folder: under its name, parked, or under the name that it had before.
 
     Raises
     ------
     FormatError
-        A table has no folder.
+        A table has no folder, or it cannot be told which of several is it.
     """
     found = {}
     for table in tables:
-        candidates = (store / table.name, parked(store, table.uuid), *_children(store))
-        directory = next((path for path in candidates if _uuid(path) == table.uuid), None)
-        if directory is None:
+        own = (store / table.name, parked(store, table.uuid))
+        directories = [path for path in own if _uuid(path) == table.uuid][:1]
+        directories = directories or [path for path in _children(store) if _uuid(path) == table.uuid]
+        if not directories:
             msg = f"the folder of table {table.name!r} is missing from {store}; restore it from a copy of the store"
             raise FormatError(msg)
-        found[table.uuid] = directory
+        if len(directories) > 1:
+            msg = (
+                f"{' and '.join(map(str, directories))} are copies of one table, {table.name!r}; "
+                f"move the copies out of the store"
+            )
+            raise FormatError(msg)
+        found[table.uuid] = directories[0]
     return found
 
 
-def require_places(store: Path, tables: Iterable[TableRecord], dropped: Iterable[str] = ()) -> None:
-    """Check that nothing foreign stands where the folder of a table belongs.
+def require_places(store: Path, tables: Iterable[TableRecord], dropped: Iterable[TableRecord] = ()) -> None:
+    """Check that every table has a folder, and that nothing foreign stands where it belongs.
 
     Raises
     ------
     FormatError
         Something does; it is never moved or deleted.
     """
-    tables = list(tables)
-    ours = {table.uuid for table in tables} | set(dropped)
+    found = locate(store, tables)
+    leaving = set(found.values()) | {store / table.name for table in dropped}
     for table in tables:
         place = store / table.name
-        if os.path.lexists(place) and _uuid(place) not in ours:
+        if os.path.lexists(place) and place != found[table.uuid] and place not in leaving:
             msg = (
                 f"{place} stands where table {table.name!r} belongs and is none of the store's; "
                 f"move it away, or give the table another name"
@@ -100,8 +107,10 @@ def require_places(store: Path, tables: Iterable[TableRecord], dropped: Iterable
             raise FormatError(msg)
 
 
-def arrange(store: Path, tables: Iterable[TableRecord], dropped: Iterable[str] = ()) -> dict[str, Path]:
-    """Put the folders of all tables under their names and remove those of no table; return where they are.
+def arrange(
+    store: Path, tables: Iterable[TableRecord], dropped: Iterable[TableRecord] = ()
+) -> dict[str, Path]:
+    """Put the folders of all tables under their names and remove those of dropped ones; return where they are.
 
     Can be cut short anywhere and done again.
 
@@ -111,22 +120,14 @@ def arrange(store: Path, tables: Iterable[TableRecord], dropped: Iterable[str] =
         A table has no folder, or something else has its name.
     """
     tables = list(tables)
+    dropped = [table for table in dropped if _uuid(store / table.name) == table.uuid]
+    require_places(store, tables, dropped)
     found = locate(store, tables)
     misplaced = [table for table in tables if found[table.uuid] != store / table.name]
-    going = set(dropped)
-    require_places(store, tables, going)
-    moves = [(found[table.uuid], parked(store, table.uuid)) for table in misplaced]
-    moves += [
-        (path, parked(store, uuid)) for path in _children(store) if going and (uuid := _uuid(path)) in going
-    ]
+    aside = [(found[table.uuid], parked(store, table.uuid)) for table in misplaced]
+    aside += [(store / table.name, parked(store, table.uuid)) for table in dropped]
     # Aside first: two tables may have exchanged their names.
-    _move(store, [(source, target) for source, target in moves if source != target])
-    for table in misplaced:
-        if (store / table.name).exists():
-            msg = (
-                f"{store / table.name} is not the folder of that table; move it away and open the store again"
-            )
-            raise FormatError(msg)
+    _move(store, [(source, target) for source, target in aside if source != target])
     _move(store, [(parked(store, table.uuid), store / table.name) for table in misplaced])
     for path in _children(private(store) / "tables"):
         files.remove_tree(path)

@@ -93,8 +93,8 @@ class Manifest:
         None before the first.
     tables : tuple of TableRecord
         The tables of that commit.
-    dropped : tuple of str
-        Uuids of tables that this commit dropped and whose folders may still be there.
+    dropped : tuple of TableRecord
+        Tables of the commit before that this one dropped, and whose folders may still be there.
     """
 
     uuid: str
@@ -102,7 +102,7 @@ class Manifest:
     clean: bool = False
     commit: Commit | None = None
     tables: tuple[TableRecord, ...] = ()
-    dropped: tuple[str, ...] = ()
+    dropped: tuple[TableRecord, ...] = ()
 
     def to_bytes(self) -> bytes:
         """Serialise, with a checksum over everything else."""
@@ -113,7 +113,7 @@ class Manifest:
             "clean": self.clean,
             "commit": None if self.commit is None else vars(self.commit),
             "tables": [table.to_json() for table in self.tables],
-            "dropped": list(self.dropped),
+            "dropped": [table.to_json() for table in self.dropped],
         }
         document["crc32"] = _checksum(document)
         return json.dumps(document).encode() + b"\n"
@@ -145,7 +145,7 @@ class Manifest:
             clean=field(document, "clean", bool),
             commit=None if commit is None else _commit_from_json(commit),
             tables=tables,
-            dropped=tuple(uuid_field({"uuid": each}) for each in field(document, "dropped", list)),
+            dropped=tuple(_record_from_json(entry) for entry in field(document, "dropped", list)),
         )
 
 

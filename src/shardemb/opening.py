@@ -175,7 +175,7 @@ def _clear(path: Path) -> None:
         old = _parse(folders.manifest(path), Manifest.from_bytes)
     except FormatError:
         old = Manifest(uuid=str(uuid.uuid4()))
-    dropped = (*(table.uuid for table in old.tables), *old.dropped)
+    dropped = (*old.tables, *old.dropped)
     files.replace(folders.manifest(path), replace(old, commit=None, tables=(), dropped=dropped).to_bytes())
     folders.arrange(path, (), dropped)
     for entry in path.iterdir():

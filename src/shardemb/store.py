@@ -7,8 +7,10 @@ created, dropped or renamed follow.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -157,6 +159,11 @@ class Store(Mapping[str, Table]):
     def drop_table(self, name: str) -> None:
         """Drop a table, with the next commit; until then `rollback` brings it back.
 
+        Parameters
+        ----------
+        name : str
+            One of the store's tables.
+
         Raises
         ------
         TableNotFoundError, ReadOnlyError, StoreClosedError
@@ -175,6 +182,11 @@ class Store(Mapping[str, Table]):
 
     def rename_table(self, name: str, new_name: str) -> None:
         """Rename a table, with the next commit. Its initial values stay what they were.
+
+        Parameters
+        ----------
+        name, new_name : str
+            One of the store's tables, and a name that none has.
 
         Raises
         ------
@@ -326,12 +338,11 @@ class Store(Mapping[str, Table]):
             for table in self._tables.values():
                 if table._spec.uuid not in self._committed:
                     self._abandon(table)
-            self._tables = {}
             for record in self._manifest.tables:
                 table = self._committed[record.uuid]
                 table._mapped.forget_changes()
                 table._restore(record.name, record.optimizer, record.step)
-                self._tables[record.name] = table
+            self._tables = {each.name: self._committed[each.uuid] for each in self._manifest.tables}
 
     def checkpoint(self) -> None:
         """Bring what is committed into the shards, where other readers of zarr see it. Commits nothing.
@@ -416,6 +427,11 @@ class Store(Mapping[str, Table]):
     def stats(self) -> dict[str, int]:
         """Bytes written to files and syncs made by this process since the store was opened.
 
+        Returns
+        -------
+        dict of str to int
+            Those of all stores of the process together.
+
         Examples
         --------
         >>> sorted(store.stats())
@@ -460,9 +476,13 @@ class Store(Mapping[str, Table]):
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if getattr(self, "_opened", False) and not self._runtime.closed:
-            warnings.warn(f"{self!r} was not closed", ResourceWarning, stacklevel=2, source=self)
+    def __del__(self, _finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # The names of this module are gone when the interpreter ends; so is the lock, soon after.
+        if _finalizing() or not getattr(self, "_opened", False):
+            return
+        if not self._runtime.closed:
+            msg = f"the store {self._runtime.path} was not closed"
+            warnings.warn(msg, ResourceWarning, stacklevel=2, source=self)
             self._runtime.closed = True
             if self._lock is not None:
                 files.close(self._lock)
@@ -543,7 +563,8 @@ class Store(Mapping[str, Table]):
         """Bring rows, manifest and folders on disk to what memory says."""
         path, threads, tables = self._runtime.path, self._runtime.threads, tuple(self._tables.values())
         kept = {table._spec.uuid for table in tables}
-        manifest = replace(manifest, dropped=tuple(old for old in self._committed if old not in kept))
+        dropped = tuple(record for record in self._manifest.tables if record.uuid not in kept)
+        manifest = replace(manifest, dropped=dropped)
         rows = [each for table in tables for each in table._mapped.changed_rows()]
         presence = [each for table in tables for each in table._mapped.changed_presence()]
         folders.require_places(path, manifest.tables, manifest.dropped)
@@ -564,8 +585,8 @@ class Store(Mapping[str, Table]):
             for table in tables:
                 table._mapped.directory = directories[table._spec.uuid]
                 table._mapped.clear_changes()
-            for uuid in manifest.dropped:
-                self._committed[uuid]._release()
+            for record in dropped:
+                self._committed[record.uuid]._release()
             self._committed = {table._spec.uuid: table for table in tables}
 
     def _trim_memory(self) -> None:
@@ -590,7 +611,8 @@ class Store(Mapping[str, Table]):
         for table in self._tables.values():
             if table._spec.uuid not in self._committed:
                 self._abandon(table)
-        self._publish(replace(self._manifest, clean=True))
+        with contextlib.suppress(OSError):  # a full disk, say: the store is all there, if not known to be
+            self._publish(replace(self._manifest, clean=True))
         if lost:
             commit = self._manifest.commit
             since = f"since commit {commit.id} (step {commit.step})" if commit else "(there was no commit)"

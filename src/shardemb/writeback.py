@@ -44,9 +44,13 @@ def secure(changes: Sequence[FileChanges], threads: int) -> None:
     Raises
     ------
     DiskFullError
-        There is no room; nothing was changed.
+        There is no room; nothing was changed, and what was secured is given back.
     """
-    _each_file(_secure_file, changes, threads)
+    try:
+        _each_file(_secure_file, changes, threads)
+    except BaseException:
+        _each_file(_release_file, changes, threads)
+        raise
 
 
 def write(changes: Sequence[FileChanges], threads: int) -> None:
@@ -67,6 +71,12 @@ def _secure_file(changes: FileChanges) -> None:
     with files.opened(changes.path, os.O_WRONLY) as descriptor:
         for start, stop in changes.stretches.tolist():
             files.allocate(descriptor, start, stop - start, changes.path)
+
+
+def _release_file(changes: FileChanges) -> None:
+    with files.opened(changes.path, os.O_WRONLY) as descriptor:
+        for start, stop in changes.stretches.tolist():
+            files.release(descriptor, start, stop - start, changes.path)
 
 
 def _write_file(changes: FileChanges) -> None:
