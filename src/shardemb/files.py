@@ -242,12 +242,16 @@ def allocate(descriptor: int, offset: int, nbytes: int, path: Path) -> None:
     _fallocate(descriptor, _FALLOC_FL_KEEP_SIZE, offset, nbytes, path)
 
 
-def release(descriptor: int, offset: int, nbytes: int, path: Path) -> None:
-    """Give back the disk space within a range that `allocate` took and nobody wrote. Content stays."""
-    position, end = offset, offset + nbytes
-    while (hole := _seek(descriptor, position, os.SEEK_HOLE, end)) < end:
-        position = _seek(descriptor, hole, os.SEEK_DATA, end)
-        _fallocate(descriptor, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, hole, position - hole, path)
+def holes(descriptor: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """List the parts of a range that take no disk space, as first byte and one past the last."""
+    while (hole := _seek(descriptor, start, os.SEEK_HOLE, stop)) < stop:
+        start = _seek(descriptor, hole, os.SEEK_DATA, stop)
+        yield hole, start
+
+
+def punch(descriptor: int, offset: int, nbytes: int, path: Path) -> None:
+    """Give back the disk space of a range, which reads as zeros from then on."""
+    _fallocate(descriptor, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, offset, nbytes, path)
 
 
 def sync(descriptor: int, path: Path) -> None:

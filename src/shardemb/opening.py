@@ -40,8 +40,8 @@ def open(
         The store's folder.
     mode : {"r", "r+", "a", "w", "w-"}
         As in zarr. ``"r"``: read an existing store; ``"r+"``: read and write an existing one; ``"a"``: the same,
-        created if missing; ``"w"``: a new one, an existing *store* is deleted first; ``"w-"``: a new one, an
-        existing one is an error.
+        created if missing; ``"w"``: a new one, an existing *store* is deleted first with all that lies in its folder;
+        ``"w-"``: a new one, an existing one is an error.
     memory_budget : int, optional
         Bytes of changed pages that may stay in memory after a commit; half of the machine's memory by default.
         Changes that are not committed always stay in memory.

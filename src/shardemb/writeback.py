@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from shardemb import files, scheduler
@@ -46,10 +48,11 @@ def secure(changes: Sequence[FileChanges], threads: int) -> None:
     DiskFullError
         There is no room; nothing was changed, and what was secured is given back.
     """
+    taken: list[tuple[Path, int, int]] = []
     try:
-        _each_file(_secure_file, changes, threads)
+        _each_file(partial(_secure_file, taken), changes, threads)
     except BaseException:
-        _each_file(_release_file, changes, threads)
+        _give_back(taken)
         raise
 
 
@@ -67,16 +70,20 @@ def _each_file(work: Callable[[FileChanges], None], changes: Sequence[FileChange
     scheduler.run([partial(some, changes[task::tasks]) for task in range(tasks)], threads)
 
 
-def _secure_file(changes: FileChanges) -> None:
-    with files.opened(changes.path, os.O_WRONLY) as descriptor:
+def _secure_file(taken: list[tuple[Path, int, int]], changes: FileChanges) -> None:
+    path = changes.path
+    with files.opened(path, os.O_WRONLY) as descriptor:
         for start, stop in changes.stretches.tolist():
-            files.allocate(descriptor, start, stop - start, changes.path)
+            for hole, end in files.holes(descriptor, start, stop):
+                taken.append((path, hole, end))  # before: a call that fails may have taken a part of it
+                files.allocate(descriptor, hole, end - hole, path)
 
 
-def _release_file(changes: FileChanges) -> None:
-    with files.opened(changes.path, os.O_WRONLY) as descriptor:
-        for start, stop in changes.stretches.tolist():
-            files.release(descriptor, start, stop - start, changes.path)
+def _give_back(taken: list[tuple[Path, int, int]]) -> None:
+    for path, stretches in groupby(sorted(taken), key=itemgetter(0)):
+        with files.opened(path, os.O_WRONLY) as descriptor:
+            for _, hole, end in stretches:
+                files.punch(descriptor, hole, end - hole, path)
 
 
 def _write_file(changes: FileChanges) -> None:

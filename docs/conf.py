@@ -1,0 +1,27 @@
+"""Sphinx builds the documents: ``sphinx-build -W --keep-going -b html docs docs/_build/html``. Needs no network."""
+
+import shardemb
+
+project = "shardemb"
+author = "the shardemb authors"
+copyright = "the shardemb authors"
+version = release = shardemb.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"shardemb {release}"
+
+myst_heading_anchors = 3
+myst_enable_extensions = ["deflist"]
+
+# Types stand in the docstrings, with shapes; signatures stay short.
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"
+autosummary_generate = False
+# `Store.commit` becomes a link, `ids` stays a word.
+default_role = "autolink"
+numpydoc_show_class_members = False
+nitpicky = True
+# Nothing here links to other projects' documents: that would need the network.
+nitpick_ignore_regex = [(r"py:.*", r"(?!shardemb).*")]

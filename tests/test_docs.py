@@ -1,0 +1,335 @@
+"""The documents cannot rot: every block of code in them runs, every link leads somewhere.
+
+In README.md and docs/**/*.md a fence says by its language what is done with it:
+
+- ``python``: executed, block after block in one namespace a document, in an empty folder; a block that begins with
+  ``>>>`` is a doctest, and its output is compared;
+- ``console``: what stands behind ``$`` is given to the shell in the same folder, and its output is compared;
+- anything else (``sh``, ``text``, ``json``, ...): shown.
+
+A python or console block that cannot run here has a comment right before it, ``<!-- not run: the reason -->``, or
+``<!-- needs MODULE -->`` if it runs where that module is installed. Both are counted below.
+"""
+
+import ast
+import doctest
+import importlib.util
+import inspect
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import shardemb
+
+ROOT = Path(__file__).parent.parent
+TOP = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [*(ROOT / name for name in TOP), *(ROOT / "docs").rglob("*.md")]
+    if "_build" not in path.parts
+)
+NOT_RUN = 0
+"""Blocks with a reason not to be run."""
+NEEDING = 1
+"""Blocks that run only where a module is installed."""
+
+OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+
+COMMANDS = ("pip install . && shardemb quickstart", 'pip install ".[test]" && pytest')
+
+
+# ---- blocks of code in documents
+
+
+@dataclass(frozen=True)
+class Block:
+    document: str
+    line: int
+    """Of its first line of code, counted from 1."""
+    language: str
+    code: str
+    reason: str | None
+    """Not to be run, because."""
+    needs: str | None
+    """Module without which it is not run."""
+
+    @property
+    def name(self):
+        return f"{self.document}:{self.line}"
+
+    @property
+    def executable(self):
+        return self.language in ("python", "console")
+
+
+FENCE = re.compile(
+    r"^(?P<indent> *)(?P<fence>`{3,})(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=indent)(?P=fence)`*\s*$",
+    re.M | re.S,
+)
+COMMENT = re.compile(r"<!-- (?:not run: (?P<reason>[^\n]+?)|needs (?P<needs>\w+)) -->\s*\Z")
+
+
+def blocks_of(document):
+    text = (ROOT / document).read_text()
+    blocks = []
+    for found in FENCE.finditer(text):
+        comment = COMMENT.search(text[: found.start()])
+        blocks.append(
+            Block(
+                document=document,
+                line=text[: found.start("code")].count("\n") + 1,
+                language=found["language"].strip(),
+                code=re.sub(rf"^{found['indent']}", "", found["code"], flags=re.M),
+                reason=comment["reason"] if comment else None,
+                needs=comment["needs"] if comment else None,
+            )
+        )
+    return blocks
+
+
+BLOCKS = {document: blocks_of(document) for document in DOCUMENTS}
+
+
+def run_python(block, namespace):
+    if not block.code.lstrip().startswith(">>>"):
+        exec(compile("\n" * (block.line - 1) + block.code, block.document, "exec"), namespace)
+        return
+    example = doctest.DocTestParser().get_doctest(
+        block.code, namespace, block.name, block.document, block.line - 1
+    )
+    run_doctest(example, clear=False)
+    namespace.update(example.globs)
+
+
+def run_console(block):
+    """Run the commands one by one and compare what they print, stderr behind stdout, as a doctest would."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path, "COLUMNS": "100", "NO_COLOR": "1"}
+    commands = re.findall(r"^\$ (.*(?:\\\n.*)*)\n((?:(?!\$ ).*\n)*)", block.code, re.M)
+    assert len(commands) == len(re.findall(r"^\$", block.code, re.M)) > 0, block.name
+    for command, expected in commands:
+        done = subprocess.run(
+            ["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=240, check=False
+        )
+        got = done.stdout + done.stderr
+        same = doctest.OutputChecker().check_output(expected, got, OPTIONS)
+        assert same, f"{block.name}: $ {command}\nexpected:\n{expected}\ngot:\n{got}"
+
+
+def run_doctest(example, *, clear=True):
+    report = []
+    doctest.DocTestRunner(optionflags=OPTIONS, verbose=False).run(
+        example, out=report.append, clear_globs=clear
+    )
+    assert not report, "".join(report)
+
+
+def close_stores(namespace):
+    """Give up what an example left open, without the warnings that this deserves elsewhere."""
+    for value in list(namespace.values()):
+        if isinstance(value, shardemb.Store):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                value.close()
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if any(b.executable for b in BLOCKS[name])])
+def test_code_in_documents_runs(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__main__"}
+    try:
+        for block in BLOCKS[document]:
+            if block.reason or (block.needs and not importlib.util.find_spec(block.needs)):
+                continue
+            if block.language == "python":
+                run_python(block, namespace)
+            elif block.language == "console":
+                run_console(block)
+    finally:
+        close_stores(namespace)
+
+
+def test_blocks_not_run_are_counted():
+    blocks = [block for each in BLOCKS.values() for block in each]
+    assert len([block.name for block in blocks if block.reason]) == NOT_RUN
+    assert len([block.name for block in blocks if block.needs]) == NEEDING
+
+
+def test_every_fence_is_closed_and_names_its_language():
+    languages = {
+        "python",
+        "console",
+        "sh",
+        "text",
+        "json",
+        "{include} ../../ARCHITECTURE.md",
+        "{toctree}",
+        "{eval-rst}",
+    }
+    for document, blocks in BLOCKS.items():
+        fences = re.findall(r"^ *`{3,}", (ROOT / document).read_text(), re.M)
+        assert len(fences) == 2 * len(blocks), document
+        for block in blocks:
+            assert block.language in languages, block.name
+
+
+# ---- examples in docstrings
+
+
+def public_objects():
+    names = {f"shardemb.{name}" for name in shardemb.__all__}
+    for module in (shardemb.optim, shardemb.initializers):
+        names |= {f"{module.__name__}.{name}" for name in module.__all__}
+    return names
+
+
+def docstring_examples():
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    for info in pkgutil.iter_modules(shardemb.__path__, "shardemb."):
+        module = import_module(info.name)
+        yield from finder.find(module, extraglobs={"__name__": info.name})
+    yield from finder.find(shardemb, globs={})
+
+
+EXAMPLES = {example.name: example for example in docstring_examples() if example.examples}
+
+
+def home(example):
+    """Public name of the object whose docstring this is, without the method."""
+    parts = example.name.split(".")
+    return (
+        f"shardemb.{parts[2]}"
+        if len(parts) > 2 and parts[1] in ("store", "table", "opening")
+        else ".".join(parts[:3])
+    )
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+def test_examples_in_docstrings(name, tmp_path, monkeypatch):
+    example = EXAMPLES[name]
+    monkeypatch.chdir(tmp_path)
+    if name == "shardemb" or home(example) in public_objects():
+        example.globs.clear()  # a reader has no more than this either
+    example.globs.update(shardemb=shardemb, np=np, tmp=tmp_path)
+    if re.fullmatch(r"shardemb\.(store\.Store|table\.Table)\.\w+", name):
+        store = shardemb.open(tmp_path / "example.zarr")
+        table = store.create_table(
+            "tokens", num_embeddings=1000, embedding_dim=4, optimizer=shardemb.optim.Adam()
+        )
+        example.globs.update(store=store, table=table)
+        # The table is not committed, and some methods close the store.
+        lost = "the changes of .*example.zarr .* are lost"
+        warnings.filterwarnings("ignore", lost, RuntimeWarning)  # pytest puts the filters back
+    try:
+        run_doctest(example, clear=False)
+    finally:
+        close_stores(example.globs)
+        example.globs.clear()
+
+
+def test_every_public_method_has_an_example():
+    for cls in (shardemb.Store, shardemb.Table):
+        for name, member in inspect.getmembers(cls, inspect.isfunction):
+            if not name.startswith("_") and member.__module__ == cls.__module__:
+                assert f"{cls.__module__}.{cls.__name__}.{name}" in EXAMPLES, name
+
+
+# ---- links
+
+LINK = re.compile(r"(?<!!)\[[^\]]+\]\(([^)\s]+)\)")
+
+
+def anchors(text):
+    headings = re.findall(r"^#+ +(.+?)\s*$", re.sub(FENCE, "", text), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_resolve(document):
+    text = (ROOT / document).read_text()
+    for link in LINK.findall(re.sub(FENCE, "", text)):
+        if link.startswith(("https://", "mailto:")):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (ROOT / document).parent / target if target else ROOT / document
+        assert path.exists(), f"{document}: {link}"
+        assert ROOT in path.resolve().parents, f"{document}: {link} leaves the project"
+        if anchor:
+            assert anchor in anchors(path.read_text()), f"{document}: {link}"
+
+
+# ---- what stands where
+
+
+def test_readme_begins_with_the_two_commands():
+    first_screen = (ROOT / "README.md").read_text().splitlines()[:24]
+    assert [line for line in first_screen if line.startswith(("pip ", "$ "))] == list(COMMANDS)
+
+
+def test_every_error_and_public_name_is_in_the_reference():
+    errors = (ROOT / "docs/reference/errors.md").read_text()
+    for name in shardemb.__all__:
+        if name.endswith("Error"):
+            assert f"`{name}`" in errors, name
+
+
+def test_the_picture_of_the_rooms_is_true():
+    """Every module stands in ARCHITECTURE.md, and imports only what stands below it."""
+    picture = next(block.code for block in BLOCKS["ARCHITECTURE.md"] if block.language == "text")
+    modules = {info.name for info in pkgutil.iter_modules(shardemb.__path__)}
+    order = [word for line in picture.splitlines() for word in re.findall(r"^ +(\w+)|[,;] +(\w+)", line)]
+    order = [name for pair in order for name in pair if name in modules]
+    assert sorted(order) == sorted(modules)
+    for name in modules:
+        source = Path(import_module(f"shardemb.{name}").__file__).read_text()
+        for node in ast.parse(source).body:  # not what is imported for types, or when first needed
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            names = (
+                [each.name for each in node.names]
+                if node.module == "shardemb"
+                else node.module.split(".")[1:]
+            )
+            if node.module.split(".")[0] == "shardemb":
+                assert all(order.index(name) < order.index(each) for each in names if each in modules), name
+
+
+def test_decisions_are_numbered_and_complete():
+    records = sorted((ROOT / "docs/adr").glob("[0-9]*.md"))
+    assert [int(path.name[:4]) for path in records] == list(range(1, len(records) + 1))
+    for path in records:
+        headings = re.findall(r"^## (.+)$", path.read_text(), re.M)
+        assert headings == ["Context", "Decision", "Rejected", "Evidence"], path.name
+
+
+# ---- the project speaks of itself alone
+
+# Written so that this file does not hold them either.
+FORBIDDEN = re.compile(
+    r"(?<![\w.])/wor[k]/|share[d]/reference|\.\./share[d]|DESIG[N]\.md|issue[s] show|issu[e] #?\d"
+    r"|pyp[i]\.org|pythonhoste[d]\.org|conda\.anacond[a]",
+    re.IGNORECASE,
+)
+
+
+def tracked_files():
+    try:
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return [path for name in listed.decode().split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_no_word_of_the_place_where_it_was_written():
+    for path in tracked_files():
+        found = FORBIDDEN.search(path.read_bytes().decode(errors="replace"))
+        assert not found, f"{path.relative_to(ROOT)}: {found[0]!r}"

@@ -1,0 +1,275 @@
+"""The names and signatures that programs are written against, and what is promised about each."""
+
+import importlib
+import importlib.metadata
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import shardemb
+from shardemb import initializers, optim
+
+NAMES = [
+    "Commit",
+    "DiskFullError",
+    "FormatError",
+    "PoisonedError",
+    "ReadOnlyError",
+    "RowIdError",
+    "ShardEmbError",
+    "Store",
+    "StoreClosedError",
+    "StoreExistsError",
+    "StoreLockedError",
+    "StoreNotFoundError",
+    "Table",
+    "TableExistsError",
+    "TableNotFoundError",
+    "__version__",
+    "initializers",
+    "open",
+    "optim",
+]
+
+FUNCTIONS = """
+open(path: str | os.PathLike[str], mode: Mode = 'a', *, memory_budget: int | None = None, \
+log_bytes: int = 1073741824, threads: int | None = None) -> Store
+"""
+
+STORE = """
+checkpoint(self) -> None
+close(self) -> None
+commit(self, step: int | None = None, metadata: Mapping[str, Any] | None = None) -> Commit
+create_table(self, name: str, *, num_embeddings: int, embedding_dim: int, \
+initializer: initializers.Initializer | ArrayLike | None = None, optimizer: Optimizer | None = None, \
+rows_per_shard: int | None = None) -> Table
+drop_table(self, name: str) -> None
+has_changes: bool
+info(self) -> report.StoreInfo
+last_commit: Commit | None
+lookup(self, ids: Mapping[str, ArrayLike]) -> dict[str, NDArray[np.float32]]
+path: Path
+rename_table(self, name: str, new_name: str) -> None
+rollback(self) -> None
+stats(self) -> dict[str, int]
+update(self, batches: Mapping[str, tuple[ArrayLike, ArrayLike]], *, check_finite: bool = True) -> None
+verify(self) -> list[str]
+"""
+
+TABLE = """
+embedding_dim: int
+export_parquet(self, path: str | os.PathLike[str], *, columns: Sequence[str] = (), \
+rows: tuple[int, int] | None = None, parts: int | None = None, progress: Progress = None) -> ExportReport
+initializer: Initializer
+lookup(self, ids: ArrayLike, *, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]
+lookup_unique(self, ids: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]
+name: str
+nbytes: int
+num_embeddings: int
+optimizer: Optimizer | None
+prefetch(self, ids: ArrayLike, *, for_update: bool = False) -> None
+rows_per_shard: int
+set_optimizer(self, optimizer: Optimizer) -> None
+shape: tuple[int, int]
+state(self, column: str, ids: ArrayLike) -> NDArray[np.float32]
+step: int
+to_arrow_batches(self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None) -> pa.RecordBatchReader
+to_dask_array(self) -> dask.array.Array
+update(self, ids: ArrayLike, grads: ArrayLike, *, check_finite: bool = True) -> None
+write(self, ids: ArrayLike, rows: ArrayLike, *, check_finite: bool = True) -> None
+"""
+
+OPTIMIZERS = """
+SGD(lr: float = 0.01)
+Adagrad(lr: float = 0.01, lr_decay: float = 0.0, eps: float = 1e-10, initial_accumulator_value: float = 0.0)
+Adam(lr: float = 0.001, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-08)
+Optimizer()
+RowWiseAdagrad(lr: float = 0.01, eps: float = 1e-08)
+"""
+
+INITIALIZERS = """
+Constant(value: float = 0.0)
+Initializer()
+Normal(mean: float = 0.0, std: float = 1.0, seed: int = 0)
+Uniform(low: float, high: float, seed: int = 0)
+"""
+
+
+def signature(name, value):
+    if isinstance(value, property):
+        return f"{name}: {value.fget.__annotations__['return']}"
+    text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(value)))
+    return name + (text.removesuffix(" -> None") if inspect.isclass(value) else text)
+
+
+def public_members(cls):
+    return {name: value for name, value in vars(cls).items() if not name.startswith("_")}
+
+
+def signatures(members):
+    return [signature(name, value) for name, value in sorted(members.items())]
+
+
+# ---- names ------------------------------------------------------------------------------------------------------
+
+
+def test_public_names_are_pinned():
+    assert shardemb.__all__ == NAMES
+    assert dir(shardemb) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_public_name_is_there(name):
+    assert getattr(shardemb, name) is not None
+    assert getattr(shardemb, name) is getattr(shardemb, name)
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'shardemb' has no attribute 'Shards'"):
+        shardemb.Shards  # noqa: B018
+
+
+def test_star_import_gives_the_public_names():
+    namespace = {}
+    exec("from shardemb import *", namespace)
+    assert set(NAMES) <= set(namespace)
+
+
+def test_the_version_is_that_of_the_distribution():
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", shardemb.__version__)
+    assert shardemb.__version__ == importlib.metadata.version("shardemb")
+
+
+def test_types_come_with_the_package():
+    assert (Path(shardemb.__file__).parent / "py.typed").exists()
+
+
+# ---- signatures -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("members", "pinned"),
+    [
+        ({"open": shardemb.open}, FUNCTIONS),
+        (public_members(shardemb.Store), STORE),
+        (public_members(shardemb.Table), TABLE),
+        ({name: getattr(optim, name) for name in optim.__all__}, OPTIMIZERS),
+        ({name: getattr(initializers, name) for name in initializers.__all__}, INITIALIZERS),
+    ],
+    ids=["functions", "Store", "Table", "optim", "initializers"],
+)
+def test_signatures_are_pinned(members, pinned):
+    assert signatures(members) == sorted(pinned.strip().split("\n"))
+
+
+def test_a_store_is_a_context_manager_and_a_mapping_of_its_tables():
+    for name in ("__enter__", "__exit__", "__getitem__", "__iter__", "__len__", "__repr__", "_repr_html_"):
+        assert name in vars(shardemb.Store)
+    assert issubclass(shardemb.Store, importlib.import_module("collections.abc").Mapping)
+
+
+def test_a_table_has_a_length_and_shows_itself():
+    assert {"__len__", "__repr__", "_repr_html_"} <= set(vars(shardemb.Table))
+
+
+def test_a_commit_is_a_frozen_record():
+    assert signature("Commit", shardemb.Commit) == "Commit(id: int, step: int, metadata: dict[str, Any])"
+    with pytest.raises(AttributeError):
+        shardemb.Commit(1, 2, {}).step = 3
+
+
+# ---- promises ---------------------------------------------------------------------------------------------------
+
+METHODS = [
+    pytest.param(value, id=f"{cls.__name__}.{name}")
+    for cls in (shardemb.Store, shardemb.Table)
+    for name, value in public_members(cls).items()
+    if not isinstance(value, property)
+] + [pytest.param(shardemb.open, id="open")]
+
+PROPERTIES = [
+    pytest.param(value, id=f"{cls.__name__}.{name}")
+    for cls in (shardemb.Store, shardemb.Table)
+    for name, value in public_members(cls).items()
+    if isinstance(value, property)
+]
+
+VALUES = [
+    pytest.param(getattr(module, name), id=name)
+    for module in (optim, initializers)
+    for name in module.__all__
+    if name not in ("Optimizer", "Initializer")
+]
+
+
+def sections(value):
+    """Split a numpydoc docstring: the summary under "", every section under its heading."""
+    lines = inspect.cleandoc(value.__doc__).splitlines()
+    found, heading = {"": []}, ""
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if following and set(following) == {"-"} and len(following) == len(line):
+            heading = line
+            found[heading] = []
+        elif not (line and set(line) == {"-"}):
+            found[heading].append(line)
+    return {heading: "\n".join(lines).strip() for heading, lines in found.items()}
+
+
+def documented_parameters(text):
+    """The names before a colon on lines that are not indented."""
+    names = []
+    for line in text.splitlines():
+        if match := re.match(r"([a-z_, ]+) : ", line):
+            names += match[1].split(", ")
+    return names
+
+
+@pytest.mark.parametrize("function", METHODS)
+def test_every_method_documents_all_of_its_parameters_in_order(function):
+    expected = [name for name in inspect.signature(function).parameters if name != "self"]
+    assert documented_parameters(sections(function).get("Parameters", "")) == expected
+
+
+@pytest.mark.parametrize("function", METHODS)
+def test_every_method_documents_what_it_returns(function):
+    returns = inspect.signature(function).return_annotation != "None"
+    assert bool(sections(function).get("Returns")) == returns
+
+
+@pytest.mark.parametrize("function", METHODS)
+def test_every_method_documents_what_it_raises(function):
+    raised = sections(function).get("Raises", "")
+    assert raised or function.__name__ in ("close", "stats")  # these never raise on their own account
+    for name in re.findall(r"\b[A-Z]\w+Error\b", raised):
+        assert hasattr(shardemb, name) or hasattr(importlib.import_module("builtins"), name)
+
+
+@pytest.mark.parametrize("value", [*METHODS, *VALUES, shardemb.Store, shardemb.Table])
+def test_everything_has_an_example_that_can_be_run(value):
+    assert ">>> " in sections(value)["Examples"]
+
+
+@pytest.mark.parametrize(
+    "value", [*METHODS, *PROPERTIES, *VALUES, shardemb.Store, shardemb.Table, shardemb.Commit]
+)
+def test_everything_has_a_summary_of_one_sentence_or_more(value):
+    first = sections(value)[""].split("\n\n")[0]
+    assert first[0].isupper() or first[0] == "`"
+    assert first.endswith((".", ":"))
+
+
+@pytest.mark.parametrize("cls", VALUES)
+def test_every_value_documents_its_fields(cls):
+    assert documented_parameters(sections(cls)["Parameters"]) == list(inspect.signature(cls).parameters)
+
+
+def test_a_commit_documents_its_fields():
+    fields = documented_parameters(sections(shardemb.Commit)["Attributes"])
+    assert fields == list(inspect.signature(shardemb.Commit).parameters)
+
+
+@pytest.mark.parametrize("name", ["lookup", "lookup_unique", "state"])
+def test_who_gets_an_array_is_told_whose_memory_it_is(name):
+    assert "caller's own" in sections(getattr(shardemb.Table, name))["Returns"]
