@@ -328,6 +328,60 @@ def test_allocating_a_file_that_cannot_be_that_large_is_an_error(tmp_path, monke
         allocate(tmp_path / "a", 0, PAGE)
 
 
+BLOCK = 65_536  # what any file system keeps apart
+
+
+def sparse(path, data, blocks=8):
+    """A file of blocks, of which some hold data and the others are holes. Not synced."""
+    files.create_sparse(path, blocks * BLOCK)
+    with files.opened(path, os.O_WRONLY) as descriptor:
+        for block in data:
+            files.write(descriptor, b"x" * BLOCK, block * BLOCK, path)
+    return path
+
+
+def holes(path, start, stop):
+    with files.opened(path, os.O_RDONLY) as descriptor:
+        return [
+            (first // BLOCK, last // BLOCK)
+            for first, last in files.holes(descriptor, start * BLOCK, stop * BLOCK)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("data", "start", "stop", "expected"),
+    [
+        ([], 0, 8, [(0, 8)]),
+        (range(8), 0, 8, []),
+        ([0, 3, 4], 0, 8, [(1, 3), (5, 8)]),
+        ([0, 3, 4], 2, 5, [(2, 3)]),
+        ([0, 3, 4], 3, 5, []),
+        ([0, 7], 1, 7, [(1, 7)]),
+        ([7], 7, 8, []),
+        ([], 5, 5, []),
+    ],
+)
+def test_holes_are_what_takes_no_disk(tmp_path, data, start, stop, expected):
+    """Data that is not on the disk yet is none: it will be."""
+    assert holes(sparse(tmp_path / "a", data), start, stop) == expected
+
+
+def test_punching_gives_back_what_was_allocated_and_leaves_the_rest(tmp_path):
+    """Holes are asked for before: pages of zeros in memory make allocated space look like data."""
+    path = sparse(tmp_path / "a", [1])
+    files.sync_file(path)
+    before, taken = path.read_bytes(), files.allocated(path)
+    with files.opened(path, os.O_WRONLY) as descriptor:
+        found = list(files.holes(descriptor, 0, 8 * BLOCK))
+        for first, last in found:
+            files.allocate(descriptor, first, last - first, path)
+        assert files.allocated(path) >= 8 * BLOCK
+        for first, last in found:
+            files.punch(descriptor, first, last - first, path)
+    assert files.allocated(path) == taken
+    assert path.read_bytes() == before
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A real file system of 64 KiB."""

@@ -1,12 +1,11 @@
 import ctypes
+import inspect
 import itertools
 import os
 import subprocess
 import sys
 import textwrap
 import time
-
-import inspect
 
 import numpy as np
 import pytest
@@ -46,19 +45,6 @@ def test_every_kernel_is_cached_releases_the_gil_and_keeps_ieee_arithmetic():
         assert each._cache.cache_path, name
 
 
-COUNT_CACHE_HITS = """
-    import numpy as np
-    from shardemb import kernels, optim
-    one, none = np.ones((1, 1), np.float32), np.zeros(1, np.int64)
-    step = kernels.step(optim.Adam)
-    record, scalars = np.zeros((1, 3), np.float32), np.ones(4, np.float32)
-    step(record, none, np.array([0, 1]), none, one, scalars, one[0].copy(), 0, 1)
-    kernels.group_starts(none)
-    for kernel in (step, kernels.group_starts):
-        print(sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))
-"""
-
-
 def run_python(code, **environment):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
@@ -70,6 +56,69 @@ def run_python(code, **environment):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+USE_EVERYTHING = """
+    import sys
+    import numpy as np
+    import shardemb
+    from shardemb import kernels
+    from shardemb.initializers import Uniform
+    from shardemb.optim import Adam
+
+    def batches():
+        ids = np.arange(6, dtype=np.int64)
+        read_only = ids.copy()
+        read_only.flags.writeable = False
+        yield from ([], [1], [[1, 2], [2, 1]], ids, ids[::2], ids.astype(np.uint8), read_only, ids[:0], np.int32(3))
+
+    path = sys.argv[1]
+    with shardemb.open(path) as store:
+        for name, more in {"plain": {}, "drawn": {"initializer": Uniform(-1, 1)}}.items():
+            store.create_table(name, num_embeddings=70_000, embedding_dim=3, optimizer=Adam(), **more)
+        for table in store.values():
+            for ids in batches():
+                rows = table.lookup(ids)
+                table.lookup(ids, out=np.empty_like(rows))
+                table.lookup_unique(ids)
+                table.state("exp_avg", ids)
+                for kind in (np.float16, np.float32, np.float64):
+                    table.update(ids, rows.astype(kind))
+                    table.write(ids, np.asfortranarray(rows.astype(kind)))
+                table.prefetch(ids, for_update=True)
+        store.commit()
+        repr(store)
+        store["plain"].write([5], [[1.0, 2, 3]])
+        store.rollback()
+    with shardemb.open(path, mode="r") as store:
+        for table in store.values():
+            for ids in batches():
+                table.lookup(ids)
+                table.prefetch(ids)
+            list(table.to_arrow_batches())
+    found = [each for each in vars(kernels).values() if hasattr(each, "py_func")]
+    found += [kernels.step(Adam), kernels.gather_or_fill(Uniform), kernels.bring_in(Uniform)]
+    assert len(found) > 12
+    print({each.py_func.__name__: len(each.signatures) for each in found if len(each.signatures) != 1})
+"""
+
+
+def test_every_kernel_is_compiled_for_one_kind_of_arguments_whatever_a_caller_passes(tmp_path):
+    """Every other kind would be compiled for seconds, in the middle of somebody's training."""
+    assert run_python(USE_EVERYTHING.replace("sys.argv[1]", repr(str(tmp_path / "store")))).strip() == "{}"
+
+
+COUNT_CACHE_HITS = """
+    import numpy as np
+    from shardemb import kernels, optim
+    one, none = np.ones((1, 1), np.float32), np.zeros(1, np.int64)
+    step = kernels.step(optim.Adam)
+    record, scalars = np.zeros((1, 3), np.float32), np.ones(4, np.float32)
+    step(record, none, np.array([0, 1]), none, one, scalars, one[0].copy(), 0, 1)
+    kernels.group_starts(none)
+    for kernel in (step, kernels.group_starts):
+        print(sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))
+"""
 
 
 def test_a_second_process_finds_the_kernels_compiled(tmp_path):

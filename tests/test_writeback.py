@@ -107,7 +107,7 @@ def test_a_file_that_cannot_be_secured_stops_it_before_any_file_is_changed(tmp_p
         original(descriptor, offset, nbytes, path)
 
     monkeypatch.setattr(files, "allocate", allocate)
-    some = changes(tmp_path)
+    some = [change(tmp_path / f"c.{k}.0", [[0, PAGE], [2 * PAGE, 3 * PAGE]], k + 1) for k in range(5)]
     with pytest.raises(DiskFullError):
         writeback.secure(some, 2)
     assert [each.path.read_bytes() for each in some] == [bytes(SIZE)] * 5

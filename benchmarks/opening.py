@@ -1,0 +1,69 @@
+"""Opening and creating: a store of any size is there at once and takes no disk."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import shardemb
+
+from . import common
+
+SIZES = [10**3, 10**6, 10**9]
+"""Rows. Not scaled: tables that nobody has written to take no disk and no time, and that is what is measured."""
+
+BLOCK = 512  # what st_blocks counts
+
+
+def _table(rows):
+    return {"num_embeddings": rows, "initializer": common.INITIAL, "optimizer": common.optimizer("Adam")}
+
+
+class Open(common.Timed):
+    """A store with one Adam table that nobody has written to."""
+
+    params = [SIZES]
+    param_names = ["rows"]
+
+    def setup_cache(self):
+        return {rows: common.build(f"{rows}.zarr", rows=_table(rows)) for rows in SIZES}
+
+    def setup(self, paths, rows):
+        self.path = paths[rows]
+        self.open_and_look_up(rows)
+
+    def open_and_look_up(self, rows):
+        with shardemb.open(self.path) as store:
+            store["rows"].lookup([0, rows - 1])
+
+    def time_open_and_close(self, *_):
+        shardemb.open(self.path).close()
+
+    def time_open_and_look_up(self, _, rows):
+        self.open_and_look_up(rows)
+
+    def track_disk_bytes(self, *_):
+        """Bytes that the store takes on disk, all its files and folders together."""
+        found = [Path(self.path), *Path(self.path).rglob("*")]
+        return sum(path.lstat().st_blocks for path in found) * BLOCK
+
+    track_disk_bytes.unit = "bytes"
+
+
+class Create(common.Timed):
+    """A store and its table, until they are durable."""
+
+    params = [SIZES]
+    param_names = ["rows"]
+
+    def setup(self, *_):
+        self.folder = tempfile.mkdtemp()
+        self.create("first.zarr", SIZES[0])
+
+    def teardown(self, *_):
+        shutil.rmtree(self.folder)
+
+    def create(self, name, rows):
+        common.build(Path(self.folder, name), rows=_table(rows))
+
+    def time_create_and_commit(self, rows):
+        self.create("timed.zarr", rows)

@@ -1,0 +1,54 @@
+"""Dropping files from the page cache, and proof that they are gone: otherwise a cold benchmark measures a warm one."""
+
+import ctypes
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+
+
+def require_cold(folder):
+    """Drop every file under a folder from the page cache.
+
+    Raises
+    ------
+    NotImplementedError
+        Pages stay (a file system in memory, a sandbox, files of somebody else): asv skips the benchmark.
+    """
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    for path in files:
+        _drop(path)
+    warm = {path.name: pages for path in files if (pages := resident_pages(path))}
+    if warm:
+        raise NotImplementedError(f"the page cache cannot be dropped here: {warm}")
+
+
+def resident_pages(path):
+    """Count the pages of a file that are in memory."""
+    with path.open("rb") as file:
+        nbytes = os.fstat(file.fileno()).st_size
+        if nbytes == 0:
+            return 0
+        with mmap.mmap(file.fileno(), nbytes, prot=mmap.PROT_READ) as mapping:
+            return _count_resident(mapping, nbytes)
+
+
+def _count_resident(mapping, nbytes):
+    view = np.frombuffer(mapping, np.uint8)
+    answer = np.zeros(-(-nbytes // mmap.PAGESIZE), np.uint8)
+    if _libc.mincore(view.ctypes.data, nbytes, answer.ctypes.data) != 0:
+        raise OSError(ctypes.get_errno(), "mincore")
+    return int(np.count_nonzero(answer & 1))
+
+
+def _drop(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # a page that is not on disk yet would stay
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)

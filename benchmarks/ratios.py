@@ -1,0 +1,56 @@
+"""Our lookup against NumPy in RAM, in one process: a ratio says more than a time on a machine with noise."""
+
+import time
+
+import numpy as np
+
+from . import common
+from .common import DIM, DISTRIBUTIONS, LARGE, ROWS
+from .lookup import _Lookup
+
+PAIRS = 15
+"""Repetitions; ours and the peer take turns, so both meet the same noise."""
+
+
+class LookupRatio(_Lookup):
+    """Time of a warm `Table.lookup` as a multiple of the peer's, the table on disk and the peer's array in RAM.
+
+    Below 1 is faster than RAM. asv counts a growing number as a regression, which it is.
+    """
+
+    params = [[ROWS], DISTRIBUTIONS, [LARGE]]
+
+    def setup(self, path, rows, distribution, batch):
+        super().setup(path, rows, distribution, batch)
+        self.array = np.concatenate([self.table.lookup(ids) for ids in common.blocks(rows)])
+        self.fresh = lambda: common.make_ids(distribution, rows, batch)
+
+    def track_lookup_out_vs_take(self, *_):
+        """Both into an array that is there; `mode="clip"` is what keeps `np.take` from buffering it."""
+        theirs = np.zeros((LARGE, DIM), np.float32)
+        return _ratio(
+            self.fresh,
+            lambda ids: self.table.lookup(ids, out=self.out),
+            lambda ids: np.take(self.array, ids, axis=0, out=theirs, mode="clip"),
+        )
+
+    def track_lookup_vs_index(self, *_):
+        """Both into new memory."""
+        return _ratio(self.fresh, self.table.lookup, lambda ids: self.array[ids])
+
+    track_lookup_out_vs_take.unit = track_lookup_vs_index.unit = "times the peer"
+
+
+def _ratio(make_ids, ours, theirs):
+    """Median time of ours over median time of theirs, fresh ids each time; both must return the same bytes."""
+    times = {ours: [], theirs: []}
+    for repetition in range(PAIRS):
+        ids = make_ids()
+        if repetition == 0 and not np.array_equal(ours(ids), theirs(ids)):
+            raise AssertionError("the peer returned other rows")
+        for call in (ours, theirs) if repetition % 2 else (theirs, ours):
+            ids = make_ids()  # or the second would find the rows of the first in the CPU's cache
+            start = time.perf_counter()
+            call(ids)
+            times[call].append(time.perf_counter() - start)
+    return float(np.median(times[ours]) / np.median(times[theirs]))

@@ -1,0 +1,323 @@
+"""How a batch runs must not show: the same bits for any scheduler, threads, shards, task size, cold or warm."""
+
+import contextlib
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import dask
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model import TableModel, assert_same_bits
+
+import shardemb
+from shardemb import plan, scheduler
+from shardemb.initializers import Constant, Normal, Uniform
+from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
+from shardemb.shards import Shards
+
+ROWS, DIM = 3000, 8
+EVERYTHING = np.arange(ROWS)
+KINDS = {
+    "Adam, with presence": {"optimizer": Adam(lr=0.1), "initializer": Uniform(-1, 1, seed=1)},
+    "Adagrad, without presence": {"optimizer": Adagrad(lr=0.1)},
+    "RowWiseAdagrad, constant": {"optimizer": RowWiseAdagrad(lr=0.1), "initializer": Constant(0.5)},
+}
+
+
+@pytest.fixture
+def tasks_run(monkeypatch):
+    """Make tasks as small as can be, and list how many each batch was cut into."""
+    counts = []
+    run = scheduler.run
+
+    def spy(tasks, threads):
+        counts.append(len(tasks))
+        return run(tasks, threads)
+
+    monkeypatch.setattr(scheduler, "run", spy)
+    monkeypatch.setattr(plan, "TASK_BYTES", 64)
+    return counts
+
+
+def train(path, arguments, *, steps=4, between=lambda table: None, **options):
+    """Train a table for some steps with many duplicates; return everything that a user could see of it."""
+    rng = np.random.default_rng(5)
+    model = TableModel.new("t", num_embeddings=ROWS, embedding_dim=DIM, **arguments)
+    with shardemb.open(path, **options) as store:
+        rows_per_shard = arguments.get("rows_per_shard", 64)
+        table = store.create_table(
+            "t", num_embeddings=ROWS, embedding_dim=DIM, **(arguments | {"rows_per_shard": rows_per_shard})
+        )
+        for _ in range(steps):
+            ids = rng.zipf(1.3, 2000) % ROWS
+            gradients = rng.normal(size=(2000, DIM)).astype(np.float32)
+            table.update(ids, gradients)
+            model.update(ids, gradients)
+            store.commit()
+            between(table)
+            overwritten = rng.integers(0, ROWS, 300)
+            rows = rng.normal(size=(300, DIM)).astype(np.float32)
+            table.write(overwritten, rows)
+            model.write(overwritten, rows)
+            assert_same_bits(table.lookup(ids), model.lookup(ids))
+        store.commit()
+        model.assert_matches(table)
+        return model
+
+
+# ---- scheduler, threads, shards, task size --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_same_bits_for_any_number_of_threads(path, tasks_run, kind, threads):
+    train(path, KINDS[kind], threads=threads)
+    assert max(tasks_run) == 2 * threads
+
+
+@contextlib.contextmanager
+def pool():
+    with ThreadPoolExecutor(3) as executor:
+        yield executor
+
+
+@contextlib.contextmanager
+def by_name(name):
+    yield name
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        pytest.param(lambda: by_name("threads"), id="threads"),
+        pytest.param(lambda: by_name("sync"), id="sync"),
+        pytest.param(lambda: by_name("single-threaded"), id="single-threaded"),
+        pytest.param(lambda: by_name(dask.get), id="dask.get"),
+        pytest.param(lambda: by_name(dask.threaded.get), id="dask.threaded.get"),
+        pytest.param(pool, id="executor"),
+        # Not used here, since the table is memory of this process: falls back to threads.
+        pytest.param(lambda: by_name("processes"), id="processes"),
+    ],
+)
+def test_same_bits_for_any_scheduler_of_dask(path, tasks_run, choice):
+    with choice() as chosen, dask.config.set(scheduler=chosen):
+        train(path, KINDS["Adam, with presence"], threads=2)
+    assert max(tasks_run) == 4
+
+
+def test_tasks_run_where_dask_is_told_to_run_them(store, tasks_run, monkeypatch):
+    table = store.create_table("t", num_embeddings=ROWS, embedding_dim=DIM, initializer=Normal())
+    seen = set()
+    gather = Shards.gather
+
+    def spy(*arguments):
+        seen.add(threading.current_thread())
+        gather(*arguments)
+
+    monkeypatch.setattr(Shards, "gather", spy)
+    with dask.config.set(scheduler="sync"):
+        table.lookup(EVERYTHING)
+    assert seen == {threading.current_thread()}
+    seen.clear()
+    with ThreadPoolExecutor(2, thread_name_prefix="mine") as executor, dask.config.set(scheduler=executor):
+        table.lookup(EVERYTHING)
+    assert seen
+    assert all(thread.name.startswith("mine") for thread in seen)
+
+
+@pytest.mark.parametrize("rows_per_shard", [64, 128, 1000, ROWS, 10 * ROWS])
+def test_same_bits_for_any_shard_size(path, tasks_run, rows_per_shard):
+    train(path, KINDS["Adam, with presence"] | {"rows_per_shard": rows_per_shard})
+
+
+@pytest.mark.parametrize(("task_bytes", "most"), [(1, 10), (1000, 10), (30_000, 4), (2**20, 1)])
+def test_same_bits_for_any_task_size(path, tasks_run, monkeypatch, task_bytes, most):
+    monkeypatch.setattr(plan, "TASK_BYTES", task_bytes)
+    train(path, KINDS["Adagrad, without presence"] | {"rows_per_shard": ROWS}, threads=5)
+    assert max(tasks_run) == most
+
+
+@given(
+    ids=st.lists(st.one_of(st.integers(0, 10), st.integers(0, 199)), min_size=1, max_size=80),
+    threads=st.integers(1, 5),
+    kind=st.sampled_from(list(KINDS)),
+)
+@settings(max_examples=60)
+def test_every_row_belongs_to_exactly_one_task(new_store, ids, threads, kind):
+    # Far smaller tasks than rows in a word of the presence bitmap: their cuts must be moved.
+    with pytest.MonkeyPatch.context() as patch, new_store(threads=threads) as store:
+        patch.setattr(plan, "TASK_BYTES", 1)
+        arguments = {"num_embeddings": 200, "embedding_dim": 2, "rows_per_shard": 64} | KINDS[kind]
+        table, model = store.create_table("t", **arguments), TableModel.new("t", **arguments)
+        gradients = np.random.default_rng(0).normal(size=(len(ids), 2)).astype(np.float32)
+        for each in (table, model):
+            each.update(ids, gradients)
+            each.write(ids[::2], gradients[::2])
+        model.assert_matches(table)
+
+
+def test_a_batch_is_cut_into_at_most_two_tasks_a_core_and_a_small_one_runs_inline(store, monkeypatch):
+    counts = []
+    run = scheduler.run
+    monkeypatch.setattr(
+        scheduler, "run", lambda tasks, threads: (counts.append(len(tasks)), run(tasks, threads))[1]
+    )
+    table = store.create_table("t", num_embeddings=10**6, embedding_dim=64, optimizer=SGD())
+    table.lookup(np.arange(100))
+    table.update(np.arange(100), np.ones((100, 64)))
+    assert max(counts) == 1
+    table.lookup(np.arange(200_000))
+    assert counts[-1] == 2 * scheduler.CORES
+    with shardemb.open(f"{store.path}2", threads=3) as other:
+        table = other.create_table("t", num_embeddings=10**6, embedding_dim=64)
+        table.lookup(np.arange(200_000))
+        other.commit()
+    assert max(counts) == max(6, 2 * scheduler.CORES)
+
+
+def test_many_tables_are_one_plan(store, tasks_run):
+    arguments = {"num_embeddings": ROWS, "embedding_dim": DIM, "optimizer": Adam()}
+    tables = {name: store.create_table(name, **arguments) for name in "abc"}
+    models = {name: TableModel.new(name, **arguments) for name in "abc"}
+    rng = np.random.default_rng(0)
+    batches = {
+        name: (rng.integers(0, ROWS, size), rng.normal(size=(size, DIM)).astype(np.float32))
+        for name, size in [("c", 700), ("a", 5), ("b", 0)]
+    }
+    tasks_run.clear()
+    store.update(batches)
+    assert max(tasks_run) <= 2 * scheduler.CORES
+    for name, (ids, gradients) in batches.items():
+        models[name].update(ids, gradients)
+    for name in "abc":
+        models[name].assert_matches(tables[name])
+    found = store.lookup({name: ids for name, (ids, _) in batches.items()})
+    assert list(found) == ["c", "a", "b"]
+    for name, rows in found.items():
+        assert_same_bits(rows, models[name].lookup(batches[name][0]))
+
+
+# ---- cold -----------------------------------------------------------------------------------------------------
+
+
+def drop_caches(table):
+    """Let a committed table's pages leave memory, this process's and the kernel's."""
+    mapped = table._mapped
+    mapped.drop_all()
+    for shard in range(mapped.spec.num_shards):
+        descriptor = os.open(mapped.shard_path(shard), os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+@pytest.fixture
+def reads_ahead(monkeypatch):
+    """List the rows whose pages were asked for."""
+    asked = []
+    read_ahead = Shards.read_ahead
+
+    def spy(self, rows, start, stop):
+        asked.extend(rows[start:stop].tolist())
+        read_ahead(self, rows, start, stop)
+
+    monkeypatch.setattr(Shards, "read_ahead", spy)
+    return asked
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cold_batches_equal_warm_ones(path, tasks_run, reads_ahead, kind):
+    cold = []
+
+    def between(table):
+        drop_caches(table)
+        cold.append(table._mapped.is_cold(EVERYTHING))
+
+    train(path, KINDS[kind], between=between)
+    if not any(cold):
+        pytest.skip("this file system keeps its pages in memory (tmpfs)")
+    assert cold[-1]
+    assert reads_ahead
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cold", [True, False])
+def test_same_bits_whatever_a_batch_is_taken_for(path, tasks_run, reads_ahead, monkeypatch, kind, cold):
+    monkeypatch.setattr(Shards, "is_cold", lambda self, ids: cold)
+    train(path, KINDS[kind])
+    assert bool(reads_ahead) == cold
+
+
+def test_all_pages_of_a_cold_batch_are_asked_for_once(store, tasks_run, reads_ahead, monkeypatch):
+    monkeypatch.setattr(Shards, "is_cold", lambda self, ids: True)
+    table = store.create_table("t", num_embeddings=ROWS, embedding_dim=DIM, rows_per_shard=64)
+    other = store.create_table("other", num_embeddings=ROWS, embedding_dim=DIM)
+    ids = [2999, 5, 5, 70, 2999, 0]
+    table.lookup(ids)
+    assert sorted(reads_ahead) == [0, 5, 70, 2999]
+    reads_ahead.clear()
+    store.lookup({"t": ids, "other": [3, 1]})
+    assert sorted(reads_ahead) == [0, 1, 3, 5, 70, 2999]
+    reads_ahead.clear()
+    table.write(ids, np.ones((6, DIM)))
+    assert sorted(reads_ahead) == [0, 5, 70, 2999]
+    assert other.lookup([]).shape == (0, DIM)
+
+
+def test_a_batch_in_memory_is_warm_and_one_that_was_dropped_is_cold(store):
+    table = store.create_table("t", num_embeddings=10**5, embedding_dim=64, optimizer=SGD())
+    everything = np.arange(10**5)
+    table.write(everything, np.ones((10**5, 64), np.float32))
+    store.commit()
+    assert not table._mapped.is_cold(everything)
+    drop_caches(table)
+    if not table._mapped.is_cold(everything):
+        pytest.skip("this file system keeps its pages in memory (tmpfs)")
+    assert (table.lookup(everything) == 1).all()
+    assert not table._mapped.is_cold(everything)
+
+
+def test_rows_never_written_are_never_cold(store):
+    table = store.create_table("t", num_embeddings=10**5, embedding_dim=64, initializer=Normal())
+    assert not table._mapped.is_cold(np.arange(10**5))
+
+
+def test_a_scratch_thread_finds_the_same(store, tasks_run):
+    # dask keeps a pool for each thread that computes; results and errors must come back through any of them.
+    table = store.create_table("t", num_embeddings=ROWS, embedding_dim=DIM, initializer=Normal())
+    expected = table.lookup(EVERYTHING)
+    with ThreadPoolExecutor(4) as executor:
+        for found in executor.map(lambda _: table.lookup(EVERYTHING), range(8)):
+            assert_same_bits(found, expected)
+        with pytest.raises(shardemb.RowIdError):
+            executor.submit(table.lookup, [ROWS]).result()
+
+
+def test_an_error_in_one_task_reaches_the_caller_once_none_is_running():
+    begun, ended = [], []
+
+    def slow():
+        begun.append(None)
+        time.sleep(0.05)
+        ended.append(None)
+
+    def broken():
+        time.sleep(0.01)
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        scheduler.run([slow, broken, slow, slow, slow], 2)
+    assert len(begun) == len(ended) >= 1
+    time.sleep(0.1)
+    assert len(begun) == len(ended)
+
+
+def test_results_come_in_the_order_of_the_tasks():
+    assert scheduler.run([], 2) == []
+    assert scheduler.run([lambda: 1], 2) == [1]
+    slow = [partial(lambda k: (time.sleep(0.01 * (5 - k)), k)[1], k) for k in range(5)]
+    assert scheduler.run(slow, 3) == [0, 1, 2, 3, 4]

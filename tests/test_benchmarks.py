@@ -1,0 +1,114 @@
+"""Every benchmark runs once, at a tiny size, so that none rots; what it counts stays within its bounds.
+
+Times are not looked at: a shared machine decides them. What `track_` benchmarks count is the same everywhere.
+"""
+
+import ast
+import copy
+import itertools
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+discovery = pytest.importorskip("asv_runner.discovery")
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+ROW_BYTES, PAGE = 256, 4096
+MANIFEST_BYTES = 2048  # a commit writes its manifest too
+
+# What one commit may do to a table of eight changed shards: a sync for each, two for the manifest.
+SYNCS = 10
+
+BOUNDS = {
+    "cold.ColdReads.track_bytes_read_per_page": lambda *_: 1.1,
+    "cold.ColdReads.track_major_faults_per_page": lambda *_: 0.05,
+    "commit.CommitBytes.track_bytes_per_changed_row": lambda rows, ids: (
+        1.05 * ROW_BYTES if ids == "sorted" else PAGE + MANIFEST_BYTES
+    ),
+    "commit.CommitSyncs.track_syncs": lambda *_: SYNCS,
+    "export.Export.track_anonymous_growth": lambda *_: 128 * 2**20,
+    "opening.Open.track_disk_bytes": lambda *_: 8 * 2**20,
+    "starting.SecondStart.track_kernels_compiled": lambda *_: 0,
+    "starting.track_heavy_imports": lambda *_: 0,
+    "tasks.Tasks.track_lookup_tasks": lambda rows, batch: 0 if batch == 16 else 4,
+    "tasks.Tasks.track_update_tasks": lambda rows, batch: 0 if batch == 16 else 4,
+}
+"""By benchmark: its parameters to the largest value that may come out."""
+
+UNBOUNDED = {
+    "ratios.LookupRatio.track_lookup_out_vs_take",  # at this size it is noise
+    "ratios.LookupRatio.track_lookup_vs_index",
+    "starting.SecondStart.track_kernels_found",
+}
+
+
+def _discover():
+    """Find the benchmarks as asv does; the size is read when they are imported."""
+    with (
+        mock.patch.dict("os.environ", SHARDEMB_BENCH_SCALE="0"),
+        mock.patch.object(sys, "path", [str(FOLDER.parent), *sys.path]),
+    ):
+        return list(discovery.disc_benchmarks(str(FOLDER)))
+
+
+def _parameters(benchmark):
+    return itertools.product(*([ast.literal_eval(value) for value in values] for values in benchmark.params))
+
+
+BENCHMARKS = {benchmark.name: benchmark for benchmark in _discover()}
+
+CASES = [
+    pytest.param(name, index, parameters, id="-".join(map(str, (name, *parameters))))
+    for name, benchmark in BENCHMARKS.items()
+    for index, parameters in enumerate(_parameters(benchmark))
+]
+
+
+@pytest.fixture(scope="module")
+def setup_cache(tmp_path_factory):
+    """Do what asv does about `setup_cache`: run it once, in a folder that stays the current one for its users."""
+    made = {}
+
+    def enter(benchmark, monkeypatch):
+        key = benchmark.setup_cache_key
+        if key not in made:
+            folder = tmp_path_factory.mktemp("asv")
+            monkeypatch.chdir(folder)
+            made[key] = folder, benchmark.do_setup_cache()
+        monkeypatch.chdir(made[key][0])
+        return made[key][1]
+
+    return enter
+
+
+@pytest.mark.parametrize(("name", "index", "parameters"), CASES)
+def test_benchmark_runs_and_stays_in_bounds(name, index, parameters, setup_cache, monkeypatch):
+    from benchmarks import common
+
+    benchmark = copy.copy(BENCHMARKS[name])
+    benchmark.set_param_idx(index)
+    benchmark.set_cache(setup_cache(benchmark, monkeypatch))
+    try:
+        if benchmark.do_setup():
+            pytest.skip("it says that it cannot run here")
+        benchmark.number, benchmark.repeat, benchmark.warmup_time = 1, 1, 0
+        result = benchmark.do_run()
+    finally:
+        benchmark.do_teardown()
+        common.close_all()  # as the end of its process would
+    assert result is not None
+    if name in BOUNDS:
+        assert result <= BOUNDS[name](*parameters)
+
+
+def test_all_that_is_tracked_has_a_bound():
+    tracked = {name for name, benchmark in BENCHMARKS.items() if benchmark.type == "track"}
+    assert tracked == BOUNDS.keys() | UNBOUNDED
+
+
+def test_arguments_fit(capsys):
+    # What `asv check` does.
+    assert all(benchmark.check(str(FOLDER)) for benchmark in BENCHMARKS.values()), capsys.readouterr().out

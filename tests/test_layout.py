@@ -1,0 +1,229 @@
+import asyncio
+import json
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from references import damaged, damaged_bytes
+from test_spec import make
+from zarr.core.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
+
+from shardemb import layout, spec
+from shardemb.errors import FormatError
+from shardemb.initializers import Uniform
+from shardemb.optim import Adam
+
+UUID = "0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c11"
+PLAIN = make(num_embeddings=1000, dim=6, optimizer=Adam())
+WITH_PRESENCE = make(num_embeddings=10**8, dim=6, initializer=Uniform(-1, 1, seed=3))
+TABLES = pytest.mark.parametrize("table", [PLAIN, WITH_PRESENCE], ids=["plain", "presence"])
+
+
+def as_json(documents):
+    return {path: json.loads(data) for path, data in documents.items()}
+
+
+def as_bytes(documents):
+    return {path: json.dumps(document).encode() for path, document in documents.items()}
+
+
+def opened(documents):
+    """The group as zarr itself opens it."""
+    store = MemoryStore()
+    buffer = default_buffer_prototype().buffer
+    for path, data in documents.items():
+        asyncio.run(store.set(path, buffer.from_bytes(data)))
+    return zarr.open_group(store, mode="r", zarr_format=3)
+
+
+# ---- the documents of a store -----------------------------------------------------------------------------------
+
+
+def test_a_store_is_a_zarr_group_with_its_uuid():
+    documents = layout.store_documents(UUID)
+    assert list(documents) == ["zarr.json"]
+    assert dict(opened(documents).attrs) == {"shardemb": {"format_version": 1, "uuid": UUID}}
+    assert layout.store_uuid(documents["zarr.json"]) == UUID
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"zarr_format": 2}, "not that of a zarr v3 group"),
+        ({"node_type": "array"}, "not that of a zarr v3 group"),
+        ({"attributes": None}, "attributes is None"),
+        ({"attributes": {}}, "shardemb is None"),
+        ({"attributes": {"shardemb": []}}, "shardemb is"),
+        ({"attributes": {"shardemb": {"format_version": 2, "uuid": UUID}}}, "newer than 1"),
+        ({"attributes": {"shardemb": {"format_version": 1}}}, "uuid is None"),
+        ({"attributes": {"shardemb": {"format_version": 1, "uuid": "../x"}}}, "uuid is"),
+    ],
+)
+def test_what_is_no_store_is_a_format_error(change, message):
+    document = json.loads(layout.store_documents(UUID)["zarr.json"]) | change
+    with pytest.raises(FormatError, match=message):
+        layout.store_uuid(json.dumps(document).encode())
+
+
+@given(damaged_bytes(layout.store_documents(UUID)["zarr.json"]))
+def test_a_damaged_group_is_a_format_error_or_the_group(data):
+    try:
+        assert len(layout.store_uuid(data)) == 36
+    except FormatError:
+        assert layout.table_uuid(data) is None or isinstance(layout.table_uuid(data), str)
+
+
+# ---- the documents of a table -----------------------------------------------------------------------------------
+
+
+@TABLES
+def test_documents_give_back_the_spec(table):
+    assert layout.table_spec(layout.table_documents(table)) == table
+    assert layout.table_uuid(layout.table_documents(table)["zarr.json"]) == table.uuid
+
+
+def test_rows_are_what_format_says():
+    rows = as_json(layout.table_documents(PLAIN))["rows/zarr.json"]
+    assert rows["shape"] == [1000, 18]
+    assert rows["data_type"] == "float32"
+    assert rows["chunk_grid"]["configuration"]["chunk_shape"] == [PLAIN.rows_per_shard, 18]
+    assert rows["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "."}}
+    assert rows["codecs"] == [{"name": "bytes", "configuration": {"endian": "little"}}]
+    assert rows["fill_value"] == 0.0
+    assert rows["dimension_names"] == ["row", "column"]
+
+
+def test_the_presence_bitmap_is_what_format_says():
+    present = as_json(layout.table_documents(WITH_PRESENCE))["present/zarr.json"]
+    assert present["shape"] == [WITH_PRESENCE.presence_bytes] == [12_500_000]
+    assert present["data_type"] == "uint8"
+    assert present["chunk_grid"]["configuration"]["chunk_shape"] == [WITH_PRESENCE.presence_chunk_bytes]
+    assert present["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "."}}
+    assert present["codecs"] == [{"name": "bytes"}]
+    assert present["fill_value"] == 0
+
+
+def test_a_table_of_zeros_has_no_presence_bitmap():
+    assert set(layout.table_documents(PLAIN)) == {"zarr.json", "rows/zarr.json"}
+    assert set(layout.table_documents(WITH_PRESENCE)) == {"zarr.json", "rows/zarr.json", "present/zarr.json"}
+
+
+@TABLES
+def test_zarr_opens_the_documents(table):
+    group = opened(layout.table_documents(table))
+    assert group["rows"].shape == (table.num_embeddings, table.width)
+    assert group["rows"].dtype == np.float32
+    assert not group["rows"][:3].any()
+    assert group.attrs["shardemb"] == json.loads(json.dumps(table.to_json()))
+
+
+def test_files_are_where_zarr_looks_for_them(tmp_path):
+    table = make(num_embeddings=300, dim=16, rows_per_shard=64, initializer=Uniform(0, 1))
+    for path, data in layout.table_documents(table).items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(data)
+    group = zarr.open_group(tmp_path, mode="r+")
+    group["rows"][:] = 1
+    group["present"][:] = 255
+    files = {path.name for path in (tmp_path / layout.ROWS).iterdir()} - {layout.DOCUMENT}
+    assert files == {layout.shard_key(shard) for shard in range(table.num_shards)}
+    assert (tmp_path / layout.ROWS / layout.shard_key(0)).stat().st_size == table.shard_bytes
+    assert {path.name for path in (tmp_path / layout.PRESENT).iterdir()} == {
+        layout.DOCUMENT,
+        layout.presence_key(0),
+    }
+    assert (tmp_path / layout.PRESENT / layout.presence_key(0)).stat().st_size == table.presence_chunk_bytes
+
+
+@TABLES
+def test_a_missing_document_is_a_format_error(table):
+    for path in layout.table_documents(table):
+        documents = layout.table_documents(table)
+        del documents[path]
+        with pytest.raises(FormatError):
+            layout.table_spec(documents)
+
+
+CHANGES = [
+    ("rows/zarr.json", {"shape": [1001, 18]}, "shape"),
+    ("rows/zarr.json", {"shape": [1000, 17]}, "shape"),
+    ("rows/zarr.json", {"data_type": "float64"}, "data_type"),
+    (
+        "rows/zarr.json",
+        {"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [64, 18]}}},
+        "chunk_grid",
+    ),
+    (
+        "rows/zarr.json",
+        {"chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}}},
+        "chunk_key",
+    ),
+    ("rows/zarr.json", {"codecs": [{"name": "bytes", "configuration": {"endian": "big"}}]}, "codecs"),
+    (
+        "rows/zarr.json",
+        {
+            "codecs": [
+                {"name": "bytes", "configuration": {"endian": "little"}},
+                {"name": "gzip", "configuration": {"level": 1}},
+            ]
+        },
+        "codecs",
+    ),
+    ("rows/zarr.json", {"fill_value": 1.0}, "fill_value"),
+    ("rows/zarr.json", {"zarr_format": 2}, "zarr refuses"),
+    ("rows/zarr.json", {"node_type": "group"}, "zarr refuses"),
+    ("rows/zarr.json", {"codecs": []}, "zarr refuses"),
+    ("rows/zarr.json", {"data_type": "float33"}, "zarr refuses"),
+    ("zarr.json", {"node_type": "array"}, "not that of a zarr v3 group"),
+    ("zarr.json", {"attributes": {}}, "shardemb is None"),
+]
+
+
+@pytest.mark.parametrize(("path", "change", "message"), CHANGES)
+def test_an_array_that_is_not_what_the_table_asks_for_is_a_format_error(path, change, message):
+    documents = as_json(layout.table_documents(PLAIN))
+    documents[path] |= change
+    with pytest.raises(FormatError, match=message):
+        layout.table_spec(as_bytes(documents))
+
+
+def test_attributes_that_others_add_do_no_harm():
+    documents = as_json(layout.table_documents(PLAIN))
+    documents["zarr.json"]["attributes"]["theirs"] = {"a": 1}
+    documents["rows/zarr.json"]["attributes"] = {"units": "m"}
+    assert layout.table_spec(as_bytes(documents)) == PLAIN
+
+
+@settings(max_examples=300)
+@given(damaged(as_json(layout.table_documents(make(optimizer=Adam(), initializer=Uniform(0, 1))))))
+def test_damaged_documents_are_a_format_error_or_a_spec(documents):
+    documents = as_bytes(documents)
+    try:
+        table = layout.table_spec(documents)
+    except FormatError:
+        return
+    assert table.shard_bytes % spec.PAGE == 0
+
+
+@pytest.mark.parametrize("name", ["num_embeddings", "embedding_dim", "rows_per_shard"])
+def test_the_largest_sizes_are_a_format_error_or_taken_but_nothing_is_made_of_them(name):
+    """Metadata can say anything; nobody may allocate before it is checked."""
+    documents = as_json(layout.table_documents(make()))
+    documents["zarr.json"]["attributes"]["shardemb"] |= {
+        "num_embeddings": 2**48,
+        "embedding_dim": 2**16,
+        "rows_per_shard": 2**48,
+        "columns": {"weight": [0, 2**16]},
+    }
+    documents["zarr.json"]["attributes"]["shardemb"][name] = 64
+    with pytest.raises(FormatError):
+        layout.table_spec(as_bytes(documents))
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{}", b"[]", b"\xff", layout.table_documents(PLAIN)["rows/zarr.json"]]
+)
+def test_what_is_no_group_of_ours_has_no_uuid(data):
+    assert layout.table_uuid(data) is None

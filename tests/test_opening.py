@@ -1,0 +1,640 @@
+"""Opening: what each mode makes, deletes and refuses; one writer at a time; forks; and being killed at any moment."""
+
+import contextlib
+import gc
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import numpy as np
+import pytest
+import zarr
+from conftest import close_quietly
+from model import assert_same_bits
+
+import shardemb
+from shardemb import files
+from shardemb.errors import (
+    FormatError,
+    ReadOnlyError,
+    StoreExistsError,
+    StoreLockedError,
+    StoreNotFoundError,
+)
+from shardemb.initializers import Constant, Normal
+from shardemb.optim import SGD, Adam
+
+ONES = np.ones((2, 4), np.float32)
+
+
+def make(path, *names, **options):
+    """Make a store of small tables, each with the number of its place in `names` in row 1."""
+    with shardemb.open(path, **options) as store:
+        for number, name in enumerate(names):
+            table = store.create_table(name, num_embeddings=100, embedding_dim=4, initializer=Constant(0.5))
+            table.write([1], np.full((1, 4), float(number)))
+        store.commit(step=7)
+
+
+def content(path):
+    return {
+        str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()
+    }
+
+
+# ---- modes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["a", "w", "w-"])
+@pytest.mark.parametrize("there", ["nothing", "parents missing", "an empty folder"])
+def test_modes_that_create_make_an_empty_store(tmp_path, mode, there):
+    path = tmp_path / "above" / "store.zarr" if there == "parents missing" else tmp_path / "store.zarr"
+    if there == "an empty folder":
+        path.mkdir()
+    with shardemb.open(path, mode) as store:
+        assert (len(store), store.last_commit, store.has_changes) == (0, None, False)
+        assert store.path == path
+    with shardemb.open(path, "r") as store:
+        assert list(store) == []
+
+
+@pytest.mark.parametrize("mode", ["r", "r+"])
+@pytest.mark.parametrize("there", ["nothing", "an empty folder"])
+def test_modes_that_do_not_create_say_how_to(path, mode, there):
+    if there == "an empty folder":
+        path.mkdir()
+    with pytest.raises(StoreNotFoundError, match=r'no store at .*store\.zarr; create one with mode "a"'):
+        shardemb.open(path, mode)
+    assert path.exists() == (there == "an empty folder")
+    assert not path.exists() or not any(path.iterdir())
+
+
+@pytest.mark.parametrize("mode", ["r", "r+", "a"])
+def test_modes_that_keep_show_what_is_there(path, mode):
+    make(path, "a", "b")
+    with shardemb.open(path, mode) as store:
+        assert list(store) == ["a", "b"]
+        assert store["b"].lookup([0, 1])[:, 0].tolist() == [0.5, 1]
+        assert store.last_commit.step == 7
+
+
+def test_mode_w_minus_refuses_a_store(path):
+    make(path, "a")
+    before = content(path)
+    with pytest.raises(
+        StoreExistsError, match=r'store\.zarr is a store already; open it with mode "r\+", or replace'
+    ):
+        shardemb.open(path, "w-")
+    assert content(path) == before
+
+
+def test_mode_w_replaces_a_store(path):
+    make(path, "a", "b")
+    (path / "notes.txt").write_text("within the store")
+    with shardemb.open(path, "w") as store:
+        assert list(store) == []
+        assert store.last_commit is None
+        assert sorted(os.listdir(path)) == [".shardemb", "zarr.json"]
+        store.create_table("a", num_embeddings=10, embedding_dim=2)
+        assert store.commit().id == 1
+    assert shardemb_names(path) == ["a"]
+
+
+def test_mode_w_does_not_follow_links(path, tmp_path):
+    make(path, "a")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "thesis.txt").write_text("mine")
+    (path / "link").symlink_to(outside)
+    shardemb.open(path, "w").close()
+    assert (outside / "thesis.txt").read_text() == "mine"
+
+
+def test_mode_w_replaces_a_store_whose_metadata_are_damaged(path):
+    make(path, "a")
+    (path / ".shardemb" / "manifest.json").write_text("{")
+    with shardemb.open(path, "w") as store:
+        assert list(store) == []
+
+
+FOREIGN = {
+    "files": lambda path: (path.mkdir(), (path / "thesis.txt").write_text("mine")),
+    "folders": lambda path: (path / "photos").mkdir(parents=True),
+    "a hidden file": lambda path: (path.mkdir(), (path / ".hidden").write_text("mine")),
+    "an empty zarr array": lambda path: zarr.create_array(path, shape=(10,), chunks=(5,), dtype="f4"),
+    "a zarr array": lambda path: zarr.save_array(str(path), np.arange(3)),
+    "an empty zarr group": lambda path: zarr.create_group(path, attributes={"mine": 1}),
+    "a zarr group": lambda path: zarr.create_group(path).create_array("x", shape=(3,), dtype="f4"),
+    "an old zarr group": lambda path: zarr.create_group(path, zarr_format=2),
+}
+
+
+@pytest.mark.parametrize("mode", ["r", "r+", "a", "w", "w-"])
+@pytest.mark.parametrize("there", FOREIGN)
+def test_a_folder_that_is_no_store_is_refused_and_left_as_it_was(path, mode, there):
+    FOREIGN[there](path)
+    before = content(path), sorted(path.iterdir())
+    with pytest.raises(StoreNotFoundError, match=r"store\.zarr is a folder but not a shardemb store.*choose"):
+        shardemb.open(path, mode)
+    assert (content(path), sorted(path.iterdir())) == before
+
+
+@pytest.mark.parametrize("mode", ["r", "r+", "a", "w", "w-"])
+def test_a_file_is_refused(path, mode):
+    path.write_text("mine")
+    with pytest.raises(StoreNotFoundError, match="is a file; a store is a folder"):
+        shardemb.open(path, mode)
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mode": "x"}, ValueError, "mode must be one of 'r', 'r\\+', 'a', 'w', 'w-', got 'x'"),
+        ({"mode": None}, ValueError, "mode must be"),
+        ({"threads": 0}, ValueError, "threads must be between 1 and"),
+        ({"threads": 2.0}, TypeError, "threads must be an integer"),
+        ({"threads": True}, TypeError, "threads must be an integer"),
+        ({"memory_budget": -1}, ValueError, "memory_budget must be between 0 and"),
+        ({"memory_budget": "1 GB"}, TypeError, "memory_budget must be an integer"),
+        ({"log_bytes": 0}, ValueError, "log_bytes must be between 1 and"),
+        ({"log_bytes": None}, TypeError, "log_bytes must be an integer"),
+    ],
+)
+def test_options_are_checked_before_anything_is_made(path, options, error, message):
+    with pytest.raises(error, match=message):
+        shardemb.open(path, **options)
+    assert not path.exists()
+
+
+def test_options_that_are_fine(path):
+    with shardemb.open(str(path), threads=np.int64(3), memory_budget=0, log_bytes=1) as store:
+        assert len(store) == 0
+    with shardemb.open(os.fspath(path), mode="r", threads=1024, memory_budget=2**50):
+        pass
+
+
+def test_a_relative_path_stays_what_it_was_when_the_process_moves(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with shardemb.open("store.zarr") as store:
+        store.create_table("t", num_embeddings=10, embedding_dim=2)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        store.commit()
+    assert shardemb_names(tmp_path / "store.zarr") == ["t"]
+
+
+def shardemb_names(path):
+    with shardemb.open(path, "r") as store:
+        return list(store)
+
+
+# ---- one writer -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["r+", "a", "w"])
+def test_a_second_writer_in_this_process_is_refused(path, mode):
+    make(path, "a")
+    with shardemb.open(path) as store:
+        before = content(path)
+        with pytest.raises(
+            StoreLockedError, match=rf"being written by process {os.getpid()} \(this one\); close it"
+        ):
+            shardemb.open(path, mode)
+        assert content(path) == before
+        store["a"].write([2], np.ones((1, 4)))
+        store.commit()
+    shardemb.open(path, mode).close()
+
+
+@pytest.mark.parametrize("mode", ["r+", "a", "w"])
+def test_a_writer_waits_for_no_reader_but_says_that_there_is_one(path, mode):
+    make(path, "a")
+    with shardemb.open(path, "r") as reader:
+        with pytest.raises(
+            StoreLockedError, match=r'open for reading elsewhere; close that, or open it with mode "r"'
+        ):
+            shardemb.open(path, mode)
+        assert reader["a"].lookup(1).tolist() == [0] * 4
+        with shardemb.open(path, "r") as another:
+            assert list(another) == ["a"]
+    shardemb.open(path, mode).close()
+
+
+def test_a_reader_beside_a_writer_sees_commits_only(path):
+    make(path, "a", "b")
+    with shardemb.open(path) as writer:
+        writer["a"].write([5], np.full((1, 4), 9.0))
+        writer.drop_table("b")
+        writer.create_table("c", num_embeddings=10, embedding_dim=2)
+        with shardemb.open(path, "r") as reader:
+            assert list(reader) == ["a", "b"]
+            assert reader["a"].lookup(5).tolist() == [0.5] * 4
+        writer.commit(step=8)
+        with shardemb.open(path, "r") as reader:
+            assert list(reader) == ["a", "c"]
+            assert reader["a"].lookup(5).tolist() == [9] * 4
+            assert reader.last_commit.step == 8
+
+
+def test_a_reader_keeps_working_while_the_writer_drops_and_renames(path):
+    make(path, "a", "b")
+    with shardemb.open(path) as writer, shardemb.open(path, "r") as reader:
+        writer.drop_table("a")
+        writer.rename_table("b", "a")
+        writer.commit()
+        assert reader["a"].lookup(1).tolist() == [0] * 4
+        assert reader["b"].lookup(1).tolist() == [1] * 4
+        assert list(reader) == ["a", "b"]
+
+
+def test_a_reader_changes_no_file(path):
+    make(path, "a")
+    before = content(path)
+    with shardemb.open(path, "r") as reader:
+        reader["a"].lookup(range(100))
+        assert reader.verify() == []
+    assert content(path) == before
+
+
+def test_a_copy_on_a_read_only_file_system_can_be_read(path, monkeypatch):
+    make(path, "a")
+
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "read-only")
+
+    monkeypatch.setattr(files, "lock", refuse)
+    with shardemb.open(path, "r") as reader:
+        assert reader["a"].lookup(1).tolist() == [0] * 4
+    (path / ".shardemb" / "lock").unlink()
+    monkeypatch.undo()
+    with shardemb.open(path, "r") as reader:
+        assert list(reader) == ["a"]
+
+
+def test_an_opening_that_fails_leaves_nothing_open(path):
+    make(path, "a")
+    (path / "a" / "rows" / "c.0.0").write_bytes(b"short")
+    for mode in ("r", "r+", "a", "r"):
+        with pytest.raises(FormatError):
+            shardemb.open(path, mode)
+        gc.collect()  # would raise, in an error-turned warning, what __del__ stumbles over
+    with shardemb.open(path, "w"):
+        pass
+
+
+PROGRAM = """
+    import sys
+    import numpy as np
+    import shardemb
+
+    def say(word):
+        print(word, flush=True)
+        sys.stdin.readline()
+
+    store = shardemb.open(sys.argv[1])
+"""
+
+
+@contextlib.contextmanager
+def another_process(path, program):
+    """Run a program that has opened the store for writing; it goes on a step with each line that it is sent."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PROGRAM) + textwrap.dedent(program), str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_writer_in_another_process_and_its_death(path):
+    make(path, "a")
+    program = """
+        store["a"].write([1], np.full((1, 4), 5.0))
+        store.commit(step=8)
+        store["a"].write([1], np.full((1, 4), 6.0))
+        store.create_table("b", num_embeddings=10, embedding_dim=2)
+        say("ready")
+    """
+    with another_process(path, program) as writer:
+        assert writer.stdout.readline() == "ready\n"
+        with pytest.raises(StoreLockedError, match=rf"being written by process {writer.pid}; close it there"):
+            shardemb.open(path)
+        with shardemb.open(path, "r") as reader:
+            assert reader["a"].lookup(1).tolist() == [5] * 4
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        with shardemb.open(path) as store:
+            assert list(store) == ["a"]
+            assert store["a"].lookup(1).tolist() == [5] * 4
+            assert store.last_commit.step == 8
+            assert not list((path / ".shardemb" / "tables").glob("*"))
+
+
+def test_a_store_killed_before_its_first_commit_opens_empty(path):
+    program = """
+        table = store.create_table("a", num_embeddings=1000, embedding_dim=16, initializer=np.ones((1000, 16)))
+        table.write([1], np.full((1, 16), 5.0))
+        say("ready")
+    """
+    with another_process(path, program) as writer:
+        assert writer.stdout.readline() == "ready\n"
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+    with shardemb.open(path, "r") as store:
+        assert (list(store), store.last_commit) == ([], None)
+    with shardemb.open(path) as store:
+        assert (list(store), store.last_commit, store.has_changes) == ([], None, False)
+        store.create_table("a", num_embeddings=10, embedding_dim=2)
+        store.commit()
+    assert sorted(os.listdir(path)) == [".shardemb", "a", "zarr.json"]
+    assert not list((path / ".shardemb" / "tables").glob("*"))
+
+
+# ---- forks ----------------------------------------------------------------------------------------------------
+
+
+def trained(store):
+    table = store.create_table(
+        "t", num_embeddings=60_000, embedding_dim=64, optimizer=SGD(lr=1.0), initializer=Normal()
+    )
+    table.update(np.arange(0, 60_000, 7), np.ones((8572, 64), np.float32))
+    store.commit()
+    table.update([1, 2], np.ones((2, 64)))
+    return table
+
+
+def test_a_fork_reads_small_and_large_batches(store, in_fork):
+    table = trained(store)
+    everything = np.arange(60_000)  # enough for tasks, whose threads the fork does not have
+    expected = table.lookup(everything)
+    assert in_fork(lambda: np.array_equal(table.lookup(everything), expected)) is True
+    assert in_fork(lambda: np.array_equal(store.lookup({"t": [1, 2]})["t"], expected[1:3])) is True
+    assert in_fork(lambda: len(table.to_arrow_batches(rows=(0, 10)).read_all())) == 10
+
+
+def test_a_fork_cannot_change_the_store_and_its_parent_notices_nothing(store, path, in_fork):
+    table = trained(store)
+    everything = np.arange(60_000)
+    expected = table.lookup(everything)
+    changes = {
+        "update": lambda: table.update([1, 2], np.ones((2, 64))),
+        "write": lambda: table.write([1, 2], np.ones((2, 64))),
+        "prefetch": lambda: table.prefetch([1], for_update=True),
+        "set_optimizer": lambda: table.set_optimizer(SGD()),
+        "commit": store.commit,
+        "rollback": store.rollback,
+        "checkpoint": store.checkpoint,
+        "create_table": lambda: store.create_table("u", num_embeddings=1, embedding_dim=1),
+        "drop_table": lambda: store.drop_table("t"),
+        "rename_table": lambda: store.rename_table("t", "u"),
+    }
+    for name, change in changes.items():
+        error = in_fork(change)
+        assert isinstance(error, ReadOnlyError), (name, error)
+        assert f"belongs to process {os.getpid()}, of which this is a fork" in str(error), name
+    before = content(path)
+    assert in_fork(lambda: (store.close(), "closed")[1]) == "closed"
+    assert in_fork(lambda: (store.__exit__(None, None, None), "closed")[1]) == "closed"
+    assert content(path) == before
+    with pytest.raises(StoreLockedError):
+        shardemb.open(path)  # the lock is still the parent's
+    assert isinstance(in_fork(lambda: shardemb.open(path)), StoreLockedError)
+    assert_same_bits(table.lookup(everything), expected)
+    assert store.has_changes
+    store.commit()
+    assert (table.step, store.last_commit.id) == (2, 2)
+
+
+def test_a_fork_sees_the_rows_as_they_were(store, in_fork):
+    table = trained(store)
+    reader, writer = os.pipe()
+
+    def child():
+        os.close(writer)
+        os.read(reader, 1)  # until the parent has gone on
+        return table.lookup([1, 2]).tobytes()
+
+    def parent():
+        table.update([1, 2], np.ones((2, 64)))
+        os.write(writer, b"x")
+
+    expected = table.lookup([1, 2]).tobytes()
+    timer = threading.Timer(0.2, parent)
+    timer.start()
+    assert in_fork(child) == expected
+    timer.join()
+    assert table.lookup([1, 2]).tobytes() != expected
+    os.close(reader)
+    os.close(writer)
+
+
+# ---- killed at any moment -------------------------------------------------------------------------------------
+
+# What leaves a mark: a kill at any other moment looks like one at these. (Syncs mean nothing: the page cache lives.)
+CALLS = ["make_directory", "create_sparse", "write", "rename", "remove", "remove_tree", "note"]
+
+
+def die_at(number, operation):
+    """Run an operation here, which dies before its `number`-th call about a file; a tree dies half deleted."""
+    left = [number]
+
+    def dying(name, real):
+        def call(*arguments, **options):
+            if left[0] == 0:
+                if name == "remove_tree":
+                    for file in sorted(arguments[0].rglob("*"))[::2]:
+                        with contextlib.suppress(OSError):
+                            file.unlink()
+                os._exit(0)
+            left[0] -= 1
+            return real(*arguments, **options)
+
+        return call
+
+    for name in CALLS:
+        setattr(files, name, dying(name, getattr(files, name)))
+    operation()
+    return "survived"
+
+
+def killed_everywhere(in_fork, template, path, operation):
+    """Yield once for every moment at which an operation on a copy of `template` at `path` can be killed."""
+    for number in range(200):
+        shutil.rmtree(path, ignore_errors=True)
+        if template is not None:
+            shutil.copytree(template, path, symlinks=True)
+        survived = in_fork(die_at, number, operation)
+        assert survived in (None, "survived"), survived
+        yield number
+        if survived:
+            assert number > 5  # the calls were counted at all
+            return
+    raise AssertionError("never done")
+
+
+def sound(path, *allowed):
+    """Assert that a store opens in every mode with one of the allowed sets of tables, and holds nothing else."""
+    with shardemb.open(path, "r") as reader:
+        found = [(name, table.lookup([0, 1])[:, 0].tolist()) for name, table in reader.items()]
+    assert found in allowed
+    with shardemb.open(path) as store:
+        again = [(name, table.lookup([0, 1])[:, 0].tolist()) for name, table in store.items()]
+        assert again == found
+        assert store.verify() == []
+        assert sorted(os.listdir(path)) == sorted([".shardemb", "zarr.json", *(name for name, _ in found)])
+        assert not list((path / ".shardemb" / "tables").glob("*"))
+        store.create_table("later", num_embeddings=10, embedding_dim=2)
+        store.commit()
+    with shardemb.open(path, "r") as reader:
+        assert list(reader) == [*(name for name, _ in found), "later"]
+
+
+@pytest.mark.parametrize("mode", ["a", "w", "w-"])
+def test_killed_while_a_store_is_made(path, in_fork, mode):
+    for number in killed_everywhere(in_fork, None, path, lambda: shardemb.open(path, mode).close()):
+        if number % 2:
+            sound_or_nothing(path)
+        shardemb.open(path, "a" if number % 3 else "w").close()
+        sound(path, [])
+
+
+def sound_or_nothing(path):
+    try:
+        shardemb.open(path, "r").close()
+    except StoreNotFoundError:
+        return
+
+
+def test_killed_while_mode_w_deletes(path, tmp_path, in_fork):
+    make(tmp_path / "template", "a", "b")
+    before = [("a", [0.5, 0]), ("b", [0.5, 1])]
+    for number in killed_everywhere(
+        in_fork, tmp_path / "template", path, lambda: shardemb.open(path, "w").close()
+    ):
+        if number % 2:
+            shardemb.open(path, "w").close()
+            sound(path, [])
+        else:
+            shardemb.open(path, "a").close()
+            sound(path, before, [])
+
+
+CHANGES = {
+    "create": (["a"], lambda store: new(store, "b", 9), [("a", [0.5, 0]), ("b", [9, 9])]),
+    "drop": (["a", "b"], lambda store: store.drop_table("a"), [("b", [0.5, 1])]),
+    "rename": (["a"], lambda store: store.rename_table("a", "b"), [("b", [0.5, 0])]),
+    "exchange": (
+        ["a", "b"],
+        lambda store: (
+            store.rename_table("a", "c"),
+            store.rename_table("b", "a"),
+            store.rename_table("c", "b"),
+        ),
+        [("b", [0.5, 0]), ("a", [0.5, 1])],
+    ),
+    "drop and create": (["a"], lambda store: (store.drop_table("a"), new(store, "a", 9)), [("a", [9, 9])]),
+    "drop and rename": (
+        ["a", "b"],
+        lambda store: (store.drop_table("a"), store.rename_table("b", "a")),
+        [("a", [0.5, 1])],
+    ),
+    "all": (
+        ["a", "b", "c"],
+        lambda store: (
+            store.rename_table("a", "x"),
+            store.drop_table("b"),
+            store.rename_table("c", "b"),
+            new(store, "a", 9),
+            store.rename_table("x", "c"),
+        ),
+        [("c", [0.5, 0]), ("b", [0.5, 2]), ("a", [9, 9])],
+    ),
+}
+
+
+def new(store, name, value):
+    store.create_table(name, num_embeddings=100, embedding_dim=4, initializer=np.full((100, 4), float(value)))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_killed_while_a_commit_changes_the_set_of_tables(path, tmp_path, in_fork, change):
+    names, operation, after = CHANGES[change]
+    make(tmp_path / "template", *names)
+    before = [(name, [0.5, number]) for number, name in enumerate(names)]
+
+    def commit():
+        store = shardemb.open(path)
+        operation(store)
+        store.commit(step=8)
+        close_quietly(store)
+
+    for _ in killed_everywhere(in_fork, tmp_path / "template", path, commit):
+        sound(path, before, after)
+    assert shardemb_names(path) == [*(name for name, _ in after), "later"]
+
+
+def test_killed_while_the_store_after_a_kill_is_opened(path, tmp_path, in_fork):
+    # The opening that tidies up may die too.
+    make(tmp_path / "made", "a", "b")
+
+    def commit():
+        store = shardemb.open(tmp_path / "made")
+        store.drop_table("a")
+        store.rename_table("b", "a")
+        files.rename = lambda source, target: (
+            os._exit(0) if "manifest" not in str(source) else source.rename(target)
+        )
+        store.commit()
+
+    assert in_fork(commit) is None
+    for _ in killed_everywhere(in_fork, tmp_path / "made", path, lambda: close_quietly(shardemb.open(path))):
+        sound(path, [("a", [0.5, 1])])
+
+
+def test_rows_of_a_killed_commit_are_old_or_new_and_the_first_kill_loses_nothing_older(
+    path, tmp_path, in_fork
+):
+    # Until the log is there, a commit that is killed may leave some of its rows under the old step. None is torn
+    # between, no other row moves, and a row that says it is there is there.
+    template = tmp_path / "template"
+    with shardemb.open(template) as store:
+        table = store.create_table(
+            "t",
+            num_embeddings=1000,
+            embedding_dim=4,
+            rows_per_shard=256,
+            optimizer=Adam(),
+            initializer=Constant(2.0),
+        )
+        table.write(range(0, 1000, 2), np.full((500, 4), 3.0))
+        store.commit(step=1)
+
+    def commit():
+        store = shardemb.open(path)
+        store["t"].write(range(0, 1000, 5), np.full((200, 4), 4.0))
+        store.commit(step=2)
+        close_quietly(store)
+
+    everything = np.arange(1000)
+    old = np.where(everything % 2 == 0, 3.0, 2.0)
+    steps = []
+    for _ in killed_everywhere(in_fork, template, path, commit):
+        with shardemb.open(path) as store:
+            rows = store["t"].lookup(everything)
+            steps.append(store.last_commit.step)
+        assert (rows == rows[:, :1]).all()
+        if steps[-1] == 2:
+            assert (rows[::5] == 4).all()
+        assert ((rows[:, 0] == old) | ((rows[:, 0] == 4) & (everything % 5 == 0))).all()
+    assert steps == sorted(steps)
+    assert set(steps) == {1, 2}

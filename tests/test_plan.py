@@ -1,0 +1,117 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from shardemb import plan
+from shardemb.plan import Piece, align, cut, group, num_tasks
+from shardemb.spec import ROWS_PER_WORD
+
+
+@st.composite
+def batches(draw):
+    """Ids in a table: hot rows, neighbours in one word, and rows far apart."""
+    num_rows = draw(st.sampled_from([1, 64, 65, 1000, 10**6]))
+    row = st.integers(0, num_rows - 1)
+    near = st.integers(0, min(num_rows - 1, 200))
+    hot = st.just(draw(row))
+    return np.array(draw(st.lists(row | near | hot, max_size=80)), np.int64), num_rows
+
+
+tasks = st.integers(1, 12)
+
+
+# ---- group ------------------------------------------------------------------------------------------------------
+
+
+@given(batches())
+def test_group_brings_equal_ids_together(batch):
+    ids, num_rows = batch
+    grouped = group(ids, num_rows)
+    rows, inverse = np.unique(ids, return_inverse=True)
+    np.testing.assert_array_equal(grouped.rows, rows)
+    np.testing.assert_array_equal(grouped.inverse(), inverse)
+    for k, row in enumerate(rows):
+        positions = grouped.order[grouped.starts[k] : grouped.starts[k + 1]]
+        np.testing.assert_array_equal(positions, np.flatnonzero(ids == row))
+
+
+# ---- cut --------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 50), max_size=6), tasks)
+def test_cut_covers_every_element_once_and_in_order(lengths, tasks):
+    pieces = list(itertools.chain.from_iterable(cut(lengths, tasks)))
+    covered = [(which, k) for which, start, stop in pieces for k in range(start, stop)]
+    assert covered == [(which, k) for which, length in enumerate(lengths) for k in range(length)]
+
+
+@given(st.lists(st.integers(0, 50), max_size=6), tasks)
+def test_cut_makes_at_most_so_many_tasks_of_equal_size(lengths, tasks):
+    stretches = cut(lengths, tasks)
+    sizes = [sum(stop - start for _, start, stop in pieces) for pieces in stretches]
+    assert len(sizes) == min(tasks, sum(lengths))
+    assert not sizes or max(sizes) - min(sizes) <= 1
+    assert all(start < stop for pieces in stretches for _, start, stop in pieces)
+
+
+def test_cut_of_a_table_that_is_small_beside_another():
+    assert cut([1, 0, 9], 2) == [[Piece(0, 0, 1), Piece(2, 0, 4)], [Piece(2, 4, 9)]]
+
+
+# ---- align ------------------------------------------------------------------------------------------------------
+
+
+def aligned(grouped, tasks):
+    return [align(grouped, piece) for pieces in cut([grouped.order.size], tasks) for piece in pieces]
+
+
+@given(batches(), tasks)
+def test_every_row_is_in_exactly_one_task(batch, tasks):
+    grouped = group(*batch)
+    ranges = aligned(grouped, tasks)
+    assert len(ranges) <= tasks
+    assert [k for start, stop in ranges for k in range(start, stop)] == list(range(grouped.rows.size))
+
+
+@given(batches(), tasks)
+@example((np.array([63, 64, 65, 127, 128]), 1000), 5)
+def test_two_tasks_never_share_a_word_of_a_bitmap(batch, tasks):
+    grouped = group(*batch)
+    words = [set(grouped.rows[start:stop] // ROWS_PER_WORD) for start, stop in aligned(grouped, tasks)]
+    assert sum(map(len, words)) == len(set().union(*words))
+
+
+@given(batches(), tasks)
+def test_no_task_has_much_more_than_its_share(batch, tasks):
+    """More than its share is only the word that its share ends in, which cannot be divided."""
+    grouped = group(*batch)
+    share = -(-grouped.order.size // tasks)
+    work = np.diff(grouped.starts)
+    for start, stop in aligned(grouped, tasks):
+        if start < stop:
+            last_word = grouped.rows // ROWS_PER_WORD == grouped.rows[stop - 1] // ROWS_PER_WORD
+            assert work[start:stop].sum() <= share + work[last_word].sum()
+
+
+def test_rows_far_apart_are_divided_evenly():
+    grouped = group(np.arange(0, 64_000, 64), 64_000)
+    assert aligned(grouped, 4) == [(0, 250), (250, 500), (500, 750), (750, 1000)]
+
+
+# ---- num_tasks --------------------------------------------------------------------------------------------------
+
+
+def test_a_small_batch_is_one_task_and_no_batch_more_than_two_a_core():
+    assert num_tasks(0, 4) == 1
+    assert num_tasks(2 * plan.TASK_BYTES - 1, 4) == 1
+    assert num_tasks(2 * plan.TASK_BYTES, 4) == 2
+    assert num_tasks(2**60, 4) == 8
+    assert num_tasks(2**60, 1) == 2
+
+
+@pytest.mark.parametrize("count", [0, 1, 10**6])
+def test_a_plan_of_any_size_has_no_more_parts_than_tasks(count):
+    assert len(cut([count], 8)) <= 8

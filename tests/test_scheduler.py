@@ -1,0 +1,287 @@
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+
+import dask
+import dask.base
+import dask.local
+import dask.threaded
+import numpy as np
+import pytest
+
+from shardemb import scheduler
+from shardemb.scheduler import run
+
+
+def here(k):
+    """Where a task ran, and which it was."""
+    return k, os.getpid(), threading.get_ident()
+
+
+def where(tasks=5):
+    results = run([lambda k=k: here(k) for k in range(tasks)], 2)
+    assert [k for k, _, _ in results] == list(range(tasks))
+    assert {process for _, process, _ in results} == {os.getpid()}
+    return {thread for _, _, thread in results}
+
+
+# ---- who runs them ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", [None, "threads", "threading", "Threads", dask.threaded.get], ids=str)
+def test_threads_run_them_by_default(choice):
+    with dask.config.set(scheduler=choice):
+        assert threading.get_ident() not in where()
+
+
+@pytest.mark.parametrize("choice", ["sync", "synchronous", "single-threaded", "SYNC", dask.get], ids=str)
+def test_the_calling_thread_runs_them_where_the_configuration_says_so(choice):
+    with dask.config.set(scheduler=choice):
+        assert where() == {threading.get_ident()}
+
+
+def test_an_executor_of_the_configuration_is_used():
+    with ThreadPoolExecutor(3) as executor, dask.config.set(scheduler=executor):
+        own = set(executor.map(lambda _: threading.get_ident(), range(50)))
+        assert where(50) & own
+        assert threading.get_ident() not in where()
+
+
+@pytest.mark.parametrize(
+    "choice", ["processes", "multiprocessing", "distributed", "dask.distributed", "nonsense"]
+)
+def test_what_runs_elsewhere_is_not_used(choice):
+    """The memory that tasks work on is mapped into this process."""
+    with dask.config.set(scheduler=choice):
+        assert threading.get_ident() not in where()
+
+
+def test_a_scheduler_of_somebody_else_is_not_used():
+    def elsewhere(*args, **options):
+        raise AssertionError("called")
+
+    with dask.config.set(scheduler=elsewhere):
+        where()
+
+
+class Elsewhere(ThreadPoolExecutor):
+    """As an executor of processes or interpreters may be built."""
+
+    def submit(self, *args, **options):
+        raise AssertionError("called")
+
+
+def test_an_executor_that_may_run_elsewhere_is_not_used():
+    with Elsewhere(1) as executor, dask.config.set(scheduler=executor):
+        where()
+
+
+def test_the_synchronous_executor_of_dask_is_used():
+    with dask.config.set(scheduler=dask.local.SynchronousExecutor()):
+        assert where() == {threading.get_ident()}
+
+
+def test_an_executor_of_processes_is_not_used():
+    with ProcessPoolExecutor(1) as executor, dask.config.set(scheduler=executor):
+        where()
+
+
+def test_the_choice_is_looked_up_for_every_run():
+    with dask.config.set(scheduler="sync"):
+        assert where() == {threading.get_ident()}
+    assert threading.get_ident() not in where()
+
+
+@pytest.mark.parametrize("choice", [None, "processes"])
+def test_a_single_task_runs_in_the_calling_thread(choice):
+    with dask.config.set(scheduler=choice):
+        assert where(1) == {threading.get_ident()}
+
+
+def test_no_tasks_no_results():
+    assert run([], 2) == []
+
+
+def test_tasks_run_side_by_side():
+    meeting = threading.Barrier(2, timeout=60)
+    assert sorted(run([meeting.wait, meeting.wait], 2)) == [0, 1]
+
+
+def test_no_more_of_them_than_threads():
+    lock, running, most = threading.Lock(), 0, 0
+
+    def task():
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.002)
+        with lock:
+            running -= 1
+
+    run([task] * 20, 3)
+    assert 1 <= most <= 3
+
+
+def test_tasks_may_run_tasks():
+    def inner(k):
+        return sum(run([lambda j=j: 10 * k + j for j in range(3)], 2))
+
+    assert run([lambda k=k: inner(k) for k in range(3)], 2) == [3, 33, 63]
+
+
+def test_results_are_in_order_however_long_each_takes():
+    assert run([lambda k=k: time.sleep((5 - k) / 500) or k for k in range(6)], 4) == list(range(6))
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------
+
+every_scheduler = pytest.mark.parametrize("choice", ["threads", "sync", "executor"])
+
+
+@contextlib.contextmanager
+def configured(choice):
+    with (
+        ThreadPoolExecutor(2) as executor,
+        dask.config.set(scheduler=executor if choice == "executor" else choice),
+    ):
+        yield
+
+
+def fail():
+    raise ZeroDivisionError("by intent")
+
+
+@every_scheduler
+def test_the_error_of_a_task_comes_out_as_it_is(choice):
+    with configured(choice), pytest.raises(ZeroDivisionError, match="by intent"):
+        run([time.perf_counter, fail], 2)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_what_is_no_exception_comes_out_too(error):
+    def leave():
+        raise error
+
+    with pytest.raises(error):
+        run([time.perf_counter, leave], 2)
+
+
+def test_an_error_is_raised_when_all_that_runs_has_ended():
+    began, ended = threading.Event(), threading.Event()
+
+    def slow():
+        began.set()
+        time.sleep(0.1)
+        ended.set()
+
+    with pytest.raises(ZeroDivisionError):
+        run([lambda: began.wait(60) and fail(), slow], 2)
+    assert ended.is_set()
+
+
+@every_scheduler
+def test_after_an_error_no_task_begins(choice):
+    began = []
+
+    def fail():
+        began.append(1)
+        raise ZeroDivisionError
+
+    with configured(choice), pytest.raises(ZeroDivisionError):
+        run([fail] * 10, 1)
+    time.sleep(0.02)
+    assert len(began) <= (2 if choice == "executor" else 1)  # the executor has two threads
+
+
+def test_a_task_that_takes_long_is_told_of_the_error_of_another():
+    stop = threading.Event()
+    with pytest.raises(ZeroDivisionError):
+        run([fail, lambda: stop.wait(60) or pytest.fail("not told")], 2, stop)
+    assert stop.is_set()
+
+
+def test_without_an_error_nobody_is_told_anything():
+    stop = threading.Event()
+    assert run([lambda: 1, lambda: 2], 2, stop) == [1, 2]
+    assert not stop.is_set()
+
+
+def test_ctrl_c_waits_for_the_tasks_that_run():
+    ended = []
+
+    def interrupt():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        ended.append("interrupt")
+
+    def slow():
+        time.sleep(0.2)
+        ended.append("slow")
+
+    with pytest.raises(KeyboardInterrupt):
+        run([interrupt, slow], 2)
+    assert sorted(ended) == ["interrupt", "slow"]
+
+
+def test_after_an_error_tasks_can_be_run_again():
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            run([fail, fail, fail], 2)
+        assert run([lambda: 1, lambda: 2], 2) == [1, 2]
+
+
+def test_a_fork_runs_them_without_the_threads_that_it_does_not_have():
+    code = """
+        import os
+        from shardemb.scheduler import run
+        assert run([lambda: 1, lambda: 2], 2) == [1, 2]
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if run([lambda: 1, lambda: 2], 2) == [1, 2] else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    """
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
+    assert subprocess.run(command, check=False, timeout=60).returncode == 0
+
+
+# ---- dask arrays ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_rows", "chunks"), [(10, (4, 4, 2)), (8, (4, 4)), (3, (3,)), (4, (4,))])
+def test_an_array_has_a_chunk_a_shard_and_reads_when_it_is_computed(num_rows, chunks):
+    values = np.arange(num_rows * 3, dtype=np.float32).reshape(num_rows, 3)
+    read = []
+
+    def rows(start, stop):
+        read.append((start, stop))
+        return values[start:stop]
+
+    array = scheduler.as_array(rows, num_rows, 3, 4)
+    assert array.chunks == (chunks, (3,))
+    assert array.dtype == np.float32
+    assert read == []
+    np.testing.assert_array_equal(array.compute(), values)
+    ends = np.cumsum(chunks).tolist()
+    assert sorted(read) == list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def test_an_array_reads_only_the_chunks_that_are_asked_for():
+    read = []
+
+    def rows(start, stop):
+        read.append((start, stop))
+        return np.zeros((stop - start, 2), np.float32)
+
+    assert scheduler.as_array(rows, 100, 2, 10)[35:41, 1].compute().shape == (6,)
+    assert sorted(read) == [(30, 40), (40, 50)]
+
+
+def test_cores_are_those_that_the_process_may_use():
+    assert 1 <= scheduler.CORES <= len(os.sched_getaffinity(0))

@@ -1,0 +1,493 @@
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_spec import make
+
+from shardemb import files, kernels, layout, plan, shards, writeback
+from shardemb.errors import DiskFullError, FormatError, ShardEmbError
+from shardemb.initializers import Constant, Uniform
+from shardemb.optim import Adagrad, Adam, RowWiseAdagrad
+from shardemb.spec import PAGE, ROWS_PER_BLOCK
+
+ROWS = 2 * ROWS_PER_BLOCK + 1000
+
+
+def int64(rows):
+    return np.array(sorted(set(rows)), np.int64)
+
+
+def write(table, rows, values):
+    """As `batch` does it: mark, bring in, overwrite weights."""
+    batch = plan.group(np.array(rows, np.int64), table.spec.num_embeddings)
+    table.mark(batch.rows)
+    table.bring_in(batch.rows, 0, batch.rows.size)
+    values = np.ascontiguousarray(values, np.float32).reshape(len(rows), table.spec.embedding_dim)
+    kernels.scatter(table.records, batch.rows, batch.starts, batch.order, values, 0, batch.rows.size)
+
+
+def look_up(table, rows, column="weight"):
+    first, last = table.spec.columns[column]
+    out = np.empty((len(rows), last - first), np.float32)
+    table.gather(column, np.array(rows, np.int64), out, 0, len(rows))
+    return out
+
+
+def changed(table):
+    return table.changed_rows() + table.changed_presence()
+
+
+def save(table):
+    """As a commit does it."""
+    changes = changed(table)
+    writeback.secure(changes, 2)
+    writeback.write(changes, 2)
+    table.clear_changes()
+
+
+def on_disk(table):
+    """What the files hold: records and presence bits."""
+    rows = [table.shard_path(shard).read_bytes() for shard in range(table.spec.num_shards)]
+    bits = [table.presence_path(chunk).read_bytes() for chunk in range(table.spec.num_presence_chunks)]
+    return b"".join(rows), b"".join(bits)
+
+
+def in_memory(table):
+    return table.records.tobytes(), table.present.tobytes()
+
+
+# ---- a model ----------------------------------------------------------------------------------------------------
+
+SPECS = {
+    "20 bytes": make(ROWS, 5, rows_per_shard=20_000),
+    "28 bytes with presence": make(ROWS, 3, Adagrad(initial_accumulator_value=0.5), rows_per_shard=1024 * 11),
+    "a page and a bit": make(1100, 1025, initializer=Constant(2.0), rows_per_shard=1024),
+}
+
+
+@st.composite
+def histories(draw):
+    """What happens to a table: changes of rows near each other, far apart, and at every kind of border."""
+    name = draw(st.sampled_from(list(SPECS)))
+    spec = SPECS[name]
+    last = spec.num_embeddings - 1
+    borders = [
+        0,
+        63,
+        64,
+        spec.rows_per_shard - 1,
+        spec.rows_per_shard,
+        ROWS_PER_BLOCK - 1,
+        ROWS_PER_BLOCK,
+        last,
+    ]
+    row = st.sampled_from([border for border in borders if border <= last]) | st.integers(0, last)
+    rows = st.lists(row, min_size=1, max_size=8)
+    span = st.tuples(row, row).map(sorted)
+    event = st.one_of(
+        st.tuples(st.just("write"), rows),
+        st.tuples(st.just("write"), rows),
+        st.tuples(st.just("make private"), rows),
+        st.tuples(st.just("drop clean"), span),
+        st.tuples(st.sampled_from(["save", "forget", "drop all"]), st.none()),
+    )
+    return spec, draw(st.lists(event, min_size=1, max_size=12))
+
+
+class Model:
+    """The rows that were written, and what they were at the last save."""
+
+    def __init__(self):
+        self.now, self.saved = {}, {}
+
+
+def step(table, model, number, event, argument):
+    if event == "write":
+        values = np.full((len(argument), table.spec.embedding_dim), number, np.float32)
+        values[:, 0] = argument
+        write(table, argument, values)
+        model.now = {**model.now, **dict.fromkeys(argument, number)}
+    elif event == "make private":
+        table.make_private(int64(argument))
+    elif event == "drop clean":
+        table.drop_clean(argument[0], argument[1] + 1)
+    elif event == "save":
+        check_changes(table)
+        save(table)
+        assert on_disk(table) == in_memory(table)
+        model.saved = model.now
+    elif event == "forget":
+        table.forget_changes()
+        assert not table.has_changes
+        assert on_disk(table) == in_memory(table)
+        model.now = model.saved
+    elif not table.has_changes:
+        table.drop_all()
+        assert table.private_pages == 0
+
+
+def check_changes(table):
+    """The stretches are whole pages, apart, within their file, and just those that hold changed rows."""
+    spec, expected = table.spec, set()
+    for row in np.flatnonzero(np.unpackbits(table.dirty.view(np.uint8), bitorder="little")).tolist():
+        expected |= set(
+            range(row * spec.record_bytes // PAGE, ((row + 1) * spec.record_bytes - 1) // PAGE + 1)
+        )
+    got = []
+    paths = [table.shard_path(shard) for shard in range(spec.num_shards)]
+    for change in table.changed_rows():
+        first_page = paths.index(change.path) * spec.shard_bytes // PAGE
+        assert len(change.memory) == spec.shard_bytes
+        for start, stop in change.stretches.tolist():
+            assert 0 <= start < stop <= spec.shard_bytes
+            assert start % PAGE == stop % PAGE == 0
+            got += range(first_page + start // PAGE, first_page + stop // PAGE)
+    assert got == sorted(expected)
+
+
+def check_table(table, model):
+    some = sorted({0, 1, table.spec.num_embeddings - 1, *model.now, *model.saved})
+    weights = look_up(table, some)
+    fresh = look_up(table, [2]) if 2 not in model.now else None
+    for row, weight in zip(some, weights, strict=True):
+        if row in model.now:
+            assert weight[0] == row
+            assert (weight[1:] == model.now[row]).all()
+        elif fresh is not None:
+            assert (weight == fresh).all()
+    for column in list(table.spec.columns)[1:]:
+        assert (look_up(table, some, column) == 0.5).all()
+    bits = set(np.flatnonzero(np.unpackbits(table.private.view(np.uint8), bitorder="little")).tolist())
+    assert table.private_pages == len(bits)
+
+
+@settings(max_examples=60)
+@given(histories())
+def test_memory_files_and_a_model_agree_whatever_happens(history):
+    spec, events = history
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "sync", lambda descriptor, path: None)  # for speed: nothing crashes here
+        table = shards.create(spec, Path(folder) / "table", None)
+        model = Model()
+        for number, (event, argument) in enumerate(events, 1):
+            step(table, model, number, event, argument)
+            check_table(table, model)
+            assert table.count_changes() >= len(
+                {row for row, value in model.now.items() if model.saved.get(row) != value}
+            )
+            assert table.has_changes == (table.count_changes() > 0)
+        table.forget_changes()
+        assert in_memory(table) == on_disk(table)
+        del table
+
+
+# ---- changes ----------------------------------------------------------------------------------------------------
+
+PLAIN, PRESENCE, LARGE_RECORDS = SPECS.values()
+
+
+def create(tmp_path, spec=PLAIN, values=None):
+    return shards.create(spec, tmp_path / "table", values)
+
+
+def private(table):
+    return set(np.flatnonzero(np.unpackbits(table.private.view(np.uint8), bitorder="little")).tolist())
+
+
+def test_a_new_table_has_no_changes_and_takes_no_disk(tmp_path):
+    table = create(tmp_path)
+    assert not table.has_changes
+    assert table.count_changes() == 0
+    assert changed(table) == []
+    assert not table.records.any()
+    assert files.allocated(tmp_path / "table" / "rows") < 100_000
+
+
+def test_changes_are_listed_by_the_file_that_they_belong_to(tmp_path):
+    table = create(tmp_path)  # shards of 20,480 rows, 100 pages
+    write(table, [0, 1, 5000, 61_440, 61_439], np.ones((5, 5)))
+    listed = {change.path.name: change.stretches.tolist() for change in table.changed_rows()}
+    assert listed == {
+        "c.0.0": [[0, PAGE], [24 * PAGE, 25 * PAGE]],
+        "c.2.0": [[99 * PAGE, 100 * PAGE]],
+        "c.3.0": [[0, PAGE]],
+    }
+    assert table.count_changes() == 5
+
+
+def test_a_run_of_pages_over_a_border_of_files_is_divided(tmp_path):
+    table = create(tmp_path)
+    rows = np.arange(20_000, 41_500)
+    write(table, rows, np.ones((rows.size, 5)))
+    listed = {change.path.name: change.stretches.tolist() for change in table.changed_rows()}
+    assert listed == {
+        "c.0.0": [[97 * PAGE, 100 * PAGE]],
+        "c.1.0": [[0, 100 * PAGE]],
+        "c.2.0": [[0, 3 * PAGE]],
+    }
+
+
+def test_presence_bits_are_listed_by_the_page(tmp_path):
+    table = create(tmp_path, PRESENCE)
+    write(table, [ROWS_PER_BLOCK, ROWS - 1], np.ones((2, 3)))
+    listed = {change.path.name: change.stretches.tolist() for change in table.changed_presence()}
+    assert listed == {"c.0": [[PAGE, 3 * PAGE]]} or listed == {
+        "c.0": [[PAGE, 2 * PAGE], [2 * PAGE, 3 * PAGE]]
+    }
+
+
+def test_a_table_that_keeps_no_presence_lists_none(tmp_path):
+    table = create(tmp_path)
+    write(table, [1], np.ones((1, 5)))
+    assert table.changed_presence() == []
+
+
+def test_dropping_clean_pages_spares_blocks_with_changes(tmp_path):
+    table = create(tmp_path)
+    write(table, [0, ROWS - 1], np.ones((2, 5)))
+    save(table)
+    write(table, [1], np.ones((1, 5)))
+    before = private(table)
+    table.drop_clean(0, ROWS)
+    last_page = (ROWS - 1) * 20 // PAGE
+    assert private(table) == before - {last_page}
+    assert look_up(table, [0, 1, ROWS - 1]).min() == 1
+
+
+def test_dropping_clean_pages_gives_memory_back(tmp_path):
+    table = create(tmp_path)
+    rows = np.arange(ROWS)
+    write(table, rows, np.ones((ROWS, 5)))
+    save(table)
+    before = anonymous()
+    table.drop_clean(0, ROWS)
+    assert before - anonymous() > 0.9 * ROWS * 20
+    assert table.private_pages == 0
+    assert (table.records[:ROWS] == 1).all()
+
+
+def anonymous():
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+
+def test_dropping_everything_gives_memory_back(tmp_path):
+    table = create(tmp_path)
+    write(table, np.arange(ROWS), np.ones((ROWS, 5)))
+    save(table)
+    before = anonymous()
+    table.drop_all()
+    assert before - anonymous() > 0.9 * ROWS * 20
+    assert (table.records[:ROWS] == 1).all()
+
+
+def test_pages_made_private_are_counted_and_not_changed(tmp_path):
+    table = create(tmp_path, LARGE_RECORDS)
+    table.make_private(int64([0, 5]))
+    assert private(table) == {0, 1, 5, 6}
+    assert table.private_pages == 4
+    assert not table.has_changes
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+def test_rows_never_written_have_their_initial_values_in_every_column(tmp_path):
+    spec = make(500, 4, Adagrad(initial_accumulator_value=0.5), Uniform(-1, 1, seed=3))
+    table = create(tmp_path, spec)
+    fresh = look_up(table, range(500))
+    assert len(np.unique(fresh)) == 2000
+    assert (look_up(table, range(500), "sum") == 0.5).all()
+    write(table, [7], np.full((1, 4), 9.0))
+    np.testing.assert_array_equal(look_up(table, [6, 7, 8]), [fresh[6], [9] * 4, fresh[8]])
+    assert (look_up(table, [6, 7, 8], "sum") == 0.5).all()
+
+
+def test_bring_in_gives_a_row_the_values_that_it_was_seen_with(tmp_path):
+    table = create(tmp_path, make(500, 4, RowWiseAdagrad(), Uniform(-1, 1, seed=3)))
+    fresh = look_up(table, range(500))
+    table.mark(int64([3, 499]))
+    table.bring_in(int64([3, 499]), 0, 2)
+    np.testing.assert_array_equal(table.records[[3, 499], :4], fresh[[3, 499]])
+    np.testing.assert_array_equal(look_up(table, range(500)), fresh)
+
+
+def test_a_batch_is_cold_when_its_pages_are_not_in_memory(tmp_path):
+    table = create(tmp_path, values=np.ones((ROWS, 5), np.float32))  # written, synced and dropped
+    rows = int64(range(0, ROWS, 400))
+    if not table.is_cold(rows):
+        pytest.skip("this file system keeps its files in memory")
+    table.read_ahead(rows, 0, rows.size)
+    assert (look_up(table, rows) == 1).all()
+    assert not table.is_cold(rows)
+
+
+def test_rows_never_written_are_not_cold(tmp_path):
+    table = create(tmp_path, PRESENCE)
+    assert not table.is_cold(int64(range(0, ROWS, 400)))
+
+
+def test_an_empty_batch_is_not_cold(tmp_path):
+    assert not create(tmp_path).is_cold(int64([]))
+
+
+# ---- files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_every_file_is_there_with_its_size(tmp_path, spec):
+    create(tmp_path, spec)
+    directory = tmp_path / "table"
+    rows = {path.name: path.stat().st_size for path in (directory / "rows").iterdir()}
+    assert rows.pop("zarr.json")
+    assert rows == {f"c.{shard}.0": spec.shard_bytes for shard in range(spec.num_shards)}
+    assert (directory / "present").exists() == spec.has_presence
+    assert shards.find_missing(spec, directory) == []
+    assert (
+        layout.table_spec(
+            {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("zarr.json")}
+        )
+        == spec
+    )
+
+
+@pytest.mark.parametrize("spec", [*SPECS.values(), make(40_000, 6, Adam())], ids=[*SPECS, "adam"])
+def test_an_array_of_values_becomes_the_rows(tmp_path, spec):
+    values = np.random.default_rng(0).random((spec.num_embeddings, spec.embedding_dim), np.float32)
+    table = create(tmp_path, spec, values)
+    np.testing.assert_array_equal(look_up(table, range(spec.num_embeddings)), values)
+    for column in list(spec.columns)[1:]:
+        assert (look_up(table, range(spec.num_embeddings), column) == spec.initial_state[0]).all()
+    assert not table.has_changes
+    assert table.private_pages == 0
+    if spec.has_presence:
+        assert np.unpackbits(table.present, bitorder="little").sum() == spec.num_embeddings
+
+
+@pytest.mark.parametrize("call", ["write_new", "create_sparse", "write", "sync"])
+def test_a_table_that_cannot_be_created_leaves_nothing_behind(tmp_path, monkeypatch, call):
+    def full(*args):
+        raise DiskFullError(28, "no room")
+
+    monkeypatch.setattr(files, call, full)
+    with pytest.raises(DiskFullError):
+        create(tmp_path, PLAIN, np.ones((ROWS, 5), np.float32))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_with_more_files_than_can_be_mapped_is_refused_before_anything_is_made(tmp_path):
+    spec = make(64 * 40_000, 16, rows_per_shard=64)
+    with pytest.raises(ShardEmbError, match=r"takes 40000 files .*use larger shards"):
+        create(tmp_path, spec)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_share_what_a_process_can_map(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_MAPPINGS", files.counters.mappings + 6)
+    first = create(tmp_path)  # four files
+    with pytest.raises(ShardEmbError, match="at most"):
+        shards.create(PLAIN, tmp_path / "second", None)
+    del first
+    assert shards.create(PLAIN, tmp_path / "second", None) is not None
+
+
+# ---- existing tables --------------------------------------------------------------------------------------------
+
+
+def open_existing(tmp_path, *, may_miss=False, may_create=False):
+    return shards.open_existing(tmp_path / "table", may_miss=may_miss, may_create=may_create)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_opening_gives_what_was_saved(tmp_path, spec):
+    table = create(tmp_path, spec)
+    write(table, [1, spec.num_embeddings - 1], np.full((2, spec.embedding_dim), 5.0))
+    save(table)
+    expected = in_memory(table)
+    again = open_existing(tmp_path)
+    assert again.spec == spec
+    assert in_memory(again) == expected
+    assert not again.has_changes
+
+
+def test_opening_does_not_give_what_was_not_saved(tmp_path):
+    table = create(tmp_path)
+    write(table, [1], np.ones((1, 5)))
+    assert not open_existing(tmp_path).records.any()
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, PLAIN.shard_bytes - 1, PLAIN.shard_bytes + 1])
+def test_a_file_of_another_size_is_named(tmp_path, nbytes):
+    create(tmp_path)
+    shard = tmp_path / "table" / "rows" / "c.2.0"
+    with shard.open("r+b") as file:
+        file.truncate(nbytes)
+    with pytest.raises(FormatError, match=rf"c\.2\.0 has {nbytes} bytes instead of {PLAIN.shard_bytes}"):
+        open_existing(tmp_path, may_miss=True, may_create=True)
+
+
+def test_a_file_that_is_a_link_or_a_folder_is_none(tmp_path):
+    create(tmp_path)
+    shard = tmp_path / "table" / "rows" / "c.2.0"
+    shard.rename(tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FormatError, match=r"c\.2\.0 is missing"):
+        open_existing(tmp_path)
+
+
+@pytest.mark.parametrize(("spec", "may_miss"), [(PLAIN, False), (PRESENCE, True), (PRESENCE, False)])
+def test_a_missing_file_is_named(tmp_path, spec, may_miss):
+    create(tmp_path, spec)
+    (tmp_path / "table" / "rows" / "c.1.0").unlink()
+    (tmp_path / "table" / "rows" / "c.3.0").unlink()
+    with pytest.raises(FormatError, match=r"c\.1\.0 is missing \(2 in all\).*restore"):
+        open_existing(tmp_path, may_miss=may_miss, may_create=True)
+    assert not (tmp_path / "table" / "rows" / "c.1.0").exists()
+
+
+def test_a_missing_presence_file_is_named(tmp_path):
+    create(tmp_path, PRESENCE)
+    (tmp_path / "table" / "present" / "c.0").unlink()
+    with pytest.raises(FormatError, match=r"present/c\.0 is missing"):
+        open_existing(tmp_path, may_miss=True, may_create=True)
+
+
+@pytest.mark.parametrize("may_create", [False, True])
+def test_a_chunk_that_zarr_deleted_reads_as_zeros(tmp_path, may_create):
+    """It does so when it is asked to fill one with zeros."""
+    table = create(tmp_path, values=np.ones((ROWS, 5), np.float32))
+    gone = table.shard_path(1)
+    gone.unlink()
+    again = open_existing(tmp_path, may_miss=True, may_create=may_create)
+    assert gone.exists() == may_create
+    begin, end = PLAIN.rows_per_shard, 2 * PLAIN.rows_per_shard
+    assert not look_up(again, range(begin, end)).any()
+    assert (look_up(again, [*range(begin), *range(end, ROWS)]) == 1).all()
+
+
+def test_hostile_sizes_are_refused_before_their_files_are_looked_for(tmp_path, monkeypatch):
+    """Looking for 2**40 files would take weeks."""
+    monkeypatch.setattr(files, "size", lambda path: pytest.fail(f"looked for {path}"))
+    spec = make(2**46, 16, rows_per_shard=64)
+    for path, document in layout.table_documents(spec).items():
+        (tmp_path / "table" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "table" / path).write_bytes(document)
+    with pytest.raises(ShardEmbError, match="files"):
+        open_existing(tmp_path)
+
+
+def test_a_folder_without_documents_is_no_table(tmp_path):
+    (tmp_path / "table").mkdir()
+    with pytest.raises(FormatError):
+        open_existing(tmp_path)
+
+
+def test_a_table_that_moves_finds_its_files_again(tmp_path):
+    table = create(tmp_path)
+    (tmp_path / "table").rename(tmp_path / "moved")
+    table.directory = tmp_path / "moved"
+    write(table, [1], np.ones((1, 5)))
+    save(table)
+    assert on_disk(table) == in_memory(table)

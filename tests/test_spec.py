@@ -1,0 +1,339 @@
+import contextlib
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from references import HOSTILE, damaged, damaged_bytes
+
+from shardemb import spec
+from shardemb.errors import FormatError
+from shardemb.initializers import Constant, Normal, Uniform
+from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
+from shardemb.spec import PAGE, TableSpec, choose_rows_per_shard, shard_rows_multiple
+
+MiB = 2**20
+UUID = "0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c11"
+OPTIMIZERS = [None, SGD(), Adagrad(), Adagrad(initial_accumulator_value=0.5), RowWiseAdagrad(), Adam()]
+
+
+def make(num_embeddings=1000, dim=6, optimizer=None, initializer=None, rows_per_shard=None):
+    width = spec.record_columns(dim, optimizer).popitem()[1][1]
+    return TableSpec(
+        uuid=UUID,
+        stream="tokens",
+        num_embeddings=num_embeddings,
+        embedding_dim=dim,
+        rows_per_shard=choose_rows_per_shard(num_embeddings, 4 * width, rows_per_shard, 1000),
+        optimizer=optimizer,
+        initializer=initializer or Constant(0.0),
+    )
+
+
+# ---- the record -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "columns"),
+    [
+        (None, {"weight": (0, 6)}),
+        (SGD(), {"weight": (0, 6)}),
+        (RowWiseAdagrad(), {"weight": (0, 6), "sum": (6, 7)}),
+        (Adagrad(), {"weight": (0, 6), "sum": (6, 12)}),
+        (Adam(), {"weight": (0, 6), "exp_avg": (6, 12), "exp_avg_sq": (12, 18)}),
+    ],
+    ids=str,
+)
+def test_the_record_is_the_weight_and_then_each_state_column(optimizer, columns):
+    table = make(optimizer=optimizer)
+    assert list(table.columns.items()) == list(columns.items())
+    assert table.width == max(stop for _, stop in columns.values())
+    assert table.record_bytes == 4 * table.width
+
+
+def test_a_table_without_optimizer_is_exactly_its_weight_matrix():
+    assert make(dim=5).record_bytes == 20
+
+
+def test_initial_state_comes_from_the_optimizer():
+    assert make(dim=2, optimizer=Adagrad(initial_accumulator_value=0.5)).initial_state.tolist() == [0.5, 0.5]
+    assert make(dim=2, optimizer=Adam()).initial_state.tolist() == [0.0] * 4
+    assert make(dim=2).initial_state.tolist() == []
+    assert make(dim=2, optimizer=Adam()).initial_state.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("initializer", "optimizer", "expected"),
+    [
+        (Constant(0.0), Adam(), False),
+        (Constant(1e-60), None, False),  # zero in float32
+        (Constant(-0.0), None, True),  # a hole reads +0.0
+        (Constant(1.0), None, True),
+        (Uniform(-1, 1), None, True),
+        (Normal(), SGD(), True),
+        (Constant(0.0), Adagrad(initial_accumulator_value=0.5), True),
+        (Constant(0.0), Adagrad(initial_accumulator_value=0.0), False),
+    ],
+    ids=str,
+)
+def test_a_presence_bitmap_is_kept_unless_a_fresh_record_is_all_zero_bytes(initializer, optimizer, expected):
+    table = make(initializer=initializer, optimizer=optimizer)
+    assert table.has_presence is expected
+    assert bool(table.num_presence_chunks) is expected
+
+
+# ---- shards -----------------------------------------------------------------------------------------------------
+
+dims = st.integers(1, 300) | st.sampled_from([1024, 4095, 4096, 4097, 65_535, 65_536])
+row_counts = st.integers(1, 10**6) | st.integers(1, 2**48)
+
+
+@given(row_counts, dims, st.sampled_from(OPTIMIZERS), st.none() | st.integers(1, 10**7))
+def test_a_shard_is_a_whole_number_of_bitmap_words_and_of_pages(num_embeddings, dim, optimizer, wanted):
+    table = make(num_embeddings, dim, optimizer, rows_per_shard=wanted)
+    assert table.rows_per_shard % 64 == 0
+    assert table.shard_bytes % 4096 == 0
+    assert table.shard_bytes == table.rows_per_shard * table.width * 4
+    assert (table.num_shards - 1) * table.rows_per_shard < num_embeddings
+    assert num_embeddings <= table.num_shards * table.rows_per_shard
+
+
+@given(dims, st.sampled_from(OPTIMIZERS), st.integers(1, 10**6))
+def test_a_given_number_of_rows_is_rounded_up_by_less_than_one_multiple(dim, optimizer, wanted):
+    table = make(10**7, dim, optimizer, rows_per_shard=wanted)
+    assert wanted <= table.rows_per_shard < wanted + shard_rows_multiple(table.record_bytes)
+
+
+@given(st.integers(1, 2**18).map(lambda width: 4 * width))
+def test_the_multiple_is_the_smallest_that_will_do(record_bytes):
+    multiple = shard_rows_multiple(record_bytes)
+    fits = [rows for rows in range(64, multiple + 1, 64) if rows * record_bytes % 4096 == 0]
+    assert fits == [multiple]
+
+
+@pytest.mark.parametrize(
+    ("num_embeddings", "record_bytes", "max_shards", "expected"),
+    [
+        (10, 256, 30_000, 64),  # a small table has one small shard
+        (400_000, 512, 30_000, 64 * MiB // 512),
+        (10**8, 512, 30_000, 64 * MiB // 512),  # 48 GB: still the smallest
+        (2**31, 128, 30_000, 128 * MiB // 128),  # 256 GB: 2048 shards
+        (2**40, 512, 2**30, 512 * MiB // 512),  # 512 TB: the largest
+        (2**40, 512, 1000, 2**40 // 1000 + 1),  # as large as the mappings that are left ask for
+    ],
+)
+def test_automatic_sizes(num_embeddings, record_bytes, max_shards, expected):
+    rows = choose_rows_per_shard(num_embeddings, record_bytes, None, max_shards)
+    assert rows == spec.round_up(expected, shard_rows_multiple(record_bytes))
+
+
+@given(row_counts, st.integers(1, 2**18).map(lambda width: 4 * width), st.integers(-5, 40_000))
+def test_an_automatic_size_honours_the_mappings_that_are_left(num_embeddings, record_bytes, max_shards):
+    rows = choose_rows_per_shard(num_embeddings, record_bytes, None, max_shards)
+    assert -(-num_embeddings // rows) <= max(max_shards, 1)
+    assert rows < num_embeddings + shard_rows_multiple(record_bytes)
+
+
+@given(row_counts, st.integers(1, 2**18).map(lambda width: 4 * width))
+def test_automatic_shards_are_of_64_to_512_mib_where_nothing_else_is_asked(num_embeddings, record_bytes):
+    rows = choose_rows_per_shard(num_embeddings, record_bytes, None, 2**60)
+    slack = shard_rows_multiple(record_bytes) * record_bytes
+    assert rows * record_bytes <= 512 * MiB + slack
+    if rows < num_embeddings:
+        assert rows * record_bytes >= 64 * MiB
+
+
+@given(row_counts, dims)
+def test_the_presence_bitmap_has_a_bit_a_row_in_chunks_of_whole_pages(num_embeddings, dim):
+    table = make(num_embeddings, dim, initializer=Constant(1.0))
+    assert table.presence_bytes == math.ceil(num_embeddings / 8)
+    assert table.presence_chunk_bytes % PAGE == 0
+    assert table.presence_chunk_bytes <= 4 * MiB
+    assert table.presence_bytes <= table.num_presence_chunks * table.presence_chunk_bytes
+    assert (table.num_presence_chunks - 1) * table.presence_chunk_bytes < table.presence_bytes
+
+
+def test_a_page_of_the_presence_bitmap_belongs_to_whole_pages_of_records():
+    """What lets changes be counted, dropped and written by blocks."""
+    assert spec.ROWS_PER_BLOCK == PAGE * 8
+    assert all(spec.ROWS_PER_BLOCK * 4 * width % PAGE == 0 for width in range(1, 1000))
+
+
+# ---- json -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+@pytest.mark.parametrize("initializer", [Constant(0.25), Uniform(-1, 1, seed=5), Normal(std=0.5)], ids=str)
+def test_json_gives_back_the_same_spec(optimizer, initializer):
+    table = make(optimizer=optimizer, initializer=initializer)
+    assert TableSpec.from_json(json.loads(json.dumps(table.to_json()))) == table
+
+
+def test_json_is_pinned():
+    assert make(optimizer=RowWiseAdagrad(), initializer=Uniform(-1, 1, seed=5)).to_json() == {
+        "format_version": 1,
+        "uuid": UUID,
+        "stream": "tokens",
+        "num_embeddings": 1000,
+        "embedding_dim": 6,
+        "rows_per_shard": 1024,
+        "columns": {"weight": [0, 6], "sum": [6, 7]},
+        "optimizer": {"name": "RowWiseAdagrad", "lr": 0.01, "eps": 1e-08},
+        "initializer": {"name": "Uniform", "low": -1.0, "high": 1.0, "seed": 5},
+    }
+
+
+@pytest.mark.parametrize("name", list(make().to_json()))
+def test_a_missing_field_is_a_format_error(name):
+    document = make().to_json()
+    del document[name]
+    with pytest.raises(FormatError, match=name):
+        TableSpec.from_json(document)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("format_version", 0),
+        ("format_version", "1"),
+        ("format_version", True),
+        ("uuid", "../../x"),
+        ("uuid", ""),
+        ("uuid", UUID + "\n"),
+        ("stream", None),
+        ("stream", 5),
+        ("num_embeddings", 0),
+        ("num_embeddings", -1),
+        ("num_embeddings", 2**48 + 1),
+        ("num_embeddings", 1000.0),
+        ("num_embeddings", True),
+        ("embedding_dim", 0),
+        ("embedding_dim", 2**16 + 1),
+        ("embedding_dim", 7),  # not what the columns say
+        ("rows_per_shard", 0),
+        ("rows_per_shard", 2**48 + 64),
+        ("rows_per_shard", 1000),  # not whole pages
+        ("columns", {"weight": [0, 7]}),
+        ("columns", {}),
+        ("columns", [["weight", [0, 6]]]),
+        (
+            "optimizer",
+            {"name": "Adam", "lr": 0.1, "betas": [0.9, 0.999], "eps": 1e-8},
+        ),  # its columns are missing
+        ("optimizer", "Adam"),
+        ("optimizer", False),
+        ("initializer", None),
+        ("initializer", {"name": "Zeros"}),
+    ],
+)
+def test_an_impossible_value_is_a_format_error(name, value):
+    with pytest.raises(FormatError):
+        TableSpec.from_json({**make().to_json(), name: value})
+
+
+def test_a_newer_version_asks_for_an_upgrade():
+    with pytest.raises(FormatError, match=r"format version 2 is newer than 1.*upgrade shardemb"):
+        TableSpec.from_json({**make().to_json(), "format_version": 2})
+
+
+def test_a_newer_version_may_have_other_fields():
+    with pytest.raises(FormatError, match="upgrade"):
+        TableSpec.from_json({"format_version": 7})
+
+
+@settings(max_examples=500)
+@given(damaged(make(optimizer=Adam(), initializer=Uniform(-1, 1)).to_json()))
+def test_a_damaged_spec_is_a_format_error_or_a_spec(document):
+    document = json.loads(json.dumps(document))
+    try:
+        table = TableSpec.from_json(document)
+    except FormatError:
+        return
+    # What was accepted makes sense, and is what was written.
+    assert TableSpec.from_json(json.loads(json.dumps(table.to_json()))) == table
+    assert table.shard_bytes % PAGE == 0
+
+
+# ---- the parts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "tokens", "v1.2-x", "_", "0", "C", "a" * 64, "zarr.json2", "c.0.0", "rows"]
+)
+def test_names_that_a_table_can_have(name):
+    assert spec.check_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        ".shardemb",
+        "-a",
+        "a/b",
+        "/a",
+        "a/",
+        "../a",
+        "a\\b",
+        "a b",
+        "a\n",
+        "é",
+        "a" * 65,
+        "zarr.json",
+        "a\0",
+    ],
+)
+def test_names_that_a_table_cannot_have(name):
+    with pytest.raises(ValueError, match="cannot be a table's name"):
+        spec.check_name(name)
+
+
+@pytest.mark.parametrize("name", [None, 5, b"tokens", ["tokens"]])
+def test_a_name_is_a_str(name):
+    with pytest.raises(TypeError, match="name must be a str"):
+        spec.check_name(name)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"{", b"[]", b"5", b"null", b'"a"', b"\xff\xfe", b"{} x", b"[" * 100_000, b'{"a":' * 100_000],
+)
+def test_what_is_no_json_object_is_a_format_error(data):
+    with pytest.raises(FormatError, match="it is not"):
+        spec.parse_json(data)
+
+
+@given(damaged_bytes(json.dumps(make().to_json()).encode()))
+def test_damaged_json_is_a_format_error_or_an_object(data):
+    with contextlib.suppress(FormatError):
+        assert isinstance(spec.parse_json(data), dict)
+
+
+@pytest.mark.parametrize("value", HOSTILE, ids=lambda value: repr(value)[:20])
+def test_int_field_takes_integers_within_its_limits_only(value):
+    if type(value) is int and 1 <= value <= 100:
+        assert spec.int_field({"n": value}, "n", 100) == value
+        return
+    with pytest.raises(FormatError, match="n is"):
+        spec.int_field({"n": value}, "n", 100)
+
+
+def test_int_field_needs_its_field():
+    with pytest.raises(FormatError, match="n is None"):
+        spec.int_field({}, "n", 100)
+
+
+def test_a_field_may_be_null_where_that_is_a_type_but_not_missing():
+    assert spec.field({"a": None}, "a", (dict, type(None))) is None
+    with pytest.raises(FormatError, match="a is None"):
+        spec.field({}, "a", (dict, type(None)))
+
+
+def test_a_spec_never_changes():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        make().num_embeddings = 5
