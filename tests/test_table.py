@@ -447,7 +447,7 @@ def test_a_renamed_table_keeps_its_initial_values(store, path):
 
 
 def test_a_table_created_under_the_freed_name_of_another_draws_other_values(store):
-    # DESIGN.md: a function of the seed and of the table, not of what the table is called.
+    # A function of the seed and of the table, not of what the table is called now.
     arguments = {"num_embeddings": 50, "embedding_dim": 4, "initializer": Normal(seed=1)}
     first = store.create_table("words", **arguments)
     store.commit()
@@ -529,7 +529,7 @@ def test_state_has_the_shape_of_the_ids_and_one_number_or_a_row_of_them(store, o
 
 
 def test_state_of_width_one_is_a_row_where_the_embedding_has_one_value(store):
-    # DESIGN.md: ids.shape + (dim,), or ids.shape where it is one number a row.
+    # ids.shape + (dim,), or ids.shape where it is one number a row.
     adam = store.create_table("adam", num_embeddings=10, embedding_dim=1, optimizer=Adam())
     row_wise = store.create_table("row_wise", num_embeddings=10, embedding_dim=1, optimizer=RowWiseAdagrad())
     assert adam.state("exp_avg", [1, 2]).shape == (2, 1)
