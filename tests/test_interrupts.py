@@ -90,6 +90,26 @@ def test_ctrl_c_among_the_kernels_takes_effect_once_the_change_is_complete(store
     assert not store.has_changes
 
 
+def test_ctrl_c_within_an_update_of_many_tables_is_after_all_of_them(store, monkeypatch):
+    arguments = {"num_embeddings": 100, "embedding_dim": 4, "optimizer": Adam(lr=0.1)}
+    tables = [store.create_table(name, **arguments) for name in "abc"]
+    run = scheduler.run
+
+    def interrupted(tasks, threads):
+        if tasks:
+            interrupt()
+        return run(tasks, threads)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scheduler, "run", interrupted)
+        patch.setattr(batch, "_read_ahead", lambda *arguments: None)
+        with pytest.raises(KeyboardInterrupt):
+            store.update({name: ([1, 2], ONES) for name in "abc"})
+    assert [table.step for table in tables] == [1, 1, 1]
+    assert len({table.lookup([1, 2, 3]).tobytes() for table in tables}) == 1
+    store.commit()
+
+
 def test_ctrl_c_before_rows_change_changes_nothing(store, monkeypatch):
     table, model = new_table(store)
     store.commit()
@@ -281,6 +301,31 @@ def test_ctrl_c_within_create_table_creates_nothing(store, path, monkeypatch):
     table, model = new_table(store)
     store.commit()
     model.assert_matches(table)
+
+
+@pytest.mark.parametrize("at", ["the background", "the manifest"])
+def test_ctrl_c_within_closing_does_not_keep_the_store_locked(path, monkeypatch, at):
+    store = shardemb.open(path)
+    table, _ = new_table(store)
+    store.commit()
+    begun = threading.Event()
+
+    def slow(*arguments):
+        begun.set()
+        time.sleep(0.3)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shards if at == "the background" else files, "read_ahead" if at == "the background" else "replace", slow)
+        if at == "the background":
+            table.prefetch([1, 2])
+        timer = threading.Thread(target=lambda: (begun.wait(), time.sleep(0.05), interrupt()))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            store.close()
+        timer.join()
+    store.close()
+    with shardemb.open(path) as again:
+        assert list(again) == ["t"]
 
 
 def test_a_job_stopped_by_ctrl_c_leaves_its_last_commit(path):

@@ -557,6 +557,17 @@ def test_to_dask_array_equals_lookups(store, rows_per_shard):
     )
 
 
+def test_dask_arrays_of_two_tables_can_be_combined(store):
+    a, b = (
+        store.create_table(name, num_embeddings=100, embedding_dim=2, initializer=np.full((100, 2), value))
+        for name, value in [("a", 1.0), ("b", 3.0)]
+    )
+    assert (a.to_dask_array() - b.to_dask_array()).compute().tolist() == [[-2, -2]] * 100
+    before = a.to_dask_array()
+    a.write([0], [[5.0, 5.0]])
+    assert a.to_dask_array().sum().compute() == before.sum().compute() == 208
+
+
 def test_exporting_shows_changes_and_keeps_them(store):
     arguments = {
         "num_embeddings": 140_000,

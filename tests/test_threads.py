@@ -14,6 +14,7 @@ from shardemb import plan, scheduler
 from shardemb.errors import StoreClosedError, TableNotFoundError
 from shardemb.initializers import Constant, Normal
 from shardemb.optim import SGD, Adam
+from shardemb.shards import Shards
 
 ROWS, DIM = 4000, 16
 STILL, MOVING = np.arange(0, 2000), np.arange(2000, 4000)
@@ -251,9 +252,27 @@ def test_close_waits_for_an_update_that_runs(store, monkeypatch):
         future.result()
 
 
-def test_a_lookup_that_runs_while_the_store_closes_reads_on(store, monkeypatch):
-    from shardemb.shards import Shards
+def test_close_waits_for_the_prefetch_that_runs_and_drops_the_others(store, monkeypatch):
+    table = new_table(store)
+    begun = []
 
+    def slow(self, rows, start, stop):
+        begun.append(rows.tolist())
+        time.sleep(0.1)
+
+    monkeypatch.setattr(Shards, "read_ahead", slow)
+    for row in range(5):
+        table.prefetch([row])
+    while not begun:
+        time.sleep(0.001)
+    store.close()
+    assert len(begun) < 5
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("shardemb")]
+    with pytest.raises(StoreClosedError):
+        table.prefetch([1])
+
+
+def test_a_lookup_that_runs_while_the_store_closes_reads_on(store, monkeypatch):
     table = new_table(store)
     expected = table.lookup(STILL)
     begun, closed = threading.Event(), threading.Event()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shardemb import kernels, plan, scheduler
+from shardemb.spec import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -165,7 +166,8 @@ def _read_ahead(runtime: Runtime, batches: Sequence[tuple[Shards, Grouped]]) -> 
             shards, batch = batches[which]
             shards.read_ahead(batch.rows, start, stop)
 
-    tasks = _cut(runtime, [b.rows.size for _, b in batches], [s.spec.record_bytes for s, _ in batches])
+    # A row costs a system call and a page, however short it is.
+    tasks = _cut(runtime, [b.rows.size for _, b in batches], [PAGE] * len(batches))
     scheduler.run([partial(ask, task) for task in tasks], runtime.threads)
 
 

@@ -456,16 +456,17 @@ class Store(Mapping[str, Table]):
         """
         if self._runtime.closed:
             return
-        self._runtime.close()
-        with self._runtime.lock:
-            try:
-                if self._runtime.owned and self._runtime.writable:
-                    self._leave()
-            finally:
-                for table in (*self._tables.values(), *self._committed.values()):
-                    table._release()
-                if self._lock is not None:
-                    files.close(self._lock)
+        with signals_deferred():  # or the lock would stay behind
+            self._runtime.close()
+            with self._runtime.lock:
+                try:
+                    if self._runtime.owned and self._runtime.writable:
+                        self._leave()
+                finally:
+                    for table in (*self._tables.values(), *self._committed.values()):
+                        table._release()
+                    if self._lock is not None:
+                        files.close(self._lock)
 
     def __enter__(self) -> Store:
         self._runtime.check_open()
