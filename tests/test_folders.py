@@ -256,6 +256,13 @@ def test_renaming_a_table_with_a_copy_of_its_folder_does_not_guess(store):
         assert content(store)["x"] == 1
 
 
+def test_a_link_to_a_tables_folder_is_no_copy(store):
+    (store / "A link").symlink_to(store / "b")
+    folders.arrange(store, tables(a=0, x=1, c=2))
+    assert content(store) == {"a": 0, "x": 1, "c": 2}
+    assert (store / "A link").is_symlink()
+
+
 @pytest.mark.parametrize(
     ("names", "foreign"),
     [

@@ -18,8 +18,16 @@ def runtime(**settings):
     )
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """That SIGINT raises KeyboardInterrupt, which it does not where a shell started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
-def heard():
+def heard(ctrl_c):
     """Handlers for both signals, which note what they are called with."""
     calls = []
     before = {number: signal.getsignal(number) for number in BOTH}

@@ -48,9 +48,9 @@ def test_the_calling_thread_runs_them_where_the_configuration_says_so(choice):
 
 def test_an_executor_of_the_configuration_is_used():
     own = set()
-    with ThreadPoolExecutor(3, initializer=lambda: own.add(threading.get_ident())) as executor:
-        with dask.config.set(scheduler=executor):
-            assert where(50) <= own
+    executor = ThreadPoolExecutor(3, initializer=lambda: own.add(threading.get_ident()))
+    with executor, dask.config.set(scheduler=executor):
+        assert where(50) <= own
 
 
 @pytest.mark.parametrize(
@@ -213,6 +213,15 @@ def test_without_an_error_nobody_is_told_anything():
     assert not stop.is_set()
 
 
+@pytest.fixture
+def ctrl_c():
+    """That SIGINT raises KeyboardInterrupt, which it does not where a shell started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_waits_for_the_tasks_that_run():
     ended = []
 
@@ -239,16 +248,17 @@ def test_after_an_error_tasks_can_be_run_again():
 
 def test_a_fork_runs_them_without_the_threads_that_it_does_not_have():
     code = """
-        import os
+        import os, threading
         from shardemb.scheduler import run
-        assert run([lambda: 1, lambda: 2], 2) == [1, 2]
+        both = threading.Barrier(2)
+        assert sorted(run([both.wait, both.wait], 2)) == [0, 1]  # there are two threads now
         child = os.fork()
         if child == 0:
             os._exit(0 if run([lambda: 1, lambda: 2], 2) == [1, 2] else 1)
         assert os.waitpid(child, 0)[1] == 0
     """
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
-    assert subprocess.run(command, check=False, timeout=60).returncode == 0
+    assert subprocess.run(command, check=False, timeout=30).returncode == 0
 
 
 # ---- dask arrays ------------------------------------------------------------------------------------------------
