@@ -177,6 +177,7 @@ def test_folders_are_made_with_those_above_them_and_may_exist(tmp_path):
 def test_removing_what_is_not_there_is_fine(tmp_path):
     files.remove(tmp_path / "missing")
     files.remove_tree(tmp_path / "missing")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_removing_a_tree_spares_what_links_point_to(tmp_path):
@@ -302,18 +303,21 @@ def fail_fallocate(monkeypatch, *codes):
         return -1
 
     monkeypatch.setattr(files._libc, "fallocate", fallocate)
+    return codes
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS])
 def test_a_file_system_that_cannot_allocate_is_fine(tmp_path, monkeypatch, code):
     fail_fallocate(monkeypatch, code)
     allocate(tmp_path / "a", 0, PAGE)
+    assert files.allocated(tmp_path / "a") == 0
 
 
 def test_allocating_goes_on_after_a_signal(tmp_path, monkeypatch):
     """Python repeats its own calls after a signal, but nobody repeats those made through ctypes."""
-    fail_fallocate(monkeypatch, errno.EINTR, errno.EINTR)
+    left = fail_fallocate(monkeypatch, errno.EINTR, errno.EINTR)
     allocate(tmp_path / "a", 0, PAGE)
+    assert left == []
 
 
 def test_allocating_without_room_is_disk_full(tmp_path, monkeypatch):
