@@ -22,6 +22,9 @@ settings.register_profile(
 )
 settings.load_profile("shardemb")
 
+# A shell that starts pytest in the background leaves SIGINT ignored, and Python then makes no KeyboardInterrupt of it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture
 def path(tmp_path):

@@ -315,7 +315,7 @@ def test_ctrl_c_within_closing_does_not_keep_the_store_locked(path, monkeypatch,
         time.sleep(0.3)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Shards if at == "the background" else files, "read_ahead" if at == "the background" else "replace", slow)
+        patch.setattr(*((Shards, "read_ahead") if at == "the background" else (files, "replace")), slow)
         if at == "the background":
             table.prefetch([1, 2])
         timer = threading.Thread(target=lambda: (begun.wait(), time.sleep(0.05), interrupt()))
