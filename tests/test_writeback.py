@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 import subprocess
 
 import dask
@@ -141,7 +142,7 @@ def test_a_disk_that_is_really_full_is_met_before_the_first_byte(tmp_path):
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place]
-    if subprocess.run(mount, check=False, capture_output=True).returncode:
+    if not shutil.which("mount") or subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("mounting a file system needs root")
     try:
         some = []
