@@ -252,6 +252,43 @@ def test_a_reader_keeps_working_while_the_writer_drops_and_renames(path):
         assert list(reader) == ["a", "b"]
 
 
+def test_a_reader_that_opens_while_a_commit_moves_folders_sees_one_commit(path, monkeypatch):
+    make(path, "a", "b")
+    with shardemb.open(path) as writer:
+
+        def exchange():
+            for source, target in [("a", "c"), ("b", "a"), ("c", "b")]:
+                writer.rename_table(source, target)
+            writer.commit(step=writer.last_commit.step + 1)
+
+        for number in range(100):
+            left = [number]
+
+            def at_last(name, left=left):
+                real = getattr(files, name)
+
+                def call(*arguments, **options):
+                    left[0] -= 1
+                    if left[0] == -1:
+                        exchange()
+                    return real(*arguments, **options)
+
+                return call
+
+            with monkeypatch.context() as patch:
+                for name in ("read", "size", "opened"):
+                    patch.setattr(files, name, at_last(name))
+                reader = shardemb.open(path, "r")
+            with reader:
+                found = {name: table.lookup(1)[0] for name, table in reader.items()}
+                moved = reader.last_commit.step % 2 == 0  # step 7 was the first
+                assert found == ({"b": 0, "a": 1} if moved else {"a": 0, "b": 1}), number
+                assert reader.verify() == []
+            if left[0] >= 0:
+                assert number > 10  # the opening has that many calls
+                return
+
+
 def test_a_reader_changes_no_file(path):
     make(path, "a")
     before = content(path)

@@ -66,6 +66,16 @@ def test_a_store_is_a_mapping_of_its_tables(store):
         store["c"]
 
 
+def test_stores_are_themselves(store, path):
+    with shardemb.open(path, "r") as reader:
+        assert store == store
+        assert store != reader
+        assert len({store, reader, store}) == 2
+    store.close()
+    assert store in [store]
+    assert store != reader
+
+
 def test_tables_can_be_created_and_dropped_while_iterating(store):
     for name in "abc":
         small(store, name)

@@ -411,6 +411,14 @@ def test_initial_values_depend_on_seed_name_row_and_column_alone(path, initializ
     )
 
 
+def test_uniform_values_stay_below_high_however_close_it_is(store):
+    high = np.nextafter(np.float32(1), np.float32(2))
+    table = store.create_table(
+        "t", num_embeddings=100, embedding_dim=4, initializer=Uniform(1.0, float(high))
+    )
+    assert (table.lookup(range(100)) == 1).all()  # rounding alone would make every second one `high`
+
+
 def test_a_longer_table_begins_with_the_same_values_and_a_wider_one_too(store):
     wide = store.create_table("wide", num_embeddings=300, embedding_dim=9, initializer=Uniform(0, 1))
     assert_same_bits(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Mode: TypeAlias = Literal["r", "r+", "a", "w", "w-"]
+
+RETRY_PAUSES_S = (0.0, *(0.001 * 2**n for n in range(8)))
+"""Pauses before the tries of a reader that opens beside a writer: half a second in all."""
 
 MODES = ("r", "r+", "a", "w", "w-")
 
@@ -107,13 +111,36 @@ def open(
 
 
 def _read(runtime: Runtime) -> Store:
+    """Open for reading; beside a writer, start over if a commit changed the tables meanwhile."""
     lock = _shared_lock(runtime.path)
-    try:
-        return Store(runtime, read_manifest(runtime.path), lock)
-    except BaseException:
-        if lock is not None:
+    if lock is not None:  # no writer lives
+        try:
+            return Store(runtime, read_manifest(runtime.path), lock)
+        except BaseException:
             files.close(lock)
-        raise
+            raise
+    problem: Exception = StoreLockedError(f"{runtime.path} is being changed all the time; try again")
+    for pause_s in RETRY_PAUSES_S:
+        time.sleep(pause_s)
+        try:
+            manifest = read_manifest(runtime.path)
+            places = folders.locate(runtime.path, manifest.tables)
+            store = Store(replace(runtime), manifest, None)
+        except (FormatError, OSError) as error:
+            problem = error  # to be believed only if it stays
+            continue
+        if _is_steady(runtime.path, manifest, places):
+            return store
+        store.close()
+    raise problem
+
+
+def _is_steady(path: Path, manifest: Manifest, places: dict[str, Path]) -> bool:
+    """Whether a store still is what it was: folders move after the manifest that says so."""
+    try:
+        return read_manifest(path) == manifest and folders.locate(path, manifest.tables) == places
+    except (FormatError, OSError):
+        return False
 
 
 def _write(runtime: Runtime, *, new: bool) -> Store:

@@ -71,6 +71,12 @@ class Store(Mapping[str, Table]):
             self._publish(replace(manifest, epoch=manifest.epoch + 1, clean=False, dropped=()))
         self._opened = True
 
+    def __eq__(self, other: object) -> bool:
+        return self is other  # and not what a Mapping compares, its tables
+
+    def __hash__(self) -> int:
+        return id(self)
+
     # ---- tables
 
     def __getitem__(self, name: str) -> Table:
