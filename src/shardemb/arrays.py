@@ -142,8 +142,7 @@ def rows(
             f"(ids.shape + (embedding_dim,))"
         )
         raise ValueError(msg)
-    with np.errstate(over="ignore"):
-        converted = np.require(array, np.float32, ["C", "A", "W"])
+    converted = _as_float32(array)
     if check_finite:
         _require_finite(converted, f"table {table!r}: {what}", " (check_finite=False lets such values in)")
     return converted.reshape(-1, shape[-1])
@@ -169,8 +168,7 @@ def initial_rows(values: object, shape: tuple[int, int]) -> Float32Array:
             f"(num_embeddings, embedding_dim) = {shape}"
         )
         raise ValueError(msg)
-    with np.errstate(over="ignore"):
-        converted = np.require(array, np.float32, ["C", "A", "W"])
+    converted = _as_float32(array)
     # Compared in longdouble, which holds every int64, as float64 does not.
     if array.dtype.kind in "iu" and not np.array_equal(
         converted.astype(np.longdouble), array.astype(np.longdouble)
@@ -249,6 +247,11 @@ def count(value: object, name: str, *, minimum: int = 1, maximum: int = 2**48) -
         msg = f"{name} must be between {minimum} and {maximum}, got {value}"
         raise ValueError(msg)
     return int(value)
+
+
+def _as_float32(array: NDArray[Any]) -> Float32Array:
+    with np.errstate(over="ignore"):  # what becomes infinite is found by `_require_finite`
+        return np.require(array, np.float32, ["C", "A", "W"])
 
 
 def _require_finite(array: Float32Array, what: str, way_out: str) -> None:

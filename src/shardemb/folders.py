@@ -15,7 +15,7 @@ from shardemb import files, layout
 from shardemb.errors import FormatError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
     from pathlib import Path
 
     from shardemb.manifest import TableRecord
@@ -87,8 +87,10 @@ def locate(store: Path, tables: Iterable[TableRecord]) -> dict[str, Path]:
     return found
 
 
-def require_places(store: Path, tables: Iterable[TableRecord], dropped: Iterable[TableRecord] = ()) -> None:
-    """Check that every table has a folder, and that nothing foreign stands where it belongs.
+def require_places(
+    store: Path, tables: Collection[TableRecord], dropped: Iterable[TableRecord] = ()
+) -> dict[str, Path]:
+    """Find each table's folder, as `locate`, and check that nothing foreign stands where it belongs.
 
     Raises
     ------
@@ -105,6 +107,7 @@ def require_places(store: Path, tables: Iterable[TableRecord], dropped: Iterable
                 f"move it away, or give the table another name"
             )
             raise FormatError(msg)
+    return found
 
 
 def arrange(
@@ -121,8 +124,7 @@ def arrange(
     """
     tables = list(tables)
     dropped = [table for table in dropped if _uuid(store / table.name) == table.uuid]
-    require_places(store, tables, dropped)
-    found = locate(store, tables)
+    found = require_places(store, tables, dropped)
     misplaced = [table for table in tables if found[table.uuid] != store / table.name]
     aside = [(found[table.uuid], parked(store, table.uuid)) for table in misplaced]
     aside += [(store / table.name, parked(store, table.uuid)) for table in dropped]
