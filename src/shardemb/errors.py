@@ -19,6 +19,8 @@ Wrong dtypes and shapes are plain `TypeError` and `ValueError`.
     |   `-- ReadOnlyError (PermissionError)       it was opened with mode "r"
     `-- the disk
         |-- FormatError (ValueError)              the files are not what the metadata says
+        |   `-- LogDamagedError                   the log lost what it had made durable
+        |-- StaleReaderError (RuntimeError)       another writer came; refresh
         |-- DiskFullError (OSError)               nothing was changed; make room and call again
         `-- PoisonedError (RuntimeError)          memory and disk may disagree; reopen
 
@@ -30,10 +32,12 @@ from __future__ import annotations
 __all__ = [
     "DiskFullError",
     "FormatError",
+    "LogDamagedError",
     "PoisonedError",
     "ReadOnlyError",
     "RowIdError",
     "ShardEmbError",
+    "StaleReaderError",
     "StoreClosedError",
     "StoreExistsError",
     "StoreLockedError",
@@ -85,6 +89,14 @@ class ReadOnlyError(ShardEmbError, PermissionError):
 
 class FormatError(ShardEmbError, ValueError):
     """The files are not what the metadata says: newer version, corrupt metadata, missing or short shard."""
+
+
+class LogDamagedError(FormatError):
+    """The log lost something that it had made durable: what is left is not a commit."""
+
+
+class StaleReaderError(ShardEmbError, RuntimeError):
+    """The store was recovered or opened by another writer since this reader opened it; call ``store.refresh()``."""
 
 
 class DiskFullError(ShardEmbError, OSError):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import DTypeLike, NDArray
 
-MADV_RANDOM, MADV_WILLNEED, MADV_DONTNEED, MADV_POPULATE_WRITE = 1, 3, 4, 23
+MADV_RANDOM, MADV_WILLNEED, MADV_DONTNEED, MADV_POPULATE_READ, MADV_POPULATE_WRITE = 1, 3, 4, 22, 23
 
 MAX_MAPPINGS = 32_768
 """Files that all open tables of a process may map; the kernel allows 65,530 mappings of any kind."""
@@ -234,6 +234,38 @@ def write(descriptor: int, data: bytes | memoryview, offset: int, path: Path) ->
             view, offset = view[done:], offset + done
 
 
+def open_direct(path: Path) -> int:
+    """Open a file to be read and written past the page cache, where its file system can do that.
+
+    What is written then must lie in memory, and begin and end in the file, at multiples of 4,096 bytes.
+    """
+    with _disk_errors(path):
+        try:
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+
+def read_at(descriptor: int, nbytes: int, offset: int, path: Path) -> bytearray:
+    """Read exactly `nbytes` at `offset`.
+
+    Raises
+    ------
+    OSError
+        The file ends before.
+    """
+    data = bytearray(nbytes)
+    view = memoryview(data)
+    while view:
+        done = os.preadv(descriptor, [view], offset)
+        if done == 0:
+            raise OSError(errno.EIO, f"{path} ends at {offset}")
+        view, offset = view[done:], offset + done
+    return data
+
+
 def allocate(descriptor: int, offset: int, nbytes: int, path: Path) -> None:
     """Secure the disk space of a range, so that writing it cannot meet a full disk. Content stays.
 
@@ -259,6 +291,13 @@ def sync(descriptor: int, path: Path) -> None:
     counters.add(syncs=1)
     with _disk_errors(path):
         os.fsync(descriptor)
+
+
+def sync_data(descriptor: int, path: Path) -> None:
+    """Make the content of an open file durable, but not its times."""
+    counters.add(syncs=1)
+    with _disk_errors(path):
+        os.fdatasync(descriptor)
 
 
 def forget(descriptor: int) -> None:

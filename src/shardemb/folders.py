@@ -38,6 +38,11 @@ def lock(store: Path) -> Path:
     return private(store) / "lock"
 
 
+def log(store: Path) -> Path:
+    """Folder of the log's segments."""
+    return private(store) / "log"
+
+
 def parked(store: Path, uuid: str) -> Path:
     """Folder of a table that is not, or no longer, part of the store."""
     return private(store) / "tables" / uuid
@@ -111,11 +116,14 @@ def require_places(
 
 
 def arrange(
-    store: Path, tables: Iterable[TableRecord], dropped: Iterable[TableRecord] = ()
+    store: Path,
+    tables: Iterable[TableRecord],
+    dropped: Iterable[TableRecord] = (),
+    keep: Collection[str] = (),
 ) -> dict[str, Path]:
     """Put the folders of all tables under their names and remove those of dropped ones; return where they are.
 
-    Can be cut short anywhere and done again.
+    What is parked goes, but for the tables whose uuids are in `keep`. Can be cut short anywhere and done again.
 
     Raises
     ------
@@ -132,7 +140,8 @@ def arrange(
     _move(store, [(source, target) for source, target in aside if source != target])
     _move(store, [(parked(store, table.uuid), store / table.name) for table in misplaced])
     for path in _children(private(store) / "tables"):
-        files.remove_tree(path)
+        if path.name not in keep:
+            files.remove_tree(path)
     return {table.uuid: store / table.name for table in tables}
 
 

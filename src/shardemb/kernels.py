@@ -401,6 +401,93 @@ def count_bits(words: NDArray[np.uint64], blocks: NDArray[np.uint8]) -> int:
     return total
 
 
+@_kernel
+def dirty_rows(dirty: NDArray[np.uint64], blocks: NDArray[np.uint8]) -> Int64Array:
+    """List the rows whose bits are set, ascending."""
+    rows = np.empty(count_bits(dirty, blocks), np.int64)
+    words = ROWS_PER_BLOCK // 64
+    count = 0
+    for block in np.flatnonzero(blocks):
+        first = int(block) * words
+        for w in range(first, min(first + words, dirty.size)):
+            word = dirty[w]
+            bit = 0
+            while word:
+                if word & np.uint64(1):
+                    rows[count] = w * 64 + bit
+                    count += 1
+                word >>= np.uint64(1)
+                bit += 1
+    return rows
+
+
+@_kernel
+def idle_pages(private: NDArray[np.uint64], recent: NDArray[np.uint64]) -> Int64Array:
+    """List the runs of pages that are private and not recent: (first, one past the last), (runs, 2)."""
+    runs = np.empty((16, 2), np.int64)
+    count = 0
+    for w in range(private.size):
+        word = private[w] & ~recent[w]
+        if word == 0:
+            continue
+        for bit in range(64):
+            if not (word >> np.uint64(bit)) & np.uint64(1):
+                continue
+            page = w * 64 + bit
+            if count and page == runs[count - 1, 1]:
+                runs[count - 1, 1] = page + 1
+                continue
+            if count == runs.shape[0]:
+                larger = np.empty((2 * count, 2), np.int64)
+                larger[:count] = runs
+                runs = larger
+            runs[count, 0], runs[count, 1] = page, page + 1
+            count += 1
+    return runs[:count].copy()
+
+
+@_kernel
+def set_runs(words: NDArray[np.uint64], runs: Int64Array) -> None:
+    """Set the bits of runs of pages."""
+    for k in range(runs.shape[0]):
+        for page in range(runs[k, 0], runs[k, 1]):
+            words[page >> 6] |= np.uint64(1) << np.uint64(page & 63)
+
+
+# ---- images ---------------------------------------------------------------------------------------------------
+
+
+@_kernel
+def pack(records: Float32Array, ids: Int64Array, start: int, stop: int, target: int) -> None:
+    """Copy the records of rows ``ids[start:stop]``, one behind the other, to an address."""
+    source, record_bytes = records.ctypes.data, 4 * records.shape[1]
+    for i in range(start, stop):
+        _copy(target + (i - start) * record_bytes, source + ids[i] * record_bytes, record_bytes)
+
+
+@_kernel
+def gather_images(addresses: Int64Array, record_bytes: int, target: int, start: int, stop: int) -> None:
+    """Copy the records that lie at ``addresses[start:stop]``, one behind the other, to an address."""
+    for i in range(start, stop):
+        _copy(target + (i - start) * record_bytes, addresses[i], record_bytes)
+
+
+@_kernel
+def place_images(records: Float32Array, ids: Int64Array, addresses: Int64Array) -> None:
+    """Copy the records that lie at addresses to their rows."""
+    target, record_bytes = records.ctypes.data, 4 * records.shape[1]
+    for i in range(ids.size):
+        _copy(target + ids[i] * record_bytes, addresses[i], record_bytes)
+
+
+@_kernel
+def set_present(present: NDArray[np.uint8], ids: Int64Array, first: int) -> None:
+    """Set the presence bits of rows in a stretch of the bitmap that begins with row `first`."""
+    for i in range(ids.size):
+        row = ids[i] - first
+        present[row >> 3] |= np.uint8(1 << (row & 7))
+
+
 # ---- one kernel for each formula ------------------------------------------------------------------------------
 
 # numba notices a changed kernels.py by itself, but not a changed formula: that goes into the name.

@@ -1,8 +1,9 @@
-"""What a commit says: replacing the manifest *is* the commit.
+"""What a commit says about everything but the rows.
 
 A `TableRecord` is what a commit can change about a table (its name, its step count, the optimizer's
-hyper-parameters); a `Manifest` holds those of all tables together with the commit they belong to. It is one small
-JSON file, always replaced whole.
+hyper-parameters); a `Manifest` holds those of all tables together with the commit they belong to. Every commit record
+of the log carries one, and the file ``manifest.json``, always replaced whole, is the *base*: the shards hold
+everything up to its commit, and the log is replayed from its segment.
 """
 
 from __future__ import annotations
@@ -88,7 +89,11 @@ class Manifest:
     epoch : int
         Number of times that the store was opened for writing.
     clean : bool
-        Whether the last writer closed it: only then may a shard be missing because zarr deleted it.
+        Whether the last writer closed it: then there is no log, and only then may a shard be missing because zarr
+        deleted it.
+    segment, sequence, attempt : int
+        Where the log begins: the first segment, the number of its first record, and the lowest number of an attempt
+        to commit. None of them ever starts again.
     commit : Commit or None
         None before the first.
     tables : tuple of TableRecord
@@ -100,6 +105,9 @@ class Manifest:
     uuid: str
     epoch: int = 0
     clean: bool = False
+    segment: int = 1
+    sequence: int = 1
+    attempt: int = 1
     commit: Commit | None = None
     tables: tuple[TableRecord, ...] = ()
     dropped: tuple[TableRecord, ...] = ()
@@ -111,6 +119,9 @@ class Manifest:
             "uuid": self.uuid,
             "epoch": self.epoch,
             "clean": self.clean,
+            "segment": self.segment,
+            "sequence": self.sequence,
+            "attempt": self.attempt,
             "commit": None if self.commit is None else vars(self.commit),
             "tables": [table.to_json() for table in self.tables],
             "dropped": [table.to_json() for table in self.dropped],
@@ -143,6 +154,9 @@ class Manifest:
             uuid=uuid_field(document),
             epoch=int_field(document, "epoch", 2**62, minimum=0),
             clean=field(document, "clean", bool),
+            segment=int_field(document, "segment", 2**62),
+            sequence=int_field(document, "sequence", 2**62),
+            attempt=int_field(document, "attempt", 2**62),
             commit=None if commit is None else _commit_from_json(commit),
             tables=tables,
             dropped=tuple(_record_from_json(entry) for entry in field(document, "dropped", list)),

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
-from shardemb import arrays, files, folders, layout, scheduler
+from shardemb import arrays, files, fold, folders, layout, log, scheduler, shards
 from shardemb.errors import FormatError, StoreExistsError, StoreLockedError, StoreNotFoundError
 from shardemb.manifest import Manifest
 from shardemb.runtime import Runtime
@@ -90,7 +90,6 @@ def open(
     if mode not in MODES:
         msg = f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}"
         raise ValueError(msg)
-    arrays.count(log_bytes, "log_bytes", maximum=2**62)
     runtime = Runtime(
         path=Path(path).absolute(),
         writable=mode != "r",
@@ -98,6 +97,7 @@ def open(
         memory_budget=_half_of_memory()
         if memory_budget is None
         else arrays.count(memory_budget, "memory_budget", minimum=0, maximum=2**62),
+        log_bytes=arrays.count(log_bytes, "log_bytes", maximum=2**62),
     )
     exists = folders.manifest(runtime.path).is_file()
     if not exists:
@@ -115,7 +115,7 @@ def _read(runtime: Runtime) -> Store:
     lock = _shared_lock(runtime.path)
     if lock is not None:  # no writer lives
         try:
-            return Store(runtime, read_manifest(runtime.path), lock)
+            return _lay_over(runtime, read_manifest(runtime.path), lock)
         except BaseException:
             files.close(lock)
             raise
@@ -125,7 +125,7 @@ def _read(runtime: Runtime) -> Store:
         try:
             manifest = read_manifest(runtime.path)
             places = folders.locate(runtime.path, manifest.tables)
-            store = Store(replace(runtime), manifest, None)
+            store = _lay_over(replace(runtime), manifest, None)
         except (FormatError, OSError) as error:
             problem = error  # to be believed only if it stays
             continue
@@ -133,6 +133,14 @@ def _read(runtime: Runtime) -> Store:
             return store
         store.close()
     raise problem
+
+
+def _lay_over(runtime: Runtime, base: Manifest, lock: int | None) -> Store:
+    """Show the last commit: the files, and in memory over them what the log holds."""
+    newer = log.read(folders.log(runtime.path), base)
+    return Store(
+        runtime, newer.manifest, lock, may_miss=base.clean, newer=newer, reopen=lambda: _read(replace(runtime))
+    )
 
 
 def _is_steady(path: Path, manifest: Manifest, places: dict[str, Path]) -> bool:
@@ -155,10 +163,34 @@ def _write(runtime: Runtime, *, new: bool) -> Store:
             _clear(path)
         if not folders.manifest(path).is_file():
             _create(path)
-        return Store(runtime, read_manifest(path), lock)
+        base = read_manifest(path)
+        return Store(runtime, _recover(runtime, base), lock, may_miss=base.clean)
     except BaseException:
         files.close(lock)
         raise
+
+
+def _recover(runtime: Runtime, base: Manifest) -> Manifest:
+    """Bring the shards to the last commit; return what is to be the next base. Can be cut short and done again."""
+    folder = folders.log(runtime.path)
+    log.sync(folder, base)
+    newer = log.read(folder, base)
+    images = []
+    for uuid_, directory in folders.locate(runtime.path, newer.manifest.tables).items():
+        spec = shards.spec_of(directory, may_miss=base.clean)
+        if spec.uuid == uuid_:
+            images.append((spec, directory, newer.images(spec)))
+    fold.write(images, runtime.threads)
+    kept = {table.uuid for table in newer.manifest.tables}
+    return replace(
+        newer.manifest,
+        epoch=base.epoch + 1,
+        clean=False,
+        segment=max(base.segment - 1, *log.segments(folder), 0) + 1,
+        sequence=newer.sequence,
+        attempt=newer.attempt + 1,
+        dropped=(*base.dropped, *(table for table in base.tables if table.uuid not in kept)),
+    )
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -192,7 +224,7 @@ def _create(path: Path) -> None:
     for name, document in layout.store_documents(identity).items():
         files.replace(path / name, document)
     # Last: a folder without a manifest is an empty folder.
-    files.replace(folders.manifest(path), Manifest(uuid=identity).to_bytes())
+    files.replace(folders.manifest(path), Manifest(uuid=identity, clean=True).to_bytes())
     files.sync_directory(path.parent)
 
 
@@ -203,12 +235,14 @@ def _clear(path: Path) -> None:
     except FormatError:
         old = Manifest(uuid=str(uuid.uuid4()))
     dropped = (*old.tables, *old.dropped)
-    files.replace(folders.manifest(path), replace(old, commit=None, tables=(), dropped=dropped).to_bytes())
+    empty = replace(old, clean=True, commit=None, tables=(), dropped=dropped)
+    files.replace(folders.manifest(path), empty.to_bytes())
     folders.arrange(path, (), dropped)
     for entry in path.iterdir():
         if entry not in (folders.private(path), path / layout.DOCUMENT):
             (files.remove_tree if entry.is_dir() and not entry.is_symlink() else files.remove)(entry)
     files.remove_tree(folders.private(path) / "tables")
+    files.remove_tree(folders.log(path))
     files.remove(folders.manifest(path))
 
 

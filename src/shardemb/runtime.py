@@ -36,6 +36,8 @@ class Runtime:
         Cores that a batch may use.
     memory_budget : int
         Bytes of changed pages that may stay in memory after a commit.
+    log_bytes : int
+        Bytes that the log may take before it is folded.
     lock : RLock
         Held by everything that changes rows, drops pages or changes the set of tables. Lookups do without.
     """
@@ -44,6 +46,7 @@ class Runtime:
     writable: bool
     threads: int
     memory_budget: int
+    log_bytes: int
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
     closed: bool = False
     poisoned: str | None = None

@@ -3,7 +3,8 @@
 `Shards` maps every file of a table into one contiguous range, so the table *is* one array however many files
 hold it. The mapping is private: the kernel copies a page when it is first written, the files keep the last commit,
 and forgetting a change is dropping its pages. Bitmaps say which rows differ from the files (``dirty``, one byte of
-``blocks`` for every 32,768 rows that hold any) and which pages are copies (``private``).
+``blocks`` for every 32,768 rows that hold any), which pages are copies (``private``), and which of these hold what the
+files do not (those with rows that changed since the running fold began).
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from shardemb import files, folders, kernels, layout
 from shardemb.errors import FormatError, ShardEmbError
 from shardemb.initializers import Constant, stream_key
 from shardemb.spec import PAGE, ROWS_PER_BLOCK, TableSpec
-from shardemb.writeback import FileChanges
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from shardemb.arrays import Float32Array, Int64Array
+    from shardemb.log import Images
 
 SAMPLES = 32
 COLD_SHARE = 0.1
@@ -61,7 +62,7 @@ class Shards:
     present : ndarray of uint8
         The presence bitmap; empty where the table keeps none.
     dirty : ndarray of uint64
-        Bit r: row r differs from the files.
+        Bit r: row r differs from the last commit.
     blocks : ndarray of uint8
         Whether any of 32,768 rows is dirty.
     private : ndarray of uint64
@@ -88,6 +89,8 @@ class Shards:
         self.dirty: NDArray[np.uint64] = files.zeros(np.uint64, num_blocks * ROWS_PER_BLOCK // 64)
         self.blocks: NDArray[np.uint8] = files.zeros(np.uint8, num_blocks)
         self.private: NDArray[np.uint64] = files.zeros(np.uint64, -(-self._rows.nbytes // PAGE // 64))
+        self._recent: NDArray[np.uint64] = files.zeros(np.uint64, self.private.size)
+        self._folding: NDArray[np.uint64] = files.zeros(np.uint64, self.private.size)
         self.private_pages = 0
         initializer = spec.initializer
         self._key = np.uint64(stream_key(getattr(initializer, "seed", 0), spec.stream))
@@ -129,9 +132,9 @@ class Shards:
     # ---- changing, in memory; all of it under the store's lock
 
     def mark(self, rows: Int64Array) -> None:
-        """Note that rows are about to differ from the files."""
+        """Note that rows are about to differ from the last commit."""
         kernels.mark_dirty(rows, self.dirty, self.blocks)
-        self.private_pages += kernels.mark_private(rows, self.spec.record_bytes, self.private)
+        self._mark_pages(rows)
 
     def make_private(self, rows: Int64Array) -> None:
         """Copy the pages of ascending rows, so that an update finds them ready."""
@@ -164,54 +167,76 @@ class Shards:
 
     @property
     def has_changes(self) -> bool:
-        """Whether any row differs from the files."""
+        """Whether any row differs from the last commit."""
         return bool(self.blocks.any())
 
     def count_changes(self) -> int:
-        """Count the rows that differ from the files."""
+        """Count the rows that differ from the last commit."""
         return int(kernels.count_bits(self.dirty, self.blocks))
 
-    def changed_rows(self) -> list[FileChanges]:
-        """List the pages that hold changed rows, by the row-shard that they belong to."""
-        return _by_file(self._rows, self._changed_pages(), self.spec.shard_bytes, self.shard_path)
+    def changed_rows(self) -> Int64Array:
+        """List the rows that differ from the last commit, ascending."""
+        rows: Int64Array = kernels.dirty_rows(self.dirty, self.blocks)
+        return rows
 
-    def changed_presence(self) -> list[FileChanges]:
-        """List the pages of the presence bitmap that may have changed, by file; to be written after the rows."""
-        if not self.spec.has_presence:
-            return []
-        # A block of rows has its presence bits in the page of the same number.
-        blocks = np.flatnonzero(self.blocks)
-        pages = np.stack([blocks, blocks + 1], axis=1)
-        return _by_file(self._present, pages, self.spec.presence_chunk_bytes, self.presence_path)
+    def pack(self, ids: Int64Array, start: int, stop: int, address: int) -> None:
+        """Copy the records of ``ids[start:stop]``, one behind the other, to an address."""
+        kernels.pack(self.records, ids, start, stop, address)
 
-    def forget_changes(self) -> None:
-        """Go back to what the files hold."""
+    def forget_changes(self, images: Images) -> None:
+        """Go back to the last commit: to the files, and to the images that are newer than they."""
         for first, last in self._changed_pages():
             self._drop(int(first), int(last))
+        changed = self.blocks.copy()
         if self.spec.has_presence:
-            for block in map(int, np.flatnonzero(self.blocks)):
+            for block in map(int, np.flatnonzero(changed)):
                 self._present.advise(block * PAGE, PAGE, files.MADV_DONTNEED)
         self.clear_changes()
+        touched = changed[images.ids // ROWS_PER_BLOCK] != 0
+        self.place(images.ids[touched], images.addresses[touched])
+
+    def place(self, ids: Int64Array, addresses: Int64Array) -> None:
+        """Put committed images, which the files do not hold yet, into memory."""
+        kernels.place_images(self.records, ids, addresses)
+        if self.spec.has_presence:
+            kernels.set_present(self.present, ids, 0)
+        self._mark_pages(ids)
+
+    def begin_fold(self) -> None:
+        """Note which pages hold what is folded now, apart from those that become newer meanwhile."""
+        self._folding, self._recent = self._recent, files.zeros(np.uint64, self.private.size)
+        kernels.set_runs(self._recent, self._changed_pages())
+
+    def end_fold(self, *, folded: bool) -> None:
+        """Forget the note of `begin_fold`; or take it back, where the files do not hold those pages."""
+        if not folded:
+            np.bitwise_or(self._recent, self._folding, out=self._recent)
+        self._folding = files.zeros(np.uint64, self.private.size)
+
+    def drop_folded(self) -> None:
+        """Let the copies of pages leave memory of which the files hold every row; not while a fold is under way."""
+        for first, last in kernels.idle_pages(self.private, self._recent):
+            self._drop(int(first), int(last))
 
     def clear_changes(self) -> None:
-        """Count no row as changed any more: the files hold them all."""
+        """Count no row as changed any more."""
         words = ROWS_PER_BLOCK // 64
         for block in map(int, np.flatnonzero(self.blocks)):
             self.dirty[block * words : (block + 1) * words] = 0
             self.blocks[block] = 0
 
     def drop_clean(self, start: int, stop: int) -> None:
-        """Let the pages of rows ``start:stop`` leave memory, but for blocks that hold changes."""
+        """Let the pages of rows ``start:stop`` leave memory, but for blocks that hold what the files do not."""
         for block in range(start // ROWS_PER_BLOCK, -(-stop // ROWS_PER_BLOCK)):
-            if not self.blocks[block]:  # blocks begin with a page, so none is shared with a changed one
-                first, last = max(start, block * ROWS_PER_BLOCK), min(stop, (block + 1) * ROWS_PER_BLOCK)
-                self._drop(first * self.spec.record_bytes // PAGE, -(-last * self.spec.record_bytes // PAGE))
+            first, last = max(start, block * ROWS_PER_BLOCK), min(stop, (block + 1) * ROWS_PER_BLOCK)
+            first, last = first * self.spec.record_bytes // PAGE, -(-last * self.spec.record_bytes // PAGE)
+            words = slice(first // 64, -(-last // 64))
+            if not (self._recent[words].any() or self._folding[words].any()):
+                self._drop(first, last)
 
-    def drop_all(self) -> None:
-        """Let every page leave memory, in a table without changes."""
-        self._rows.advise(0, self._rows.nbytes, files.MADV_DONTNEED)
-        self.private = files.zeros(np.uint64, self.private.size)  # clearing it would touch all of it
-        self.private_pages = 0
+    def _mark_pages(self, rows: Int64Array) -> None:
+        self.private_pages += kernels.mark_private(rows, self.spec.record_bytes, self.private)
+        kernels.mark_private(rows, self.spec.record_bytes, self._recent)
 
     def _changed_pages(self) -> Int64Array:
         pages: Int64Array = kernels.dirty_pages(self.dirty, self.blocks, self.spec.record_bytes)
@@ -251,26 +276,6 @@ def _map(paths: Iterable[Path], count: int, file_bytes: int, missing: Collection
         else:
             memory.map_file(number * file_bytes, path, file_bytes)
     return memory
-
-
-def _by_file(
-    memory: files.AddressRange, pages: Int64Array, file_bytes: int, path: Callable[[int], Path]
-) -> list[FileChanges]:
-    """Divide runs of pages of a mapped range, ascending and apart, among the files that are mapped there."""
-    runs = pages * PAGE
-    changes: list[FileChanges] = []
-    number = 0
-    while True:
-        first = int(np.searchsorted(runs[:, 1], number * file_bytes, side="right"))
-        if first == len(runs):
-            return changes
-        number = max(number, int(runs[first, 0]) // file_bytes)
-        begin, end = number * file_bytes, (number + 1) * file_bytes
-        last = int(np.searchsorted(runs[:, 0], end))
-        # A run may go on in the next file.
-        stretches = np.clip(runs[first:last], begin, end) - begin
-        changes.append(FileChanges(path(number), memory.bytes(begin, file_bytes), stretches))
-        number += 1
 
 
 def create(spec: TableSpec, directory: Path, values: Float32Array | None) -> Shards:
@@ -316,18 +321,31 @@ def open_existing(directory: Path, *, may_miss: bool, may_create: bool) -> Shard
     FormatError
         The documents are not those of a table; a file is missing or has another size.
     """
-    spec = layout.table_spec(folders.documents(directory))
-    check_mappings(spec)  # before so many files are looked for
+    spec = spec_of(directory, may_miss=may_miss)
     missing = dict(find_missing(spec, directory))
-    if missing and (spec.has_presence or not may_miss):
-        msg = f"{next(iter(missing))} is missing ({len(missing)} in all); restore it from a copy of the store"
-        raise FormatError(msg)
     if may_create and missing:
         for path, nbytes in missing.items():
             files.create_sparse(path, nbytes)
         files.sync_tree(directory)
         missing = {}
     return Shards(spec, directory, missing)
+
+
+def spec_of(directory: Path, *, may_miss: bool) -> TableSpec:
+    """Read what a table is, and check that its files are there.
+
+    Raises
+    ------
+    FormatError
+        As `open_existing`.
+    """
+    spec = layout.table_spec(folders.documents(directory))
+    check_mappings(spec)  # before so many files are looked for
+    missing = find_missing(spec, directory)
+    if missing and (spec.has_presence or not may_miss):
+        msg = f"{missing[0][0]} is missing ({len(missing)} in all); restore it from a copy of the store"
+        raise FormatError(msg)
+    return spec
 
 
 def find_missing(spec: TableSpec, directory: Path) -> list[tuple[Path, int]]:

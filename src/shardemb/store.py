@@ -1,13 +1,11 @@
 """A store: several tables with one commit point. Open, create, commit, roll back, close.
 
-What a store means is said by one small file, the manifest; its replacement is the commit. Before that instant a
-commit has written every changed row into the shards and synced them, after it the folders of tables that were
-created, dropped or renamed follow.
+Changes live in memory until `commit` hands them to the journal, which makes them durable in the log and moves them
+into the shards later.
 """
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -15,12 +13,13 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shardemb import arrays, batch, files, folders, initializers, layout, report, shards, writeback
+from shardemb import arrays, batch, files, folders, initializers, layout, report, shards
 from shardemb.batch import Training
-from shardemb.errors import FormatError, TableExistsError, TableNotFoundError
+from shardemb.errors import FormatError, ReadOnlyError, TableExistsError, TableNotFoundError
+from shardemb.journal import Journal
 from shardemb.manifest import Commit, Manifest, TableRecord, check_metadata
 from shardemb.runtime import Runtime, signals_deferred
-from shardemb.spec import MAX_DIM, MAX_ROWS, PAGE, check_name, new_spec
+from shardemb.spec import MAX_DIM, MAX_ROWS, check_name, new_spec
 from shardemb.table import Table
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
+    from shardemb.log import Replay
     from shardemb.optim import Optimizer
 
 
@@ -51,24 +51,34 @@ class Store(Mapping[str, Table]):
     >>> store.close()
     """
 
-    def __init__(self, runtime: Runtime, manifest: Manifest, lock: int | None) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        manifest: Manifest,
+        lock: int | None,
+        *,
+        may_miss: bool,
+        newer: Replay | None = None,
+        reopen: Callable[[], Store] | None = None,
+    ) -> None:
         self._runtime = runtime
         self._manifest = manifest
         self._lock = lock
+        self._reopen = reopen
         self._opened = False
         self._written_before = files.counters.bytes_written, files.counters.syncs
         self._tables: dict[str, Table] = {}
         self._committed: dict[str, Table] = {}
-        if runtime.writable:
-            directories = folders.arrange(runtime.path, manifest.tables, manifest.dropped)
-        else:
-            directories = folders.locate(runtime.path, manifest.tables)
+        self._journal: Journal | None = None
+        directories = folders.locate(runtime.path, manifest.tables)
         for record in manifest.tables:
-            table = self._open_table(record, directories[record.uuid])
+            table = self._open_table(record, directories[record.uuid], may_miss=may_miss)
+            if newer is not None:
+                table._mapped.place(*newer.images(table._spec))
             self._committed[record.uuid] = self._tables[record.name] = table
         if runtime.writable:
-            # From here on a missing shard is damage and not zarr's way to write zeros.
-            self._publish(replace(manifest, epoch=manifest.epoch + 1, clean=False, dropped=()))
+            self._journal = Journal(runtime, manifest, self._mapped_tables)
+            self._journal.begin()
         self._opened = True
 
     def __eq__(self, other: object) -> bool:
@@ -284,8 +294,9 @@ class Store(Mapping[str, Table]):
     def commit(self, step: int | None = None, metadata: Mapping[str, Any] | None = None) -> Commit:
         """Make every change since the last commit durable.
 
-        Changed rows are written into the shards and synced, then the commit itself is written in one instant.
-        In this version a crash *within* the call can leave rows of the new commit under the old one's step.
+        Images of the changed rows, and one record for all tables, are appended to the log and synced: when the call
+        returns they are on the disk, and a crash at any moment leaves this commit or the one before, exactly. The
+        shards follow in the background.
 
         Parameters
         ----------
@@ -317,11 +328,18 @@ class Store(Mapping[str, Table]):
         metadata = check_metadata(metadata)
         with self._runtime.changing():
             self._runtime.check_sound()
+            journal = self._writing()
+            journal.wait_for_room([table._mapped for table in self._tables.values()])
+            self._runtime.check_open()  # others may have come while it waited
+            self._runtime.check_sound()
             last = self._manifest.commit
             number = arrays.count(step, "step", minimum=0) if step is not None else last.step if last else 0
             commit = Commit(last.id + 1 if last else 1, number, metadata)
-            self._write(replace(self._manifest, commit=commit, tables=self._records()))
-            self._trim_memory()
+            journal.commit(
+                replace(self._manifest, commit=commit, tables=self._records()),
+                [table._mapped for table in self._tables.values()],
+                self._settled,
+            )
             return replace(commit, metadata=check_metadata(metadata))
 
     def rollback(self) -> None:
@@ -341,22 +359,27 @@ class Store(Mapping[str, Table]):
         with self._runtime.changing(), signals_deferred():
             self._runtime.half_done = None
             self._runtime.check_sound()
+            newer = self._writing().images()
             for table in self._tables.values():
                 if table._spec.uuid not in self._committed:
                     self._abandon(table)
             for record in self._manifest.tables:
                 table = self._committed[record.uuid]
-                table._mapped.forget_changes()
+                table._mapped.forget_changes(newer.images(table._spec))
                 table._restore(record.name, record.optimizer, record.step)
             self._tables = {each.name: self._committed[each.uuid] for each in self._manifest.tables}
 
     def checkpoint(self) -> None:
-        """Bring what is committed into the shards, where other readers of zarr see it. Commits nothing.
+        """Bring what is committed into the shards, where other readers of zarr see it, and wait for it.
 
-        A commit of this version writes into the shards itself, so there is never anything left to do.
+        Commits nothing. Other threads may go on meanwhile.
 
         Raises
         ------
+        DiskFullError
+            There is no room for rows that were never written before. The log keeps them; make room and call again.
+        PoisonedError
+            A write or sync failed: close and reopen.
         ReadOnlyError, StoreClosedError
             The store cannot be written.
 
@@ -366,6 +389,42 @@ class Store(Mapping[str, Table]):
         """
         with self._runtime.changing():
             self._runtime.check_sound()
+            problem = self._writing().settle()
+        if problem is not None:
+            raise problem
+
+    def refresh(self) -> None:
+        """Move a store that was opened for reading on to the newest commit. Its tables stay the same objects.
+
+        Raises
+        ------
+        ReadOnlyError
+            The store was opened for writing: it is the newest there is.
+        StoreClosedError, FormatError
+            Nothing was changed.
+
+        Examples
+        --------
+        >>> reader.refresh()
+        """
+        self._runtime.check_open()
+        if self._reopen is None:
+            msg = f"the store {self._runtime.path} is open for writing; only one opened with mode \"r\" is refreshed"
+            raise ReadOnlyError(msg)
+        with signals_deferred(), self._runtime.lock:
+            fresh = self._reopen()
+            for record in fresh._manifest.tables:
+                table = fresh._committed[record.uuid]
+                if record.uuid in self._committed:
+                    table = self._committed[record.uuid]._adopt(table)
+                table._runtime = self._runtime
+                fresh._committed[record.uuid] = fresh._tables[record.name] = table
+            for uuid in self._committed.keys() - fresh._committed.keys():
+                self._committed[uuid]._release()
+            self._manifest, self._tables, self._committed = fresh._manifest, fresh._tables, fresh._committed
+            self._lock, fresh._lock = fresh._lock, self._lock
+            fresh._tables, fresh._committed = {}, {}
+            fresh.close()
 
     def verify(self) -> list[str]:
         """Check the files of every committed table against its metadata: documents, shards, their sizes.
@@ -469,6 +528,8 @@ class Store(Mapping[str, Table]):
                     if self._runtime.owned and self._runtime.writable:
                         self._leave()
                 finally:
+                    if self._journal is not None:
+                        self._journal.release()
                     for table in (*self._tables.values(), *self._committed.values()):
                         table._release()
                     if self._lock is not None:
@@ -541,10 +602,10 @@ class Store(Mapping[str, Table]):
         streams = (name if number == 1 else f"{name}#{number}" for number in count(1))
         return next(stream for stream in streams if stream not in taken)
 
-    def _open_table(self, record: TableRecord, directory: Path) -> Table:
+    def _open_table(self, record: TableRecord, directory: Path, *, may_miss: bool) -> Table:
         try:
             mapped = shards.open_existing(
-                directory, may_miss=self._manifest.clean, may_create=self._runtime.writable
+                directory, may_miss=may_miss, may_create=self._runtime.writable
             )
             if type(mapped.spec.optimizer) is not type(record.optimizer):
                 msg = f"it was created for {mapped.spec.optimizer}, but the commit says {record.optimizer}"
@@ -566,46 +627,20 @@ class Store(Mapping[str, Table]):
                 table._mapped.has_changes for table in self._tables.values()
             )
 
-    def _write(self, manifest: Manifest) -> None:
-        """Bring rows, manifest and folders on disk to what memory says."""
-        path, threads, tables = self._runtime.path, self._runtime.threads, tuple(self._tables.values())
-        kept = {table._spec.uuid for table in tables}
-        dropped = tuple(record for record in self._manifest.tables if record.uuid not in kept)
-        manifest = replace(manifest, dropped=dropped)
-        rows = [each for table in tables for each in table._mapped.changed_rows()]
-        presence = [each for table in tables for each in table._mapped.changed_presence()]
-        folders.require_places(path, manifest.tables, manifest.dropped)
-        writeback.secure(rows + presence, threads)
-        files.stage(folders.manifest(path), manifest.to_bytes())
-        with signals_deferred():
-            try:
-                if kept - set(self._committed):
-                    files.sync_tree(folders.parked(path, ""))
-                writeback.write(rows, threads)
-                writeback.write(presence, threads)  # a row that says it is there is there
-                files.publish(folders.manifest(path))
-                self._manifest = manifest
-                directories = folders.arrange(path, manifest.tables, manifest.dropped)
-            except BaseException as error:
-                self._runtime.poisoned = f"a commit broke off ({error})"
-                raise
-            for table in tables:
-                table._mapped.directory = directories[table._spec.uuid]
-                table._mapped.clear_changes()
-            for record in dropped:
-                self._committed[record.uuid]._release()
-            self._committed = {table._spec.uuid: table for table in tables}
+    def _mapped_tables(self) -> dict[str, shards.Shards]:
+        tables = (*self._tables.values(), *self._committed.values())
+        return {table._spec.uuid: table._mapped for table in tables}
 
-    def _trim_memory(self) -> None:
-        """Give copied pages back where they are over the budget; the files hold what they hold."""
-        live = [table._mapped for table in self._tables.values()]
-        if sum(each.private_pages for each in live) * PAGE > self._runtime.memory_budget:
-            for each in live:
-                each.drop_all()
+    def _writing(self) -> Journal:
+        assert self._journal is not None
+        return self._journal
 
-    def _publish(self, manifest: Manifest) -> None:
-        files.replace(folders.manifest(self._runtime.path), manifest.to_bytes())
+    def _settled(self, manifest: Manifest) -> None:
+        """Take a commit as what memory is compared with."""
         self._manifest = manifest
+        for uuid in self._committed.keys() - {table._spec.uuid for table in self._tables.values()}:
+            self._committed[uuid]._release()
+        self._committed = {table._spec.uuid: table for table in self._tables.values()}
 
     def _abandon(self, table: Table) -> None:
         files.remove_tree(table._mapped.directory)
@@ -615,11 +650,11 @@ class Store(Mapping[str, Table]):
         if self._runtime.poisoned:
             return  # what is on disk may be ahead of memory: the next opening sees to it
         lost = self._differs()
-        for table in self._tables.values():
+        for table in tuple(self._tables.values()):
             if table._spec.uuid not in self._committed:
                 self._abandon(table)
-        with contextlib.suppress(OSError):  # a full disk, say: the store is all there, if not known to be
-            self._publish(replace(self._manifest, clean=True))
+                del self._tables[table.name]
+        self._writing().close()
         if lost:
             commit = self._manifest.commit
             since = f"since commit {commit.id} (step {commit.step})" if commit else "(there was no commit)"

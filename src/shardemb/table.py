@@ -547,6 +547,12 @@ class Table:
         """Let go of the table's memory: it is unmapped once the last lookup that still runs has ended."""
         self._shards = None
 
+    def _adopt(self, newer: Table) -> Table:
+        """Become what a newer opening of the same table is."""
+        self._name, self._spec, self._shards = newer._name, newer._spec, newer._shards
+        self._training, self._dropped = newer._training, False
+        return self
+
     def _restore(self, name: str, optimizer: Optimizer | None, step: int) -> None:
         self._name, self._dropped = name, False
         self._training.optimizer, self._training.step = optimizer, step

@@ -1,0 +1,240 @@
+"""The writer's side of durability: commits go into the log, and folds move them into the shards.
+
+::
+
+    commit    wait where the log is full -> append images and the commit record -> one sync
+    fold      close the segments (lock) -> write their images into the shards -> new base (lock) -> let segments go
+
+A fold runs in a thread of its own and reads images from the log only, so training goes on beside it.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from shardemb import files, fold, folders, log
+from shardemb.errors import DiskFullError, ShardEmbError
+from shardemb.runtime import signals_deferred
+from shardemb.spec import PAGE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from pathlib import Path
+
+    from shardemb.manifest import Manifest, TableRecord
+    from shardemb.runtime import Runtime
+    from shardemb.shards import Shards
+
+
+class Journal:
+    """Base, log and fold of a store that is open for writing. Everything is under the store's lock.
+
+    Parameters
+    ----------
+    runtime : Runtime
+    base : Manifest
+        What the shards hold. It is not published yet; `publish` does that.
+    tables : callable
+        Returns all tables of the store by uuid, those that no commit knows yet too.
+
+    Attributes
+    ----------
+    manifest : Manifest
+        As of the last commit.
+    """
+
+    def __init__(self, runtime: Runtime, base: Manifest, tables: Callable[[], Mapping[str, Shards]]) -> None:
+        self._runtime = runtime
+        self._tables = tables
+        self.manifest = base
+        self._base = base
+        files.make_directory(folders.log(runtime.path))
+        files.sync_directory(folders.private(runtime.path))
+        self._log = log.Log(folders.log(runtime.path), base, runtime.log_bytes // 16)
+        self._condition = threading.Condition(runtime.lock)
+        self._folding = False
+        self._folding_bytes = 0
+        self._problem: Exception | None = None
+
+    # ---- commits
+
+    def begin(self) -> None:
+        """Publish the base and forget the log before it."""
+        self.publish(self._base)
+        log.clear(folders.log(self._runtime.path), self._base.segment)
+
+    def commit(
+        self, manifest: Manifest, tables: Iterable[Shards], settled: Callable[[Manifest], None]
+    ) -> None:
+        """Make the changes of tables durable under a new manifest, and count them as changed no more.
+
+        ``settled(manifest)`` is called once they are, before anything else can happen.
+
+        Raises
+        ------
+        DiskFullError
+            There is no room; nothing was changed.
+        """
+        runtime = self._runtime
+        changes = [(table, table.changed_rows()) for table in tables if table.has_changes]
+        sizes = [(ids.size, table.spec.record_bytes) for table, ids in changes]
+        created = {each.uuid for each in manifest.tables} - {each.uuid for each in self.manifest.tables}
+        new_set = [(each.uuid, each.name) for each in manifest.tables] != [
+            (each.uuid, each.name) for each in self.manifest.tables
+        ]
+        folders.require_places(runtime.path, manifest.tables, self._dropped(manifest))
+        try:
+            if created:
+                files.sync_tree(folders.parked(runtime.path, ""))
+            self._log.begin(log.needed_bytes(sizes, manifest))
+            for table, ids in changes:
+                self._log.append_images(
+                    table.spec.uuid,
+                    ids,
+                    table.spec.record_bytes,
+                    lambda start, stop, address, table=table, ids=ids: table.pack(ids, start, stop, address),
+                )
+        except DiskFullError:
+            raise
+        except OSError as error:
+            self._poison(error)
+            raise
+        with signals_deferred():
+            try:
+                self._log.append_commit(manifest)
+            except BaseException as error:
+                self._poison(error)
+                raise
+            self.manifest = manifest
+            for table, _ in changes:
+                table.clear_changes()
+            settled(manifest)
+        if new_set:
+            self.settle()
+        elif self._log.nbytes > runtime.log_bytes // 2 or self._over_budget():
+            self._start()
+
+    def wait_for_room(self, tables: Iterable[Shards]) -> None:
+        """Wait until the log can take the changes of tables, by folding what it holds."""
+        nbytes = sum(each.count_changes() * each.spec.record_bytes for each in tables)
+        in_log = self._log.nbytes + self._folding_bytes
+        if in_log and in_log + nbytes > self._runtime.log_bytes:
+            self.settle()
+
+    def images(self) -> log.Replay:
+        """Read the images that are newer than the base."""
+        return log.read(folders.log(self._runtime.path), self._base, self._log.end)
+
+    # ---- folds
+
+    def settle(self) -> Exception | None:
+        """Fold all that is committed and wait for it; return what prevented it."""
+        self._wait()
+        self._problem = None
+        self._start()
+        self._wait()
+        return self._problem
+
+    def _wait(self) -> None:
+        while self._folding:
+            self._condition.wait()
+
+    def _start(self) -> None:
+        """Begin a fold, unless one is under way or there is nothing to do."""
+        if self._folding or self._runtime.poisoned or not self._log.nbytes:
+            return
+        try:
+            with signals_deferred():
+                end = self._log.end
+                closed = self._log.close_segments()
+                self._folding_bytes, self._log.nbytes = self._log.nbytes, 0
+                base = replace(
+                    self.manifest,
+                    segment=self._log.number,
+                    sequence=self._log.sequence,
+                    attempt=self._log.attempt + 1,
+                    dropped=self._dropped(self.manifest),
+                )
+                tables = self._tables()
+                live = [tables[each.uuid] for each in base.tables]
+                for each in live:
+                    each.begin_fold()
+                self._folding = True
+                threading.Thread(
+                    target=self._fold, args=(base, end, closed, live), name="shardemb-fold"
+                ).start()
+        except DiskFullError as error:
+            self._problem = error
+
+    def _fold(self, base: Manifest, end: tuple[int, int], closed: list[Path], live: list[Shards]) -> None:
+        runtime, problem = self._runtime, None
+        try:
+            replay = log.read(folders.log(runtime.path), self._base, end)
+            fold.write(
+                [(each.spec, each.directory, replay.images(each.spec)) for each in live], runtime.threads
+            )
+        except Exception as error:  # noqa: BLE001 - told by whoever waits
+            problem = error
+        with runtime.lock:
+            try:
+                if problem is None:
+                    self.publish(base)
+                    self._log.discard(closed)
+            except (OSError, ShardEmbError) as error:
+                problem = error
+            if problem is not None:
+                self._log.nbytes += self._folding_bytes
+            self._folding_bytes = 0
+            for each in live:
+                each.end_fold(folded=problem is None)
+            if problem is None and self._over_budget():
+                for each in live:
+                    each.drop_folded()
+            elif problem is not None and not isinstance(problem, DiskFullError):
+                self._poison(problem)
+            self._problem = problem
+            self._folding = False
+            self._condition.notify_all()
+
+    def publish(self, base: Manifest) -> None:
+        """Say durably what the shards hold, and let the folders follow."""
+        path, tables = self._runtime.path, self._tables()
+        files.replace(folders.manifest(path), base.to_bytes())
+        self._base = base
+        directories = folders.arrange(path, base.tables, base.dropped, keep=tables.keys())
+        for uuid, directory in directories.items():
+            if uuid in tables:
+                tables[uuid].directory = directory
+
+    def close(self) -> Exception | None:
+        """Fold everything and leave no log behind; return what prevented it, in which case the log stays."""
+        try:
+            problem = self.settle()
+            if problem is None and not self._runtime.poisoned:
+                number, base = self._log.number, self._base
+                position = {"segment": number + 1, "sequence": self._log.sequence, "attempt": self._log.attempt + 1}
+                self.publish(replace(base, clean=True, dropped=(), **position))
+                log.clear(folders.log(self._runtime.path), number + 1)
+        except OSError as error:
+            problem = error
+        return problem
+
+    def release(self) -> None:
+        """Wait for a fold that is under way, and close the log."""
+        self._wait()
+        self._log.close()
+
+    # ---- within
+
+    def _dropped(self, manifest: Manifest) -> tuple[TableRecord, ...]:
+        kept = {each.uuid for each in manifest.tables}
+        return tuple(each for each in self._base.tables if each.uuid not in kept)
+
+    def _over_budget(self) -> bool:
+        pages = sum(each.private_pages for each in self._tables().values())
+        return pages * PAGE > self._runtime.memory_budget
+
+    def _poison(self, error: BaseException) -> None:
+        self._runtime.poisoned = f"writing broke off ({error})"
