@@ -19,6 +19,8 @@ TREE = {
     "StoreClosedError": ValueError,
     "ReadOnlyError": PermissionError,
     "FormatError": ValueError,
+    "LogDamagedError": None,
+    "StaleReaderError": RuntimeError,
     "DiskFullError": OSError,
     "PoisonedError": RuntimeError,
 }
@@ -35,6 +37,8 @@ def test_the_tree_is_pinned():
 def test_each_is_ours_and_the_builtin_that_a_caller_expects(name):
     cls = getattr(errors, name)
     expected = (Exception,) if name == "ShardEmbError" else (errors.ShardEmbError, TREE[name])
+    if name == "LogDamagedError":
+        expected = (errors.FormatError,)
     assert cls.__bases__ == expected
 
 

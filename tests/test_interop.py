@@ -368,6 +368,8 @@ def test_a_commit_is_seen_by_zarr_beside_the_writer(store, path):
     table.write([500], np.ones((1, 4)))
     assert array[:].sum() == 8
     store.commit()
+    assert array[:].sum() == 8
+    store.checkpoint()
     assert array[:].sum() == 12
 
 

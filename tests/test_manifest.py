@@ -21,6 +21,9 @@ FULL = Manifest(
     uuid=A,
     epoch=3,
     clean=True,
+    segment=4,
+    sequence=5,
+    attempt=6,
     commit=Commit(7, 100, {"loss": 0.25, "π": [1, None, {"a": "\ud800"}]}),
     tables=(TableRecord(B, "tokens", 5, Adam(lr=0.5)), TableRecord(C, "users", 0, None)),
     dropped=(TableRecord(A, "gone", 2, None),),
@@ -52,6 +55,9 @@ def test_the_file_is_pinned():
         "uuid": A,
         "epoch": 3,
         "clean": True,
+        "segment": 4,
+        "sequence": 5,
+        "attempt": 6,
         "tables": [
             {
                 "uuid": B,

@@ -15,10 +15,12 @@ NAMES = [
     "Commit",
     "DiskFullError",
     "FormatError",
+    "LogDamagedError",
     "PoisonedError",
     "ReadOnlyError",
     "RowIdError",
     "ShardEmbError",
+    "StaleReaderError",
     "Store",
     "StoreClosedError",
     "StoreExistsError",
@@ -51,6 +53,7 @@ info(self) -> report.StoreInfo
 last_commit: Commit | None
 lookup(self, ids: Mapping[str, ArrayLike]) -> dict[str, NDArray[np.float32]]
 path: Path
+refresh(self) -> None
 rename_table(self, name: str, new_name: str) -> None
 rollback(self) -> None
 stats(self) -> dict[str, int]

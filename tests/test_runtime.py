@@ -14,7 +14,8 @@ BOTH = [signal.SIGINT, signal.SIGTERM]
 
 def runtime(**settings):
     return Runtime(
-        **{"path": Path("/stores/words"), "writable": True, "threads": 2, "memory_budget": 0} | settings
+        **{"path": Path("/stores/words"), "writable": True, "threads": 2, "memory_budget": 0, "log_bytes": 1}
+        | settings
     )
 
 

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_spec import make
 
-from shardemb import files, kernels, layout, plan, shards, writeback
+from shardemb import files, fold, kernels, layout, plan, shards
 from shardemb.errors import DiskFullError, FormatError, ShardEmbError
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import Adagrad, Adam, RowWiseAdagrad
+from shardemb.replay import Images
 from shardemb.spec import PAGE, ROWS_PER_BLOCK
 
 ROWS = 2 * ROWS_PER_BLOCK + 1000
@@ -36,16 +37,23 @@ def look_up(table, rows, column="weight"):
     return out
 
 
-def changed(table):
-    return table.changed_rows() + table.changed_presence()
+NO_IMAGES = Images(np.empty(0, np.int64), np.empty(0, np.int64))
+
+
+def images_of(table, rows):
+    """What a log would hold of rows; the second value is what the images lie in."""
+    records = table.records[rows]
+    return Images(rows, records.ctypes.data + np.arange(rows.size) * table.spec.record_bytes), records
 
 
 def save(table):
-    """As a commit does it."""
-    changes = changed(table)
-    writeback.secure(changes, 2)
-    writeback.write(changes, 2)
+    """As a commit and a fold do it."""
+    images, memory = images_of(table, table.changed_rows())
     table.clear_changes()
+    table.begin_fold()
+    fold.write([(table.spec, table.directory, images)], 2)
+    table.end_fold(folded=True)
+    del memory
 
 
 def on_disk(table):
@@ -92,7 +100,7 @@ def histories(draw):
         st.tuples(st.just("write"), rows),
         st.tuples(st.just("make private"), rows),
         st.tuples(st.just("drop clean"), span),
-        st.tuples(st.sampled_from(["save", "forget", "drop all"]), st.none()),
+        st.tuples(st.sampled_from(["save", "forget", "drop folded"]), st.none()),
     )
     return spec, draw(st.lists(event, min_size=1, max_size=12))
 
@@ -120,32 +128,20 @@ def step(table, model, number, event, argument):
         assert on_disk(table) == in_memory(table)
         model.saved = model.now
     elif event == "forget":
-        table.forget_changes()
+        table.forget_changes(NO_IMAGES)
         assert not table.has_changes
         assert on_disk(table) == in_memory(table)
         model.now = model.saved
-    elif not table.has_changes:
-        table.drop_all()
-        assert table.private_pages == 0
+    else:
+        table.drop_folded()
+        if not table.has_changes:
+            assert table.private_pages == 0
 
 
 def check_changes(table):
-    """The stretches are whole pages, apart, within their file, and just those that hold changed rows."""
-    spec, expected = table.spec, set()
-    for row in np.flatnonzero(np.unpackbits(table.dirty.view(np.uint8), bitorder="little")).tolist():
-        expected |= set(
-            range(row * spec.record_bytes // PAGE, ((row + 1) * spec.record_bytes - 1) // PAGE + 1)
-        )
-    got = []
-    paths = [table.shard_path(shard) for shard in range(spec.num_shards)]
-    for change in table.changed_rows():
-        first_page = paths.index(change.path) * spec.shard_bytes // PAGE
-        assert len(change.memory) == spec.shard_bytes
-        for start, stop in change.stretches.tolist():
-            assert 0 <= start < stop <= spec.shard_bytes
-            assert start % PAGE == stop % PAGE == 0
-            got += range(first_page + start // PAGE, first_page + stop // PAGE)
-    assert got == sorted(expected)
+    """The rows are just those whose bits are set."""
+    bits = np.flatnonzero(np.unpackbits(table.dirty.view(np.uint8), bitorder="little"))
+    assert table.changed_rows().tolist() == bits.tolist()
 
 
 def check_table(table, model):
@@ -169,7 +165,7 @@ def check_table(table, model):
 def test_memory_files_and_a_model_agree_whatever_happens(history):
     spec, events = history
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "sync", lambda descriptor, path: None)  # for speed: nothing crashes here
+        patch.setattr(files, "sync_data", lambda descriptor, path: None)  # for speed: nothing crashes here
         table = shards.create(spec, Path(folder) / "table", None)
         model = Model()
         for number, (event, argument) in enumerate(events, 1):
@@ -179,7 +175,7 @@ def test_memory_files_and_a_model_agree_whatever_happens(history):
                 {row for row, value in model.now.items() if model.saved.get(row) != value}
             )
             assert table.has_changes == (table.count_changes() > 0)
-        table.forget_changes()
+        table.forget_changes(NO_IMAGES)
         assert in_memory(table) == on_disk(table)
         del table
 
@@ -201,48 +197,61 @@ def test_a_new_table_has_no_changes_and_takes_no_disk(tmp_path):
     table = create(tmp_path)
     assert not table.has_changes
     assert table.count_changes() == 0
-    assert changed(table) == []
+    assert table.changed_rows().size == 0
     assert not table.records.any()
     assert files.allocated(tmp_path / "table" / "rows") < 100_000
 
 
-def test_changes_are_listed_by_the_file_that_they_belong_to(tmp_path):
-    table = create(tmp_path)  # shards of 20,480 rows, 100 pages
-    write(table, [0, 1, 5000, 61_440, 61_439], np.ones((5, 5)))
-    listed = {change.path.name: change.stretches.tolist() for change in table.changed_rows()}
-    assert listed == {
-        "c.0.0": [[0, PAGE], [24 * PAGE, 25 * PAGE]],
-        "c.2.0": [[99 * PAGE, 100 * PAGE]],
-        "c.3.0": [[0, PAGE]],
-    }
+def test_changed_rows_are_listed_in_order(tmp_path):
+    table = create(tmp_path)
+    write(table, [61_440, 0, 1, 5000, 61_439], np.ones((5, 5)))
+    assert table.changed_rows().tolist() == [0, 1, 5000, 61_439, 61_440]
     assert table.count_changes() == 5
 
 
-def test_a_run_of_pages_over_a_border_of_files_is_divided(tmp_path):
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_going_back_gives_images_that_the_files_do_not_hold(tmp_path, spec):
+    table = create(tmp_path, spec)
+    rows = int64([0, 1, 700, spec.num_embeddings - 1])
+    write(table, rows, np.full((4, spec.embedding_dim), 5.0))
+    images, memory = images_of(table, rows)
+    table.clear_changes()
+    expected = in_memory(table)
+    write(table, [1, 2, 700], np.full((3, spec.embedding_dim), 6.0))
+    assert in_memory(table) != expected
+    table.forget_changes(images)
+    assert in_memory(table) == expected
+    assert not table.has_changes
+    del memory
+
+
+def test_pages_stay_until_the_files_hold_them(tmp_path):
     table = create(tmp_path)
-    rows = np.arange(20_000, 41_500)
-    write(table, rows, np.ones((rows.size, 5)))
-    listed = {change.path.name: change.stretches.tolist() for change in table.changed_rows()}
-    assert listed == {
-        "c.0.0": [[97 * PAGE, 100 * PAGE]],
-        "c.1.0": [[0, 100 * PAGE]],
-        "c.2.0": [[0, 3 * PAGE]],
-    }
+    write(table, [0], np.ones((1, 5)))
+    table.clear_changes()
+    table.drop_folded()
+    assert private(table) == {0}
+    table.begin_fold()
+    write(table, [1000], np.ones((1, 5)))
+    table.end_fold(folded=False)
+    table.drop_folded()
+    assert private(table) == {0, 4}
+    table.begin_fold()  # row 1,000 is not committed
+    table.end_fold(folded=True)
+    table.drop_folded()
+    assert private(table) == {4}
 
 
-def test_presence_bits_are_listed_by_the_page(tmp_path):
-    table = create(tmp_path, PRESENCE)
-    write(table, [ROWS_PER_BLOCK, ROWS - 1], np.ones((2, 3)))
-    listed = {change.path.name: change.stretches.tolist() for change in table.changed_presence()}
-    assert listed == {"c.0": [[PAGE, 3 * PAGE]]} or listed == {
-        "c.0": [[PAGE, 2 * PAGE], [2 * PAGE, 3 * PAGE]]
-    }
-
-
-def test_a_table_that_keeps_no_presence_lists_none(tmp_path):
+def test_dropping_clean_pages_spares_what_is_being_folded(tmp_path):
     table = create(tmp_path)
-    write(table, [1], np.ones((1, 5)))
-    assert table.changed_presence() == []
+    write(table, [0], np.ones((1, 5)))
+    table.clear_changes()
+    table.begin_fold()
+    table.drop_clean(0, ROWS)
+    assert look_up(table, [0]).min() == 1
+    table.end_fold(folded=True)
+    table.drop_clean(0, ROWS)
+    assert look_up(table, [0]).max() == 0  # nothing was written in truth
 
 
 def test_dropping_clean_pages_spares_blocks_with_changes(tmp_path):
@@ -271,16 +280,6 @@ def test_dropping_clean_pages_gives_memory_back(tmp_path):
 
 def anonymous():
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
-
-
-def test_dropping_everything_gives_memory_back(tmp_path):
-    table = create(tmp_path)
-    write(table, np.arange(ROWS), np.ones((ROWS, 5)))
-    save(table)
-    before = anonymous()
-    table.drop_all()
-    assert before - anonymous() > 0.9 * ROWS * 20
-    assert (table.records[:ROWS] == 1).all()
 
 
 def test_pages_made_private_are_counted_and_not_changed(tmp_path):

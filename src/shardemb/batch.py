@@ -85,7 +85,9 @@ def read(runtime: Runtime, reads: Sequence[Read]) -> None:
             read.shards.gather(read.column, read.ids, read.out, start, stop)
 
     tasks = _cut(runtime, [read.ids.size for read in reads], [4 * read.out.shape[1] for read in reads])
+    runtime.check_fresh()
     scheduler.run([partial(gather, task) for task in tasks], runtime.threads)
+    runtime.check_fresh()
 
 
 def read_range(shards: Shards, column: str, start: int, stop: int) -> Float32Array:

@@ -234,6 +234,12 @@ def write(descriptor: int, data: bytes | memoryview, offset: int, path: Path) ->
             view, offset = view[done:], offset + done
 
 
+def overwrite(path: Path, data: bytes) -> None:
+    """Write the beginning of a file in place, also for those who have it mapped; it is made if missing. Not synced."""
+    with opened(path, os.O_WRONLY | os.O_CREAT) as descriptor:
+        write(descriptor, data, 0, path)
+
+
 def open_direct(path: Path) -> int:
     """Open a file to be read and written past the page cache, where its file system can do that.
 

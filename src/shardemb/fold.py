@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shardemb.arrays import Int64Array
-    from shardemb.log import Images
+    from shardemb.replay import Images
     from shardemb.spec import TableSpec
 
 BUFFER_BYTES = 8 * 2**20
@@ -65,7 +66,7 @@ def write(tables: Sequence[tuple[TableSpec, Path, Images]], threads: int) -> Non
 def _pieces(spec: TableSpec, directory: Path, images: Images, rows_per_file: int) -> Iterator[_Piece]:
     cuts = np.flatnonzero(np.diff(images.ids // rows_per_file)) + 1
     edges = [0, *cuts.tolist(), images.ids.size] if images.ids.size else []
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         yield _Piece(spec, directory, images, int(images.ids[start]) // rows_per_file, start, stop)
 
 

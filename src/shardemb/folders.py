@@ -43,6 +43,11 @@ def log(store: Path) -> Path:
     return private(store) / "log"
 
 
+def epoch(store: Path) -> Path:
+    """File that tells readers when another writer has come; nothing else relies on it."""
+    return private(store) / "epoch"
+
+
 def parked(store: Path, uuid: str) -> Path:
     """Folder of a table that is not, or no longer, part of the store."""
     return private(store) / "tables" / uuid

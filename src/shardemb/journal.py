@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
-from shardemb import files, fold, folders, log
+from shardemb import files, fold, folders, log, replay
 from shardemb.errors import DiskFullError, ShardEmbError
 from shardemb.runtime import signals_deferred
 from shardemb.spec import PAGE
@@ -61,7 +62,9 @@ class Journal:
     # ---- commits
 
     def begin(self) -> None:
-        """Publish the base and forget the log before it."""
+        """Publish the base, tell readers, and forget the log before it."""
+        epoch = self._base.epoch.to_bytes(8, "little").ljust(PAGE, b"\0")
+        files.overwrite(folders.epoch(self._runtime.path), epoch)
         self.publish(self._base)
         log.clear(folders.log(self._runtime.path), self._base.segment)
 
@@ -91,10 +94,7 @@ class Journal:
             self._log.begin(log.needed_bytes(sizes, manifest))
             for table, ids in changes:
                 self._log.append_images(
-                    table.spec.uuid,
-                    ids,
-                    table.spec.record_bytes,
-                    lambda start, stop, address, table=table, ids=ids: table.pack(ids, start, stop, address),
+                    table.spec.uuid, ids, table.spec.record_bytes, partial(table.pack, ids)
                 )
         except DiskFullError:
             raise
@@ -123,9 +123,9 @@ class Journal:
         if in_log and in_log + nbytes > self._runtime.log_bytes:
             self.settle()
 
-    def images(self) -> log.Replay:
+    def images(self) -> replay.Replay:
         """Read the images that are newer than the base."""
-        return log.read(folders.log(self._runtime.path), self._base, self._log.end)
+        return replay.read(folders.log(self._runtime.path), self._base, self._log.end)
 
     # ---- folds
 
@@ -165,17 +165,19 @@ class Journal:
                 threading.Thread(
                     target=self._fold, args=(base, end, closed, live), name="shardemb-fold"
                 ).start()
-        except DiskFullError as error:
+        except OSError as error:
             self._problem = error
+            if not isinstance(error, DiskFullError):
+                self._poison(error)
 
     def _fold(self, base: Manifest, end: tuple[int, int], closed: list[Path], live: list[Shards]) -> None:
         runtime, problem = self._runtime, None
         try:
-            replay = log.read(folders.log(runtime.path), self._base, end)
+            newer = replay.read(folders.log(runtime.path), self._base, end)
             fold.write(
-                [(each.spec, each.directory, replay.images(each.spec)) for each in live], runtime.threads
+                [(each.spec, each.directory, newer.images(each.spec)) for each in live], runtime.threads
             )
-        except Exception as error:  # noqa: BLE001 - told by whoever waits
+        except Exception as error:  # told by whoever waits for the fold
             problem = error
         with runtime.lock:
             try:
@@ -214,8 +216,15 @@ class Journal:
             problem = self.settle()
             if problem is None and not self._runtime.poisoned:
                 number, base = self._log.number, self._base
-                position = {"segment": number + 1, "sequence": self._log.sequence, "attempt": self._log.attempt + 1}
-                self.publish(replace(base, clean=True, dropped=(), **position))
+                base = replace(
+                    base,
+                    clean=True,
+                    segment=number + 1,
+                    sequence=self._log.sequence,
+                    attempt=self._log.attempt + 1,
+                    dropped=(),
+                )
+                self.publish(base)
                 log.clear(folders.log(self._runtime.path), number + 1)
         except OSError as error:
             problem = error
@@ -224,6 +233,10 @@ class Journal:
     def release(self) -> None:
         """Wait for a fold that is under way, and close the log."""
         self._wait()
+        self._log.close()
+
+    def abandon(self) -> None:
+        """Close the log and leave everything else as it is."""
         self._log.close()
 
     # ---- within

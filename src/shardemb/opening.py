@@ -9,10 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
-from shardemb import arrays, files, fold, folders, layout, log, scheduler, shards
+import numpy as np
+
+from shardemb import arrays, files, fold, folders, layout, replay, scheduler, shards
 from shardemb.errors import FormatError, StoreExistsError, StoreLockedError, StoreNotFoundError
 from shardemb.manifest import Manifest
 from shardemb.runtime import Runtime
+from shardemb.spec import PAGE
 from shardemb.store import Store
 
 if TYPE_CHECKING:
@@ -125,7 +128,8 @@ def _read(runtime: Runtime) -> Store:
         try:
             manifest = read_manifest(runtime.path)
             places = folders.locate(runtime.path, manifest.tables)
-            store = _lay_over(replace(runtime), manifest, None)
+            beside = replace(runtime, fresh=_watch(runtime.path, manifest.epoch))
+            store = _lay_over(beside, manifest, None)
         except (FormatError, OSError) as error:
             problem = error  # to be believed only if it stays
             continue
@@ -137,10 +141,23 @@ def _read(runtime: Runtime) -> Store:
 
 def _lay_over(runtime: Runtime, base: Manifest, lock: int | None) -> Store:
     """Show the last commit: the files, and in memory over them what the log holds."""
-    newer = log.read(folders.log(runtime.path), base)
+    newer = replay.read(folders.log(runtime.path), base)
     return Store(
-        runtime, newer.manifest, lock, may_miss=base.clean, newer=newer, reopen=lambda: _read(replace(runtime))
+        runtime,
+        newer.manifest,
+        lock,
+        may_miss=base.clean,
+        newer=newer,
+        reopen=lambda: _read(replace(runtime, fresh=None)),
     )
+
+
+def _watch(path: Path, epoch: int) -> Callable[[], bool]:
+    """Return a function that tells whether the writer of an epoch is still the last one."""
+    memory = files.AddressRange(PAGE)
+    memory.map_file(0, folders.epoch(path), PAGE)
+    now = memory.array(np.int64, (1,))
+    return lambda: int(now[0]) == epoch
 
 
 def _is_steady(path: Path, manifest: Manifest, places: dict[str, Path]) -> bool:
@@ -173,12 +190,14 @@ def _write(runtime: Runtime, *, new: bool) -> Store:
 def _recover(runtime: Runtime, base: Manifest) -> Manifest:
     """Bring the shards to the last commit; return what is to be the next base. Can be cut short and done again."""
     folder = folders.log(runtime.path)
-    log.sync(folder, base)
-    newer = log.read(folder, base)
+    replay.sync(folder, base)
+    newer = replay.read(folder, base)
+    directories = folders.locate(runtime.path, newer.manifest.tables)
     images = []
-    for uuid_, directory in folders.locate(runtime.path, newer.manifest.tables).items():
-        spec = shards.spec_of(directory, may_miss=base.clean)
-        if spec.uuid == uuid_:
+    for record in newer.manifest.tables:
+        directory = directories[record.uuid]
+        with shards.naming(record.name, directory):
+            spec = shards.spec_of(directory, may_miss=base.clean)
             images.append((spec, directory, newer.images(spec)))
     fold.write(images, runtime.threads)
     kept = {table.uuid for table in newer.manifest.tables}
@@ -186,7 +205,7 @@ def _recover(runtime: Runtime, base: Manifest) -> Manifest:
         newer.manifest,
         epoch=base.epoch + 1,
         clean=False,
-        segment=max(base.segment - 1, *log.segments(folder), 0) + 1,
+        segment=max(base.segment - 1, *replay.segments(folder), 0) + 1,
         sequence=newer.sequence,
         attempt=newer.attempt + 1,
         dropped=(*base.dropped, *(table for table in base.tables if table.uuid not in kept)),

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from shardemb.errors import PoisonedError, ReadOnlyError, StoreClosedError
+from shardemb.errors import PoisonedError, ReadOnlyError, StaleReaderError, StoreClosedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,6 +40,8 @@ class Runtime:
         Bytes that the log may take before it is folded.
     lock : RLock
         Held by everything that changes rows, drops pages or changes the set of tables. Lookups do without.
+    fresh : callable, optional
+        In a reader that was opened beside a writer: whether that writer is still the last one.
     """
 
     path: Path
@@ -48,6 +50,7 @@ class Runtime:
     memory_budget: int
     log_bytes: int
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    fresh: Callable[[], bool] | None = None
     closed: bool = False
     poisoned: str | None = None
     half_done: str | None = None
@@ -60,6 +63,12 @@ class Runtime:
         if self.closed:
             msg = f"the store {self.path} is closed; open it again with shardemb.open({str(self.path)!r})"
             raise StoreClosedError(msg)
+
+    def check_fresh(self) -> None:
+        """Raise `StaleReaderError` in a reader beside whose writer another one has come."""
+        if self.fresh is not None and not self.fresh():
+            msg = f"another writer has opened the store {self.path} since it was read; call store.refresh()"
+            raise StaleReaderError(msg)
 
     def check_sound(self) -> None:
         """Raise `PoisonedError` if memory may not be what its callers believe, so that nothing of it is kept."""

@@ -9,6 +9,7 @@ files do not (those with rows that changed since the running fold began).
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shardemb.arrays import Float32Array, Int64Array
-    from shardemb.log import Images
+    from shardemb.replay import Images
 
 SAMPLES = 32
 COLD_SHARE = 0.1
@@ -329,6 +330,16 @@ def open_existing(directory: Path, *, may_miss: bool, may_create: bool) -> Shard
         files.sync_tree(directory)
         missing = {}
     return Shards(spec, directory, missing)
+
+
+@contextlib.contextmanager
+def naming(name: str, directory: Path) -> Iterator[None]:
+    """Say of which table it is that something is wrong with the files."""
+    try:
+        yield
+    except FormatError as error:
+        msg = f"table {name!r} in {directory}: {error}"
+        raise type(error)(msg) from error
 
 
 def spec_of(directory: Path, *, may_miss: bool) -> TableSpec:

@@ -6,10 +6,13 @@ into the shards later.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,8 +32,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
-    from shardemb.log import Replay
     from shardemb.optim import Optimizer
+    from shardemb.replay import Replay
 
 
 class Store(Mapping[str, Table]):
@@ -78,8 +81,13 @@ class Store(Mapping[str, Table]):
             self._committed[record.uuid] = self._tables[record.name] = table
         if runtime.writable:
             self._journal = Journal(runtime, manifest, self._mapped_tables)
-            self._journal.begin()
+            try:
+                self._journal.begin()
+            except BaseException:
+                self._journal.abandon()
+                raise
         self._opened = True
+        _open_stores.add(self)
 
     def __eq__(self, other: object) -> bool:
         return self is other  # and not what a Mapping compares, its tables
@@ -409,7 +417,7 @@ class Store(Mapping[str, Table]):
         """
         self._runtime.check_open()
         if self._reopen is None:
-            msg = f"the store {self._runtime.path} is open for writing; only one opened with mode \"r\" is refreshed"
+            msg = f'the store {self._runtime.path} is open for writing; only one opened with mode "r" is refreshed'
             raise ReadOnlyError(msg)
         with signals_deferred(), self._runtime.lock:
             fresh = self._reopen()
@@ -423,6 +431,7 @@ class Store(Mapping[str, Table]):
                 self._committed[uuid]._release()
             self._manifest, self._tables, self._committed = fresh._manifest, fresh._tables, fresh._committed
             self._lock, fresh._lock = fresh._lock, self._lock
+            self._runtime.fresh = fresh._runtime.fresh
             fresh._tables, fresh._committed = {}, {}
             fresh.close()
 
@@ -552,6 +561,8 @@ class Store(Mapping[str, Table]):
             msg = f"the store {self._runtime.path} was not closed"
             warnings.warn(msg, ResourceWarning, stacklevel=2, source=self)
             self._runtime.closed = True
+            if self._journal is not None:
+                self._journal.release()
             if self._lock is not None:
                 files.close(self._lock)
 
@@ -603,16 +614,11 @@ class Store(Mapping[str, Table]):
         return next(stream for stream in streams if stream not in taken)
 
     def _open_table(self, record: TableRecord, directory: Path, *, may_miss: bool) -> Table:
-        try:
-            mapped = shards.open_existing(
-                directory, may_miss=may_miss, may_create=self._runtime.writable
-            )
+        with shards.naming(record.name, directory):
+            mapped = shards.open_existing(directory, may_miss=may_miss, may_create=self._runtime.writable)
             if type(mapped.spec.optimizer) is not type(record.optimizer):
                 msg = f"it was created for {mapped.spec.optimizer}, but the commit says {record.optimizer}"
                 raise FormatError(msg)
-        except FormatError as error:
-            msg = f"table {record.name!r} in {directory}: {error}"
-            raise FormatError(msg) from error
         return Table(self._runtime, record.name, mapped, Training(record.optimizer, record.step))
 
     def _records(self) -> tuple[TableRecord, ...]:
@@ -664,3 +670,41 @@ class Store(Mapping[str, Table]):
                 RuntimeWarning,
                 stacklevel=3,
             )
+
+    def _leave_to_parent(self) -> None:
+        """In a fork: keep neither the lock nor the log open, and let the parent see to everything."""
+        self._opened = False
+        if self._journal is not None:
+            self._journal.abandon()
+            self._journal = None
+        if self._lock is not None:
+            files.close(self._lock)
+            self._lock = None
+
+
+# ---- forks ----------------------------------------------------------------------------------------------------
+
+_open_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+_held: list[Store] = []
+
+
+def _before_fork() -> None:
+    """Hold every store's lock, so that the fork finds none in the middle of a change."""
+    _held[:] = [store for store in _open_stores if not store._runtime.closed]
+    for store in _held:
+        store._runtime.lock.acquire()
+
+
+def _after_fork(*, child: bool) -> None:
+    for store in _held:
+        if child:
+            store._leave_to_parent()
+        store._runtime.lock.release()
+    _held.clear()
+
+
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=partial(_after_fork, child=False),
+    after_in_child=partial(_after_fork, child=True),
+)
