@@ -153,7 +153,7 @@ def test_public_names_come_when_they_are_asked_for():
 # ---- who touches the disk ---------------------------------------------------------------------------------------
 
 # Of the module os, outside files.py: nothing that opens, changes or syncs a file.
-OS_ALLOWED = {"getpid", "sysconf", "fspath"}
+OS_ALLOWED = {"getpid", "sysconf", "fspath", "register_at_fork"}
 
 # Calls by which a path or an open file reads or changes what is on disk. (`replace` is also a method of str.)
 TOUCHES = {

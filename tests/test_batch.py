@@ -61,6 +61,7 @@ def train(path, arguments, *, steps=4, between=lambda table: None, **options):
             table.update(ids, gradients)
             model.update(ids, gradients)
             store.commit()
+            store.checkpoint()
             between(table)
             overwritten = rng.integers(0, ROWS, 300)
             rows = rng.normal(size=(300, DIM)).astype(np.float32)
@@ -301,6 +302,7 @@ def test_a_batch_in_memory_is_warm_and_one_that_was_dropped_is_cold(store):
     everything = np.arange(10**5)
     table.write(everything, np.ones((10**5, 64), np.float32))
     store.commit()
+    store.checkpoint()
     assert not table._mapped.is_cold(everything)
     if not drop_caches(table):
         pytest.skip("this file system keeps its pages in memory (tmpfs)")

@@ -16,8 +16,7 @@ discovery = pytest.importorskip("asv_runner.discovery")
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
-ROW_BYTES, PAGE = 256, 4096
-MANIFEST_BYTES = 2048  # a commit writes its manifest too
+ROW_BYTES = 256
 
 # What one commit may do to a table of eight changed shards: a sync for each, two for the manifest.
 SYNCS = 10
@@ -25,9 +24,7 @@ SYNCS = 10
 BOUNDS = {
     "cold.ColdReads.track_bytes_read_per_page": lambda *_: 1.1,
     "cold.ColdReads.track_major_faults_per_page": lambda *_: 0.05,
-    "commit.CommitBytes.track_bytes_per_changed_row": lambda rows, ids: (
-        1.05 * ROW_BYTES if ids == "sorted" else PAGE + MANIFEST_BYTES
-    ),
+    "commit.CommitBytes.track_bytes_per_changed_row": lambda *_: 1.05 * ROW_BYTES,
     "commit.CommitSyncs.track_syncs": lambda *_: SYNCS,
     "export.Export.track_anonymous_growth": lambda *_: 128 * 2**20,
     "opening.Open.track_disk_bytes": lambda *_: 8 * 2**20,

@@ -198,6 +198,7 @@ def test_the_metadata_are_those_of_the_design(path):
     found = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
     assert {name for name in found if not name.startswith(".shardemb/")} == expected
     assert {name for name in found if name.startswith(".shardemb/")} == {
+        ".shardemb/epoch",
         ".shardemb/lock",
         ".shardemb/manifest.json",
     }

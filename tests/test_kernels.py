@@ -73,7 +73,7 @@ USE_EVERYTHING = """
         yield from ([], [1], [[1, 2], [2, 1]], ids, ids[::2], ids.astype(np.uint8), read_only, ids[:0], np.int32(3))
 
     path = sys.argv[1]
-    with shardemb.open(path) as store:
+    with shardemb.open(path, memory_budget=0) as store:
         for name, more in {"plain": {}, "drawn": {"initializer": Uniform(-1, 1)}}.items():
             store.create_table(name, num_embeddings=70_000, embedding_dim=3, optimizer=Adam(), **more)
         for table in store.values():

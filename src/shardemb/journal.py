@@ -21,7 +21,7 @@ from shardemb.runtime import signals_deferred
 from shardemb.spec import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from shardemb.manifest import Manifest, TableRecord
@@ -87,11 +87,13 @@ class Journal:
         new_set = [(each.uuid, each.name) for each in manifest.tables] != [
             (each.uuid, each.name) for each in self.manifest.tables
         ]
-        folders.require_places(runtime.path, manifest.tables, self._dropped(manifest))
+        payload = manifest.to_bytes()
+        if new_set:
+            folders.require_places(runtime.path, manifest.tables, self._dropped(manifest))
         try:
             if created:
                 files.sync_tree(folders.parked(runtime.path, ""))
-            self._log.begin(log.needed_bytes(sizes, manifest))
+            self._log.begin(log.needed_bytes(sizes, len(payload)))
             for table, ids in changes:
                 self._log.append_images(
                     table.spec.uuid, ids, table.spec.record_bytes, partial(table.pack, ids)
@@ -103,7 +105,7 @@ class Journal:
             raise
         with signals_deferred():
             try:
-                self._log.append_commit(manifest)
+                self._log.append_commit(payload)
             except BaseException as error:
                 self._poison(error)
                 raise
@@ -116,11 +118,13 @@ class Journal:
         elif self._log.nbytes > runtime.log_bytes // 2 or self._over_budget():
             self._start()
 
-    def wait_for_room(self, tables: Iterable[Shards]) -> None:
+    def wait_for_room(self, tables: Sequence[Shards]) -> None:
         """Wait until the log can take the changes of tables, by folding what it holds."""
-        nbytes = sum(each.count_changes() * each.spec.record_bytes for each in tables)
         in_log = self._log.nbytes + self._folding_bytes
-        if in_log and in_log + nbytes > self._runtime.log_bytes:
+        limit = self._runtime.log_bytes
+        # Changed rows lie in private pages, whose number is known without counting.
+        most = sum(2 * PAGE * each.private_pages for each in tables)
+        if in_log and in_log + most > limit and in_log + sum(map(_image_bytes, tables)) > limit:
             self.settle()
 
     def images(self) -> replay.Replay:
@@ -251,3 +255,7 @@ class Journal:
 
     def _poison(self, error: BaseException) -> None:
         self._runtime.poisoned = f"writing broke off ({error})"
+
+
+def _image_bytes(table: Shards) -> int:
+    return table.count_changes() * (8 + table.spec.record_bytes)

@@ -24,6 +24,7 @@ from shardemb.replay import (
     checksum,
     segments,
 )
+from shardemb.runtime import signals_deferred
 from shardemb.spec import FORMAT_VERSION, PAGE, round_up
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class Log:
         self.number = manifest.segment - 1
         self.sequence = manifest.sequence
         self.attempt = manifest.attempt
+        self._next_on_disk = manifest.sequence
         self._synced = manifest.sequence - 1
         self._count = 0
         self._stage = files.AddressRange(STAGE_BYTES)
@@ -91,10 +93,11 @@ class Log:
         DiskFullError
             There is none; nothing was changed.
         """
-        self._staged = 0  # an attempt before may have broken off
+        self._forget_staged()
         if self._position + nbytes + PAGE > self._size:
             size = min(2 * self._size, self._usual_bytes)
-            self._next_segment(max(size, round_up(nbytes, PAGE) + 2 * PAGE))
+            with signals_deferred():
+                self._next_segment(max(size, round_up(nbytes, PAGE) + 2 * PAGE))
         self.attempt += 1
         self._count = 0
 
@@ -112,12 +115,11 @@ class Log:
             self._seal(offset, IMAGES, payload, stop - start, uuid.UUID(table).bytes)
             self._count += stop - start
 
-    def append_commit(self, manifest: Manifest) -> None:
+    def append_commit(self, manifest: bytes) -> None:
         """Append the record that makes the attempt count, and make all of it durable."""
-        data = manifest.to_bytes()
-        offset = self._place(RECORD.size + len(data))
-        payload = self._stage.bytes(offset + RECORD.size, len(data))
-        payload[:] = data
+        offset = self._place(RECORD.size + len(manifest))
+        payload = self._stage.bytes(offset + RECORD.size, len(manifest))
+        payload[:] = manifest
         self._seal(offset, COMMIT, payload, self._count)
         self._flush()
         self._sync()
@@ -130,9 +132,10 @@ class Log:
         DiskFullError
             There is no room for it; nothing was changed.
         """
-        self._staged = 0
+        self._forget_staged()
         number = self.number
-        self._next_segment(min(self._size, self._usual_bytes))
+        with signals_deferred():
+            self._next_segment(min(self._size, self._usual_bytes))
         return [self._path(each) for each in segments(self._folder) if each <= number]
 
     def discard(self, closed: Sequence[Path]) -> None:
@@ -261,12 +264,16 @@ class Log:
 
     def _flush(self) -> None:
         assert self._descriptor is not None
-        files.write(
-            self._descriptor, self._stage.bytes(0, self._staged), self._position, self._path(self.number)
-        )
-        self._position += self._staged
-        self.nbytes += self._staged
-        self._staged = 0
+        with signals_deferred():  # what is in the file and what is known of it go together
+            path = self._path(self.number)
+            files.write(self._descriptor, self._stage.bytes(0, self._staged), self._position, path)
+            self._position += self._staged
+            self.nbytes += self._staged
+            self._staged, self._next_on_disk = 0, self.sequence
+
+    def _forget_staged(self) -> None:
+        """Forget what an attempt that broke off has left in memory: its sequence numbers are not in the file."""
+        self._staged, self.sequence = 0, self._next_on_disk
 
     def _sync(self) -> None:
         assert self._descriptor is not None
@@ -279,9 +286,9 @@ def images_per_record(record_bytes: int) -> int:
     return (STAGE_BYTES - PAGE) // (8 + record_bytes)
 
 
-def needed_bytes(counts: Sequence[tuple[int, int]], manifest: Manifest) -> int:
+def needed_bytes(counts: Sequence[tuple[int, int]], manifest_bytes: int) -> int:
     """Bytes that a commit appends: ``(rows, record bytes)`` of each table, and the record with the manifest."""
-    total = round_up(RECORD.size + len(manifest.to_bytes()), PAGE)
+    total = round_up(RECORD.size + manifest_bytes, PAGE)
     for rows, record_bytes in counts:
         full, rest = divmod(rows, images_per_record(record_bytes))
         total += full * round_up(_images_bytes(images_per_record(record_bytes), record_bytes), PAGE)

@@ -413,7 +413,8 @@ class Store(Mapping[str, Table]):
 
         Examples
         --------
-        >>> reader.refresh()
+        >>> with shardemb.open(store.path, mode="r") as reader:
+        ...     reader.refresh()
         """
         self._runtime.check_open()
         if self._reopen is None:
