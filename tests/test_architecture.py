@@ -57,6 +57,7 @@ OUTSIDE = {
     "numba": {"kernels"},
     "llvmlite": {"kernels"},
     "pyarrow": {"export"},
+    "xxhash": {"replay"},
     "click": {"cli"},
     "rich": {"progress", "quickstart", "cli"},
     "ctypes": {"files"},

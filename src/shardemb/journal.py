@@ -58,6 +58,7 @@ class Journal:
         self._folding = False
         self._folding_bytes = 0
         self._problem: Exception | None = None
+        self._thread: threading.Thread | None = None
 
     # ---- commits
 
@@ -166,9 +167,9 @@ class Journal:
                 for each in live:
                     each.begin_fold()
                 self._folding = True
-                threading.Thread(
-                    target=self._fold, args=(base, end, closed, live), name="shardemb-fold"
-                ).start()
+                arguments = base, end, closed, live
+                self._thread = threading.Thread(target=self._fold, args=arguments, name="shardemb-fold")
+                self._thread.start()
         except OSError as error:
             self._problem = error
             if not isinstance(error, DiskFullError):
@@ -237,6 +238,8 @@ class Journal:
     def release(self) -> None:
         """Wait for a fold that is under way, and close the log."""
         self._wait()
+        if self._thread is not None:
+            self._thread.join()
         self._log.close()
 
     def abandon(self) -> None:

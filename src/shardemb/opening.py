@@ -50,11 +50,11 @@ def open(
         created if missing; ``"w"``: a new one, an existing *store* is deleted first with all that lies in its folder;
         ``"w-"``: a new one, an existing one is an error.
     memory_budget : int, optional
-        Bytes of changed pages that may stay in memory after a commit; half of the machine's memory by default.
-        Changes that are not committed always stay in memory.
+        Bytes of changed pages that may stay in memory; above it commits are folded into the shards soon and their
+        pages given back. Half of the machine's memory by default. Changes that are not committed always stay.
     log_bytes : int
-        Bytes that the commit log may take before it is folded into the shards. Commits of this version write into
-        the shards themselves and keep no log.
+        Bytes that the commit log may take: at half of it a fold into the shards begins, and a commit that would
+        take it further waits.
     threads : int, optional
         Cores that a batch may use; all that the process has by default.
 
