@@ -1,0 +1,248 @@
+"""Folds beside training, rollback beside folds, and readers beside both."""
+
+import errno
+import os
+import threading
+
+import numpy as np
+import pytest
+from conftest import close_quietly
+
+import shardemb
+from shardemb import files, fold
+from shardemb.errors import DiskFullError, PoisonedError, ReadOnlyError, StaleReaderError
+from shardemb.initializers import Uniform
+from shardemb.optim import SGD
+
+ROWS, DIM = 5000, 16
+
+
+def new_table(store, name="t", **options):
+    options = {"num_embeddings": ROWS, "embedding_dim": DIM, "rows_per_shard": 1024} | options
+    table = store.create_table(name, **options)
+    store.commit(step=0)
+    return table
+
+
+def fill(table, value, rows=range(ROWS)):
+    table.write(list(rows), np.full((len(rows), DIM), value, np.float32))
+
+
+@pytest.fixture
+def slow_fold(monkeypatch):
+    """Folds that wait, once they have written the first half, until the event that this returns is set."""
+    begun, go_on = threading.Event(), threading.Event()
+    write = fold.write
+
+    def slow(tables, threads):
+        begun.set()
+        assert go_on.wait(30)
+        write(tables, threads)
+
+    monkeypatch.setattr(fold, "write", slow)
+    yield begun, go_on
+    go_on.set()
+
+
+def background_fold(store, begun):
+    thread = threading.Thread(target=store.checkpoint)
+    thread.start()
+    assert begun.wait(30)
+    return thread
+
+
+def test_training_goes_on_beside_a_fold(path):
+    with shardemb.open(path) as store:
+        table = new_table(store, optimizer=SGD(lr=1.0))
+        fill(table, 1)
+        store.commit(step=1)
+        begun, go_on, write = threading.Event(), threading.Event(), fold.write
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fold, "write", lambda *given: (begun.set(), go_on.wait(30), write(*given)))
+            thread = background_fold(store, begun)
+            table.update([1, 2], np.ones((2, DIM)))
+            store.commit(step=2)
+            table.update([2, 3], np.ones((2, DIM)))
+            assert table.lookup([1, 2, 3])[:, 0].tolist() == [0, -1, 0]
+            go_on.set()
+            thread.join()
+        assert table.lookup([1, 2, 3])[:, 0].tolist() == [0, -1, 0]
+        with shardemb.open(path, "r") as reader:
+            assert reader["t"].lookup([1, 2, 3, 4])[:, 0].tolist() == [0, 0, 1, 1]
+        store.rollback()
+        assert table.lookup([1, 2, 3, 4])[:, 0].tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("initializer", [None, Uniform(-1, 1, seed=3)])
+def test_rollback_beside_a_fold_gives_back_what_is_being_folded(path, slow_fold, initializer):
+    begun, go_on = slow_fold
+    go_on.set()
+    with shardemb.open(path) as store:
+        table = new_table(store, initializer=initializer)
+        fresh = table.lookup(range(ROWS))
+        fill(table, 1, range(0, ROWS, 3))
+        store.commit(step=1)
+        go_on.clear()
+        thread = background_fold(store, begun)
+        fill(table, 2, range(0, ROWS, 7))
+        store.commit(step=2)
+        expected = table.lookup(range(ROWS))
+        fill(table, 3, range(0, ROWS, 2))
+        store.rollback()
+        assert np.array_equal(table.lookup(range(ROWS)), expected)
+        assert np.array_equal(expected[1], fresh[1])
+        go_on.set()
+        thread.join()
+        assert np.array_equal(table.lookup(range(ROWS)), expected)
+    with shardemb.open(path) as store:
+        assert np.array_equal(store["t"].lookup(range(ROWS)), expected)
+
+
+def test_the_log_is_bounded(path):
+    limit = 400_000
+    with shardemb.open(path, log_bytes=limit) as store:
+        table = new_table(store)
+        most = 0
+        for step in range(1, 40):
+            fill(table, step, range(step, ROWS, 5))
+            store.commit(step=step)
+            most = max(most, sum(each.stat().st_size for each in (path / ".shardemb" / "log").iterdir()))
+        interval = 1000 * (8 + 4 * DIM)
+        assert most < 2 * (limit + interval)  # segments that are not full yet, and those to be used again
+        assert store["t"].lookup(39)[0] == 39
+
+
+def test_a_fold_that_finds_the_disk_full_loses_nothing_and_is_tried_again(path, monkeypatch):
+    store = shardemb.open(path)
+    table = new_table(store)
+    fill(table, 1)
+    store.commit(step=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            fold, "write", lambda *given: (_ for _ in ()).throw(DiskFullError(errno.ENOSPC, "no room"))
+        )
+        with pytest.raises(DiskFullError):
+            store.checkpoint()
+        fill(table, 2, range(10))
+        store.commit(step=2)
+        with shardemb.open(path, "r") as reader:
+            assert reader.last_commit.step == 2
+            assert reader["t"].lookup([9, 10])[:, 0].tolist() == [2, 1]
+    store.checkpoint()
+    assert np.fromfile(path / "t" / "rows" / "c.0.0", np.float32)[:: 16 * 10][:2].tolist() == [2, 1]
+    store.close()
+    assert list((path / ".shardemb" / "log").iterdir()) == []
+
+
+def test_a_fold_that_fails_poisons_and_the_next_opening_has_every_commit(path, monkeypatch):
+    store = shardemb.open(path)
+    table = new_table(store)
+    fill(table, 1)
+    store.commit(step=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            files, "sync_data", lambda *given: (_ for _ in ()).throw(OSError(errno.EIO, os.strerror(5)))
+        )
+        with pytest.raises(OSError, match="Input/output"):
+            store.checkpoint()
+    with pytest.raises(PoisonedError, match="open it again"):
+        store.commit(step=2)
+    close_quietly(store)
+    with shardemb.open(path) as again:
+        assert again.last_commit.step == 1
+        assert (again["t"].lookup(range(ROWS)) == 1).all()
+
+
+def test_a_reader_after_a_crash_sees_the_last_commit_and_writes_nothing(path, in_fork):
+    def job():
+        store = shardemb.open(path, threads=1)
+        table = new_table(store, initializer=Uniform(-1, 1, seed=1))
+        fill(table, 5, range(0, ROWS, 2))
+        store.commit(step=9)
+        fill(table, 6)
+        os._exit(0)
+
+    assert in_fork(job) is None
+    before = {each: each.read_bytes() for each in path.rglob("*") if each.is_file()}
+    with shardemb.open(path, "r") as reader:
+        assert reader.last_commit.step == 9
+        rows = reader["t"].lookup(range(ROWS))
+        assert (rows[::2] == 5).all()
+        assert (np.abs(rows[1::2]) <= 1).all()
+    assert {each: each.read_bytes() for each in path.rglob("*") if each.is_file()} == before
+
+
+def test_refresh_moves_a_reader_on(path):
+    with shardemb.open(path) as store:
+        table = new_table(store)
+        fill(table, 1)
+        store.commit(step=1)
+        with pytest.raises(ReadOnlyError, match="open for writing"):
+            store.refresh()
+        with shardemb.open(path, "r") as reader:
+            seen = reader["t"]
+            fill(table, 2)
+            new_table(store, "u")
+            store.rename_table("t", "v")
+            store.commit(step=2)
+            reader.refresh()
+            assert reader.last_commit.step == 2
+            assert sorted(reader) == ["u", "v"]
+            assert reader["v"] is seen
+            assert (seen.lookup(range(ROWS)) == 2).all()
+            store.drop_table("v")
+            store.commit(step=3)
+            reader.refresh()
+            with pytest.raises(shardemb.TableNotFoundError):
+                seen.lookup([1])
+
+
+def test_a_reader_notices_another_writer(path):
+    first = shardemb.open(path)
+    fill(new_table(first), 1)
+    first.commit(step=1)
+    with shardemb.open(path, "r") as reader:
+        assert reader["t"].lookup(5)[0] == 1
+        first.close()
+        assert reader["t"].lookup(5)[0] == 1
+        with shardemb.open(path) as second:
+            with pytest.raises(StaleReaderError, match="refresh"):
+                reader["t"].lookup(5)
+            fill(second["t"], 2)
+            second.commit(step=2)
+            reader.refresh()
+            assert reader["t"].lookup(5)[0] == 2
+
+
+def test_a_reader_beside_a_training_writer_sees_committed_values_only(path):
+    """Each row carries the number of its commit; between commits rows hold what must never be seen."""
+    stop = threading.Event()
+    store = shardemb.open(path, log_bytes=300_000)
+    table = new_table(store)
+    committed = [0]
+
+    def training():
+        rng = np.random.default_rng(0)
+        while not stop.is_set():
+            rows = np.unique(rng.integers(0, ROWS, 500))
+            fill(table, -1, rows)
+            fill(table, committed[0] + 1, rows)
+            store.commit(step=committed[0] + 1)
+            committed[0] += 1
+
+    thread = threading.Thread(target=training)
+    thread.start()
+    try:
+        for _ in range(15):
+            with shardemb.open(path, "r") as reader:
+                opened_at = reader.last_commit.step
+                for _ in range(10):
+                    rows = reader["t"].lookup(range(ROWS))
+                    assert rows.min() >= 0
+                    assert rows.max() <= committed[0] + 1
+                    assert opened_at == 0 or rows.max() > 0
+    finally:
+        stop.set()
+        thread.join()
+        store.close()
+    assert committed[0] > 10
