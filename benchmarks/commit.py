@@ -55,7 +55,9 @@ class CommitBytes(_Changed):
 
     def setup(self, path, rows, distribution):
         self.ids = common.make_ids(distribution, rows, LARGE)
-        for _ in range(2):  # until the log has a segment with room for it, as it has after a while of training
+        for _ in range(
+            2
+        ):  # until the log has a segment with room for it, as it has after a while of training
             self.change(path, self.ids)
             self.store.commit()
         self.change(path, self.ids)
