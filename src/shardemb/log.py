@@ -7,6 +7,7 @@ count. A commit lies in one segment, so a segment always ends where no attempt i
 
 from __future__ import annotations
 
+import errno
 import uuid
 from typing import TYPE_CHECKING
 
@@ -195,12 +196,17 @@ class Log:
             files.sync(descriptor, temporary)
             # Under its name a segment has a header: one that has none is damaged and not new.
             files.rename(temporary, self._path(number))
-            files.sync_directory(self._folder)
         except BaseException:
             if descriptor is not None:
                 files.close(descriptor)
             files.remove(temporary)
             raise
+        try:
+            files.sync_directory(self._folder)
+        except BaseException as error:
+            files.close(descriptor)
+            # Going on in the old segment would contradict the new one, so this is no disk that is merely full.
+            raise OSError(errno.EIO, f"{self._folder} cannot be synced ({error})") from error
         self._descriptor, self._size, self._salt, self.number = descriptor, nbytes, salt, number
         self._position = PAGE
 

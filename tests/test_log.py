@@ -1,0 +1,430 @@
+"""The image log as it is written and read: what comes back, what is torn, and what is damage."""
+
+import random
+import shutil
+import struct
+import uuid
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_spec import make
+
+from shardemb import files, replay
+from shardemb.errors import DiskFullError, FormatError, LogDamagedError
+from shardemb.log import Log, needed_bytes
+from shardemb.manifest import Commit, Manifest, TableRecord
+from shardemb.spec import PAGE
+
+STORE, OTHER = "0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c00", "0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c01"
+SPEC = make(1000, 6)
+TABLE = SPEC.uuid
+BASE = Manifest(STORE, epoch=3, segment=5, sequence=11, attempt=7)
+HEADER = struct.Struct("<8s QQQQQ 16s 16s Q")
+RECORD = struct.Struct("<4sIQQQQQQ16sQQ")
+
+
+def manifest_of(number, base=BASE):
+    return Manifest(
+        base.uuid,
+        epoch=base.epoch,
+        segment=base.segment,
+        sequence=base.sequence,
+        attempt=base.attempt,
+        commit=Commit(number, number, {}),
+        tables=(TableRecord(TABLE, "t", number, None),),
+    )
+
+
+def append(log, ids, value, spec=SPEC):
+    """Append the images of an attempt, not its commit record; rows hold `value` and their id."""
+    ids = np.array(ids, np.int64)
+    records = np.full((ids.size, spec.width), value, np.float32)
+    records[:, 0] = ids
+
+    def pack(start, stop, address):
+        np.ctypeslib.as_array((np.ctypeslib.ctypes.c_float * records[start:stop].size).from_address(address))[
+            :
+        ] = records[start:stop].ravel()
+
+    log.append_images(spec.uuid, ids, spec.record_bytes, pack)
+
+
+def commit(log, ids, number, spec=SPEC):
+    payload = manifest_of(number).to_bytes()
+    log.begin(needed_bytes([(len(ids), spec.record_bytes)] if ids else [], len(payload)))
+    if ids:
+        append(log, ids, number, spec)
+    log.append_commit(payload)
+
+
+def rows_of(found, spec=SPEC):
+    """Rows and the value that each holds, out of memory."""
+    images = found.images(spec)
+    values = {}
+    for row, address in zip(images.ids.tolist(), images.addresses.tolist(), strict=True):
+        record = np.ctypeslib.as_array((np.ctypeslib.ctypes.c_float * spec.width).from_address(address))
+        assert record[0] == row
+        assert (record[1:] == record[1]).all()
+        values[row] = int(record[1])
+    return values
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "log").mkdir()
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def log(folder):
+    log = Log(folder, BASE, 2**16)
+    yield log
+    log.close()
+
+
+def last(folder, base=BASE):
+    found = replay.read(folder, base)
+    return found.manifest.commit.id if found.manifest.commit else 0
+
+
+# ---- a reader and a packer of its own, from the description of the format ---------------------------------------
+
+
+def digest(data):
+    return xxhash.xxh3_64_intdigest(data)
+
+
+def independent(path):
+    """Header of a segment, and its records as ``(offset, fields, payload)``."""
+    data = path.read_bytes()
+    header = HEADER.unpack_from(data)
+    assert header[-1] == digest(data[: HEADER.size - 8])
+    records, position = [], 4096
+    while position < header[5] and data[position : position + 4] == b"srec":
+        head = data[position : position + RECORD.size]
+        fields = RECORD.unpack(head)
+        assert fields[-1] == digest(header[6] + header[7] + head[:-8])
+        payload = data[position + RECORD.size : position + RECORD.size + fields[2]]
+        assert fields[-2] == digest(payload)
+        records.append((position, fields, payload))
+        position += -(-(RECORD.size + fields[2]) // 4096) * 4096
+    return header, records
+
+
+def rewrite(path, position, payload=None, **changes):
+    """Replace a record by one that says something else, with right checksums."""
+    header, records = independent(path)
+    names = [
+        "magic",
+        "kind",
+        "length",
+        "epoch",
+        "sequence",
+        "synced",
+        "attempt",
+        "count",
+        "table",
+        "payload_sum",
+        "sum",
+    ]
+    _, fields, old = next(each for each in records if each[0] == position)
+    payload = old if payload is None else payload
+    values = dict(zip(names, fields, strict=True)) | {"length": len(payload), "payload_sum": digest(payload)}
+    values |= changes
+    packed = RECORD.pack(*values.values())[:-8]
+    packed += digest(header[6] + header[7] + packed).to_bytes(8, "little")
+    with path.open("r+b") as file:
+        file.seek(position)
+        file.write(packed + payload)
+
+
+def only(folder):
+    return sorted(folder.glob("*.log"))[-1]
+
+
+# ---- round trips ------------------------------------------------------------------------------------------------
+
+attempts = st.lists(
+    st.tuples(st.lists(st.integers(0, 999), max_size=30, unique=True).map(sorted), st.booleans()), max_size=12
+)
+
+
+@settings(max_examples=50)
+@given(attempts)
+def test_the_newest_committed_image_of_every_row_comes_back(tmp_path_factory, history):
+    folder = tmp_path_factory.mktemp("log")
+    log, expected, commits = Log(folder, BASE, 2**16), {}, 0
+    for number, (ids, ends) in enumerate(history, 1):
+        if ends:
+            commit(log, ids, number)
+            expected |= dict.fromkeys(ids, number)
+            commits = number
+        else:
+            log.begin(needed_bytes([(len(ids), SPEC.record_bytes)], 0))
+            append(log, ids, number)
+            log._flush()  # as a large attempt does on its way
+    log.close()
+    found = replay.read(folder, BASE)
+    assert rows_of(found) == expected
+    assert (found.manifest.commit.id if found.manifest.commit else 0) == commits
+    assert found.attempt <= log.attempt
+    assert found.sequence == log.sequence
+    shutil.rmtree(folder)
+
+
+def test_an_independent_reader_finds_the_same(folder, log):
+    for number in range(1, 40):
+        commit(log, [number, number + 1], number)
+    rows, pending, sequence = {}, {}, 11
+    for path in sorted(folder.glob("*.log")):
+        header, records = independent(path)
+        assert header[:2] == (b"shardlog", 1)
+        assert header[2:5] == (3, int(path.stem), sequence)
+        assert header[6] == uuid.UUID(STORE).bytes
+        for position, fields, payload in records:
+            assert position % 4096 == 0
+            kind, number, synced, count = fields[1], fields[4], fields[5], fields[7]
+            assert synced < sequence
+            if kind == 3:
+                assert fields[2] == 0
+                continue
+            assert number == sequence
+            sequence += 1
+            if kind == 1:
+                ids = np.frombuffer(payload, np.int64, count)
+                values = np.frombuffer(payload, np.float32, offset=8 * count).reshape(count, -1)
+                pending |= dict(zip(ids.tolist(), values[:, 1].astype(int).tolist(), strict=True))
+            elif kind == 2:
+                assert count == len(pending)
+                rows, pending = rows | pending, {}
+    assert rows == rows_of(replay.read(folder, BASE))
+    assert len(rows) == 40
+    assert len(list(folder.glob("*.log"))) > 2
+
+
+def test_every_segment_but_the_last_ends_with_a_record_that_says_so(folder, log):
+    for number in range(1, 40):
+        commit(log, [number], number)
+    kinds = [[fields[1] for _, fields, _ in independent(path)[1]] for path in sorted(folder.glob("*.log"))]
+    assert len(kinds) > 2
+    assert [each[-1] == 3 for each in kinds] == [True] * (len(kinds) - 1) + [False]
+
+
+def test_a_commit_larger_than_a_segment_has_one_of_its_own(folder, log):
+    big = make(100_000, 6)
+    commit(log, list(range(60_000)), 1, big)
+    assert replay.read(folder, BASE).images(big).ids.size == 60_000
+    assert only(folder).stat().st_size > 2**16
+    commit(log, [5], 2, big)
+    assert rows_of(replay.read(folder, BASE), big)[5] == 2
+
+
+def test_segments_that_were_let_go_are_used_again_and_their_records_forgotten(folder, log):
+    commit(log, [1], 1)
+    closed = log.close_segments()
+    inodes = {path.stat().st_ino for path in closed}
+    log.discard(closed)
+    base = Manifest(STORE, epoch=3, segment=log.number, sequence=log.sequence, attempt=log.attempt + 1)
+    log.close_segments()
+    assert only(folder).stat().st_ino in inodes
+    commit(log, [2], 2)
+    assert rows_of(replay.read(folder, base)) == {2: 2}
+
+
+# ---- torn and damaged -------------------------------------------------------------------------------------------
+
+
+def test_a_log_cut_at_any_block_gives_the_commit_before(folder, log):
+    for number in range(1, 6):
+        commit(log, [number], number)
+    path = only(folder)
+    _, records = independent(path)
+    ends = [position for position, fields, _ in records if fields[1] == 2]
+    data = path.read_bytes()
+    for position in range(PAGE, ends[-1] + 2 * PAGE, PAGE):
+        path.write_bytes(data[:position] + bytes(len(data) - position))
+        assert last(folder) == sum(end < position for end in ends)
+    path.write_bytes(data)
+    assert last(folder) == 5
+
+
+def test_a_bad_record_that_a_later_one_calls_synced_is_damage(folder, log):
+    for number in range(1, 4):
+        commit(log, [number], number)
+    path = only(folder)
+    _, records = independent(path)
+    data = path.read_bytes()
+    for position, fields, _ in records:
+        path.write_bytes(data[: position + 40] + bytes([data[position + 40] ^ 1]) + data[position + 41 :])
+        if fields[6] < records[-1][1][6]:
+            with pytest.raises(LogDamagedError, match="was synced"):
+                replay.read(folder, BASE)
+        else:
+            assert last(folder) == 2  # torn: nothing says that it had been synced
+
+
+@pytest.mark.parametrize("which", [0, 1, -1])
+def test_a_missing_segment_is_damage(folder, log, which):
+    for number in range(1, 40):
+        commit(log, [number], number)
+    sorted(folder.glob("*.log"))[which].unlink()
+    with pytest.raises(LogDamagedError, match="missing"):
+        replay.read(folder, BASE)
+
+
+def test_segments_that_were_exchanged_are_damage(folder, log):
+    for number in range(1, 40):
+        commit(log, [number], number)
+    first, second = sorted(folder.glob("*.log"))[:2]
+    one, two = first.read_bytes(), second.read_bytes()
+    first.write_bytes(two)
+    second.write_bytes(one)
+    with pytest.raises(LogDamagedError, match="belongs elsewhere"):
+        replay.read(folder, BASE)
+
+
+@pytest.mark.parametrize("base", [Manifest(OTHER, 3, segment=5, sequence=11), Manifest(STORE, 4, segment=5)])
+def test_a_segment_of_another_store_or_epoch_is_damage(folder, log, base):
+    commit(log, [1], 1)
+    with pytest.raises(LogDamagedError):
+        replay.read(folder, base)
+
+
+@pytest.mark.parametrize("position", range(0, HEADER.size, 5))
+def test_a_damaged_header_is_damage(folder, log, position):
+    commit(log, [1], 1)
+    data = bytearray(only(folder).read_bytes())
+    data[position] ^= 4
+    only(folder).write_bytes(data)
+    with pytest.raises(LogDamagedError, match="header"):
+        replay.read(folder, BASE)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"count": 0},
+        {"count": 2**63},
+        {"count": 3},
+        {"kind": 9},
+        {"table": bytes(range(16))},
+        {"payload": b""},
+        {"payload": bytes(8)},
+        {"payload": np.array([-1], np.int64).tobytes() + bytes(24)},
+        {"payload": np.array([1000], np.int64).tobytes() + bytes(24)},
+        {"payload": np.array([2**62], np.int64).tobytes() + bytes(24)},
+        {"payload": np.array([1], np.int64).tobytes() + bytes(28)},
+    ],
+    ids=str,
+)
+def test_a_record_of_images_that_lies_is_never_believed(folder, log, lie):
+    commit(log, [1], 1)
+    rewrite(only(folder), PAGE, **lie)
+    if "table" in lie:
+        assert rows_of(replay.read(folder, BASE)) == {}
+        return
+    with pytest.raises(LogDamagedError):
+        replay.read(folder, BASE).images(SPEC)
+
+
+@pytest.mark.parametrize(
+    "lie", [{"length": 2**63}, {"length": 2**40}, {"sequence": 99}, {"epoch": 9}], ids=str
+)
+def test_a_last_record_with_impossible_numbers_ends_the_log(folder, log, lie):
+    commit(log, [1], 1)
+    commit(log, [2], 2)
+    position = independent(only(folder))[1][-1][0]
+    rewrite(only(folder), position, **lie)
+    assert last(folder) == 1
+
+
+@pytest.mark.parametrize("lie", [{"count": 2}, {"payload": b"{}"}, {"payload": b""}], ids=str)
+def test_a_commit_record_that_lies_is_an_error(folder, log, lie):
+    commit(log, [1], 1)
+    rewrite(only(folder), 2 * PAGE, **lie)
+    with pytest.raises(FormatError):
+        replay.read(folder, BASE)
+
+
+def test_random_damage_gives_a_commit_that_was_or_an_error(folder, log):
+    for number in range(1, 21):
+        commit(log, [number], number)
+    paths = sorted(folder.glob("*.log"))
+    whole, rng, refused = {path: path.read_bytes() for path in paths}, random.Random(0), 0
+    for _ in range(300):
+        path = rng.choice(paths)
+        data = bytearray(whole[path])
+        for _ in range(rng.randint(1, 4)):
+            start = rng.randrange(len(data))
+            data[start : start + rng.choice([1, 8, 512])] = rng.randbytes(1)
+        path.write_bytes(data)
+        try:
+            found = replay.read(folder, BASE)
+            number = found.manifest.commit.id if found.manifest.commit else 0
+            assert rows_of(found) == {row: row for row in range(1, number + 1)}
+        except FormatError:
+            refused += 1
+        path.write_bytes(whole[path])
+    assert 0 < refused < 300
+    assert last(folder) == 20
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["write_new", "open_direct", "write", "sync", "rename"])
+def test_a_full_disk_when_a_segment_is_made_leaves_the_log_as_it_was(folder, log, monkeypatch, call):
+    commit(log, [1], 1)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*args):
+        raise DiskFullError(28, "no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, call, full)
+        with pytest.raises(DiskFullError):
+            log.begin(2**20)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert last(folder) == 1
+    commit(log, [2], 2)
+    assert rows_of(replay.read(folder, BASE)) == {1: 1, 2: 2}
+
+
+def test_no_block_of_a_segment_is_written_again_once_it_is_durable(folder, log, monkeypatch):
+    durable, fresh, write, sync = set(), set(), files.write, files.sync_data
+
+    def watched(descriptor, data, offset, path):
+        assert offset % PAGE == 0
+        assert len(data) % PAGE == 0
+        # Filling a new segment with zeros and its header come before its first record.
+        if path.suffix == ".log":
+            blocks = {(path, block) for block in range(offset // PAGE, (offset + len(data)) // PAGE)}
+            assert not blocks & durable
+            fresh.update(blocks)
+        write(descriptor, data, offset, path)
+
+    def synced(descriptor, path):
+        sync(descriptor, path)
+        durable.update(fresh)
+
+    monkeypatch.setattr(files, "write", watched)
+    monkeypatch.setattr(files, "sync_data", synced)
+    for number in range(1, 60):
+        commit(log, list(range(number)), number)
+    assert len(durable) > 110
+    assert durable == fresh
+
+
+def test_a_folder_that_cannot_be_synced_is_no_full_disk(tmp_path, monkeypatch):
+    """The new segment has its name already: commits that went on in the old one could not be read again."""
+    writer = log.Log(tmp_path, replay.Manifest(uuid="00000000-0000-0000-0000-000000000007"))
+    monkeypatch.setattr(
+        files, "sync_directory", lambda path: (_ for _ in ()).throw(DiskFullError(28, "no room"))
+    )
+    with pytest.raises(OSError, match="cannot be synced") as caught:
+        writer.begin(2**20)
+    assert not isinstance(caught.value, DiskFullError)
+    writer.close()
