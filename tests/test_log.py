@@ -420,7 +420,7 @@ def test_no_block_of_a_segment_is_written_again_once_it_is_durable(folder, log, 
 
 def test_a_folder_that_cannot_be_synced_is_no_full_disk(tmp_path, monkeypatch):
     """The new segment has its name already: commits that went on in the old one could not be read again."""
-    writer = log.Log(tmp_path, replay.Manifest(uuid="00000000-0000-0000-0000-000000000007"))
+    writer = Log(tmp_path, Manifest(uuid="00000000-0000-0000-0000-000000000007"))
     monkeypatch.setattr(
         files, "sync_directory", lambda path: (_ for _ in ()).throw(DiskFullError(28, "no room"))
     )
