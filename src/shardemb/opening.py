@@ -79,7 +79,7 @@ def open(
     Notes
     -----
     One opening at a time may write. A store that is open for reading alone cannot be opened for writing; one that
-    is open for writing can be read beside it, and then shows rows as the writer's commits write them.
+    is open for writing can be read beside it, and later commits may then show through as they are folded.
 
     Keep stores on a disk. A tmpfs that is full kills the process (SIGBUS), even when it reads a hole of a file.
 
