@@ -11,6 +11,7 @@ from shardemb import files, fold, kernels, layout, plan, shards
 from shardemb.errors import DiskFullError, FormatError, ShardEmbError
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import Adagrad, Adam, RowWiseAdagrad
+from shardemb.pages import Unlimited
 from shardemb.replay import Images
 from shardemb.spec import PAGE, ROWS_PER_BLOCK
 
@@ -24,6 +25,7 @@ def int64(rows):
 def write(table, rows, values):
     """As `batch` does it: mark, bring in, overwrite weights."""
     batch = plan.group(np.array(rows, np.int64), table.spec.num_embeddings)
+    table.pages.bring_back(batch.rows, to_change=True)
     table.mark(batch.rows)
     table.bring_in(batch.rows, 0, batch.rows.size)
     values = np.ascontiguousarray(values, np.float32).reshape(len(rows), table.spec.embedding_dim)
@@ -33,16 +35,19 @@ def write(table, rows, values):
 def look_up(table, rows, column="weight"):
     first, last = table.spec.columns[column]
     out = np.empty((len(rows), last - first), np.float32)
+    table.pages.bring_back(int64(rows), to_change=False)
     table.gather(column, np.array(rows, np.int64), out, 0, len(rows))
     return out
 
 
+ROOM = Unlimited()
 NO_IMAGES = Images(np.empty(0, np.int64), np.empty(0, np.int64))
 
 
 def images_of(table, rows):
     """What a log would hold of rows; the second value is what the images lie in."""
-    records = table.records[rows]
+    records = np.empty((rows.size, table.spec.width), np.float32)
+    table.pack(rows, 0, rows.size, records.ctypes.data)
     return Images(rows, records.ctypes.data + np.arange(rows.size) * table.spec.record_bytes), records
 
 
@@ -52,7 +57,7 @@ def save(table):
     table.clear_changes()
     table.begin_fold()
     fold.write([(table.spec, table.directory, images)], 2)
-    table.end_fold(folded=True)
+    table.pages.end_fold(folded=True)
     del memory
 
 
@@ -64,6 +69,7 @@ def on_disk(table):
 
 
 def in_memory(table):
+    table.pages.bring_back(np.arange(table.spec.num_embeddings), to_change=False)
     return table.records.tobytes(), table.present.tobytes()
 
 
@@ -100,6 +106,7 @@ def histories(draw):
         st.tuples(st.just("write"), rows),
         st.tuples(st.just("make private"), rows),
         st.tuples(st.just("drop clean"), span),
+        st.tuples(st.just("page out"), st.sampled_from([1, 2, 1000])),
         st.tuples(st.sampled_from(["save", "forget", "drop folded"]), st.none()),
     )
     return spec, draw(st.lists(event, min_size=1, max_size=12))
@@ -119,23 +126,27 @@ def step(table, model, number, event, argument):
         write(table, argument, values)
         model.now = {**model.now, **dict.fromkeys(argument, number)}
     elif event == "make private":
-        table.make_private(int64(argument))
+        table.pages.copy(int64(argument))
     elif event == "drop clean":
         table.drop_clean(argument[0], argument[1] + 1)
+    elif event == "page out":
+        out, count = table.pages.out, min(argument, table.pages.count)
+        table.pages.page_out(count, table.directory)
+        assert table.pages.out == out + count
     elif event == "save":
         check_changes(table)
         save(table)
         assert on_disk(table) == in_memory(table)
         model.saved = model.now
     elif event == "forget":
-        table.forget_changes(NO_IMAGES)
+        table.forget_changes(NO_IMAGES, ROOM)
         assert not table.has_changes
         assert on_disk(table) == in_memory(table)
         model.now = model.saved
     else:
-        table.drop_folded()
+        table.pages.drop_folded()
         if not table.has_changes:
-            assert table.private_pages == 0
+            assert table.pages.count == table.pages.out == 0
 
 
 def check_changes(table):
@@ -156,8 +167,8 @@ def check_table(table, model):
             assert (weight == fresh).all()
     for column in list(table.spec.columns)[1:]:
         assert (look_up(table, some, column) == 0.5).all()
-    bits = set(np.flatnonzero(np.unpackbits(table.private.view(np.uint8), bitorder="little")).tolist())
-    assert table.private_pages == len(bits)
+    bits = set(np.flatnonzero(np.unpackbits(table.pages.private.view(np.uint8), bitorder="little")).tolist())
+    assert table.pages.count == len(bits)
 
 
 @settings(max_examples=60)
@@ -175,7 +186,7 @@ def test_memory_files_and_a_model_agree_whatever_happens(history):
                 {row for row, value in model.now.items() if model.saved.get(row) != value}
             )
             assert table.has_changes == (table.count_changes() > 0)
-        table.forget_changes(NO_IMAGES)
+        table.forget_changes(NO_IMAGES, ROOM)
         assert in_memory(table) == on_disk(table)
         del table
 
@@ -190,7 +201,7 @@ def create(tmp_path, spec=PLAIN, values=None):
 
 
 def private(table):
-    return set(np.flatnonzero(np.unpackbits(table.private.view(np.uint8), bitorder="little")).tolist())
+    return set(np.flatnonzero(np.unpackbits(table.pages.private.view(np.uint8), bitorder="little")).tolist())
 
 
 def test_a_new_table_has_no_changes_and_takes_no_disk(tmp_path):
@@ -219,7 +230,7 @@ def test_going_back_gives_images_that_the_files_do_not_hold(tmp_path, spec):
     expected = in_memory(table)
     write(table, [1, 2, 700], np.full((3, spec.embedding_dim), 6.0))
     assert in_memory(table) != expected
-    table.forget_changes(images)
+    table.forget_changes(images, ROOM)
     assert in_memory(table) == expected
     assert not table.has_changes
     del memory
@@ -229,16 +240,16 @@ def test_pages_stay_until_the_files_hold_them(tmp_path):
     table = create(tmp_path)
     write(table, [0], np.ones((1, 5)))
     table.clear_changes()
-    table.drop_folded()
+    table.pages.drop_folded()
     assert private(table) == {0}
     table.begin_fold()
     write(table, [1000], np.ones((1, 5)))
-    table.end_fold(folded=False)
-    table.drop_folded()
+    table.pages.end_fold(folded=False)
+    table.pages.drop_folded()
     assert private(table) == {0, 4}
     table.begin_fold()  # row 1,000 is not committed
-    table.end_fold(folded=True)
-    table.drop_folded()
+    table.pages.end_fold(folded=True)
+    table.pages.drop_folded()
     assert private(table) == {4}
 
 
@@ -249,7 +260,7 @@ def test_dropping_clean_pages_spares_what_is_being_folded(tmp_path):
     table.begin_fold()
     table.drop_clean(0, ROWS)
     assert look_up(table, [0]).min() == 1
-    table.end_fold(folded=True)
+    table.pages.end_fold(folded=True)
     table.drop_clean(0, ROWS)
     assert look_up(table, [0]).max() == 0  # nothing was written in truth
 
@@ -274,7 +285,7 @@ def test_dropping_clean_pages_gives_memory_back(tmp_path):
     before = anonymous()
     table.drop_clean(0, ROWS)
     assert before - anonymous() > 0.9 * ROWS * 20
-    assert table.private_pages == 0
+    assert table.pages.count == 0
     assert (table.records[:ROWS] == 1).all()
 
 
@@ -284,9 +295,9 @@ def anonymous():
 
 def test_pages_made_private_are_counted_and_not_changed(tmp_path):
     table = create(tmp_path, LARGE_RECORDS)
-    table.make_private(int64([0, 5]))
+    table.pages.copy(int64([0, 5]))
     assert private(table) == {0, 1, 5, 6}
-    assert table.private_pages == 4
+    assert table.pages.count == 4
     assert not table.has_changes
 
 
@@ -360,7 +371,7 @@ def test_an_array_of_values_becomes_the_rows(tmp_path, spec):
     for column in list(spec.columns)[1:]:
         assert (look_up(table, range(spec.num_embeddings), column) == spec.initial_state[0]).all()
     assert not table.has_changes
-    assert table.private_pages == 0
+    assert table.pages.count == 0
     if spec.has_presence:
         assert np.unpackbits(table.present, bitorder="little").sum() == spec.num_embeddings
 

@@ -921,7 +921,7 @@ def test_memory_budget_zero_gives_pages_back_after_every_fold(path):
             table.update(ids, np.ones((10_000, 64), np.float32))
             store.commit()
             store.checkpoint()
-        used[budget] = table._mapped.private_pages * 4096
+        used[budget] = table._mapped.pages.count * 4096
         found[budget] = rows(table)
         store.close()
     assert used[0] == 0

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shardemb import kernels, plan, scheduler
+from shardemb.shards import PAGED_ROWS
 from shardemb.spec import PAGE
 
 if TYPE_CHECKING:
@@ -74,6 +75,34 @@ def read(runtime: Runtime, reads: Sequence[Read]) -> None:
     Warm batches are gathered as they are: no sort, no system call a row. What is cold is grouped first, and the
     pages of *all* of it are asked for before the first is waited for: the disk sees as many requests as it can take.
     """
+    runtime.check_fresh()
+    _without_lock(runtime, reads, _gather)
+    runtime.check_fresh()
+
+
+def read_range(runtime: Runtime, shards: Shards, column: str, start: int, stop: int) -> Float32Array:
+    """Copy a column of rows ``start:stop`` in the calling thread, which may be a task."""
+    first, last = shards.spec.columns[column]
+    ids = np.arange(start, stop, dtype=np.int64)
+    out = np.empty((stop - start, last - first), np.float32)
+    _without_lock(runtime, [Read(shards, column, ids, out)], _gather_range)
+    return out
+
+
+def _without_lock(
+    runtime: Runtime, reads: Sequence[Read], gather: Callable[[Runtime, Sequence[Read]], None]
+) -> None:
+    """Gather without the lock; again with it, where pages are out or went out meanwhile."""
+    versions = [each.shards.pages.version for each in reads]
+    if None not in versions:
+        gather(runtime, reads)
+        if [each.shards.pages.version for each in reads] == versions:
+            return
+    for each in reads:
+        _gather_paged(runtime, each)
+
+
+def _gather(runtime: Runtime, reads: Sequence[Read]) -> None:
     cold = [
         (r.shards, plan.group(r.ids, r.shards.spec.num_embeddings)) for r in reads if r.shards.is_cold(r.ids)
     ]
@@ -85,20 +114,26 @@ def read(runtime: Runtime, reads: Sequence[Read]) -> None:
             read.shards.gather(read.column, read.ids, read.out, start, stop)
 
     tasks = _cut(runtime, [read.ids.size for read in reads], [4 * read.out.shape[1] for read in reads])
-    runtime.check_fresh()
     scheduler.run([partial(gather, task) for task in tasks], runtime.threads)
-    runtime.check_fresh()
 
 
-def read_range(shards: Shards, column: str, start: int, stop: int) -> Float32Array:
-    """Copy a column of rows ``start:stop`` in the calling thread, which may be a task."""
-    first, last = shards.spec.columns[column]
-    ids = np.arange(start, stop, dtype=np.int64)
-    out = np.empty((stop - start, last - first), np.float32)
-    if shards.is_cold(ids):
-        shards.read_ahead(ids, 0, ids.size)
-    shards.gather(column, ids, out, 0, ids.size)
-    return out
+def _gather_range(runtime: Runtime, reads: Sequence[Read]) -> None:
+    for read in reads:
+        if read.shards.is_cold(read.ids):
+            read.shards.read_ahead(read.ids, 0, read.ids.size)
+        read.shards.gather(read.column, read.ids, read.out, 0, read.ids.size)
+
+
+def _gather_paged(runtime: Runtime, read: Read) -> None:
+    """Bring pages back that are out, those of a part of the batch at a time."""
+    shards = read.shards
+    for start in range(0, read.ids.size, PAGED_ROWS):
+        stop = min(start + PAGED_ROWS, read.ids.size)
+        rows = np.unique(read.ids[start:stop])
+        with runtime.changing():
+            runtime.room.make_room(shards.pages.count_out(rows))
+            shards.pages.bring_back(rows, to_change=False)
+            shards.gather(read.column, read.ids, read.out, start, stop)
 
 
 def change(runtime: Runtime, changes: Sequence[Change]) -> None:
@@ -108,7 +143,11 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
     it nothing can.
     """
     with runtime.changing():
+        _make_room(runtime, changes)
+        runtime.check_open()  # others may have come while it waited
         runtime.check_sound()
+        for each in changes:
+            each.shards.pages.bring_back(each.batch.rows, to_change=True)
         _read_ahead(runtime, [(c.shards, c.batch) for c in changes if c.shards.is_cold(c.batch.rows)])
         work = [_work(change) for change in changes]
 
@@ -138,7 +177,16 @@ def prefetch(runtime: Runtime, shards: Shards, rows: Int64Array, *, for_update: 
         with runtime.lock:  # for a moment at a time
             if runtime.closed:
                 return
-            shards.make_private(rows[start : start + PREFETCH_ROWS])
+            pages, some = shards.pages, rows[start : start + PREFETCH_ROWS]
+            runtime.room.make_room(pages.count_new(some))
+            if not runtime.closed:
+                pages.copy(some)
+
+
+def _make_room(runtime: Runtime, changes: Sequence[Change]) -> None:
+    batches = [(each.shards.pages, each.batch.rows) for each in changes]
+    if not runtime.room.has_room(sum(pages.at_most(rows) for pages, rows in batches)):  # spares the counting
+        runtime.room.make_room(sum(pages.count_new(rows) for pages, rows in batches))
 
 
 def _work(change: Change) -> Callable[[int, int], None]:

@@ -17,6 +17,7 @@ import mmap
 import os
 import shutil
 import stat
+import tempfile
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -270,6 +271,29 @@ def read_at(descriptor: int, nbytes: int, offset: int, path: Path) -> bytearray:
             raise OSError(errno.EIO, f"{path} ends at {offset}")
         view, offset = view[done:], offset + done
     return data
+
+
+def expect(descriptor: int, offset: int, nbytes: int) -> None:
+    """Ask for a range of a file that will soon be read; the kernel reads it meanwhile."""
+    os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def open_scratch(folder: Path) -> int:
+    """Open a new file in a folder that has no name and ends with its descriptor."""
+    with _disk_errors(folder):
+        try:
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+                raise
+            descriptor, name = tempfile.mkstemp(dir=folder)  # a file system without nameless files
+            os.unlink(name)
+            return descriptor
+
+
+def shorten(descriptor: int, nbytes: int) -> None:
+    """Cut an open file short."""
+    os.ftruncate(descriptor, nbytes)
 
 
 def allocate(descriptor: int, offset: int, nbytes: int, path: Path) -> None:

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from shardemb import files, kernels, layout, scheduler
+from shardemb import files, kernels, layout, plan, scheduler
 from shardemb.spec import PAGE, ROWS_PER_BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from shardemb.arrays import Int64Array
     from shardemb.replay import Images
     from shardemb.spec import TableSpec
 
@@ -80,7 +79,7 @@ def _write_rows(piece: _Piece) -> None:
             stop = min(start + step, piece.stop)
             kernels.gather_images(images.addresses, spec.record_bytes, buffer.ctypes.data, start, stop)
             ids = images.ids[start:stop] - piece.file * spec.rows_per_shard
-            for first, last in _runs(ids):
+            for first, last in plan.runs(ids):
                 part = buffer[first * spec.record_bytes : last * spec.record_bytes]
                 files.write(descriptor, part.data, int(ids[first]) * spec.record_bytes, path)
         files.sync_data(descriptor, path)
@@ -97,9 +96,3 @@ def _write_bits(piece: _Piece) -> None:
             kernels.set_present(bits, ids[blocks == block], begin + block * ROWS_PER_BLOCK)
             files.write(descriptor, bits.data, block * PAGE, path)
         files.sync_data(descriptor, path)
-
-
-def _runs(ids: Int64Array) -> Iterator[tuple[int, int]]:
-    """List where consecutive rows begin and end."""
-    cuts = (np.flatnonzero(np.diff(ids) != 1) + 1).tolist()
-    yield from zip([0, *cuts], [*cuts, ids.size], strict=True)

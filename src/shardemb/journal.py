@@ -10,6 +10,7 @@ A fold runs in a thread of its own and reads images from the log only, so traini
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import replace
 from functools import partial
@@ -123,14 +124,46 @@ class Journal:
         """Wait until the log can take the changes of tables, by folding what it holds."""
         in_log = self._log.nbytes + self._folding_bytes
         limit = self._runtime.log_bytes
-        # Changed rows lie in private pages, whose number is known without counting.
-        most = sum(2 * PAGE * each.private_pages for each in tables)
+        # Changed rows lie in pages that are copies or out, whose number is known without counting.
+        most = sum(2 * PAGE * (each.pages.count + each.pages.out) for each in tables)
         if in_log and in_log + most > limit and in_log + sum(map(_image_bytes, tables)) > limit:
             self.settle()
 
     def images(self) -> replay.Replay:
         """Read the images that are newer than the base."""
         return replay.read(folders.log(self._runtime.path), self._base, self._log.end)
+
+    # ---- room
+
+    def has_room(self, pages: int) -> bool:
+        """Whether so many more copies of pages are within the memory budget."""
+        return self._excess(pages) <= 0
+
+    def make_room(self, pages: int) -> None:
+        """Make room for so many copies; see `Room`.
+
+        What is committed is folded first, because what the files hold can be dropped; the rest goes out.
+        """
+        if self._excess(pages) > 0:
+            self.settle()
+            self.spill(pages)
+
+    def spill(self, pages: int) -> None:
+        """As `make_room`, without a fold."""
+        tables = [each.pages for each in self._tables().values()]
+        if self._excess(pages) > 0:
+            for each in tables:
+                each.drop_folded()
+        excess, used = self._excess(pages), sum(each.count for each in tables)
+        if excess > 0 and used:
+            # Half of the budget goes with it, so that the next batches need none of this.
+            share = min(1.0, (excess + self._runtime.memory_budget // PAGE // 2) / used)
+            for each in tables:
+                each.page_out(math.ceil(each.count * share), folders.private(self._runtime.path))
+
+    def _excess(self, pages: int) -> int:
+        used = sum(each.pages.count for each in self._tables().values())
+        return pages + used - self._runtime.memory_budget // PAGE
 
     # ---- folds
 
@@ -195,10 +228,10 @@ class Journal:
                 self._log.nbytes += self._folding_bytes
             self._folding_bytes = 0
             for each in live:
-                each.end_fold(folded=problem is None)
+                each.pages.end_fold(folded=problem is None)
             if problem is None and self._over_budget():
                 for each in live:
-                    each.drop_folded()
+                    each.pages.drop_folded()
             elif problem is not None and not isinstance(problem, DiskFullError):
                 self._poison(problem)
             self._problem = problem
@@ -253,8 +286,8 @@ class Journal:
         return tuple(each for each in self._base.tables if each.uuid not in kept)
 
     def _over_budget(self) -> bool:
-        pages = sum(each.private_pages for each in self._tables().values())
-        return pages * PAGE > self._runtime.memory_budget
+        pages = [each.pages for each in self._tables().values()]
+        return sum(each.count + each.out for each in pages) * PAGE > self._runtime.memory_budget
 
     def _poison(self, error: BaseException) -> None:
         self._runtime.poisoned = f"writing broke off ({error})"

@@ -266,13 +266,13 @@ def mark_private(ids: Int64Array, record_bytes: int, private: NDArray[np.uint64]
 
 
 @_kernel
-def clear_bits(words: NDArray[np.uint64], start: int, stop: int) -> int:
-    """Clear bits ``start:stop`` of a bitmap; return how many were set."""
+def clear_bits(words: NDArray[np.uint64], bits: Int64Array) -> int:
+    """Clear bits of a bitmap; return how many were set."""
     cleared = 0
-    for i in range(start, stop):
-        bit = np.uint64(1) << np.uint64(i & 63)
-        cleared += (words[i >> 6] & bit) != 0
-        words[i >> 6] &= ~bit
+    for i in range(bits.size):
+        bit = np.uint64(1) << np.uint64(bits[i] & 63)
+        cleared += (words[bits[i] >> 6] & bit) != 0
+        words[bits[i] >> 6] &= ~bit
     return cleared
 
 
@@ -422,28 +422,74 @@ def dirty_rows(dirty: NDArray[np.uint64], blocks: NDArray[np.uint8]) -> Int64Arr
 
 
 @_kernel
-def idle_pages(private: NDArray[np.uint64], recent: NDArray[np.uint64]) -> Int64Array:
-    """List the runs of pages that are private and not recent: (first, one past the last), (runs, 2)."""
-    runs = np.empty((16, 2), np.int64)
+def idle_pages(
+    held: NDArray[np.uint64], newer: NDArray[np.uint64], folding: NDArray[np.uint64]
+) -> Int64Array:
+    """List the pages that are held, but neither newer nor folding, ascending."""
+    pages = np.empty(16, np.int64)
     count = 0
-    for w in range(private.size):
-        word = private[w] & ~recent[w]
+    for w in range(held.size):
+        word = held[w] & ~(newer[w] | folding[w])
         if word == 0:
             continue
+        if count + 64 > pages.size:
+            larger = np.empty(2 * pages.size + 64, np.int64)
+            larger[:count] = pages[:count]
+            pages = larger
         for bit in range(64):
-            if not (word >> np.uint64(bit)) & np.uint64(1):
+            if (word >> np.uint64(bit)) & np.uint64(1):
+                pages[count] = w * 64 + bit
+                count += 1
+    return pages[:count].copy()
+
+
+@_kernel
+def list_bits(words: NDArray[np.uint64], start: int, most: int) -> Int64Array:
+    """List set bits of a bitmap, ascending: the first `most` from bit `start` on."""
+    bits = np.empty(most, np.int64)
+    count = 0
+    for w in range(start >> 6, words.size):
+        if words[w] == 0:
+            continue
+        for bit in range(max(w * 64, start), w * 64 + 64):
+            if count < most and (words[w] >> np.uint64(bit & 63)) & np.uint64(1):
+                bits[count] = bit
+                count += 1
+        if count == most:
+            break
+    return bits[:count].copy()
+
+
+@_kernel
+def pages_of(sorted_ids: Int64Array, record_bytes: int, slots: NDArray[np.uint32]) -> Int64Array:
+    """List the pages of ascending ids that have a slot, ascending."""
+    pages = np.empty(16, np.int64)
+    count, last = 0, np.int64(-1)
+    for i in range(sorted_ids.size):
+        low, high = sorted_ids[i] * record_bytes // PAGE, ((sorted_ids[i] + 1) * record_bytes - 1) // PAGE
+        for page in range(max(low, last + 1), high + 1):
+            if slots[page] == 0:
                 continue
-            page = w * 64 + bit
-            if count and page == runs[count - 1, 1]:
-                runs[count - 1, 1] = page + 1
-                continue
-            if count == runs.shape[0]:
-                larger = np.empty((2 * count, 2), np.int64)
-                larger[:count] = runs
-                runs = larger
-            runs[count, 0], runs[count, 1] = page, page + 1
+            if count == pages.size:
+                larger = np.empty(2 * count, np.int64)
+                larger[:count] = pages
+                pages = larger
+            pages[count] = page
             count += 1
-    return runs[:count].copy()
+        last = high
+    return pages[:count].copy()
+
+
+@_kernel
+def count_new_pages(sorted_ids: Int64Array, record_bytes: int, private: NDArray[np.uint64]) -> int:
+    """Count the pages of ascending ids that are not private."""
+    count, last = 0, np.int64(-1)
+    for i in range(sorted_ids.size):
+        low, high = sorted_ids[i] * record_bytes // PAGE, ((sorted_ids[i] + 1) * record_bytes - 1) // PAGE
+        for page in range(max(low, last + 1), high + 1):
+            count += not (private[page >> 6] >> np.uint64(page & 63)) & np.uint64(1)
+        last = high
+    return count
 
 
 @_kernel

@@ -8,6 +8,7 @@ the cuts of a grouped batch so that two tasks never share a word of a bitmap.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from shardemb import kernels
 from shardemb.spec import ROWS_PER_WORD, round_up
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from shardemb.arrays import Int64Array
 
@@ -67,6 +68,18 @@ def group(ids: Int64Array, num_embeddings: int) -> Grouped:
     )
     starts = kernels.group_starts(keys)
     return Grouped(keys[starts[:-1]], starts, order)
+
+
+def runs(numbers: Int64Array) -> Iterator[tuple[int, int]]:
+    """List where runs of consecutive numbers begin and end.
+
+    Examples
+    --------
+    >>> list(runs(np.array([3, 4, 5, 9])))
+    [(0, 3), (3, 4)]
+    """
+    cuts = (np.flatnonzero(np.diff(numbers) != 1) + 1).tolist()
+    yield from pairwise([0, *cuts, numbers.size] if numbers.size else [])
 
 
 def num_tasks(nbytes: int, cores: int) -> int:

@@ -3,8 +3,7 @@
 `Shards` maps every file of a table into one contiguous range, so the table *is* one array however many files
 hold it. The mapping is private: the kernel copies a page when it is first written, the files keep the last commit,
 and forgetting a change is dropping its pages. Bitmaps say which rows differ from the files (``dirty``, one byte of
-``blocks`` for every 32,768 rows that hold any), which pages are copies (``private``), and which of these hold what the
-files do not (those with rows that changed since the running fold began).
+``blocks`` for every 32,768 rows that hold any); `Pages` knows which pages are copies, and which of these are needed.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ import numpy as np
 from shardemb import files, folders, kernels, layout
 from shardemb.errors import FormatError, ShardEmbError
 from shardemb.initializers import Constant, stream_key
+from shardemb.pages import Pages
+from shardemb.replay import Images
 from shardemb.spec import PAGE, ROWS_PER_BLOCK, TableSpec
 
 if TYPE_CHECKING:
@@ -27,16 +28,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shardemb.arrays import Float32Array, Int64Array
-    from shardemb.replay import Images
+    from shardemb.pages import Room
 
 SAMPLES = 32
 COLD_SHARE = 0.1
 """A batch is cold if more than this share of a sample, one row in eight up to `SAMPLES`, is not in memory."""
 
+PAGED_ROWS = 4096
+"""Rows whose pages are brought back together where not all of them have room in memory."""
+
 _BLOCK_BYTES = 4 * 2**20
-
-
-_NO_BITMAP = np.empty(0, np.uint8)
 
 
 class Shards:
@@ -66,10 +67,8 @@ class Shards:
         Bit r: row r differs from the last commit.
     blocks : ndarray of uint8
         Whether any of 32,768 rows is dirty.
-    private : ndarray of uint64
-        Bit p: page p of the records is a copy that this process has made.
-    private_pages : int
-        Number of bits set in `private`.
+    pages : Pages
+        What memory holds of the records.
     """
 
     def __init__(self, spec: TableSpec, directory: Path, missing: Collection[Path] = ()) -> None:
@@ -89,10 +88,7 @@ class Shards:
         num_blocks = -(-spec.num_embeddings // ROWS_PER_BLOCK)
         self.dirty: NDArray[np.uint64] = files.zeros(np.uint64, num_blocks * ROWS_PER_BLOCK // 64)
         self.blocks: NDArray[np.uint8] = files.zeros(np.uint8, num_blocks)
-        self.private: NDArray[np.uint64] = files.zeros(np.uint64, -(-self._rows.nbytes // PAGE // 64))
-        self._recent: NDArray[np.uint64] = files.zeros(np.uint64, self.private.size)
-        self._folding: NDArray[np.uint64] = files.zeros(np.uint64, self.private.size)
-        self.private_pages = 0
+        self.pages = Pages(self._rows, spec.record_bytes)
         initializer = spec.initializer
         self._key = np.uint64(stream_key(getattr(initializer, "seed", 0), spec.stream))
         self._parameters = np.array(initializer.parameters(), np.float64)
@@ -135,20 +131,7 @@ class Shards:
     def mark(self, rows: Int64Array) -> None:
         """Note that rows are about to differ from the last commit."""
         kernels.mark_dirty(rows, self.dirty, self.blocks)
-        self._mark_pages(rows)
-
-    def make_private(self, rows: Int64Array) -> None:
-        """Copy the pages of ascending rows, so that an update finds them ready."""
-        kernels.advise(
-            self._rows.address,
-            self.spec.record_bytes,
-            _NO_BITMAP,
-            rows,
-            files.MADV_POPULATE_WRITE,
-            0,
-            rows.size,
-        )
-        self.private_pages += kernels.mark_private(rows, self.spec.record_bytes, self.private)
+        self.pages.mark(rows)
 
     def bring_in(self, rows: Int64Array, start: int, stop: int) -> None:
         """Give those of ``rows[start:stop]`` that were never written their initial record."""
@@ -181,43 +164,49 @@ class Shards:
         return rows
 
     def pack(self, ids: Int64Array, start: int, stop: int, address: int) -> None:
-        """Copy the records of ``ids[start:stop]``, one behind the other, to an address."""
-        kernels.pack(self.records, ids, start, stop, address)
+        """Copy the records of ``ids[start:stop]``, one behind the other, to an address; what is out stays out."""
+        step = PAGED_ROWS if self.pages.out else max(1, stop - start)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            pages = self.pages.bring_back(ids[first:last], to_change=False)
+            kernels.pack(self.records, ids, first, last, address + (first - start) * self.spec.record_bytes)
+            self.pages.take_out(pages)
 
-    def forget_changes(self, images: Images) -> None:
-        """Go back to the last commit: to the files, and to the images that are newer than they."""
-        for first, last in self._changed_pages():
-            self._drop(int(first), int(last))
+    def forget_changes(self, images: Images, room: Room) -> None:
+        """Go back to the last commit: to the files, and to the images that are newer than they.
+
+        Raises
+        ------
+        DiskFullError, OSError
+            The images have no room, neither in memory nor in the scratch file.
+        """
         changed = self.blocks.copy()
-        if self.spec.has_presence:
+        block_pages = ROWS_PER_BLOCK * self.spec.record_bytes // PAGE
+        with self.pages.rewinding():
             for block in map(int, np.flatnonzero(changed)):
-                self._present.advise(block * PAGE, PAGE, files.MADV_DONTNEED)
-        self.clear_changes()
-        touched = changed[images.ids // ROWS_PER_BLOCK] != 0
-        self.place(images.ids[touched], images.addresses[touched])
+                self.pages.drop(
+                    block * block_pages, min((block + 1) * block_pages, self._rows.nbytes // PAGE)
+                )
+                if self.spec.has_presence:
+                    self._present.advise(block * PAGE, PAGE, files.MADV_DONTNEED)
+            self.clear_changes()
+            touched = changed[images.ids // ROWS_PER_BLOCK] != 0
+            self.place(Images(images.ids[touched], images.addresses[touched]), room)
 
-    def place(self, ids: Int64Array, addresses: Int64Array) -> None:
-        """Put committed images, which the files do not hold yet, into memory."""
-        kernels.place_images(self.records, ids, addresses)
-        if self.spec.has_presence:
-            kernels.set_present(self.present, ids, 0)
-        self._mark_pages(ids)
+    def place(self, images: Images, room: Room) -> None:
+        """Put committed images, which the files do not hold yet, into memory, making room for them if need be."""
+        for start in range(0, images.ids.size, PAGED_ROWS):
+            ids, addresses = (each[start : start + PAGED_ROWS] for each in images)
+            room.spill(self.pages.count_new(ids))
+            self.pages.bring_back(ids, to_change=True)
+            kernels.place_images(self.records, ids, addresses)
+            if self.spec.has_presence:
+                kernels.set_present(self.present, ids, 0)
+            self.pages.mark(ids)
 
     def begin_fold(self) -> None:
-        """Note which pages hold what is folded now, apart from those that become newer meanwhile."""
-        self._folding, self._recent = self._recent, files.zeros(np.uint64, self.private.size)
-        kernels.set_runs(self._recent, self._changed_pages())
-
-    def end_fold(self, *, folded: bool) -> None:
-        """Forget the note of `begin_fold`; or take it back, where the files do not hold those pages."""
-        if not folded:
-            np.bitwise_or(self._recent, self._folding, out=self._recent)
-        self._folding = files.zeros(np.uint64, self.private.size)
-
-    def drop_folded(self) -> None:
-        """Let the copies of pages leave memory of which the files hold every row; not while a fold is under way."""
-        for first, last in kernels.idle_pages(self.private, self._recent):
-            self._drop(int(first), int(last))
+        """Note that what is committed by now is being folded."""
+        self.pages.begin_fold(kernels.dirty_pages(self.dirty, self.blocks, self.spec.record_bytes))
 
     def clear_changes(self) -> None:
         """Count no row as changed any more."""
@@ -231,21 +220,7 @@ class Shards:
         for block in range(start // ROWS_PER_BLOCK, -(-stop // ROWS_PER_BLOCK)):
             first, last = max(start, block * ROWS_PER_BLOCK), min(stop, (block + 1) * ROWS_PER_BLOCK)
             first, last = first * self.spec.record_bytes // PAGE, -(-last * self.spec.record_bytes // PAGE)
-            words = slice(first // 64, -(-last // 64))
-            if not (self._recent[words].any() or self._folding[words].any()):
-                self._drop(first, last)
-
-    def _mark_pages(self, rows: Int64Array) -> None:
-        self.private_pages += kernels.mark_private(rows, self.spec.record_bytes, self.private)
-        kernels.mark_private(rows, self.spec.record_bytes, self._recent)
-
-    def _changed_pages(self) -> Int64Array:
-        pages: Int64Array = kernels.dirty_pages(self.dirty, self.blocks, self.spec.record_bytes)
-        return pages
-
-    def _drop(self, first: int, last: int) -> None:
-        self._rows.advise(first * PAGE, (last - first) * PAGE, files.MADV_DONTNEED)
-        self.private_pages -= kernels.clear_bits(self.private, first, last)
+            self.pages.drop_clean(first, last)
 
     # ---- files
 

@@ -77,10 +77,10 @@ class Store(Mapping[str, Table]):
         for record in manifest.tables:
             table = self._open_table(record, directories[record.uuid], may_miss=may_miss)
             if newer is not None:
-                table._mapped.place(*newer.images(table._spec))
+                table._mapped.place(newer.images(table._spec), runtime.room)
             self._committed[record.uuid] = self._tables[record.name] = table
         if runtime.writable:
-            self._journal = Journal(runtime, manifest, self._mapped_tables)
+            self._journal = runtime.room = Journal(runtime, manifest, self._mapped_tables)
             try:
                 self._journal.begin()
             except BaseException:
@@ -373,7 +373,7 @@ class Store(Mapping[str, Table]):
                     self._abandon(table)
             for record in self._manifest.tables:
                 table = self._committed[record.uuid]
-                table._mapped.forget_changes(newer.images(table._spec))
+                table._mapped.forget_changes(newer.images(table._spec), self._runtime.room)
                 table._restore(record.name, record.optimizer, record.step)
             self._tables = {each.name: self._committed[each.uuid] for each in self._manifest.tables}
 

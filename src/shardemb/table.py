@@ -571,7 +571,7 @@ class Table:
 
 
 def _read_weights(table: Table, start: int, stop: int) -> Float32Array:
-    return batch.read_range(table._live(), "weight", start, stop)
+    return batch.read_range(table._runtime, table._live(), "weight", start, stop)
 
 
 class _Source:
@@ -589,7 +589,8 @@ class _Source:
         }
 
     def read_rows(self, start: int, stop: int, columns: Sequence[str]) -> list[Float32Array]:
-        return [batch.read_range(self._table._live(), column, start, stop) for column in ("weight", *columns)]
+        runtime, shards = self._table._runtime, self._table._live()
+        return [batch.read_range(runtime, shards, column, start, stop) for column in ("weight", *columns)]
 
     def give_back(self, start: int, stop: int) -> None:
         runtime = self._table._runtime

@@ -1,0 +1,237 @@
+"""What `test_shards.py` does not reach: lookups beside paging, and when a store pages."""
+
+import errno
+import threading
+
+import numpy as np
+import pytest
+from model import assert_same_bits
+
+import shardemb
+from shardemb import files
+from shardemb.errors import DiskFullError, ReadOnlyError, ShardEmbError
+from shardemb.initializers import Uniform
+from shardemb.optim import SGD, Adam
+
+ROWS, DIM = 20_000, 60  # records of 240 bytes, some on two pages
+
+
+@pytest.fixture
+def store(tmp_path):
+    with shardemb.open(tmp_path / "s", memory_budget=50 * 4096) as store:
+        yield store
+        store.rollback()
+
+
+def new(store, name="t", **more):
+    return store.create_table(name, num_embeddings=ROWS, embedding_dim=DIM, **more)
+
+
+def spread(value, count=100):
+    """A row on each of so many pages, and what to write there."""
+    ids = np.arange(count) * 19
+    return ids, np.full((count, DIM), value, np.float32) + ids[:, None].astype(np.float32)
+
+
+def test_changes_beyond_the_budget_go_out_and_are_looked_up_all_the_same(store):
+    table = new(store)
+    written = np.zeros((ROWS, DIM), np.float32)
+    for step in range(5):
+        ids = np.arange(step * 40, (step + 1) * 40) * 19
+        rows = np.full((40, DIM), step + 1, np.float32)
+        table.write(ids, rows)
+        written[ids] = rows
+    pages = table._mapped.pages
+    assert pages.out > 100
+    assert pages.count <= 50
+    assert_same_bits(table.lookup(np.arange(ROWS)), written)
+    assert pages.count <= 4096 + 50  # a lookup brings back a part at a time
+    store.commit()
+    assert_same_bits(table.lookup(np.arange(ROWS)), written)
+    store.checkpoint()
+    assert pages.out == 0
+    assert_same_bits(table.lookup(np.arange(ROWS)), written)
+
+
+@pytest.mark.parametrize("budget", [0, 8 * 4096, 100 * 4096])
+@pytest.mark.parametrize("commit_every", [1, 7, 1000])
+def test_a_table_of_twenty_times_the_budget_trains_as_one_in_memory(tmp_path, budget, commit_every):
+    """Two tables of Adam: 20,000 x 60 x 12 bytes are 35 times the largest of these budgets."""
+    rng = np.random.default_rng(0)
+    stores = [
+        shardemb.open(tmp_path / "small", memory_budget=budget, log_bytes=2**20),
+        shardemb.open(tmp_path / "large"),
+    ]
+    for store in stores:
+        for name, seed in {"a": 1, "b": 2}.items():
+            new(store, name, optimizer=Adam(lr=0.1), initializer=Uniform(-1, 1, seed=seed))
+    for step in range(20):
+        batches = {
+            name: ((ids := rng.integers(0, ROWS, 150)), rng.normal(size=(150, DIM)).astype(np.float32))
+            for name in "ab"
+        }
+        asked = rng.integers(0, ROWS, 200)
+        for store in stores:
+            store.update(batches)
+            if step % commit_every == 0:
+                store.commit(step=step)
+            if step == 13:
+                store.rollback()
+        assert_same_bits(*(store["a"].lookup(asked) for store in stores))
+        assert_same_bits(*(store["b"].state("exp_avg", ids) for store in stores))
+    for store in stores:
+        store.commit()
+    everything = np.arange(ROWS)
+    for name in "ab":
+        assert_same_bits(*(store[name].lookup(everything) for store in stores))
+    for store in stores:
+        store.close()
+    small, large = (shardemb.open(tmp_path / name, "r") for name in ("small", "large"))
+    for name in "ab":
+        assert_same_bits(small[name].lookup(everything), large[name].lookup(everything))
+        assert_same_bits(small[name].state("exp_avg_sq", ids), large[name].state("exp_avg_sq", ids))
+    small.close()
+    large.close()
+
+
+def test_rollback_takes_what_is_out_along(store):
+    table = new(store)
+    table.write(*spread(1.0))
+    store.commit()
+    table.write(*spread(2.0))
+    table.write(*spread(3.0, 60))
+    store.rollback()
+    ids, rows = spread(1.0)
+    assert_same_bits(table.lookup(ids), rows)
+
+
+def test_prefetch_for_an_update_brings_the_newest_back(store):
+    table = new(store, optimizer=SGD(lr=1.0))
+    ids, rows = spread(1.0)
+    table.write(ids, rows)
+    table.write([ROWS - 1], np.ones((1, DIM), np.float32))
+    table.write(ids[:40] + 2000, rows[:40])
+    assert table._mapped.pages.out
+    table.prefetch(ids, for_update=True)
+    store._runtime._background.shutdown()
+    store._runtime._background = None
+    table.update(ids, np.zeros_like(rows))
+    assert_same_bits(table.lookup(ids), rows)
+
+
+def test_a_scratch_file_that_cannot_grow_changes_nothing(store, monkeypatch):
+    table = new(store)
+    ids, rows = spread(1.0)
+    table.write(ids, rows)
+    real = files.write
+
+    def write(descriptor, data, offset, path):
+        if "scratch" in str(path):
+            raise DiskFullError(errno.ENOSPC, "no room left on the disk")
+        real(descriptor, data, offset, path)
+
+    monkeypatch.setattr(files, "write", write)
+    before, changed = table.lookup(np.arange(ROWS)), table._mapped.count_changes()
+    with pytest.raises(DiskFullError, match="no room left"):
+        table.write([ROWS - 1], np.ones((1, DIM), np.float32))
+    assert_same_bits(table.lookup(np.arange(ROWS)), before)
+    assert table._mapped.count_changes() == changed
+    monkeypatch.undo()
+    table.write([ROWS - 1], np.ones((1, DIM), np.float32))
+    assert table.lookup(ROWS - 1).min() == 1
+    store.commit()
+    assert_same_bits(table.lookup(ids), rows)
+
+
+def test_pages_that_cannot_be_read_back_are_refused_and_rolled_back(store, monkeypatch):
+    table = new(store)
+    table.write(*spread(1.0))
+    store.commit()
+    store.checkpoint()
+    ids, rows = spread(2.0)
+    table.write(ids, rows)
+    table.write(ids + 2000, rows)
+    assert table._mapped.pages.out
+    real = files.read_at
+
+    def read_at(descriptor, nbytes, offset, path):
+        if "scratch" in str(path):
+            raise OSError(errno.EIO, "bad sector")
+        return real(descriptor, nbytes, offset, path)
+
+    monkeypatch.setattr(files, "read_at", read_at)
+    with pytest.raises(OSError, match="bad sector"):
+        table.lookup(ids)
+    with pytest.raises(OSError, match="bad sector"):
+        table.write(ids, rows)
+    store.rollback()
+    ids, rows = spread(1.0)
+    assert_same_bits(table.lookup(ids), rows)
+
+
+def test_lookups_beside_paging_see_whole_batches(tmp_path):
+    """Every page that goes out while a lookup runs is looked up again."""
+    with shardemb.open(tmp_path / "s", memory_budget=0, threads=1) as store:
+        table = new(store)
+        ids = np.arange(1000)
+        table.write(ids, np.ones((1000, DIM), np.float32))
+        stop, wrong = threading.Event(), []
+
+        def look():
+            while not stop.is_set():
+                if not (table.lookup(ids) == 1).all():
+                    wrong.append(1)
+
+        threads = [threading.Thread(target=look) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for _ in range(150):
+            table.write([ROWS - 1], np.ones((1, DIM), np.float32))
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        store.commit()
+
+
+def test_a_page_that_leaves_in_the_middle_of_a_lookup_is_looked_up_again(store, monkeypatch):
+    table = new(store)
+    ids, rows = spread(1.0, 40)
+    table.write(ids, rows)
+    mapped = table._mapped
+    real, gathered = mapped.gather, []
+
+    def gather(*arguments):
+        if not gathered:
+            mapped.pages.page_out(mapped.pages.count, tmp)
+        gathered.append(mapped.pages.out)
+        real(*arguments)
+
+    tmp = store.path / ".shardemb"
+    monkeypatch.setattr(mapped, "gather", gather)
+    assert_same_bits(table.lookup(ids), rows)
+    assert len(gathered) == 2
+    assert gathered[0] > 30
+    monkeypatch.undo()
+
+
+def test_a_fork_cannot_read_what_is_out(store):
+    import os
+
+    table = new(store)
+    ids, rows = spread(1.0)
+    table.write(ids, rows)
+    table.write(ids + 2000, rows)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            table.lookup(ids)
+        except ReadOnlyError:
+            code = 0
+        except ShardEmbError:
+            code = 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert_same_bits(table.lookup(ids), rows)
