@@ -273,9 +273,9 @@ def test_ctrl_c_within_rollback_rolls_back(store, monkeypatch):
     table.update([1, 2], np.ones((2, DIM)))
     forget = Shards.forget_changes
 
-    def interrupted(self, images):
+    def interrupted(self, *arguments):
         interrupt()
-        forget(self, images)
+        forget(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(Shards, "forget_changes", interrupted)

@@ -88,7 +88,18 @@ USE_EVERYTHING = """
                 table.prefetch(ids, for_update=True)
         store.commit()
         repr(store)
+        for ids in (np.arange(60_000), np.arange(10)):
+            store["plain"].write(ids, np.ones((ids.size, 3), np.float32))  # beyond the budget: pages go out
+        store["plain"].lookup([50_000])
+        store.commit()
         store["plain"].write([5], [[1.0, 2, 3]])
+        store.rollback()
+    with shardemb.open(path + "2") as store:
+        table = store.create_table("plain", num_embeddings=10, embedding_dim=3)
+        store.commit()
+        for value in (1, 2):
+            table.write([5], np.full((1, 3), value, np.float32))
+            value == 1 and store.commit()
         store.rollback()
     with shardemb.open(path, mode="r") as store:
         for table in store.values():
@@ -360,12 +371,32 @@ def test_mark_private_counts_pages_that_were_none_before(first, second, record_b
     assert set_bits(private) == both
 
 
-@given(st.sets(st.integers(0, 255)), st.integers(0, 256), st.integers(0, 256))
-def test_clear_bits_clears_a_range_and_counts(bits, start, stop):
-    words = np.packbits([bit in bits for bit in range(256)], bitorder="little").view(np.uint64)
-    cleared = {bit for bit in bits if start <= bit < stop}
-    assert kernels.clear_bits(words, start, stop) == len(cleared)
-    assert set_bits(words) == bits - cleared
+some_bits = st.sets(st.integers(0, 255))
+
+
+def words_of(bits):
+    return np.packbits([bit in bits for bit in range(256)], bitorder="little").view(np.uint64)
+
+
+@given(some_bits, some_bits)
+def test_clear_bits_clears_and_counts(bits, some):
+    words = words_of(bits)
+    assert kernels.clear_bits(words, int64(sorted(some))) == len(bits & some)
+    assert set_bits(words) == bits - some
+
+
+@given(some_bits, some_bits, some_bits)
+def test_idle_pages_are_held_for_no_reason(held, newer, folding):
+    pages = kernels.idle_pages(*map(words_of, (held, newer, folding)))
+    assert pages.tolist() == sorted(held - newer - folding)
+
+
+@given(some_bits, st.integers(0, 255), st.integers(0, 300))
+def test_list_bits_lists_the_first_ones(bits, start, most):
+    assert (
+        kernels.list_bits(words_of(bits), start, most).tolist()
+        == sorted(b for b in bits if b >= start)[:most]
+    )
 
 
 # ---- what is in memory ------------------------------------------------------------------------------------------

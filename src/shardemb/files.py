@@ -17,7 +17,6 @@ import mmap
 import os
 import shutil
 import stat
-import tempfile
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -286,9 +285,12 @@ def open_scratch(folder: Path) -> int:
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
                 raise
-            descriptor, name = tempfile.mkstemp(dir=folder)  # a file system without nameless files
-            os.unlink(name)
-            return descriptor
+    # A file system without nameless files.
+    path = folder / f"scratch-{os.getpid()}"
+    with _disk_errors(folder):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    path.unlink()
+    return descriptor
 
 
 def shorten(descriptor: int, nbytes: int) -> None:

@@ -461,38 +461,6 @@ def list_bits(words: NDArray[np.uint64], start: int, most: int) -> Int64Array:
 
 
 @_kernel
-def pages_of(sorted_ids: Int64Array, record_bytes: int, slots: NDArray[np.uint32]) -> Int64Array:
-    """List the pages of ascending ids that have a slot, ascending."""
-    pages = np.empty(16, np.int64)
-    count, last = 0, np.int64(-1)
-    for i in range(sorted_ids.size):
-        low, high = sorted_ids[i] * record_bytes // PAGE, ((sorted_ids[i] + 1) * record_bytes - 1) // PAGE
-        for page in range(max(low, last + 1), high + 1):
-            if slots[page] == 0:
-                continue
-            if count == pages.size:
-                larger = np.empty(2 * count, np.int64)
-                larger[:count] = pages
-                pages = larger
-            pages[count] = page
-            count += 1
-        last = high
-    return pages[:count].copy()
-
-
-@_kernel
-def count_new_pages(sorted_ids: Int64Array, record_bytes: int, private: NDArray[np.uint64]) -> int:
-    """Count the pages of ascending ids that are not private."""
-    count, last = 0, np.int64(-1)
-    for i in range(sorted_ids.size):
-        low, high = sorted_ids[i] * record_bytes // PAGE, ((sorted_ids[i] + 1) * record_bytes - 1) // PAGE
-        for page in range(max(low, last + 1), high + 1):
-            count += not (private[page >> 6] >> np.uint64(page & 63)) & np.uint64(1)
-        last = high
-    return count
-
-
-@_kernel
 def set_runs(words: NDArray[np.uint64], runs: Int64Array) -> None:
     """Set the bits of runs of pages."""
     for k in range(runs.shape[0]):

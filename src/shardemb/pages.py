@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from shardemb import files, kernels
+from shardemb import files, kernels, plan
 from shardemb.scratch import Scratch
 from shardemb.spec import PAGE
 
@@ -163,7 +163,7 @@ class Pages:
 
     def count_new(self, rows: Int64Array) -> int:
         """Count the pages of ascending rows that are no copies in memory yet."""
-        return int(kernels.count_new_pages(rows, self._record_bytes, self.private))
+        return int(np.count_nonzero(~self._in_memory(plan.pages(rows, self._record_bytes))))
 
     def count_out(self, rows: Int64Array) -> int:
         """Count the pages of ascending rows that are out."""
@@ -233,7 +233,8 @@ class Pages:
         """List the pages of ascending rows that the scratch file keeps, and those of them that are out."""
         if self._scratch is None:
             return _NO_PAGES, _NO_PAGES
-        kept: Int64Array = kernels.pages_of(rows, self._record_bytes, self._scratch.slots)
+        pages = plan.pages(rows, self._record_bytes)
+        kept: Int64Array = pages[self._scratch.slots[pages] != 0]
         return kept, kept[~self._in_memory(kept)]
 
     def _in_memory(self, pages: Int64Array) -> NDArray[np.bool_]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from shardemb import kernels
-from shardemb.spec import ROWS_PER_WORD, round_up
+from shardemb.spec import PAGE, ROWS_PER_WORD, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -80,6 +80,21 @@ def runs(numbers: Int64Array) -> Iterator[tuple[int, int]]:
     """
     cuts = (np.flatnonzero(np.diff(numbers) != 1) + 1).tolist()
     yield from pairwise([0, *cuts, numbers.size] if numbers.size else [])
+
+
+def pages(rows: Int64Array, record_bytes: int) -> Int64Array:
+    """List the pages that the records of ascending rows lie on, ascending, each once.
+
+    Examples
+    --------
+    >>> pages(np.array([0, 1, 2, 100]), 3000).tolist()
+    [0, 1, 2, 73]
+    """
+    low, high = rows * record_bytes // PAGE, ((rows + 1) * record_bytes - 1) // PAGE
+    counts = high - low + 1
+    ends = np.cumsum(counts)
+    all_of_each: Int64Array = np.repeat(low - ends + counts, counts) + np.arange(ends[-1] if ends.size else 0)
+    return all_of_each[np.diff(all_of_each, prepend=-1) > 0]
 
 
 def num_tasks(nbytes: int, cores: int) -> int:
