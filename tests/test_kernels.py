@@ -1,6 +1,5 @@
 import ctypes
 import inspect
-import itertools
 import os
 import subprocess
 import sys
@@ -12,10 +11,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shardemb import files, kernels, plan
+from shardemb import bitmaps, files, kernels, plan
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import SGD, Adagrad, Adam
-from shardemb.spec import PAGE, ROWS_PER_BLOCK
+from shardemb.spec import PAGE
 
 NOTHING = np.empty(0, np.uint8)
 
@@ -29,7 +28,7 @@ def int64(values):
 
 def dispatchers():
     specialised = [kernels.step(Adam), kernels.gather_or_fill(Uniform), kernels.bring_in(Uniform)]
-    named = [each for each in vars(kernels).values() if hasattr(each, "py_func")]
+    named = [each for each in {**vars(kernels), **vars(bitmaps)}.values() if hasattr(each, "py_func")]
     return {each.py_func.__name__: each for each in (*named, *specialised)}
 
 
@@ -62,7 +61,7 @@ USE_EVERYTHING = """
     import sys
     import numpy as np
     import shardemb
-    from shardemb import kernels
+    from shardemb import bitmaps, kernels
     from shardemb.initializers import Uniform
     from shardemb.optim import Adam
 
@@ -95,7 +94,7 @@ USE_EVERYTHING = """
         store["plain"].write([5], [[1.0, 2, 3]])
         store.rollback()
     with shardemb.open(path + "2") as store:
-        table = store.create_table("plain", num_embeddings=10, embedding_dim=3)
+        table = store.create_table("plain", num_embeddings=10, embedding_dim=3, initializer=Uniform(-1, 1))
         store.commit()
         for value in (1, 2):
             table.write([5], np.full((1, 3), value, np.float32))
@@ -107,7 +106,7 @@ USE_EVERYTHING = """
                 table.lookup(ids)
                 table.prefetch(ids)
             list(table.to_arrow_batches())
-    found = [each for each in vars(kernels).values() if hasattr(each, "py_func")]
+    found = [each for module in (kernels, bitmaps) for each in vars(module).values() if hasattr(each, "py_func")]
     found += [kernels.step(Adam), kernels.gather_or_fill(Uniform), kernels.bring_in(Uniform)]
     assert len(found) > 12
     print({each.py_func.__name__: len(each.signatures) for each in found if len(each.signatures) != 1})
@@ -209,11 +208,15 @@ def test_group_starts_and_invert_are_np_unique(batch):
 
 def test_no_kernel_returns_a_tuple():
     """Where a signal is pending while numba makes one for Python, the process crashes."""
-    functions = {name: getattr(each, "py_func", each) for name, each in vars(kernels).items()}
+    functions = {
+        name: getattr(each, "py_func", each) for name, each in {**vars(kernels), **vars(bitmaps)}.items()
+    }
     returns = {
         name: each.__annotations__["return"]
         for name, each in functions.items()
-        if inspect.isfunction(each) and each.__module__ == kernels.__name__ and each is not kernels._copy
+        if inspect.isfunction(each)
+        and each.__module__ in (kernels.__name__, bitmaps.__name__)
+        and each is not kernels._copy
     }
     assert {"sort_rows", "_step", "_gather_or_fill"} <= set(returns)
     assert [name for name, kind in returns.items() if "tuple" in kind] == []
@@ -306,97 +309,6 @@ def test_a_division_by_zero_in_a_formula_is_nan_and_no_exception():
     scalars = np.array(Adagrad(lr=1, eps=0).scalars(1), np.float32)
     kernels.step(Adagrad)(records, rows, starts, order, gradients, scalars, scratch, 0, 2)
     np.testing.assert_array_equal(records[:4], [[0, 0], [np.nan, 0], [-1, 1], [0, 0]])
-
-
-# ---- what changed -----------------------------------------------------------------------------------------------
-
-NUM_BLOCKS = 3
-NUM_ROWS = NUM_BLOCKS * ROWS_PER_BLOCK
-
-record_sizes = st.sampled_from([4, 12, 100, 256, 4092, 4096, 4100, 5000, 8192, 10_004])
-some_rows = st.lists(
-    st.integers(0, NUM_ROWS - 1)
-    | st.sampled_from([0, 63, 64, ROWS_PER_BLOCK - 1, ROWS_PER_BLOCK, 2 * ROWS_PER_BLOCK - 1, NUM_ROWS - 1])
-    | st.integers(1000, 1100),
-    max_size=60,
-)
-
-
-def marked(rows):
-    dirty, blocks = np.zeros(NUM_ROWS // 64, np.uint64), np.zeros(NUM_BLOCKS, np.uint8)
-    kernels.mark_dirty(int64(rows), dirty, blocks)
-    return dirty, blocks
-
-
-def pages_of(rows, record_bytes):
-    return {
-        page
-        for row in rows
-        for page in range(row * record_bytes // PAGE, ((row + 1) * record_bytes - 1) // PAGE + 1)
-    }
-
-
-def set_bits(words):
-    return set(np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")).tolist())
-
-
-@given(some_rows)
-def test_mark_dirty_sets_one_bit_a_row_and_its_block(rows):
-    dirty, blocks = marked(rows)
-    assert set_bits(dirty) == set(rows)
-    assert set(np.flatnonzero(blocks).tolist()) == {row // ROWS_PER_BLOCK for row in rows}
-    assert kernels.count_bits(dirty, blocks) == len(set(rows))
-
-
-@given(some_rows, record_sizes)
-def test_dirty_pages_are_the_pages_of_dirty_rows_in_runs_apart(rows, record_bytes):
-    runs = kernels.dirty_pages(*marked(rows), record_bytes).tolist()
-    assert {page for first, last in runs for page in range(first, last)} == pages_of(rows, record_bytes)
-    assert all(first < last for first, last in runs)
-    assert all(before[1] < after[0] for before, after in itertools.pairwise(runs))
-
-
-def test_dirty_pages_of_many_runs():
-    rows = int64(range(0, NUM_ROWS, 3 * PAGE // 4))
-    assert kernels.dirty_pages(*marked(rows), 4).tolist() == [[3 * k, 3 * k + 1] for k in range(len(rows))]
-
-
-@given(some_rows, some_rows, record_sizes)
-def test_mark_private_counts_pages_that_were_none_before(first, second, record_bytes):
-    private = np.zeros(NUM_ROWS * record_bytes // PAGE // 64 + 1, np.uint64)
-    before = pages_of(first, record_bytes)
-    assert kernels.mark_private(int64(first), record_bytes, private) == len(before)
-    both = before | pages_of(second, record_bytes)
-    assert kernels.mark_private(int64(second), record_bytes, private) == len(both) - len(before)
-    assert set_bits(private) == both
-
-
-some_bits = st.sets(st.integers(0, 255))
-
-
-def words_of(bits):
-    return np.packbits([bit in bits for bit in range(256)], bitorder="little").view(np.uint64)
-
-
-@given(some_bits, some_bits)
-def test_clear_bits_clears_and_counts(bits, some):
-    words = words_of(bits)
-    assert kernels.clear_bits(words, int64(sorted(some))) == len(bits & some)
-    assert set_bits(words) == bits - some
-
-
-@given(some_bits, some_bits, some_bits)
-def test_idle_pages_are_held_for_no_reason(held, newer, folding):
-    pages = kernels.idle_pages(*map(words_of, (held, newer, folding)))
-    assert pages.tolist() == sorted(held - newer - folding)
-
-
-@given(some_bits, st.integers(0, 255), st.integers(0, 300))
-def test_list_bits_lists_the_first_ones(bits, start, most):
-    assert (
-        kernels.list_bits(words_of(bits), start, most).tolist()
-        == sorted(b for b in bits if b >= start)[:most]
-    )
 
 
 # ---- what is in memory ------------------------------------------------------------------------------------------
@@ -495,7 +407,7 @@ def test_willneed_reads_ahead(mapped):
 
 def test_a_record_that_lies_on_two_pages_gets_both(mapped):
     assert mapped.advise([1, 9], files.MADV_POPULATE_WRITE, record_bytes=5000) == 0
-    assert mapped.resident() == pages_of([1, 9], 5000) == {1, 2, 10, 11, 12}
+    assert mapped.resident() == {1, 2, 10, 11, 12}
 
 
 def test_what_the_kernel_refuses_is_counted_and_not_raised():

@@ -278,6 +278,11 @@ def _rename(names, changes):
             names.pop(source, None)
             names[target] = number
             return
+        # A folder is in one place: where an earlier rename of it was lost, it leaves the place before that one.
+        places = [name for name, each in names.items() if each == number and name not in (source, target)]
+        source = source if source in names or not places else places[0]
+        if any(name.startswith(source + "/") for name in names):
+            names.pop(source, None)
         for name in [each for each in names if each.startswith(source + "/")]:
             names[target + name[len(source) :]] = names.pop(name)
     for name, number in changes:

@@ -58,7 +58,7 @@ rename_table(self, name: str, new_name: str) -> None
 rollback(self) -> None
 stats(self) -> dict[str, int]
 update(self, batches: Mapping[str, tuple[ArrayLike, ArrayLike]], *, check_finite: bool = True) -> None
-verify(self) -> list[str]
+verify(self, tables: Sequence[str] | None = None, *, progress: Progress = None) -> list[report.Damage]
 """
 
 TABLE = """

@@ -854,7 +854,7 @@ def test_verify_names_what_is_wrong(store, path):
         kept = path.with_name("kept")
         shutil.copytree(path, kept)
         damage()
-        problems = store.verify()
+        problems = [str(each) for each in store.verify()]
         assert problems
         assert all(word in problems[0] for word in words), problems
         assert all(words[0] in problem for problem in problems), problems

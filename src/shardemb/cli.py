@@ -85,6 +85,32 @@ def info(store: Path, as_json: bool) -> None:
 
 @main.command()
 @click.argument("store", type=click.Path(path_type=Path))
+@click.option("--table", "tables", multiple=True, help="Look at this table only; may be repeated.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def verify(store: Path, tables: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+    """Compare a store with its checksums, and tell which rows the disk has changed.
+
+    Changes nothing, and may run beside a writer. Exit code 1 if anything is wrong.
+
+    \b
+    Example:
+      shardemb verify words.zarr --json
+    """
+    with _refusals(), shardemb.open(store, mode="r") as opened:
+        damage = opened.verify(tables or None, progress=not quiet)
+    if as_json:
+        click.echo(json.dumps({"damage": [asdict(each) for each in damage]}, indent=2))
+    else:
+        for each in damage:
+            click.echo(str(each))
+        click.echo(f"{report.plural(len(damage), 'problem')} found" if damage else "nothing is wrong")
+    if damage:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("store", type=click.Path(path_type=Path))
 @click.argument("table")
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--column", "columns", multiple=True, help="Optimizer state column to add; may be repeated.")

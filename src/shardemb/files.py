@@ -240,18 +240,28 @@ def overwrite(path: Path, data: bytes) -> None:
         write(descriptor, data, 0, path)
 
 
-def open_direct(path: Path) -> int:
+def open_direct(path: Path, flags: int = os.O_RDWR) -> int:
     """Open a file to be read and written past the page cache, where its file system can do that.
 
-    What is written then must lie in memory, and begin and end in the file, at multiples of 4,096 bytes.
+    What is read or written then must lie in memory, and begin and end in the file, at multiples of 4,096 bytes.
     """
     with _disk_errors(path):
         try:
-            return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
+            return os.open(path, flags | os.O_CLOEXEC | os.O_DIRECT)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            return os.open(path, flags | os.O_CLOEXEC)
+
+
+@contextlib.contextmanager
+def opened_direct(path: Path) -> Iterator[int]:
+    """Open a file for the length of a with block, to be read as `open_direct` says."""
+    descriptor = open_direct(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def read_at(descriptor: int, nbytes: int, offset: int, path: Path) -> bytearray:
@@ -263,13 +273,17 @@ def read_at(descriptor: int, nbytes: int, offset: int, path: Path) -> bytearray:
         The file ends before.
     """
     data = bytearray(nbytes)
-    view = memoryview(data)
+    read_into(descriptor, memoryview(data), offset, path)
+    return data
+
+
+def read_into(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
+    """Fill memory with what lies at `offset`; as `read_at`."""
     while view:
         done = os.preadv(descriptor, [view], offset)
         if done == 0:
             raise OSError(errno.EIO, f"{path} ends at {offset}")
         view, offset = view[done:], offset + done
-    return data
 
 
 def expect(descriptor: int, offset: int, nbytes: int) -> None:

@@ -67,7 +67,7 @@ def foreign(store: Path) -> list[str]:
 
 def documents(directory: Path) -> dict[str, bytes]:
     """Read a table's zarr documents, those that are there."""
-    paths = (layout.DOCUMENT, *(f"{name}/{layout.DOCUMENT}" for name in (layout.ROWS, layout.PRESENT)))
+    paths = (layout.DOCUMENT, *(f"{name}/{layout.DOCUMENT}" for name in layout.ARRAYS))
     return {path: data for path in paths if (data := _read(directory / path)) is not None}
 
 

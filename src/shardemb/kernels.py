@@ -1,4 +1,4 @@
-"""Every numba kernel: the only hot loops of the package.
+"""The hot loops over rows, and how numba makes machine code of them (those over bitmaps: ``bitmaps.py``).
 
 A kernel releases the GIL, raises nothing and is compiled once, into a cache on disk. It works on the half-open range
 ``start:stop`` of a batch, so that one call is one task; tasks over different ranges write different rows. It returns
@@ -25,7 +25,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from shardemb import initializers, optim
-from shardemb.spec import PAGE, ROWS_PER_BLOCK
+from shardemb.spec import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound="Callable[..., Any]")
 
 
-def _kernel(function: F) -> F:
+def kernel(function: F) -> F:
+    """Compile a function, with its machine code kept on disk for the next process."""
     # "numpy": a division by zero gives infinity, as in NumPy; raising could stop an update half way.
     return cast(F, njit(nogil=True, cache=True, error_model="numpy")(function))
 
@@ -93,7 +94,7 @@ _RADIX = 1 << _RADIX_BITS
 # ---- grouping -------------------------------------------------------------------------------------------------
 
 
-@_kernel
+@kernel
 def sort_rows(
     keys: Int64Array, order: Int64Array, other_keys: Int64Array, other_order: Int64Array, num_bits: int
 ) -> None:
@@ -122,7 +123,7 @@ def sort_rows(
         other_order[:] = order
 
 
-@_kernel
+@kernel
 def group_starts(sorted_ids: Int64Array) -> Int64Array:
     """Return where the run of each distinct id begins, with the length at the end."""
     n = sorted_ids.size
@@ -139,7 +140,7 @@ def group_starts(sorted_ids: Int64Array) -> Int64Array:
     return starts
 
 
-@_kernel
+@kernel
 def invert(order: Int64Array, starts: Int64Array) -> Int64Array:
     """For each position of the batch, which distinct id it holds."""
     inverse = np.empty(order.size, np.int64)
@@ -152,7 +153,7 @@ def invert(order: Int64Array, starts: Int64Array) -> Int64Array:
 # ---- reading --------------------------------------------------------------------------------------------------
 
 
-@_kernel
+@kernel
 def gather(
     records: Float32Array, column: int, ids: Int64Array, out: Float32Array, start: int, stop: int
 ) -> None:
@@ -189,7 +190,7 @@ def _gather_or_fill(
             _fill_row(out[i], np.uint64(row), key, parameters)
 
 
-@_kernel
+@kernel
 def sample_resident(
     base: int, record_bytes: int, present: NDArray[np.uint8], ids: Int64Array, samples: int
 ) -> int:
@@ -211,7 +212,7 @@ def sample_resident(
     return resident
 
 
-@_kernel
+@kernel
 def advise(
     base: int,
     record_bytes: int,
@@ -244,38 +245,6 @@ def advise(
 # ---- changing -------------------------------------------------------------------------------------------------
 
 
-@_kernel
-def mark_dirty(ids: Int64Array, dirty: NDArray[np.uint64], blocks: NDArray[np.uint8]) -> None:
-    """Note that rows are about to change."""
-    for i in range(ids.size):
-        row = ids[i]
-        dirty[row >> 6] |= np.uint64(1) << np.uint64(row & 63)
-        blocks[row // ROWS_PER_BLOCK] = 1
-
-
-@_kernel
-def mark_private(ids: Int64Array, record_bytes: int, private: NDArray[np.uint64]) -> int:
-    """Note that the pages of rows become copies; return how many were none before."""
-    pages = 0
-    for i in range(ids.size):
-        for page in range(ids[i] * record_bytes // PAGE, ((ids[i] + 1) * record_bytes - 1) // PAGE + 1):
-            bit = np.uint64(1) << np.uint64(page & 63)
-            pages += (private[page >> 6] & bit) == 0
-            private[page >> 6] |= bit
-    return pages
-
-
-@_kernel
-def clear_bits(words: NDArray[np.uint64], bits: Int64Array) -> int:
-    """Clear bits of a bitmap; return how many were set."""
-    cleared = 0
-    for i in range(bits.size):
-        bit = np.uint64(1) << np.uint64(bits[i] & 63)
-        cleared += (words[bits[i] >> 6] & bit) != 0
-        words[bits[i] >> 6] &= ~bit
-    return cleared
-
-
 def _bring_in(
     records: Float32Array,
     present: NDArray[np.uint8],
@@ -297,7 +266,7 @@ def _bring_in(
             present[row >> 3] |= np.uint8(1 << (row & 7))
 
 
-@_kernel
+@kernel
 def scatter(
     records: Float32Array,
     ids: Int64Array,
@@ -354,124 +323,10 @@ def _step(
         _row_step(record[:dim], record[dim:], scratch, scalars)
 
 
-# ---- what changed ---------------------------------------------------------------------------------------------
-
-
-@_kernel
-def dirty_pages(dirty: NDArray[np.uint64], blocks: NDArray[np.uint8], record_bytes: int) -> Int64Array:
-    """List the runs of pages that hold changed rows, ascending and apart: (first, one past the last), (runs, 2)."""
-    runs = np.empty((16, 2), np.int64)
-    count = 0
-    words = ROWS_PER_BLOCK // 64
-    for block in np.flatnonzero(blocks):
-        first = int(block) * words
-        for w in range(first, min(first + words, dirty.size)):
-            word = dirty[w]
-            if word == 0:
-                continue
-            for bit in range(64):
-                if not (word >> np.uint64(bit)) & np.uint64(1):
-                    continue
-                row = w * 64 + bit
-                low, high = row * record_bytes // PAGE, ((row + 1) * record_bytes - 1) // PAGE + 1
-                if count and low <= runs[count - 1, 1]:
-                    runs[count - 1, 1] = high
-                    continue
-                if count == runs.shape[0]:
-                    larger = np.empty((2 * count, 2), np.int64)
-                    larger[:count] = runs
-                    runs = larger
-                runs[count, 0], runs[count, 1] = low, high
-                count += 1
-    return runs[:count].copy()
-
-
-@_kernel
-def count_bits(words: NDArray[np.uint64], blocks: NDArray[np.uint8]) -> int:
-    """Count the set bits of a bitmap within its marked blocks."""
-    per_block = ROWS_PER_BLOCK // 64
-    total = 0
-    for block in np.flatnonzero(blocks):
-        first = int(block) * per_block
-        for w in range(first, min(first + per_block, words.size)):
-            word = words[w]
-            while word:
-                word &= word - np.uint64(1)
-                total += 1
-    return total
-
-
-@_kernel
-def dirty_rows(dirty: NDArray[np.uint64], blocks: NDArray[np.uint8]) -> Int64Array:
-    """List the rows whose bits are set, ascending."""
-    rows = np.empty(count_bits(dirty, blocks), np.int64)
-    words = ROWS_PER_BLOCK // 64
-    count = 0
-    for block in np.flatnonzero(blocks):
-        first = int(block) * words
-        for w in range(first, min(first + words, dirty.size)):
-            word = dirty[w]
-            bit = 0
-            while word:
-                if word & np.uint64(1):
-                    rows[count] = w * 64 + bit
-                    count += 1
-                word >>= np.uint64(1)
-                bit += 1
-    return rows
-
-
-@_kernel
-def idle_pages(
-    held: NDArray[np.uint64], newer: NDArray[np.uint64], folding: NDArray[np.uint64]
-) -> Int64Array:
-    """List the pages that are held, but neither newer nor folding, ascending."""
-    pages = np.empty(16, np.int64)
-    count = 0
-    for w in range(held.size):
-        word = held[w] & ~(newer[w] | folding[w])
-        if word == 0:
-            continue
-        if count + 64 > pages.size:
-            larger = np.empty(2 * pages.size + 64, np.int64)
-            larger[:count] = pages[:count]
-            pages = larger
-        for bit in range(64):
-            if (word >> np.uint64(bit)) & np.uint64(1):
-                pages[count] = w * 64 + bit
-                count += 1
-    return pages[:count].copy()
-
-
-@_kernel
-def list_bits(words: NDArray[np.uint64], start: int, most: int) -> Int64Array:
-    """List set bits of a bitmap, ascending: the first `most` from bit `start` on."""
-    bits = np.empty(most, np.int64)
-    count = 0
-    for w in range(start >> 6, words.size):
-        if words[w] == 0:
-            continue
-        for bit in range(max(w * 64, start), w * 64 + 64):
-            if count < most and (words[w] >> np.uint64(bit & 63)) & np.uint64(1):
-                bits[count] = bit
-                count += 1
-        if count == most:
-            break
-    return bits[:count].copy()
-
-
-@_kernel
-def set_runs(words: NDArray[np.uint64], runs: Int64Array) -> None:
-    """Set the bits of runs of pages."""
-    for k in range(runs.shape[0]):
-        for page in range(runs[k, 0], runs[k, 1]):
-            words[page >> 6] |= np.uint64(1) << np.uint64(page & 63)
-
-
 # ---- images ---------------------------------------------------------------------------------------------------
 
 
-@_kernel
+@kernel
 def pack(records: Float32Array, ids: Int64Array, start: int, stop: int, target: int) -> None:
     """Copy the records of rows ``ids[start:stop]``, one behind the other, to an address."""
     source, record_bytes = records.ctypes.data, 4 * records.shape[1]
@@ -479,27 +334,55 @@ def pack(records: Float32Array, ids: Int64Array, start: int, stop: int, target: 
         _copy(target + (i - start) * record_bytes, source + ids[i] * record_bytes, record_bytes)
 
 
-@_kernel
+@kernel
+def patch(
+    addresses: Int64Array, ids: Int64Array, record_bytes: int, blocks: Int64Array, target: NDArray[np.uint8]
+) -> None:
+    """Copy records of ascending rows into blocks, which lie one behind the other in memory; others are left out."""
+    k, first = 0, target.ctypes.data
+    for i in range(np.searchsorted(ids, blocks[0] * PAGE // record_bytes), ids.size):
+        begin, end, source = ids[i] * record_bytes, (ids[i] + 1) * record_bytes, addresses[i]
+        while begin < end:
+            block = begin // PAGE
+            while k < blocks.size and blocks[k] < block:
+                k += 1
+            if k == blocks.size:
+                return
+            stop = min(end, (block + 1) * PAGE)
+            if blocks[k] == block:
+                _copy(first + k * PAGE + begin - block * PAGE, source, stop - begin)
+            source += stop - begin
+            begin = stop
+
+
+@kernel
+def count_bytes(ids: Int64Array, record_bytes: int, blocks: Int64Array, counts: Int64Array) -> None:
+    """Count how many bytes of each block the records of ascending rows take; none lies elsewhere."""
+    k = 0
+    for i in range(ids.size):
+        begin, end = ids[i] * record_bytes, (ids[i] + 1) * record_bytes
+        while begin < end:
+            block = begin // PAGE
+            while blocks[k] < block:
+                k += 1
+            stop = min(end, (block + 1) * PAGE)
+            counts[k] += stop - begin
+            begin = stop
+
+
+@kernel
 def gather_images(addresses: Int64Array, record_bytes: int, target: int, start: int, stop: int) -> None:
     """Copy the records that lie at ``addresses[start:stop]``, one behind the other, to an address."""
     for i in range(start, stop):
         _copy(target + (i - start) * record_bytes, addresses[i], record_bytes)
 
 
-@_kernel
+@kernel
 def place_images(records: Float32Array, ids: Int64Array, addresses: Int64Array) -> None:
     """Copy the records that lie at addresses to their rows."""
     target, record_bytes = records.ctypes.data, 4 * records.shape[1]
     for i in range(ids.size):
         _copy(target + ids[i] * record_bytes, addresses[i], record_bytes)
-
-
-@_kernel
-def set_present(present: NDArray[np.uint8], ids: Int64Array, first: int) -> None:
-    """Set the presence bits of rows in a stretch of the bitmap that begins with row `first`."""
-    for i in range(ids.size):
-        row = ids[i] - first
-        present[row >> 3] |= np.uint8(1 << (row & 7))
 
 
 # ---- one kernel for each formula ------------------------------------------------------------------------------
@@ -543,17 +426,17 @@ def _fill_function(initializer: type[initializers.Initializer]) -> Callable[...,
 def gather_or_fill(initializer: type[initializers.Initializer]) -> Callable[..., None]:
     """`_gather_or_fill` for one kind of initial value."""
     name = f"gather_or_fill_{initializer.__name__}"
-    return _kernel(_specialise(_gather_or_fill, name, _fill_row=_fill_function(initializer)))
+    return kernel(_specialise(_gather_or_fill, name, _fill_row=_fill_function(initializer)))
 
 
 @_once
 def bring_in(initializer: type[initializers.Initializer]) -> Callable[..., None]:
     """`_bring_in` for one kind of initial value."""
     name = f"bring_in_{initializer.__name__}"
-    return _kernel(_specialise(_bring_in, name, _fill_row=_fill_function(initializer)))
+    return kernel(_specialise(_bring_in, name, _fill_row=_fill_function(initializer)))
 
 
 @_once
 def step(optimizer: type[optim.Optimizer]) -> Callable[..., None]:
     """`_step` for one optimizer."""
-    return _kernel(_specialise(_step, f"step_{optimizer.__name__}", _row_step=_helper(optimizer.row_step)))
+    return kernel(_specialise(_step, f"step_{optimizer.__name__}", _row_step=_helper(optimizer.row_step)))

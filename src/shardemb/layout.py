@@ -9,6 +9,7 @@ byte that reaches the disk passes ``files.py``, and a table's documents can be c
     NAME/zarr.json            group: attributes.shardemb = TableSpec
     NAME/rows/zarr.json       float32 (num_embeddings, width), chunks (rows_per_shard, width), keys "c.17.0"
     NAME/present/zarr.json    uint8, one bit a row; only where a fresh record is not all zero bytes
+    NAME/checks/zarr.json     uint64, one checksum a block of 4,096 bytes of the files above
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ import zarr
 from zarr.storage import MemoryStore
 
 from shardemb.errors import FormatError
-from shardemb.spec import FORMAT_VERSION, TableSpec, field, parse_json, require_version, uuid_field
+from shardemb.spec import (
+    FORMAT_VERSION,
+    PAGE,
+    TableSpec,
+    field,
+    parse_json,
+    require_version,
+    round_up,
+    uuid_field,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,7 +38,7 @@ if TYPE_CHECKING:
 
 ATTRIBUTE = "shardemb"
 DOCUMENT = "zarr.json"
-ROWS, PRESENT = "rows", "present"
+ARRAYS = ROWS, PRESENT, CHECKS = "rows", "present", "checks"
 
 
 def shard_key(shard: int) -> str:
@@ -79,6 +89,17 @@ def table_documents(spec: TableSpec) -> dict[str, bytes]:
             chunk_key_encoding={"name": "default", "separator": "."},
             dimension_names=("byte",),
         )
+    group.create_array(
+        CHECKS,
+        shape=(spec.num_blocks,),
+        chunks=(round_up(spec.num_blocks, PAGE // 8),),
+        dtype="uint64",
+        fill_value=0,
+        filters=None,
+        compressors=None,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        dimension_names=("block",),
+    )
     return _as_bytes(memory)
 
 

@@ -148,8 +148,22 @@ def _lay_over(runtime: Runtime, base: Manifest, lock: int | None) -> Store:
         lock,
         may_miss=base.clean,
         newer=newer,
+        newest=lambda: _newest(runtime.path),
         reopen=lambda: _read(replace(runtime, fresh=None)),
     )
+
+
+def _newest(path: Path) -> replay.Replay:
+    """Read base and log as they are now; beside a writer, start over if they change meanwhile."""
+    problem: Exception | None = None
+    for pause_s in RETRY_PAUSES_S:
+        time.sleep(pause_s)
+        try:
+            return replay.read(folders.log(path), read_manifest(path))
+        except (FormatError, OSError) as error:
+            problem = error  # to be believed only if it stays
+    assert problem is not None
+    raise problem
 
 
 def _watch(path: Path, epoch: int) -> Callable[[], bool]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from shardemb import files, kernels, plan
+from shardemb import bitmaps, files, kernels, plan
 from shardemb.scratch import Scratch
 from shardemb.spec import PAGE
 
@@ -104,14 +104,14 @@ class Pages:
 
     def mark(self, rows: Int64Array) -> None:
         """Note that rows are about to change."""
-        self.count += kernels.mark_private(rows, self._record_bytes, self.private)
-        kernels.mark_private(rows, self._record_bytes, self.newer)
+        self.count += bitmaps.mark_private(rows, self._record_bytes, self.private)
+        bitmaps.mark_private(rows, self._record_bytes, self.newer)
 
     def copy(self, rows: Int64Array) -> None:
         """Copy the pages of ascending rows, so that an update finds them ready."""
         self.bring_back(rows, to_change=False)
         self._advise(rows, self._record_bytes, files.MADV_POPULATE_WRITE)
-        self.count += kernels.mark_private(rows, self._record_bytes, self.private)
+        self.count += bitmaps.mark_private(rows, self._record_bytes, self.private)
 
     def drop(self, first: int, last: int) -> None:
         """Let pages ``first:last`` show what the files hold."""
@@ -119,7 +119,7 @@ class Pages:
         if self._scratch is not None:
             self._forget(first + np.flatnonzero(self._scratch.slots[first:last]))
         self._memory.advise(first * PAGE, (last - first) * PAGE, files.MADV_DONTNEED)
-        self.count -= kernels.clear_bits(self.private, pages)
+        self.count -= bitmaps.clear_bits(self.private, pages)
 
     def drop_clean(self, first: int, last: int) -> None:
         """Let pages ``first:last`` leave memory, if none of those beside them holds what the files do not."""
@@ -140,7 +140,7 @@ class Pages:
     def begin_fold(self, changed: Int64Array) -> None:
         """Note which pages hold what is folded now; those with uncommitted changes (runs) stay newer all the same."""
         self._folding, self.newer = self.newer, self._bitmap()
-        kernels.set_runs(self.newer, changed)
+        bitmaps.set_runs(self.newer, changed)
 
     def end_fold(self, *, folded: bool) -> None:
         """Forget the note of `begin_fold`; or take it back, where the files do not hold those pages."""
@@ -152,8 +152,8 @@ class Pages:
     def drop_folded(self) -> None:
         """Let go of the copies of which the files hold every row, in memory and in the scratch file."""
         if self._scratch is not None:
-            self._forget(kernels.idle_pages(self._scratch.kept, self.newer, self._folding))
-        self._leave(kernels.idle_pages(self.private, self.newer, self._folding))
+            self._forget(bitmaps.idle_pages(self._scratch.kept, self.newer, self._folding))
+        self._leave(bitmaps.idle_pages(self.private, self.newer, self._folding))
 
     # ---- room
 
@@ -177,8 +177,8 @@ class Pages:
         DiskFullError, OSError
             They stay in memory.
         """
-        pages = kernels.list_bits(self.private, self._hand, count)
-        pages = np.union1d(pages, kernels.list_bits(self.private, 0, count - pages.size))
+        pages = bitmaps.list_bits(self.private, self._hand, count)
+        pages = np.union1d(pages, bitmaps.list_bits(self.private, 0, count - pages.size))
         if self._scratch is None:
             self._scratch = Scratch(folder, self._memory)
         self._scratch.write(pages[self._scratch.slots[pages] == 0])
@@ -207,7 +207,7 @@ class Pages:
             return _NO_PAGES
         kept, pages = self._kept(rows)
         self._scratch.read(pages)
-        self.count += kernels.mark_private(pages, PAGE, self.private)
+        self.count += bitmaps.mark_private(pages, PAGE, self.private)
         self.out -= pages.size
         if to_change:
             self._scratch.release(kept)
@@ -221,7 +221,7 @@ class Pages:
     def _leave(self, pages: Int64Array) -> None:
         """Let pages leave memory."""
         self._advise(pages, PAGE, files.MADV_DONTNEED)
-        self.count -= kernels.clear_bits(self.private, pages)
+        self.count -= bitmaps.clear_bits(self.private, pages)
 
     def _forget(self, pages: Int64Array) -> None:
         """Let go of what the scratch file keeps of pages."""

@@ -72,6 +72,33 @@ class StoreInfo:
     tables: tuple[Facts, ...]
 
 
+@dataclass(frozen=True)
+class Damage:
+    """Something that `Store.verify` found; prints as one line.
+
+    Attributes
+    ----------
+    table : str
+    shard : int or None
+        The shard, or the chunk of the presence bitmap; None where it is about the whole table.
+    rows : tuple of int or None
+        ``(start, stop)``, half-open: the rows that may be wrong; None where nothing of the table can be trusted.
+    path : str
+        The file, or the table's folder.
+    problem : str
+    """
+
+    table: str
+    shard: int | None
+    rows: tuple[int, int] | None
+    path: str
+    problem: str
+
+    def __str__(self) -> str:
+        rows = f"rows {self.rows[0]} to {self.rows[1]}" if self.rows else "all rows"
+        return f"table {self.table!r}, {rows}: {self.path} {self.problem}"
+
+
 def one_line(facts: Facts) -> str:
     """Describe a table in a line.
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb import files, kernels, plan
+from shardemb import bitmaps, files, kernels, plan
 from shardemb.replay import checksum
 from shardemb.spec import PAGE
 
@@ -81,7 +81,7 @@ class Scratch:
             stage = self._stage.bytes(0, some.size * PAGE)
             self._checksums[some] = [checksum(stage[i : i + PAGE]) for i in range(0, len(stage), PAGE)]
             self.slots[some] = slots + 1
-            kernels.mark_private(some, PAGE, self.kept)
+            bitmaps.mark_private(some, PAGE, self.kept)
 
     def read(self, pages: Int64Array) -> None:
         """Put the content of pages, which have slots, back into memory; the slots stay theirs.
@@ -112,7 +112,7 @@ class Scratch:
         """Give up the slots of pages, which have some."""
         slots = self.slots[pages].astype(np.int64) - 1
         self.slots[pages] = 0
-        kernels.clear_bits(self.kept, pages)
+        bitmaps.clear_bits(self.kept, pages)
         self._give(slots)
 
     def _take(self, count: int) -> Int64Array:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb import files, folders, kernels, layout
+from shardemb import bitmaps, checks, files, folders, kernels, layout
 from shardemb.errors import FormatError, ShardEmbError
 from shardemb.initializers import Constant, stream_key
 from shardemb.pages import Pages
 from shardemb.replay import Images
-from shardemb.spec import PAGE, ROWS_PER_BLOCK, TableSpec
+from shardemb.spec import PAGE, ROWS_PER_BLOCK, TableSpec, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -130,7 +130,7 @@ class Shards:
 
     def mark(self, rows: Int64Array) -> None:
         """Note that rows are about to differ from the last commit."""
-        kernels.mark_dirty(rows, self.dirty, self.blocks)
+        bitmaps.mark_dirty(rows, self.dirty, self.blocks)
         self.pages.mark(rows)
 
     def bring_in(self, rows: Int64Array, start: int, stop: int) -> None:
@@ -156,11 +156,11 @@ class Shards:
 
     def count_changes(self) -> int:
         """Count the rows that differ from the last commit."""
-        return int(kernels.count_bits(self.dirty, self.blocks))
+        return int(bitmaps.count_bits(self.dirty, self.blocks))
 
     def changed_rows(self) -> Int64Array:
         """List the rows that differ from the last commit, ascending."""
-        rows: Int64Array = kernels.dirty_rows(self.dirty, self.blocks)
+        rows: Int64Array = bitmaps.dirty_rows(self.dirty, self.blocks)
         return rows
 
     def pack(self, ids: Int64Array, start: int, stop: int, address: int) -> None:
@@ -201,12 +201,12 @@ class Shards:
             self.pages.bring_back(ids, to_change=True)
             kernels.place_images(self.records, ids, addresses)
             if self.spec.has_presence:
-                kernels.set_present(self.present, ids, 0)
+                bitmaps.set_present(self.present, ids, 0)
             self.pages.mark(ids)
 
     def begin_fold(self) -> None:
         """Note that what is committed by now is being folded."""
-        self.pages.begin_fold(kernels.dirty_pages(self.dirty, self.blocks, self.spec.record_bytes))
+        self.pages.begin_fold(bitmaps.dirty_pages(self.dirty, self.blocks, self.spec.record_bytes))
 
     def clear_changes(self) -> None:
         """Count no row as changed any more."""
@@ -226,11 +226,11 @@ class Shards:
 
     def shard_path(self, shard: int) -> Path:
         """File of a row-shard, where the table lies now."""
-        return self.directory / layout.ROWS / layout.shard_key(shard)
+        return checks.shard(self.spec, self.directory, shard).path
 
     def presence_path(self, chunk: int) -> Path:
         """File of a chunk of the presence bitmap, where the table lies now."""
-        return self.directory / layout.PRESENT / layout.presence_key(chunk)
+        return checks.presence_chunk(self.spec, self.directory, chunk).path
 
 
 def check_mappings(spec: TableSpec) -> None:
@@ -269,7 +269,7 @@ def create(spec: TableSpec, directory: Path, values: Float32Array | None) -> Sha
         for name, document in layout.table_documents(spec).items():
             files.make_directory((directory / name).parent)
             files.write_new(directory / name, document)
-        for path, nbytes in _expected_files(spec, directory):
+        for path, nbytes in expected_files(spec, directory):
             files.create_sparse(path, nbytes)
         if values is not None:
             _write_rows(spec, directory, values)
@@ -328,8 +328,11 @@ def spec_of(directory: Path, *, may_miss: bool) -> TableSpec:
     spec = layout.table_spec(folders.documents(directory))
     check_mappings(spec)  # before so many files are looked for
     missing = find_missing(spec, directory)
-    if missing and (spec.has_presence or not may_miss):
-        msg = f"{missing[0][0]} is missing ({len(missing)} in all); restore it from a copy of the store"
+    fatal = [
+        path for path, _ in missing if spec.has_presence or not may_miss or path == checks.path_of(directory)
+    ]
+    if fatal:
+        msg = f"{fatal[0]} is missing ({len(missing)} in all); restore it from a copy of the store"
         raise FormatError(msg)
     return spec
 
@@ -343,7 +346,7 @@ def find_missing(spec: TableSpec, directory: Path) -> list[tuple[Path, int]]:
         A file has another size than the metadata says.
     """
     missing = []
-    for path, nbytes in _expected_files(spec, directory):
+    for path, nbytes in expected_files(spec, directory):
         found = files.size(path)
         if found is None:
             missing.append((path, nbytes))
@@ -356,32 +359,32 @@ def find_missing(spec: TableSpec, directory: Path) -> list[tuple[Path, int]]:
     return missing
 
 
-def _expected_files(spec: TableSpec, directory: Path) -> Iterator[tuple[Path, int]]:
-    for shard in range(spec.num_shards):
-        yield directory / layout.ROWS / layout.shard_key(shard), spec.shard_bytes
-    for chunk in range(spec.num_presence_chunks):
-        yield directory / layout.PRESENT / layout.presence_key(chunk), spec.presence_chunk_bytes
+def expected_files(spec: TableSpec, directory: Path) -> Iterator[tuple[Path, int]]:
+    """List the files of a table besides its documents, with their sizes."""
+    for file in checks.all_files(spec, directory):
+        yield file.path, file.nbytes
+    yield checks.path_of(directory), round_up(8 * spec.num_blocks, PAGE)
 
 
 def _write_rows(spec: TableSpec, directory: Path, values: Float32Array) -> None:
     """Write all rows straight into new files: bulk data never becomes private memory."""
     block_rows = max(1, _BLOCK_BYTES // spec.record_bytes)
     for shard in range(spec.num_shards):
-        path = directory / layout.ROWS / layout.shard_key(shard)
-        begin, end = shard * spec.rows_per_shard, min((shard + 1) * spec.rows_per_shard, spec.num_embeddings)
-        with files.opened(path, os.O_WRONLY) as descriptor:
+        file = checks.shard(spec, directory, shard)
+        begin, end = file.rows
+        with files.opened(file.path, os.O_WRONLY) as descriptor:
             for start in range(begin, end, block_rows):
                 block = values[start : min(start + block_rows, end)]
                 records = np.empty((len(block), spec.width), np.float32)
                 records[:, : spec.embedding_dim] = block
                 records[:, spec.embedding_dim :] = spec.initial_state
-                files.write(descriptor, records.data, (start - begin) * spec.record_bytes, path)
-            files.sync(descriptor, path)
+                files.write(descriptor, records.data, (start - begin) * spec.record_bytes, file.path)
+            checks.note_whole_file(file, directory)
+            files.sync(descriptor, file.path)
             files.forget(descriptor)
     for chunk in range(spec.num_presence_chunks):
-        path = directory / layout.PRESENT / layout.presence_key(chunk)
-        first = chunk * spec.presence_chunk_bytes * 8
-        rows = min(spec.num_embeddings - first, spec.presence_chunk_bytes * 8)
-        bits = np.packbits(np.ones(rows, np.bool_), bitorder="little")
-        with files.opened(path, os.O_WRONLY) as descriptor:
-            files.write(descriptor, bits.data, 0, path)
+        file = checks.presence_chunk(spec, directory, chunk)
+        bits = np.packbits(np.ones(file.rows[1] - file.rows[0], np.bool_), bitorder="little")
+        with files.opened(file.path, os.O_WRONLY) as descriptor:
+            files.write(descriptor, bits.data, 0, file.path)
+        checks.note_whole_file(file, directory)

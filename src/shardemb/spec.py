@@ -152,6 +152,12 @@ class TableSpec:
         """Number of presence files."""
         return -(-self.presence_bytes // self.presence_chunk_bytes) if self.has_presence else 0
 
+    @property
+    def num_blocks(self) -> int:
+        """Number of pages that all files take together, each of which has a checksum."""
+        presence = self.num_presence_chunks * self.presence_chunk_bytes
+        return (self.num_shards * self.shard_bytes + presence) // PAGE
+
     def to_json(self) -> dict[str, object]:
         """Return the table's attributes in zarr."""
         return {

@@ -10,13 +10,13 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shardemb import arrays, batch, files, folders, initializers, layout, report, shards
+from shardemb import arrays, batch, files, folders, initializers, report, shards, verify
 from shardemb.batch import Training
 from shardemb.errors import FormatError, ReadOnlyError, TableExistsError, TableNotFoundError
 from shardemb.journal import Journal
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from shardemb.optim import Optimizer
+    from shardemb.progress import Progress
     from shardemb.replay import Replay
 
 
@@ -62,11 +63,13 @@ class Store(Mapping[str, Table]):
         *,
         may_miss: bool,
         newer: Replay | None = None,
+        newest: Callable[[], Replay] | None = None,
         reopen: Callable[[], Store] | None = None,
     ) -> None:
         self._runtime = runtime
         self._manifest = manifest
         self._lock = lock
+        self._newest = newest
         self._reopen = reopen
         self._opened = False
         self._written_before = files.counters.bytes_written, files.counters.syncs
@@ -436,16 +439,33 @@ class Store(Mapping[str, Table]):
             fresh._tables, fresh._committed = {}, {}
             fresh.close()
 
-    def verify(self) -> list[str]:
-        """Check the files of every committed table against its metadata: documents, shards, their sizes.
+    def verify(
+        self, tables: Sequence[str] | None = None, *, progress: Progress = None
+    ) -> list[report.Damage]:
+        """Compare the files of committed tables with their checksums: every block that a fold has written.
+
+        Reads from the disk, in bounded memory; training and lookups go on. What the log holds has checksums of its
+        own, which are compared whenever it is read.
+
+        Parameters
+        ----------
+        tables : sequence of str, optional
+            Names of tables; all of the last commit by default.
+        progress : bool or callable, optional
+            True for a bar; or a function that is called with the bytes done and the bytes in all.
 
         Returns
         -------
-        list of str
-            What is wrong, naming table and file; empty if nothing is.
+        list of Damage
+            What is wrong, by table, file and rows; empty if nothing is. Rows that another program has written
+            into the shards are not what was written either.
 
         Raises
         ------
+        TableNotFoundError
+            No commit knows that table.
+        DiskFullError
+            There is no room to fold what is in the log.
         StoreClosedError
             The store was closed.
 
@@ -455,17 +475,24 @@ class Store(Mapping[str, Table]):
         []
         """
         self._runtime.check_open()
-        problems = []
-        for table in self._committed.values():
-            directory = table._mapped.directory
-            try:
-                layout.table_spec(folders.documents(directory))
-                missing = shards.find_missing(table._spec, directory)
-            except FormatError as error:
-                problems.append(f"table {table.name!r}: {error}")
-            else:
-                problems += [f"table {table.name!r}: {path} is missing" for path, _ in missing]
-        return problems
+        known = {table.name: table for table in self._committed.values()}
+        for name in tables or ():
+            if name not in known:
+                msg = f"the last commit of the store {self._runtime.path} has no table {name!r}"
+                raise TableNotFoundError(msg)
+        targets = [
+            verify.Target(name, table._spec, table._mapped.directory)
+            for name, table in known.items()
+            if tables is None or name in tables
+        ]
+        damage, suspects = verify.scan(targets, self._runtime.threads, progress)
+        if self._newest is not None:
+            return damage + verify.confirm(suspects, self._newest)
+        with self._runtime.changing():
+            problem = self._writing().settle() if suspects else None
+            if problem is not None:
+                raise problem
+            return damage + verify.confirm(suspects, self._writing().images)
 
     def info(self) -> report.StoreInfo:
         """Tell what the store holds and the disk space that it takes; looks at every file.

@@ -1,0 +1,190 @@
+"""Checksums of the blocks of a table's files, so that what the disk has changed is found.
+
+A block is a page, 4,096 bytes. The checksums of all blocks of a table lie in one file, in the order of the shards and
+then of the chunks of the presence bitmap. Whoever writes a block forgets its checksum first, durably, and notes the new
+one when the block is durable: a crash in between leaves "unknown" (0), never a false alarm, and recovery writes that
+block again. So in a store that was recovered a block without a checksum was never written and is all zero bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from shardemb import files, layout, plan
+from shardemb.replay import checksum
+from shardemb.spec import PAGE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from shardemb.arrays import Int64Array
+    from shardemb.spec import TableSpec
+
+UNKNOWN, DAMAGED = 0, 1
+"""In place of a checksum: of a block never written; of one that was damaged already when a part was written anew."""
+
+WINDOW_BYTES = 4 * 2**20
+_PER_PAGE = PAGE // 8
+
+
+class File(NamedTuple):
+    """A shard or a chunk of the presence bitmap.
+
+    Attributes
+    ----------
+    path : Path
+    nbytes : int
+        Size that it should have.
+    first : int
+        Number of its first block among those of the table.
+    rows : tuple of int
+        Half-open range of the rows that it is about.
+    row_bits : int
+        Bits that each of them takes.
+    number : int
+        Of the shard or chunk.
+    """
+
+    path: Path
+    nbytes: int
+    first: int
+    rows: tuple[int, int]
+    row_bits: int
+    number: int
+
+    def rows_of(self, block: int) -> tuple[int, int]:
+        """Rows, half-open, that lie in a block of the table, or partly; none where no row does."""
+        begin = (block - self.first) * PAGE * 8
+        start, stop = self.rows
+        return (
+            min(start + begin // self.row_bits, stop),
+            min(start - (-(begin + PAGE * 8) // self.row_bits), stop),
+        )
+
+
+def path_of(directory: Path) -> Path:
+    """File of a table's checksums."""
+    return directory / layout.CHECKS / layout.presence_key(0)
+
+
+def shard(spec: TableSpec, directory: Path, number: int) -> File:
+    """Describe a row-shard."""
+    start = number * spec.rows_per_shard
+    return File(
+        directory / layout.ROWS / layout.shard_key(number),
+        spec.shard_bytes,
+        number * spec.shard_bytes // PAGE,
+        (start, min(start + spec.rows_per_shard, spec.num_embeddings)),
+        8 * spec.record_bytes,
+        number,
+    )
+
+
+def presence_chunk(spec: TableSpec, directory: Path, number: int) -> File:
+    """Describe a chunk of the presence bitmap."""
+    rows = 8 * spec.presence_chunk_bytes
+    return File(
+        directory / layout.PRESENT / layout.presence_key(number),
+        spec.presence_chunk_bytes,
+        (spec.num_shards * spec.shard_bytes + number * spec.presence_chunk_bytes) // PAGE,
+        (number * rows, min((number + 1) * rows, spec.num_embeddings)),
+        1,
+        number,
+    )
+
+
+def all_files(spec: TableSpec, directory: Path) -> Iterator[File]:
+    """Describe all files of a table that have blocks."""
+    for number in range(spec.num_shards):
+        yield shard(spec, directory, number)
+    for number in range(spec.num_presence_chunks):
+        yield presence_chunk(spec, directory, number)
+
+
+def block_sums(data: memoryview) -> NDArray[np.uint64]:
+    """Checksums of the blocks that `data` consists of."""
+    return np.array([block_sum(data[start : start + PAGE]) for start in range(0, len(data), PAGE)], np.uint64)
+
+
+def block_sum(data: memoryview) -> int:
+    """Checksum of one block."""
+    return max(checksum(data), DAMAGED + 1)
+
+
+ZEROS = block_sum(memoryview(bytes(PAGE)))
+"""Checksum of a block of zero bytes."""
+
+
+def exchange(path: Path, blocks: Int64Array, sums: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Note new checksums of blocks, ascending, durably; return those before. By one thread at a time.
+
+    Raises
+    ------
+    DiskFullError, OSError
+        Any part may have been written.
+    """
+    before = np.empty(blocks.size, np.uint64)
+    pages = blocks // _PER_PAGE
+    starts = np.flatnonzero(np.diff(pages, prepend=-1))
+    edges = [*starts.tolist(), blocks.size]
+    with files.opened(path, os.O_RDWR) as descriptor:
+        # Runs of neighbouring pages at once, but not more than a window.
+        for first, last in plan.runs(pages[starts]):
+            for some in range(first, last, WINDOW_BYTES // PAGE):
+                end = min(some + WINDOW_BYTES // PAGE, last)
+                offset = int(pages[edges[some]]) * PAGE
+                part = slice(edges[some], edges[end])
+                words = np.frombuffer(files.read_at(descriptor, (end - some) * PAGE, offset, path), np.uint64)
+                at = blocks[part] - offset // 8
+                before[part] = words[at]
+                words[at] = sums[part]
+                files.write(descriptor, words.data, offset, path)
+        files.sync_data(descriptor, path)
+    return before
+
+
+def note_whole_file(file: File, directory: Path) -> None:
+    """Note the checksums of a file that was written in one go; not durable."""
+    path = path_of(directory)
+    with files.opened(file.path, os.O_RDONLY) as source, files.opened(path, os.O_WRONLY) as target:
+        for offset in range(0, file.nbytes, WINDOW_BYTES):
+            data = files.read_at(source, min(WINDOW_BYTES, file.nbytes - offset), offset, file.path)
+            sums = block_sums(memoryview(data))
+            files.write(target, sums.data, (file.first + offset // PAGE) * 8, path)
+
+
+def wrong_blocks(
+    file: File, directory: Path, start: int, stop: int, memory: files.AddressRange
+) -> Int64Array:
+    """Compare a stretch of a file with its checksums; return the numbers of the blocks that differ.
+
+    Reads from the disk, past the page cache where the file system can, into `memory`. A fold that comes between is no
+    difference: where the checksum has changed meanwhile, so may have the block.
+
+    Raises
+    ------
+    OSError
+        It cannot be read.
+    """
+    first, count = file.first + start // PAGE, (stop - start) // PAGE
+    path = path_of(directory)
+    with files.opened(path, os.O_RDONLY) as sums, files.opened_direct(file.path) as descriptor:
+        known = _sums(sums, first, count, path)
+        if next(files.holes(descriptor, start, stop), None) == (start, stop):
+            found = np.full(count, ZEROS, np.uint64)
+        else:
+            view = memory.bytes(0, stop - start)
+            files.read_into(descriptor, view, start, file.path)
+            found = block_sums(view)
+        steady = known == _sums(sums, first, count, path)
+    return first + np.flatnonzero(steady & (found != np.where(known == UNKNOWN, np.uint64(ZEROS), known)))
+
+
+def _sums(descriptor: int, first: int, count: int, path: Path) -> NDArray[np.uint64]:
+    return np.frombuffer(files.read_at(descriptor, 8 * count, 8 * first, path), np.uint64)
