@@ -1,9 +1,9 @@
 """Checksums of the blocks of a table's files, so that what the disk has changed is found.
 
 A block is a page, 4,096 bytes. The checksums of all blocks of a table lie in one file, in the order of the shards and
-then of the chunks of the presence bitmap. Whoever writes a block forgets its checksum first, durably, and notes the new
-one when the block is durable: a crash in between leaves "unknown" (0), never a false alarm, and recovery writes that
-block again. So in a store that was recovered a block without a checksum was never written and is all zero bytes.
+then of the chunks of the presence bitmap; 0 stands for a block that was never written and is all zero bytes. Whoever
+writes blocks says so first, durably, and notes the new checksums when the blocks are durable: a crash in between leaves
+blocks *in flux*, never a false alarm, and recovery writes those again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shardemb.replay import checksum
 from shardemb.spec import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from shardemb.arrays import Int64Array
     from shardemb.spec import TableSpec
 
-UNKNOWN, DAMAGED = 0, 1
-"""In place of a checksum: of a block never written; of one that was damaged already when a part was written anew."""
+NEVER_WRITTEN, IN_FLUX, DAMAGED = 0, 1, 2
+"""Checksums are even and larger than these. `IN_FLUX` is added to that of a block which is being written;
+`DAMAGED` stands for that of a block which was damaged when a part of it was written anew."""
 
 WINDOW_BYTES = 4 * 2**20
 _PER_PAGE = PAGE // 8
@@ -114,15 +115,32 @@ def block_sums(data: memoryview) -> NDArray[np.uint64]:
 
 def block_sum(data: memoryview) -> int:
     """Checksum of one block."""
-    return max(checksum(data), DAMAGED + 1)
+    return max(checksum(data) & ~IN_FLUX, DAMAGED + 2)
 
 
 ZEROS = block_sum(memoryview(bytes(PAGE)))
 """Checksum of a block of zero bytes."""
 
 
-def exchange(path: Path, blocks: Int64Array, sums: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Note new checksums of blocks, ascending, durably; return those before. By one thread at a time.
+def is_wrong(known: int, content: NDArray[np.uint8], anew: NDArray[np.uint8]) -> bool:
+    """Whether a block differs from what it should be.
+
+    Parameters
+    ----------
+    known : int
+        Its checksum.
+    content, anew : ndarray of uint8
+        The block; and in another one the bits set that the log says anew, so that a fold may have changed them.
+    """
+    if known == NEVER_WRITTEN:
+        return bool((content & ~anew).any())
+    if known & IN_FLUX and known != DAMAGED + IN_FLUX:
+        return not anew.any()  # a crash can have left it in any state; what is anew is written again
+    return block_sum(content.data) != known
+
+
+def begin(path: Path, blocks: Int64Array) -> NDArray[np.uint64]:
+    """Say durably that blocks, ascending, are in flux; return their checksums before. By one thread at a time.
 
     Raises
     ------
@@ -130,6 +148,29 @@ def exchange(path: Path, blocks: Int64Array, sums: NDArray[np.uint64]) -> NDArra
         Any part may have been written.
     """
     before = np.empty(blocks.size, np.uint64)
+
+    def change(words: NDArray[np.uint64], part: slice) -> NDArray[np.uint64]:
+        before[part] = words
+        return np.where(words == NEVER_WRITTEN, words, words | np.uint64(IN_FLUX))
+
+    _change(path, blocks, change)
+    return before
+
+
+def note(path: Path, blocks: Int64Array, sums: NDArray[np.uint64]) -> None:
+    """Note the checksums of blocks, ascending, durably. By one thread at a time.
+
+    Raises
+    ------
+    DiskFullError, OSError
+        Any part may have been written.
+    """
+    _change(path, blocks, lambda words, part: sums[part])
+
+
+def _change(
+    path: Path, blocks: Int64Array, change: Callable[[NDArray[np.uint64], slice], NDArray[np.uint64]]
+) -> None:
     pages = blocks // _PER_PAGE
     starts = np.flatnonzero(np.diff(pages, prepend=-1))
     edges = [*starts.tolist(), blocks.size]
@@ -139,14 +180,12 @@ def exchange(path: Path, blocks: Int64Array, sums: NDArray[np.uint64]) -> NDArra
             for some in range(first, last, WINDOW_BYTES // PAGE):
                 end = min(some + WINDOW_BYTES // PAGE, last)
                 offset = int(pages[edges[some]]) * PAGE
-                part = slice(edges[some], edges[end])
                 words = np.frombuffer(files.read_at(descriptor, (end - some) * PAGE, offset, path), np.uint64)
+                part = slice(edges[some], edges[end])
                 at = blocks[part] - offset // 8
-                before[part] = words[at]
-                words[at] = sums[part]
+                words[at] = change(words[at], part)
                 files.write(descriptor, words.data, offset, path)
         files.sync_data(descriptor, path)
-    return before
 
 
 def note_whole_file(file: File, directory: Path) -> None:
@@ -183,7 +222,16 @@ def wrong_blocks(
             files.read_into(descriptor, view, start, file.path)
             found = block_sums(view)
         steady = known == _sums(sums, first, count, path)
-    return first + np.flatnonzero(steady & (found != np.where(known == UNKNOWN, np.uint64(ZEROS), known)))
+    return first + np.flatnonzero(
+        steady & (found != np.where(known == NEVER_WRITTEN, np.uint64(ZEROS), known))
+    )
+
+
+def known_sum(directory: Path, block: int) -> int:
+    """Return what is noted of one block."""
+    path = path_of(directory)
+    with files.opened(path, os.O_RDONLY) as sums:
+        return int(_sums(sums, block, 1, path)[0])
 
 
 def _sums(descriptor: int, first: int, count: int, path: Path) -> NDArray[np.uint64]:

@@ -6,7 +6,7 @@ be right and what is on the disk wrong.
 
 ::
 
-    forget the checksums of all blocks, synced -> write the blocks, synced file by file -> note their checksums, synced
+    say that all blocks are in flux, synced -> write the blocks, synced file by file -> note their checksums, synced
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 BUFFER_BLOCKS = 2048
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """What is new in one file.
 
     Attributes
@@ -45,21 +45,30 @@ class _Part(NamedTuple):
         Within the file, ascending.
     whole : ndarray of bool
         Whether nothing of a block remains as it was.
-    change : callable
-        ``change(blocks, memory)`` puts what is new into blocks that lie one behind the other.
+    change, mark : callable
+        ``change(blocks, memory)`` puts what is new into blocks that lie one behind the other; `mark` sets the bits of
+        all that is new instead.
     """
 
     file: checks.File
     blocks: Int64Array
     whole: NDArray[np.bool_]
     change: Callable[[Int64Array, NDArray[np.uint8]], None]
+    mark: Callable[[Int64Array, NDArray[np.uint8]], None]
+
+    def anew(self, blocks: Int64Array) -> NDArray[np.uint8]:
+        """Return blocks in which the bits are set of all that is new, shape (blocks, PAGE)."""
+        marks = np.zeros(blocks.size * PAGE, np.uint8)
+        if blocks.size:
+            self.mark(blocks, marks)
+        return marks.reshape(-1, PAGE)
 
 
 @dataclass
 class _Task:
     """Blocks ``start:stop`` of a table's, all of one part."""
 
-    part: _Part
+    part: Part
     known: NDArray[np.uint64]
     sums: NDArray[np.uint64]
 
@@ -83,9 +92,10 @@ class _Task:
             at, end = int(kept[first]), int(kept[last - 1]) + 1
             files.read_into(descriptor, view[at * PAGE : end * PAGE], int(blocks[at]) * PAGE, path)
         # What was damaged stays so, though a part of it is written anew.
-        known, damaged = self.known[some], np.zeros(blocks.size, np.bool_)
-        for block in kept[known[kept] != checks.UNKNOWN].tolist():
-            damaged[block] = checks.block_sum(view[block * PAGE : (block + 1) * PAGE]) != known[block]
+        damaged = np.zeros(blocks.size, np.bool_)
+        for block, anew in zip(kept.tolist(), self.part.anew(blocks[kept]), strict=True):
+            content = array[block * PAGE : (block + 1) * PAGE]
+            damaged[block] = checks.is_wrong(int(self.known[some][block]), content, anew)
         self.part.change(blocks, array)
         for first, last in plan.runs(blocks):
             files.write(descriptor, view[first * PAGE : last * PAGE], int(blocks[first]) * PAGE, path)
@@ -100,18 +110,16 @@ def write(tables: Sequence[tuple[TableSpec, Path, Images]], threads: int) -> Non
     DiskFullError
         There is no room. Any part of it may have been written; it can be done again.
     """
-    changed = [(directory, list(_parts(*table))) for table in tables for directory in (table[1],)]
-    changed = [(directory, parts) for directory, parts in changed if parts]
     tasks, sums = [], []
-    for directory, parts in changed:
-        blocks = np.concatenate([part.file.first + part.blocks for part in parts])
-        known = checks.exchange(
-            checks.path_of(directory), blocks, np.full(blocks.size, checks.UNKNOWN, np.uint64)
-        )
-        new = np.empty(blocks.size, np.uint64)
+    for spec, directory, images in tables:
+        changed = list(parts(spec, directory, images))
+        if not changed:
+            continue
+        blocks = np.concatenate([part.file.first + part.blocks for part in changed])
+        known, new = checks.begin(checks.path_of(directory), blocks), np.empty(blocks.size, np.uint64)
         sums.append((directory, blocks, new))
         stop = 0
-        for part in parts:
+        for part in changed:
             start, stop = stop, stop + part.blocks.size
             tasks.append(_Task(part, known[start:stop], new[start:stop]))
 
@@ -122,27 +130,41 @@ def write(tables: Sequence[tuple[TableSpec, Path, Images]], threads: int) -> Non
     number = min(2 * threads, len(tasks))
     scheduler.run([partial(some, task, number) for task in range(number)], threads)
     for directory, blocks, new in sums:
-        checks.exchange(checks.path_of(directory), blocks, new)
+        checks.note(checks.path_of(directory), blocks, new)
 
 
-def _parts(spec: TableSpec, directory: Path, images: Images) -> Iterator[_Part]:
+def parts(spec: TableSpec, directory: Path, images: Images) -> Iterator[Part]:
+    """List what is new, file by file, in the order of their blocks."""
+    ones = np.full(spec.record_bytes, 255, np.uint8)
     for number, some in _by_file(images, spec.rows_per_shard):
         ids = some.ids - number * spec.rows_per_shard
         blocks = plan.pages(ids, spec.record_bytes)
         covered = np.zeros(blocks.size, np.int64)
         kernels.count_bytes(ids, spec.record_bytes, blocks, covered)
-        change = partial(kernels.patch, some.addresses, ids, spec.record_bytes)
-        yield _Part(checks.shard(spec, directory, number), blocks, covered == PAGE, change)
+        same = np.full(ids.size, ones.ctypes.data)
+        yield Part(
+            checks.shard(spec, directory, number),
+            blocks,
+            covered == PAGE,
+            partial(kernels.patch, some.addresses, ids, spec.record_bytes),
+            partial(_mark, ones, partial(kernels.patch, same, ids, spec.record_bytes)),
+        )
     if spec.has_presence:
         for number, some in _by_file(images, 8 * spec.presence_chunk_bytes):
             bits = some.ids - number * 8 * spec.presence_chunk_bytes
             blocks = plan.pages(bits // 8, 1)
-            yield _Part(
-                checks.presence_chunk(spec, directory, number),
-                blocks,
-                np.zeros(blocks.size, np.bool_),
-                partial(bitmaps.patch_bits, bits),
-            )
+            change = partial(bitmaps.patch_bits, bits)
+            whole = np.zeros(blocks.size, np.bool_)
+            yield Part(checks.presence_chunk(spec, directory, number), blocks, whole, change, change)
+
+
+def _mark(
+    ones: NDArray[np.uint8],  # which the addresses of `mark` are those of
+    mark: Callable[[Int64Array, NDArray[np.uint8]], None],
+    blocks: Int64Array,
+    memory: NDArray[np.uint8],
+) -> None:
+    mark(blocks, memory)
 
 
 def _by_file(images: Images, rows_per_file: int) -> Iterator[tuple[int, Images]]:

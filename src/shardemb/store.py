@@ -681,14 +681,21 @@ class Store(Mapping[str, Table]):
         table._release()
 
     def _leave(self) -> None:
-        if self._runtime.poisoned:
-            return  # what is on disk may be ahead of memory: the next opening sees to it
         lost = self._differs()
-        for table in tuple(self._tables.values()):
-            if table._spec.uuid not in self._committed:
-                self._abandon(table)
-                del self._tables[table.name]
-        self._writing().close()
+        problem: object = self._runtime.poisoned
+        if not problem:  # else what is on disk may be ahead of memory
+            for table in tuple(self._tables.values()):
+                if table._spec.uuid not in self._committed:
+                    self._abandon(table)
+                    del self._tables[table.name]
+            problem = self._writing().close()
+        if problem:
+            warnings.warn(
+                f"what is committed in {self._runtime.path} is in the log and safe, but is not in the shards yet "
+                f"({problem}); the next opening sees to it",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         if lost:
             commit = self._manifest.commit
             since = f"since commit {commit.id} (step {commit.step})" if commit else "(there was no commit)"

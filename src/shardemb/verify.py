@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from shardemb import checks, files, folders, layout, plan, progress, scheduler, shards
+from shardemb import checks, files, fold, folders, layout, plan, progress, scheduler, shards
 from shardemb.errors import FormatError
 from shardemb.report import Damage
 from shardemb.spec import PAGE
@@ -102,18 +102,34 @@ def confirm(suspects: Sequence[Suspect], newest: Callable[[], Replay]) -> list[D
 
 def _confirmed(suspect: Suspect, newer: Replay) -> Iterator[Damage]:
     target, file, blocks = suspect
+    written = fold.parts(target.spec, target.directory, newer.images(target.spec))
+    part = next((part for part in written if part.file.path == file.path), None)
     memory = files.AddressRange(PAGE)
     memory.map_zeros(0, PAGE)
-    left = np.setdiff1d(blocks, _in_log(target.spec, newer))
-    starts = [(int(block) - file.first) * PAGE for block in left]
-    wrong = [_wrong(target, file, start, start + PAGE, memory) for start in starts]
-    blocks = np.concatenate([np.empty(0, np.int64), *wrong])
+    wrong = [block for block in blocks.tolist() if _is_wrong(target, file, block, part, memory)]
+    blocks = np.array(wrong, np.int64)
     for first, last in plan.runs(blocks):
         start, stop = file.rows_of(int(blocks[first]))[0], file.rows_of(int(blocks[last - 1]))[1]
         if start < stop:  # and not behind the last row
             begin, end = ((int(blocks[each]) - file.first) * PAGE for each in (first, last - 1))
             what = f"is not what was written, from byte {begin} to {end + PAGE}"
             yield Damage(target.name, file.number, (start, stop), str(file.path), what)
+
+
+def _is_wrong(
+    target: Target, file: checks.File, block: int, part: fold.Part | None, memory: files.AddressRange
+) -> bool:
+    content = memory.array(np.uint8, (PAGE,))
+    inside = np.array([block - file.first])
+    try:
+        known = checks.known_sum(target.directory, block)
+        with files.opened_direct(file.path) as descriptor:
+            files.read_into(descriptor, content.data, int(inside[0]) * PAGE, file.path)
+        steady = known == checks.known_sum(target.directory, block)
+    except OSError:
+        return True
+    anew = np.zeros(PAGE, np.uint8) if part is None else part.anew(inside)[0]
+    return steady and checks.is_wrong(known, content, anew)
 
 
 def _structure(target: Target) -> Iterator[Damage]:
@@ -140,9 +156,3 @@ def _wrong(
         return checks.wrong_blocks(file, target.directory, start, stop, memory)
     except OSError:  # a sector that cannot be read, or the file has gone meanwhile
         return file.first + np.arange(start // PAGE, stop // PAGE)
-
-
-def _in_log(spec: TableSpec, newer: Replay) -> Int64Array:
-    ids = newer.images(spec).ids
-    presence = spec.num_shards * spec.shard_bytes // PAGE + plan.pages(ids // 8, 1)
-    return np.concatenate([plan.pages(ids, spec.record_bytes), presence])

@@ -1,0 +1,111 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_spec import make
+
+from shardemb import checks, files, plan
+from shardemb.initializers import Constant
+from shardemb.spec import PAGE
+
+SPEC = make(
+    70_000, 5, rows_per_shard=20_480, initializer=Constant(2.0)
+)  # 4 shards of 100 blocks, 3 of presence
+
+
+def test_blocks_are_numbered_through_shards_and_presence(tmp_path):
+    every = list(checks.all_files(SPEC, tmp_path))
+    assert [file.first for file in every] == [0, 100, 200, 300, 400]
+    assert sum(file.nbytes for file in every) == SPEC.num_blocks * PAGE == 403 * PAGE
+    assert every[3].rows == (61_440, 70_000)
+    assert every[4].rows == (0, 70_000)
+    assert [file.number for file in every] == [0, 1, 2, 3, 0]
+
+
+def test_rows_of_a_block():
+    """Rows of 20 bytes: 204.8 in a block, so some lie in two."""
+    first, last, bits = (list(checks.all_files(SPEC, Path("x")))[i] for i in (0, 3, 4))
+    assert first.rows_of(0) == (0, 205)
+    assert first.rows_of(1) == (204, 410)
+    assert last.rows_of(300) == (61_440, 61_645)
+    start, stop = last.rows_of(399)
+    assert start == stop  # behind the last row
+    assert bits.rows_of(401) == (32_768, 65_536)
+    assert bits.rows_of(402) == (65_536, 70_000)
+
+
+def test_a_checksum_is_xxh3_of_a_block_and_never_one_of_the_two_words():
+    data = np.random.default_rng(0).bytes(3 * PAGE)
+    expected = [xxhash.xxh3_64_intdigest(data[i : i + PAGE]) & ~1 for i in range(0, len(data), PAGE)]
+    assert checks.block_sums(memoryview(data)).tolist() == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "checksum", lambda data: 0)
+        assert checks.block_sum(b"") > checks.DAMAGED
+
+
+@settings(max_examples=50)
+@given(st.lists(st.sets(st.integers(0, 3999), max_size=40), max_size=5), st.sampled_from([1, 2, 1024]))
+def test_the_checksums_are_an_array_on_disk(tmp_path_factory, steps, window_pages):
+    path = tmp_path_factory.mktemp("checks") / "c.0"
+    files.create_sparse(path, 8 * PAGE)
+    model = np.zeros(4096, np.uint64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "WINDOW_BYTES", window_pages * PAGE)
+        for number, blocks in enumerate(steps, 1):
+            blocks = np.array(sorted(blocks), np.int64)
+            new = number * 10_000 + 2 * blocks.astype(np.uint64)
+            assert checks.begin(path, blocks).tolist() == model[blocks].tolist()
+            flux = np.where(model[blocks] == 0, model[blocks], model[blocks] | np.uint64(1))
+            assert np.fromfile(path, np.uint64)[blocks].tolist() == flux.tolist()
+            checks.note(path, blocks, new)
+            model[blocks] = new
+    assert np.fromfile(path, np.uint64).tolist() == model.tolist()
+
+
+def test_zarr_reads_the_checksums(tmp_path):
+    import shardemb
+
+    with shardemb.open(tmp_path / "s") as store:
+        table = store.create_table("t", num_embeddings=1000, embedding_dim=64)
+        table.write([500], np.ones((1, 64), np.float32))
+        store.commit()
+    found = zarr.open_group(tmp_path / "s", mode="r")["t/checks"][:]
+    assert np.flatnonzero(found).tolist() == [500 * 256 // PAGE]
+
+
+def test_an_initial_array_has_checksums_too(tmp_path):
+    import shardemb
+
+    values = np.random.default_rng(0).normal(size=(1000, 64)).astype(np.float32)
+    with shardemb.open(tmp_path / "s") as store:
+        store.create_table("t", num_embeddings=1000, embedding_dim=64, initializer=values)
+        store.commit()
+        assert store.verify() == []
+    (path,) = (tmp_path / "s/t/rows").glob("c.*")
+    with path.open("r+b") as file:
+        file.seek(256 * 300)
+        file.write(b"?")
+    with shardemb.open(tmp_path / "s", "r") as store:
+        assert [each.rows for each in store.verify()] == [(288, 304)]
+
+
+def test_pages_of_rows():
+    assert plan.pages(np.array([0, 1, 2, 100]), 3000).tolist() == [0, 1, 2, 73]
+    assert plan.pages(np.empty(0, np.int64), 8).size == 0
+    assert plan.pages(np.array([1]), 3 * PAGE).tolist() == [3, 4, 5]
+
+
+def test_a_file_is_read_past_the_page_cache(tmp_path):
+    """What lies on the disk is compared, not what memory remembers of it."""
+    path = tmp_path / "f"
+    path.write_bytes(bytes(PAGE))
+    with files.opened_direct(path) as descriptor:
+        import fcntl
+
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    assert flags & os.O_DIRECT or os.statvfs(path).f_bsize != PAGE

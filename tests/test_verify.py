@@ -1,0 +1,270 @@
+"""Damage of every kind is found: by `open`, by `verify`, or it changes nothing that anybody sees."""
+
+import os
+import random
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import close_quietly
+from test_power_loss import contents
+
+import shardemb
+from shardemb import checks, files, fold
+from shardemb.errors import ShardEmbError, TableNotFoundError
+from shardemb.initializers import Uniform
+from shardemb.optim import SGD, Adam
+from shardemb.spec import PAGE
+
+DAMAGES = int(os.environ.get("SHARDEMB_DAMAGES", "5000"))
+ROWS, DIM = 700, 16
+
+
+@pytest.fixture
+def path(tmp_path):
+    with shardemb.open(tmp_path / "s") as store:
+        fill(store)
+    return tmp_path / "s"
+
+
+def fill(store):
+    for name, more in {"plain": {}, "drawn": {"initializer": Uniform(-1, 1), "optimizer": Adam()}}.items():
+        table = store.create_table(name, num_embeddings=ROWS, embedding_dim=DIM, rows_per_shard=256, **more)
+        ids = np.arange(0, ROWS, 3)
+        table.write(ids, np.random.default_rng(0).normal(size=(ids.size, DIM)).astype(np.float32))
+    store.commit(step=1)
+
+
+def flip(path, position):
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def verified(path, mode="r", **more):
+    with shardemb.open(path, mode) as store:
+        return store.verify(**more)
+
+
+# ---- what it says -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["r", "r+"])
+def test_damage_is_named_by_table_shard_and_rows(path, mode):
+    assert verified(path, mode) == []
+    flip(path / "plain/rows/c.1.0", 5000)  # 64 bytes a row, 64 rows a block
+    (damage,) = verified(path, mode)
+    assert (damage.table, damage.shard, damage.rows) == ("plain", 1, (256 + 64, 256 + 128))
+    assert damage.path == str(path / "plain/rows/c.1.0")
+    assert str(damage) == (
+        f"table 'plain', rows 320 to 384: {damage.path} is not what was written, from byte 4096 to 8192"
+    )
+
+
+def test_neighbouring_blocks_are_one_range(path):
+    for block in (0, 1, 3):
+        flip(path / "plain/rows/c.0.0", block * PAGE)
+    assert [each.rows for each in verified(path)] == [(0, 128), (192, 256)]
+
+
+def test_damaged_presence_bits_are_rows_too(path):
+    flip(path / "drawn/present/c.0", 3)
+    assert [(each.table, each.shard, each.rows) for each in verified(path)] == [("drawn", 0, (0, ROWS))]
+
+
+def test_one_table_alone_can_be_asked_for(path):
+    flip(path / "plain/rows/c.0.0", 0)
+    assert verified(path, tables=["drawn"]) == []
+    assert len(verified(path, tables=["plain", "drawn"])) == 1
+    with pytest.raises(TableNotFoundError, match="no table 'other'"):
+        verified(path, tables=["other"])
+
+
+def test_progress_counts_bytes(path):
+    calls = []
+    verified(path, progress=lambda done, total: calls.append((done, total)))
+    total = sum(file.stat().st_size for file in path.glob("*/*/c.*") if "checks" not in str(file))
+    assert calls[-1] == (total, total)
+    assert calls == sorted(calls)
+
+
+def test_ctrl_c_ends_it(path):
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verified(path, progress=stop)
+
+
+def test_a_sector_that_cannot_be_read_is_damage(path, monkeypatch):
+    real = files.read_into
+
+    def read_into(descriptor, view, offset, where):
+        if str(where).endswith("plain/rows/c.2.0") and offset <= 2 * PAGE < offset + len(view):
+            raise OSError(5, "bad sector")
+        real(descriptor, view, offset, where)
+
+    monkeypatch.setattr(files, "read_into", read_into)
+    assert [(each.shard, each.rows) for each in verified(path)] == [(2, (640, 700))]
+
+
+# ---- beside others ----------------------------------------------------------------------------------------------
+
+
+def test_a_part_written_anew_does_not_hide_the_damage_of_the_rest(path):
+    flip(path / "plain/rows/c.0.0", 0)  # row 0
+    with shardemb.open(path) as store:
+        store["plain"].write([1, 3], np.ones((2, DIM), np.float32))
+        store.commit()
+        store.checkpoint()
+        assert [each.rows for each in store.verify()] == [(0, 64)]
+        store["plain"].write(np.arange(64), np.ones((64, DIM), np.float32))
+        store.commit()
+        store.checkpoint()
+        assert store.verify() == []  # nothing of it is left
+
+
+@pytest.mark.parametrize("who", ["writer", "reader"])
+def test_it_runs_beside_training_without_a_false_alarm(path, who):
+    with shardemb.open(path, log_bytes=100_000) as store:
+        stop, problems = threading.Event(), []
+
+        def train():
+            rng = np.random.default_rng(1)
+            while not stop.is_set():
+                for name in ("plain", "drawn"):
+                    ids = rng.integers(0, ROWS, 50)
+                    store[name].write(ids, rng.normal(size=(50, DIM)).astype(np.float32))
+                store.commit()
+
+        thread = threading.Thread(target=train)
+        thread.start()
+        try:
+            for _ in range(25):
+                problems += store.verify() if who == "writer" else verified(path)
+        finally:
+            stop.set()
+            thread.join()
+        assert problems == []
+
+
+@pytest.mark.parametrize("stage", ["nothing written", "some written", "all written"])
+def test_a_fold_that_was_cut_short_is_no_damage(path, stage, in_fork):
+    """Readers leave out what the log says anew; recovery writes it, and then nothing is unknown."""
+
+    def die_within_a_fold():
+        store = shardemb.open(path)
+        for name in ("plain", "drawn"):
+            store[name].write(np.arange(0, ROWS, 5), np.ones((140, DIM), np.float32))
+        store.commit(step=2)
+        if stage == "nothing written":
+            fold._Task.run = lambda self: os._exit(0)
+        elif stage == "some written":
+            files.sync_data = lambda descriptor, where: "rows" in str(where) and os._exit(0)
+        else:
+            checks.note = lambda *arguments: os._exit(0)
+        store.checkpoint()
+
+    in_fork(die_within_a_fold)
+    assert verified(path, "r") == []
+    assert verified(path, "r+") == []
+    flip(path / "plain/rows/c.0.0", 64)
+    assert [each.rows for each in verified(path)] == [(0, 64)]
+
+
+# ---- any damage whatever ----------------------------------------------------------------------------------------
+
+
+def damage_something(store, chance):
+    """Damage one file, in one of many ways; return what was done."""
+    every = sorted(file for file in store.rglob("*") if file.is_file())
+    file = chance.choice(every)
+    size = file.stat().st_size
+    what = chance.choice(["flip", "flip", "flip", "zero", "noise", "cut", "grow", "swap", "unlink"])
+    name = file.relative_to(store)
+    if what in ("flip", "zero", "noise") and size:
+        data = bytearray(file.read_bytes())
+        at, count = chance.randrange(size), chance.choice([1, 8, 512, PAGE])
+        if what == "flip":
+            data[at] ^= 1 << chance.randrange(8)
+        else:
+            data[at : at + count] = (
+                bytes(len(data[at : at + count]))
+                if what == "zero"
+                else chance.randbytes(len(data[at : at + count]))
+            )
+        file.write_bytes(data)
+        return f"{what} {name} at {at}"
+    if what == "cut":
+        os.truncate(file, chance.randrange(size + 1))
+    elif what == "grow":
+        with file.open("ab") as target:
+            target.write(chance.randbytes(chance.choice([1, PAGE])))
+    elif what == "swap":
+        other = chance.choice(every)
+        a, b = file.read_bytes(), other.read_bytes()
+        file.write_bytes(b)
+        other.write_bytes(a)
+        return f"swap {name} and {other.relative_to(store)}"
+    else:
+        file.unlink()
+    return f"{what} {name}"
+
+
+@pytest.fixture(scope="module")
+def victims(tmp_path_factory):
+    """Stores that were closed, and that crashed with a log; what each of them holds."""
+    folder = Path(tmp_path_factory.mktemp("victims"))
+    closed, crashed = folder / "closed", folder / "crashed"
+    with shardemb.open(closed) as store:
+        fill(store)
+    shutil.copytree(closed, folder / "open")
+    store = shardemb.open(folder / "open")
+    for step in (2, 3):
+        for table in (store["plain"], store["drawn"]):
+            table.write(np.arange(step * 50, step * 100), np.full((step * 50, DIM), step, np.float32))
+        store.create_table(f"new{step}", num_embeddings=100, embedding_dim=4, optimizer=SGD(lr=0.1))
+        store.commit(step=step)
+        store[f"new{step}"].update([1, 2], np.ones((2, 4), np.float32))
+    store.commit(step=4)
+    shutil.copytree(folder / "open", crashed)
+    close_quietly(store)
+    found = {}
+    for path in (closed, crashed):
+        with shardemb.open(path, "r") as store:
+            found[path] = contents(store)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(5))
+def test_damage_is_refused_or_reported_or_changes_nothing(victims, part, tmp_path):
+    """Never a silently wrong row. Where a log lost its unsynced end it is a crash, and an older commit is no damage."""
+    chance = random.Random(part)
+    counts = dict.fromkeys(["refused", "reported", "harmless"], 0)
+    scratch = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) / f"damage-{os.getpid()}"
+    try:
+        for number in range(DAMAGES // 5):
+            victim = chance.choice(list(victims))
+            shutil.copytree(victim, scratch)
+            done = damage_something(scratch, chance)
+            try:
+                with shardemb.open(scratch, chance.choice(["r", "r+"])) as store:
+                    reported = store.verify()
+                    found = contents(store)
+            except ShardEmbError:
+                counts["refused"] += 1
+            else:
+                if reported:
+                    counts["reported"] += 1
+                else:
+                    counts["harmless"] += 1
+                    assert found == victims[victim], (part, number, victim.name, done)
+            shutil.rmtree(scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    assert all(count > DAMAGES // 100 for count in counts.values()), counts
