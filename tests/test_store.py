@@ -975,6 +975,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(mount)], check=True)
 
 
+@pytest.mark.filterwarnings("ignore:what is committed in")
 def test_a_full_disk_fails_the_commit_and_nothing_else(small_disk):
     mount, make_room = small_disk
     path = mount / "store.zarr"
@@ -1026,6 +1027,7 @@ def fail(*arguments, **options):
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
+@pytest.mark.filterwarnings("ignore:what is committed in")
 @pytest.mark.parametrize(
     ("what", "only", "committed"),
     [

@@ -6,6 +6,7 @@ import os
 import time
 import uuid
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
@@ -26,7 +27,10 @@ T = TypeVar("T")
 Mode: TypeAlias = Literal["r", "r+", "a", "w", "w-"]
 
 RETRY_PAUSES_S = (0.0, *(0.001 * 2**n for n in range(8)))
-"""Pauses before the tries of a reader that opens beside a writer: half a second in all."""
+"""Pauses of a reader beside a writer before it believes that something is wrong: half a second in all."""
+
+PATIENCE_S = 60.0
+"""How long it starts over because the writer has moved on."""
 
 MODES = ("r", "r+", "a", "w", "w-")
 
@@ -122,21 +126,43 @@ def _read(runtime: Runtime) -> Store:
         except BaseException:
             files.close(lock)
             raise
-    problem: Exception = StoreLockedError(f"{runtime.path} is being changed all the time; try again")
-    for pause_s in RETRY_PAUSES_S:
-        time.sleep(pause_s)
+
+    def lay_over(manifest: Manifest) -> Store:
+        places = folders.locate(runtime.path, manifest.tables)
+        beside = replace(runtime, fresh=_watch(runtime.path, manifest.epoch))
+        store = _lay_over(beside, manifest, None)
+        if folders.locate(runtime.path, manifest.tables) != places or read_manifest(runtime.path) != manifest:
+            store.close()
+            raise FormatError(f"{runtime.path} is being changed all the time; try again")
+        return store
+
+    return _beside_writer(runtime.path, lay_over)
+
+
+def _beside_writer(path: Path, read: Callable[[Manifest], T]) -> T:
+    """Read what a writer may change meanwhile: as often as it has, and some times more before an error is believed."""
+    until = time.monotonic() + PATIENCE_S
+    pauses = iter(RETRY_PAUSES_S)
+    while True:
+        base = None
         try:
-            manifest = read_manifest(runtime.path)
-            places = folders.locate(runtime.path, manifest.tables)
-            beside = replace(runtime, fresh=_watch(runtime.path, manifest.epoch))
-            store = _lay_over(beside, manifest, None)
-        except (FormatError, OSError) as error:
-            problem = error  # to be believed only if it stays
-            continue
-        if _is_steady(runtime.path, manifest, places):
-            return store
-        store.close()
-    raise problem
+            base = read_manifest(path)
+            return read(base)
+        except (FormatError, OSError):
+            if not _has_moved_on(path, base):
+                pause_s = next(pauses, None)
+                if pause_s is None:
+                    raise
+                time.sleep(pause_s)
+            if time.monotonic() > until:
+                raise
+
+
+def _has_moved_on(path: Path, base: Manifest | None) -> bool:
+    try:
+        return read_manifest(path) != base
+    except (FormatError, OSError):
+        return False
 
 
 def _lay_over(runtime: Runtime, base: Manifest, lock: int | None) -> Store:
@@ -148,22 +174,9 @@ def _lay_over(runtime: Runtime, base: Manifest, lock: int | None) -> Store:
         lock,
         may_miss=base.clean,
         newer=newer,
-        newest=lambda: _newest(runtime.path),
+        newest=lambda: _beside_writer(runtime.path, partial(replay.read, folders.log(runtime.path))),
         reopen=lambda: _read(replace(runtime, fresh=None)),
     )
-
-
-def _newest(path: Path) -> replay.Replay:
-    """Read base and log as they are now; beside a writer, start over if they change meanwhile."""
-    problem: Exception | None = None
-    for pause_s in RETRY_PAUSES_S:
-        time.sleep(pause_s)
-        try:
-            return replay.read(folders.log(path), read_manifest(path))
-        except (FormatError, OSError) as error:
-            problem = error  # to be believed only if it stays
-    assert problem is not None
-    raise problem
 
 
 def _watch(path: Path, epoch: int) -> Callable[[], bool]:
@@ -172,14 +185,6 @@ def _watch(path: Path, epoch: int) -> Callable[[], bool]:
     memory.map_file(0, folders.epoch(path), PAGE)
     now = memory.array(np.int64, (1,))
     return lambda: int(now[0]) == epoch
-
-
-def _is_steady(path: Path, manifest: Manifest, places: dict[str, Path]) -> bool:
-    """Whether a store still is what it was: folders move after the manifest that says so."""
-    try:
-        return read_manifest(path) == manifest and folders.locate(path, manifest.tables) == places
-    except (FormatError, OSError):
-        return False
 
 
 def _write(runtime: Runtime, *, new: bool) -> Store:
