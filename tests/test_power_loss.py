@@ -418,7 +418,7 @@ def scratch():
     return tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
 
 
-def explore(seed, number_of_states, *, again=0.2, skip=lambda call, path: False):
+def explore(seed, number_of_states, *, again=0.2, kill=0.1, skip=lambda call, path: False):
     """Crash a workload at random points; return the hashes of the states. The first bad one is an AssertionError."""
     chance = random.Random(seed)
     seen = set()
@@ -434,7 +434,7 @@ def explore(seed, number_of_states, *, again=0.2, skip=lambda call, path: False)
             for operation in recording.operations[done:point]:
                 disk.apply(*operation)
             done = point
-            killed = chance.random() < 0.1
+            killed = chance.random() < kill
             state, numbers = disk.killed() if killed else (disk.crash(chance), None)
             key = digest(state)
             if key in seen and not killed:
@@ -513,4 +513,6 @@ def test_what_is_left_out_is_noticed(what):
     """Each barrier is there for a reason: without it, some state does not open at the last commit."""
     with pytest.raises(AssertionError, match=r"opens at|does not open"):
         for seed in range(WORKLOADS):
-            explore(seed, 100, again=0.5, skip=LEFT_OUT[what])
+            # Without the last, only a power cut soon after the kill of a process makes a difference.
+            kill = 0.7 if "before recovery" in what else 0.1
+            explore(seed, 100, again=0.5, kill=kill, skip=LEFT_OUT[what])

@@ -117,17 +117,25 @@ class Journal:
             settled(manifest)
         if new_set:
             self.settle()
-        elif self._log.nbytes > runtime.log_bytes // 2 or self._over_budget():
+        elif self._log.nbytes > runtime.log_bytes // 2 or self._over_budget() or self._problem is not None:
             self._start()
 
     def wait_for_room(self, tables: Sequence[Shards]) -> None:
-        """Wait until the log can take the changes of tables, by folding what it holds."""
+        """Wait until the log can take the changes of tables, by folding what it holds.
+
+        Raises
+        ------
+        DiskFullError
+            The shards have no room for that.
+        """
         in_log = self._log.nbytes + self._folding_bytes
         limit = self._runtime.log_bytes
         # Changed rows lie in pages that are copies or out, whose number is known without counting.
         most = sum(2 * PAGE * (each.pages.count + each.pages.out) for each in tables)
         if in_log and in_log + most > limit and in_log + sum(map(_image_bytes, tables)) > limit:
-            self.settle()
+            problem = self.settle()
+            if isinstance(problem, DiskFullError):
+                raise problem
 
     def images(self) -> replay.Replay:
         """Read the images that are newer than the base."""
@@ -244,6 +252,7 @@ class Journal:
         files.replace(folders.manifest(path), base.to_bytes())
         self._base = base
         directories = folders.arrange(path, base.tables, base.dropped, keep=tables.keys())
+        self._base = replace(base, dropped=())  # they are gone
         for uuid, directory in directories.items():
             if uuid in tables:
                 tables[uuid].directory = directory
@@ -283,7 +292,8 @@ class Journal:
 
     def _dropped(self, manifest: Manifest) -> tuple[TableRecord, ...]:
         kept = {each.uuid for each in manifest.tables}
-        return tuple(each for each in self._base.tables if each.uuid not in kept)
+        gone = tuple(each for each in self._base.tables if each.uuid not in kept)
+        return (*self._base.dropped, *gone)
 
     def _over_budget(self) -> bool:
         pages = [each.pages for each in self._tables().values()]

@@ -170,9 +170,13 @@ class Log:
         assert before is not None
         path = self._path(self.number - 1)
         self._put_record(0, END, b"", 0, NO_TABLE, sequence - 1, salt, sequence)
-        files.write(before, self._stage.bytes(0, PAGE), position, path)
-        files.sync_data(before, path)
-        files.close(before)
+        try:
+            files.write(before, self._stage.bytes(0, PAGE), position, path)
+            files.sync_data(before, path)
+        except OSError as error:  # of a disk that is full too: the next segment is there and this one does not say so
+            raise OSError(errno.EIO, f"{path} cannot be ended ({error})") from error
+        finally:
+            files.close(before)
 
     def _begin_segment(self, nbytes: int) -> None:
         number, salt = self.number + 1, uuid.uuid4().bytes

@@ -152,7 +152,7 @@ class Store(Mapping[str, Table]):
             There is a table of that name.
         TypeError, ValueError
             A name, size, array, initializer or optimizer that cannot be.
-        ReadOnlyError, StoreClosedError, DiskFullError
+        ReadOnlyError, StoreClosedError, PoisonedError, DiskFullError
             Nothing was created.
 
         Examples
@@ -165,6 +165,7 @@ class Store(Mapping[str, Table]):
         (1000000, 16)
         """
         with self._runtime.changing():
+            self._runtime.check_sound()
             self._require_free(check_name(name))
             shape = (
                 arrays.count(num_embeddings, "num_embeddings", maximum=MAX_ROWS),
@@ -193,7 +194,7 @@ class Store(Mapping[str, Table]):
 
         Raises
         ------
-        TableNotFoundError, ReadOnlyError, StoreClosedError
+        TableNotFoundError, ReadOnlyError, StoreClosedError, PoisonedError
             Nothing was changed.
 
         Examples
@@ -201,6 +202,7 @@ class Store(Mapping[str, Table]):
         >>> store.drop_table("tokens")
         """
         with self._runtime.changing():
+            self._runtime.check_sound()
             table = self[name]
             table._dropped = True
             del self._tables[name]
@@ -217,7 +219,7 @@ class Store(Mapping[str, Table]):
 
         Raises
         ------
-        TableNotFoundError, TableExistsError, ReadOnlyError, StoreClosedError
+        TableNotFoundError, TableExistsError, ReadOnlyError, StoreClosedError, PoisonedError
             Nothing was changed.
 
         Examples
@@ -225,6 +227,7 @@ class Store(Mapping[str, Table]):
         >>> store.rename_table("tokens", "words")
         """
         with self._runtime.changing():
+            self._runtime.check_sound()
             table = self[name]
             self._require_free(check_name(new_name))
             self._tables = {new_name if key == name else key: value for key, value in self._tables.items()}
@@ -681,15 +684,15 @@ class Store(Mapping[str, Table]):
         table._release()
 
     def _leave(self) -> None:
+        if self._runtime.poisoned:
+            return  # what is on disk may be ahead of memory: the next opening sees to it
         lost = self._differs()
-        problem: object = self._runtime.poisoned
-        if not problem:  # else what is on disk may be ahead of memory
-            for table in tuple(self._tables.values()):
-                if table._spec.uuid not in self._committed:
-                    self._abandon(table)
-                    del self._tables[table.name]
-            problem = self._writing().close()
-        if problem:
+        for table in tuple(self._tables.values()):
+            if table._spec.uuid not in self._committed:
+                self._abandon(table)
+                del self._tables[table.name]
+        problem = self._writing().close()
+        if problem is not None:
             warnings.warn(
                 f"what is committed in {self._runtime.path} is in the log and safe, but is not in the shards yet "
                 f"({problem}); the next opening sees to it",
