@@ -5,10 +5,12 @@ at one point of the recording: what was synced is there, and of everything else 
 512 bytes, each new name or rename there or not. Some crash states are opened on such a disk too, and crash again.
 """
 
+import ast
 import contextlib
 import hashlib
 import os
 import random
+import sys
 import tempfile
 import threading
 from itertools import pairwise
@@ -65,7 +67,8 @@ class Recording:
 
         def write(descriptor, data, offset, path):
             real["write"](descriptor, data, offset, path)
-            self.add("write", inode(descriptor), offset, bytes(data))
+            if not self.skip("write", str(path)):
+                self.add("write", inode(descriptor), offset, bytes(data))
 
         def sync(descriptor, path):
             if not self.skip("sync", str(path)):
@@ -83,7 +86,8 @@ class Recording:
             number = source.stat().st_ino
             with self._lock:
                 real["rename"](source, target)
-                self.add("rename", self.name(source), self.name(target), number)
+                if not self.skip("rename", str(target)):
+                    self.add("rename", self.name(source), self.name(target), number)
 
         def remove(path):
             with self._lock:
@@ -356,7 +360,8 @@ def work(path, seed, recording):
         recording.acknowledged.append((len(recording.operations), (future, expected)))
 
     def new(name):
-        more = chance.choice([{}, {"initializer": Uniform(-1, 1, seed=1)}])
+        values = np.ones((ROWS, DIM), np.float32)
+        more = chance.choice([{}, {"initializer": Uniform(-1, 1, seed=1)}, {"initializer": values}])
         optimizer = chance.choice([SGD(lr=0.5), Adam(lr=0.1)])
         store.create_table(
             name, num_embeddings=ROWS, embedding_dim=DIM, rows_per_shard=64, optimizer=optimizer, **more
@@ -369,7 +374,7 @@ def work(path, seed, recording):
         for name in list(store):
             ids = rng.integers(0, ROWS, chance.choice([1, 20, 200]))
             store[name].update(ids, rng.normal(size=(ids.size, DIM)).astype(np.float32))
-        what = chance.choice(["", "", "rollback", "checkpoint", "broken", "drop", "rename", "reopen"])
+        what = chance.choice(["", "", "rollback", "checkpoint", "broken", "drop", "rename", "reopen", "anew"])
         if what == "rollback":
             store.rollback()
         elif what == "checkpoint":
@@ -386,6 +391,12 @@ def work(path, seed, recording):
         elif what == "reopen":
             close_quietly(store)
             store = shardemb.open(path, **options)
+        elif what == "anew":
+            close_quietly(store)
+            recording.acknowledged.append((None, NOTHING))
+            store = shardemb.open(path, "w", **options)
+            recording.acknowledged.append((len(recording.operations), NOTHING))
+            new("a")
         commit(step)
     close_quietly(store)
 
@@ -470,7 +481,10 @@ def check(state, allowed, chance, seen, *, again, skip, before=None, numbers=Non
         except shardemb.ShardEmbError as error:
             return f"does not open: {error!r}"
         found = contents(store)
+        damage = store.verify()
         close_quietly(store)
+        if damage:
+            return f"damage: {damage[0]}"
         if found not in allowed:
             return f"opens at {found[0]} with {list(found[1])}, and not at {[(a[0], list(a[1])) for a in allowed]}"
         if again:
@@ -516,3 +530,79 @@ def test_what_is_left_out_is_noticed(what):
             # Without the last, only a power cut soon after the kill of a process makes a difference.
             kill = 0.7 if "before recovery" in what else 0.1
             explore(seed, 100, again=0.5, kill=kill, skip=LEFT_OUT[what])
+
+
+# ---- every call site --------------------------------------------------------------------------------------------
+
+SOURCE = Path(shardemb.__file__).parent
+MUTATED = {
+    "write", "write_new", "overwrite", "rename", "stage", "publish", "replace",
+    "sync", "sync_data", "sync_tree", "sync_directory", "sync_file",
+}  # fmt: skip
+
+# What may be left out without a wrong state after a loss of power, and why it is there.
+OTHER_REASONS = {
+    "log._next_segment:write": "END: a segment that somebody removes is noticed",
+    "log._next_segment:sync_data": "END",
+    "log._fill:write": "zeros, so that later commits need one cheap sync; speed",
+    "log.discard:rename": "a segment to be used again; speed",
+    "log._begin_segment:rename:2": "a segment is used again; speed",
+    "journal.begin:overwrite": "tells readers of another writer",
+    "files.overwrite:write": "the same",
+    "opening._create:replace": "the manifest, which is published again before the first commit",
+    "opening._create:sync_directory": "the folder's own name, above what is simulated",
+    "shards.open_existing:sync_tree": "chunks that zarr has deleted",
+    "shards._write_rows:sync": "so that the page cache can be emptied",
+}
+
+
+def call_sites():
+    """Every call of a function that changes the disk, by the name of where it stands: file, first and last line."""
+    found = {}
+    for path in sorted(SOURCE.glob("*.py")):
+        if path.stem in ("export", "scratch"):
+            continue  # neither is there after a crash
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            for node in ast.walk(function):
+                if not isinstance(node, ast.Call):
+                    continue
+                name = (
+                    node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                )
+                inside = path.stem == "files" and isinstance(node.func, ast.Name)
+                of_files = inside or ast.unparse(node.func) == f"files.{name}"
+                if of_files and name in MUTATED:
+                    key = f"{path.stem}.{function.name}:{name}"
+                    key += f":{sum(each.startswith(key) for each in found) + 1}" if key in found else ""
+                    found[key] = str(path), node.lineno, node.end_lineno
+    return found
+
+
+SITES = call_sites()
+
+
+def leaving_out(site):
+    filename, first, last = SITES[site]
+
+    def skip(call, path):
+        frame = sys._getframe(1)
+        for _ in range(12):
+            frame = frame.f_back
+            if frame is None:
+                return False
+            if frame.f_code.co_filename == filename and first <= frame.f_lineno <= last:
+                return True
+        return False
+
+    return skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("site", [each for each in SITES if each not in OTHER_REASONS])
+def test_every_call_is_needed(site):
+    """Left out, as if the disk never got it, some of 500 states does not open at the last commit."""
+    with pytest.raises(AssertionError, match=r"opens at|does not open|damage"):
+        for seed in range(WORKLOADS):
+            explore(seed, 500 // WORKLOADS, again=0.5, kill=0.3, skip=leaving_out(site))

@@ -282,6 +282,7 @@ def _clear(path: Path) -> None:
     files.remove_tree(folders.private(path) / "tables")
     files.remove_tree(folders.log(path))
     files.remove(folders.manifest(path))
+    files.sync_directory(folders.private(path))  # before there is a group of another store
 
 
 def _require_creatable(path: Path, mode: str) -> None:
