@@ -2,12 +2,14 @@
 
 import contextlib
 import gc
+import multiprocessing
 import os
 import pickle
 import signal
 import tempfile
 import threading
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -142,3 +144,26 @@ def left_open(base):
 
 def _mappings():
     return Path("/proc/self/maps").read_text().splitlines()
+
+
+@pytest.fixture(scope="session")
+def _pool():
+    """Processes of their own: what they run replaces functions of the package."""
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool, {}
+
+
+@pytest.fixture
+def side_by_side(request, _pool):
+    """Run a function for all parameters of this test at once, when the first asks; return the result for this one."""
+    pool, begun = _pool
+    name = request.node.originalname
+
+    def result(function):
+        if name not in begun:
+            items = [item for item in request.session.items if getattr(item, "originalname", None) == name]
+            parameters = [next(iter(item.callspec.params.values())) for item in items]
+            begun[name] = {each: pool.submit(function, each) for each in parameters}
+        return begun[name][next(iter(request.node.callspec.params.values()))].result()
+
+    return result

@@ -162,7 +162,8 @@ def test_the_metadata_are_those_of_the_design(path):
     table = json.loads((path / "t" / "zarr.json").read_text())
     assert (table["zarr_format"], table["node_type"]) == (3, "group")
     found = table["attributes"]["shardemb"]
-    assert found.pop("uuid") != group["attributes"]["shardemb"]["uuid"]
+    uuid = found.pop("uuid")
+    assert uuid != group["attributes"]["shardemb"]["uuid"]
     assert found == {
         "format_version": 1,
         "stream": "t",
@@ -184,7 +185,7 @@ def test_the_metadata_are_those_of_the_design(path):
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": 0.0,
         "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-        "attributes": {},
+        "attributes": {"shardemb": {"uuid": uuid}},
         "storage_transformers": [],
         "dimension_names": ["row", "column"],
     }

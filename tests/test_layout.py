@@ -1,5 +1,6 @@
 import asyncio
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -193,8 +194,16 @@ def test_an_array_that_is_not_what_the_table_asks_for_is_a_format_error(path, ch
 def test_attributes_that_others_add_do_no_harm():
     documents = as_json(layout.table_documents(PLAIN))
     documents["zarr.json"]["attributes"]["theirs"] = {"a": 1}
-    documents["rows/zarr.json"]["attributes"] = {"units": "m"}
+    documents["rows/zarr.json"]["attributes"]["units"] = "m"
     assert layout.table_spec(as_bytes(documents)) == PLAIN
+
+
+def test_arrays_of_another_table_are_refused():
+    documents = layout.table_documents(PLAIN)
+    other = layout.table_documents(replace(PLAIN, uuid="1" * 8 + PLAIN.uuid[8:]))
+    documents["rows/zarr.json"] = other["rows/zarr.json"]
+    with pytest.raises(FormatError, match="array 'rows' belongs to another table"):
+        layout.table_spec(documents)
 
 
 @settings(max_examples=300)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import close_quietly
-from test_power_loss import contents
+from test_power_loss import contents, scratch
 
 import shardemb
 from shardemb import checks, files, fold
@@ -19,6 +19,7 @@ from shardemb.optim import SGD, Adam
 from shardemb.spec import PAGE
 
 DAMAGES = int(os.environ.get("SHARDEMB_DAMAGES", "5000"))
+PARTS = 4
 ROWS, DIM = 700, 16
 
 
@@ -215,10 +216,8 @@ def damage_something(store, chance):
     return f"{what} {name}"
 
 
-@pytest.fixture(scope="module")
-def victims(tmp_path_factory):
+def make_victims(folder):
     """Stores that were closed, and that crashed with a log; what each of them holds."""
-    folder = Path(tmp_path_factory.mktemp("victims"))
     closed, crashed = folder / "closed", folder / "crashed"
     with shardemb.open(closed) as store:
         fill(store)
@@ -229,6 +228,7 @@ def victims(tmp_path_factory):
             table.write(np.arange(step * 50, step * 100), np.full((step * 50, DIM), step, np.float32))
         store.create_table(f"new{step}", num_embeddings=100, embedding_dim=4, optimizer=SGD(lr=0.1))
         store.commit(step=step)
+        before = contents(store)
         store[f"new{step}"].update([1, 2], np.ones((2, 4), np.float32))
     store.commit(step=4)
     shutil.copytree(folder / "open", crashed)
@@ -237,23 +237,22 @@ def victims(tmp_path_factory):
     for path in (closed, crashed):
         with shardemb.open(path, "r") as store:
             found[path] = contents(store)
-    return found
+    return found, before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", range(5))
-def test_damage_is_refused_or_reported_or_changes_nothing(victims, part, tmp_path):
-    """Never a silently wrong row. Where a log lost its unsynced end it is a crash, and an older commit is no damage."""
+def damage_many(part):
+    """Return how often damage was refused, reported, or changed nothing."""
     chance = random.Random(part)
     counts = dict.fromkeys(["refused", "reported", "harmless"], 0)
-    scratch = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) / f"damage-{os.getpid()}"
-    try:
-        for number in range(DAMAGES // 5):
+    with scratch() as folder:
+        victims, before = make_victims(Path(folder))
+        copy = Path(folder) / "copy"
+        for number in range(DAMAGES // PARTS):
             victim = chance.choice(list(victims))
-            shutil.copytree(victim, scratch)
-            done = damage_something(scratch, chance)
+            shutil.copytree(victim, copy)
+            done = damage_something(copy, chance)
             try:
-                with shardemb.open(scratch, chance.choice(["r", "r+"])) as store:
+                with shardemb.open(copy, chance.choice(["r", "r+"])) as store:
                     reported = store.verify()
                     found = contents(store)
             except ShardEmbError:
@@ -263,8 +262,16 @@ def test_damage_is_refused_or_reported_or_changes_nothing(victims, part, tmp_pat
                     counts["reported"] += 1
                 else:
                     counts["harmless"] += 1
-                    assert found == victims[victim], (part, number, victim.name, done)
-            shutil.rmtree(scratch)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+                    # Nothing says that the last commit was there, where its record is gone: it looks cut short.
+                    allowed = [victims[victim], *([before] if ".log" in done else [])]
+                    assert found in allowed, (part, number, victim.name, done)
+            shutil.rmtree(copy)
+    return counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_damage_is_refused_or_reported_or_changes_nothing(part, side_by_side):
+    """Never a silently wrong row."""
+    counts = side_by_side(damage_many)
     assert all(count > DAMAGES // 100 for count in counts.values()), counts

@@ -53,6 +53,7 @@ class Journal:
         self.manifest = base
         self._base = base
         files.make_directory(folders.log(runtime.path))
+        files.sync_directory(folders.private(runtime.path))
         self._log = log.Log(folders.log(runtime.path), base, runtime.log_bytes // 16)
         self._condition = threading.Condition(runtime.lock)
         self._folding = False

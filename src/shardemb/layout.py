@@ -66,6 +66,9 @@ def table_documents(spec: TableSpec) -> dict[str, bytes]:
     """Return the documents of a table, by their path within its folder."""
     memory: dict[str, Any] = {}
     group = zarr.create_group(MemoryStore(memory), zarr_format=3, attributes={ATTRIBUTE: spec.to_json()})
+    identity: dict[str, Any] = {
+        ATTRIBUTE: {"uuid": spec.uuid}
+    }  # a folder put together from two tables is noticed
     group.create_array(
         ROWS,
         shape=(spec.num_embeddings, spec.width),
@@ -76,6 +79,7 @@ def table_documents(spec: TableSpec) -> dict[str, bytes]:
         compressors=None,
         chunk_key_encoding={"name": "default", "separator": "."},
         dimension_names=("row", "column"),
+        attributes=identity,
     )
     if spec.has_presence:
         group.create_array(
@@ -88,6 +92,7 @@ def table_documents(spec: TableSpec) -> dict[str, bytes]:
             compressors=None,
             chunk_key_encoding={"name": "default", "separator": "."},
             dimension_names=("byte",),
+            attributes=identity,
         )
     group.create_array(
         CHECKS,
@@ -99,6 +104,7 @@ def table_documents(spec: TableSpec) -> dict[str, bytes]:
         compressors=None,
         chunk_key_encoding={"name": "default", "separator": "."},
         dimension_names=("block",),
+        attributes=identity,
     )
     return _as_bytes(memory)
 
@@ -144,6 +150,9 @@ def table_spec(documents: Mapping[str, bytes]) -> TableSpec:
                 wanted = getattr(expected, what)
                 msg = f"array {name!r} has {what} {getattr(found, what)}, but the table asks for {wanted}"
                 raise FormatError(msg)
+        if not isinstance(found.attributes, dict) or found.attributes.get(ATTRIBUTE) != {"uuid": spec.uuid}:
+            msg = f"array {name!r} belongs to another table, or to none"
+            raise FormatError(msg)
     return spec
 
 
