@@ -66,46 +66,31 @@ def table_documents(spec: TableSpec) -> dict[str, bytes]:
     """Return the documents of a table, by their path within its folder."""
     memory: dict[str, Any] = {}
     group = zarr.create_group(MemoryStore(memory), zarr_format=3, attributes={ATTRIBUTE: spec.to_json()})
-    identity: dict[str, Any] = {
-        ATTRIBUTE: {"uuid": spec.uuid}
-    }  # a folder put together from two tables is noticed
-    group.create_array(
-        ROWS,
-        shape=(spec.num_embeddings, spec.width),
-        chunks=(spec.rows_per_shard, spec.width),
-        dtype="float32",
-        fill_value=0.0,
-        filters=None,
-        compressors=None,
-        chunk_key_encoding={"name": "default", "separator": "."},
-        dimension_names=("row", "column"),
-        attributes=identity,
-    )
-    if spec.has_presence:
+    arrays = {
+        ROWS: (
+            "float32",
+            (spec.num_embeddings, spec.width),
+            (spec.rows_per_shard, spec.width),
+            ("row", "column"),
+        ),
+        PRESENT: ("uint8", (spec.presence_bytes,), (spec.presence_chunk_bytes,), ("byte",)),
+        CHECKS: ("uint64", (spec.num_blocks,), (round_up(spec.num_blocks, PAGE // 8),), ("block",)),
+    }
+    if not spec.has_presence:
+        del arrays[PRESENT]
+    for name, (dtype, shape, chunks, dimensions) in arrays.items():
         group.create_array(
-            PRESENT,
-            shape=(spec.presence_bytes,),
-            chunks=(spec.presence_chunk_bytes,),
-            dtype="uint8",
+            name,
+            shape=shape,
+            chunks=chunks,
+            dtype=dtype,
             fill_value=0,
             filters=None,
             compressors=None,
             chunk_key_encoding={"name": "default", "separator": "."},
-            dimension_names=("byte",),
-            attributes=identity,
+            dimension_names=dimensions,
+            attributes={ATTRIBUTE: {"uuid": spec.uuid}},  # a folder put together from two tables is noticed
         )
-    group.create_array(
-        CHECKS,
-        shape=(spec.num_blocks,),
-        chunks=(round_up(spec.num_blocks, PAGE // 8),),
-        dtype="uint64",
-        fill_value=0,
-        filters=None,
-        compressors=None,
-        chunk_key_encoding={"name": "default", "separator": "."},
-        dimension_names=("block",),
-        attributes=identity,
-    )
     return _as_bytes(memory)
 
 

@@ -492,8 +492,7 @@ class Store(Mapping[str, Table]):
         if self._newest is not None:
             return damage + verify.confirm(suspects, self._newest)
         with self._runtime.changing():
-            problem = self._writing().settle() if suspects else None
-            if problem is not None:
+            if suspects and (problem := self._writing().settle()) is not None:
                 raise problem
             return damage + verify.confirm(suspects, self._writing().images)
 
