@@ -167,3 +167,11 @@ def side_by_side(request, _pool):
         return begun[name][next(iter(request.node.callspec.params.values()))].result()
 
     return result
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave the tests out that take hours, unless they are asked for."""
+    if "soak" not in (config.option.markexpr or ""):
+        left_out = [item for item in items if item.get_closest_marker("soak")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)

@@ -26,6 +26,11 @@ BOUNDS = {
     "cold.ColdReads.track_major_faults_per_page": lambda *_: 0.05,
     "commit.CommitBytes.track_bytes_per_changed_row": lambda *_: 1.05 * ROW_BYTES,
     "commit.CommitSyncs.track_syncs": lambda *_: SYNCS,
+    "durability.Fold.track_syncs": lambda *_: 8 + 2 + 6,  # shards, checksums twice, segments and base
+    "durability.Fold.track_bytes_per_changed_row": lambda *_: (
+        3 * 4096
+    ),  # a record of 768 bytes, alone on its pages
+    "durability.Paging.track_bytes_written_per_row": lambda *_: 4096 * 2,
     "export.Export.track_anonymous_growth": lambda *_: 128 * 2**20,
     "opening.Open.track_disk_bytes": lambda *_: 8 * 2**20,
     "starting.SecondStart.track_kernels_compiled": lambda *_: 0,

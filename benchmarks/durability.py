@@ -1,0 +1,111 @@
+"""Folds, paging and recovery: what keeps a commit and a memory budget costs later."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+import shardemb
+
+from . import common
+from .common import LARGE, ROWS
+
+BATCHES = 4
+
+
+def _table():
+    return {
+        "rows": {"num_embeddings": ROWS, "optimizer": common.optimizer("Adam"), "rows_per_shard": ROWS // 8}
+    }
+
+
+def _train(store, batches):
+    """Update uniform rows; return how many different ones."""
+    rows = [common.make_ids("uniform", ROWS, LARGE // BATCHES) for _ in range(batches)]
+    for ids in rows:
+        store["rows"].update(ids, common.make_values(ids.size))
+    return np.unique(np.concatenate(rows)).size
+
+
+class Fold(common.Timed):
+    """`checkpoint` after a commit of uniform rows of eight shards."""
+
+    def setup_cache(self):
+        return common.build("fold.zarr", **_table())
+
+    def setup(self, path):
+        self.store = common.store(path)
+        self.store.checkpoint()
+        self.rows = _train(self.store, BATCHES)
+        self.store.commit()
+
+    def time_checkpoint(self, _):
+        self.store.checkpoint()
+
+    def track_bytes_per_changed_row(self, _):
+        """Bytes that a fold writes, shards and checksums, for each changed row of 768 bytes."""
+        before = self.store.stats()["bytes_written"]
+        self.store.checkpoint()
+        return (self.store.stats()["bytes_written"] - before) / self.rows
+
+    track_bytes_per_changed_row.unit = "bytes"
+
+    def track_syncs(self, _):
+        before = self.store.stats()["syncs"]
+        self.store.checkpoint()
+        return self.store.stats()["syncs"] - before
+
+    track_syncs.unit = "syncs"
+
+
+class Paging(common.Timed):
+    """Updates of uniform rows with a memory budget of one batch: most pages go out and come back."""
+
+    def setup_cache(self):
+        return common.build("paging.zarr", **_table())
+
+    def setup(self, path):
+        self.store = shardemb.open(path, memory_budget=LARGE // BATCHES * 4096)
+        _train(self.store, 2 * BATCHES)
+
+    def teardown(self, _):
+        self.store.rollback()
+        self.store.close()
+
+    def time_update(self, _):
+        _train(self.store, 1)
+
+    def track_bytes_written_per_row(self, _):
+        """Bytes that go to the scratch file for each updated row."""
+        before = self.store.stats()["bytes_written"]
+        _train(self.store, BATCHES)
+        return (self.store.stats()["bytes_written"] - before) / LARGE
+
+    track_bytes_written_per_row.unit = "bytes"
+
+
+class Recovery(common.Timed):
+    """Opening a store that was killed with a log of `LARGE` rows."""
+
+    def setup_cache(self):
+        path = common.build("killed.zarr", **_table())
+        with shardemb.open(path) as store:
+            _train(store, BATCHES)
+            store.commit()
+            shutil.copytree(path, "crashed.zarr")
+        return str(Path("crashed.zarr").absolute())
+
+    def setup(self, path):
+        shutil.rmtree("again.zarr", ignore_errors=True)
+        shutil.copytree(path, "again.zarr")
+
+    def time_open_for_writing(self, _):
+        shardemb.open("again.zarr").close()
+
+    def time_open_for_reading(self, path):
+        shardemb.open(path, mode="r").close()
+
+    def time_verify(self, path):
+        with shardemb.open(path, mode="r") as store:
+            assert store.verify() == []
+            np.asarray(store["rows"].lookup([0]))
