@@ -258,6 +258,8 @@ def _parse(path: Path, parse: Callable[[bytes], T]) -> T:
 
 
 def _create(path: Path) -> None:
+    # An old manifest is gone for good before there is a group that it does not belong to.
+    files.sync_directory(folders.private(path))
     identity = str(uuid.uuid4())
     for name, document in layout.store_documents(identity).items():
         files.replace(path / name, document)
@@ -282,7 +284,6 @@ def _clear(path: Path) -> None:
     files.remove_tree(folders.private(path) / "tables")
     files.remove_tree(folders.log(path))
     files.remove(folders.manifest(path))
-    files.sync_directory(folders.private(path))  # before there is a group of another store
 
 
 def _require_creatable(path: Path, mode: str) -> None:
