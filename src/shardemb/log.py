@@ -173,9 +173,8 @@ class Log:
         try:
             files.write(before, self._stage.bytes(0, PAGE), position, path)
             files.sync_data(before, path)
-        except (
-            OSError
-        ) as error:  # of a disk that is full too: the next segment is there and this one does not say so
+        except OSError as error:
+            # Of a full disk too: the next segment is there, and this one does not say so.
             raise OSError(errno.EIO, f"{path} cannot be ended ({error})") from error
         finally:
             files.close(before)

@@ -92,22 +92,25 @@ def scan(targets: Sequence[Target], threads: int, shown: Progress) -> tuple[list
 
 def confirm(suspects: Sequence[Suspect], newest: Callable[[], Replay]) -> list[Damage]:
     """Look at what may be wrong once more, but for the blocks that the log says anew; a fold may come between."""
-    damage: list[Damage] = []
+    left = list(suspects)
     for _ in range(CONFIRMATIONS):
-        damage = [each for suspect in suspects for each in _confirmed(suspect, newest())]
-        if not damage:
-            break
-    return damage
+        confirmed = (Suspect(each.target, each.file, _still_wrong(each, newest())) for each in left)
+        left = [each for each in confirmed if each.blocks.size]
+    return [damage for each in left for damage in _damage(each)]
 
 
-def _confirmed(suspect: Suspect, newer: Replay) -> Iterator[Damage]:
+def _still_wrong(suspect: Suspect, newer: Replay) -> Int64Array:
     target, file, blocks = suspect
     written = fold.parts(target.spec, target.directory, newer.images(target.spec))
     part = next((part for part in written if part.file.path == file.path), None)
     memory = files.AddressRange(PAGE)
     memory.map_zeros(0, PAGE)
     wrong = [block for block in blocks.tolist() if _is_wrong(target, file, block, part, memory)]
-    blocks = np.array(wrong, np.int64)
+    return np.array(wrong, np.int64)
+
+
+def _damage(suspect: Suspect) -> Iterator[Damage]:
+    target, file, blocks = suspect
     for first, last in plan.runs(blocks):
         start, stop = file.rows_of(int(blocks[first]))[0], file.rows_of(int(blocks[last - 1]))[1]
         if start < stop:  # and not behind the last row
