@@ -570,7 +570,7 @@ OTHER_REASONS = {
     "journal.begin:overwrite": "tells readers of another writer",
     "files.overwrite:write": "the same",
     "opening._create:replace": "the manifest, which is published again before the first commit",
-    "opening._create:sync_directory": "the folder's own name, above what is simulated",
+    "opening._create:sync_directory:2": "the folder's own name, above what is simulated",
     "shards.open_existing:sync_tree": "chunks that zarr has deleted",
     "shards._write_rows:sync": "so that the page cache can be emptied",
 }
