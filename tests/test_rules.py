@@ -1,0 +1,436 @@
+"""Each rule that durability rests on, undone in its simplest way, is noticed.
+
+`UNDONE` maps a rule to what undoes it and to the witness that must notice: a function that returns what is wrong, or
+None. Every witness finds nothing wrong while the rules hold; the witness of most is a power cut on a simulated disk.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import close_quietly
+from test_power_loss import WORKLOADS, Disk, Recording, contents, explore, scratch, work
+
+import shardemb
+from shardemb import (
+    bitmaps,
+    checks,
+    files,
+    fold,
+    folders,
+    log,
+    opening,
+    pages,
+    replay,
+    runtime,
+    shards,
+)
+from shardemb.journal import Journal
+from shardemb.optim import Adam
+
+ROWS, DIM = 150, 16
+
+
+def new_store(folder, **options):
+    store = shardemb.open(Path(folder) / "store", threads=1, **options)
+    if "a" not in store:
+        store.create_table(
+            "a", num_embeddings=ROWS, embedding_dim=DIM, rows_per_shard=64, optimizer=Adam(lr=0.1)
+        )
+        store.commit(step=0)
+    return store
+
+
+def train(store, seed, count=20):
+    rng = np.random.default_rng(seed)
+    store["a"].update(rng.integers(0, ROWS, count), rng.normal(size=(count, DIM)).astype(np.float32))
+
+
+# ---- witnesses --------------------------------------------------------------------------------------------------
+
+
+def power(rounds=1, states=500, **options):
+    """Cut the power at random moments of random workloads."""
+    for seed in range(rounds * WORKLOADS):
+        try:
+            explore(seed, states // WORKLOADS, **{"again": 0.5, "kill": 0.3, **options})
+        except (AssertionError, shardemb.ShardEmbError, OSError) as error:
+            return str(error) or repr(error)
+    return None
+
+
+def power_twice():
+    return power(rounds=3)
+
+
+def other_ways_to_the_disk():
+    """Compare a folder with what the recorded calls alone make of it."""
+    for seed in range(4):
+        with scratch() as folder:
+            recording = Recording(folder)
+            with recording.on():
+                work(Path(folder) / "store", seed, recording)
+            disk = Disk()
+            for operation in recording.operations:
+                disk.apply(*operation)
+            made, _ = disk.killed()
+            for name, data in made.items():
+                # The lock holds a line for people, and the epoch file is no part of what a crash may harm.
+                if (
+                    data is not None
+                    and (Path(folder) / name).read_bytes() != data
+                    and not name.endswith("lock")
+                ):
+                    return f"{name} was changed past the recorded calls"
+    return None
+
+
+def damage_is_told():
+    """Damage an older commit's record in the log of a store that was killed."""
+    with scratch() as folder, forked(folder, commits=3) as path:
+        segment = max((path / ".shardemb" / "log").glob("*.log"), key=lambda each: each.name)
+        data = bytearray(segment.read_bytes())
+        first = data.index(replay.RECORD_MAGIC, 4096)
+        data[first + 200] ^= 1
+        segment.write_bytes(data)
+        try:
+            with shardemb.open(path) as store:
+                return f"opened at step {store.last_commit.step}"
+        except shardemb.LogDamagedError:
+            return None
+
+
+@contextlib.contextmanager
+def forked(folder, commits):
+    """A store whose writer made some commits and died."""
+    child = os.fork()
+    if not child:
+        try:
+            store = new_store(folder)
+            store.checkpoint()
+            for step in range(1, commits + 1):
+                train(store, step)
+                store.commit(step=step)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    yield Path(folder) / "store"
+
+
+def budget_makes_no_difference():
+    """Train with no memory at all, committing rarely, and with plenty."""
+    found = []
+    for budget in (0, 2**30):
+        with scratch() as folder:
+            store = new_store(folder, memory_budget=budget, log_bytes=1 if budget == 0 else 2**30)
+            for step in range(12):
+                train(store, step, 40)
+                if step % 4 == 3:
+                    store.commit(step=step)
+                    store.checkpoint()
+                    train(store, 100 + step)
+            found.append(contents(store)[1])
+            close_quietly(store)
+    return None if found[0] == found[1] else "rows differ"
+
+
+def broken_update_refuses_commit():
+    with scratch() as folder, pytest.MonkeyPatch.context() as patch:
+        store = new_store(folder)
+        patch.setattr(pages.Pages, "mark", lambda self, rows: 1 / 0)
+        with contextlib.suppress(ZeroDivisionError):
+            train(store, 1)
+        patch.undo()
+        try:
+            store.commit(step=1)
+        except shardemb.PoisonedError:
+            return None
+        finally:
+            close_quietly(store)
+        return "a commit of half an update"
+
+
+def rollback_beside_fold():
+    """Roll back while a fold holds images that the files do not have yet."""
+    with scratch() as folder, pytest.MonkeyPatch.context() as patch:
+        store = new_store(folder)
+        train(store, 1)
+        store.commit(step=1)
+        committed = contents(store)
+        go_on, write = threading.Event(), fold.write
+        patch.setattr(fold, "write", lambda *arguments: (go_on.wait(20), write(*arguments)))
+        folding = threading.Thread(target=store.checkpoint)
+        folding.start()
+        while not store._runtime.room._folding:
+            time.sleep(0.001)
+        train(store, 2)
+        store.rollback()
+        found = contents(store)
+        go_on.set()
+        folding.join()
+        close_quietly(store)
+    return None if found == committed else "rollback lost a commit"
+
+
+def failed_sync_poisons():
+    with scratch() as folder, pytest.MonkeyPatch.context() as patch:
+        store = new_store(folder)
+        train(store, 1)
+
+        def fail(descriptor, path):
+            raise OSError(5, "Input/output error", str(path))
+
+        patch.setattr(files, "sync_data", fail)
+        with contextlib.suppress(OSError):
+            store.commit(step=1)
+        patch.undo()
+        try:
+            store.commit(step=2)
+        except shardemb.PoisonedError:
+            return None
+        finally:
+            close_quietly(store)
+        return "committed after a failed sync"
+
+
+def one_writer():
+    with scratch() as folder:
+        store = new_store(folder)
+        try:
+            second = shardemb.open(store.path)
+        except shardemb.StoreLockedError:
+            return None
+        else:
+            second.close()
+            return "two writers"
+        finally:
+            close_quietly(store)
+
+
+def reader_is_told():
+    """Read beside a writer that another one follows."""
+    with scratch() as folder:
+        store = new_store(folder)
+        reader = shardemb.open(store.path, "r")
+        store.close()
+        store = new_store(folder)
+        try:
+            reader["a"].lookup([1])
+        except shardemb.StaleReaderError:
+            return None
+        finally:
+            reader.close()
+            close_quietly(store)
+        return "a stale reader went on"
+
+
+# ---- rules ------------------------------------------------------------------------------------------------------
+
+
+def shared_mapping(patch):
+    import mmap
+
+    def map_file(self, offset, path, nbytes):
+        with files.opened(path, os.O_RDWR) as descriptor:
+            flags = mmap.MAP_SHARED | 0x10  # MAP_FIXED
+            found = files._libc.mmap(self.address + offset, nbytes, 3, flags, descriptor, 0)
+            assert found == self.address + offset
+        self._files[0] += 1
+
+    patch.setattr(files.AddressRange, "map_file", map_file)
+
+
+def images_count_at_once(patch):
+    real = replay._Reader._take_images
+
+    def take(self, *arguments):
+        real(self, *arguments)
+        table, run = self._pending[-1]
+        self.replay._runs.setdefault(table, []).append(run)
+
+    patch.setattr(replay._Reader, "_take_images", take)
+
+
+def acknowledged_before_sync(patch):
+    patch.setattr(log.Log, "append_commit", _append_commit_unsynced)
+
+
+def _append_commit_unsynced(self, manifest):
+    offset = self._place(replay.RECORD.size + len(manifest))
+    payload = self._stage.bytes(offset + replay.RECORD.size, len(manifest))
+    payload[:] = manifest
+    self._seal(offset, replay.COMMIT, payload, self._count)
+    self._flush()
+
+
+def recycled_before_base(patch):
+    real = Journal.publish
+
+    def publish(self, base):
+        log.clear(folders.log(self._runtime.path), base.segment)
+        real(self, base)
+
+    patch.setattr(Journal, "publish", publish)
+
+
+def fold_after_base(patch):
+    """The base moves though the fold has not begun."""
+    patch.setattr(fold, "write", lambda tables, threads: None)
+
+
+def base_in_place(patch):
+    def replace(path, data):
+        with files.opened(path, os.O_RDWR | os.O_CREAT) as descriptor:
+            files.write(descriptor, data + b" " * max(0, (files.size(path) or 0) - len(data)), 0, path)
+            files.sync(descriptor, path)
+        files.sync_directory(path.parent)
+
+    patch.setattr(files, "replace", replace)
+
+
+def recovery_reuses_numbers(patch):
+    names = {name: getattr(replay, name) for name in ("read", "sync")}
+    patch.setattr(opening, "replay", SimpleNamespace(**names, segments=lambda folder: []))
+
+
+def recovery_writes_nothing(patch):
+    patch.setattr(opening, "fold", SimpleNamespace(write=lambda images, threads: None))
+
+
+def sync_declared_too_early(patch):
+    real = log.Log._put_record
+
+    def put(self, offset, kind, payload, count, table, synced, salt, sequence):
+        real(self, offset, kind, payload, count, table, sequence, salt, sequence)
+
+    patch.setattr(log.Log, "_put_record", put)
+
+
+def damage_taken_for_torn(patch):
+    patch.setattr(replay._Reader, "_require_torn", lambda *arguments: None)
+
+
+def presence_not_folded(patch):
+    real = fold.parts
+    patch.setattr(
+        fold,
+        "parts",
+        lambda spec, directory, images: (
+            part for part in real(spec, directory, images) if "present" not in part.file.path.parts
+        ),
+    )
+
+
+def tables_follow_before_commit(patch):
+    real = shardemb.Store.drop_table
+
+    def drop(self, name):
+        directory = self[name]._mapped.directory
+        real(self, name)
+        files.remove_tree(directory)
+
+    patch.setattr(shardemb.Store, "drop_table", drop)
+
+
+def everything_dropped(patch):
+    def drop(self):
+        self._leave(bitmaps.list_bits(self.private, 0, self.count))
+
+    patch.setattr(pages.Pages, "drop_folded", drop)
+
+
+def paged_out_unseen(patch):
+    patch.setattr(pages.Pages, "bring_back", lambda self, rows, *, to_change: pages._NO_PAGES)
+
+
+def half_updates_count(patch):
+    patch.setattr(runtime.Runtime, "all_or_nothing", lambda self, what: runtime.signals_deferred())
+
+
+def rollback_to_the_files(patch):
+    nothing = replay.Images(np.empty(0, np.int64), np.empty(0, np.int64))
+    real = shards.Shards.forget_changes
+    patch.setattr(shards.Shards, "forget_changes", lambda self, images, room: real(self, nothing, room))
+
+
+def errors_forgiven(patch):
+    patch.setattr(Journal, "_poison", lambda self, error: None)
+
+
+def no_lock(patch):
+    patch.setattr(fcntl, "flock", lambda descriptor, how: None)
+
+
+def epoch_not_compared(patch):
+    patch.setattr(runtime.Runtime, "check_fresh", lambda self: None)
+
+
+def checksums_alone(patch):
+    """The new checksums first, and nobody told that blocks are in flux."""
+
+    def begin(path, blocks):
+        before = np.empty(blocks.size, np.uint64)
+
+        def keep(words, part):
+            before[part] = words
+            return words
+
+        checks._change(path, blocks, keep)
+        return before
+
+    patch.setattr(checks, "begin", begin)
+
+
+UNDONE = {
+    "R1 shards hold committed values only": (shared_mapping, other_ways_to_the_disk),
+    "R2 images count with their commit": (images_count_at_once, power),
+    "R2 synced before it returns": (acknowledged_before_sync, power),
+    "R3 folded before the base": (fold_after_base, power),
+    "R3 base before the log goes": (recycled_before_base, power),
+    "R4 the base changes in one instant": (base_in_place, power),
+    "R5 recovery begins above every segment": (recovery_reuses_numbers, power_twice),
+    "R5 recovery writes every image": (recovery_writes_nothing, power),
+    "R6 what is known to be synced": (sync_declared_too_early, power),
+    "R7 damage is no torn tail": (damage_taken_for_torn, damage_is_told),
+    "R8 presence is part of a row": (presence_not_folded, power),
+    "R8 tables change with the commit": (tables_follow_before_commit, power),
+    "R9 only what the files hold is dropped": (everything_dropped, budget_makes_no_difference),
+    "R9 what is out comes back first": (paged_out_unseen, budget_makes_no_difference),
+    "R10 an update is all or nothing": (half_updates_count, broken_update_refuses_commit),
+    "R11 rollback ends at the last commit": (rollback_to_the_files, rollback_beside_fold),
+    "R12 a failed sync ends it": (errors_forgiven, failed_sync_poisons),
+    "R13 one writer": (no_lock, one_writer),
+    "R14 a reader knows its writer": (epoch_not_compared, reader_is_told),
+    "R15 in flux before it is written": (checksums_alone, power),
+}
+
+
+def noticed(rule):
+    undo, witness = UNDONE[rule]
+    with pytest.MonkeyPatch.context() as patch:
+        undo(patch)
+        return witness()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", UNDONE)
+def test_rule_undone_is_noticed(rule, side_by_side):
+    assert side_by_side(noticed)
+
+
+@pytest.mark.parametrize(
+    "witness", sorted({each for _, each in UNDONE.values()} - {power, power_twice}, key=str)
+)
+def test_rules_hold(witness):
+    assert witness() is None
+
+
+def test_every_rule_is_here():
+    assert {int(re.match(r"R(\d+) ", rule)[1]) for rule in UNDONE} == set(range(1, 16))
