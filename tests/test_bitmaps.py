@@ -43,11 +43,17 @@ def set_bits(words):
 
 
 @given(some_rows)
-def test_mark_dirty_sets_one_bit_a_row_and_its_block(rows):
+def test_changed_rows_are_marked_counted_listed_and_forgotten(rows):
     dirty, blocks = marked(rows)
     assert set_bits(dirty) == set(rows)
     assert set(np.flatnonzero(blocks).tolist()) == {row // ROWS_PER_BLOCK for row in rows}
-    assert bitmaps.count_bits(dirty, blocks) == len(set(rows))
+    assert bitmaps.dirty_rows(dirty, blocks, len(set(rows))).tolist() == sorted(set(rows))
+    assert bitmaps.mark_dirty(int64(rows), dirty, blocks) == 0
+    fresh = np.zeros_like(dirty), np.zeros_like(blocks)
+    assert bitmaps.mark_dirty(int64(rows), *fresh) == len(set(rows))
+    bitmaps.clear_dirty(dirty, blocks)
+    assert not dirty.any()
+    assert not blocks.any()
 
 
 @given(some_rows, record_sizes)

@@ -131,11 +131,11 @@ def test_a_scratch_file_that_cannot_grow_changes_nothing(store, monkeypatch):
         real(descriptor, data, offset, path)
 
     monkeypatch.setattr(files, "write", write)
-    before, changed = table.lookup(np.arange(ROWS)), table._mapped.count_changes()
+    before, changed = table.lookup(np.arange(ROWS)), table._mapped.changes
     with pytest.raises(DiskFullError, match="no room left"):
         table.write([ROWS - 1], np.ones((1, DIM), np.float32))
     assert_same_bits(table.lookup(np.arange(ROWS)), before)
-    assert table._mapped.count_changes() == changed
+    assert table._mapped.changes == changed
     monkeypatch.undo()
     table.write([ROWS - 1], np.ones((1, DIM), np.float32))
     assert table.lookup(ROWS - 1).min() == 1

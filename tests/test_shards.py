@@ -140,12 +140,12 @@ def step(table, model, number, event, argument):
         model.saved = model.now
     elif event == "forget":
         table.forget_changes(NO_IMAGES, ROOM)
-        assert not table.has_changes
+        assert not table.changes
         assert on_disk(table) == in_memory(table)
         model.now = model.saved
     else:
         table.pages.drop_folded()
-        if not table.has_changes:
+        if not table.changes:
             assert table.pages.count == table.pages.out == 0
 
 
@@ -182,10 +182,10 @@ def test_memory_files_and_a_model_agree_whatever_happens(history):
         for number, (event, argument) in enumerate(events, 1):
             step(table, model, number, event, argument)
             check_table(table, model)
-            assert table.count_changes() >= len(
+            assert table.changes >= len(
                 {row for row, value in model.now.items() if model.saved.get(row) != value}
             )
-            assert table.has_changes == (table.count_changes() > 0)
+            assert bool(table.changes) == table.blocks.any()
         table.forget_changes(NO_IMAGES, ROOM)
         assert in_memory(table) == on_disk(table)
         del table
@@ -206,8 +206,8 @@ def private(table):
 
 def test_a_new_table_has_no_changes_and_takes_no_disk(tmp_path):
     table = create(tmp_path)
-    assert not table.has_changes
-    assert table.count_changes() == 0
+    assert not table.changes
+    assert table.changes == 0
     assert table.changed_rows().size == 0
     assert not table.records.any()
     assert files.allocated(tmp_path / "table" / "rows") < 100_000
@@ -217,7 +217,7 @@ def test_changed_rows_are_listed_in_order(tmp_path):
     table = create(tmp_path)
     write(table, [61_440, 0, 1, 5000, 61_439], np.ones((5, 5)))
     assert table.changed_rows().tolist() == [0, 1, 5000, 61_439, 61_440]
-    assert table.count_changes() == 5
+    assert table.changes == 5
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
@@ -232,7 +232,7 @@ def test_going_back_gives_images_that_the_files_do_not_hold(tmp_path, spec):
     assert in_memory(table) != expected
     table.forget_changes(images, ROOM)
     assert in_memory(table) == expected
-    assert not table.has_changes
+    assert not table.changes
     del memory
 
 
@@ -298,7 +298,7 @@ def test_pages_made_private_are_counted_and_not_changed(tmp_path):
     table.pages.copy(int64([0, 5]))
     assert private(table) == {0, 1, 5, 6}
     assert table.pages.count == 4
-    assert not table.has_changes
+    assert not table.changes
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------
@@ -370,7 +370,7 @@ def test_an_array_of_values_becomes_the_rows(tmp_path, spec):
     np.testing.assert_array_equal(look_up(table, range(spec.num_embeddings)), values)
     for column in list(spec.columns)[1:]:
         assert (look_up(table, range(spec.num_embeddings), column) == spec.initial_state[0]).all()
-    assert not table.has_changes
+    assert not table.changes
     assert table.pages.count == 0
     if spec.has_presence:
         assert np.unpackbits(table.present, bitorder="little").sum() == spec.num_embeddings
@@ -419,7 +419,7 @@ def test_opening_gives_what_was_saved(tmp_path, spec):
     again = open_existing(tmp_path)
     assert again.spec == spec
     assert in_memory(again) == expected
-    assert not again.has_changes
+    assert not again.changes
 
 
 def test_opening_does_not_give_what_was_not_saved(tmp_path):

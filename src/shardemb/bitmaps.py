@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb.kernels import kernel
+from shardemb.kernels import kernel, trailing_zeros
 from shardemb.spec import PAGE, ROWS_PER_BLOCK
 
 if TYPE_CHECKING:
@@ -20,12 +20,26 @@ if TYPE_CHECKING:
 
 
 @kernel
-def mark_dirty(ids: Int64Array, dirty: NDArray[np.uint64], blocks: NDArray[np.uint8]) -> None:
-    """Note that rows are about to change."""
+def mark_dirty(ids: Int64Array, dirty: NDArray[np.uint64], blocks: NDArray[np.uint8]) -> int:
+    """Note that rows are about to change; return how many had not changed before."""
+    rows = 0
     for i in range(ids.size):
         row = ids[i]
-        dirty[row >> 6] |= np.uint64(1) << np.uint64(row & 63)
+        bit = np.uint64(1) << np.uint64(row & 63)
+        rows += (dirty[row >> 6] & bit) == 0
+        dirty[row >> 6] |= bit
         blocks[row // ROWS_PER_BLOCK] = 1
+    return rows
+
+
+@kernel
+def clear_dirty(dirty: NDArray[np.uint64], blocks: NDArray[np.uint8]) -> None:
+    """Count no row as changed any more."""
+    words = ROWS_PER_BLOCK // 64
+    for block in range(blocks.size):
+        if blocks[block]:
+            dirty[block * words : (block + 1) * words] = 0
+            blocks[block] = 0
 
 
 @kernel
@@ -61,12 +75,9 @@ def dirty_pages(dirty: NDArray[np.uint64], blocks: NDArray[np.uint8], record_byt
         first = int(block) * words
         for w in range(first, min(first + words, dirty.size)):
             word = dirty[w]
-            if word == 0:
-                continue
-            for bit in range(64):
-                if not (word >> np.uint64(bit)) & np.uint64(1):
-                    continue
-                row = w * 64 + bit
+            while word:
+                row = w * 64 + trailing_zeros(word)
+                word &= word - np.uint64(1)
                 low, high = row * record_bytes // PAGE, ((row + 1) * record_bytes - 1) // PAGE + 1
                 if count and low <= runs[count - 1, 1]:
                     runs[count - 1, 1] = high
@@ -81,38 +92,21 @@ def dirty_pages(dirty: NDArray[np.uint64], blocks: NDArray[np.uint8], record_byt
 
 
 @kernel
-def count_bits(words: NDArray[np.uint64], blocks: NDArray[np.uint8]) -> int:
-    """Count the set bits of a bitmap within its marked blocks."""
-    per_block = ROWS_PER_BLOCK // 64
-    total = 0
-    for block in np.flatnonzero(blocks):
-        first = int(block) * per_block
-        for w in range(first, min(first + per_block, words.size)):
-            word = words[w]
-            while word:
-                word &= word - np.uint64(1)
-                total += 1
-    return total
-
-
-@kernel
-def dirty_rows(dirty: NDArray[np.uint64], blocks: NDArray[np.uint8]) -> Int64Array:
-    """List the rows whose bits are set, ascending."""
-    rows = np.empty(count_bits(dirty, blocks), np.int64)
+def dirty_rows(dirty: NDArray[np.uint64], blocks: NDArray[np.uint8], most: int) -> Int64Array:
+    """List the rows whose bits are set, of which there are at most so many, ascending."""
+    rows = np.empty(most, np.int64)
     words = ROWS_PER_BLOCK // 64
     count = 0
-    for block in np.flatnonzero(blocks):
-        first = int(block) * words
-        for w in range(first, min(first + words, dirty.size)):
+    for block in range(blocks.size):
+        if not blocks[block]:
+            continue
+        for w in range(block * words, min((block + 1) * words, dirty.size)):
             word = dirty[w]
-            bit = 0
             while word:
-                if word & np.uint64(1):
-                    rows[count] = w * 64 + bit
-                    count += 1
-                word >>= np.uint64(1)
-                bit += 1
-    return rows
+                rows[count] = w * 64 + trailing_zeros(word)
+                count += 1
+                word &= word - np.uint64(1)
+    return rows[:count]
 
 
 @kernel
@@ -130,10 +124,10 @@ def idle_pages(
             larger = np.empty(2 * pages.size + 64, np.int64)
             larger[:count] = pages[:count]
             pages = larger
-        for bit in range(64):
-            if (word >> np.uint64(bit)) & np.uint64(1):
-                pages[count] = w * 64 + bit
-                count += 1
+        while word:
+            pages[count] = w * 64 + trailing_zeros(word)
+            count += 1
+            word &= word - np.uint64(1)
     return pages[:count].copy()
 
 

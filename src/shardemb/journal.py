@@ -83,7 +83,7 @@ class Journal:
             There is no room; nothing was changed.
         """
         runtime = self._runtime
-        changes = [(table, table.changed_rows()) for table in tables if table.has_changes]
+        changes = [(table, table.changed_rows()) for table in tables if table.changes]
         sizes = [(ids.size, table.spec.record_bytes) for table, ids in changes]
         created = {each.uuid for each in manifest.tables} - {each.uuid for each in self.manifest.tables}
         new_set = [(each.uuid, each.name) for each in manifest.tables] != [
@@ -304,4 +304,4 @@ class Journal:
 
 
 def _image_bytes(table: Shards) -> int:
-    return table.count_changes() * (8 + table.spec.record_bytes)
+    return table.changes * (8 + table.spec.record_bytes)

@@ -83,6 +83,16 @@ def _prefetch(typing_context: Any, address: Any) -> Any:  # noqa: ANN401
     return nb.void(nb.intp), generate
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def trailing_zeros(typing_context: Any, word: Any) -> Any:  # noqa: ANN401
+    """Position of the lowest set bit of a word, which has one."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+        return builder.cttz(args[0], ir.IntType(1)(1))
+
+    return nb.int64(nb.uint64), generate
+
+
 _CACHE_LINE = 64
 _AHEAD = 8
 """How many rows ahead a step asks for: makes it two to three times as fast on rows that are not in the cache."""

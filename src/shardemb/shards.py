@@ -67,6 +67,8 @@ class Shards:
         Bit r: row r differs from the last commit.
     blocks : ndarray of uint8
         Whether any of 32,768 rows is dirty.
+    changes : int
+        How many rows are dirty.
     pages : Pages
         What memory holds of the records.
     """
@@ -88,6 +90,7 @@ class Shards:
         num_blocks = -(-spec.num_embeddings // ROWS_PER_BLOCK)
         self.dirty: NDArray[np.uint64] = files.zeros(np.uint64, num_blocks * ROWS_PER_BLOCK // 64)
         self.blocks: NDArray[np.uint8] = files.zeros(np.uint8, num_blocks)
+        self.changes = 0
         self.pages = Pages(self._rows, spec.record_bytes)
         initializer = spec.initializer
         self._key = np.uint64(stream_key(getattr(initializer, "seed", 0), spec.stream))
@@ -130,7 +133,7 @@ class Shards:
 
     def mark(self, rows: Int64Array) -> None:
         """Note that rows are about to differ from the last commit."""
-        bitmaps.mark_dirty(rows, self.dirty, self.blocks)
+        self.changes += bitmaps.mark_dirty(rows, self.dirty, self.blocks)
         self.pages.mark(rows)
 
     def bring_in(self, rows: Int64Array, start: int, stop: int) -> None:
@@ -149,18 +152,9 @@ class Shards:
 
     # ---- what changed; under the store's lock
 
-    @property
-    def has_changes(self) -> bool:
-        """Whether any row differs from the last commit."""
-        return bool(self.blocks.any())
-
-    def count_changes(self) -> int:
-        """Count the rows that differ from the last commit."""
-        return int(bitmaps.count_bits(self.dirty, self.blocks))
-
     def changed_rows(self) -> Int64Array:
         """List the rows that differ from the last commit, ascending."""
-        rows: Int64Array = bitmaps.dirty_rows(self.dirty, self.blocks)
+        rows: Int64Array = bitmaps.dirty_rows(self.dirty, self.blocks, self.changes)
         return rows
 
     def pack(self, ids: Int64Array, start: int, stop: int, address: int) -> None:
@@ -210,10 +204,8 @@ class Shards:
 
     def clear_changes(self) -> None:
         """Count no row as changed any more."""
-        words = ROWS_PER_BLOCK // 64
-        for block in map(int, np.flatnonzero(self.blocks)):
-            self.dirty[block * words : (block + 1) * words] = 0
-            self.blocks[block] = 0
+        bitmaps.clear_dirty(self.dirty, self.blocks)
+        self.changes = 0
 
     def drop_clean(self, start: int, stop: int) -> None:
         """Let the pages of rows ``start:stop`` leave memory, but for blocks that hold what the files do not."""

@@ -660,7 +660,7 @@ class Store(Mapping[str, Table]):
     def _differs(self) -> bool:
         with self._runtime.lock:
             return self._records() != self._manifest.tables or any(
-                table._mapped.has_changes for table in self._tables.values()
+                table._mapped.changes for table in self._tables.values()
             )
 
     def _mapped_tables(self) -> dict[str, shards.Shards]:

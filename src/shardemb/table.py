@@ -494,7 +494,7 @@ class Table:
 
     def _facts(self) -> report.Facts:
         """Return what is told about the table at a glance."""
-        changed = self._shards.count_changes() if self._shards and not self._runtime.closed else None
+        changed = self._shards.changes if self._shards and not self._runtime.closed else None
         return report.Facts(
             name=self.name,
             num_embeddings=self.num_embeddings,
