@@ -137,10 +137,14 @@ class Runtime:
                 raise
 
 
+_deferring = False  # in the main thread: a block within a block has nothing to do
+
+
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
     """Let SIGINT and SIGTERM, where Python handles them, take effect at the end of the block and not within it."""
-    if threading.current_thread() is not threading.main_thread():
+    global _deferring  # noqa: PLW0603 signal handlers are those of the process
+    if _deferring or threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only
         return
     received: list[tuple[int, FrameType | None]] = []
@@ -152,8 +156,10 @@ def signals_deferred() -> Iterator[None]:
     try:
         for number in previous:
             signal.signal(number, lambda number, frame: received.append((number, frame)))
+        _deferring = True
         yield
     finally:
+        _deferring = False
         for number, handler in previous.items():
             signal.signal(number, handler)
         _deliver(received, previous)
