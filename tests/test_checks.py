@@ -48,6 +48,27 @@ def test_a_checksum_is_xxh3_of_a_block_and_never_one_of_the_two_words():
         assert checks.block_sum(b"") > checks.DAMAGED
 
 
+def test_what_a_block_may_be():
+    random = np.random.default_rng(0)
+    content = random.integers(1, 256, (9, PAGE), np.uint8)
+    content[[1, 2]] = 0
+    content[2, 7] = 5
+    sums = checks.block_sums(content.reshape(-1).data)
+    known = np.array([0, 0, 0, sums[3], sums[3], sums[5] | 1, sums[3] | 1, 2, 3], np.uint64)
+    marks = np.zeros((9, PAGE), np.uint8)
+    marks[[0, 2, 3, 4, 6]] = 255  # the log says these anew
+    marks[0, 9] = 0
+    which = np.arange(9)
+    found = checks.wrong(known, content, which, lambda i: marks[i])
+    # Data where there was none, outside of what is anew; zeros; only what is anew; sound; another's checksum;
+    # in flux and not in the log; in flux and in the log; damaged, twice.
+    assert found.tolist() == [True, False, False, False, True, True, False, True, True]
+    assert (
+        checks.wrong(known[::-1], content, which[::-1], lambda i: marks[8 - i]).tolist()
+        == found[::-1].tolist()
+    )
+
+
 @settings(max_examples=50)
 @given(st.lists(st.sets(st.integers(0, 3999), max_size=40), max_size=5), st.sampled_from([1, 2, 1024]))
 def test_the_checksums_are_an_array_on_disk(tmp_path_factory, steps, window_pages):

@@ -19,7 +19,7 @@ from conftest import close_quietly
 from test_power_loss import NOTHING, contents, scratch
 
 import shardemb
-from shardemb import files, log
+from shardemb import files, fold, log, plan
 from shardemb.errors import DiskFullError, PoisonedError, ShardEmbError
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD, Adam
@@ -159,6 +159,8 @@ def fail_everywhere(seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log, "FIRST_SEGMENT", 32_768)
         patch.setattr(log, "STAGE_BYTES", 65_536)
+        patch.setattr(plan, "WINDOW_BLOCKS", 4)
+        patch.setattr(fold, "DIRECT_BLOCKS", 2)
         with scratch() as folder:
             failing = Failing()
             with failing.on():

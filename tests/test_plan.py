@@ -101,6 +101,24 @@ def test_rows_far_apart_are_divided_evenly():
     assert aligned(grouped, 4) == [(0, 250), (250, 500), (500, 750), (750, 1000)]
 
 
+# ---- along ------------------------------------------------------------------------------------------------------
+
+
+@given(st.sets(st.integers(0, 299), max_size=200), st.sets(st.integers(0, 299)), st.sampled_from([1, 4, 64]))
+def test_along_adds_windows_that_change_much_and_have_data(changed, data, window):
+    has_data = np.zeros(300, np.bool_)
+    has_data[list(data)] = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "WINDOW_BLOCKS", window)
+        found = plan.along(np.array(sorted(changed), np.int64), has_data).tolist()
+    expected = set(changed)
+    for start in range(0, 300, window):
+        every = set(range(start, start + window))
+        if 4 * len(every & changed) >= window and 2 * len(every & (changed | data)) >= window:
+            expected |= every
+    assert found == sorted(each for each in expected if each < 300)
+
+
 # ---- num_tasks --------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ import pytest
 from conftest import close_quietly
 
 import shardemb
-from shardemb import files, log
+from shardemb import files, fold, log, plan
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD, Adagrad, Adam
 
@@ -437,6 +437,9 @@ def explore(seed, number_of_states, *, again=0.2, kill=0.1, skip=lambda call, pa
     with scratch() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(log, "FIRST_SEGMENT", 32_768)
         patch.setattr(log, "STAGE_BYTES", 65_536)
+        # So that small tables are folded in long stretches too.
+        patch.setattr(plan, "WINDOW_BLOCKS", 4)
+        patch.setattr(fold, "DIRECT_BLOCKS", random.Random(seed).choice([1, 3, 100]))
         recording = Recording(folder, skip)
         with recording.on():
             work(Path(folder) / "store", seed, recording)

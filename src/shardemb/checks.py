@@ -108,9 +108,10 @@ def all_files(spec: TableSpec, directory: Path) -> Iterator[File]:
         yield presence_chunk(spec, directory, number)
 
 
-def block_sums(data: memoryview) -> NDArray[np.uint64]:
-    """Checksums of the blocks that `data` consists of."""
-    return np.array([block_sum(data[start : start + PAGE]) for start in range(0, len(data), PAGE)], np.uint64)
+def block_sums(data: memoryview, which: Int64Array | None = None) -> NDArray[np.uint64]:
+    """Checksums of the blocks that `data` consists of, or of some of them."""
+    blocks = range(len(data) // PAGE) if which is None else which.tolist()
+    return np.array([block_sum(data[block * PAGE : (block + 1) * PAGE]) for block in blocks], np.uint64)
 
 
 def block_sum(data: memoryview) -> int:
@@ -122,21 +123,36 @@ ZEROS = block_sum(memoryview(bytes(PAGE)))
 """Checksum of a block of zero bytes."""
 
 
-def is_wrong(known: int, content: NDArray[np.uint8], anew: NDArray[np.uint8]) -> bool:
-    """Whether a block differs from what it should be.
+def wrong(
+    known: NDArray[np.uint64],
+    content: NDArray[np.uint8],
+    which: Int64Array,
+    anew: Callable[[Int64Array], NDArray[np.uint8]],
+) -> NDArray[np.bool_]:
+    """Whether blocks differ from what they should be.
 
     Parameters
     ----------
-    known : int
-        Its checksum.
-    content, anew : ndarray of uint8
-        The block; and in another one the bits set that the log says anew, so that a fold may have changed them.
+    known : ndarray of uint64, shape (n,)
+        Their checksums.
+    content : ndarray of uint8, shape (m, PAGE)
+    which : ndarray of int64, shape (n,)
+        Where in `content` they lie.
+    anew : callable
+        ``anew(i)``, shape (i.size, PAGE): for blocks `i` of the n, the bits set that the log says anew, so that a fold
+        may have changed them.
     """
-    if known == NEVER_WRITTEN:
-        return bool((content & ~anew).any())
-    if known & IN_FLUX and known != DAMAGED + IN_FLUX:
-        return not anew.any()  # a crash can have left it in any state; what is anew is written again
-    return block_sum(content.data) != known
+    never, in_flux = known == NEVER_WRITTEN, (known & IN_FLUX == IN_FLUX) & (known != DAMAGED + IN_FLUX)
+    differs = np.zeros(known.size, np.bool_)
+    noted = np.flatnonzero(~(never | in_flux))
+    differs[noted] = block_sums(content.reshape(-1).data, which[noted]) != known[noted]
+    never = np.flatnonzero(never)
+    never = never[content.view(np.uint64)[which[never]].any(axis=1)]  # few, so that the rest is cheap
+    differs[never] = (content[which[never]] & ~anew(never)).any(axis=1)
+    # A crash can have left it in any state; what is anew is written again.
+    in_flux = np.flatnonzero(in_flux)
+    differs[in_flux] = ~anew(in_flux).any(axis=1)
+    return differs
 
 
 def begin(path: Path, blocks: Int64Array) -> NDArray[np.uint64]:
@@ -227,11 +243,10 @@ def wrong_blocks(
     )
 
 
-def known_sum(directory: Path, block: int) -> int:
-    """Return what is noted of one block."""
-    path = path_of(directory)
+def known_sums(path: Path, first: int, count: int) -> NDArray[np.uint64]:
+    """Return what is noted of blocks of a table."""
     with files.opened(path, os.O_RDONLY) as sums:
-        return int(_sums(sums, block, 1, path)[0])
+        return _sums(sums, first, count, path)
 
 
 def _sums(descriptor: int, first: int, count: int, path: Path) -> NDArray[np.uint64]:

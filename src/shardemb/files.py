@@ -264,9 +264,9 @@ def open_direct(path: Path, flags: int = os.O_RDWR) -> int:
 
 
 @contextlib.contextmanager
-def opened_direct(path: Path) -> Iterator[int]:
-    """Open a file for the length of a with block, to be read as `open_direct` says."""
-    descriptor = open_direct(path, os.O_RDONLY)
+def opened_direct(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """Open a file for the length of a with block, to be read or written as `open_direct` says."""
+    descriptor = open_direct(path, flags)
     try:
         yield descriptor
     finally:

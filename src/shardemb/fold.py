@@ -1,8 +1,9 @@
 """Writes committed images into the shards, and makes them durable. Nothing else writes to the shards of a table.
 
-Whole blocks are written: read, changed in memory, and written with their new checksum (see ``checks.py``). Images
-overwrite whatever is there, also where it looks the same: after a write-back that failed, what is in the page cache can
-be right and what is on the disk wrong.
+Whole blocks are written: read, changed in memory, and written with their new checksum (see ``checks.py``), in long
+stretches past the page cache where many of them lie close together, one by one where they are few. Images overwrite
+whatever is there, also where it looks the same: after a write-back that failed, what is in the page cache can be right
+and what is on the disk wrong.
 
 ::
 
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from shardemb.spec import TableSpec
 
 BUFFER_BLOCKS = 2048
+"""Blocks that a task holds in memory."""
+
+DIRECT_BLOCKS = 16
+"""Blocks in a row that are worth a read and a write past the page cache."""
 
 
 class Part(NamedTuple):
@@ -66,40 +71,61 @@ class Part(NamedTuple):
 
 @dataclass
 class _Task:
-    """Blocks ``start:stop`` of a table's, all of one part."""
+    """What is new in one file, with the table's checksums: their file, those before, and room for those after."""
 
     part: Part
+    checks: Path
     known: NDArray[np.uint64]
     sums: NDArray[np.uint64]
 
     def run(self) -> None:
-        """Write the blocks and sync the file."""
-        file, blocks = self.part.file, self.part.blocks
+        """Write the blocks, and what is worth to be written along with them, and sync the file."""
+        file = self.part.file
+        has_data = checks.known_sums(self.checks, file.first, file.nbytes // PAGE) != checks.NEVER_WRITTEN
+        blocks = plan.along(self.part.blocks, has_data)
         memory = files.AddressRange(min(BUFFER_BLOCKS, blocks.size) * PAGE)
         memory.map_zeros(0, memory.nbytes)
-        with files.opened(file.path, os.O_RDWR) as descriptor:
+        with (
+            files.opened(file.path, os.O_RDWR) as cached,
+            files.opened_direct(file.path, os.O_RDWR) as direct,
+        ):
             for start in range(0, blocks.size, BUFFER_BLOCKS):
-                some = slice(start, start + BUFFER_BLOCKS)
-                self._write(descriptor, memory, some)
-            files.sync_data(descriptor, file.path)
+                self._write(blocks[start : start + BUFFER_BLOCKS], cached, direct, memory)
+            files.sync_data(cached, file.path)
 
-    def _write(self, descriptor: int, memory: files.AddressRange, some: slice) -> None:
-        path, blocks = self.part.file.path, self.part.blocks[some]
-        array = memory.array(np.uint8, (blocks.size * PAGE,))
-        view = array.data
-        kept = np.flatnonzero(~self.part.whole[some])
-        for first, last in plan.runs(blocks[kept]):
-            at, end = int(kept[first]), int(kept[last - 1]) + 1
-            files.read_into(descriptor, view[at * PAGE : end * PAGE], int(blocks[at]) * PAGE, path)
+    def _write(self, blocks: Int64Array, cached: int, direct: int, memory: files.AddressRange) -> None:
+        path, offsets = self.part.file.path, (blocks * PAGE).tolist()
+        some = slice(*np.searchsorted(self.part.blocks, [blocks[0], blocks[-1] + 1]).tolist())
+        new, whole, known = self.part.blocks[some], self.part.whole[some], self.known[some]
+        at = np.searchsorted(blocks, new)
+        complete = np.zeros(blocks.size, np.bool_)
+        complete[at] = whole
+        stretches = [
+            (
+                direct if last - first >= DIRECT_BLOCKS else cached,
+                slice(first * PAGE, last * PAGE),
+                offsets[first],
+            )
+            for first, last in plan.runs(blocks)
+        ]
+        view = memory.bytes(0, blocks.size * PAGE)
+        read = [
+            each for each in stretches if not complete[each[1].start // PAGE : each[1].stop // PAGE].all()
+        ]
+        for descriptor, place, offset in read:
+            if descriptor == cached:
+                files.expect(descriptor, offset, place.stop - place.start)
+        for descriptor, place, offset in read:
+            files.read_into(descriptor, view[place], offset, path)
         # What was damaged stays so, though a part of it is written anew.
-        damaged = np.zeros(blocks.size, np.bool_)
-        for block, anew in zip(kept.tolist(), self.part.anew(blocks[kept]), strict=True):
-            content = array[block * PAGE : (block + 1) * PAGE]
-            damaged[block] = checks.is_wrong(int(self.known[some][block]), content, anew)
-        self.part.change(blocks, array)
-        for first, last in plan.runs(blocks):
-            files.write(descriptor, view[first * PAGE : last * PAGE], int(blocks[first]) * PAGE, path)
-        self.sums[some] = np.where(damaged, np.uint64(checks.DAMAGED), checks.block_sums(view))
+        content = memory.array(np.uint8, (blocks.size, PAGE))
+        kept = np.flatnonzero(~whole)
+        damaged = np.zeros(new.size, np.bool_)
+        damaged[kept] = checks.wrong(known[kept], content, at[kept], lambda i: self.part.anew(new[kept[i]]))
+        self.part.change(blocks, content.reshape(-1))
+        self.sums[some] = np.where(damaged, np.uint64(checks.DAMAGED), checks.block_sums(view, at))
+        for descriptor, place, offset in stretches:
+            files.write(descriptor, view[place], offset, path)
 
 
 def write(tables: Sequence[tuple[TableSpec, Path, Images]], threads: int) -> None:
@@ -121,7 +147,7 @@ def write(tables: Sequence[tuple[TableSpec, Path, Images]], threads: int) -> Non
         stop = 0
         for part in changed:
             start, stop = stop, stop + part.blocks.size
-            tasks.append(_Task(part, known[start:stop], new[start:stop]))
+            tasks.append(_Task(part, checks.path_of(directory), known[start:stop], new[start:stop]))
 
     def some(task: int, step: int) -> None:
         for each in tasks[task::step]:

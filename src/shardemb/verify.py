@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from shardemb.arrays import Int64Array
     from shardemb.progress import Progress
     from shardemb.replay import Replay
@@ -122,17 +124,20 @@ def _damage(suspect: Suspect) -> Iterator[Damage]:
 def _is_wrong(
     target: Target, file: checks.File, block: int, part: fold.Part | None, memory: files.AddressRange
 ) -> bool:
-    content = memory.array(np.uint8, (PAGE,))
+    content, path = memory.array(np.uint8, (1, PAGE)), checks.path_of(target.directory)
     inside = np.array([block - file.first])
     try:
-        known = checks.known_sum(target.directory, block)
+        known = checks.known_sums(path, block, 1)
         with files.opened_direct(file.path) as descriptor:
-            files.read_into(descriptor, content.data, int(inside[0]) * PAGE, file.path)
-        steady = known == checks.known_sum(target.directory, block)
+            files.read_into(descriptor, memory.bytes(0, PAGE), int(inside[0]) * PAGE, file.path)
+        steady = known == checks.known_sums(path, block, 1)
     except OSError:
         return True
-    anew = np.zeros(PAGE, np.uint8) if part is None else part.anew(inside)[0]
-    return steady and checks.is_wrong(known, content, anew)
+
+    def anew(which: Int64Array) -> NDArray[np.uint8]:
+        return np.zeros((which.size, PAGE), np.uint8) if part is None else part.anew(inside[which])
+
+    return bool(steady[0] and checks.wrong(known, content, np.zeros(1, np.int64), anew)[0])
 
 
 def _structure(target: Target) -> Iterator[Damage]:
