@@ -3,7 +3,6 @@ import ctypes
 import errno
 import gc
 import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -14,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import shardemb
 from shardemb import files
 from shardemb.errors import DiskFullError
+from shardemb.initializers import Normal
 
 PAGE = 4096
 
@@ -387,30 +388,19 @@ def test_punching_gives_back_what_was_allocated_and_leaves_the_rest(tmp_path):
     assert path.read_bytes() == before
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 64 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place]
-    if not shutil.which("mount") or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a file system needs root")
-    yield place
-    subprocess.run(["umount", "--lazy", place], check=True)
-
-
-def test_a_disk_that_is_really_full(small_disk):
-    path = small_disk / "a"
+def test_a_disk_that_is_really_full(new_disk):
+    disk = new_disk("tmpfs", 65_536).place
+    path = disk / "a"
     files.replace(path, b"old")
     for fill in (
         lambda: files.replace(path, bytes(100_000)),
-        lambda: files.write_new(small_disk / "b", bytes(100_000)),
-        lambda: allocate(small_disk / "b", 0, 100_000),
+        lambda: files.write_new(disk / "b", bytes(100_000)),
+        lambda: allocate(disk / "b", 0, 100_000),
     ):
         with pytest.raises(DiskFullError, match="make room"):
             fill()
     assert path.read_bytes() == b"old"
-    files.remove(small_disk / "b")
+    files.remove(disk / "b")
     files.replace(path, b"new")
     assert path.read_bytes() == b"new"
 
@@ -420,6 +410,56 @@ def test_a_note_replaces_the_one_before(tmp_path):
         files.note(descriptor, "process 12345\n")
         files.note(descriptor, "6\n")
     assert (tmp_path / "lock").read_text() == "6\n"
+
+
+def test_a_file_on_a_tmpfs_has_all_of_its_memory_or_does_not_exist(new_disk):
+    """Or reading a hole of it through a mapping would be a signal once the tmpfs is full."""
+    disk = new_disk("tmpfs", 2**20)
+    path = disk.place / "a"
+    files.create_sparse(path, 2**19 + 1)
+    assert path.read_bytes() == bytes(2**19 + 1)
+    assert files.allocated(path) >= 2**19 + 1
+    with pytest.raises(DiskFullError, match="make room"):
+        files.create_sparse(disk.place / "b", 2**19)
+    files.create_sparse(disk.place / "empty", 0)
+    assert sorted(each.name for each in disk.place.iterdir()) == ["a", "empty"]
+    disk.leave(0)
+    memory = files.AddressRange(2**19)
+    memory.map_file(0, path, 2**19)
+    assert not memory.array(np.uint8, (2**19,)).any()
+
+
+def test_a_file_that_gets_no_size_does_not_exist(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "ftruncate", refuse(errno.EFBIG))
+    with pytest.raises(OSError, match="too large"):
+        files.create_sparse(tmp_path / "a", PAGE)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_table_on_a_full_tmpfs_is_an_error_and_no_signal(new_disk, in_fork):
+    disk = new_disk("tmpfs", 4 * 2**20)
+
+    def life():
+        with shardemb.open(disk.place / "s") as store:
+            table = store.create_table("t", num_embeddings=5000, embedding_dim=64, initializer=Normal(seed=1))
+            store.commit(step=1)
+            table.write([1], np.ones((1, 64)))
+            store.commit(step=2)
+            with pytest.raises(DiskFullError, match="make room"):
+                store.create_table("u", num_embeddings=20_000, embedding_dim=64)
+            disk.leave(0)
+            before = table.lookup(np.arange(5000))
+            table.write(np.arange(1, 5000, 2), np.full((2500, 64), 2.0, np.float32))
+            after = table.lookup(np.arange(5000))
+            assert (after[::2] == before[::2]).all()
+            assert (after[1::2] == 2).all()
+            assert list(store) == ["t"]
+            disk.make_room()
+            return store.commit(step=3).step
+
+    assert in_fork(life) == 3
+    with shardemb.open(disk.place / "s", "r") as store:
+        assert (store["t"].lookup([1, 3]) == 2).all()
 
 
 # ---- locks ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import gc
 import os
 import pickle
 import shutil
-import subprocess
 import time
 import warnings
 from pathlib import Path
@@ -953,32 +952,9 @@ def test_memory_budget_zero_changes_nothing_else(path, initializer):
 # ---- disks that are full or broken ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own with 6 MB of room; call what it yields to make more.
-
-    Not a tmpfs: that takes memory for every hole that is read through a mapping, and kills whoever reads one when full.
-    """
-    image, mount = tmp_path / "disk.img", tmp_path / "disk"
-    mount.mkdir()
-    files.create_sparse(image, 48 * 2**20)
-    for command in (["mkfs.ext4", "-q", str(image)], ["mount", "-o", "loop", str(image), str(mount)]):
-        try:
-            subprocess.run(command, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"cannot make a file system here: {getattr(error, 'stderr', error)}")
-    ballast = mount / "ballast"
-    with ballast.open("wb") as file:
-        room = os.statvfs(mount)
-        os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_bsize - 6_000_000)
-    yield mount, ballast.unlink
-    subprocess.run(["umount", "--lazy", str(mount)], check=True)
-
-
 @pytest.mark.filterwarnings("ignore:what is committed in")
 def test_a_full_disk_fails_the_commit_and_nothing_else(small_disk):
-    mount, make_room = small_disk
-    path = mount / "store.zarr"
+    path = small_disk.place / "store.zarr"
     with shardemb.open(path) as store:
         table = store.create_table("t", num_embeddings=20_000, embedding_dim=256, initializer=Constant(1.0))
         table.write(np.arange(1000), np.full((1000, 256), 2.0))
@@ -1000,7 +976,7 @@ def test_a_full_disk_fails_the_commit_and_nothing_else(small_disk):
                 "u", num_embeddings=20_000, embedding_dim=256, initializer=np.ones((20_000, 256))
             )
         assert list(store) == ["t"]
-        make_room()
+        small_disk.make_room()
         assert store.commit(step=2) == shardemb.Commit(2, 2, {})
     with shardemb.open(path, "r") as store:
         assert (store["t"].lookup(everything) == 3).all()
@@ -1008,8 +984,8 @@ def test_a_full_disk_fails_the_commit_and_nothing_else(small_disk):
 
 
 def test_rollback_after_a_full_disk(small_disk):
-    mount, _ = small_disk
-    with shardemb.open(mount / "store.zarr") as store:
+    path = small_disk.place / "store.zarr"
+    with shardemb.open(path) as store:
         table = store.create_table("t", num_embeddings=20_000, embedding_dim=256)
         store.commit()
         table.write(np.arange(20_000), np.full((20_000, 256), 3.0))
@@ -1019,7 +995,7 @@ def test_rollback_after_a_full_disk(small_disk):
         assert (rows(table) == 0).all()
         table.write([1], np.ones((1, 256)))
         store.commit()
-    with shardemb.open(mount / "store.zarr", "r") as store:
+    with shardemb.open(path, "r") as store:
         assert store["t"].lookup([0, 1])[:, 0].tolist() == [0, 1]
 
 

@@ -40,6 +40,7 @@ HUGE_PAGE = 2 * 2**20
 
 _PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
+_TMPFS_MAGIC = 0x01021994
 _FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -47,6 +48,7 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_longlong]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
 
 
@@ -208,9 +210,25 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def create_sparse(path: Path, nbytes: int) -> None:
-    """Create a file of `nbytes` zero bytes that takes no disk; it must not exist. Not synced."""
-    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor, _disk_errors(path):
-        os.ftruncate(descriptor, nbytes)
+    """Create a file of `nbytes` zero bytes that takes no disk; it must not exist. Not synced.
+
+    On a tmpfs it takes all of its memory at once: there a hole takes memory when it is read through a mapping, and
+    kills the process (SIGBUS) when there is none.
+
+    Raises
+    ------
+    DiskFullError, OSError
+        There is no file.
+    """
+    with opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+        try:
+            with _disk_errors(path):
+                os.ftruncate(descriptor, nbytes)
+            if nbytes and _is_on_tmpfs(descriptor):
+                _fallocate(descriptor, 0, 0, nbytes, path)
+        except BaseException:
+            remove(path)
+            raise
 
 
 def sync_file(path: Path) -> None:
@@ -509,6 +527,12 @@ def _seek(descriptor: int, position: int, kind: int, end: int) -> int:
         if error.errno != errno.ENXIO:
             raise
         return end  # the file ends before
+
+
+def _is_on_tmpfs(descriptor: int) -> bool:
+    status = (ctypes.c_long * 32)()  # struct statfs: its first word is the type, and it is shorter
+    _check(_libc.fstatfs(descriptor, status), "fstatfs")
+    return status[0] == _TMPFS_MAGIC
 
 
 def _fallocate(descriptor: int, flags: int, offset: int, nbytes: int, path: Path) -> None:

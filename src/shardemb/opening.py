@@ -85,7 +85,9 @@ def open(
     One opening at a time may write. A store that is open for reading alone cannot be opened for writing; one that
     is open for writing can be read beside it, and later commits may then show through as they are folded.
 
-    Keep stores on a disk. A tmpfs that is full kills the process (SIGBUS), even when it reads a hole of a file.
+    Keep stores on a disk. On a tmpfs a table takes the memory of all its rows when it is created, written or not: a
+    hole that is read there takes memory too, and a tmpfs that is full would kill the process (SIGBUS). That is what
+    happens to a store that was copied there with its holes (``cp --sparse``, ``rsync -S``).
 
     Examples
     --------
