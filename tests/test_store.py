@@ -27,6 +27,7 @@ from shardemb.errors import (
     TableNotFoundError,
 )
 from shardemb.initializers import Constant, Normal, Uniform
+from shardemb.journal import Journal
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
 
 ONES = np.ones((2, 4), np.float32)
@@ -535,6 +536,40 @@ def test_rows_on_both_sides_of_the_files_of_the_presence_bitmap(path):
     assert [file.name for file in sorted((path / "t" / "present").glob("c.*"))] == ["c.0", "c.1", "c.2"]
     with shardemb.open(path, "r") as store:
         assert store["t"].lookup(ids)[:, 0].tolist() == expected
+
+
+def test_rollback_takes_new_tables_away_and_puts_back_what_is_only_in_the_log(store):
+    table = small(store)
+    store.commit()
+    table.write([1], ONES[:1] * 5)
+    store.commit()  # not folded
+    small(store, "new")
+    table.write([1, 2], ONES * 2)
+    store.rollback()
+    assert list(store) == ["t"]
+    assert table.lookup([1, 2])[:, 0].tolist() == [5, 1]
+
+
+def test_a_rollback_that_broke_off_is_done_again_and_nothing_else_before(path, monkeypatch):
+    with shardemb.open(path) as store:
+        table = small(store)
+        store.commit()
+        table.write([1], ONES[:1] * 5)
+        store.commit()  # not folded
+        table.write([1, 2], ONES * 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "spill", fail)
+            with pytest.raises(OSError, match="Input/output"):
+                store.rollback()
+        for call in (store.commit, lambda: table.write([1], ONES[:1])):
+            with pytest.raises(PoisonedError, match="a rollback broke off.*call store.rollback"):
+                call()
+        store.rollback()
+        assert table.lookup([1, 2])[:, 0].tolist() == [5, 1]
+        table.write([2], ONES[:1] * 3)
+        store.commit()
+    with shardemb.open(path, "r") as store:
+        assert store["t"].lookup([1, 2])[:, 0].tolist() == [5, 3]
 
 
 def test_rollback_before_the_first_commit_empties_the_store(store):

@@ -183,9 +183,9 @@ class Shards:
                 )
                 if self.spec.has_presence:
                     self._present.advise(block * PAGE, PAGE, files.MADV_DONTNEED)
-            self.clear_changes()
             touched = changed[images.ids // ROWS_PER_BLOCK] != 0
             self.place(Images(images.ids[touched], images.addresses[touched]), room)
+            self.clear_changes()  # last: whoever calls again after an error has all of it done again
 
     def place(self, images: Images, room: Room) -> None:
         """Put committed images, which the files do not hold yet, into memory, making room for them if need be."""

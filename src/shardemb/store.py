@@ -363,6 +363,9 @@ class Store(Mapping[str, Table]):
         ------
         PoisonedError
             A write or sync failed before: close and reopen.
+        DiskFullError, OSError
+            It broke off, as where pages have to leave memory and have no room. Make room and call it again; until
+            then changes and commits are refused.
         ReadOnlyError, StoreClosedError
             Nothing was changed.
 
@@ -370,18 +373,17 @@ class Store(Mapping[str, Table]):
         --------
         >>> store.rollback()
         """
-        with self._runtime.changing(), signals_deferred():
+        with self._runtime.changing(), self._runtime.all_or_nothing("a rollback"):
             self._runtime.half_done = None
             self._runtime.check_sound()
-            newer = self._writing().images()
-            for table in self._tables.values():
-                if table._spec.uuid not in self._committed:
-                    self._abandon(table)
+            before, newer = self._tables.values(), self._writing().images()
+            self._tables = {each.name: self._committed[each.uuid] for each in self._manifest.tables}
+            for table in set(before) - set(self._committed.values()):
+                self._abandon(table)
             for record in self._manifest.tables:
                 table = self._committed[record.uuid]
                 table._mapped.forget_changes(newer.images(table._spec), self._runtime.room)
                 table._restore(record.name, record.optimizer, record.step)
-            self._tables = {each.name: self._committed[each.uuid] for each in self._manifest.tables}
 
     def checkpoint(self) -> None:
         """Bring what is committed into the shards, where other readers of zarr see it, and wait for it.
