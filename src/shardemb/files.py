@@ -390,7 +390,8 @@ def lock(path: Path, *, shared: bool) -> int | None:
     The lock ends when the descriptor is closed, also by the death of the process.
     """
     flags = os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT
-    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    with _disk_errors(path):
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -402,10 +403,10 @@ def lock(path: Path, *, shared: bool) -> int | None:
     return descriptor
 
 
-def note(descriptor: int, text: str) -> None:
+def note(descriptor: int, text: str, path: Path) -> None:
     """Replace the content of an open file by a line meant for people. Not durable."""
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, text.encode(), 0)
+    write(descriptor, text.encode(), 0, path)
 
 
 def close(descriptor: int) -> None:

@@ -79,6 +79,8 @@ def open(
         Somebody else writes to the store.
     FormatError
         The store is of a newer version, or its files are damaged.
+    DiskFullError
+        There is no room for a log, or for what recovery writes. Mode ``"r"`` needs none.
 
     Notes
     -----
@@ -196,7 +198,7 @@ def _write(runtime: Runtime, *, new: bool) -> Store:
     if lock is None:
         raise _locked(path)
     try:
-        files.note(lock, f"{os.getpid()}\n")
+        files.note(lock, f"{os.getpid()}\n", folders.lock(path))
         if new and folders.manifest(path).is_file():
             _clear(path)
         if not folders.manifest(path).is_file():
