@@ -1,5 +1,6 @@
 """Damage of every kind is found: by `open`, by `verify`, or it changes nothing that anybody sees."""
 
+import errno
 import os
 import random
 import shutil
@@ -13,7 +14,7 @@ from test_power_loss import contents, scratch
 
 import shardemb
 from shardemb import checks, files, fold
-from shardemb.errors import ShardEmbError, TableNotFoundError
+from shardemb.errors import DiskFullError, ShardEmbError, TableNotFoundError
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD, Adam
 from shardemb.spec import PAGE
@@ -151,6 +152,45 @@ def test_it_runs_beside_training_without_a_false_alarm(path, who):
             stop.set()
             thread.join()
         assert problems == []
+
+
+def full_at(monkeypatch, what, only):
+    """Let a call of ``files`` find a full disk, where a path has a part."""
+    real = getattr(files, what)
+
+    def sometimes(*arguments):
+        if only in str(arguments[-1]):
+            raise DiskFullError(errno.ENOSPC, "no room")
+        return real(*arguments)
+
+    monkeypatch.setattr(files, what, sometimes)
+
+
+def test_a_table_that_gets_its_place_late_is_no_damage(tmp_path, monkeypatch):
+    """The disk was full when a fold had written some of its blocks, and the next fold moves its folder."""
+    with shardemb.open(tmp_path / "s") as store:
+        with monkeypatch.context() as patch:
+            full_at(patch, "sync_data", "rows/c.2.0")
+            fill(store)
+            assert not (tmp_path / "s" / "plain").exists()
+        assert store.verify() == []
+        assert (tmp_path / "s" / "plain").exists()
+        assert verified(tmp_path / "s") == []
+
+
+def test_a_table_that_moves_while_it_is_looked_at_is_no_damage(path, monkeypatch):
+    with shardemb.open(path) as store:
+
+        def move(done, total):
+            if done < total and "plain" in store:
+                store.rename_table("plain", "moved")
+                store.drop_table("drawn")
+                store.commit()
+
+        assert store.verify(progress=move) == []
+        assert list(store) == ["moved"]
+        flip(path / "moved" / "rows" / "c.0.0", 100)
+        assert [each.table for each in store.verify()] == ["moved"]
 
 
 @pytest.mark.parametrize("stage", ["nothing written", "some written", "all written"])

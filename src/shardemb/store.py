@@ -485,18 +485,19 @@ class Store(Mapping[str, Table]):
             if name not in known:
                 msg = f"the last commit of the store {self._runtime.path} has no table {name!r}"
                 raise TableNotFoundError(msg)
-        targets = [
-            verify.Target(name, table._spec, table._mapped.directory)
-            for name, table in known.items()
-            if tables is None or name in tables
-        ]
-        damage, suspects = verify.scan(targets, self._runtime.threads, progress)
-        if self._newest is not None:
-            return damage + verify.confirm(suspects, self._newest)
-        with self._runtime.changing():
-            if suspects and (problem := self._writing().settle()) is not None:
-                raise problem
-            return damage + verify.confirm(suspects, self._writing().images)
+        chosen = [table for name, table in known.items() if tables is None or name in tables]
+        while True:
+            targets = [verify.Target(each.name, each._spec, each._mapped.directory) for each in chosen]
+            damage, suspects = verify.scan(targets, self._runtime.threads, progress)
+            if self._newest is not None:
+                return damage + verify.confirm(suspects, self._newest)
+            with self._runtime.changing():
+                if suspects and (problem := self._writing().settle()) is not None:
+                    raise problem
+                chosen = [each for each in chosen if each._spec.uuid in self._committed]
+                # Where a fold has moved what was new, or renamed: what is not found any more is no damage.
+                if [each._mapped.directory for each in chosen] == [each.directory for each in targets]:
+                    return damage + verify.confirm(suspects, self._writing().images)
 
     def info(self) -> report.StoreInfo:
         """Tell what the store holds and the disk space that it takes; looks at every file.
