@@ -1,6 +1,7 @@
 """Any sequence of calls on a store against the model: every table, every row and every bit the same after each call."""
 
-import tempfile
+import os
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from model import StoreModel, TableModel, assert_same_bits
+from test_power_loss import scratch
 
 import shardemb
 from shardemb import plan
@@ -19,6 +21,8 @@ from shardemb.errors import RowIdError, TableExistsError
 from shardemb.initializers import Constant, Normal, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
 
+EXAMPLES = int(os.environ.get("SHARDEMB_EXAMPLES", "100"))
+STEPS = int(os.environ.get("SHARDEMB_EXAMPLE_STEPS", "30"))
 NAMES = ["a", "b", "c"]
 # Records of 64, 128 and 192 bytes lie in shards of 64 rows; those of 68 bytes, for RowWiseAdagrad, in shards of 1,024.
 DIM = 16
@@ -49,23 +53,21 @@ class StoreMachine(RuleBasedStateMachine):
         data=st.data(),
         threads=st.integers(1, 3),
         budget=st.sampled_from([0, 50_000, 2**40]),
+        log_bytes=st.sampled_from([1, 2**30]),
         task_bytes=st.sampled_from([500, 2**20]),
     )
-    def open(self, data, threads, budget, task_bytes):
+    def open(self, data, threads, budget, log_bytes, task_bytes):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(plan, "TASK_BYTES", task_bytes)
-        self.folder = tempfile.TemporaryDirectory()
-        self.options = {"threads": threads, "memory_budget": budget}
+        self.folder = scratch()
+        self.options = {"threads": threads, "memory_budget": budget, "log_bytes": log_bytes}
+        self.path = Path(self.folder.name) / "store.zarr"
         self.store = shardemb.open(self.path, **self.options)
         self.model = StoreModel()
         for name in data.draw(st.sampled_from([["a", "b"], ["b"]]), label="tables to begin with"):
             self.new_table(data, name)
         self.store.commit(step=0)
         self.model.commit(0, {})
-
-    @property
-    def path(self):
-        return Path(self.folder.name) / "store.zarr"
 
     def teardown(self):
         if hasattr(self, "store"):
@@ -208,6 +210,25 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = shardemb.open(self.path, **self.options)
         assert self.store.verify() == []
 
+    @rule()
+    def checkpoint(self):
+        self.store.checkpoint()
+
+    @rule()
+    def crash(self):
+        """Leave the store as a process leaves it that is killed now, with all that it has not committed."""
+        left = self.path.with_name(f"{self.path.name}+")
+        journal = self.store._writing()
+        with self.store._runtime.lock:  # nothing is copied that is half way; other tests crash there
+            journal._wait()
+            shutil.copytree(self.path, left)
+        close_quietly(self.store)
+        shutil.rmtree(self.path)
+        self.path = left
+        self.model.rollback()
+        self.store = shardemb.open(self.path, **self.options)
+        assert self.store.verify() == []
+
     @rule(how=st.sampled_from(["commit", "rollback", "reopen", "commit and reopen"]), data=st.data())
     def end_transaction(self, how, data):
         if how.startswith("commit"):
@@ -227,4 +248,6 @@ class StoreMachine(RuleBasedStateMachine):
 
 TestStore = StoreMachine.TestCase
 # Without the phase that explains: it takes longer than the tests, and hides the first failure if that depends on time.
-TestStore.settings = settings(max_examples=120, stateful_step_count=30, phases=set(Phase) - {Phase.explain})
+TestStore.settings = settings(
+    max_examples=EXAMPLES, stateful_step_count=STEPS, phases=set(Phase) - {Phase.explain}
+)
