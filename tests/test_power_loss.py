@@ -530,20 +530,21 @@ LEFT_OUT = {
 }
 
 
-def found_without(skip, *, kill, rounds=3):
-    """Say which state does not open at the last commit where some calls are left out, up to 500 states a round."""
-    for seed in range(rounds * WORKLOADS):
+def found_without(skip, *, kill, states=1500, first_seed=0):
+    """Say which of up to so many states does not open at the last commit where some calls are left out."""
+    each = 500 // WORKLOADS
+    for seed in range(first_seed, first_seed + -(-states // each)):
         try:
-            explore(seed, 500 // WORKLOADS, again=0.5, kill=kill, skip=skip)
+            explore(seed, each, again=0.5, kill=kill, skip=skip)
         except AssertionError as error:
             assert re.search(r"opens at|does not open|damage", str(error))
             return str(error)
     return None
 
 
-def found_without_barrier(what):
+def found_without_barrier(what, **more):
     # Without the last, only a power cut soon after the kill of a process makes a difference.
-    return found_without(LEFT_OUT[what], kill=0.7 if "before recovery" in what else 0.1)
+    return found_without(LEFT_OUT[what], kill=0.7 if "before recovery" in what else 0.1, **more)
 
 
 @pytest.mark.slow
@@ -622,8 +623,8 @@ def leaving_out(site):
     return skip
 
 
-def found_without_call(site):
-    return found_without(leaving_out(site), kill=0.3)
+def found_without_call(site, **more):
+    return found_without(leaving_out(site), kill=0.3, **more)
 
 
 @pytest.mark.slow

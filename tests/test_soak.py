@@ -7,9 +7,11 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from test_power_loss import LEFT_OUT, OTHER_REASONS, SITES, found_without_barrier, found_without_call
 
 SCALE = float(os.environ.get("SHARDEMB_SOAK", "1.0"))
 FIRST_SEED = int(os.environ.get("SHARDEMB_SEED", str(random.SystemRandom().randrange(10**6))))
@@ -54,15 +56,48 @@ def test_damage(piece, monkeypatch):
     print(test_verify.damage_many(FIRST_SEED + piece))
 
 
+@pytest.mark.parametrize("piece", range(PIECES))
+def test_full_disks(piece, new_disk):
+    from test_full_disk import fill_disks
+
+    if piece >= max(2, 500 * SCALE):
+        pytest.skip("not at this scale")
+    new_disk("tmpfs", 2**20)  # or skip
+    count = max(1, int(500 * SCALE / PIECES))
+    first = FIRST_SEED + piece * count
+    announce("full disks", first, f"{count} disks")
+    print(dict(sum((fill_disks(first + number) for number in range(count)), Counter())))
+
+
+def mutants():
+    """Each call site and each barrier that is left out, and the function that finds a state without it."""
+    return [
+        *((found_without_call, site) for site in SITES if site not in OTHER_REASONS),
+        *((found_without_barrier, what) for what in LEFT_OUT),
+    ]
+
+
+@pytest.mark.parametrize(("found_without", "what"), mutants(), ids=[what for _, what in mutants()])
+def test_mutants(found_without, what):
+    """Found within so many states, from a seed that no run before has tried."""
+    states = max(1500, int(20_000 * SCALE))
+    announce(f"without {what}", FIRST_SEED, f"up to {states} states")
+    found = found_without(what, states=states, first_seed=FIRST_SEED)
+    print(found)
+    assert found
+
+
 @pytest.mark.parametrize(
-    ("test", "variable", "count"),
+    ("test", "counts"),
     [
-        ("test_killed_training.py", "SHARDEMB_KILLS", 2000),
-        ("test_fuzz.py", "SHARDEMB_FUZZ_S", 3600),
+        ("test_killed_training.py", {"SHARDEMB_KILLS": 2000}),
+        ("test_fuzz.py", {"SHARDEMB_FUZZ_S": 3600}),
+        ("test_stateful.py", {"SHARDEMB_EXAMPLES": 5000, "SHARDEMB_EXAMPLE_STEPS": 100 / min(SCALE, 1.0)}),
     ],
 )
-def test_others_for_longer(test, variable, count):
-    announce(test, FIRST_SEED, f"{variable}={int(count * SCALE)}")
-    settings = {variable: str(max(1, int(count * SCALE))), "SHARDEMB_SEED": str(FIRST_SEED)}
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "timeout=0", str(Path(__file__).with_name(test))]
-    subprocess.run(command, env=os.environ | settings, check=True)
+def test_others_for_longer(test, counts):
+    settings = {name: str(max(1, round(count * SCALE))) for name, count in counts.items()}
+    announce(test, FIRST_SEED, settings)
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "timeout=0", f"--hypothesis-seed={FIRST_SEED}"]
+    command += [str(Path(__file__).with_name(test))]
+    subprocess.run(command, env=os.environ | settings | {"SHARDEMB_SEED": str(FIRST_SEED)}, check=True)
