@@ -158,6 +158,9 @@ class StoreMachine(RuleBasedStateMachine):
 
     @precondition(has_tables)
     @rule(data=st.data())
+    def write_rows(self, data):
+        self.write(data)
+
     def write(self, data):
         table, model = self.a_table(data)
         ids, rows = self.a_batch(data, model)
@@ -214,9 +217,13 @@ class StoreMachine(RuleBasedStateMachine):
     def checkpoint(self):
         self.store.checkpoint()
 
-    @rule()
-    def crash(self):
+    @rule(data=st.data(), first=st.sampled_from(["", "commit", "commit and change"]))
+    def crash(self, data, first):
         """Leave the store as a process leaves it that is killed now, with all that it has not committed."""
+        if first:
+            self.commit()
+        if first.endswith("change") and self.model.tables:
+            self.write(data)
         left = self.path.with_name(f"{self.path.name}+")
         journal = self.store._writing()
         with self.store._runtime.lock:  # nothing is copied that is half way; other tests crash there
