@@ -575,7 +575,8 @@ OTHER_REASONS = {
     "files.overwrite:write": "the same",
     "opening._create:replace": "the manifest, which is published again before the first commit",
     "opening._create:sync_directory:2": "the folder's own name, above what is simulated",
-    "shards.open_existing:sync_tree": "chunks that zarr has deleted",
+    "shards.open_existing:sync_file": "chunks that zarr has deleted, which no workload does",
+    "shards.open_existing:publish": "the same",
     "shards._write_rows:sync": "so that the page cache can be emptied",
 }
 

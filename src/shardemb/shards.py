@@ -292,9 +292,11 @@ def open_existing(directory: Path, *, may_miss: bool, may_create: bool) -> Shard
     spec = spec_of(directory, may_miss=may_miss)
     missing = dict(find_missing(spec, directory))
     if may_create and missing:
-        for path, nbytes in missing.items():
-            files.create_sparse(path, nbytes)
-        files.sync_tree(directory)
+        for path, nbytes in missing.items():  # under its name a file has its size
+            files.remove(files.staged(path))
+            files.create_sparse(files.staged(path), nbytes)
+            files.sync_file(files.staged(path))
+            files.publish(path)
         missing = {}
     return Shards(spec, directory, missing)
 
