@@ -141,7 +141,9 @@ def test_same_bits_for_any_shard_size(path, tasks_run, rows_per_shard):
 @pytest.mark.parametrize(("task_bytes", "most"), [(1, 10), (1000, 10), (30_000, 4), (2**20, 1)])
 def test_same_bits_for_any_task_size(path, tasks_run, monkeypatch, task_bytes, most):
     monkeypatch.setattr(plan, "TASK_BYTES", task_bytes)
-    monkeypatch.setattr(Shards, "is_cold", lambda self, ids: False)  # reading ahead has tasks of its own
+    monkeypatch.setattr(
+        Shards, "is_cold", lambda self, ids, most: False
+    )  # reading ahead has tasks of its own
     train(path, KINDS["Adagrad, without presence"] | {"rows_per_shard": ROWS}, threads=5)
     assert max(tasks_run) == most
 
@@ -266,7 +268,7 @@ def test_cold_batches_equal_warm_ones(path, tasks_run, reads_ahead, kind):
     def between(table):
         if not drop_caches(table):
             pytest.skip("this file system keeps its pages in memory (tmpfs)")
-        cold.append(table._mapped.is_cold(EVERYTHING))
+        cold.append(table._mapped.is_cold(EVERYTHING, 32))
 
     train(path, KINDS[kind], between=between)
     assert cold[-1]
@@ -276,13 +278,13 @@ def test_cold_batches_equal_warm_ones(path, tasks_run, reads_ahead, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cold", [True, False])
 def test_same_bits_whatever_a_batch_is_taken_for(path, tasks_run, reads_ahead, monkeypatch, kind, cold):
-    monkeypatch.setattr(Shards, "is_cold", lambda self, ids: cold)
+    monkeypatch.setattr(Shards, "is_cold", lambda self, ids, most: cold)
     train(path, KINDS[kind])
     assert bool(reads_ahead) == cold
 
 
 def test_all_pages_of_a_cold_batch_are_asked_for_once(store, tasks_run, reads_ahead, monkeypatch):
-    monkeypatch.setattr(Shards, "is_cold", lambda self, ids: True)
+    monkeypatch.setattr(Shards, "is_cold", lambda self, ids, most: True)
     table = store.create_table("t", num_embeddings=ROWS, embedding_dim=DIM, rows_per_shard=64)
     other = store.create_table("other", num_embeddings=ROWS, embedding_dim=DIM)
     ids = [2999, 5, 5, 70, 2999, 0]
@@ -303,17 +305,17 @@ def test_a_batch_in_memory_is_warm_and_one_that_was_dropped_is_cold(store):
     table.write(everything, np.ones((10**5, 64), np.float32))
     store.commit()
     store.checkpoint()
-    assert not table._mapped.is_cold(everything)
+    assert not table._mapped.is_cold(everything, 32)
     if not drop_caches(table):
         pytest.skip("this file system keeps its pages in memory (tmpfs)")
-    assert table._mapped.is_cold(everything)
+    assert table._mapped.is_cold(everything, 32)
     assert (table.lookup(everything) == 1).all()
-    assert not table._mapped.is_cold(everything)
+    assert not table._mapped.is_cold(everything, 32)
 
 
 def test_rows_never_written_are_never_cold(store):
     table = store.create_table("t", num_embeddings=10**5, embedding_dim=64, initializer=Normal())
-    assert not table._mapped.is_cold(np.arange(10**5))
+    assert not table._mapped.is_cold(np.arange(10**5), 32)
 
 
 def test_a_scratch_thread_finds_the_same(store, tasks_run):

@@ -76,7 +76,7 @@ def test_ctrl_c_among_the_kernels_takes_effect_once_the_change_is_complete(store
 
     with monkeypatch.context() as patch:
         patch.setattr(scheduler, "run", interrupted)
-        patch.setattr(Shards, "is_cold", lambda self, ids: False)
+        patch.setattr(Shards, "is_cold", lambda self, ids, most: False)
         patch.setattr(batch, "_read_ahead", lambda *arguments: None)
         with pytest.raises(KeyboardInterrupt):
             if call == "store.update":

@@ -327,20 +327,20 @@ def test_bring_in_gives_a_row_the_values_that_it_was_seen_with(tmp_path):
 def test_a_batch_is_cold_when_its_pages_are_not_in_memory(tmp_path):
     table = create(tmp_path, values=np.ones((ROWS, 5), np.float32))  # written, synced and dropped
     rows = int64(range(0, ROWS, 400))
-    if not table.is_cold(rows):
+    if not table.is_cold(rows, 32):
         pytest.skip("this file system keeps its files in memory")
     table.read_ahead(rows, 0, rows.size)
     assert (look_up(table, rows) == 1).all()
-    assert not table.is_cold(rows)
+    assert not table.is_cold(rows, 32)
 
 
 def test_rows_never_written_are_not_cold(tmp_path):
     table = create(tmp_path, PRESENCE)
-    assert not table.is_cold(int64(range(0, ROWS, 400)))
+    assert not table.is_cold(int64(range(0, ROWS, 400)), 32)
 
 
 def test_an_empty_batch_is_not_cold(tmp_path):
-    assert not create(tmp_path).is_cold(int64([]))
+    assert not create(tmp_path).is_cold(int64([]), 32)
 
 
 # ---- files ------------------------------------------------------------------------------------------------------

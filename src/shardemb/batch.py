@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from shardemb.runtime import Runtime
     from shardemb.shards import Shards
 
+SAMPLES = 32
+"""Rows of a batch that are looked for in memory, to tell whether it is cold."""
+
 PREFETCH_ROWS = 4096
 """Rows whose pages a prefetch copies while it holds the lock once."""
 
@@ -103,10 +106,12 @@ def _without_lock(
 
 
 def _gather(runtime: Runtime, reads: Sequence[Read]) -> None:
-    cold = [
-        (r.shards, plan.group(r.ids, r.shards.spec.num_embeddings)) for r in reads if r.shards.is_cold(r.ids)
-    ]
-    _read_ahead(runtime, cold)
+    samples = _samples(len(reads))
+    cold = [read for read in reads if read.shards.is_cold(read.ids, samples)]
+    if cold:
+        _read_ahead(
+            runtime, [(each.shards, plan.group(each.ids, each.shards.spec.num_embeddings)) for each in cold]
+        )
 
     def gather(pieces: list[Piece]) -> None:
         for which, start, stop in pieces:
@@ -119,7 +124,7 @@ def _gather(runtime: Runtime, reads: Sequence[Read]) -> None:
 
 def _gather_range(runtime: Runtime, reads: Sequence[Read]) -> None:
     for read in reads:
-        if read.shards.is_cold(read.ids):
+        if read.shards.is_cold(read.ids, SAMPLES):
             read.shards.read_ahead(read.ids, 0, read.ids.size)
         read.shards.gather(read.column, read.ids, read.out, 0, read.ids.size)
 
@@ -148,7 +153,10 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
         runtime.check_sound()
         for each in changes:
             each.shards.pages.bring_back(each.batch.rows, to_change=True)
-        _read_ahead(runtime, [(c.shards, c.batch) for c in changes if c.shards.is_cold(c.batch.rows)])
+        samples = _samples(len(changes))
+        cold = [each for each in changes if each.shards.is_cold(each.batch.rows, samples)]
+        if cold:
+            _read_ahead(runtime, [(each.shards, each.batch) for each in cold])
         work = [_work(change) for change in changes]
 
         def change_rows(pieces: list[Piece]) -> None:
@@ -208,6 +216,11 @@ def _work(change: Change) -> Callable[[int, int], None]:
         step(shards.records, batch.rows, batch.starts, batch.order, values, scalars, scratch, start, stop)
 
     return take_step
+
+
+def _samples(tables: int) -> int:
+    """How many rows of each of several tables are looked for in memory, at 2 us each."""
+    return max(SAMPLES // 4, SAMPLES // tables) if tables else 0
 
 
 def _read_ahead(runtime: Runtime, batches: Sequence[tuple[Shards, Grouped]]) -> None:

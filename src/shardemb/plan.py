@@ -148,6 +148,9 @@ def cut(lengths: Sequence[int], tasks: int) -> list[list[Piece]]:
     >>> cut([3, 5], tasks=2)
     [[Piece(which=0, start=0, stop=3), Piece(which=1, start=0, stop=1)], [Piece(which=1, start=1, stop=5)]]
     """
+    if tasks == 1:
+        whole = [Piece(which, 0, length) for which, length in enumerate(lengths) if length]
+        return [whole] if whole else []
     total = sum(lengths)
     stretches: list[list[Piece]] = []
     for task in range(tasks):

@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     from shardemb.arrays import Float32Array, Int64Array
     from shardemb.pages import Room
 
-SAMPLES = 32
 COLD_SHARE = 0.1
-"""A batch is cold if more than this share of a sample, one row in eight up to `SAMPLES`, is not in memory."""
+"""A batch is cold if more than this share of a sample is not in memory."""
 
 PAGED_ROWS = 4096
 """Rows whose pages are brought back together where not all of them have room in memory."""
@@ -112,9 +111,9 @@ class Shards:
             self.records, self.present, first, ids, out, key, parameters, start, stop
         )
 
-    def is_cold(self, ids: Int64Array) -> bool:
-        """Whether too much of a batch would have to be read from disk, by a sample."""
-        samples = min(SAMPLES, -(-ids.size // 8))
+    def is_cold(self, ids: Int64Array, most: int) -> bool:
+        """Whether too much of a batch would have to be read from disk, by a sample of one row in eight up to `most`."""
+        samples = min(most, -(-ids.size // 8))
         if samples == 0:
             return False
         resident = kernels.sample_resident(
