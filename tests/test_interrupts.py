@@ -119,6 +119,7 @@ def test_ctrl_c_before_rows_change_changes_nothing(store, monkeypatch):
         time.sleep(1)
 
     with monkeypatch.context() as patch:
+        patch.setattr(Shards, "is_cold", lambda self, ids, most: True)
         patch.setattr(batch, "_read_ahead", interrupted)
         with pytest.raises(KeyboardInterrupt):
             table.update([1, 2], np.ones((2, DIM)))
@@ -482,6 +483,7 @@ def test_an_exception_before_rows_change_changes_nothing(store, monkeypatch):
         raise MemoryError("planning")
 
     with monkeypatch.context() as patch:
+        patch.setattr(Shards, "is_cold", lambda self, ids, most: True)
         patch.setattr(batch, "_read_ahead", broken)
         with pytest.raises(MemoryError):
             table.update([1, 2], ONES)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from shardemb.runtime import Runtime
     from shardemb.shards import Shards
 
+SEGMENTS = 16
+"""Segments that make a full log."""
+
 
 class Journal:
     """Base, log and fold of a store that is open for writing. Everything is under the store's lock.
@@ -54,7 +57,7 @@ class Journal:
         self._base = base
         files.make_directory(folders.log(runtime.path))
         files.sync_directory(folders.private(runtime.path))
-        self._log = log.Log(folders.log(runtime.path), base, runtime.log_bytes // 16)
+        self._log = log.Log(folders.log(runtime.path), base, runtime.log_bytes // SEGMENTS, SEGMENTS)
         self._condition = threading.Condition(runtime.lock)
         self._folding = False
         self._folding_bytes = 0

@@ -39,6 +39,9 @@ FIRST_SEGMENT = 64 * 2**10
 """Bytes of a store's first segment, so that opening writes little; one that is full is followed by a larger one."""
 
 SEGMENT_BYTES = 64 * 2**20
+LARGE_COMMIT = 4 * 2**20
+"""Bytes of a commit in which the sync of a segment that was only allocated makes no difference."""
+
 STAGE_BYTES = 8 * 2**20
 """Bytes that are put together in memory before they are written."""
 
@@ -54,6 +57,8 @@ class Log:
         Whose `segment`, `sequence`, `attempt` and `epoch` the log begins with; its first segment is made.
     segment_bytes : int
         Usual size of a segment.
+    spares : int
+        Segments of that size that are kept to be used again.
 
     Raises
     ------
@@ -61,7 +66,9 @@ class Log:
         There is no room for the first segment.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, segment_bytes: int = SEGMENT_BYTES) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, segment_bytes: int = SEGMENT_BYTES, spares: int = 4
+    ) -> None:
         self._folder = folder
         self._usual_bytes = max(round_up(segment_bytes, PAGE), FIRST_SEGMENT)
         self._store = uuid.UUID(manifest.uuid).bytes
@@ -77,6 +84,7 @@ class Log:
         self._staged = 0
         self._descriptor: int | None = None
         self._spares: list[Path] = []
+        self._most_spares = spares
         self.nbytes = 0
         """Bytes that were appended since the base."""
         self._begin_segment(FIRST_SEGMENT)
@@ -98,7 +106,8 @@ class Log:
         if self._position + nbytes + PAGE > self._size:
             size = min(2 * self._size, self._usual_bytes)
             with signals_deferred():
-                self._next_segment(max(size, round_up(nbytes, PAGE) + 2 * PAGE))
+                needed = round_up(nbytes, PAGE) + 2 * PAGE
+                self._next_segment(max(size, needed), zeros=needed < LARGE_COMMIT)
         self.attempt += 1
         self._count = 0
 
@@ -142,7 +151,7 @@ class Log:
     def discard(self, closed: Sequence[Path]) -> None:
         """Let go of closed segments, which the base has passed; some are used again."""
         for path in closed:
-            if files.size(path) == self._usual_bytes and len(self._spares) < 4:
+            if files.size(path) == self._usual_bytes and len(self._spares) < self._most_spares:
                 spare = path.with_suffix(".spare")
                 files.rename(path, spare)
                 self._spares.append(spare)
@@ -160,12 +169,12 @@ class Log:
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:08d}{SUFFIX}"
 
-    def _next_segment(self, nbytes: int) -> None:
-        """Begin a segment of at least so many bytes; the one before is all durable by then."""
+    def _next_segment(self, nbytes: int, *, zeros: bool = True) -> None:
+        """Begin a segment of so many bytes; the one before is all durable by then."""
         self._sync()
         before, position, sequence = self._descriptor, self._position, self.sequence
         salt = self._salt
-        self._begin_segment(nbytes)
+        self._begin_segment(nbytes, zeros=zeros)
         # Says that the next segment is there, so that its loss is noticed.
         assert before is not None
         path = self._path(self.number - 1)
@@ -179,7 +188,7 @@ class Log:
         finally:
             files.close(before)
 
-    def _begin_segment(self, nbytes: int) -> None:
+    def _begin_segment(self, nbytes: int, *, zeros: bool = True) -> None:
         number, salt = self.number + 1, uuid.uuid4().bytes
         temporary = self._path(number).with_suffix(".new")
         files.remove(temporary)  # a writer before may have died over it
@@ -190,7 +199,7 @@ class Log:
             else:
                 files.write_new(temporary, b"")
             descriptor = files.open_direct(temporary)
-            self._fill(descriptor, nbytes, temporary)
+            self._fill(descriptor, nbytes, temporary, zeros=zeros)
             header = HEADER.pack(
                 MAGIC, FORMAT_VERSION, self._epoch, number, self.sequence, nbytes, self._store, salt, 0
             )
@@ -215,11 +224,11 @@ class Log:
         self._descriptor, self._size, self._salt, self.number = descriptor, nbytes, salt, number
         self._position = PAGE
 
-    def _fill(self, descriptor: int, nbytes: int, path: Path) -> None:
-        """Secure the space of a segment: later appends to blocks that were written once need one cheap sync."""
+    def _fill(self, descriptor: int, nbytes: int, path: Path, *, zeros: bool) -> None:
+        """Secure the space of a segment; where it is full of `zeros`, later appends need one cheap sync."""
         if (files.size(path) or 0) >= nbytes:
             return
-        if nbytes > self._usual_bytes:  # for one commit: writing it twice would cost more
+        if not zeros:  # writing it twice would cost more
             files.allocate(descriptor, 0, nbytes, path)
             files.write(descriptor, _zeros(self._stage, PAGE), nbytes - PAGE, path)
             return
