@@ -1,0 +1,145 @@
+"""Commits: a few rows, durably, and one percent of a table (W5, W8)."""
+
+import os
+from dataclasses import replace
+
+import numpy as np
+
+import shardemb
+from benchmarks import common
+from benchmarks.common import ROW_BYTES
+
+from . import memory, peers
+from .data import ids_of, remove, warm
+from .racing import Contender, race, same_bytes
+from .reading import FULL
+from .results import Case, at_most, faster
+
+UPDATED = 1000
+ENGINES = {"RocksDB": None, "lmdb": 10, "h5py": 3, "zarr": 3, "tensorstore": 3}
+"""Engines that a write makes durable, and their repetitions: those of the race by default."""
+
+OURS = "write + commit"
+
+
+# ---- W5: a durable update of a few rows ---------------------------------------------------------------------------
+
+
+def durable_update(settings):
+    """W5: 1,000 warm random rows are on the disk when the call returns."""
+    data = settings.data(FULL)
+    size = min(UPDATED, data.rows // 4)
+    path = data.store("updated")
+    opened = [peers.ENGINES[name](data) for name in ENGINES if peers.has(name)]
+    for peer in opened:
+        peer.open()
+    with shardemb.open(path) as store:
+        table = store["rows"]
+        warm(table)
+
+        def ours(batch):
+            table.write(*batch)
+            store.commit()
+
+        contenders = [Contender(OURS, ours)]
+        contenders += [
+            Contender(peer.name, lambda batch, peer=peer: peer.write(*batch), repetitions=ENGINES[peer.name])
+            for peer in opened
+        ]
+        make = _distinct_writes(data.rows)
+        equal = _all_write(make(size), contenders, {OURS: table.lookup} | {p.name: p.read for p in opened})
+        arms = race(contenders, make, size, settings.times(30))
+    for peer in opened:
+        peer.remove()
+    limit = size / (settings.machine.sync_s + size * (ROW_BYTES + 8) / settings.machine.write_bytes_per_s)
+    bars = (
+        at_most(f"{OURS}, 1,000 rows", 1e3 * arms[OURS].median, 5.0, "ms"),
+        faster(arms, OURS, "lmdb", 20.0),
+        faster(arms, OURS, "zarr", 200.0),
+        faster(arms, OURS, "tensorstore", 200.0),
+        faster(arms, OURS, "RocksDB", 1 / 3),
+    )
+    case = Case("1,000 rows", tuple(arms.values()), bars, equal, limit, ("every arm syncs",))
+    work = memory.Work(data.rows, size, "uniform", 60, commit_every=1)
+    return [case, memory.check("W5", work, settings)]
+
+
+def _distinct_writes(rows):
+    ids = ids_of("uniform", rows)
+
+    def make(size):
+        unique = np.unique(ids(size + size // 4 + 64))  # ascending, as h5py wants them
+        chosen = np.sort(common.random.permutation(unique)[:size])
+        return chosen, common.make_values(chosen.size)
+
+    return make
+
+
+def _all_write(batch, contenders, readers):
+    """Let everybody write the same rows and read them back."""
+    for each in contenders:
+        each.call(batch)
+        if not same_bytes(readers[each.name](batch[0]), batch[1]):
+            raise AssertionError(f"{each.name} returned other bytes")
+    return True
+
+
+# ---- W8: one percent of a table -----------------------------------------------------------------------------------
+
+
+def incremental(settings):
+    """W8: what a commit writes when 1 % of the rows have changed, against saving the whole table."""
+    data = settings.data(FULL)
+    size = data.rows // 100
+    saved = data.folder / "saved.npy"
+    written, folded = [], []
+    with shardemb.open(data.store("updated")) as store:
+        table = store["rows"]
+        warm(table)
+
+        def change():
+            fold()  # what the last commit left would be counted below
+            ids = ids_of("uniform", data.rows)(2 * size)
+            ids = common.random.permutation(np.unique(ids))[:size]
+            table.write(ids, common.make_values(ids.size))
+
+        def ours(_):
+            before = store.stats()["bytes_written"]
+            store.commit()
+            written.append((store.stats()["bytes_written"] - before) / (size * ROW_BYTES))
+
+        def fold():
+            before = store.stats()["bytes_written"]
+            store.checkpoint()
+            folded.append((store.stats()["bytes_written"] - before) / (size * ROW_BYTES))
+
+        contenders = [Contender("commit", ours, prepare=change)]
+        save = Contender("np.save + fsync", lambda _: _save(saved, data.array), repetitions=3)
+        contenders.append(replace(save, prepare=lambda: remove(saved)))
+        arms = race(contenders, lambda _: None, size, settings.times(9))
+        fold()
+        equal = _reads_back(data.store("updated"), store)
+    remove(saved)
+    bars = (
+        at_most("bytes written in commit, of the changed records", max(written), 1.3, "x"),
+        faster(arms, "commit", "np.save + fsync", 20.0),
+    )
+    later = max(folded)
+    notes = (f"folding writes {later:.1f} times the changed records later, in the background",)
+    facts = {"written_in_commit": max(written), "written_by_fold": later}
+    limit = 1 / (settings.machine.sync_s / size + ROW_BYTES / settings.machine.write_bytes_per_s)
+    return [Case("1 % of the rows", tuple(arms.values()), bars, equal, limit, notes, facts)]
+
+
+def _save(path, array):
+    with path.open("wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _reads_back(path, store):
+    """Whether a reader beside sees what was committed."""
+    ids = common.make_ids("uniform", store["rows"].num_embeddings, 4096)
+    with shardemb.open(path, mode="r") as reader:
+        return same_bytes(reader["rows"].lookup(ids), store["rows"].lookup(ids))

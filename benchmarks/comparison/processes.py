@@ -1,0 +1,72 @@
+"""Processes of their own: one workload's memory, threads and crashes are nobody else's."""
+
+import multiprocessing
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+MIB = 2**20
+
+
+def alone(function, *arguments, first=None):
+    """Call a function in a fresh process, after `first()` if given; return what it returns."""
+    context = multiprocessing.get_context("spawn")  # peers have threads, which a fork would lose
+    with ProcessPoolExecutor(1, mp_context=context, initializer=first) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def anonymous_bytes():
+    """Memory that this process has to itself: heap and copied pages, not the pages of files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
+
+
+class Watch:
+    """Follows the process's anonymous memory while it is entered; `growth` is the most beyond the beginning."""
+
+    def __enter__(self):
+        self._before = self._peak = anonymous_bytes()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._follow)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._end.set()
+        self._thread.join()
+
+    @property
+    def growth(self):
+        """Bytes."""
+        return self._peak - self._before
+
+    def _follow(self):
+        while not self._end.wait(0.01):
+            self._peak = max(self._peak, anonymous_bytes())
+
+
+# ---- a memory limit of the kernel ---------------------------------------------------------------------------------
+
+V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+
+
+class Capped:
+    """A control group with a memory limit, page cache included; None of it exists where the kernel refuses."""
+
+    def __init__(self, name, nbytes):
+        old = (V1 / "cgroup.procs").exists()
+        self.path = (V1 if old else V2) / name
+        self._limit = "memory.limit_in_bytes" if old else "memory.max"
+        self._nbytes = nbytes
+
+    def __enter__(self):
+        self.path.mkdir(exist_ok=True)
+        (self.path / self._limit).write_text(str(self._nbytes))
+        return self
+
+    def __exit__(self, *_):
+        self.path.rmdir()
+
+    def join(self):
+        """Put this process under the limit."""
+        (self.path / "cgroup.procs").write_text("0")

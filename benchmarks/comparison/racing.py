@@ -1,0 +1,105 @@
+"""Taking times: arms in turns, fresh input each time, results kept; and cold files that are proven cold."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import pagecache
+
+from .results import Arm
+
+SETTLE_S = 0.02
+"""Rest before each call: threads of the last one may still spin on the cores."""
+
+DROP = Path("/proc/sys/vm/drop_caches")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One arm of a race: a call that takes the input and returns the result."""
+
+    name: str
+    call: Callable[[Any], Any]
+    size: int | None = None
+    """Rows a call; those of the race by default. Slow arms get fewer: rates are compared."""
+    repetitions: int | None = None
+    prepare: Callable[[], None] = lambda: None
+    """Done before each call and not timed."""
+
+    def note(self, size, repetitions):
+        """Say where it was asked for less than the others."""
+        less = [f"{self.size:,} rows a call"] if self.size not in (None, size) else []
+        few = self.repetitions is not None and self.repetitions < repetitions
+        return ", ".join([*less, *[f"{self.repetitions} repetitions"] * few])
+
+
+def race(contenders, make_input, size, repetitions, *, between=lambda: None, keep=True):
+    """Time the contenders by turns, there and back again; return arms by name.
+
+    `make_input(rows)` is asked before each call. Results are kept to the end, so that no arm gets memory that an
+    earlier result has left.
+    """
+    seconds: dict[str, list[float]] = {each.name: [] for each in contenders}
+    kept = []
+    for repetition in range(repetitions):
+        between()
+        for each in contenders[:: 1 if repetition % 2 else -1]:
+            if repetition >= (each.repetitions or repetitions):
+                continue
+            given = make_input(each.size or size)
+            each.prepare()
+            time.sleep(SETTLE_S)
+            start = time.perf_counter()
+            result = each.call(given)
+            seconds[each.name].append(time.perf_counter() - start)
+            if keep:
+                kept.append(result)
+    return {
+        each.name: Arm(each.name, each.size or size, tuple(seconds[each.name]), each.note(size, repetitions))
+        for each in contenders
+    }
+
+
+def all_equal(contenders, make_input, size, expected):
+    """Check that every contender returns the expected bytes; whoever does not is named and ends the workload."""
+    for each in contenders:
+        ids = make_input(each.size or size)
+        each.prepare()
+        if not same_bytes(each.call(ids), expected(ids)):
+            raise AssertionError(f"{each.name} returned other bytes")
+    return True
+
+
+def same_bytes(found, expected):
+    """Compare two float32 arrays bit by bit."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    return found.shape == expected.shape and np.array_equal(found.view(np.uint32), expected.view(np.uint32))
+
+
+def drop_caches(*paths):
+    """Take files, or all files of folders, out of the page cache and prove it.
+
+    Each file by itself first, which leaves the rest of the machine alone; the whole cache where that is not enough.
+    """
+    files = [file for path in paths for file in _files(Path(path))]
+    for file in files:
+        pagecache._drop(file)
+    if _resident(files) and os.access(DROP, os.W_OK):
+        os.sync()
+        DROP.write_text("1")
+    warm = _resident(files)
+    if warm:
+        raise RuntimeError(f"pages stay in the page cache: {warm}")
+
+
+def _files(path):
+    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+
+
+def _resident(files):
+    return {file.name: pages for file in files if (pages := pagecache.resident_pages(file))}

@@ -1,0 +1,108 @@
+"""torch and FBGEMM: tables in memory, one training step a call."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.common import DIM, LEARNING_RATE
+
+
+class TorchAdam:
+    """`nn.Embedding(sparse=True)` with `SparseAdam`: forward, backward, step."""
+
+    name = "torch SparseAdam in RAM"
+
+    def __init__(self, array):
+        import torch
+
+        self.torch = torch
+        self.table = torch.nn.Embedding.from_pretrained(torch.from_numpy(array), freeze=False, sparse=True)
+        self.optimizer = torch.optim.SparseAdam(self.table.parameters(), lr=LEARNING_RATE)
+
+    def step(self, batch):
+        ids, grads = batch
+        rows = self.table(self.torch.from_numpy(ids))
+        rows.backward(self.torch.from_numpy(grads))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return rows.detach()
+
+    def save(self, path):
+        """Save table and optimizer, durably, as a job does that must survive: a new file, synced, then renamed."""
+        half = Path(f"{path}.half")
+        with half.open("wb") as file:
+            self.torch.save(
+                {"table": self.table.state_dict(), "optimizer": self.optimizer.state_dict()}, file
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        half.rename(path)
+
+    def rows(self, ids):
+        return self.table.weight.detach()[self.torch.from_numpy(ids)].numpy()
+
+
+class FbgemmAdagrad:
+    """FBGEMM's fused kernel for processors: exact row-wise Adagrad within the backward pass."""
+
+    name = "FBGEMM row-wise Adagrad in RAM"
+
+    def __init__(self, array):
+        import fbgemm_gpu  # noqa: F401 - loads its operators
+        import torch
+        from fbgemm_gpu.split_embedding_configs import EmbOptimType
+        from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+            ComputeDevice,
+            EmbeddingLocation,
+            PoolingMode,
+            SplitTableBatchedEmbeddingBagsCodegen,
+        )
+
+        self.torch = torch
+        self.table = SplitTableBatchedEmbeddingBagsCodegen(
+            [(*array.shape, EmbeddingLocation.HOST, ComputeDevice.CPU)],
+            optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+            learning_rate=LEARNING_RATE,
+            eps=1e-8,
+            pooling_mode=PoolingMode.NONE,
+        )
+        self.weights = self.table.split_embedding_weights()[0]
+        self.weights.copy_(torch.from_numpy(array))
+
+    def step(self, batch):
+        ids, grads = batch
+        rows = self.table(self.torch.from_numpy(ids), self.torch.arange(ids.size + 1))
+        rows.backward(self.torch.from_numpy(grads))
+        return rows.detach()
+
+    def rows(self, ids):
+        return self.weights[self.torch.from_numpy(ids)].numpy()
+
+
+def embedding(array):
+    """Make the lookups of torch on an array in memory: into new memory, and into memory that is there."""
+    import torch
+
+    table = torch.from_numpy(array)
+    out = torch.zeros(0, DIM)
+
+    def into(ids):
+        out.resize_(ids.size, DIM)
+        return torch.index_select(table, 0, torch.from_numpy(ids), out=out).numpy()
+
+    def fresh(ids):
+        return torch.nn.functional.embedding(torch.from_numpy(ids), table).numpy()
+
+    return fresh, into
+
+
+def numpy_rowwise_adagrad(weights, sums, ids, grads):
+    """Take the step as users write it, on any two arrays; return the rows before it."""
+    rows = weights[ids]
+    unique, inverse = np.unique(ids, return_inverse=True)
+    summed = np.zeros((unique.size, DIM), np.float32)
+    np.add.at(summed, inverse, grads)
+    sums[unique] += (summed * summed).mean(axis=1)
+    weights[unique] -= np.float32(LEARNING_RATE) / (np.sqrt(sums[unique]) + 1e-8)[:, None] * summed
+    return rows

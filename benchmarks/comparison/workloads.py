@@ -1,0 +1,64 @@
+"""The workloads by name, each run in a process of its own."""
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import committing, peers, reading, training
+from .data import remove
+from .processes import alone
+from .results import Outcome
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is measured, by which function, against whom."""
+
+    name: str
+    title: str
+    run: Callable
+    peers: tuple[str, ...] = ()
+    data: int | None = None
+    """Rows at full scale of the table that it shares with others."""
+
+
+WARM = ("torch", "zarr", "lmdb", "RocksDB", "Lance", "h5py")
+
+WORKLOADS = {
+    each.name: each
+    for each in (  # those that share a table stand together, so that it can be deleted early
+        Workload("W1", "warm lookup, uniform ids", reading.warm_uniform, WARM, reading.FULL),
+        Workload("W2", "warm lookup, Zipf ids", reading.warm_zipf, WARM, reading.FULL),
+        Workload("W5", "durable update", committing.durable_update, tuple(committing.ENGINES), reading.FULL),
+        Workload("W8", "commit of 1 % of the rows", committing.incremental, (), reading.FULL),
+        Workload("W6a", "warm training step", training.warm_steps, ("torch", "FBGEMM"), reading.FULL),
+        Workload("W3", "cold lookup", reading.cold_uniform, ("Lance", "lmdb", "RocksDB"), reading.LARGE),
+        Workload("W11", "small batches", reading.small_batches),
+        Workload("W12", "many tables in one call", reading.many_tables),
+    )
+}
+
+
+def run_all(names, settings, say):
+    """Run workloads one after the other; `say` gets each outcome as soon as it is there."""
+    chosen = [workload for workload in WORKLOADS.values() if workload.name in names]
+    outcomes = []
+    for number, workload in enumerate(chosen):
+        outcomes.append(_run(workload, settings))
+        say(outcomes[-1])
+        if workload.data not in [later.data for later in chosen[number + 1 :]]:
+            remove(settings.folder / f"rows-{settings.rows(workload.data or 0)}")
+    return outcomes
+
+
+def _run(workload, settings):
+    start = time.perf_counter()
+    cases, error = (), ""
+    try:
+        cases = tuple(alone(workload.run, settings))
+    except Exception as problem:
+        traceback.print_exc()
+        error = f"{type(problem).__name__}: {problem}"
+    elapsed = time.perf_counter() - start
+    return Outcome(workload.name, workload.title, cases, peers.missing(workload.peers), elapsed, error)
