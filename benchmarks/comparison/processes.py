@@ -1,7 +1,9 @@
 """Processes of their own: one workload's memory, threads and crashes are nobody else's."""
 
+import contextlib
 import multiprocessing
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -51,7 +53,7 @@ V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 
 
 class Capped:
-    """A control group with a memory limit, page cache included; None of it exists where the kernel refuses."""
+    """A control group with a memory limit, page cache included."""
 
     def __init__(self, name, nbytes):
         old = (V1 / "cgroup.procs").exists()
@@ -65,7 +67,11 @@ class Capped:
         return self
 
     def __exit__(self, *_):
-        self.path.rmdir()
+        for _ in range(50):  # the kernel may need a moment after the last process
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+                break
+            time.sleep(0.1)
 
     def join(self):
         """Put this process under the limit."""

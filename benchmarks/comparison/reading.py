@@ -100,7 +100,11 @@ def _warm_bars(arms):
         faster(arms, "lookup", "torch embedding in RAM", 1.0, stretch=1.3),
         faster(arms, "lookup(out=)", "torch embedding in RAM", 1.0, stretch=1.3),
         faster(arms, "lookup", "numpy a[ids] in RAM", 2.0),
-        *(faster(arms, "lookup", name, 50.0) for name in ("zarr", "lmdb", "RocksDB", "Lance")),
+        *(
+            faster(arms, ours, name, 50.0)
+            for name in ("zarr", "lmdb", "RocksDB", "Lance")
+            for ours in ("lookup", "lookup(out=)")
+        ),
     )
 
 
@@ -134,9 +138,13 @@ def cold_uniform(settings):
     make_ids = ids_of("uniform", data.rows)
     cold = _Cold(data)
     ours = Contender("lookup", cold.lookup, prepare=cold.open_store)
+    small = min(4096, batch)
     maps = [
-        Contender("np.memmap", cold.map, max(64, batch // 8), 3, prepare=cold.open_plain),
-        Contender("np.memmap MADV_RANDOM", cold.map, max(64, batch // 8), prepare=cold.open_advised),
+        Contender("np.memmap", cold.map, repetitions=3, prepare=cold.open_plain),
+        Contender("np.memmap MADV_RANDOM", cold.map, repetitions=3, prepare=cold.open_advised),
+        # Read-ahead brings in most of the table by the end of a large batch, and nothing of use for a small one.
+        Contender("np.memmap, small batch", cold.map, small, 3, prepare=cold.open_plain),
+        Contender("lookup, small batch", cold.lookup, small, prepare=cold.open_store),
     ]
     reads = []
 
@@ -152,6 +160,7 @@ def cold_uniform(settings):
     pages = _mean_pages(make_ids, batch)
     iops = float(np.median(reads))
     pages_per_s = arms["lookup"].rate * pages / batch
+    small_ratio = arms["lookup, small batch"].rate / arms["np.memmap, small batch"].rate
     bars = (
         Bar("distinct pages/s vs random 4 KiB reads/s", pages_per_s / iops, 0.7, stretch=0.9),
         faster(arms, "lookup", "np.memmap", 50.0),
@@ -164,6 +173,7 @@ def cold_uniform(settings):
     notes = (
         f"device measured between the calls, {settings.machine.reader}: {iops:,.0f} reads/s",
         f"lookup: {pages_per_s:,.0f} distinct pages/s",
+        f"a batch of {small:,}: lookup is {small_ratio:.1f} times np.memmap",
     )
     case = Case("uniform", tuple(arms.values()), bars, True, iops * batch / pages, notes, facts)
     work = memory.Work(data.rows, batch, "uniform", 5, store=str(data.store()))
@@ -214,10 +224,9 @@ def _race_cold_engine(name, data, ours, make_ids, batch, settings, arms):
         drop_caches(peer.path)
         peer.open()
 
-    size = batch if name == "Lance" else max(64, batch // 4)
-    theirs = Contender(name, peer.read, size, prepare=reopen)
-    all_equal([theirs], make_ids, batch, make_values)
-    again = race([ours, theirs], make_ids, batch, settings.times(4))
+    theirs = Contender(name, peer.read, prepare=reopen)
+    all_equal([theirs], make_ids, min(1024, batch), make_values)
+    again = race([ours, theirs], make_ids, batch, settings.times(3))
     arms[name] = again[name]
     arms[f"lookup beside {name}"] = Arm(f"lookup beside {name}", batch, again["lookup"].seconds)
     peer.remove()

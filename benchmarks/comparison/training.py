@@ -1,4 +1,6 @@
-"""Training steps in memory, against torch and FBGEMM (W6a)."""
+"""Training steps in memory, against torch and FBGEMM: warm (W6a), and with commits (W6b)."""
+
+import time
 
 import numpy as np
 
@@ -7,10 +9,10 @@ from benchmarks import common
 from benchmarks.common import DIM, ROW_BYTES
 
 from . import memory, peers, torches
-from .data import batches, ids_of
+from .data import batches, ids_of, remove
 from .racing import Contender, race, same_bytes
 from .reading import FULL
-from .results import Case, faster
+from .results import Arm, Case, faster
 
 BATCH = 65_536
 
@@ -94,3 +96,77 @@ def _steps(settings, table, contenders, distribution, batch, target, peer):
         settings.machine.copy_bytes_per_s / moved,
         (f"{distinct:.0%} of a batch is distinct",),
     )
+
+
+# ---- W6b: from a cold start of the log, with commits --------------------------------------------------------------
+
+STEPS, COMMIT_EVERY = 300, 100
+GRADIENTS = 8
+"""Arrays of gradients, used in turns: as many as there are steps would not fit in memory."""
+
+
+def committed_steps(settings):
+    """W6b: the total time of 300 steps, durable every 100."""
+    return [_committed(settings, "uniform", 1.5), _committed(settings, "zipf", 2.5)]
+
+
+def _committed(settings, distribution, target):
+    data = settings.data(FULL)
+    batch = settings.batch(BATCH, data.rows)
+    steps, every = (STEPS, COMMIT_EVERY) if settings.scale >= 0.2 else (30, 10)
+    make = make_batches(distribution, data.rows)
+    gradients = [make(batch)[1] for _ in range(GRADIENTS)]
+    inputs = [(make(batch)[0], gradients[step % GRADIENTS]) for step in range(steps)]
+    sample = common.make_ids("uniform", data.rows, 4096)
+    ours = f"lookup + Adam update, commit every {every}"
+    arms, rows, notes = (
+        {},
+        {},
+        [f"{steps} steps, one arm after the other; the figure is a step's share of the total"],
+    )
+    for name, train in {ours: _train_ours, torches.TorchAdam.name: _train_torch}.items():
+        if name != ours and not peers.has("torch"):
+            continue
+        step_s, commit_s, rows[name] = train(data, inputs, every, sample)
+        total = sum(step_s) + sum(commit_s)
+        arms[name] = Arm(name, batch, (total / steps,))
+        notes.append(
+            f"{name}: {total:.1f} s, of it commits {', '.join(f'{each:.2f}' for each in commit_s)} s"
+        )
+    equal = all(np.allclose(each, rows[ours], 1e-4, 1e-5) for each in rows.values())
+    notes.append("rows of both agree within 1e-5 in the end")
+    bar = faster(arms, ours, torches.TorchAdam.name, target)
+    return Case(distribution, tuple(arms.values()), (bar,), equal, notes=tuple(notes))
+
+
+def _train_ours(data, inputs, every, sample):
+    path = data.store("logged", common.optimizer("Adam"))
+    with shardemb.open(path) as store:
+        table = store["rows"]
+        for ids in batches(table.num_embeddings):
+            table.lookup(ids)  # as warm as the peer's; the log is empty
+        step_s, commit_s = _timed_steps(step_of(table), store.commit, inputs, every)
+        rows = table.lookup(sample)
+    remove(path)
+    return step_s, commit_s, rows
+
+
+def _train_torch(data, inputs, every, sample):
+    peer, saved = torches.TorchAdam(np.array(data.raw)), data.folder / "saved.pt"
+    step_s, commit_s = _timed_steps(peer.step, lambda: peer.save(saved), inputs, every)
+    remove(saved)
+    return step_s, commit_s, peer.rows(sample)
+
+
+def _timed_steps(step, commit, inputs, every):
+    """Seconds of each run of steps, and of each commit after one."""
+    step_s, commit_s = [], []
+    for first in range(0, len(inputs), every):
+        start = time.perf_counter()
+        for batch in inputs[first : first + every]:
+            step(batch)
+        middle = time.perf_counter()
+        commit()
+        step_s.append(middle - start)
+        commit_s.append(time.perf_counter() - middle)
+    return step_s, commit_s
