@@ -5,7 +5,10 @@ Times are not looked at: a shared machine decides them. What `track_` benchmarks
 
 import ast
 import copy
+import importlib.util
 import itertools
+import json
+import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -114,3 +117,49 @@ def test_all_that_is_tracked_has_a_bound():
 def test_arguments_fit(capsys):
     # What `asv check` does.
     assert all(benchmark.check(str(FOLDER)) for benchmark in BENCHMARKS.values()), capsys.readouterr().out
+
+
+# ---- the comparison with others -----------------------------------------------------------------------------------
+
+ARMS = {
+    "W1": {"lookup", "lookup(out=)", "numpy a[ids] in RAM", "zarr"},
+    "W5": {"write + commit", "zarr"},
+    "W8": {"commit", "np.save + fsync"},
+    "W11": {"1 shards", "64 shards", "1,024 shards", "8,192 shards"},
+}
+PEERS = {
+    "W1": {"torch": "torch embedding in RAM", "lmdb": "lmdb", "rocksdict": "RocksDB", "lance": "Lance"},
+    "W5": {"tensorstore": "tensorstore", "lmdb": "lmdb", "rocksdict": "RocksDB", "h5py": "h5py"},
+}
+"""By workload: the module of a peer that may be missing, and its arm."""
+
+
+def _installed(peers):
+    return {arm for module, arm in peers.items() if importlib.util.find_spec(module) is not None}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_comparison_runs_and_all_arms_return_the_same(tmp_path):
+    result = tmp_path / "result.json"
+    options = ["--scale", "0.005", "--only", ",".join(ARMS), "--json", result, "--folder", tmp_path]
+    subprocess.run([sys.executable, FOLDER / "compare.py", *options], check=True)
+    found = json.loads(result.read_text())
+    assert found["machine"]["copy_bytes_per_s"] > 0
+    assert found["workloads"].keys() == ARMS.keys()
+    for name, workload in found["workloads"].items():
+        assert ARMS[name] | _installed(PEERS.get(name, {})) <= workload["cases"][0]["arms"].keys()
+        assert all(case["equal"] for case in workload["cases"])
+        assert (
+            all(bar["met"] is not None for case in workload["cases"] for bar in case["bars"])
+            or workload["missing"]
+        )
+    assert [path for path in tmp_path.iterdir() if path != result] == []  # what it made is gone
+
+
+def test_a_comparison_that_does_not_exist_is_refused():
+    answer = subprocess.run(
+        [sys.executable, FOLDER / "compare.py", "--only", "W99"], capture_output=True, text=True
+    )
+    assert answer.returncode == 1
+    assert "no workload W99" in answer.stderr

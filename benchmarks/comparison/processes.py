@@ -23,6 +23,10 @@ def anonymous_bytes():
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
 
 
+class CannotRun(Exception):
+    """This machine lacks what a workload needs: a page cache that can be dropped, a memory limit."""
+
+
 class Watch:
     """Follows the process's anonymous memory while it is entered; `growth` is the most beyond the beginning."""
 
@@ -62,8 +66,11 @@ class Capped:
         self._nbytes = nbytes
 
     def __enter__(self):
-        self.path.mkdir(exist_ok=True)
-        (self.path / self._limit).write_text(str(self._nbytes))
+        try:
+            self.path.mkdir(exist_ok=True)
+            (self.path / self._limit).write_text(str(self._nbytes))
+        except OSError as problem:
+            raise CannotRun(f"no memory limit for a process here: {problem}") from problem
         return self
 
     def __exit__(self, *_):

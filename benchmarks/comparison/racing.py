@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarks import pagecache
 
+from .processes import CannotRun
 from .results import Arm
 
 SETTLE_S = 0.02
@@ -94,7 +95,7 @@ def drop_caches(*paths):
         DROP.write_text("1")
     warm = _resident(files)
     if warm:
-        raise RuntimeError(f"pages stay in the page cache: {warm}")
+        raise CannotRun(f"pages stay in the page cache: {warm}")
 
 
 def _files(path):

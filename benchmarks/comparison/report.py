@@ -23,6 +23,8 @@ def outcome(result):
     lines = [f"\n{result.workload}  {result.title}  ({result.seconds:.0f} s)"]
     if result.missing:
         lines.append(f"  missing: {', '.join(result.missing)}")
+    if result.skipped:
+        lines.append(f"  cannot run here: {result.skipped}")
     if result.error:
         lines.append(f"  FAILED: {result.error}")
     for case in result.cases:

@@ -77,6 +77,8 @@ class Outcome:
     missing: tuple[str, ...] = ()
     seconds: float = 0.0
     error: str = ""
+    skipped: str = ""
+    """Why it cannot run on this machine."""
 
 
 def at_most(what, value, target, unit):

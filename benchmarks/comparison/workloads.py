@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from . import around, capped, committing, peers, reading, training
 from .data import remove
-from .processes import alone
+from .processes import CannotRun, alone
 from .results import Outcome
 
 
@@ -60,11 +60,14 @@ def run_all(names, settings, say):
 
 def _run(workload, settings):
     start = time.perf_counter()
-    cases, error = (), ""
+    cases, error, skipped = (), "", ""
     try:
         cases = tuple(alone(workload.run, settings))
-    except Exception as problem:
+    except CannotRun as reason:
+        skipped = str(reason)
+    except Exception as problem:  # the others can still be measured
         traceback.print_exc()
         error = f"{type(problem).__name__}: {problem}"
     elapsed = time.perf_counter() - start
-    return Outcome(workload.name, workload.title, cases, peers.missing(workload.peers), elapsed, error)
+    absent = peers.missing(workload.peers)
+    return Outcome(workload.name, workload.title, cases, absent, elapsed, error, skipped)
