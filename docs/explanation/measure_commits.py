@@ -13,9 +13,10 @@ from statistics import median
 import numpy as np
 
 import shardemb
+from shardemb import plan
 
-ROWS, DIM, BATCH = 4_000_000, 64, 65_536
-LOG_BYTES = [2**27, 2**28, 2**29, 2**30, 2**31]
+ROWS, DIM, BATCH, STEPS = 4_000_000, 64, 65_536, 200
+LOG_BYTES = [2**28, 2**29, 2**30, 2**31]
 random = np.random.default_rng(0)
 adam = shardemb.optim.Adam(lr=1e-3)
 
@@ -55,18 +56,57 @@ def small_commits(folder):
             print(f"  {what:<20}{spread(times)}")
 
 
+def zipf():
+    """Draw ids: of exponent 1.05, scattered over the table; about a third of them are distinct."""
+    ranks = (1 - random.random(BATCH) * (1 - float(ROWS) ** -0.05)) ** -20
+    return (ranks.astype(np.int64) - 1).clip(0, ROWS - 1) * 2_654_435_761 % ROWS
+
+
+def folds(folder):
+    """Fold rows that lie scattered over a table of 3 GB, block by block and in long stretches."""
+    along = plan.along
+    with shardemb.open(folder / "folds.zarr", log_bytes=2**34, memory_budget=2**34) as store:
+        table = store.create_table("t", num_embeddings=ROWS, embedding_dim=DIM, optimizer=adam)
+        table.write(np.arange(ROWS), np.zeros((ROWS, DIM), np.float32))
+        store.commit()
+        store.checkpoint()
+        for rows in (20_000, 500_000):
+            for what, blocks in {
+                "block by block": lambda blocks, has_data: blocks,
+                "in stretches": along,
+            }.items():
+                times, cores, written = [], [], []
+                for _ in range(3):
+                    ids = random.permutation(ROWS)[:rows]
+                    table.update(ids, random.standard_normal((rows, DIM), np.float32))
+                    store.commit()
+                    plan.along, before, start = blocks, store.stats()["bytes_written"], time.process_time()
+                    with timed(times):
+                        store.checkpoint()
+                    cores.append(time.process_time() - start)
+                    written.append(store.stats()["bytes_written"] - before)
+                plan.along = along
+                print(
+                    f"fold of {rows:>9,} rows {what:<16}{median(times):>7.2f} s, of a core {median(cores):>6.2f} s,"
+                    f" {median(written) / 2**20:>6.0f} MiB written"
+                )
+
+
 def training(folder, log_bytes):
     """Train with Adam and a commit every 20 steps; print what the size of the log changes."""
-    with shardemb.open(folder / f"log{log_bytes}.zarr", log_bytes=log_bytes) as store:
+    with shardemb.open(folder / f"log{log_bytes}.zarr", log_bytes=log_bytes, memory_budget=2**34) as store:
         table = store.create_table("t", num_embeddings=ROWS, embedding_dim=DIM, optimizer=adam)
-        store.commit()
         gradients = random.standard_normal((BATCH, DIM), np.float32)
+        for start in range(0, ROWS, 100_000):
+            table.write(np.arange(start, start + 100_000), np.zeros((100_000, DIM), np.float32))
+        store.commit()
+        store.checkpoint()
+        written = store.stats()["bytes_written"]
         alone, beside, commits, changed, largest = [], [], [], 0, 0
         start = time.perf_counter()
-        for step in range(1, 401):
-            ids = random.zipf(1.05, BATCH) * 2_654_435_761 % ROWS
-            folding = store._journal._folding
-            with timed(beside if folding else alone):
+        for step in range(1, STEPS + 1):
+            ids = zipf()
+            with timed(beside if store._journal._folding else alone):
                 table.lookup(ids)
                 table.update(ids, gradients)
             if step % 20 == 0:
@@ -77,12 +117,13 @@ def training(folder, log_bytes):
                     largest, sum(f.stat().st_size for f in (store.path / ".shardemb/log").iterdir())
                 )
         seconds = time.perf_counter() - start
-        written = store.stats()["bytes_written"] / changed
-        slower = f"{median(beside) / median(alone):.2f} x" if len(beside) > 4 and len(alone) > 4 else "-"
+        store.checkpoint()
+        written = (store.stats()["bytes_written"] - written) / changed / table._spec.record_bytes
+        share = len(beside) / STEPS
+        times = [f"{1e3 * median(each):>7.1f} ms" if each else f"{'-':>10}" for each in (alone, beside)]
         print(
-            f"  {log_bytes / 2**20:>6.0f} MiB{seconds:>8.1f} s{1e3 * median(alone or beside):>9.1f} ms{slower:>9}"
-            f"{1e3 * median(commits):>9.0f} ms{1e3 * max(commits):>9.0f} ms{largest / 2**20:>8.0f} MiB"
-            f"{written / 768:>7.2f} x"
+            f"{log_bytes / 2**20:>6.0f} MiB{seconds:>8.1f} s{times[0]}{times[1]}{share:>8.0%}"
+            f"{1e3 * median(commits):>9.0f} ms{1e3 * max(commits):>8.0f} ms{largest / 2**20:>7.0f} MiB{written:>7.1f} x"
         )
 
 
@@ -110,9 +151,10 @@ def main():
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as name:
         folder = Path(name)
         small_commits(folder)
-        print("Adam, 400 steps of 65,536 Zipf ids, a commit every 20")
+        folds(folder)
+        print(f"Adam, {STEPS} steps of 65,536 Zipf ids, a commit every 20")
         print(
-            "  log_bytes    total     step   beside a fold   commit  slowest  log at most  written a record"
+            "log_bytes     total      step  beside a fold, steps   commit slowest log at most written a record"
         )
         for log_bytes in LOG_BYTES:
             training(folder, log_bytes)
