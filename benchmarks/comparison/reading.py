@@ -3,6 +3,7 @@
 import mmap
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from benchmarks.common import DIM, ROW_BYTES
 
 from . import machine, memory, peers, torches
 from .data import batches, ids_of, make_values, warm
-from .racing import Contender, all_equal, drop_caches, race
+from .racing import Contender, all_equal, drop_caches, race, same_bytes
 from .results import Arm, Bar, Case, at_most, faster
 
 FULL, LARGE = 4_000_000, 16_000_000
@@ -295,12 +296,23 @@ def many_tables(settings):
         for table in store.values():
             for ids in batches(table.num_embeddings):
                 table.update(ids, np.zeros((ids.size, DIM), np.float32))
+        equal = _one_by_one(
+            store, {name: common.make_ids("uniform", rows, size) for name, rows in sizes.items()}
+        )
         cases = [
             _many(settings, "lookup", store.lookup, sizes, size, with_grads=False),
             _many(settings, "update", store.update, sizes, size, with_grads=True),
         ]
+        cases = [replace(case, equal=equal) for case in cases]
         store.rollback()
     return cases
+
+
+def _one_by_one(store, ids):
+    """Whether one call for all tables does what a call for each does, also after an update."""
+    store.update({name: (each, common.make_values(each.size)) for name, each in ids.items()})
+    together = store.lookup(ids)
+    return all(same_bytes(rows, store[name].lookup(ids[name])) for name, rows in together.items())
 
 
 def _many(settings, name, call, sizes, size, *, with_grads):
