@@ -1,7 +1,9 @@
 """Processes of their own: one workload's memory, threads and crashes are nobody else's."""
 
 import contextlib
+import ctypes
 import multiprocessing
+import signal
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -9,12 +11,20 @@ from pathlib import Path
 
 MIB = 2**20
 
+_PR_SET_PDEATHSIG = 1
+
 
 def alone(function, *arguments, first=None):
     """Call a function in a fresh process, after `first()` if given; return what it returns."""
     context = multiprocessing.get_context("spawn")  # peers have threads, which a fork would lose
-    with ProcessPoolExecutor(1, mp_context=context, initializer=first) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(first,)) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def _begin(first):
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # not to outlive a command that was killed
+    if first is not None:
+        first()
 
 
 def anonymous_bytes():
