@@ -1,4 +1,4 @@
-"""Measures what ``durability.md`` says of time: commits, folds beside training, opening, verifying.
+"""Measures what durability costs: commits, folds beside training, opening, verifying.
 
 Takes a folder on a local disk (default: the one for temporary files), 6 GB of it, and some minutes.
 """

@@ -107,11 +107,8 @@ def _without_lock(
 
 def _gather(runtime: Runtime, reads: Sequence[Read]) -> None:
     samples = _samples(len(reads))
-    cold = [read for read in reads if read.shards.is_cold(read.ids, samples)]
-    if cold:
-        _read_ahead(
-            runtime, [(each.shards, plan.group(each.ids, each.shards.spec.num_embeddings)) for each in cold]
-        )
+    cold = [each for each in reads if each.shards.is_cold(each.ids, samples)]
+    _read_ahead(runtime, [(c.shards, plan.group(c.ids, c.shards.spec.num_embeddings)) for c in cold])
 
     def gather(pieces: list[Piece]) -> None:
         for which, start, stop in pieces:
@@ -154,9 +151,9 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
         for each in changes:
             each.shards.pages.bring_back(each.batch.rows, to_change=True)
         samples = _samples(len(changes))
-        cold = [each for each in changes if each.shards.is_cold(each.batch.rows, samples)]
-        if cold:
-            _read_ahead(runtime, [(each.shards, each.batch) for each in cold])
+        _read_ahead(
+            runtime, [(c.shards, c.batch) for c in changes if c.shards.is_cold(c.batch.rows, samples)]
+        )
         work = [_work(change) for change in changes]
 
         def change_rows(pieces: list[Piece]) -> None:
@@ -224,6 +221,9 @@ def _samples(tables: int) -> int:
 
 
 def _read_ahead(runtime: Runtime, batches: Sequence[tuple[Shards, Grouped]]) -> None:
+    if not batches:
+        return
+
     def ask(pieces: list[Piece]) -> None:
         for which, start, stop in pieces:
             shards, batch = batches[which]
