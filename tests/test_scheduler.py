@@ -224,13 +224,16 @@ def ctrl_c():
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_waits_for_the_tasks_that_run():
     ended = []
+    both_run = threading.Barrier(2)  # a task that has not begun would be left out
 
     def interrupt():
+        both_run.wait(60)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.1)
         ended.append("interrupt")
 
     def slow():
+        both_run.wait(60)
         time.sleep(0.2)
         ended.append("slow")
 
