@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import zlib
 
 import numpy as np
 import pytest
@@ -484,16 +485,23 @@ def attributes(document):
     return document["attributes"]["shardemb"]
 
 
-def set_manifest(path, change):
-    """Change a manifest and give it the checksum that belongs to it."""
-    from shardemb import manifest
+def with_checksum(change):
+    """Make a change of an object that gives it the checksum that belongs to it too."""
 
     def both(document):
         document.pop("crc32")
         change(document)
-        document["crc32"] = manifest._checksum(document)
+        document["crc32"] = zlib.crc32(json.dumps(document, sort_keys=True).encode())
 
-    edit(path / ".shardemb" / "manifest.json", both)
+    return both
+
+
+def set_manifest(path, change):
+    edit(path / ".shardemb" / "manifest.json", with_checksum(change))
+
+
+def set_attributes(path, change):
+    edit(path / "t/zarr.json", lambda document: with_checksum(change)(attributes(document)))
 
 
 ADAM = {"name": "Adam", "lr": 0.1, "betas": [0.9, 0.999], "eps": 1e-8}
@@ -640,8 +648,12 @@ DAMAGE = {
         r"'t'.*num_embeddings is",
     ),
     "table's rows other than its array's": (
-        lambda p: edit(p / "t/zarr.json", lambda d: attributes(d).update(num_embeddings=999)),
+        lambda p: set_attributes(p, lambda d: d.update(num_embeddings=999)),
         r"'t'.*array 'rows' has shape",
+    ),
+    "a digit of a table's initial values": (
+        lambda p: edit(p / "t/zarr.json", lambda d: attributes(d)["initializer"].update(value=8)),
+        r"'t'.*checksum of its attributes",
     ),
     "shards not whole pages": (
         lambda p: edit(p / "t/zarr.json", lambda d: attributes(d).update(rows_per_shard=100)),
@@ -742,7 +754,7 @@ def test_metadata_that_ask_for_more_shards_than_can_be_are_refused_at_once(path,
         document["shape"] = list(numbers[0])
         document["chunk_grid"]["configuration"]["chunk_shape"] = list(numbers[1])
 
-    edit(path / "t/zarr.json", lambda d: attributes(d).update(num_embeddings=rows, rows_per_shard=128))
+    set_attributes(path, lambda d: d.update(num_embeddings=rows, rows_per_shard=128))
     edit(path / "t/rows/zarr.json", lambda d: array(d, [rows, 8], [128, 8]))
     edit(path / "t/present/zarr.json", lambda d: array(d, [rows // 8], [4 * 2**20]))
 

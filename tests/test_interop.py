@@ -2,6 +2,7 @@
 
 import json
 import warnings
+import zlib
 from pathlib import Path
 
 import dask.array
@@ -162,6 +163,8 @@ def test_the_metadata_are_those_of_the_design(path):
     table = json.loads((path / "t" / "zarr.json").read_text())
     assert (table["zarr_format"], table["node_type"]) == (3, "group")
     found = table["attributes"]["shardemb"]
+    crc = found.pop("crc32")
+    assert crc == zlib.crc32(json.dumps(found, sort_keys=True).encode())
     uuid = found.pop("uuid")
     assert uuid != group["attributes"]["shardemb"]["uuid"]
     assert found == {

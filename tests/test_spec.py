@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import zlib
 
 import numpy as np
 import pytest
@@ -173,7 +174,10 @@ def test_json_gives_back_the_same_spec(optimizer, initializer):
 
 
 def test_json_is_pinned():
-    assert make(optimizer=RowWiseAdagrad(), initializer=Uniform(-1, 1, seed=5)).to_json() == {
+    document = make(optimizer=RowWiseAdagrad(), initializer=Uniform(-1, 1, seed=5)).to_json()
+    rest = {name: value for name, value in document.items() if name != "crc32"}
+    assert document["crc32"] == zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+    assert rest == {
         "format_version": 1,
         "uuid": UUID,
         "stream": "tokens",
@@ -186,7 +190,27 @@ def test_json_is_pinned():
     }
 
 
-@pytest.mark.parametrize("name", list(make().to_json()))
+def test_the_first_stores_had_no_checksum():
+    document = make().to_json()
+    del document["crc32"]
+    assert TableSpec.from_json(document) == make()
+
+
+@given(
+    st.sampled_from(["stream", "low", "high", "seed", "lr"]),
+    st.one_of(st.integers(1, 100), st.floats(0.001, 50.0), st.text()),
+)
+def test_a_value_that_could_be_but_was_not_written_is_a_format_error(name, value):
+    document = make(optimizer=SGD(lr=0.5), initializer=Uniform(-1, 60, seed=0)).to_json()
+    for part in (document, document["optimizer"], document["initializer"]):
+        if name in part:
+            part[name] = value
+    if document != make(optimizer=SGD(lr=0.5), initializer=Uniform(-1, 60, seed=0)).to_json():
+        with pytest.raises(FormatError):
+            TableSpec.from_json(document)
+
+
+@pytest.mark.parametrize("name", [name for name in make().to_json() if name != "crc32"])
 def test_a_missing_field_is_a_format_error(name):
     document = make().to_json()
     del document[name]

@@ -14,6 +14,7 @@ byte that reaches the disk passes ``files.py``, and a table's documents can be c
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import zarr
@@ -124,6 +125,12 @@ def table_spec(documents: Mapping[str, bytes]) -> TableSpec:
     FormatError
         A document is missing or damaged; shapes, chunks, codecs or dtypes disagree with the spec.
     """
+    return _table_spec(tuple(documents.items()))
+
+
+@lru_cache(maxsize=1024)  # zarr takes milliseconds for it, and an opening asks several times
+def _table_spec(items: tuple[tuple[str, bytes], ...]) -> TableSpec:
+    documents = dict(items)
     spec = TableSpec.from_json(_attributes(documents.get(DOCUMENT, b"")))
     for path, document in table_documents(spec).items():
         if path == DOCUMENT:

@@ -9,7 +9,6 @@ everything up to its commit, and the log is replayed from its segment.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from shardemb.errors import FormatError
 from shardemb.spec import (
     FORMAT_VERSION,
     check_name,
+    crc32,
     field,
     int_field,
     parse_json,
@@ -126,7 +126,7 @@ class Manifest:
             "tables": [table.to_json() for table in self.tables],
             "dropped": [table.to_json() for table in self.dropped],
         }
-        document["crc32"] = _checksum(document)
+        document["crc32"] = crc32(document)
         return json.dumps(document).encode() + b"\n"
 
     @staticmethod
@@ -141,7 +141,7 @@ class Manifest:
         document = parse_json(data)
         require_version(document)
         crc = document.pop("crc32", None)
-        if crc != _checksum(document):
+        if crc != crc32(document):
             msg = "its checksum does not match its content"
             raise FormatError(msg)
         commit = field(document, "commit", (dict, type(None)))
@@ -227,7 +227,3 @@ def _record_from_json(document: object) -> TableRecord:
         step=int_field(document, "step", 2**62, minimum=0),
         optimizer=None if optimizer is None else optim.from_json(optimizer),
     )
-
-
-def _checksum(document: Mapping[str, object]) -> int:
-    return zlib.crc32(json.dumps(document, sort_keys=True).encode())

@@ -13,6 +13,7 @@ import json
 import math
 import re
 import uuid
+import zlib
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -159,8 +160,8 @@ class TableSpec:
         return (self.num_shards * self.shard_bytes + presence) // PAGE
 
     def to_json(self) -> dict[str, object]:
-        """Return the table's attributes in zarr."""
-        return {
+        """Return the table's attributes in zarr, with a checksum over everything else."""
+        document: dict[str, object] = {
             "format_version": FORMAT_VERSION,
             "uuid": self.uuid,
             "stream": self.stream,
@@ -171,6 +172,7 @@ class TableSpec:
             "optimizer": persisted.to_json(self.optimizer) if self.optimizer else None,
             "initializer": persisted.to_json(self.initializer),
         }
+        return document | {"crc32": crc32(document)}
 
     @staticmethod
     def from_json(document: Mapping[str, Any]) -> TableSpec:
@@ -179,7 +181,8 @@ class TableSpec:
         Raises
         ------
         FormatError
-            A newer version, a missing or impossible value, columns that disagree with the optimizer.
+            A newer version, a missing or impossible value, columns that disagree with the optimizer, a wrong
+            checksum (the first stores had none).
         """
         require_version(document)
         optimizer = field(document, "optimizer", (dict, type(None)))
@@ -198,6 +201,10 @@ class TableSpec:
             raise FormatError(msg)
         if spec.rows_per_shard % shard_rows_multiple(spec.record_bytes):
             msg = f"rows_per_shard {spec.rows_per_shard} is not a multiple of {shard_rows_multiple(spec.record_bytes)}"
+            raise FormatError(msg)
+        rest = {name: value for name, value in document.items() if name != "crc32"}
+        if "crc32" in document and document["crc32"] != crc32(rest):
+            msg = "the checksum of its attributes does not match them"
             raise FormatError(msg)
         return spec
 
@@ -304,6 +311,11 @@ def parse_json(data: bytes) -> dict[str, Any]:
         msg = "it is not a JSON object"
         raise FormatError(msg)
     return document
+
+
+def crc32(document: Mapping[str, object]) -> int:
+    """Return the checksum of a JSON object, however it is laid out."""
+    return zlib.crc32(json.dumps(document, sort_keys=True).encode())
 
 
 def require_version(document: Mapping[str, Any]) -> None:
