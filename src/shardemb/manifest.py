@@ -140,8 +140,7 @@ class Manifest:
         """
         document = parse_json(data)
         require_version(document)
-        crc = document.pop("crc32", None)
-        if crc != crc32(document):
+        if document.get("crc32") != crc32(document):
             msg = "its checksum does not match its content"
             raise FormatError(msg)
         commit = field(document, "commit", (dict, type(None)))

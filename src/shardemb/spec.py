@@ -202,8 +202,7 @@ class TableSpec:
         if spec.rows_per_shard % shard_rows_multiple(spec.record_bytes):
             msg = f"rows_per_shard {spec.rows_per_shard} is not a multiple of {shard_rows_multiple(spec.record_bytes)}"
             raise FormatError(msg)
-        rest = {name: value for name, value in document.items() if name != "crc32"}
-        if "crc32" in document and document["crc32"] != crc32(rest):
+        if "crc32" in document and document["crc32"] != crc32(document):
             msg = "the checksum of its attributes does not match them"
             raise FormatError(msg)
         return spec
@@ -314,8 +313,9 @@ def parse_json(data: bytes) -> dict[str, Any]:
 
 
 def crc32(document: Mapping[str, object]) -> int:
-    """Return the checksum of a JSON object, however it is laid out."""
-    return zlib.crc32(json.dumps(document, sort_keys=True).encode())
+    """Return the checksum of a JSON object, however it is laid out, over all but its own ``crc32``."""
+    rest = {name: value for name, value in document.items() if name != "crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def require_version(document: Mapping[str, Any]) -> None:
