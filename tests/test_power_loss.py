@@ -43,7 +43,25 @@ class Recording:
         self.skip = skip  # which calls are left out, as if the program did not make them
         self.operations = []
         self.acknowledged = []
+        self.left_out = []  # how many operations there were at each call that was left out
         self._lock = threading.RLock()
+
+    def keeps(self, call, path):
+        """Whether a call is made; note where one is not."""
+        if self.skip(call, str(path)):
+            self.left_out.append(len(self.operations))
+            return False
+        return True
+
+    def points(self, chance, count):
+        """Choose moments for a crash: any, and where calls are left out, most of them soon after one."""
+        last = len(self.operations)
+        return [
+            min(chance.choice(self.left_out) + int(chance.expovariate(0.1)), last)
+            if self.left_out and chance.random() < 0.7
+            else chance.randrange(last + 1)
+            for _ in range(count)
+        ]
 
     def add(self, *operation):
         with self._lock:
@@ -68,26 +86,26 @@ class Recording:
 
         def write(descriptor, data, offset, path):
             real["write"](descriptor, data, offset, path)
-            if not self.skip("write", str(path)):
+            if self.keeps("write", path):
                 self.add("write", inode(descriptor), offset, bytes(data))
 
         def sync(descriptor, path):
-            if not self.skip("sync", str(path)):
+            if self.keeps("sync", path):
                 self.add("sync", inode(descriptor))
 
         def sync_data(descriptor, path):
-            if not self.skip("sync_data", str(path)):
+            if self.keeps("sync_data", path):
                 self.add("sync", inode(descriptor))
 
         def sync_tree(path):
-            if not self.skip("sync_tree", str(path)):
+            if self.keeps("sync_tree", path):
                 self.add("sync all")
 
         def rename(source, target):
             number = source.stat().st_ino
             with self._lock:
                 real["rename"](source, target)
-                if not self.skip("rename", str(target)):
+                if self.keeps("rename", target):
                     self.add("rename", self.name(source), self.name(target), number)
 
         def remove(path):
@@ -443,7 +461,7 @@ def explore(seed, number_of_states, *, again=0.2, kill=0.1, skip=lambda call, pa
         recording = Recording(folder, skip)
         with recording.on():
             work(Path(folder) / "store", seed, recording)
-        points = sorted(chance.choices(range(len(recording.operations) + 1), k=number_of_states))
+        points = sorted(recording.points(chance, number_of_states))
         disk, done = Disk(), 0
         for point in points:
             for operation in recording.operations[done:point]:
@@ -492,7 +510,7 @@ def check(state, allowed, chance, seen, *, again, skip, before=None, numbers=Non
         if found not in allowed:
             return f"opens at {found[0]} with {list(found[1])}, and not at {[(a[0], list(a[1])) for a in allowed]}"
         if again:
-            point = chance.randrange(len(recording.operations) + 1)
+            (point,) = recording.points(chance, 1)
             for operation in recording.operations[:point]:
                 disk.apply(*operation)
             state = disk.crash(chance)
@@ -530,7 +548,7 @@ LEFT_OUT = {
 }
 
 
-def found_without(skip, *, kill, states=1500, first_seed=0):
+def found_without(skip, *, kill, states=8000, first_seed=0):
     """Say which of up to so many states does not open at the last commit where some calls are left out."""
     each = 500 // WORKLOADS
     for seed in range(first_seed, first_seed + -(-states // each)):
@@ -614,7 +632,7 @@ def leaving_out(site):
 
     def skip(call, path):
         frame = sys._getframe(1)
-        for _ in range(12):
+        for _ in range(13):
             frame = frame.f_back
             if frame is None:
                 return False

@@ -81,7 +81,7 @@ def mutants():
 @pytest.mark.parametrize(("found_without", "what"), mutants(), ids=[what for _, what in mutants()])
 def test_mutants(found_without, what):
     """Found within so many states, from a seed that no run before has tried."""
-    states = max(1500, int(20_000 * SCALE))
+    states = max(8000, int(20_000 * SCALE))
     announce(f"without {what}", FIRST_SEED, f"up to {states} states")
     found = found_without(what, states=states, first_seed=FIRST_SEED)
     print(found)
