@@ -3,7 +3,8 @@
 ::
 
     read     (cold: group by row, ask for all pages) -> cut into tasks -> gather
-    change   group by row -> (cold: ask for all pages) -> cut into tasks, each row in one -> bring in, step
+    change   group by row -> (cold: ask for all pages) -> copy new rows into slots
+             -> cut into tasks, each row in one -> bring in, step
 
 Everything here has been checked by the caller, so nothing is refused any more.
 """
@@ -33,7 +34,7 @@ SAMPLES = 32
 """Rows of a batch that are looked for in memory, to tell whether it is cold."""
 
 PREFETCH_ROWS = 4096
-"""Rows whose pages a prefetch copies while it holds the lock once."""
+"""Rows that a prefetch copies into slots while it holds the lock once."""
 
 
 @dataclass
@@ -95,11 +96,11 @@ def read_range(runtime: Runtime, shards: Shards, column: str, start: int, stop: 
 def _without_lock(
     runtime: Runtime, reads: Sequence[Read], gather: Callable[[Runtime, Sequence[Read]], None]
 ) -> None:
-    """Gather without the lock; again with it, where pages are out or went out meanwhile."""
-    versions = [each.shards.pages.version for each in reads]
+    """Gather without the lock; again with it, where rows are out or left their slots meanwhile."""
+    versions = [each.shards.overlay.version for each in reads]
     if None not in versions:
         gather(runtime, reads)
-        if [each.shards.pages.version for each in reads] == versions:
+        if [each.shards.overlay.version for each in reads] == versions:
             return
     for each in reads:
         _gather_paged(runtime, each)
@@ -108,15 +109,11 @@ def _without_lock(
 def _gather(runtime: Runtime, reads: Sequence[Read]) -> None:
     samples = _samples(len(reads))
     cold = [each for each in reads if each.shards.is_cold(each.ids, samples)]
-    _read_ahead(runtime, [(c.shards, plan.group(c.ids, c.shards.spec.num_embeddings)) for c in cold])
-
-    def gather(pieces: list[Piece]) -> None:
-        for which, start, stop in pieces:
-            read = reads[which]
-            read.shards.gather(read.column, read.ids, read.out, start, stop)
-
-    tasks = _cut(runtime, [read.ids.size for read in reads], [4 * read.out.shape[1] for read in reads])
-    scheduler.run([partial(gather, task) for task in tasks], runtime.threads)
+    _read_ahead(runtime, [(c.shards, plan.group(c.ids, c.shards.spec.num_embeddings).rows) for c in cold])
+    gathers = [partial(read.shards.gather, read.column, read.ids, read.out) for read in reads]
+    _run_pieces(
+        runtime, gathers, [read.ids.size for read in reads], [4 * read.out.shape[1] for read in reads]
+    )
 
 
 def _gather_range(runtime: Runtime, reads: Sequence[Read]) -> None:
@@ -127,14 +124,16 @@ def _gather_range(runtime: Runtime, reads: Sequence[Read]) -> None:
 
 
 def _gather_paged(runtime: Runtime, read: Read) -> None:
-    """Bring pages back that are out, those of a part of the batch at a time."""
+    """Bring rows back that are out, those of a part of the batch at a time."""
     shards = read.shards
     for start in range(0, read.ids.size, PAGED_ROWS):
         stop = min(start + PAGED_ROWS, read.ids.size)
         rows = np.unique(read.ids[start:stop])
         with runtime.changing():
-            runtime.room.make_room(shards.pages.count_out(rows))
-            shards.pages.bring_back(rows, to_change=False)
+            runtime.room.make_room(shards.overlay.count_out(rows) * shards.overlay.row_bytes)
+            shards.overlay.bring_back(rows)
+            if shards.is_cold(rows, SAMPLES):
+                shards.read_ahead(rows, 0, rows.size)
             shards.gather(read.column, read.ids, read.out, start, stop)
 
 
@@ -145,16 +144,10 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
     it nothing can.
     """
     with runtime.changing():
-        _make_room(runtime, changes)
-        runtime.check_open()  # others may have come while it waited
+        _take_in(runtime, [(each.shards, each.batch.rows) for each in changes])
         runtime.check_sound()
-        for each in changes:
-            each.shards.pages.bring_back(each.batch.rows, to_change=True)
-        samples = _samples(len(changes))
-        _read_ahead(
-            runtime, [(c.shards, c.batch) for c in changes if c.shards.is_cold(c.batch.rows, samples)]
-        )
-        work = [_work(change) for change in changes]
+        places = [each.shards.overlay.places(each.batch.rows) for each in changes]
+        work = [_work(*each) for each in zip(changes, places, strict=True)]
 
         def change_rows(pieces: list[Piece]) -> None:
             for piece in pieces:
@@ -165,8 +158,8 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
         )
         tasks = [partial(change_rows, task) for task in pieces]
         with runtime.all_or_nothing("an update or write"):
-            for each in changes:
-                each.shards.mark(each.batch.rows)
+            for each, slots in zip(changes, places, strict=True):
+                each.shards.mark(each.batch.rows, slots)
             scheduler.run(tasks, runtime.threads)
             for each in changes:
                 if each.training is not None:
@@ -174,7 +167,7 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
 
 
 def prefetch(runtime: Runtime, shards: Shards, rows: Int64Array, *, for_update: bool) -> None:
-    """Read the pages of ascending rows, and copy them where an update is to come."""
+    """Read the pages of ascending rows; copy the rows into slots where an update is to come."""
     shards.read_ahead(rows, 0, rows.size)
     if not for_update:
         return
@@ -182,25 +175,58 @@ def prefetch(runtime: Runtime, shards: Shards, rows: Int64Array, *, for_update: 
         with runtime.lock:  # for a moment at a time
             if runtime.closed:
                 return
-            pages, some = shards.pages, rows[start : start + PREFETCH_ROWS]
-            runtime.room.make_room(pages.count_new(some))
-            if not runtime.closed:
-                pages.copy(some)
+            _take_in(runtime, [(shards, rows[start : start + PREFETCH_ROWS])])
 
 
-def _make_room(runtime: Runtime, changes: Sequence[Change]) -> None:
-    batches = [(each.shards.pages, each.batch.rows) for each in changes]
-    if not runtime.room.has_room(sum(pages.at_most(rows) for pages, rows in batches)):  # spares the counting
-        runtime.room.make_room(sum(pages.count_new(rows) for pages, rows in batches))
+def _take_in(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> None:
+    """Bring ascending rows of tables into slots, with the records that they have.
+
+    The lock may be let go at first, while a fold makes room; not once the first row is here.
+
+    Raises
+    ------
+    StoreClosedError
+        The store was closed meanwhile.
+    DiskFullError, OSError
+        There is no room.
+    """
+    _make_room(runtime, batches)
+    runtime.check_open()
+    for shards, rows in batches:
+        shards.overlay.bring_back(rows)
+    new = [(shards, shards.overlay.in_files(rows)) for shards, rows in batches]
+    samples = _samples(len(new))
+    _read_ahead(runtime, [(shards, rows) for shards, rows in new if shards.is_cold(rows, samples)])
+    reserved: list[Int64Array] = []
+    try:
+        for shards, rows in new:
+            reserved.append(shards.overlay.reserve(rows))
+        copies = [partial(new[i][0].copy, new[i][1], places) for i, places in enumerate(reserved)]
+        _run_pieces(runtime, copies, [rows.size for _, rows in new], [s.spec.record_bytes for s, _ in new])
+    except BaseException:
+        for (shards, _), places in zip(new, reserved, strict=False):
+            shards.overlay.unreserve(places)
+        raise
+    for (shards, rows), places in zip(new, reserved, strict=True):
+        shards.overlay.publish(rows, places)
 
 
-def _work(change: Change) -> Callable[[int, int], None]:
-    """Return the function that changes the distinct rows ``start:stop`` of a batch."""
+def _make_room(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> None:
+    room = runtime.room
+    if room.has_room(sum(rows.size * shards.overlay.row_bytes for shards, rows in batches)):
+        return  # spares the counting
+    for shards, rows in batches:
+        shards.overlay.touch(rows)
+    room.make_room(sum(shards.overlay.count_new(rows) * shards.overlay.row_bytes for shards, rows in batches))
+
+
+def _work(change: Change, places: Int64Array) -> Callable[[int, int], None]:
+    """Return the function that changes the distinct rows ``start:stop`` of a batch, which lie in slots."""
     shards, batch, values = change.shards, change.batch, change.values
 
     def overwrite(start: int, stop: int) -> None:
-        shards.bring_in(batch.rows, start, stop)
-        kernels.scatter(shards.records, batch.rows, batch.starts, batch.order, values, start, stop)
+        shards.bring_in(batch.rows, places, start, stop)
+        kernels.scatter(shards.records, places, batch.starts, batch.order, values, start, stop)
 
     if change.training is None or change.training.optimizer is None:
         return overwrite
@@ -209,8 +235,8 @@ def _work(change: Change) -> Callable[[int, int], None]:
 
     def take_step(start: int, stop: int) -> None:
         scratch = np.empty(values.shape[1], np.float32)
-        shards.bring_in(batch.rows, start, stop)
-        step(shards.records, batch.rows, batch.starts, batch.order, values, scalars, scratch, start, stop)
+        shards.bring_in(batch.rows, places, start, stop)
+        step(shards.records, places, batch.starts, batch.order, values, scalars, scratch, start, stop)
 
     return take_step
 
@@ -220,18 +246,26 @@ def _samples(tables: int) -> int:
     return max(SAMPLES // 4, SAMPLES // tables) if tables else 0
 
 
-def _read_ahead(runtime: Runtime, batches: Sequence[tuple[Shards, Grouped]]) -> None:
-    if not batches:
-        return
-
-    def ask(pieces: list[Piece]) -> None:
-        for which, start, stop in pieces:
-            shards, batch = batches[which]
-            shards.read_ahead(batch.rows, start, stop)
-
+def _read_ahead(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> None:
+    """Ask for the pages of ascending rows."""
+    asks = [partial(shards.read_ahead, rows) for shards, rows in batches]
     # A row costs a system call and a page, however short it is.
-    tasks = _cut(runtime, [b.rows.size for _, b in batches], [PAGE] * len(batches))
-    scheduler.run([partial(ask, task) for task in tasks], runtime.threads)
+    _run_pieces(runtime, asks, [rows.size for _, rows in batches], [PAGE] * len(batches))
+
+
+def _run_pieces(
+    runtime: Runtime,
+    functions: Sequence[Callable[[int, int], None]],
+    lengths: Sequence[int],
+    row_bytes: Sequence[int],
+) -> None:
+    """Call each function for all of a range of that length, piece by piece in balanced tasks."""
+
+    def run(pieces: list[Piece]) -> None:
+        for which, start, stop in pieces:
+            functions[which](start, stop)
+
+    scheduler.run([partial(run, task) for task in _cut(runtime, lengths, row_bytes)], runtime.threads)
 
 
 def _cut(runtime: Runtime, lengths: Sequence[int], row_bytes: Sequence[int]) -> list[list[Piece]]:

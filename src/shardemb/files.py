@@ -38,6 +38,7 @@ MAX_MAPPINGS = 32_768
 
 HUGE_PAGE = 2 * 2**20
 
+_MADV_HUGEPAGE = 14
 _PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _TMPFS_MAGIC = 0x01021994
@@ -471,6 +472,11 @@ class AddressRange:
             The kernel refused.
         """
         _check(_libc.madvise(self.address + offset, nbytes, advice), f"madvise({advice})")
+
+    def prefer_huge_pages(self, offset: int, nbytes: int) -> None:
+        """Let a part of the range lie in huge pages, where the kernel has them: fewer faults, faster random reads."""
+        with contextlib.suppress(OSError):
+            self.advise(offset, nbytes, _MADV_HUGEPAGE)
 
 
 class _View:

@@ -22,10 +22,11 @@ from shardemb.runtime import signals_deferred
 from shardemb.spec import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from shardemb.manifest import Manifest, TableRecord
+    from shardemb.overlay import Overlay
     from shardemb.runtime import Runtime
     from shardemb.shards import Shards
 
@@ -120,7 +121,7 @@ class Journal:
             settled(manifest)
         if new_set:
             self.settle()
-        elif self._log.nbytes > runtime.log_bytes // 2 or self._over_budget() or self._problem is not None:
+        elif self._log.nbytes > runtime.log_bytes // 2 or self._much_newer() or self._problem is not None:
             self._start()
 
     def wait_for_room(self, tables: Sequence[Shards]) -> None:
@@ -132,10 +133,7 @@ class Journal:
             The shards have no room for that.
         """
         in_log = self._log.nbytes + self._folding_bytes
-        limit = self._runtime.log_bytes
-        # Changed rows lie in pages that are copies or out, whose number is known without counting.
-        most = sum(2 * PAGE * (each.pages.count + each.pages.out) for each in tables)
-        if in_log and in_log + most > limit and in_log + sum(map(_image_bytes, tables)) > limit:
+        if in_log and in_log + sum(map(_image_bytes, tables)) > self._runtime.log_bytes:
             problem = self.settle()
             if isinstance(problem, DiskFullError):
                 raise problem
@@ -146,35 +144,42 @@ class Journal:
 
     # ---- room
 
-    def has_room(self, pages: int) -> bool:
-        """Whether so many more copies of pages are within the memory budget."""
-        return self._excess(pages) <= 0
+    def has_room(self, nbytes: int) -> bool:
+        """Whether so many more bytes are within the memory budget."""
+        return self._excess(nbytes) <= 0
 
-    def make_room(self, pages: int) -> None:
-        """Make room for so many copies; see `Room`.
+    def make_room(self, nbytes: int) -> None:
+        """Make room for so many bytes; see `Room`.
 
-        What is committed is folded first, because what the files hold can be dropped; the rest goes out.
+        What the files hold can leave. Where that is not enough, what is committed is folded first; the rest goes out.
         """
-        if self._excess(pages) > 0:
+        self._evict(nbytes)
+        if self._excess(nbytes) > 0:
             self.settle()
-            self.spill(pages)
+            self.spill(nbytes)
 
-    def spill(self, pages: int) -> None:
+    def spill(self, nbytes: int) -> None:
         """As `make_room`, without a fold."""
-        tables = [each.pages for each in self._tables().values()]
-        if self._excess(pages) > 0:
-            for each in tables:
-                each.drop_folded()
-        excess, used = self._excess(pages), sum(each.count for each in tables)
-        if excess > 0 and used:
-            # Half of the budget goes with it, so that the next batches need none of this.
-            share = min(1.0, (excess + self._runtime.memory_budget // PAGE // 2) / used)
-            for each in tables:
-                each.page_out(math.ceil(each.count * share), folders.private(self._runtime.path))
+        self._evict(nbytes)
+        if self._excess(nbytes) > 0:
+            for each, count in self._shares(self._excess(nbytes) + self._runtime.memory_budget // 4):
+                each.spill(count, folders.private(self._runtime.path))
 
-    def _excess(self, pages: int) -> int:
-        used = sum(each.pages.count for each in self._tables().values())
-        return pages + used - self._runtime.memory_budget // PAGE
+    def _evict(self, nbytes: int) -> None:
+        if self._excess(nbytes) > 0:
+            for each, count in self._shares(self._excess(nbytes) + self._runtime.memory_budget // 32):
+                each.evict(count)
+
+    def _shares(self, nbytes: int) -> Iterator[tuple[Overlay, int]]:
+        """Share out how many rows of each table shall leave so that so many bytes do."""
+        overlays = self._overlays()
+        used = sum(each.nbytes for each in overlays)
+        for each in overlays:
+            if each.nbytes:
+                yield each, math.ceil(each.slots.count * min(1.0, nbytes / used))
+
+    def _excess(self, nbytes: int) -> int:
+        return nbytes + sum(each.nbytes for each in self._overlays()) - self._runtime.memory_budget
 
     # ---- folds
 
@@ -239,11 +244,10 @@ class Journal:
                 self._log.nbytes += self._folding_bytes
             self._folding_bytes = 0
             for each in live:
-                each.pages.end_fold(folded=problem is None)
-            if problem is None and self._over_budget():
-                for each in live:
-                    each.pages.drop_folded()
-            elif problem is not None and not isinstance(problem, DiskFullError):
+                each.overlay.end_fold(folded=problem is None)
+            if problem is None:
+                self._evict(0)
+            elif not isinstance(problem, DiskFullError):
                 self._poison(problem)
             self._problem = problem
             self._folding = False
@@ -298,9 +302,13 @@ class Journal:
         gone = tuple(each for each in self._base.tables if each.uuid not in kept)
         return (*self._base.dropped, *gone)
 
-    def _over_budget(self) -> bool:
-        pages = [each.pages for each in self._tables().values()]
-        return sum(each.count + each.out for each in pages) * PAGE > self._runtime.memory_budget
+    def _overlays(self) -> list[Overlay]:
+        return [each.overlay for each in self._tables().values()]
+
+    def _much_newer(self) -> bool:
+        """Whether so many rows must stay in memory until they are folded that there may soon be no room for others."""
+        newer = sum((each.slots.newer + each.out) * each.row_bytes for each in self._overlays())
+        return bool(2 * newer > self._runtime.memory_budget)
 
     def _poison(self, error: BaseException) -> None:
         self._runtime.poisoned = f"writing broke off ({error})"

@@ -97,6 +97,9 @@ _CACHE_LINE = 64
 _AHEAD = 8
 """How many rows ahead a step asks for: makes it two to three times as fast on rows that are not in the cache."""
 
+LEAF_BITS = 4
+"""Rows of a leaf of the index of rows in memory, as a power of two: a leaf is one cache line."""
+
 _RADIX_BITS = 11
 _RADIX = 1 << _RADIX_BITS
 
@@ -164,14 +167,39 @@ def invert(order: Int64Array, starts: Int64Array) -> Int64Array:
 
 
 @kernel
+def place_of(directory: NDArray[np.int32], leaves: NDArray[np.int32], first: int, row: int) -> int:
+    """Return the place of a row among the records: its own, in the files, or its slot's, which lie from `first` on.
+
+    See ``overlay.py``; an empty directory says that all rows are in the files. The entry of a row that is in neither is
+    negative, and its own place as good as any other.
+    """
+    if directory.size:
+        leaf = directory[row >> LEAF_BITS]
+        if leaf:
+            entry = leaves[(np.int64(leaf) << LEAF_BITS) | (row & ((1 << LEAF_BITS) - 1))]
+            if entry > 0:
+                return int(first + entry - 1)
+    return row
+
+
+@kernel
 def gather(
-    records: Float32Array, column: int, ids: Int64Array, out: Float32Array, start: int, stop: int
+    records: Float32Array,
+    directory: NDArray[np.int32],
+    leaves: NDArray[np.int32],
+    slots: int,
+    column: int,
+    ids: Int64Array,
+    out: Float32Array,
+    start: int,
+    stop: int,
 ) -> None:
-    """``out[i] = records[ids[i], column : column + out.shape[1]]``."""
+    """``out[i]`` becomes the columns from `column` on of row ``ids[i]``, which `place_of` finds."""
     source, target = records.ctypes.data + 4 * column, out.ctypes.data
     row_bytes, record_bytes = 4 * out.shape[1], 4 * records.shape[1]
     for i in range(start, stop):
-        _copy(target + i * row_bytes, source + ids[i] * record_bytes, row_bytes)
+        place = place_of(directory, leaves, slots, ids[i])
+        _copy(target + i * row_bytes, source + place * record_bytes, row_bytes)
 
 
 def _fill_row(out: Float32Array, row: Any, key: Any, parameters: Any) -> None:  # noqa: ANN401
@@ -180,6 +208,9 @@ def _fill_row(out: Float32Array, row: Any, key: Any, parameters: Any) -> None:  
 
 def _gather_or_fill(
     records: Float32Array,
+    directory: NDArray[np.int32],
+    leaves: NDArray[np.int32],
+    slots: int,
     present: NDArray[np.uint8],
     column: int,
     ids: Int64Array,
@@ -189,30 +220,43 @@ def _gather_or_fill(
     start: int,
     stop: int,
 ) -> None:
-    """As `gather`; rows never written get their initial value without a look at their page."""
+    """As `gather`; rows never written get their initial value without a look at their page.
+
+    The bit first and the place after it: a row gets a slot before it gets its bit.
+    """
     source, target = records.ctypes.data + 4 * column, out.ctypes.data
     row_bytes, record_bytes = 4 * out.shape[1], 4 * records.shape[1]
     for i in range(start, stop):
         row = ids[i]
         if (present[row >> 3] >> (row & 7)) & 1:
-            _copy(target + i * row_bytes, source + row * record_bytes, row_bytes)
+            place = place_of(directory, leaves, slots, row)
+            _copy(target + i * row_bytes, source + place * record_bytes, row_bytes)
         else:
             _fill_row(out[i], np.uint64(row), key, parameters)
 
 
 @kernel
 def sample_resident(
-    base: int, record_bytes: int, present: NDArray[np.uint8], ids: Int64Array, samples: int
+    records: Float32Array,
+    directory: NDArray[np.int32],
+    leaves: NDArray[np.int32],
+    slots: int,
+    present: NDArray[np.uint8],
+    ids: Int64Array,
+    samples: int,
 ) -> int:
     """Of `samples` ids spread over the batch, count those whose page is in memory; -1 if the kernel won't tell.
 
-    Rows that `present` says were never written need no page.
+    Rows in slots, and those that `present` says were never written, need no page.
     """
     answer = np.zeros(1, np.uint8)
     resident = 0
+    base, record_bytes = records.ctypes.data, 4 * records.shape[1]
     for k in range(samples):
         row = ids[k * ids.size // samples]
-        if present.size and not (present[row >> 3] >> (row & 7)) & 1:
+        if (present.size and not (present[row >> 3] >> (row & 7)) & 1) or place_of(
+            directory, leaves, slots, row
+        ) != row:
             resident += 1
             continue
         page = (base + row * record_bytes) & -PAGE
@@ -224,8 +268,10 @@ def sample_resident(
 
 @kernel
 def advise(
-    base: int,
-    record_bytes: int,
+    records: Float32Array,
+    directory: NDArray[np.int32],
+    leaves: NDArray[np.int32],
+    slots: int,
     present: NDArray[np.uint8],
     sorted_ids: Int64Array,
     advice: int,
@@ -234,12 +280,15 @@ def advise(
 ) -> int:
     """Give `advice` on the pages of ascending ids, adjacent pages in one call; return the calls that failed.
 
-    Rows that `present` says were never written are passed over; an empty `present` says nothing.
+    Rows in slots, and those that `present` says were never written, are passed over; an empty `present` says nothing.
     """
+    base, record_bytes = records.ctypes.data, 4 * records.shape[1]
     first, last, failed = np.int64(0), np.int64(-2), 0
     for i in range(start, stop):
         row = sorted_ids[i]
         if present.size and not (present[row >> 3] >> (row & 7)) & 1:
+            continue
+        if place_of(directory, leaves, slots, row) != row:
             continue
         low, high = row * record_bytes // PAGE, ((row + 1) * record_bytes - 1) // PAGE
         if low > last + 1:
@@ -259,39 +308,40 @@ def _bring_in(
     records: Float32Array,
     present: NDArray[np.uint8],
     ids: Int64Array,
+    places: Int64Array,
     initial_state: Float32Array,
     key: np.uint64,
     parameters: NDArray[np.float64],
     start: int,
     stop: int,
 ) -> None:
-    """Give rows never written their initial record, and say that they are written."""
+    """Give rows never written their initial record, at their places, and say that they are written."""
     dim = records.shape[1] - initial_state.size
     for i in range(start, stop):
         row = ids[i]
         if not (present[row >> 3] >> (row & 7)) & 1:
-            _fill_row(records[row, :dim], np.uint64(row), key, parameters)
+            _fill_row(records[places[i], :dim], np.uint64(row), key, parameters)
             for j in range(initial_state.size):
-                records[row, dim + j] = initial_state[j]
+                records[places[i], dim + j] = initial_state[j]
             present[row >> 3] |= np.uint8(1 << (row & 7))
 
 
 @kernel
 def scatter(
     records: Float32Array,
-    ids: Int64Array,
+    places: Int64Array,
     starts: Int64Array,
     order: Int64Array,
     values: Float32Array,
     start: int,
     stop: int,
 ) -> None:
-    """Overwrite the weights of distinct rows; of a row's values the last in the batch wins."""
+    """Overwrite the weights of distinct rows, by their places; of a row's values the last in the batch wins."""
     source, target = values.ctypes.data, records.ctypes.data
     row_bytes, record_bytes = 4 * values.shape[1], 4 * records.shape[1]
     for u in range(start, stop):
         last = order[starts[u + 1] - 1]
-        _copy(target + ids[u] * record_bytes, source + last * row_bytes, row_bytes)
+        _copy(target + places[u] * record_bytes, source + last * row_bytes, row_bytes)
 
 
 def _row_step(weight: Any, state: Any, gradient: Any, scalars: Any) -> None:  # noqa: ANN401
@@ -300,7 +350,7 @@ def _row_step(weight: Any, state: Any, gradient: Any, scalars: Any) -> None:  # 
 
 def _step(
     records: Float32Array,
-    ids: Int64Array,
+    places: Int64Array,
     starts: Int64Array,
     order: Int64Array,
     gradients: Float32Array,
@@ -309,17 +359,17 @@ def _step(
     start: int,
     stop: int,
 ) -> None:
-    """One optimizer step on distinct rows; a row's gradients are summed first, in the order of the batch."""
+    """One optimizer step on distinct rows, by their places; a row's gradients are summed first, in batch order."""
     dim = gradients.shape[1]
     row_bytes, record_bytes = 4 * dim, 4 * records.shape[1]
     source, target = gradients.ctypes.data, records.ctypes.data
     for u in range(start, stop):
         if u + _AHEAD < stop:
             for line in range(0, record_bytes, _CACHE_LINE):
-                _prefetch(target + ids[u + _AHEAD] * record_bytes + line)
+                _prefetch(target + places[u + _AHEAD] * record_bytes + line)
             for line in range(0, row_bytes, _CACHE_LINE):
                 _prefetch(source + order[starts[u + _AHEAD]] * row_bytes + line)
-        record = records[ids[u]]
+        record = records[places[u]]
         first, last = starts[u], starts[u + 1]
         if last - first == 1:
             _row_step(record[:dim], record[dim:], gradients[order[first]], scalars)
@@ -337,11 +387,29 @@ def _step(
 
 
 @kernel
-def pack(records: Float32Array, ids: Int64Array, start: int, stop: int, target: int) -> None:
-    """Copy the records of rows ``ids[start:stop]``, one behind the other, to an address."""
+def pack(records: Float32Array, places: Int64Array, target: int) -> None:
+    """Copy the records at places, one behind the other, to an address; a place below 0 leaves a gap."""
     source, record_bytes = records.ctypes.data, 4 * records.shape[1]
+    for i in range(places.size):
+        if places[i] >= 0:
+            _copy(target + i * record_bytes, source + places[i] * record_bytes, record_bytes)
+
+
+@kernel
+def copy_rows(
+    records: Float32Array,
+    present: NDArray[np.uint8],
+    ids: Int64Array,
+    places: Int64Array,
+    start: int,
+    stop: int,
+) -> None:
+    """Copy the records of rows from the files to other places; those that `present` says were never written, not."""
+    base, record_bytes = records.ctypes.data, 4 * records.shape[1]
     for i in range(start, stop):
-        _copy(target + (i - start) * record_bytes, source + ids[i] * record_bytes, record_bytes)
+        row = ids[i]
+        if not present.size or (present[row >> 3] >> (row & 7)) & 1:
+            _copy(base + places[i] * record_bytes, base + row * record_bytes, record_bytes)
 
 
 @kernel
@@ -388,11 +456,18 @@ def gather_images(addresses: Int64Array, record_bytes: int, target: int, start: 
 
 
 @kernel
-def place_images(records: Float32Array, ids: Int64Array, addresses: Int64Array) -> None:
-    """Copy the records that lie at addresses to their rows."""
+def scatter_images(source: int, record_bytes: int, addresses: Int64Array, start: int, stop: int) -> None:
+    """Copy records that lie one behind the other to ``addresses[start:stop]``."""
+    for i in range(start, stop):
+        _copy(addresses[i], source + (i - start) * record_bytes, record_bytes)
+
+
+@kernel
+def place_images(records: Float32Array, places: Int64Array, addresses: Int64Array) -> None:
+    """Copy the records that lie at addresses to their places."""
     target, record_bytes = records.ctypes.data, 4 * records.shape[1]
-    for i in range(ids.size):
-        _copy(target + ids[i] * record_bytes, addresses[i], record_bytes)
+    for i in range(places.size):
+        _copy(target + places[i] * record_bytes, addresses[i], record_bytes)
 
 
 # ---- one kernel for each formula ------------------------------------------------------------------------------

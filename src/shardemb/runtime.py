@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shardemb.errors import PoisonedError, ReadOnlyError, StaleReaderError, StoreClosedError
-from shardemb.pages import Unlimited
+from shardemb.overlay import Unlimited
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
     from types import FrameType
 
-    from shardemb.pages import Room
+    from shardemb.overlay import Room
 
 
 @dataclass
@@ -38,15 +38,15 @@ class Runtime:
     threads : int
         Cores that a batch may use.
     memory_budget : int
-        Bytes of changed pages that may stay in memory.
+        Bytes of changed rows that may stay in memory.
     log_bytes : int
         Bytes that the log may take before it is folded.
     lock : RLock
-        Held by everything that changes rows, drops pages or changes the set of tables. Lookups do without.
+        Held by everything that changes rows, moves rows or changes the set of tables. Lookups do without.
     fresh : callable, optional
         In a reader that was opened beside a writer: whether that writer is still the last one.
     room : Room
-        Who keeps changed pages within the memory budget.
+        Who keeps changed rows within the memory budget.
     """
 
     path: Path

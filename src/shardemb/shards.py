@@ -1,9 +1,9 @@
-"""The shards of one table: its files, mapped privately as one array, and what has changed in memory.
+"""The shards of one table: its files, mapped as one array, and over them what has changed in memory.
 
-`Shards` maps every file of a table into one contiguous range, so the table *is* one array however many files
-hold it. The mapping is private: the kernel copies a page when it is first written, the files keep the last commit,
-and forgetting a change is dropping its pages. Bitmaps say which rows differ from the files (``dirty``, one byte of
-``blocks`` for every 32,768 rows that hold any); `Pages` knows which pages are copies, and which of these are needed.
+`Shards` maps every file of a table into one contiguous range, so the table *is* one array however many files hold it.
+The files keep what was committed and folded: a row that changes is copied into a *slot* first, which is memory of this
+process (`Overlay`), and forgetting a change is giving its slot up. Bitmaps say which rows differ from the last commit
+(``dirty``, one byte of ``blocks`` for every 32,768 rows that hold any).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from shardemb import bitmaps, checks, files, folders, kernels, layout
 from shardemb.errors import FormatError, ShardEmbError
 from shardemb.initializers import Constant, stream_key
-from shardemb.pages import Pages
+from shardemb.overlay import Overlay
 from shardemb.replay import Images
 from shardemb.spec import PAGE, ROWS_PER_BLOCK, TableSpec, round_up
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shardemb.arrays import Float32Array, Int64Array
-    from shardemb.pages import Room
+    from shardemb.overlay import Room
 
 COLD_SHARE = 0.1
 """A batch is cold if more than this share of a sample is not in memory."""
 
 PAGED_ROWS = 4096
-"""Rows whose pages are brought back together where not all of them have room in memory."""
+"""Rows that are brought into memory together where not all of them have room."""
 
 _BLOCK_BYTES = 4 * 2**20
 
@@ -58,8 +58,8 @@ class Shards:
     Attributes
     ----------
     spec : TableSpec
-    records : ndarray of float32, shape (rows of whole shards, width)
-        All records of the table; private memory of this process over the files.
+    records : ndarray of float32, shape (twice the rows of whole shards, width)
+        All records of the files, and behind them the slots of rows in memory.
     present : ndarray of uint8
         The presence bitmap; empty where the table keeps none.
     dirty : ndarray of uint64
@@ -68,8 +68,8 @@ class Shards:
         Whether any of 32,768 rows is dirty.
     changes : int
         How many rows are dirty.
-    pages : Pages
-        What memory holds of the records.
+    overlay : Overlay
+        The rows that lie in slots.
     """
 
     def __init__(self, spec: TableSpec, directory: Path, missing: Collection[Path] = ()) -> None:
@@ -77,20 +77,23 @@ class Shards:
         self.directory = directory
         check_mappings(spec)
         shards = map(self.shard_path, range(spec.num_shards))
-        self._rows = _map(shards, spec.num_shards, spec.shard_bytes, missing)
+        files_bytes = spec.num_shards * spec.shard_bytes
+        self._rows = files.AddressRange(2 * files_bytes)
+        _map(self._rows, shards, spec.shard_bytes, missing)
         chunks = map(self.presence_path, range(spec.num_presence_chunks))
-        self._present = _map(chunks, spec.num_presence_chunks, spec.presence_chunk_bytes, missing)
+        self._present = files.AddressRange(spec.num_presence_chunks * spec.presence_chunk_bytes)
+        _map(self._present, chunks, spec.presence_chunk_bytes, missing)
         # The default read-ahead would read whole megabytes for a row.
-        self._rows.advise(0, self._rows.nbytes, files.MADV_RANDOM)
+        self._rows.advise(0, files_bytes, files.MADV_RANDOM)
         self.records: Float32Array = self._rows.array(
-            np.float32, (spec.num_shards * spec.rows_per_shard, spec.width)
+            np.float32, (2 * spec.num_shards * spec.rows_per_shard, spec.width)
         )
         self.present: NDArray[np.uint8] = self._present.array(np.uint8, (self._present.nbytes,))
         num_blocks = -(-spec.num_embeddings // ROWS_PER_BLOCK)
         self.dirty: NDArray[np.uint64] = files.zeros(np.uint64, num_blocks * ROWS_PER_BLOCK // 64)
         self.blocks: NDArray[np.uint8] = files.zeros(np.uint8, num_blocks)
         self.changes = 0
-        self.pages = Pages(self._rows, spec.record_bytes)
+        self.overlay = Overlay(self._rows, self.records)
         initializer = spec.initializer
         self._key = np.uint64(stream_key(getattr(initializer, "seed", 0), spec.stream))
         self._parameters = np.array(initializer.parameters(), np.float64)
@@ -101,14 +104,14 @@ class Shards:
         """Copy a column of rows ``ids[start:stop]`` into ``out[start:stop]``, initial values for rows never written."""
         first = self.spec.columns[column][0]
         if not self.spec.has_presence:
-            kernels.gather(self.records, first, ids, out, start, stop)
+            kernels.gather(self.records, *self.overlay.index, first, ids, out, start, stop)
             return
         initializer, key, parameters = type(self.spec.initializer), self._key, self._parameters
         if column != "weight":
             initializer = Constant  # a state column starts from one value
             parameters = self.spec.initial_state[first - self.spec.embedding_dim :][:1].astype(np.float64)
         kernels.gather_or_fill(initializer)(
-            self.records, self.present, first, ids, out, key, parameters, start, stop
+            self.records, *self.overlay.index, self.present, first, ids, out, key, parameters, start, stop
         )
 
     def is_cold(self, ids: Int64Array, most: int) -> bool:
@@ -116,32 +119,35 @@ class Shards:
         samples = min(most, -(-ids.size // 8))
         if samples == 0:
             return False
-        resident = kernels.sample_resident(
-            self._rows.address, self.spec.record_bytes, self.present, ids, samples
-        )
+        resident = kernels.sample_resident(self.records, *self.overlay.index, self.present, ids, samples)
         return bool(0 <= resident < (1 - COLD_SHARE) * samples)
 
     def read_ahead(self, rows: Int64Array, start: int, stop: int) -> None:
         """Ask for the pages of ascending ``rows[start:stop]``; the kernel reads them meanwhile."""
         # Advice that fails costs time and nothing else: the gather reads the page all the same.
         kernels.advise(
-            self._rows.address, self.spec.record_bytes, self.present, rows, files.MADV_WILLNEED, start, stop
+            self.records, *self.overlay.index, self.present, rows, files.MADV_WILLNEED, start, stop
         )
 
     # ---- changing, in memory; all of it under the store's lock
 
-    def mark(self, rows: Int64Array) -> None:
-        """Note that rows are about to differ from the last commit."""
-        self.changes += bitmaps.mark_dirty(rows, self.dirty, self.blocks)
-        self.pages.mark(rows)
+    def copy(self, rows: Int64Array, places: Int64Array, start: int, stop: int) -> None:
+        """Copy the records of ``rows[start:stop]`` from the files to slots that were reserved for them."""
+        kernels.copy_rows(self.records, self.present, rows, places, start, stop)
 
-    def bring_in(self, rows: Int64Array, start: int, stop: int) -> None:
-        """Give those of ``rows[start:stop]`` that were never written their initial record."""
+    def mark(self, rows: Int64Array, places: Int64Array) -> None:
+        """Note that rows in slots are about to differ from the last commit."""
+        self.changes += bitmaps.mark_dirty(rows, self.dirty, self.blocks)
+        self.overlay.mark(places)
+
+    def bring_in(self, rows: Int64Array, places: Int64Array, start: int, stop: int) -> None:
+        """Give those of ``rows[start:stop]`` that were never written their initial record, in their slots."""
         if self.spec.has_presence:
             kernels.bring_in(type(self.spec.initializer))(
                 self.records,
                 self.present,
                 rows,
+                places,
                 self.spec.initial_state,
                 self._key,
                 self._parameters,
@@ -157,13 +163,10 @@ class Shards:
         return rows
 
     def pack(self, ids: Int64Array, start: int, stop: int, address: int) -> None:
-        """Copy the records of ``ids[start:stop]``, one behind the other, to an address; what is out stays out."""
-        step = PAGED_ROWS if self.pages.out else max(1, stop - start)
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            pages = self.pages.bring_back(ids[first:last], to_change=False)
-            kernels.pack(self.records, ids, first, last, address + (first - start) * self.spec.record_bytes)
-            self.pages.take_out(pages)
+        """Copy the records of ``ids[start:stop]``, one behind the other, to an address."""
+        ids = ids[start:stop]
+        kernels.pack(self.records, self.overlay.places(ids), address)
+        self.overlay.read_out(ids, address)
 
     def forget_changes(self, images: Images, room: Room) -> None:
         """Go back to the last commit: to the files, and to the images that are newer than they.
@@ -174,13 +177,10 @@ class Shards:
             The images have no room, neither in memory nor in the scratch file.
         """
         changed = self.blocks.copy()
-        block_pages = ROWS_PER_BLOCK * self.spec.record_bytes // PAGE
-        with self.pages.rewinding():
-            for block in map(int, np.flatnonzero(changed)):
-                self.pages.drop(
-                    block * block_pages, min((block + 1) * block_pages, self._rows.nbytes // PAGE)
-                )
-                if self.spec.has_presence:
+        with self.overlay.rewinding():
+            self.overlay.forget(self.changed_rows())
+            if self.spec.has_presence:
+                for block in map(int, np.flatnonzero(changed)):
                     self._present.advise(block * PAGE, PAGE, files.MADV_DONTNEED)
             touched = changed[images.ids // ROWS_PER_BLOCK] != 0
             self.place(Images(images.ids[touched], images.addresses[touched]), room)
@@ -188,30 +188,32 @@ class Shards:
 
     def place(self, images: Images, room: Room) -> None:
         """Put committed images, which the files do not hold yet, into memory, making room for them if need be."""
+        overlay = self.overlay
         for start in range(0, images.ids.size, PAGED_ROWS):
             ids, addresses = (each[start : start + PAGED_ROWS] for each in images)
-            room.spill(self.pages.count_new(ids))
-            self.pages.bring_back(ids, to_change=True)
-            kernels.place_images(self.records, ids, addresses)
+            room.spill(overlay.count_new(ids) * overlay.row_bytes)
+            overlay.bring_back(ids)
+            new = overlay.in_files(ids)
+            overlay.publish(new, overlay.reserve(new))
+            places = overlay.places(ids)
+            kernels.place_images(self.records, places, addresses)
             if self.spec.has_presence:
                 bitmaps.set_present(self.present, ids, 0)
-            self.pages.mark(ids)
+            overlay.mark(places)
 
     def begin_fold(self) -> None:
         """Note that what is committed by now is being folded."""
-        self.pages.begin_fold(bitmaps.dirty_pages(self.dirty, self.blocks, self.spec.record_bytes))
+        self.overlay.begin_fold(self.dirty)
 
     def clear_changes(self) -> None:
         """Count no row as changed any more."""
         bitmaps.clear_dirty(self.dirty, self.blocks)
         self.changes = 0
 
-    def drop_clean(self, start: int, stop: int) -> None:
-        """Let the pages of rows ``start:stop`` leave memory, but for blocks that hold what the files do not."""
-        for block in range(start // ROWS_PER_BLOCK, -(-stop // ROWS_PER_BLOCK)):
-            first, last = max(start, block * ROWS_PER_BLOCK), min(stop, (block + 1) * ROWS_PER_BLOCK)
-            first, last = first * self.spec.record_bytes // PAGE, -(-last * self.spec.record_bytes // PAGE)
-            self.pages.drop_clean(first, last)
+    def give_back(self, start: int, stop: int) -> None:
+        """Let what memory holds of the files of rows ``start:stop`` go; what lies in slots stays."""
+        first, last = start * self.spec.record_bytes // PAGE, -(-stop * self.spec.record_bytes // PAGE)
+        self._rows.advise(first * PAGE, (last - first) * PAGE, files.MADV_DONTNEED)
 
     # ---- files
 
@@ -235,14 +237,14 @@ def check_mappings(spec: TableSpec) -> None:
         raise ShardEmbError(msg)
 
 
-def _map(paths: Iterable[Path], count: int, file_bytes: int, missing: Collection[Path]) -> files.AddressRange:
-    memory = files.AddressRange(count * file_bytes)
+def _map(
+    memory: files.AddressRange, paths: Iterable[Path], file_bytes: int, missing: Collection[Path]
+) -> None:
     for number, path in enumerate(paths):
         if path in missing:
             memory.map_zeros(number * file_bytes, file_bytes)
         else:
             memory.map_file(number * file_bytes, path, file_bytes)
-    return memory
 
 
 def create(spec: TableSpec, directory: Path, values: Float32Array | None) -> Shards:

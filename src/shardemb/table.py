@@ -231,7 +231,7 @@ class Table:
         ids : array_like of int
             Row ids that a later lookup or update will ask for.
         for_update : bool
-            Also make the pages private to this process, which an update would do otherwise.
+            Also copy the rows to where an update changes them, which it would do otherwise.
 
         Raises
         ------
@@ -595,7 +595,7 @@ class _Source:
     def give_back(self, start: int, stop: int) -> None:
         runtime = self._table._runtime
         with runtime.lock:
-            self._table._live().drop_clean(start, stop)
+            self._table._live().give_back(start, stop)
 
     def describe(self) -> Mapping[str, object]:
         spec, optimizer = self._table._spec, self._table.optimizer

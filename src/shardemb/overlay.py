@@ -1,0 +1,382 @@
+"""The rows of a table that lie in memory, over its files: those that changed, and copies of those that are about to.
+
+The newest record of a row is in one of three places: in the files; in a slot, which is memory of this process; or
+*out*, in the scratch file, where changed rows go that have no room in memory. An index tells which: a directory with
+one number for every 16 rows leads to a leaf of 16 entries. Both take memory only where rows have been in slots.
+
+Lookups follow the index without the store's lock. What they may meet: a row that comes into a slot is copied before its
+entry is set; one that leaves is announced before (`Overlay.version`), and they look again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from shardemb import files
+from shardemb.kernels import LEAF_BITS, kernel
+from shardemb.scratch import Scratch
+from shardemb.slots import KEPT, NEWER, Slots
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from shardemb.arrays import Float32Array, Int64Array
+
+ROW_BYTES = 32
+"""What a row in a slot takes besides its record: its entry, its owner, its state."""
+
+_LEAF = 1 << LEAF_BITS
+_MOST = 2**31 - 2
+_NO_ROWS = np.empty(0, np.int64)
+_NO_INDEX = np.empty(0, np.int32)
+
+
+class Room(Protocol):
+    """Who keeps the rows in memory of all tables of a store within its memory budget."""
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether so many more bytes are within the budget."""
+
+    def make_room(self, nbytes: int) -> None:
+        """Make room for so many bytes; may let go of the store's lock to wait for a fold.
+
+        Raises
+        ------
+        DiskFullError, OSError
+            There is none, nor in the scratch file.
+        """
+
+    def spill(self, nbytes: int) -> None:
+        """As `make_room`, without a fold: the lock stays held."""
+
+
+class Unlimited(Room):
+    """Room for all, in a store that holds no rows but committed ones."""
+
+    def has_room(self, nbytes: int) -> bool:
+        """There always is."""
+        return True
+
+    def make_room(self, nbytes: int) -> None:
+        """Nothing has to be done."""
+
+    def spill(self, nbytes: int) -> None:
+        """Nothing has to be done."""
+
+
+class Overlay:
+    """The rows of one table that lie in memory. Everything is under the store's lock, but what says otherwise.
+
+    Parameters
+    ----------
+    memory : AddressRange
+        Holds the table's files, and behind them as much address space for slots.
+    records : ndarray of float32, shape (twice the rows of the files, width)
+        The same, as records: rows of the files first, then slots.
+
+    Attributes
+    ----------
+    slots : Slots
+        Slots in memory.
+    out : int
+        Rows that are in the scratch file.
+    row_bytes : int
+        What a row takes in memory.
+    """
+
+    def __init__(self, memory: files.AddressRange, records: Float32Array) -> None:
+        self._memory = memory
+        self._records = records
+        self.first = len(records) // 2
+        self._record_bytes = 4 * records.shape[1]
+        self.row_bytes = self._record_bytes + ROW_BYTES
+        self._most = min(self.first, _MOST)
+        self.slots = Slots(self._most)
+        leaves = -(-self.first // _LEAF)
+        self._directory: NDArray[np.int32] = files.zeros(np.int32, leaves)
+        self._leaves: NDArray[np.int32] = files.zeros(np.int32, (min(leaves, _MOST) + 1) * _LEAF)
+        self._num_leaves = 0
+        self._scratch: Scratch | None = None
+        self._mapped = 0
+        self._changes = 0
+        self._rewinding = False
+
+    @property
+    def out(self) -> int:
+        """Rows that are in the scratch file."""
+        return 0 if self._scratch is None else self._scratch.slots.count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that rows in slots take."""
+        return self.slots.count * self.row_bytes
+
+    @property
+    def version(self) -> int | None:
+        """A number that is the same as long as no row leaves its slot; None while some are not in memory.
+
+        A lookup without the store's lock compares it before and after.
+        """
+        return None if self.out or self._rewinding else self._changes
+
+    # ---- where rows are; needs no lock
+
+    @property
+    def index(self) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
+        """What `kernels.place_of` follows: directory, leaves and the first slot's place; empty where no row is here."""
+        if self.slots.count == 0:
+            return _NO_INDEX, _NO_INDEX, self.first
+        return self._directory, self._leaves, self.first
+
+    def places(self, rows: Int64Array) -> Int64Array:
+        """Return the places of rows among all records, -1 for those that are out."""
+        if self.slots.count == 0 and not self.out:
+            return rows
+        places = np.empty_like(rows)
+        _places(self._directory, self._leaves, self.first, rows, places)
+        return places
+
+    # ---- into memory
+
+    def count_new(self, rows: Int64Array) -> int:
+        """Count the rows that are not in a slot."""
+        return int(np.count_nonzero(self._entries(rows) <= 0))
+
+    def count_out(self, rows: Int64Array) -> int:
+        """Count the rows that are out."""
+        return int(np.count_nonzero(self._entries(rows) < 0))
+
+    def in_files(self, rows: Int64Array) -> Int64Array:
+        """List those of the rows whose newest record the files hold."""
+        found: Int64Array = rows[self._entries(rows) == 0]
+        return found
+
+    def reserve(self, rows: Int64Array) -> Int64Array:
+        """Take slots for rows of the files, and return their places, which are to be filled before `publish`.
+
+        Raises
+        ------
+        OSError
+            There is no more memory.
+        """
+        needed = self.slots.next_end(rows.size)
+        if needed > self._most:
+            msg = f"more than {self._most} rows of a table cannot lie in memory at once; commit before"
+            raise MemoryError(msg)
+        self._map(needed * self._record_bytes)
+        return self.first + self.slots.take(rows, np.uint8(0))
+
+    def publish(self, rows: Int64Array, places: Int64Array) -> None:
+        """Let rows be found in slots that hold their records."""
+        self._set(rows, places - self.first + 1)
+
+    def unreserve(self, places: Int64Array) -> None:
+        """Give slots back that were not published."""
+        self.slots.give(places - self.first)
+
+    def mark(self, places: Int64Array) -> None:
+        """Note that rows in slots are about to change."""
+        self.slots.mark(places - self.first)
+
+    def touch(self, rows: Int64Array) -> None:
+        """Let those of the rows that are in slots be the last to leave."""
+        entries = self._entries(rows)
+        self.slots.touch(entries[entries > 0].astype(np.int64) - 1)
+
+    # ---- folds
+
+    def begin_fold(self, dirty: NDArray[np.uint64]) -> None:
+        """Note which rows are folded now; those with changes that are not committed stay newer all the same."""
+        for slots in self._all_slots():
+            slots.begin_fold(dirty)
+
+    def end_fold(self, *, folded: bool) -> None:
+        """Forget the note of `begin_fold`; or take it back, where the files do not hold those rows.
+
+        What the scratch file keeps of rows that the files now hold is given up.
+        """
+        for slots in self._all_slots():
+            slots.end_fold(folded=folded)
+        if self._scratch is not None:
+            slots = self._scratch.slots
+            self._release(slots.choose(slots.count, but=KEPT))
+
+    # ---- out of memory
+
+    def evict(self, count: int) -> None:
+        """Let up to `count` rows leave memory that the files hold, those first that were not touched for long."""
+        if self.slots.count > self.slots.newer:
+            slots = self.slots.choose(count, but=KEPT)
+            if slots.size:
+                self._leave(slots)
+
+    def spill(self, count: int, folder: Path) -> None:
+        """Let up to `count` rows leave memory for the scratch file.
+
+        Raises
+        ------
+        DiskFullError, OSError
+            They stay in memory.
+        """
+        if self._scratch is None:
+            self._scratch = Scratch(folder, self._record_bytes, self._most)
+        slots = self.slots.choose(count, but=np.uint8(0))
+        if slots.size == 0:
+            return
+        rows, state = self.slots.owner[slots], self.slots.state[slots] & KEPT
+        kept = self._scratch.write(rows, self._addresses(slots), state)
+        self._changes += 1  # before the first is gone
+        self._set(rows, -(kept + 1))
+        self._give(slots)
+
+    def bring_back(self, rows: Int64Array) -> None:
+        """Bring those of the rows, distinct, into memory that are out.
+
+        Raises
+        ------
+        OSError
+            The scratch file cannot be read. They stay out.
+        """
+        if self._scratch is None or not self.out:
+            return
+        entries = self._entries(rows)
+        rows, kept = rows[entries < 0], -entries[entries < 0].astype(np.int64) - 1
+        if rows.size == 0:
+            return
+        places = self.reserve(rows)
+        slots = places - self.first
+        try:
+            self._scratch.read(kept, self._addresses(slots))
+        except BaseException:
+            self.unreserve(places)
+            raise
+        state = self._scratch.slots.state[kept] & KEPT
+        self.slots.state[slots] |= state
+        self.slots.newer += int(np.count_nonzero(state & NEWER))
+        self.publish(rows, places)
+        self._scratch.release(kept)
+
+    def forget(self, rows: Int64Array) -> None:
+        """Let the files hold the newest record of rows."""
+        entries = self._entries(rows)
+        self._changes += 1
+        self._set(rows[entries != 0], np.zeros(np.count_nonzero(entries), np.int64))
+        self._give(entries[entries > 0].astype(np.int64) - 1)
+        if self._scratch is not None:
+            self._scratch.release(-entries[entries < 0].astype(np.int64) - 1)
+
+    @contextlib.contextmanager
+    def rewinding(self) -> Iterator[None]:
+        """Tell lookups to wait for the lock, while rows are forgotten and put together anew."""
+        self._changes += 1
+        self._rewinding = True
+        yield
+        self._rewinding = False  # unless it broke off
+
+    def read_out(self, rows: Int64Array, target: int) -> None:
+        """Copy the records of those rows that are out to where they belong in a row of records at an address.
+
+        Raises
+        ------
+        OSError
+            The scratch file cannot be read.
+        """
+        if self._scratch is not None and self.out:
+            entries = self._entries(rows)
+            at = np.flatnonzero(entries < 0)
+            self._scratch.read(-entries[at].astype(np.int64) - 1, target + at * self._record_bytes)
+
+    # ---- within
+
+    def _all_slots(self) -> list[Slots]:
+        return [self.slots] if self._scratch is None else [self.slots, self._scratch.slots]
+
+    def _addresses(self, slots: Int64Array) -> Int64Array:
+        addresses: Int64Array = self._records.ctypes.data + (self.first + slots) * self._record_bytes
+        return addresses
+
+    def _entries(self, rows: Int64Array) -> NDArray[np.int32]:
+        entries = np.zeros(rows.size, np.int32)
+        if self.slots.count or self.out:
+            _entries(self._directory, self._leaves, rows, entries)
+        return entries
+
+    def _set(self, rows: Int64Array, entries: Int64Array) -> None:
+        self._num_leaves = _set(self._directory, self._leaves, self._num_leaves, rows, entries)
+
+    def _leave(self, slots: Int64Array) -> None:
+        self._changes += 1  # before the first is gone
+        self._set(self.slots.owner[slots], np.zeros(slots.size, np.int64))
+        self._give(slots)
+
+    def _give(self, slots: Int64Array) -> None:
+        self.slots.give(slots)
+        if self.slots.count == 0 and self._mapped:
+            self._memory.advise(self._start, self._mapped, files.MADV_DONTNEED)
+
+    def _release(self, kept: Int64Array) -> None:
+        """Give up what the scratch file keeps, of which the files hold the same."""
+        assert self._scratch is not None
+        self._set(self._scratch.slots.owner[kept], np.zeros(kept.size, np.int64))
+        self._scratch.release(kept)
+
+    @property
+    def _start(self) -> int:
+        return self._memory.nbytes // 2
+
+    def _map(self, nbytes: int) -> None:
+        """Map memory for slots, at least so many bytes in all."""
+        if nbytes <= self._mapped:
+            return
+        wanted = min(max(nbytes, 2 * self._mapped, files.HUGE_PAGE), self._start)
+        wanted = min(-(-wanted // files.HUGE_PAGE) * files.HUGE_PAGE, self._start)
+        self._memory.map_zeros(self._start + self._mapped, wanted - self._mapped)
+        self._memory.prefer_huge_pages(self._start + self._mapped, wanted - self._mapped)
+        self._mapped = wanted
+
+
+@kernel
+def _places(
+    directory: NDArray[np.int32], leaves: NDArray[np.int32], first: int, rows: Int64Array, places: Int64Array
+) -> None:
+    for i in range(rows.size):
+        leaf = directory[rows[i] >> LEAF_BITS]
+        entry = np.int64(leaves[(np.int64(leaf) << LEAF_BITS) | (rows[i] & (_LEAF - 1))]) if leaf else 0
+        places[i] = first + entry - 1 if entry > 0 else rows[i] if entry == 0 else -1
+
+
+@kernel
+def _entries(
+    directory: NDArray[np.int32], leaves: NDArray[np.int32], rows: Int64Array, entries: NDArray[np.int32]
+) -> None:
+    for i in range(rows.size):
+        leaf = directory[rows[i] >> LEAF_BITS]
+        if leaf:
+            entries[i] = leaves[(np.int64(leaf) << LEAF_BITS) | (rows[i] & (_LEAF - 1))]
+
+
+@kernel
+def _set(
+    directory: NDArray[np.int32],
+    leaves: NDArray[np.int32],
+    num_leaves: int,
+    rows: Int64Array,
+    entries: Int64Array,
+) -> int:
+    """Set the entries of rows; return how many leaves there are then."""
+    for i in range(rows.size):
+        leaf = directory[rows[i] >> LEAF_BITS]
+        if leaf == 0:
+            if entries[i] == 0:
+                continue
+            num_leaves += 1
+            leaf = num_leaves
+        leaves[(np.int64(leaf) << LEAF_BITS) | (rows[i] & (_LEAF - 1))] = entries[i]
+        directory[rows[i] >> LEAF_BITS] = leaf
+    return num_leaves

@@ -1,0 +1,162 @@
+"""Numbered places for records: which row each holds, whether the files hold the same, and which may be given up first.
+
+A slot is *newer* while it holds what the files do not: changes that are not committed, or committed ones that no fold
+has brought into the files. While a fold runs, `FOLDING` are those that were newer when it began.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shardemb import files
+from shardemb.kernels import kernel
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from shardemb.arrays import Int64Array
+
+USED, NEWER, FOLDING, TOUCHED, _CHOSEN = (np.uint8(1 << bit) for bit in range(5))
+KEPT = NEWER | FOLDING
+"""What the files do not hold, or may not hold yet."""
+
+
+class Slots:
+    """Slots of one table. Everything is under the store's lock.
+
+    Parameters
+    ----------
+    most : int
+        How many there may be.
+
+    Attributes
+    ----------
+    owner : ndarray of int64
+        The row that a slot holds.
+    state : ndarray of uint8
+        Bits of a slot; 0 where it is free.
+    end : int
+        One past the last slot that was ever used, until none is.
+    count, newer : int
+        How many are used, and how many of these are newer.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.owner: NDArray[np.int64] = files.zeros(np.int64, most)
+        self.state: NDArray[np.uint8] = files.zeros(np.uint8, most)
+        self._free = np.empty(0, np.int64)
+        self.end = 0
+        self.count = 0
+        self.newer = 0
+        self._hand = 0
+
+    def next_end(self, count: int) -> int:
+        """Tell what `end` will be once so many more are taken."""
+        return self.end + max(0, count - self._free.size)
+
+    def take(self, rows: Int64Array, state: NDArray[np.uint8] | np.uint8) -> Int64Array:
+        """Take slots for rows; return them, ascending."""
+        left = max(0, self._free.size - rows.size)
+        slots = np.sort(np.concatenate([self._free[left:], np.arange(self.end, self.next_end(rows.size))]))
+        self.end, self._free = self.next_end(rows.size), self._free[:left]
+        self.owner[slots], self.state[slots] = rows, USED | state
+        self.count += slots.size
+        self.newer += int(np.count_nonzero(self.state[slots] & NEWER))
+        return slots
+
+    def give(self, slots: Int64Array) -> None:
+        """Give slots up."""
+        self.newer -= int(np.count_nonzero(self.state[slots] & NEWER))
+        self.state[slots] = 0
+        self.count -= slots.size
+        self._free = np.concatenate([self._free, slots])
+        if self.count == 0:
+            self.end, self._free = 0, np.empty(0, np.int64)
+
+    def mark(self, slots: Int64Array) -> None:
+        """Note that slots are about to hold what the files do not."""
+        self.newer += _set_bits(self.state, slots, NEWER | TOUCHED, NEWER)
+
+    def touch(self, slots: Int64Array) -> None:
+        """Let slots be the last to be chosen."""
+        _set_bits(self.state, slots, TOUCHED, TOUCHED)
+
+    def begin_fold(self, dirty: NDArray[np.uint64]) -> None:
+        """Note which slots are folded now: those that are newer. Rows that are `dirty` stay newer all the same."""
+        self.newer = _begin_fold(self.state[: self.end], self.owner, dirty)
+
+    def end_fold(self, *, folded: bool) -> None:
+        """Forget the note of `begin_fold`; or take it back, where the files do not hold those rows."""
+        self.newer = _end_fold(self.state[: self.end], NEWER if folded else KEPT)
+
+    def choose(self, most: int, *, but: np.uint8) -> Int64Array:
+        """Choose up to `most` slots in use without certain bits, ascending.
+
+        They are looked for round and round, as the clock of virtual memory does: those are passed over once that were
+        touched since the last time.
+        """
+        if self.count == 0 or most <= 0:
+            return np.empty(0, np.int64)
+        chosen = _choose(self.state[: self.end], min(most, self.count), self._hand % self.end, but)
+        self.state[chosen] &= ~_CHOSEN
+        if chosen.size:
+            self._hand = int(chosen[-1]) + 1
+        chosen.sort()
+        return chosen
+
+
+@kernel
+def _set_bits(state: NDArray[np.uint8], slots: Int64Array, bits: np.uint8, counted: np.uint8) -> int:
+    """Set bits of slots; return how many had not the one that is counted."""
+    new = 0
+    for i in range(slots.size):
+        new += (state[slots[i]] & counted) == 0
+        state[slots[i]] |= bits
+    return new
+
+
+@kernel
+def _begin_fold(state: NDArray[np.uint8], owner: Int64Array, dirty: NDArray[np.uint64]) -> int:
+    newer = 0
+    for slot in range(state.size):
+        if state[slot] & NEWER:
+            row = owner[slot]
+            state[slot] |= FOLDING
+            if (dirty[row >> 6] >> np.uint64(row & 63)) & np.uint64(1):
+                newer += 1
+            else:
+                state[slot] &= ~NEWER
+    return newer
+
+
+@kernel
+def _end_fold(state: NDArray[np.uint8], still: np.uint8) -> int:
+    newer = 0
+    for slot in range(state.size):
+        if state[slot] & still:
+            state[slot] |= NEWER
+            newer += 1
+        state[slot] &= ~FOLDING
+    return newer
+
+
+@kernel
+def _choose(state: NDArray[np.uint8], most: int, hand: int, but: np.uint8) -> Int64Array:
+    chosen = np.empty(most, np.int64)
+    count = 0
+    slot = hand - 1
+    for _ in range(2 * state.size):
+        if count == most:
+            break
+        slot = slot + 1 if slot + 1 < state.size else 0
+        if not state[slot] & USED or state[slot] & (but | _CHOSEN):
+            continue
+        if state[slot] & TOUCHED:
+            state[slot] &= ~TOUCHED
+            continue
+        state[slot] |= _CHOSEN
+        chosen[count] = slot
+        count += 1
+    return chosen[:count].copy()
