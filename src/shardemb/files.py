@@ -314,6 +314,17 @@ def read_into(descriptor: int, view: memoryview, offset: int, path: Path) -> Non
         view, offset = view[done:], offset + done
 
 
+def read_if_cached(descriptor: int, view: memoryview, offset: int) -> bool:
+    """Fill memory with what lies at `offset` if the page cache holds all of it; return whether it does.
+
+    A file system that cannot tell without reading counts as one that holds nothing.
+    """
+    try:
+        return os.preadv(descriptor, [view], offset, os.RWF_NOWAIT) == len(view)
+    except OSError:  # EAGAIN, EOPNOTSUPP; an error of the device shows when it is read in earnest
+        return False
+
+
 def expect(descriptor: int, offset: int, nbytes: int) -> None:
     """Ask for a range of a file that will soon be read; the kernel reads it meanwhile."""
     os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)

@@ -1,7 +1,8 @@
 """Writes committed images into the shards, and makes them durable. Nothing else writes to the shards of a table.
 
 Whole blocks are written: read, changed in memory, and written with their new checksum (see ``checks.py``), in long
-stretches past the page cache where many of them lie close together, one by one where they are few. Images overwrite
+stretches past the page cache where many of them lie close together and the page cache has them not, one by one where
+they are few. Images overwrite
 whatever is there, also where it looks the same: after a write-back that failed, what is in the page cache can be right
 and what is on the disk wrong.
 
@@ -100,22 +101,26 @@ class _Task:
         at = np.searchsorted(blocks, new)
         complete = np.zeros(blocks.size, np.bool_)
         complete[at] = whole
-        stretches = [
-            (
-                direct if last - first >= DIRECT_BLOCKS else cached,
+        view = memory.bytes(0, blocks.size * PAGE)
+        stretches, to_read = [], []
+        for first, last in plan.runs(blocks):
+            place, offset, whole_stretch = (
                 slice(first * PAGE, last * PAGE),
                 offsets[first],
+                complete[first:last].all(),
             )
-            for first, last in plan.runs(blocks)
-        ]
-        view = memory.bytes(0, blocks.size * PAGE)
-        read = [
-            each for each in stretches if not complete[each[1].start // PAGE : each[1].stop // PAGE].all()
-        ]
-        for descriptor, place, offset in read:
+            if last - first < DIRECT_BLOCKS:
+                descriptor, there = cached, False
+            else:  # a table that is warm stays so: what is in the page cache is read and written there
+                there = files.read_if_cached(cached, view[place][: PAGE if whole_stretch else None], offset)
+                descriptor = cached if there else direct
+            stretches.append((descriptor, place, offset))
+            if not (there or whole_stretch):
+                to_read.append((descriptor, place, offset))
+        for descriptor, place, offset in to_read:
             if descriptor == cached:
                 files.expect(descriptor, offset, place.stop - place.start)
-        for descriptor, place, offset in read:
+        for descriptor, place, offset in to_read:
             files.read_into(descriptor, view[place], offset, path)
         # What was damaged stays so, though a part of it is written anew.
         content = memory.array(np.uint8, (blocks.size, PAGE))
