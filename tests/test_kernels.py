@@ -11,12 +11,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shardemb import bitmaps, files, kernels, plan
+from shardemb import bitmaps, files, kernels, overlay, plan, slots
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import SGD, Adagrad, Adam
 from shardemb.spec import PAGE
 
 NOTHING = np.empty(0, np.uint8)
+NO_INDEX = np.empty(0, np.int32), np.empty(0, np.int32), 0
 
 
 def int64(values):
@@ -26,15 +27,18 @@ def int64(values):
 # ---- how they are compiled --------------------------------------------------------------------------------------
 
 
+WITH_KERNELS = kernels, bitmaps, slots, overlay
+
+
 def dispatchers():
     specialised = [kernels.step(Adam), kernels.gather_or_fill(Uniform), kernels.bring_in(Uniform)]
-    named = [each for each in {**vars(kernels), **vars(bitmaps)}.values() if hasattr(each, "py_func")]
+    named = [each for module in WITH_KERNELS for each in vars(module).values() if hasattr(each, "py_func")]
     return {each.py_func.__name__: each for each in (*named, *specialised)}
 
 
 def test_every_kernel_is_cached_releases_the_gil_and_keeps_ieee_arithmetic():
     found = dispatchers()
-    assert {"sort_rows", "gather", "scatter", "advise", "dirty_pages"} <= set(found)
+    assert {"sort_rows", "gather", "scatter", "advise", "dirty_rows", "place_of"} <= set(found)
     for name, each in found.items():
         options = each.targetoptions
         assert options["nogil"], name
@@ -61,7 +65,7 @@ USE_EVERYTHING = """
     import sys
     import numpy as np
     import shardemb
-    from shardemb import bitmaps, kernels
+    from shardemb import bitmaps, kernels, overlay, slots
     from shardemb.initializers import Uniform
     from shardemb.optim import Adam
 
@@ -88,7 +92,7 @@ USE_EVERYTHING = """
         store.commit()
         repr(store)
         for ids in (np.arange(60_000), np.arange(10)):
-            store["plain"].write(ids, np.ones((ids.size, 3), np.float32))  # beyond the budget: pages go out
+            store["plain"].write(ids, np.ones((ids.size, 3), np.float32))  # beyond the budget: rows go out
         store["plain"].lookup([50_000])
         store.commit()
         store["plain"].write([5], [[1.0, 2, 3]])
@@ -106,8 +110,10 @@ USE_EVERYTHING = """
                 table.lookup(ids)
                 table.prefetch(ids)
             list(table.to_arrow_batches())
-    found = [each for module in (kernels, bitmaps) for each in vars(module).values() if hasattr(each, "py_func")]
+    modules = kernels, bitmaps, slots, overlay
+    found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
     found += [kernels.step(Adam), kernels.gather_or_fill(Uniform), kernels.bring_in(Uniform)]
+    found.remove(kernels.place_of)  # called by kernels alone
     assert len(found) > 12
     print({each.py_func.__name__: len(each.signatures) for each in found if len(each.signatures) != 1})
 """
@@ -142,12 +148,13 @@ LOOK_UP = """
     import numpy as np
     from shardemb import initializers, kernels
     made = {"Uniform": (0.0, 1.0), "Normal": ()}
+    no_index = np.empty(0, np.int32), np.empty(0, np.int32), 0
     for name in NAMES:
         each = getattr(initializers, name)(*made[name])
         got, expected = np.empty((1, 3), np.float32), np.empty((1, 3), np.float32)
         parameters = np.array(each.parameters(), np.float64)
         kernels.gather_or_fill(type(each))(
-            got, np.zeros(1, np.uint8), 0, np.zeros(1, np.int64), got, np.uint64(5), parameters, 0, 1)
+            got, *no_index, np.zeros(1, np.uint8), 0, np.zeros(1, np.int64), got, np.uint64(5), parameters, 0, 1)
         each.fill_row(expected[0], np.uint64(0), np.uint64(5), parameters)
         assert (got == expected).all(), (name, got, expected)
 """
@@ -209,13 +216,13 @@ def test_group_starts_and_invert_are_np_unique(batch):
 def test_no_kernel_returns_a_tuple():
     """Where a signal is pending while numba makes one for Python, the process crashes."""
     functions = {
-        name: getattr(each, "py_func", each) for name, each in {**vars(kernels), **vars(bitmaps)}.items()
+        name: getattr(each, "py_func", each) for module in WITH_KERNELS for name, each in vars(module).items()
     }
     returns = {
         name: each.__annotations__["return"]
         for name, each in functions.items()
         if inspect.isfunction(each)
-        and each.__module__ in (kernels.__name__, bitmaps.__name__)
+        and each.__module__ in [module.__name__ for module in WITH_KERNELS]
         and each is not kernels._copy
     }
     assert {"sort_rows", "_step", "_gather_or_fill"} <= set(returns)
@@ -239,7 +246,7 @@ def bitmap(rows, num_rows):
 def test_gather_copies_the_column_of_its_part_of_the_batch(column, width):
     records, ids = table(), int64([5, 0, 299, 5, 17])
     out = np.full((5, width), -1, np.float32)
-    kernels.gather(records, column, ids, out, 1, 4)
+    kernels.gather(records, *NO_INDEX, column, ids, out, 1, 4)
     np.testing.assert_array_equal(out[1:4], records[ids[1:4], column : column + width])
     assert (out[[0, 4]] == -1).all()
 
@@ -248,7 +255,7 @@ def test_gather_or_fill_reads_only_rows_that_are_present():
     records, ids = table(), int64([5, 0, 299, 5, 17])
     out = np.full((5, 3), -1, np.float32)
     kernel = kernels.gather_or_fill(Constant)
-    kernel(records, bitmap([5, 299], 300), 2, ids, out, np.uint64(0), np.array([0.5]), 0, 4)
+    kernel(records, *NO_INDEX, bitmap([5, 299], 300), 2, ids, out, np.uint64(0), np.array([0.5]), 0, 4)
     np.testing.assert_array_equal(out[[0, 2, 3]], records[[5, 299, 5], 2:5])
     assert (out[1] == 0.5).all()
     assert (out[4] == -1).all()
@@ -276,7 +283,7 @@ def test_bring_in_gives_rows_never_written_their_first_record():
     present = bitmap([8, 10], 300)
     state = np.array([7, 9], np.float32)
     rows = int64([8, 9, 10, 11, 70])
-    kernels.bring_in(Constant)(records, present, rows, state, np.uint64(0), np.array([0.5]), 0, 4)
+    kernels.bring_in(Constant)(records, present, rows, rows, state, np.uint64(0), np.array([0.5]), 0, 4)
     before[[9, 11]] = [0.5, 0.5, 7, 9]
     np.testing.assert_array_equal(records, before)
     np.testing.assert_array_equal(present, bitmap([8, 9, 10, 11], 300))
@@ -348,10 +355,14 @@ class Mapped:
         return {page for page in range(PAGES) if answer[page] & 1}
 
     def sample(self, ids, samples=None, present=NOTHING):
-        return kernels.sample_resident(self.memory.address, RECORD, present, int64(ids), samples or len(ids))
+        return kernels.sample_resident(
+            self.memory.address, RECORD, *NO_INDEX, present, int64(ids), samples or len(ids)
+        )
 
     def advise(self, ids, advice, *, record_bytes=RECORD, present=NOTHING):
-        return kernels.advise(self.memory.address, record_bytes, present, int64(ids), advice, 0, len(ids))
+        return kernels.advise(
+            self.memory.address, record_bytes, *NO_INDEX, present, int64(ids), advice, 0, len(ids)
+        )
 
 
 @pytest.fixture
@@ -386,7 +397,9 @@ def test_rows_never_written_need_no_page(mapped):
 
 def test_advise_brings_in_the_pages_of_the_rows_and_no_others(mapped):
     rows = int64([0, 1, 8, 12, 15, 16, 160, 200])
-    failed = kernels.advise(mapped.memory.address, RECORD, NOTHING, rows, files.MADV_POPULATE_WRITE, 1, 7)
+    failed = kernels.advise(
+        mapped.memory.address, RECORD, *NO_INDEX, NOTHING, rows, files.MADV_POPULATE_WRITE, 1, 7
+    )
     assert failed == 0
     assert mapped.resident() == {0, 2, 3, 4, 40}
 
@@ -413,10 +426,12 @@ def test_a_record_that_lies_on_two_pages_gets_both(mapped):
 def test_what_the_kernel_refuses_is_counted_and_not_raised():
     hole = files.AddressRange(64 * PAGE)  # reserved, but nothing is mapped there
     rows = int64([0, 1, 16, 100])  # pages 0, 4 and 25: three calls
-    assert kernels.advise(hole.address, RECORD, NOTHING, rows, files.MADV_POPULATE_WRITE, 0, 4) == 3
-    assert kernels.advise(hole.address, RECORD, NOTHING, rows, 12345, 0, 4) == 3
+    assert (
+        kernels.advise(hole.address, RECORD, *NO_INDEX, NOTHING, rows, files.MADV_POPULATE_WRITE, 0, 4) == 3
+    )
+    assert kernels.advise(hole.address, RECORD, *NO_INDEX, NOTHING, rows, 12345, 0, 4) == 3
 
 
 def test_sample_resident_says_if_the_kernel_will_not_tell():
     nowhere = 2**46 + 2**45  # an address at which nothing is mapped
-    assert kernels.sample_resident(nowhere, RECORD, NOTHING, int64([0]), 1) == -1
+    assert kernels.sample_resident(nowhere, RECORD, *NO_INDEX, NOTHING, int64([0]), 1) == -1

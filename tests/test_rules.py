@@ -20,14 +20,13 @@ from test_power_loss import WORKLOADS, Disk, Recording, contents, explore, scrat
 
 import shardemb
 from shardemb import (
-    bitmaps,
     checks,
     files,
     fold,
     folders,
     log,
     opening,
-    pages,
+    overlay,
     replay,
     runtime,
     shards,
@@ -144,7 +143,7 @@ def budget_makes_no_difference():
 def broken_update_refuses_commit():
     with scratch() as folder, pytest.MonkeyPatch.context() as patch:
         store = new_store(folder)
-        patch.setattr(pages.Pages, "mark", lambda self, rows: 1 / 0)
+        patch.setattr(overlay.Overlay, "mark", lambda self, places: 1 / 0)
         with contextlib.suppress(ZeroDivisionError):
             train(store, 1)
         patch.undo()
@@ -340,14 +339,11 @@ def tables_follow_before_commit(patch):
 
 
 def everything_dropped(patch):
-    def drop(self):
-        self._leave(bitmaps.list_bits(self.private, 0, self.count))
-
-    patch.setattr(pages.Pages, "drop_folded", drop)
+    patch.setattr(overlay, "KEPT", np.uint8(0))
 
 
 def paged_out_unseen(patch):
-    patch.setattr(pages.Pages, "bring_back", lambda self, rows, *, to_change: pages._NO_PAGES)
+    patch.setattr(overlay.Overlay, "bring_back", lambda self, rows: None)
 
 
 def half_updates_count(patch):

@@ -7,120 +7,109 @@ import pytest
 
 from shardemb import files
 from shardemb.errors import DiskFullError
-from shardemb.scratch import STAGE_PAGES, Scratch
-from shardemb.spec import PAGE
+from shardemb.scratch import STAGE_BYTES, Scratch
+from shardemb.slots import NEWER
 
-PAGES = 3 * STAGE_PAGES
-
-
-@pytest.fixture
-def memory():
-    memory = files.AddressRange(PAGES * PAGE)
-    memory.map_zeros(0, memory.nbytes)
-    return memory
+WIDTH = 65  # 260 bytes: neither a power of two nor a divisor of a page
+STEP = STAGE_BYTES // (4 * WIDTH)
+ROWS = 3 * STEP
 
 
-def content(memory):
-    return memory.array(np.int64, (PAGES, PAGE // 8))
+def new_scratch(tmp_path):
+    return Scratch(tmp_path, 4 * WIDTH, ROWS)
 
 
-def fill(memory, pages, value):
-    content(memory)[pages] = np.asarray(pages)[:, None] * 1000 + value
+def records_of(rows, value):
+    return (np.asarray(rows)[:, None] * 1000 + np.arange(WIDTH) + value).astype(np.float32)
 
 
-def drop(memory):
-    memory.advise(0, memory.nbytes, files.MADV_DONTNEED)
+def addresses_of(records):
+    return records.ctypes.data + np.arange(len(records)) * 4 * WIDTH
 
 
-def kept(scratch):
-    bits = np.unpackbits(scratch.kept.view(np.uint8), bitorder="little")
-    assert np.flatnonzero(bits).tolist() == np.flatnonzero(scratch.slots).tolist()
-    return set(np.flatnonzero(bits).tolist())
+def write(scratch, rows, value=0, state=NEWER):
+    records = records_of(rows, value)
+    return scratch.write(
+        np.asarray(rows, np.int64), addresses_of(records), np.full(len(rows), state, np.uint8)
+    )
+
+
+def read(scratch, slots):
+    records = np.full((len(slots), WIDTH), -1, np.float32)
+    scratch.read(slots, addresses_of(records))
+    return records
 
 
 def file_bytes(scratch):
     return os.fstat(scratch._descriptor).st_size
 
 
-def test_pages_come_back_as_they_were(memory, tmp_path):
-    scratch = Scratch(tmp_path, memory)
-    pages = np.random.default_rng(0).permutation(PAGES)[: PAGES // 2]
-    pages.sort()
-    fill(memory, pages, 7)
-    scratch.write(pages)
-    assert kept(scratch) == set(pages.tolist())
-    drop(memory)
-    some = pages[::3]
-    scratch.read(some)
-    assert (content(memory)[some] == some[:, None] * 1000 + 7).all()
-    others = np.setdiff1d(np.arange(PAGES), some)
-    assert not content(memory)[others].any()
+def test_records_come_back_as_they_were(tmp_path):
+    scratch = new_scratch(tmp_path)
+    rows = np.random.default_rng(0).permutation(10**6)[: ROWS // 2]
+    slots = write(scratch, rows, 7)
+    assert scratch.slots.owner[slots].tolist() == rows.tolist()
+    assert scratch.slots.newer == rows.size
+    some = np.random.default_rng(1).permutation(rows.size)[:1000]
+    np.testing.assert_array_equal(read(scratch, slots[some]), records_of(rows[some], 7))
+    np.testing.assert_array_equal(read(scratch, slots), records_of(rows, 7))  # a run longer than the stage
     assert list(tmp_path.iterdir()) == []
 
 
-def test_slots_that_are_given_up_are_used_again(memory, tmp_path):
-    scratch = Scratch(tmp_path, memory)
+def test_slots_that_are_given_up_are_used_again(tmp_path):
+    scratch = new_scratch(tmp_path)
     rng = np.random.default_rng(1)
     model = {}
     for step in range(30):
-        new = np.setdiff1d(rng.integers(0, PAGES, 400), list(model))
-        fill(memory, new, step)
-        scratch.write(new)
-        model |= dict.fromkeys(new.tolist(), step)
-        assert len({*scratch.slots[list(model)].tolist()} - {0}) == len(model)
-        old = rng.choice(sorted(model), min(len(model), 350), replace=False)
-        drop(memory)
-        scratch.read(np.sort(old))
-        assert [row[5] for row in content(memory)[old]] == [
-            page * 1000 + model[page] for page in old.tolist()
-        ]
-        scratch.release(np.sort(old))
-        for page in old.tolist():
-            del model[page]
-        assert kept(scratch) == set(model)
-    assert file_bytes(scratch) <= 2000 * PAGE
+        rows = rng.integers(0, 10**6, 400)
+        model |= {
+            slot: (row, step)
+            for slot, row in zip(write(scratch, rows, step).tolist(), rows.tolist(), strict=True)
+        }
+        old = rng.permutation(list(model))[:350]
+        expected = np.concatenate([records_of([row], value) for row, value in map(model.get, old.tolist())])
+        np.testing.assert_array_equal(read(scratch, old), expected)
+        scratch.release(old)
+        for slot in old.tolist():
+            del model[slot]
+        assert scratch.slots.count == len(model)
+    assert file_bytes(scratch) <= 2000 * 4 * WIDTH
     scratch.release(np.array(sorted(model)))
     assert file_bytes(scratch) == 0
 
 
-def test_what_was_not_written_in_truth_is_noticed(memory, tmp_path):
+def test_what_was_not_written_in_truth_is_noticed(tmp_path):
     """After a write that failed behind its back the kernel may give back what was on the disk before."""
-    scratch = Scratch(tmp_path, memory)
-    pages = np.arange(10)
-    fill(memory, pages, 1)
-    scratch.write(pages)
-    os.pwrite(scratch._descriptor, b"?", 4 * PAGE + 100)
-    drop(memory)
-    scratch.read(pages[:4])
+    scratch = new_scratch(tmp_path)
+    slots = write(scratch, range(10))
+    os.pwrite(scratch._descriptor, b"?", 4 * 4 * WIDTH + 100)
+    read(scratch, slots[:4])
     with pytest.raises(OSError, match=r"does not hold what was written to it; call store.rollback\(\)"):
-        scratch.read(pages[4:5])
+        read(scratch, slots[4:5])
 
 
-def test_a_full_disk_keeps_what_fitted_and_frees_the_rest(memory, tmp_path, monkeypatch):
-    scratch = Scratch(tmp_path, memory)
-    pages = np.arange(2 * STAGE_PAGES)
-    fill(memory, pages, 1)
+def test_a_full_disk_keeps_nothing_of_a_call(tmp_path, monkeypatch):
+    scratch = new_scratch(tmp_path)
+    before = write(scratch, range(5), 1)
     real, calls = files.write, []
 
-    def write(*arguments):
+    def full(*arguments):
         calls.append(arguments)
         if len(calls) == 2:
             raise DiskFullError(errno.ENOSPC, "full")
         real(*arguments)
 
-    monkeypatch.setattr(files, "write", write)
+    monkeypatch.setattr(files, "write", full)
     with pytest.raises(DiskFullError):
-        scratch.write(pages)
-    assert kept(scratch) == set(range(STAGE_PAGES))
-    scratch.write(pages[STAGE_PAGES:])
-    assert scratch.slots.max() == 2 * STAGE_PAGES
-    drop(memory)
-    scratch.read(pages)
-    assert (content(memory)[pages] == pages[:, None] * 1000 + 1).all()
+        write(scratch, range(2 * STEP))
+    assert scratch.slots.count == 5
+    slots = write(scratch, range(2 * STEP), 2)
+    np.testing.assert_array_equal(read(scratch, slots), records_of(range(2 * STEP), 2))
+    np.testing.assert_array_equal(read(scratch, before), records_of(range(5), 1))
 
 
-def test_the_file_goes_with_the_object(memory, tmp_path):
-    scratch = Scratch(tmp_path, memory)
+def test_the_file_goes_with_the_object(tmp_path):
+    scratch = Scratch(tmp_path, 260, 10)
     descriptor = scratch._descriptor
     os.fstat(descriptor)
     del scratch
@@ -129,7 +118,7 @@ def test_the_file_goes_with_the_object(memory, tmp_path):
         os.fstat(descriptor)
 
 
-def test_a_file_system_without_nameless_files_will_do(memory, tmp_path, monkeypatch):
+def test_a_file_system_without_nameless_files_will_do(tmp_path, monkeypatch):
     real = os.open
 
     def refuse(path, flags, *more, **named):
@@ -138,10 +127,7 @@ def test_a_file_system_without_nameless_files_will_do(memory, tmp_path, monkeypa
         return real(path, flags, *more, **named)
 
     monkeypatch.setattr(os, "open", refuse)
-    scratch = Scratch(tmp_path, memory)
+    scratch = Scratch(tmp_path, 4 * WIDTH, 10)
     assert list(tmp_path.iterdir()) == []
-    fill(memory, [3], 1)
-    scratch.write(np.array([3]))
-    drop(memory)
-    scratch.read(np.array([3]))
-    assert content(memory)[3, 0] == 3001
+    slots = write(scratch, [3], 1)
+    np.testing.assert_array_equal(read(scratch, slots), records_of([3], 1))

@@ -11,9 +11,9 @@ from shardemb import files, fold, kernels, layout, plan, shards
 from shardemb.errors import DiskFullError, FormatError, ShardEmbError
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import Adagrad, Adam, RowWiseAdagrad
-from shardemb.pages import Unlimited
+from shardemb.overlay import Unlimited
 from shardemb.replay import Images
-from shardemb.spec import PAGE, ROWS_PER_BLOCK
+from shardemb.spec import ROWS_PER_BLOCK
 
 ROWS = 2 * ROWS_PER_BLOCK + 1000
 
@@ -22,20 +22,30 @@ def int64(rows):
     return np.array(sorted(set(rows)), np.int64)
 
 
+def take_in(table, rows):
+    """As `batch` does it: bring back what is out, copy what is new into slots."""
+    table.overlay.bring_back(rows)
+    new = table.overlay.in_files(rows)
+    places = table.overlay.reserve(new)
+    table.copy(new, places, 0, new.size)
+    table.overlay.publish(new, places)
+    return table.overlay.places(rows)
+
+
 def write(table, rows, values):
-    """As `batch` does it: mark, bring in, overwrite weights."""
+    """As `batch` does it: take in, mark, bring in, overwrite weights."""
     batch = plan.group(np.array(rows, np.int64), table.spec.num_embeddings)
-    table.pages.bring_back(batch.rows, to_change=True)
-    table.mark(batch.rows)
-    table.bring_in(batch.rows, 0, batch.rows.size)
+    places = take_in(table, batch.rows)
+    table.mark(batch.rows, places)
+    table.bring_in(batch.rows, places, 0, batch.rows.size)
     values = np.ascontiguousarray(values, np.float32).reshape(len(rows), table.spec.embedding_dim)
-    kernels.scatter(table.records, batch.rows, batch.starts, batch.order, values, 0, batch.rows.size)
+    kernels.scatter(table.records, places, batch.starts, batch.order, values, 0, batch.rows.size)
 
 
 def look_up(table, rows, column="weight"):
     first, last = table.spec.columns[column]
     out = np.empty((len(rows), last - first), np.float32)
-    table.pages.bring_back(int64(rows), to_change=False)
+    table.overlay.bring_back(int64(rows))
     table.gather(column, np.array(rows, np.int64), out, 0, len(rows))
     return out
 
@@ -57,7 +67,7 @@ def save(table):
     table.clear_changes()
     table.begin_fold()
     fold.write([(table.spec, table.directory, images)], 2)
-    table.pages.end_fold(folded=True)
+    table.overlay.end_fold(folded=True)
     del memory
 
 
@@ -69,8 +79,11 @@ def on_disk(table):
 
 
 def in_memory(table):
-    table.pages.bring_back(np.arange(table.spec.num_embeddings), to_change=False)
-    return table.records.tobytes(), table.present.tobytes()
+    """The same, as memory shows it; the rows of the last file that no table has are always zero."""
+    rows = np.arange(len(table.records) // 2)
+    records = np.empty((rows.size, table.spec.width), np.float32)
+    table.pack(rows, 0, rows.size, records.ctypes.data)
+    return records.tobytes(), table.present.tobytes()
 
 
 # ---- a model ----------------------------------------------------------------------------------------------------
@@ -104,10 +117,10 @@ def histories(draw):
     event = st.one_of(
         st.tuples(st.just("write"), rows),
         st.tuples(st.just("write"), rows),
-        st.tuples(st.just("make private"), rows),
-        st.tuples(st.just("drop clean"), span),
-        st.tuples(st.just("page out"), st.sampled_from([1, 2, 1000])),
-        st.tuples(st.sampled_from(["save", "forget", "drop folded"]), st.none()),
+        st.tuples(st.just("take in"), rows),
+        st.tuples(st.just("give back"), span),
+        st.tuples(st.sampled_from(["spill", "evict"]), st.sampled_from([1, 2, 1000])),
+        st.tuples(st.sampled_from(["save", "forget"]), st.none()),
     )
     return spec, draw(st.lists(event, min_size=1, max_size=12))
 
@@ -125,14 +138,14 @@ def step(table, model, number, event, argument):
         values[:, 0] = argument
         write(table, argument, values)
         model.now = {**model.now, **dict.fromkeys(argument, number)}
-    elif event == "make private":
-        table.pages.copy(int64(argument))
-    elif event == "drop clean":
-        table.drop_clean(argument[0], argument[1] + 1)
-    elif event == "page out":
-        out, count = table.pages.out, min(argument, table.pages.count)
-        table.pages.page_out(count, table.directory)
-        assert table.pages.out == out + count
+    elif event == "take in":
+        take_in(table, int64(argument))
+    elif event == "give back":
+        table.give_back(argument[0], argument[1] + 1)
+    elif event == "spill":
+        out, count = table.overlay.out, min(argument, table.overlay.slots.count)
+        table.overlay.spill(argument, table.directory)
+        assert table.overlay.out == out + count
     elif event == "save":
         check_changes(table)
         save(table)
@@ -144,9 +157,8 @@ def step(table, model, number, event, argument):
         assert on_disk(table) == in_memory(table)
         model.now = model.saved
     else:
-        table.pages.drop_folded()
-        if not table.changes:
-            assert table.pages.count == table.pages.out == 0
+        table.overlay.evict(argument)
+        assert table.overlay.slots.count >= table.overlay.slots.newer
 
 
 def check_changes(table):
@@ -167,8 +179,8 @@ def check_table(table, model):
             assert (weight == fresh).all()
     for column in list(table.spec.columns)[1:]:
         assert (look_up(table, some, column) == 0.5).all()
-    bits = set(np.flatnonzero(np.unpackbits(table.pages.private.view(np.uint8), bitorder="little")).tolist())
-    assert table.pages.count == len(bits)
+    assert (table.overlay._entries(table.changed_rows()) != 0).all()
+    assert table.overlay.nbytes == table.overlay.slots.count * (table.spec.record_bytes + 32)
 
 
 @settings(max_examples=60)
@@ -200,8 +212,9 @@ def create(tmp_path, spec=PLAIN, values=None):
     return shards.create(spec, tmp_path / "table", values)
 
 
-def private(table):
-    return set(np.flatnonzero(np.unpackbits(table.pages.private.view(np.uint8), bitorder="little")).tolist())
+def in_slots(table):
+    entries = table.overlay._entries(np.arange(table.spec.num_embeddings))
+    return set(np.flatnonzero(entries > 0).tolist())
 
 
 def test_a_new_table_has_no_changes_and_takes_no_disk(tmp_path):
@@ -209,7 +222,7 @@ def test_a_new_table_has_no_changes_and_takes_no_disk(tmp_path):
     assert not table.changes
     assert table.changes == 0
     assert table.changed_rows().size == 0
-    assert not table.records.any()
+    assert not table.records[:ROWS].any()
     assert files.allocated(tmp_path / "table" / "rows") < 100_000
 
 
@@ -236,56 +249,44 @@ def test_going_back_gives_images_that_the_files_do_not_hold(tmp_path, spec):
     del memory
 
 
-def test_pages_stay_until_the_files_hold_them(tmp_path):
+def test_rows_stay_until_the_files_hold_them(tmp_path):
     table = create(tmp_path)
     write(table, [0], np.ones((1, 5)))
     table.clear_changes()
-    table.pages.drop_folded()
-    assert private(table) == {0}
+    table.overlay.evict(10)
+    assert in_slots(table) == {0}
     table.begin_fold()
     write(table, [1000], np.ones((1, 5)))
-    table.pages.end_fold(folded=False)
-    table.pages.drop_folded()
-    assert private(table) == {0, 4}
+    table.overlay.evict(10)
+    assert in_slots(table) == {0, 1000}
+    table.overlay.end_fold(folded=False)
+    table.overlay.evict(10)
+    assert in_slots(table) == {0, 1000}
     table.begin_fold()  # row 1,000 is not committed
-    table.pages.end_fold(folded=True)
-    table.pages.drop_folded()
-    assert private(table) == {4}
+    table.overlay.end_fold(folded=True)
+    table.overlay.evict(10)
+    assert in_slots(table) == {1000}
 
 
-def test_dropping_clean_pages_spares_what_is_being_folded(tmp_path):
-    table = create(tmp_path)
-    write(table, [0], np.ones((1, 5)))
-    table.clear_changes()
-    table.begin_fold()
-    table.drop_clean(0, ROWS)
-    assert look_up(table, [0]).min() == 1
-    table.pages.end_fold(folded=True)
-    table.drop_clean(0, ROWS)
-    assert look_up(table, [0]).max() == 0  # nothing was written in truth
-
-
-def test_dropping_clean_pages_spares_blocks_with_changes(tmp_path):
+def test_giving_back_spares_what_lies_in_slots(tmp_path):
     table = create(tmp_path)
     write(table, [0, ROWS - 1], np.ones((2, 5)))
     save(table)
-    write(table, [1], np.ones((1, 5)))
-    before = private(table)
-    table.drop_clean(0, ROWS)
-    last_page = (ROWS - 1) * 20 // PAGE
-    assert private(table) == before - {last_page}
-    assert look_up(table, [0, 1, ROWS - 1]).min() == 1
+    write(table, [1], np.full((1, 5), 2.0))
+    table.give_back(0, ROWS)
+    assert look_up(table, [0, ROWS - 1]).max() == 1
+    assert look_up(table, [1]).min() == 2
 
 
-def test_dropping_clean_pages_gives_memory_back(tmp_path):
+def test_rows_that_leave_give_their_memory_back(tmp_path):
     table = create(tmp_path)
     rows = np.arange(ROWS)
     write(table, rows, np.ones((ROWS, 5)))
     save(table)
     before = anonymous()
-    table.drop_clean(0, ROWS)
+    table.overlay.evict(ROWS)
     assert before - anonymous() > 0.9 * ROWS * 20
-    assert table.pages.count == 0
+    assert table.overlay.slots.count == 0
     assert (table.records[:ROWS] == 1).all()
 
 
@@ -293,12 +294,14 @@ def anonymous():
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
 
 
-def test_pages_made_private_are_counted_and_not_changed(tmp_path):
+def test_rows_taken_in_are_counted_and_not_changed(tmp_path):
     table = create(tmp_path, LARGE_RECORDS)
-    table.pages.copy(int64([0, 5]))
-    assert private(table) == {0, 1, 5, 6}
-    assert table.pages.count == 4
+    take_in(table, int64([0, 5]))
+    assert in_slots(table) == {0, 5}
+    assert table.overlay.nbytes == 2 * (4100 + 32)
     assert not table.changes
+    table.overlay.evict(1)
+    assert len(in_slots(table)) == 1
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------
@@ -318,9 +321,9 @@ def test_rows_never_written_have_their_initial_values_in_every_column(tmp_path):
 def test_bring_in_gives_a_row_the_values_that_it_was_seen_with(tmp_path):
     table = create(tmp_path, make(500, 4, RowWiseAdagrad(), Uniform(-1, 1, seed=3)))
     fresh = look_up(table, range(500))
-    table.mark(int64([3, 499]))
-    table.bring_in(int64([3, 499]), 0, 2)
-    np.testing.assert_array_equal(table.records[[3, 499], :4], fresh[[3, 499]])
+    places = take_in(table, int64([3, 499]))
+    table.bring_in(int64([3, 499]), places, 0, 2)
+    np.testing.assert_array_equal(table.records[places, :4], fresh[[3, 499]])
     np.testing.assert_array_equal(look_up(table, range(500)), fresh)
 
 
@@ -371,7 +374,7 @@ def test_an_array_of_values_becomes_the_rows(tmp_path, spec):
     for column in list(spec.columns)[1:]:
         assert (look_up(table, range(spec.num_embeddings), column) == spec.initial_state[0]).all()
     assert not table.changes
-    assert table.pages.count == 0
+    assert table.overlay.slots.count == 0
     if spec.has_presence:
         assert np.unpackbits(table.present, bitorder="little").sum() == spec.num_embeddings
 
@@ -425,7 +428,7 @@ def test_opening_gives_what_was_saved(tmp_path, spec):
 def test_opening_does_not_give_what_was_not_saved(tmp_path):
     table = create(tmp_path)
     write(table, [1], np.ones((1, 5)))
-    assert not open_existing(tmp_path).records.any()
+    assert not open_existing(tmp_path).records[:100].any()
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, PLAIN.shard_bytes - 1, PLAIN.shard_bytes + 1])

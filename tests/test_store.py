@@ -943,7 +943,7 @@ def test_a_commit_writes_changed_rows_only(store):
     assert store.stats()["syncs"] > 0
 
 
-def test_memory_budget_zero_gives_pages_back_after_every_fold(path):
+def test_memory_budget_zero_gives_memory_back_after_every_fold(path):
     used, found = {}, {}
     for budget in (0, 2**40):
         store = shardemb.open(f"{path}{budget}", memory_budget=budget)
@@ -955,11 +955,11 @@ def test_memory_budget_zero_gives_pages_back_after_every_fold(path):
             table.update(ids, np.ones((10_000, 64), np.float32))
             store.commit()
             store.checkpoint()
-        used[budget] = table._mapped.pages.count * 4096
+        used[budget] = table._mapped.overlay.nbytes
         found[budget] = rows(table)
         store.close()
     assert used[0] == 0
-    assert used[2**40] > 45e6  # what the budget saves: 51 MB of rows become private bit by bit
+    assert used[2**40] > 20e6  # what the budget saves
     assert_same_bits(found[0], found[2**40])
 
 

@@ -216,7 +216,7 @@ def _make_room(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -
     if room.has_room(sum(rows.size * shards.overlay.row_bytes for shards, rows in batches)):
         return  # spares the counting
     for shards, rows in batches:
-        shards.overlay.touch(rows)
+        shards.overlay.note_use(rows)
     room.make_room(sum(shards.overlay.count_new(rows) * shards.overlay.row_bytes for shards, rows in batches))
 
 

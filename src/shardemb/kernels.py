@@ -237,7 +237,8 @@ def _gather_or_fill(
 
 @kernel
 def sample_resident(
-    records: Float32Array,
+    base: int,
+    record_bytes: int,
     directory: NDArray[np.int32],
     leaves: NDArray[np.int32],
     slots: int,
@@ -251,7 +252,6 @@ def sample_resident(
     """
     answer = np.zeros(1, np.uint8)
     resident = 0
-    base, record_bytes = records.ctypes.data, 4 * records.shape[1]
     for k in range(samples):
         row = ids[k * ids.size // samples]
         if (present.size and not (present[row >> 3] >> (row & 7)) & 1) or place_of(
@@ -268,7 +268,8 @@ def sample_resident(
 
 @kernel
 def advise(
-    records: Float32Array,
+    base: int,
+    record_bytes: int,
     directory: NDArray[np.int32],
     leaves: NDArray[np.int32],
     slots: int,
@@ -282,7 +283,6 @@ def advise(
 
     Rows in slots, and those that `present` says were never written, are passed over; an empty `present` says nothing.
     """
-    base, record_bytes = records.ctypes.data, 4 * records.shape[1]
     first, last, failed = np.int64(0), np.int64(-2), 0
     for i in range(start, stop):
         row = sorted_ids[i]

@@ -184,10 +184,10 @@ class Overlay:
         """Note that rows in slots are about to change."""
         self.slots.mark(places - self.first)
 
-    def touch(self, rows: Int64Array) -> None:
+    def note_use(self, rows: Int64Array) -> None:
         """Let those of the rows that are in slots be the last to leave."""
         entries = self._entries(rows)
-        self.slots.touch(entries[entries > 0].astype(np.int64) - 1)
+        self.slots.note_use(entries[entries > 0].astype(np.int64) - 1)
 
     # ---- folds
 

@@ -59,7 +59,7 @@ class Shards:
     ----------
     spec : TableSpec
     records : ndarray of float32, shape (twice the rows of whole shards, width)
-        All records of the files, and behind them the slots of rows in memory.
+        All records of the files, and behind them the slots, which are memory only where they are in use.
     present : ndarray of uint8
         The presence bitmap; empty where the table keeps none.
     dirty : ndarray of uint64
@@ -119,14 +119,23 @@ class Shards:
         samples = min(most, -(-ids.size // 8))
         if samples == 0:
             return False
-        resident = kernels.sample_resident(self.records, *self.overlay.index, self.present, ids, samples)
+        resident = kernels.sample_resident(
+            self._rows.address, self.spec.record_bytes, *self.overlay.index, self.present, ids, samples
+        )
         return bool(0 <= resident < (1 - COLD_SHARE) * samples)
 
     def read_ahead(self, rows: Int64Array, start: int, stop: int) -> None:
         """Ask for the pages of ascending ``rows[start:stop]``; the kernel reads them meanwhile."""
         # Advice that fails costs time and nothing else: the gather reads the page all the same.
         kernels.advise(
-            self.records, *self.overlay.index, self.present, rows, files.MADV_WILLNEED, start, stop
+            self._rows.address,
+            self.spec.record_bytes,
+            *self.overlay.index,
+            self.present,
+            rows,
+            files.MADV_WILLNEED,
+            start,
+            stop,
         )
 
     # ---- changing, in memory; all of it under the store's lock

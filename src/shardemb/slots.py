@@ -79,7 +79,7 @@ class Slots:
         """Note that slots are about to hold what the files do not."""
         self.newer += _set_bits(self.state, slots, NEWER | TOUCHED, NEWER)
 
-    def touch(self, slots: Int64Array) -> None:
+    def note_use(self, slots: Int64Array) -> None:
         """Let slots be the last to be chosen."""
         _set_bits(self.state, slots, TOUCHED, TOUCHED)
 

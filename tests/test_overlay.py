@@ -1,4 +1,4 @@
-"""What `test_shards.py` does not reach: lookups beside paging, and when a store pages."""
+"""What `test_shards.py` does not reach: lookups beside rows that leave, and when a store lets them."""
 
 import errno
 import threading
@@ -13,12 +13,13 @@ from shardemb.errors import DiskFullError, ReadOnlyError, ShardEmbError
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD, Adam
 
-ROWS, DIM = 20_000, 60  # records of 240 bytes, some on two pages
+ROWS, DIM = 20_000, 60  # records of 240 bytes
+BUDGET = 50 * (240 + 32)
 
 
 @pytest.fixture
 def store(tmp_path):
-    with shardemb.open(tmp_path / "s", memory_budget=50 * 4096) as store:
+    with shardemb.open(tmp_path / "s", memory_budget=BUDGET) as store:
         yield store
         store.rollback()
 
@@ -28,7 +29,7 @@ def new(store, name="t", **more):
 
 
 def spread(value, count=100):
-    """A row on each of so many pages, and what to write there."""
+    """So many rows apart, and what to write there."""
     ids = np.arange(count) * 19
     return ids, np.full((count, DIM), value, np.float32) + ids[:, None].astype(np.float32)
 
@@ -41,19 +42,19 @@ def test_changes_beyond_the_budget_go_out_and_are_looked_up_all_the_same(store):
         rows = np.full((40, DIM), step + 1, np.float32)
         table.write(ids, rows)
         written[ids] = rows
-    pages = table._mapped.pages
-    assert pages.out > 100
-    assert pages.count <= 50
+    overlay = table._mapped.overlay
+    assert overlay.out > 100
+    assert overlay.slots.count <= 50
     assert_same_bits(table.lookup(np.arange(ROWS)), written)
-    assert pages.count <= 4096 + 50  # a lookup brings back a part at a time
+    assert overlay.slots.count <= 4096 + 50  # a lookup brings back a part at a time
     store.commit()
     assert_same_bits(table.lookup(np.arange(ROWS)), written)
     store.checkpoint()
-    assert pages.out == 0
+    assert overlay.out == 0
     assert_same_bits(table.lookup(np.arange(ROWS)), written)
 
 
-@pytest.mark.parametrize("budget", [0, 8 * 4096, 100 * 4096])
+@pytest.mark.parametrize("budget", [0, 30_000, 400_000])
 @pytest.mark.parametrize("commit_every", [1, 7, 1000])
 def test_a_table_of_twenty_times_the_budget_trains_as_one_in_memory(tmp_path, budget, commit_every):
     """Two tables of Adam: 20,000 x 60 x 12 bytes are 35 times the largest of these budgets."""
@@ -111,7 +112,7 @@ def test_prefetch_for_an_update_brings_the_newest_back(store):
     table.write(ids, rows)
     table.write([ROWS - 1], np.ones((1, DIM), np.float32))
     table.write(ids[:40] + 2000, rows[:40])
-    assert table._mapped.pages.out
+    assert table._mapped.overlay.out
     table.prefetch(ids, for_update=True)
     store._runtime._background.shutdown()
     store._runtime._background = None
@@ -143,7 +144,7 @@ def test_a_scratch_file_that_cannot_grow_changes_nothing(store, monkeypatch):
     assert_same_bits(table.lookup(ids), rows)
 
 
-def test_pages_that_cannot_be_read_back_are_refused_and_rolled_back(store, monkeypatch):
+def test_rows_that_cannot_be_read_back_are_refused_and_rolled_back(store, monkeypatch):
     table = new(store)
     table.write(*spread(1.0))
     store.commit()
@@ -151,15 +152,15 @@ def test_pages_that_cannot_be_read_back_are_refused_and_rolled_back(store, monke
     ids, rows = spread(2.0)
     table.write(ids, rows)
     table.write(ids + 2000, rows)
-    assert table._mapped.pages.out
-    real = files.read_at
+    assert table._mapped.overlay.out
+    real = files.read_into
 
-    def read_at(descriptor, nbytes, offset, path):
+    def read_into(descriptor, view, offset, path):
         if "scratch" in str(path):
             raise OSError(errno.EIO, "bad sector")
-        return real(descriptor, nbytes, offset, path)
+        real(descriptor, view, offset, path)
 
-    monkeypatch.setattr(files, "read_at", read_at)
+    monkeypatch.setattr(files, "read_into", read_into)
     with pytest.raises(OSError, match="bad sector"):
         table.lookup(ids)
     with pytest.raises(OSError, match="bad sector"):
@@ -170,7 +171,7 @@ def test_pages_that_cannot_be_read_back_are_refused_and_rolled_back(store, monke
 
 
 def test_lookups_beside_paging_see_whole_batches(tmp_path):
-    """Every page that goes out while a lookup runs is looked up again."""
+    """Every row that goes out while a lookup runs is looked up again."""
     with shardemb.open(tmp_path / "s", memory_budget=0, threads=1) as store:
         table = new(store)
         ids = np.arange(1000)
@@ -194,7 +195,7 @@ def test_lookups_beside_paging_see_whole_batches(tmp_path):
         store.commit()
 
 
-def test_a_page_that_leaves_in_the_middle_of_a_lookup_is_looked_up_again(store, monkeypatch):
+def test_a_row_that_leaves_in_the_middle_of_a_lookup_is_looked_up_again(store, monkeypatch):
     table = new(store)
     ids, rows = spread(1.0, 40)
     table.write(ids, rows)
@@ -203,8 +204,8 @@ def test_a_page_that_leaves_in_the_middle_of_a_lookup_is_looked_up_again(store, 
 
     def gather(*arguments):
         if not gathered:
-            mapped.pages.page_out(mapped.pages.count, tmp)
-        gathered.append(mapped.pages.out)
+            mapped.overlay.spill(mapped.overlay.slots.count, tmp)
+        gathered.append(mapped.overlay.out)
         real(*arguments)
 
     tmp = store.path / ".shardemb"

@@ -1,0 +1,94 @@
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardemb.slots import FOLDING, KEPT, NEWER, TOUCHED, USED, Slots
+
+MOST = 200
+
+
+def int64(values):
+    return np.array(list(values), np.int64)
+
+
+events = st.lists(
+    st.one_of(
+        st.tuples(st.just("take"), st.integers(0, 30)),
+        st.tuples(st.sampled_from(["give", "mark", "note_use"]), st.randoms(use_true_random=False)),
+        st.tuples(st.just("begin fold"), st.sets(st.integers(0, 3000))),
+        st.tuples(st.just("end fold"), st.booleans()),
+        st.tuples(st.just("choose"), st.integers(0, 60)),
+    ),
+    max_size=30,
+)
+
+
+@given(events)
+def test_slots_are_what_a_model_says(history):
+    slots, model, next_row = Slots(MOST), {}, 0  # slot: [row, newer, folding]
+    for event, argument in history:
+        if event == "take":
+            count = min(argument, MOST - len(model))
+            rows = int64(range(next_row, next_row + count))
+            next_row += count
+            end = slots.next_end(count)
+            taken = slots.take(rows, np.uint8(0))
+            assert slots.end == end <= MOST
+            assert sorted(taken.tolist()) == taken.tolist()
+            assert not set(taken.tolist()) & set(model)
+            model |= {
+                slot: [row, False, False] for slot, row in zip(taken.tolist(), rows.tolist(), strict=True)
+            }
+        elif event in ("give", "mark", "note_use"):
+            some = [slot for slot in model if argument.random() < 0.4]
+            getattr(slots, event)(int64(some))
+            for slot in some:
+                if event == "give":
+                    del model[slot]
+                elif event == "mark":
+                    model[slot][1] = True
+        elif event == "begin fold":
+            dirty = np.zeros(3000 // 64 + 2, np.uint64)
+            for row in argument:
+                dirty[row >> 6] |= np.uint64(1) << np.uint64(row & 63)
+            slots.begin_fold(dirty)
+            for entry in model.values():
+                if entry[1]:
+                    entry[1:] = entry[0] in argument, True
+        elif event == "end fold":
+            slots.end_fold(folded=argument)
+            for entry in model.values():
+                entry[1:] = entry[1] or (entry[2] and not argument), False
+        else:
+            chosen = slots.choose(argument, but=KEPT)
+            clean = {slot for slot, (_, newer, folding) in model.items() if not newer and not folding}
+            assert set(chosen.tolist()) <= clean
+            assert chosen.size == min(argument, len(clean))
+        assert slots.count == len(model)
+        assert slots.newer == sum(newer for _, newer, _ in model.values())
+        for slot, (row, newer, folding) in model.items():
+            assert slots.owner[slot] == row
+            assert bool(slots.state[slot] & NEWER) == newer
+            assert bool(slots.state[slot] & FOLDING) == folding
+        assert set(np.flatnonzero(slots.state & USED).tolist()) == set(model)
+
+
+def test_slots_that_are_given_up_are_taken_again():
+    slots = Slots(10)
+    slots.take(int64(range(10)), np.uint8(0))
+    slots.give(int64([3, 7]))
+    assert slots.take(int64([90, 91]), NEWER).tolist() == [3, 7]
+    assert slots.end == 10
+    slots.give(int64(range(10)))
+    assert slots.end == slots.newer == 0
+
+
+def test_those_touched_since_are_passed_over_once():
+    slots = Slots(10)
+    slots.take(int64(range(10)), np.uint8(0))
+    slots.note_use(int64([0, 1, 2]))
+    assert slots.choose(2, but=np.uint8(0)).tolist() == [3, 4]
+    assert slots.choose(2, but=np.uint8(0)).tolist() == [5, 6]  # on from there
+    assert not slots.state[[3, 4]].any() & TOUCHED
+    assert slots.choose(10, but=np.uint8(0)).tolist() == list(range(10))
+    assert slots.choose(0, but=np.uint8(0)).size == 0
