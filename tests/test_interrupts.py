@@ -45,6 +45,11 @@ def new_table(store, **arguments):
     return table, TableModel.new("t", **(defaults | arguments))
 
 
+def take_in(store, table, ids):
+    """Copy rows into slots beforehand, as a prefetch does: an update then has nothing to do but to change them."""
+    batch._take_in(store._runtime, [(table._shards, np.unique(ids))])
+
+
 # ---- Ctrl-C within an update ----------------------------------------------------------------------------------
 
 
@@ -59,6 +64,9 @@ def test_ctrl_c_among_the_kernels_takes_effect_once_the_change_is_complete(store
     sent = []
 
     def interrupted(tasks, threads):
+        if not tasks:
+            return run(tasks, threads)
+
         def task():
             sent.append(None)
             interrupt()
@@ -68,16 +76,15 @@ def test_ctrl_c_among_the_kernels_takes_effect_once_the_change_is_complete(store
         if where == "before the tasks":
             sent.append(None)
             interrupt()
-        results = run([*tasks[:-1], task] if where == "within a task" and tasks else tasks, threads)
+        results = run([*tasks[:-1], task] if where == "within a task" else tasks, threads)
         if where == "after the tasks":
             sent.append(None)
             interrupt()
         return results
 
+    take_in(store, table, ids)
     with monkeypatch.context() as patch:
         patch.setattr(scheduler, "run", interrupted)
-        patch.setattr(Shards, "is_cold", lambda self, ids, most: False)
-        patch.setattr(batch, "_read_ahead", lambda *arguments: None)
         with pytest.raises(KeyboardInterrupt):
             if call == "store.update":
                 store.update({"t": (ids, numbers)})
@@ -100,13 +107,56 @@ def test_ctrl_c_within_an_update_of_many_tables_is_after_all_of_them(store, monk
             interrupt()
         return run(tasks, threads)
 
+    for table in tables:
+        take_in(store, table, [1, 2])
     with monkeypatch.context() as patch:
         patch.setattr(scheduler, "run", interrupted)
-        patch.setattr(batch, "_read_ahead", lambda *arguments: None)
         with pytest.raises(KeyboardInterrupt):
             store.update({name: ([1, 2], ONES) for name in "abc"})
     assert [table.step for table in tables] == [1, 1, 1]
     assert len({table.lookup([1, 2, 3]).tobytes() for table in tables}) == 1
+    store.commit()
+
+
+def test_ctrl_c_while_rows_are_copied_changes_nothing(store, monkeypatch):
+    table, model = new_table(store)
+    ids, numbers = np.arange(3000), np.ones((3000, DIM), np.float32)
+    copy = Shards.copy
+
+    def interrupted(self, *arguments):
+        interrupt()
+        time.sleep(0.02)
+        copy(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shards, "copy", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            table.update(ids, numbers)
+    assert table._mapped.changes == table._mapped.overlay.slots.newer == 0
+    model.assert_matches(table)
+    for each in (table, model):
+        each.update(ids[::2], numbers[::2])
+    assert table._mapped.overlay.slots.count == 3000
+    model.assert_matches(table)
+    store.commit()
+
+
+@pytest.mark.parametrize("error", [MemoryError, OSError])
+def test_rows_that_cannot_be_copied_are_in_no_slot(store, monkeypatch, error):
+    table, model = new_table(store)
+    ids, numbers = np.arange(3000), np.ones((3000, DIM), np.float32)
+
+    def broken(self, *arguments):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shards, "copy", broken)
+        with pytest.raises(error):
+            table.update(ids, numbers)
+    assert table._mapped.overlay.slots.count == 0
+    for each in (table, model):
+        each.update(ids[::2], numbers[::2])
+    model.assert_matches(table)
     store.commit()
 
 
@@ -375,14 +425,15 @@ def test_handlers_of_the_program_are_called_after_the_change_and_put_back(store,
     run = scheduler.run
 
     def interrupted(tasks, threads):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
-        assert calls == []
+        if tasks:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            assert calls == []
         return run(tasks, threads)
 
     try:
+        take_in(store, table, [1, 2])
         with monkeypatch.context() as patch:
-            patch.setattr(batch, "_read_ahead", lambda *arguments: None)
             patch.setattr(scheduler, "run", interrupted)
             table.update([1, 2], np.ones((2, DIM)))
         assert calls == [(signal.SIGTERM, 1)]
@@ -440,11 +491,12 @@ def test_an_exception_among_the_kernels_makes_commits_refuse_until_rollback(stor
 
     def half(tasks, threads):
         run(tasks, threads)
-        raise MemoryError("in a task")
+        if tasks:
+            raise MemoryError("in a task")
 
+    take_in(store, table, np.arange(table.num_embeddings))
     with monkeypatch.context() as patch:
         patch.setattr(scheduler, "run", half)
-        patch.setattr(batch, "_read_ahead", lambda *arguments: None)
         with pytest.raises(MemoryError, match="in a task"):
             change(store)
     for refused in (store.commit, lambda: change(store), store.checkpoint):
@@ -462,9 +514,9 @@ def test_half_done_changes_are_not_committed_by_closing(path, monkeypatch):
     with shardemb.open(path) as store:
         table = small(store)
         store.commit()
+        take_in(store, table, [1, 2])
         with monkeypatch.context() as patch:
-            patch.setattr(batch, "_read_ahead", lambda *arguments: None)
-            patch.setattr(scheduler, "run", lambda tasks, threads: 1 / 0)
+            patch.setattr(scheduler, "run", lambda tasks, threads: 1 / 0 if tasks else [])
             with pytest.raises(ZeroDivisionError):
                 table.update([1, 2], ONES)
         with pytest.warns(RuntimeWarning, match="lost"):

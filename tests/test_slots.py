@@ -89,6 +89,6 @@ def test_those_touched_since_are_passed_over_once():
     slots.note_use(int64([0, 1, 2]))
     assert slots.choose(2, but=np.uint8(0)).tolist() == [3, 4]
     assert slots.choose(2, but=np.uint8(0)).tolist() == [5, 6]  # on from there
-    assert not slots.state[[3, 4]].any() & TOUCHED
+    assert not (slots.state[[3, 4]] & TOUCHED).any()
     assert slots.choose(10, but=np.uint8(0)).tolist() == list(range(10))
     assert slots.choose(0, but=np.uint8(0)).size == 0

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shardemb import kernels, plan, scheduler
+from shardemb.runtime import signals_deferred
 from shardemb.shards import PAGED_ROWS
 from shardemb.spec import PAGE
 
@@ -131,7 +132,8 @@ def _gather_paged(runtime: Runtime, read: Read) -> None:
         rows = np.unique(read.ids[start:stop])
         with runtime.changing():
             runtime.room.make_room(shards.overlay.count_out(rows) * shards.overlay.row_bytes)
-            shards.overlay.bring_back(rows)
+            with signals_deferred():
+                shards.overlay.bring_back(rows)
             if shards.is_cold(rows, SAMPLES):
                 shards.read_ahead(rows, 0, rows.size)
             shards.gather(read.column, read.ids, read.out, start, stop)
@@ -192,6 +194,11 @@ def _take_in(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> 
     """
     _make_room(runtime, batches)
     runtime.check_open()
+    with signals_deferred():  # the books of slots are whole or wrong
+        _fill_slots(runtime, batches)
+
+
+def _fill_slots(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> None:
     for shards, rows in batches:
         shards.overlay.bring_back(rows)
     new = [(shards, shards.overlay.in_files(rows)) for shards, rows in batches]

@@ -162,13 +162,15 @@ class Journal:
         """As `make_room`, without a fold."""
         self._evict(nbytes)
         if self._excess(nbytes) > 0:
-            for each, count in self._shares(self._excess(nbytes) + self._runtime.memory_budget // 4):
-                each.spill(count, folders.private(self._runtime.path))
+            with signals_deferred():
+                for each, count in self._shares(self._excess(nbytes) + self._runtime.memory_budget // 4):
+                    each.spill(count, folders.private(self._runtime.path))
 
     def _evict(self, nbytes: int) -> None:
         if self._excess(nbytes) > 0:
-            for each, count in self._shares(self._excess(nbytes) + self._runtime.memory_budget // 32):
-                each.evict(count)
+            with signals_deferred():
+                for each, count in self._shares(self._excess(nbytes) + self._runtime.memory_budget // 32):
+                    each.evict(count)
 
     def _shares(self, nbytes: int) -> Iterator[tuple[Overlay, int]]:
         """Share out how many rows of each table shall leave so that so many bytes do."""
