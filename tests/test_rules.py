@@ -31,6 +31,7 @@ from shardemb import (
     runtime,
     shards,
 )
+from shardemb import scratch as scratch_file
 from shardemb.journal import Journal
 from shardemb.optim import Adam
 
@@ -55,18 +56,14 @@ def train(store, seed, count=20):
 # ---- witnesses --------------------------------------------------------------------------------------------------
 
 
-def power(rounds=1, states=500, **options):
-    """Cut the power at random moments of random workloads."""
-    for seed in range(rounds * WORKLOADS):
+def power():
+    """Cut the power at random moments of random workloads; the rarest rule shows in one workload of twenty."""
+    for seed in range(200):
         try:
-            explore(seed, states // WORKLOADS, **{"again": 0.5, "kill": 0.3, **options})
+            explore(seed, 500 // WORKLOADS, again=0.5, kill=0.3)
         except (AssertionError, shardemb.ShardEmbError, OSError) as error:
             return str(error) or repr(error)
     return None
-
-
-def power_twice():
-    return power(rounds=3)
 
 
 def other_ways_to_the_disk():
@@ -169,7 +166,7 @@ def rollback_beside_fold():
         folding.start()
         while not store._runtime.room._folding:
             time.sleep(0.001)
-        train(store, 2)
+        train(store, 1)  # the same rows
         store.rollback()
         found = contents(store)
         go_on.set()
@@ -339,11 +336,15 @@ def tables_follow_before_commit(patch):
 
 
 def everything_dropped(patch):
-    patch.setattr(overlay, "KEPT", np.uint8(0))
+    def evict(self, count):
+        slots = self.slots.choose(count, but=np.uint8(0))
+        self._leave(slots)
+
+    patch.setattr(overlay.Overlay, "evict", evict)
 
 
 def paged_out_unseen(patch):
-    patch.setattr(overlay.Overlay, "bring_back", lambda self, rows: None)
+    patch.setattr(scratch_file.Scratch, "read", lambda self, slots, addresses: None)
 
 
 def half_updates_count(patch):
@@ -391,7 +392,7 @@ UNDONE = {
     "R3 folded before the base": (fold_after_base, power),
     "R3 base before the log goes": (recycled_before_base, power),
     "R4 the base changes in one instant": (base_in_place, power),
-    "R5 recovery begins above every segment": (recovery_reuses_numbers, power_twice),
+    "R5 recovery begins above every segment": (recovery_reuses_numbers, power),
     "R5 recovery writes every image": (recovery_writes_nothing, power),
     "R6 what is known to be synced": (sync_declared_too_early, power),
     "R7 damage is no torn tail": (damage_taken_for_torn, damage_is_told),
@@ -421,9 +422,7 @@ def test_rule_undone_is_noticed(rule, side_by_side):
     assert side_by_side(noticed)
 
 
-@pytest.mark.parametrize(
-    "witness", sorted({each for _, each in UNDONE.values()} - {power, power_twice}, key=str)
-)
+@pytest.mark.parametrize("witness", sorted({each for _, each in UNDONE.values()} - {power}, key=str))
 def test_rules_hold(witness):
     assert witness() is None
 
