@@ -25,11 +25,12 @@ def int64(rows):
 def take_in(table, rows):
     """As `batch` does it: bring back what is out, copy what is new into slots."""
     table.overlay.bring_back(rows)
-    new = table.overlay.in_files(rows)
-    places = table.overlay.reserve(new)
-    table.copy(new, places, 0, new.size)
-    table.overlay.publish(new, places)
-    return table.overlay.places(rows)
+    places = table.overlay.places(rows)
+    new = places == rows
+    places[new] = table.overlay.reserve(rows[new])
+    table.copy(rows[new], places[new], 0, int(new.sum()))
+    table.overlay.publish(rows[new], places[new])
+    return places
 
 
 def write(table, rows, values):

@@ -146,9 +146,8 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
     it nothing can.
     """
     with runtime.changing():
-        _take_in(runtime, [(each.shards, each.batch.rows) for each in changes])
+        places = _take_in(runtime, [(each.shards, each.batch.rows) for each in changes])
         runtime.check_sound()
-        places = [each.shards.overlay.places(each.batch.rows) for each in changes]
         work = [_work(*each) for each in zip(changes, places, strict=True)]
 
         def change_rows(pieces: list[Piece]) -> None:
@@ -180,8 +179,8 @@ def prefetch(runtime: Runtime, shards: Shards, rows: Int64Array, *, for_update: 
             _take_in(runtime, [(shards, rows[start : start + PREFETCH_ROWS])])
 
 
-def _take_in(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> None:
-    """Bring ascending rows of tables into slots, with the records that they have.
+def _take_in(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> list[Int64Array]:
+    """Bring ascending rows of tables into slots, with the records that they have; return their places.
 
     The lock may be let go at first, while a fold makes room; not once the first row is here.
 
@@ -195,27 +194,33 @@ def _take_in(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> 
     _make_room(runtime, batches)
     runtime.check_open()
     with signals_deferred():  # the books of slots are whole or wrong
-        _fill_slots(runtime, batches)
+        return _fill_slots(runtime, batches)
 
 
-def _fill_slots(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> None:
+def _fill_slots(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> list[Int64Array]:
     for shards, rows in batches:
         shards.overlay.bring_back(rows)
-    new = [(shards, shards.overlay.in_files(rows)) for shards, rows in batches]
+    places = [shards.overlay.places(rows) for shards, rows in batches]
+    in_files = [found == rows for found, (_, rows) in zip(places, batches, strict=True)]
+    new = [(shards, rows[which]) for (shards, rows), which in zip(batches, in_files, strict=True)]
     samples = _samples(len(new))
     _read_ahead(runtime, [(shards, rows) for shards, rows in new if shards.is_cold(rows, samples)])
     reserved: list[Int64Array] = []
     try:
         for shards, rows in new:
             reserved.append(shards.overlay.reserve(rows))
-        copies = [partial(new[i][0].copy, new[i][1], places) for i, places in enumerate(reserved)]
+        copies = [
+            partial(shards.copy, rows, slots) for (shards, rows), slots in zip(new, reserved, strict=True)
+        ]
         _run_pieces(runtime, copies, [rows.size for _, rows in new], [s.spec.record_bytes for s, _ in new])
     except BaseException:
-        for (shards, _), places in zip(new, reserved, strict=False):
-            shards.overlay.unreserve(places)
+        for (shards, _), slots in zip(new, reserved, strict=False):
+            shards.overlay.unreserve(slots)
         raise
-    for (shards, rows), places in zip(new, reserved, strict=True):
-        shards.overlay.publish(rows, places)
+    for i, (shards, rows) in enumerate(new):
+        shards.overlay.publish(rows, reserved[i])
+        places[i][in_files[i]] = reserved[i]
+    return places
 
 
 def _make_room(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> None:

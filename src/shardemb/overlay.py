@@ -135,11 +135,10 @@ class Overlay:
         return self._directory, self._leaves, self.first
 
     def places(self, rows: Int64Array) -> Int64Array:
-        """Return the places of rows among all records, -1 for those that are out."""
-        if self.slots.count == 0 and not self.out:
-            return rows
-        places = np.empty_like(rows)
-        _places(self._directory, self._leaves, self.first, rows, places)
+        """Return the places of rows among all records: their own for rows of the files, -1 for those that are out."""
+        places = rows.copy()
+        if self.slots.count or self.out:
+            _places(self._directory, self._leaves, self.first, rows, places)
         return places
 
     # ---- into memory
@@ -151,11 +150,6 @@ class Overlay:
     def count_out(self, rows: Int64Array) -> int:
         """Count the rows that are out."""
         return int(np.count_nonzero(self._entries(rows) < 0))
-
-    def in_files(self, rows: Int64Array) -> Int64Array:
-        """List those of the rows whose newest record the files hold."""
-        found: Int64Array = rows[self._entries(rows) == 0]
-        return found
 
     def reserve(self, rows: Int64Array) -> Int64Array:
         """Take slots for rows of the files, and return their places, which are to be filled before `publish`.

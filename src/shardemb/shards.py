@@ -202,9 +202,10 @@ class Shards:
             ids, addresses = (each[start : start + PAGED_ROWS] for each in images)
             room.spill(overlay.count_new(ids) * overlay.row_bytes)
             overlay.bring_back(ids)
-            new = overlay.in_files(ids)
-            overlay.publish(new, overlay.reserve(new))
             places = overlay.places(ids)
+            new = places == ids
+            places[new] = overlay.reserve(ids[new])
+            overlay.publish(ids[new], places[new])
             kernels.place_images(self.records, places, addresses)
             if self.spec.has_presence:
                 bitmaps.set_present(self.present, ids, 0)
