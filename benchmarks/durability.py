@@ -11,6 +11,8 @@ from . import common
 from .common import LARGE, ROWS
 
 BATCHES = 4
+ROW_BYTES = 800
+"""What a row of 768 bytes takes in memory."""
 
 
 def _table():
@@ -59,13 +61,13 @@ class Fold(common.Timed):
 
 
 class Paging(common.Timed):
-    """Updates of uniform rows with a memory budget of one batch: most pages go out and come back."""
+    """Updates of uniform rows with a memory budget of one batch: most rows go out and come back."""
 
     def setup_cache(self):
         return common.build("paging.zarr", **_table())
 
     def setup(self, path):
-        self.store = shardemb.open(path, memory_budget=LARGE // BATCHES * 4096)
+        self.store = shardemb.open(path, memory_budget=LARGE // BATCHES * ROW_BYTES)
         _train(self.store, 2 * BATCHES)
 
     def teardown(self, _):

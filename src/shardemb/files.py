@@ -4,7 +4,7 @@ Nothing else in the package touches a disk, so a simulator that replaces these f
 Callers use them as ``files.name(...)`` for that reason. Each checks what the kernel answers. "Disk full" becomes
 `DiskFullError`; other errors stay `OSError`.
 
-Linux only: private mappings at fixed places, ``MADV_DONTNEED`` on private pages, ``flock``.
+Linux only: mappings at fixed places, ``MADV_DONTNEED`` on memory of this process, ``flock``.
 """
 
 from __future__ import annotations

