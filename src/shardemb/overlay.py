@@ -94,8 +94,8 @@ class Overlay:
         self._memory = memory
         self._records = records
         self.first = len(records) // 2
-        self._record_bytes = 4 * records.shape[1]
-        self.row_bytes = self._record_bytes + ROW_BYTES
+        self._record_bytes: int = 4 * records.shape[1]
+        self.row_bytes: int = self._record_bytes + ROW_BYTES
         self._most = min(self.first, _MOST)
         self.slots = Slots(self._most)
         leaves = -(-self.first // _LEAF)

@@ -47,9 +47,9 @@ class Slots:
         self.owner: NDArray[np.int64] = files.zeros(np.int64, most)
         self.state: NDArray[np.uint8] = files.zeros(np.uint8, most)
         self._free = np.empty(0, np.int64)
-        self.end = 0
-        self.count = 0
-        self.newer = 0
+        self.end: int = 0
+        self.count: int = 0
+        self.newer: int = 0
         self._hand = 0
 
     def next_end(self, count: int) -> int:
