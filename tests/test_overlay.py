@@ -8,13 +8,15 @@ import pytest
 from model import assert_same_bits
 
 import shardemb
-from shardemb import files
+from shardemb import batch, files
 from shardemb.errors import DiskFullError, ReadOnlyError, ShardEmbError
-from shardemb.initializers import Uniform
+from shardemb.initializers import Constant, Uniform
 from shardemb.optim import SGD, Adam
+from shardemb.overlay import Overlay
+from shardemb.slots import TOUCHED
 
 ROWS, DIM = 20_000, 60  # records of 240 bytes
-BUDGET = 50 * (240 + 32)
+BUDGET = 50 * (240 + 16 + 64)
 
 
 @pytest.fixture
@@ -236,3 +238,131 @@ def test_a_fork_cannot_read_what_is_out(store):
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert_same_bits(table.lookup(ids), rows)
+
+
+def test_rows_seen_beside_their_tables_first_change_are_whole(tmp_path):
+    """A lookup may have begun before the table had any index to look into."""
+    with shardemb.open(tmp_path / "s", threads=1) as store:
+        for turn in range(10):
+            table = store.create_table(
+                f"t{turn}", num_embeddings=200_000, embedding_dim=8, initializer=Constant(5.0)
+            )
+            found, ids = [], np.arange(200_000)
+            thread = threading.Thread(
+                target=lambda table=table, found=found, ids=ids: found.append(table.lookup(ids))
+            )
+            thread.start()
+            table.write(ids[-2000:], np.full((2000, 8), 7.0, np.float32))
+            thread.join()
+            assert set(np.unique(found[0]).tolist()) <= {5.0, 7.0}
+        store.rollback()
+
+
+def test_a_slot_that_a_lookup_reads_is_not_used_for_another_row_unnoticed(store, monkeypatch):
+    """The lookup begins while a row leaves, after the choice and before the index has forgotten it."""
+    table = new(store)
+    ids = np.arange(50)
+    table.write(ids, np.ones((50, DIM), np.float32))
+    store.commit()
+    store.checkpoint()
+    mapped = table._mapped
+    entered, go_on, found = threading.Event(), threading.Event(), []
+    forget, gather = Overlay._set, mapped.gather
+
+    def slow_gather(column, ids, out, start, stop):
+        if threading.current_thread() is looker and not entered.is_set():
+            place = int(mapped.overlay.places(ids)[0])
+            entered.set()
+            go_on.wait()
+            out[:] = mapped.records[place, :DIM]
+        else:
+            gather(column, ids, out, start, stop)
+
+    def slow_forget(self, rows, entries):
+        if not looker.is_alive() and not entered.is_set() and not entries.any():
+            row.append(int(rows[-1]))
+            looker.start()
+            entered.wait()
+        forget(self, rows, entries)
+
+    row = []
+    looker = threading.Thread(target=lambda: found.append(table.lookup(row)))
+    monkeypatch.setattr(mapped, "gather", slow_gather)
+    monkeypatch.setattr(Overlay, "_set", slow_forget)
+    table.write(np.arange(1000, 1040), np.full((40, DIM), 9.0, np.float32))
+    go_on.set()
+    looker.join()
+    assert (found[0] == 1).all()
+    monkeypatch.undo()
+
+
+def test_memory_of_tables_that_are_trained_in_turns_is_given_back(tmp_path):
+    budget, rows = 16 * 2**20, 60_000
+    with shardemb.open(tmp_path / "s", memory_budget=budget, threads=1) as store:
+        tables = [store.create_table(f"t{k}", num_embeddings=rows, embedding_dim=60) for k in range(8)]
+        for table in tables:
+            for part in np.array_split(np.arange(rows), 10):
+                table.write(part, np.ones((part.size, DIM), np.float32))
+            store.commit()
+            overlays = [each._mapped.overlay for each in tables]
+            assert sum(each.nbytes + each.idle_bytes for each in overlays) < 1.5 * budget
+
+
+def test_leaves_of_the_index_are_used_again(tmp_path):
+    with shardemb.open(tmp_path / "s", memory_budget=0) as store:
+        table = new(store)
+        for start in range(0, ROWS, 200):
+            table.write(np.arange(start, start + 200), np.ones((200, DIM), np.float32))
+            store.commit()
+            store.checkpoint()
+        assert table._mapped.overlay._leaf_counts[0] < 50
+
+
+def test_clean_rows_of_one_table_make_room_for_another(tmp_path, monkeypatch):
+    """No fold is waited for, and nothing goes out."""
+    with shardemb.open(tmp_path / "s", memory_budget=2000 * (240 + 80)) as store:
+        clean, dirty = new(store, "clean"), new(store, "dirty")
+        clean.write(np.arange(900), np.ones((900, DIM), np.float32))
+        store.commit()
+        store.checkpoint()
+        monkeypatch.setattr(type(store._writing()), "settle", lambda self: pytest.fail("waited for a fold"))
+        for start in range(0, 1800, 100):
+            dirty.write(np.arange(start, start + 100), np.ones((100, DIM), np.float32))
+        assert dirty._mapped.overlay.out == 0
+        assert clean._mapped.overlay.slots.count < 900
+        monkeypatch.undo()
+        store.rollback()
+
+
+def test_a_spill_that_finds_the_disk_full_takes_no_room_of_it(store, monkeypatch):
+    import os
+
+    table = new(store)
+    table.write(np.arange(45), np.ones((45, DIM), np.float32))
+    table.write(np.arange(100, 145), np.ones((45, DIM), np.float32))
+    scratch = table._mapped.overlay._scratch
+    before = os.fstat(scratch._descriptor).st_size
+    real = files.write
+
+    def write(descriptor, data, offset, path):
+        real(descriptor, data, offset, path)
+        if "scratch" in str(path):
+            raise DiskFullError(errno.ENOSPC, "no room left on the disk")
+
+    monkeypatch.setattr(files, "write", write)
+    with pytest.raises(DiskFullError):
+        table.write(np.arange(200, 245), np.ones((45, DIM), np.float32))
+    assert os.fstat(scratch._descriptor).st_size == before > 0
+    monkeypatch.undo()
+
+
+def test_prefetched_rows_are_not_the_first_to_leave(tmp_path):
+    with shardemb.open(tmp_path / "s", memory_budget=1000 * (240 + 80)) as store:
+        table = new(store)
+        table.write(np.arange(900), np.ones((900, DIM), np.float32))
+        store.commit()
+        store.checkpoint()
+        table._mapped.overlay.slots.state[:900] &= ~TOUCHED
+        batch.prefetch(store._runtime, table._mapped, np.arange(5000, 5300), for_update=True)
+        batch.prefetch(store._runtime, table._mapped, np.arange(6000, 6300), for_update=True)
+        assert (table._mapped.overlay._entries(np.arange(5000, 5300)) > 0).all()

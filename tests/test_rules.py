@@ -336,11 +336,10 @@ def tables_follow_before_commit(patch):
 
 
 def everything_dropped(patch):
-    def evict(self, count):
-        slots = self.slots.choose(count, but=np.uint8(0))
-        self._leave(slots)
+    def drop(self, count, folder):
+        self._leave(self.slots.choose(count, but=np.uint8(0)))
 
-    patch.setattr(overlay.Overlay, "evict", evict)
+    patch.setattr(overlay.Overlay, "spill", drop)
 
 
 def paged_out_unseen(patch):

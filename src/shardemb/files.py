@@ -49,6 +49,7 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_longlong]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
 
@@ -314,15 +315,18 @@ def read_into(descriptor: int, view: memoryview, offset: int, path: Path) -> Non
         view, offset = view[done:], offset + done
 
 
-def read_if_cached(descriptor: int, view: memoryview, offset: int) -> bool:
-    """Fill memory with what lies at `offset` if the page cache holds all of it; return whether it does.
-
-    A file system that cannot tell without reading counts as one that holds nothing.
-    """
+def cached_share(descriptor: int, offset: int, nbytes: int) -> float:
+    """Tell how much of a range the page cache holds, 0 to 1, without reading any of it."""
+    answer = (ctypes.c_ubyte * -(-nbytes // mmap.PAGESIZE))()
+    address = _libc.mmap(0, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, offset)
+    if address == _FAILED:
+        return 0.0
     try:
-        return os.preadv(descriptor, [view], offset, os.RWF_NOWAIT) == len(view)
-    except OSError:  # EAGAIN, EOPNOTSUPP; an error of the device shows when it is read in earnest
-        return False
+        if _libc.mincore(address, nbytes, answer) != 0:
+            return 0.0
+        return sum(page & 1 for page in answer) / len(answer)
+    finally:
+        _libc.munmap(address, nbytes)
 
 
 def expect(descriptor: int, offset: int, nbytes: int) -> None:

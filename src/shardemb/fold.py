@@ -102,25 +102,20 @@ class _Task:
         complete = np.zeros(blocks.size, np.bool_)
         complete[at] = whole
         view = memory.bytes(0, blocks.size * PAGE)
-        stretches, to_read = [], []
+        stretches = []
         for first, last in plan.runs(blocks):
-            place, offset, whole_stretch = (
-                slice(first * PAGE, last * PAGE),
-                offsets[first],
-                complete[first:last].all(),
-            )
-            if last - first < DIRECT_BLOCKS:
-                descriptor, there = cached, False
-            else:  # a table that is warm stays so: what is in the page cache is read and written there
-                there = files.read_if_cached(cached, view[place][: PAGE if whole_stretch else None], offset)
-                descriptor = cached if there else direct
-            stretches.append((descriptor, place, offset))
-            if not (there or whole_stretch):
-                to_read.append((descriptor, place, offset))
-        for descriptor, place, offset in to_read:
+            place, offset = slice(first * PAGE, last * PAGE), offsets[first]
+            is_long = last - first >= DIRECT_BLOCKS
+            # What is in the page cache is read and written there: a table that is warm stays so.
+            past = is_long and files.cached_share(cached, offset, place.stop - place.start) < 0.5
+            stretches.append((direct if past else cached, place, offset))
+        read = [
+            each for each in stretches if not complete[each[1].start // PAGE : each[1].stop // PAGE].all()
+        ]
+        for descriptor, place, offset in read:
             if descriptor == cached:
                 files.expect(descriptor, offset, place.stop - place.start)
-        for descriptor, place, offset in to_read:
+        for descriptor, place, offset in read:
             files.read_into(descriptor, view[place], offset, path)
         # What was damaged stays so, though a part of it is written anew.
         content = memory.array(np.uint8, (blocks.size, PAGE))

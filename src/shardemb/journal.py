@@ -17,12 +17,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from shardemb import files, fold, folders, log, replay
-from shardemb.errors import DiskFullError, ShardEmbError
+from shardemb.errors import DiskFullError
 from shardemb.runtime import signals_deferred
 from shardemb.spec import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from shardemb.manifest import Manifest, TableRecord
@@ -163,22 +163,21 @@ class Journal:
         self._evict(nbytes)
         if self._excess(nbytes) > 0:
             with signals_deferred():
-                for each, count in self._shares(self._excess(nbytes) + self._runtime.memory_budget // 4):
+                wanted = self._excess(nbytes) + self._runtime.memory_budget // 4
+                for each, count in _shares(wanted, {each: each.slots.count for each in self._overlays()}):
                     each.spill(count, folders.private(self._runtime.path))
 
     def _evict(self, nbytes: int) -> None:
         if self._excess(nbytes) > 0:
             with signals_deferred():
-                for each, count in self._shares(self._excess(nbytes) + self._runtime.memory_budget // 32):
+                wanted = self._excess(nbytes) + self._runtime.memory_budget // 32
+                copies = {each: each.slots.count - each.slots.newer for each in self._overlays()}
+                for each, count in _shares(wanted, copies):
                     each.evict(count)
-
-    def _shares(self, nbytes: int) -> Iterator[tuple[Overlay, int]]:
-        """Share out how many rows of each table shall leave so that so many bytes do."""
-        overlays = self._overlays()
-        used = sum(each.nbytes for each in overlays)
-        for each in overlays:
-            if each.nbytes:
-                yield each, math.ceil(each.slots.count * min(1.0, nbytes / used))
+        idle = sum(each.idle_bytes for each in self._overlays())
+        if idle > self._runtime.memory_budget // 4 and self._excess(nbytes + idle) > 0:
+            for each in self._overlays():
+                each.trim()
 
     def _excess(self, nbytes: int) -> int:
         return nbytes + sum(each.nbytes for each in self._overlays()) - self._runtime.memory_budget
@@ -240,17 +239,19 @@ class Journal:
                 if problem is None:
                     self.publish(base)
                     self._log.discard(closed)
-            except (OSError, ShardEmbError) as error:
+            except Exception as error:
                 problem = error
+            try:
+                for each in live:
+                    each.overlay.end_fold(folded=problem is None)
+                self._evict(0)
+            except Exception as error:  # nobody may wait for this fold for ever
+                problem = problem or error
             if problem is not None:
                 self._log.nbytes += self._folding_bytes
+                if not isinstance(problem, DiskFullError):
+                    self._poison(problem)
             self._folding_bytes = 0
-            for each in live:
-                each.overlay.end_fold(folded=problem is None)
-            if problem is None:
-                self._evict(0)
-            elif not isinstance(problem, DiskFullError):
-                self._poison(problem)
             self._problem = problem
             self._folding = False
             self._condition.notify_all()
@@ -314,6 +315,13 @@ class Journal:
 
     def _poison(self, error: BaseException) -> None:
         self._runtime.poisoned = f"writing broke off ({error})"
+
+
+def _shares(nbytes: int, rows: Mapping[Overlay, int]) -> list[tuple[Overlay, int]]:
+    """Share out how many of each table's rows shall leave memory so that so many bytes do."""
+    most = sum(count * each.slot_bytes for each, count in rows.items())
+    share = min(1.0, nbytes / most) if most else 0.0
+    return [(each, math.ceil(count * share)) for each, count in rows.items() if count]
 
 
 def _image_bytes(table: Shards) -> int:

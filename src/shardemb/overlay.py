@@ -5,7 +5,7 @@ The newest record of a row is in one of three places: in the files; in a slot, w
 one number for every 16 rows leads to a leaf of 16 entries. Both take memory only where rows have been in slots.
 
 Lookups follow the index without the store's lock. What they may meet: a row that comes into a slot is copied before its
-entry is set; one that leaves is announced before (`Overlay.version`), and they look again.
+entry is set; where one has left before its slot is used again, `Overlay.version` tells, and they look again.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from shardemb import files
+from shardemb import files, plan
 from shardemb.kernels import LEAF_BITS, kernel
 from shardemb.scratch import Scratch
-from shardemb.slots import KEPT, NEWER, Slots
+from shardemb.slots import KEPT, NEWER, TOUCHED, Slots
+from shardemb.spec import PAGE, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
     from shardemb.arrays import Float32Array, Int64Array
 
-ROW_BYTES = 32
-"""What a row in a slot takes besides its record: its entry, its owner, its state."""
+SLOT_BYTES, LEAF_BYTES = 16, 64
+"""What a slot takes besides its record, and what the index takes for a leaf of rows of which some are in slots."""
 
 _LEAF = 1 << LEAF_BITS
 _MOST = 2**31 - 2
@@ -86,8 +87,8 @@ class Overlay:
         Slots in memory.
     out : int
         Rows that are in the scratch file.
-    row_bytes : int
-        What a row takes in memory.
+    slot_bytes, row_bytes : int
+        What a row takes in memory at least and at most.
     """
 
     def __init__(self, memory: files.AddressRange, records: Float32Array) -> None:
@@ -95,15 +96,20 @@ class Overlay:
         self._records = records
         self.first = len(records) // 2
         self._record_bytes: int = 4 * records.shape[1]
-        self.row_bytes: int = self._record_bytes + ROW_BYTES
+        self.slot_bytes: int = self._record_bytes + SLOT_BYTES
+        self.row_bytes: int = self.slot_bytes + LEAF_BYTES
         self._most = min(self.first, _MOST)
         self.slots = Slots(self._most)
         leaves = -(-self.first // _LEAF)
         self._directory: NDArray[np.int32] = files.zeros(np.int32, leaves)
         self._leaves: NDArray[np.int32] = files.zeros(np.int32, (min(leaves, _MOST) + 1) * _LEAF)
-        self._num_leaves = 0
+        self._free_leaves: NDArray[np.int32] = files.zeros(np.int32, min(leaves, _MOST))
+        self._leaf_counts = np.zeros(
+            2, np.int64
+        )  # those that were ever used, and those of them that are free
         self._scratch: Scratch | None = None
         self._mapped = 0
+        self._trimmed = 0  # free slots, or fewer, whose memory was given back
         self._changes = 0
         self._rewinding = False
 
@@ -114,8 +120,14 @@ class Overlay:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that rows in slots take."""
-        return self.slots.count * self.row_bytes
+        """Bytes of memory that rows in slots take, with the index."""
+        leaves = min(self.slots.count, int(self._leaf_counts[0] - self._leaf_counts[1]))
+        return self.slots.count * self.slot_bytes + leaves * LEAF_BYTES
+
+    @property
+    def idle_bytes(self) -> int:
+        """Bytes of memory that slots take which no row is in."""
+        return (self.slots.end - self.slots.count - self._trimmed) * self._record_bytes
 
     @property
     def version(self) -> int | None:
@@ -159,12 +171,16 @@ class Overlay:
         OSError
             There is no more memory.
         """
-        needed = self.slots.next_end(rows.size)
+        empty, needed = self.slots.count == 0, self.slots.next_end(rows.size)
         if needed > self._most:
             msg = f"more than {self._most} rows of a table cannot lie in memory at once; commit before"
             raise MemoryError(msg)
         self._map(needed * self._record_bytes)
-        return self.first + self.slots.take(rows, np.uint8(0))
+        self._trimmed = max(0, self._trimmed - rows.size)
+        slots = self.slots.take(rows, TOUCHED)
+        if empty:
+            self._changes += 1  # a lookup that found no index at all must look again
+        return self.first + slots
 
     def publish(self, rows: Int64Array, places: Int64Array) -> None:
         """Let rows be found in slots that hold their records."""
@@ -225,9 +241,18 @@ class Overlay:
             return
         rows, state = self.slots.owner[slots], self.slots.state[slots] & KEPT
         kept = self._scratch.write(rows, self._addresses(slots), state)
-        self._changes += 1  # before the first is gone
         self._set(rows, -(kept + 1))
         self._give(slots)
+
+    def trim(self) -> None:
+        """Give memory back of slots which no row is in, as far as they fill pages."""
+        idle = self.slots.idle()
+        for first, last in plan.runs(idle):
+            start = round_up(int(idle[first]) * self._record_bytes, PAGE)
+            stop = (int(idle[last - 1]) + 1) * self._record_bytes // PAGE * PAGE
+            if start < stop:
+                self._memory.advise(self._start + start, stop - start, files.MADV_DONTNEED)
+        self._trimmed = idle.size
 
     def bring_back(self, rows: Int64Array) -> None:
         """Bring those of the rows, distinct, into memory that are out.
@@ -259,7 +284,6 @@ class Overlay:
     def forget(self, rows: Int64Array) -> None:
         """Let the files hold the newest record of rows."""
         entries = self._entries(rows)
-        self._changes += 1
         self._set(rows[entries != 0], np.zeros(np.count_nonzero(entries), np.int64))
         self._give(entries[entries > 0].astype(np.int64) - 1)
         if self._scratch is not None:
@@ -302,17 +326,20 @@ class Overlay:
         return entries
 
     def _set(self, rows: Int64Array, entries: Int64Array) -> None:
-        self._num_leaves = _set(self._directory, self._leaves, self._num_leaves, rows, entries)
+        _set(self._directory, self._leaves, self._free_leaves, self._leaf_counts, rows, entries)
 
     def _leave(self, slots: Int64Array) -> None:
-        self._changes += 1  # before the first is gone
         self._set(self.slots.owner[slots], np.zeros(slots.size, np.int64))
         self._give(slots)
 
     def _give(self, slots: Int64Array) -> None:
+        """Give up slots that the index does not lead to any more."""
+        # A lookup that began before this may have found one there, and must not find it used for another row.
+        self._changes += 1
         self.slots.give(slots)
         if self.slots.count == 0 and self._mapped:
             self._memory.advise(self._start, self._mapped, files.MADV_DONTNEED)
+            self._trimmed = 0
 
     def _release(self, kept: Int64Array) -> None:
         """Give up what the scratch file keeps, of which the files hold the same."""
@@ -328,10 +355,10 @@ class Overlay:
         """Map memory for slots, at least so many bytes in all."""
         if nbytes <= self._mapped:
             return
-        wanted = min(max(nbytes, 2 * self._mapped, files.HUGE_PAGE), self._start)
-        wanted = min(-(-wanted // files.HUGE_PAGE) * files.HUGE_PAGE, self._start)
+        wanted = min(round_up(max(nbytes, 2 * self._mapped), files.HUGE_PAGE), self._start)
         self._memory.map_zeros(self._start + self._mapped, wanted - self._mapped)
-        self._memory.prefer_huge_pages(self._start + self._mapped, wanted - self._mapped)
+        if self._mapped:  # few rows shall not take a huge page
+            self._memory.prefer_huge_pages(self._start + self._mapped, wanted - self._mapped)
         self._mapped = wanted
 
 
@@ -359,18 +386,26 @@ def _entries(
 def _set(
     directory: NDArray[np.int32],
     leaves: NDArray[np.int32],
-    num_leaves: int,
+    free: NDArray[np.int32],
+    counts: Int64Array,
     rows: Int64Array,
     entries: Int64Array,
-) -> int:
-    """Set the entries of rows; return how many leaves there are then."""
+) -> None:
+    """Set the entries of rows, 0 to forget them. Leaves that are empty then are free; `counts` as in `Overlay`."""
     for i in range(rows.size):
-        leaf = directory[rows[i] >> LEAF_BITS]
+        leaf = np.int64(directory[rows[i] >> LEAF_BITS])
+        if entries[i] == 0 and leaf == 0:
+            continue
         if leaf == 0:
-            if entries[i] == 0:
-                continue
-            num_leaves += 1
-            leaf = num_leaves
-        leaves[(np.int64(leaf) << LEAF_BITS) | (rows[i] & (_LEAF - 1))] = entries[i]
+            if counts[1]:
+                counts[1] -= 1
+                leaf = np.int64(free[counts[1]])
+            else:
+                counts[0] += 1
+                leaf = counts[0]
+        leaves[(leaf << LEAF_BITS) | (rows[i] & (_LEAF - 1))] = entries[i]
         directory[rows[i] >> LEAF_BITS] = leaf
-    return num_leaves
+        if entries[i] == 0 and not leaves[leaf << LEAF_BITS : (leaf + 1) << LEAF_BITS].any():
+            directory[rows[i] >> LEAF_BITS] = 0
+            free[counts[1]] = leaf
+            counts[1] += 1

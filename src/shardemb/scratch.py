@@ -63,7 +63,8 @@ class Scratch:
         DiskFullError, OSError
             There is no room, or the file cannot be written; nothing is kept.
         """
-        slots, size = self.slots.take(rows, state), self._record_bytes
+        end, size = self.slots.end, self._record_bytes
+        slots = self.slots.take(rows, state)
         try:
             for start in range(0, slots.size, self._step):
                 some = slots[start : start + self._step]
@@ -78,7 +79,8 @@ class Scratch:
                     )
                 self._checksums[some] = [checksum(stage[i : i + size]) for i in range(0, len(stage), size)]
         except BaseException:
-            self.release(slots)
+            self.slots.give(slots, end=end)
+            files.shorten(self._descriptor, self.slots.end * size)
             raise
         return slots
 

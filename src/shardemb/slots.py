@@ -66,14 +66,16 @@ class Slots:
         self.newer += int(np.count_nonzero(self.state[slots] & NEWER))
         return slots
 
-    def give(self, slots: Int64Array) -> None:
-        """Give slots up."""
+    def give(self, slots: Int64Array, *, end: int | None = None) -> None:
+        """Give slots up; `end` as it was before, where those that were taken last go first."""
         self.newer -= int(np.count_nonzero(self.state[slots] & NEWER))
         self.state[slots] = 0
         self.count -= slots.size
         self._free = np.concatenate([self._free, slots])
         if self.count == 0:
-            self.end, self._free = 0, np.empty(0, np.int64)
+            end = 0
+        if end is not None:
+            self.end, self._free = end, self._free[self._free < end]
 
     def mark(self, slots: Int64Array) -> None:
         """Note that slots are about to hold what the files do not."""
@@ -86,6 +88,10 @@ class Slots:
     def begin_fold(self, dirty: NDArray[np.uint64]) -> None:
         """Note which slots are folded now: those that are newer. Rows that are `dirty` stay newer all the same."""
         self.newer = _begin_fold(self.state[: self.end], self.owner, dirty)
+
+    def idle(self) -> Int64Array:
+        """List the free slots below `end`, ascending."""
+        return np.sort(self._free)
 
     def end_fold(self, *, folded: bool) -> None:
         """Forget the note of `begin_fold`; or take it back, where the files do not hold those rows."""
