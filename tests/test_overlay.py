@@ -8,7 +8,7 @@ import pytest
 from model import assert_same_bits
 
 import shardemb
-from shardemb import batch, files
+from shardemb import batch, files, kernels
 from shardemb.errors import DiskFullError, ReadOnlyError, ShardEmbError
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import SGD, Adam
@@ -103,7 +103,9 @@ def test_rollback_takes_what_is_out_along(store):
     store.commit()
     table.write(*spread(2.0))
     table.write(*spread(3.0, 60))
+    assert table._mapped.overlay.out
     store.rollback()
+    assert table._mapped.overlay.out == 0
     ids, rows = spread(1.0)
     assert_same_bits(table.lookup(ids), rows)
 
@@ -240,22 +242,32 @@ def test_a_fork_cannot_read_what_is_out(store):
     assert_same_bits(table.lookup(ids), rows)
 
 
-def test_rows_seen_beside_their_tables_first_change_are_whole(tmp_path):
-    """A lookup may have begun before the table had any index to look into."""
-    with shardemb.open(tmp_path / "s", threads=1) as store:
-        for turn in range(10):
-            table = store.create_table(
-                f"t{turn}", num_embeddings=200_000, embedding_dim=8, initializer=Constant(5.0)
-            )
-            found, ids = [], np.arange(200_000)
-            thread = threading.Thread(
-                target=lambda table=table, found=found, ids=ids: found.append(table.lookup(ids))
-            )
-            thread.start()
-            table.write(ids[-2000:], np.full((2000, 8), 7.0, np.float32))
-            thread.join()
-            assert set(np.unique(found[0]).tolist()) <= {5.0, 7.0}
-        store.rollback()
+def test_a_lookup_that_found_no_index_looks_again(store, monkeypatch):
+    """A row gets its slot, and its bit in the presence bitmap, between the two looks of a lookup at them."""
+    table = new(store, initializer=Constant(5.0))
+    mapped = table._mapped
+    entered, go_on, found = threading.Event(), threading.Event(), []
+    gather = mapped.gather
+
+    def slow_gather(column, ids, out, start, stop):
+        index, parameters = mapped.overlay.index, np.array([5.0])
+        if entered.is_set():
+            gather(column, ids, out, start, stop)
+            return
+        entered.set()
+        go_on.wait()
+        fill = kernels.gather_or_fill(Constant)
+        fill(mapped.records, *index, mapped.present, 0, ids, out, np.uint64(0), parameters, start, stop)
+
+    monkeypatch.setattr(mapped, "gather", slow_gather)
+    looker = threading.Thread(target=lambda: found.append(table.lookup([1, 2])))
+    looker.start()
+    entered.wait()
+    table.write([2], np.full((1, DIM), 7.0, np.float32))
+    go_on.set()
+    looker.join()
+    assert found[0][:, 0].tolist() == [5.0, 7.0]
+    monkeypatch.undo()
 
 
 def test_a_slot_that_a_lookup_reads_is_not_used_for_another_row_unnoticed(store, monkeypatch):
@@ -364,5 +376,6 @@ def test_prefetched_rows_are_not_the_first_to_leave(tmp_path):
         store.checkpoint()
         table._mapped.overlay.slots.state[:900] &= ~TOUCHED
         batch.prefetch(store._runtime, table._mapped, np.arange(5000, 5300), for_update=True)
+        table._mapped.overlay.slots._hand = 0  # where they are
         batch.prefetch(store._runtime, table._mapped, np.arange(6000, 6300), for_update=True)
         assert (table._mapped.overlay._entries(np.arange(5000, 5300)) > 0).all()
