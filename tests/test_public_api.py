@@ -65,6 +65,7 @@ TABLE = """
 embedding_dim: int
 export_parquet(self, path: str | os.PathLike[str], *, columns: Sequence[str] = (), \
 rows: tuple[int, int] | None = None, parts: int | None = None, progress: Progress = None) -> ExportReport
+explain(self, ids: ArrayLike) -> report.Explanation
 initializer: Initializer
 lookup(self, ids: ArrayLike, *, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]
 lookup_unique(self, ids: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]
@@ -77,6 +78,7 @@ rows_per_shard: int
 set_optimizer(self, optimizer: Optimizer) -> None
 shape: tuple[int, int]
 state(self, column: str, ids: ArrayLike) -> NDArray[np.float32]
+stats(self) -> dict[str, int]
 step: int
 to_arrow_batches(self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None) -> pa.RecordBatchReader
 to_dask_array(self) -> dask.array.Array

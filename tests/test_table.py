@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from model import STATE_COLUMNS, TableModel, assert_same_bits
 
 import shardemb
+from shardemb.errors import RowIdError
 from shardemb.initializers import Constant, Normal, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
 
@@ -597,3 +598,71 @@ def test_exporting_shows_changes_and_keeps_them(store):
     model.assert_matches(table)
     store.commit()
     model.assert_matches(table)
+
+
+# ---- explained --------------------------------------------------------------------------------------------------
+
+
+def test_explain_counts_rows_by_where_they_lie(tmp_path):
+    """Records of 1,024 bytes: four rows a page, 64 rows a shard."""
+    with shardemb.open(tmp_path / "s", memory_budget=0) as store:
+        arguments = {"num_embeddings": 300, "embedding_dim": 256, "rows_per_shard": 64}
+        table = store.create_table("t", initializer=Uniform(-1, 1), **arguments)
+        table.write([0, 1, 70, 130], np.ones((4, 256)))
+        store.commit()
+        store.checkpoint()
+        table.write([10, 11], np.ones((2, 256)))
+        table.write([12], np.ones((1, 256)))
+        found = table.explain([[0, 1, 70], [130, 130, 10], [11, 12, 299]])
+        assert (found.ids, found.rows, found.rows_never_written) == (9, 8, 1)
+        assert (found.rows_in_memory, found.rows_out) == (1, 2)
+        assert (found.shards, found.pages) == (3, 3)
+        assert found.bytes_useful == 4 * 1024
+        assert found.bytes_read == 4096 * (3 - found.pages_resident)
+        assert found.path == "paged"
+        assert found.tasks == 1
+        assert (
+            "9 ids, 8 distinct rows: 1 changed and in memory, 2 in the scratch file, 1 never written"
+            in str(found)
+        )
+        store.commit()
+        store.checkpoint()
+        table.lookup(np.arange(300))
+        found = table.explain([0, 10, 11])
+        assert (found.rows_in_memory, found.rows_out, found.pages, found.pages_resident) == (0, 0, 2, 2)
+        assert (found.path, found.bytes_read) == ("warm", 0)
+        assert table.explain([]).bytes_useful == 0
+        assert "nothing to read" in str(table.explain([299]))
+        with pytest.raises(RowIdError):
+            table.explain([300])
+
+
+def test_explain_of_a_cold_batch(tmp_path):
+    with shardemb.open(tmp_path / "s") as store:
+        table = store.create_table(
+            "t", num_embeddings=20_000, embedding_dim=64, initializer=np.ones((20_000, 64))
+        )
+        store.commit()
+        found = table.explain(np.arange(0, 20_000, 100))
+        if found.pages_resident == found.pages:
+            pytest.skip("this file system keeps its pages in memory (tmpfs)")
+        assert found.path == "cold"
+        assert found.bytes_read == 200 * 4096
+        assert "16.0 x as much" in str(found)
+        assert table.explain(np.arange(0, 20_000, 100)) == found  # it has read nothing
+
+
+def test_stats_count_since_the_table_was_opened(tmp_path):
+    with shardemb.open(tmp_path / "s") as store:
+        table = store.create_table("t", num_embeddings=100, embedding_dim=4, optimizer=SGD())
+        assert set(table.stats().values()) == {0}
+        table.update([1, 2, 2], np.ones((3, 4)))
+        table.write([2, 3], np.ones((2, 4)))
+        store.lookup({"t": [1, 2, 3]})
+        table.lookup([[5]])
+        expected = {"lookups": 2, "rows_looked_up": 4, "changes": 2, "rows_changed": 4, "rows_copied": 3}
+        assert table.stats().items() >= (expected | {"rows_in_memory": 3, "rows_out": 0}).items()
+        assert table.stats()["bytes_in_memory"] == 3 * (16 + 16) + 64
+        store.commit()
+    with shardemb.open(tmp_path / "s") as store:
+        assert set(store["t"].stats().values()) == {0}

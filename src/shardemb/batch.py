@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb import kernels, plan, scheduler
+from shardemb import kernels, plan, report, scheduler
 from shardemb.runtime import signals_deferred
 from shardemb.shards import PAGED_ROWS
 from shardemb.spec import PAGE
@@ -83,6 +83,34 @@ def read(runtime: Runtime, reads: Sequence[Read]) -> None:
     runtime.check_fresh()
     _without_lock(runtime, reads, _gather)
     runtime.check_fresh()
+    for each in reads:
+        each.shards.totals.add_lookup(each.ids.size)
+
+
+def explain(runtime: Runtime, shards: Shards, ids: Int64Array) -> report.Explanation:
+    """Tell what a lookup of the weights of a batch meets."""
+    rows = plan.group(ids, shards.spec.num_embeddings).rows
+    with runtime.lock:
+        places = shards.overlay.places(rows)
+        path = "paged" if shards.overlay.out else "cold" if shards.is_cold(ids, SAMPLES) else "warm"
+    in_files, written = places == rows, shards.were_written(rows)
+    read = rows[in_files & written]
+    pages = plan.pages(read, shards.spec.record_bytes)
+    resident, row_bytes = shards.count_resident(pages), 4 * shards.spec.embedding_dim
+    return report.Explanation(
+        ids=ids.size,
+        rows=rows.size,
+        rows_in_memory=int(np.count_nonzero(places > rows)),
+        rows_out=int(np.count_nonzero(places < 0)),
+        rows_never_written=int(np.count_nonzero(in_files & ~written)),
+        shards=np.unique(read // shards.spec.rows_per_shard).size,
+        pages=pages.size,
+        pages_resident=resident,
+        bytes_useful=read.size * row_bytes,
+        bytes_read=(pages.size - resident) * PAGE,
+        path=path,
+        tasks=len(_cut(runtime, [ids.size], [row_bytes])),
+    )
 
 
 def read_range(runtime: Runtime, shards: Shards, column: str, start: int, stop: int) -> Float32Array:
@@ -110,6 +138,8 @@ def _without_lock(
 def _gather(runtime: Runtime, reads: Sequence[Read]) -> None:
     samples = _samples(len(reads))
     cold = [each for each in reads if each.shards.is_cold(each.ids, samples)]
+    for each in cold:
+        each.shards.totals.add_cold()
     _read_ahead(runtime, [(c.shards, plan.group(c.ids, c.shards.spec.num_embeddings).rows) for c in cold])
     gathers = [partial(read.shards.gather, read.column, read.ids, read.out) for read in reads]
     _run_pieces(
@@ -163,6 +193,8 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
                 each.shards.mark(each.batch.rows, slots)
             scheduler.run(tasks, runtime.threads)
             for each in changes:
+                each.shards.totals.changes += 1
+                each.shards.totals.rows_changed += each.batch.rows.size
                 if each.training is not None:
                     each.training.step += 1
 
@@ -219,6 +251,7 @@ def _fill_slots(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) 
         raise
     for i, (shards, rows) in enumerate(new):
         shards.overlay.publish(rows, reserved[i])
+        shards.totals.rows_copied += rows.size
         places[i][in_files[i]] = reserved[i]
     return places
 

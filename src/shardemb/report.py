@@ -99,6 +99,56 @@ class Damage:
         return f"table {self.table!r}, {rows}: {self.path} {self.problem}"
 
 
+@dataclass(frozen=True)
+class Explanation:
+    """What a lookup of a batch meets, see `Table.explain`; prints as a few lines.
+
+    Attributes
+    ----------
+    ids, rows : int
+        Ids of the batch, and the distinct rows among them.
+    rows_in_memory, rows_out, rows_never_written : int
+        Of these, rows that changed and lie in memory; that changed and are in the scratch file; and that get their
+        initial value without a look at the disk.
+    shards, pages, pages_resident : int
+        All others are read from so many shards, on so many pages of 4,096 bytes, of which so many are in memory now.
+    bytes_useful, bytes_read : int
+        Bytes of the result that come from these pages, each row once; and bytes that the disk has to read for them.
+    path : {"warm", "cold", "paged"}
+        Gathered as it is; sorted, and all pages asked for ahead; or brought back from the scratch file part by part.
+    tasks : int
+        Pieces that the gathering is cut into.
+    """
+
+    ids: int
+    rows: int
+    rows_in_memory: int
+    rows_out: int
+    rows_never_written: int
+    shards: int
+    pages: int
+    pages_resident: int
+    bytes_useful: int
+    bytes_read: int
+    path: str
+    tasks: int
+
+    def __str__(self) -> str:
+        read = (
+            f"{self.bytes_read / self.bytes_useful:.1f} x as much" if self.bytes_useful else "nothing to read"
+        )
+        lines = [
+            f"{plural(self.ids, 'id')}, {plural(self.rows, 'distinct row')}: "
+            f"{self.rows_in_memory:,} changed and in memory, {self.rows_out:,} in the scratch file, "
+            f"{self.rows_never_written:,} never written",
+            f"the rest lies in {plural(self.shards, 'shard')}, on {plural(self.pages, 'page')}, "
+            f"{self.pages_resident:,} of them in memory",
+            f"{size(self.bytes_useful)} of them are asked for; to read {size(self.bytes_read)} ({read})",
+            f"{self.path}, in {plural(self.tasks, 'task')}",
+        ]
+        return "\n".join(lines)
+
+
 def one_line(facts: Facts) -> str:
     """Describe a table in a line.
 

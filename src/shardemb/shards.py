@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +38,35 @@ PAGED_ROWS = 4096
 """Rows that are brought into memory together where not all of them have room."""
 
 _BLOCK_BYTES = 4 * 2**20
+
+
+class Totals:
+    """What was done with a table since it was opened. Safe from any thread.
+
+    Attributes
+    ----------
+    lookups, rows_looked_up, cold_lookups : int
+    changes, rows_changed : int
+        Updates and writes, and their distinct rows.
+    rows_copied : int
+        Rows that were copied into slots.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.lookups = self.rows_looked_up = self.cold_lookups = 0
+        self.changes = self.rows_changed = self.rows_copied = 0
+
+    def add_lookup(self, rows: int) -> None:
+        """Count a lookup of so many ids."""
+        with self._lock:
+            self.lookups += 1
+            self.rows_looked_up += rows
+
+    def add_cold(self) -> None:
+        """Count a lookup that found its pages not in memory."""
+        with self._lock:
+            self.cold_lookups += 1
 
 
 class Shards:
@@ -70,6 +100,7 @@ class Shards:
         How many rows are dirty.
     overlay : Overlay
         The rows that lie in slots.
+    totals : Totals
     """
 
     def __init__(self, spec: TableSpec, directory: Path, missing: Collection[Path] = ()) -> None:
@@ -94,6 +125,7 @@ class Shards:
         self.blocks: NDArray[np.uint8] = files.zeros(np.uint8, num_blocks)
         self.changes = 0
         self.overlay = Overlay(self._rows, self.records)
+        self.totals = Totals()
         initializer = spec.initializer
         self._key = np.uint64(stream_key(getattr(initializer, "seed", 0), spec.stream))
         self._parameters = np.array(initializer.parameters(), np.float64)
@@ -123,6 +155,21 @@ class Shards:
             self._rows.address, self.spec.record_bytes, *self.overlay.index, self.present, ids, samples
         )
         return bool(0 <= resident < (1 - COLD_SHARE) * samples)
+
+    def were_written(self, rows: Int64Array) -> NDArray[np.bool_]:
+        """Tell which rows have a record."""
+        if not self.spec.has_presence:
+            return np.ones(rows.size, np.bool_)
+        bits: NDArray[np.bool_] = (self.present[rows >> 3] >> (rows & 7).astype(np.uint8)) & 1 == 1
+        return bits
+
+    def count_resident(self, pages: Int64Array) -> int:
+        """Count the pages of the files that are in memory; none if the kernel won't tell."""
+        nothing, no_index = np.empty(0, np.uint8), np.empty(0, np.int32)
+        found = kernels.sample_resident(
+            self._rows.address, PAGE, no_index, no_index, 0, nothing, pages, pages.size
+        )
+        return max(0, int(found))
 
     def read_ahead(self, rows: Int64Array, start: int, stop: int) -> None:
         """Ask for the pages of ascending ``rows[start:stop]``; the kernel reads them meanwhile."""

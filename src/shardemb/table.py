@@ -251,6 +251,72 @@ class Table:
             partial(batch.prefetch, self._runtime, shards, rows, for_update=for_update)
         )
 
+    def explain(self, ids: ArrayLike) -> report.Explanation:
+        """Tell what a lookup of a batch meets, to see why it is slow: where its rows lie, and what has to be read.
+
+        Looks at every page of the batch, and reads none.
+
+        Parameters
+        ----------
+        ids : array_like of int
+            Row ids of any integer dtype and any shape.
+
+        Returns
+        -------
+        Explanation
+            A frozen dataclass; prints as a few lines. True of this moment only.
+
+        Raises
+        ------
+        TypeError, RowIdError, StoreClosedError, TableNotFoundError
+            As `lookup`.
+
+        Examples
+        --------
+        >>> table.explain([1, 2, 2]).rows
+        2
+        """
+        shards = self._live()
+        checked = arrays.row_ids(ids, self.num_embeddings, self.name)
+        return batch.explain(self._runtime, shards, checked.flat)
+
+    def stats(self) -> dict[str, int]:
+        """Tell what was done with the table since it was opened, and what it takes in memory.
+
+        Returns
+        -------
+        dict of str to int
+            ``lookups``, ``rows_looked_up`` and ``cold_lookups``; ``changes`` (updates and writes) and their distinct
+            ``rows_changed``; ``rows_copied`` from the files into memory before they changed. And now:
+            ``rows_in_memory`` and the ``bytes_in_memory`` that they take, which count against the memory budget, and
+            ``rows_out``, which are in the scratch file.
+
+        Raises
+        ------
+        StoreClosedError, TableNotFoundError
+            As `lookup`.
+
+        Examples
+        --------
+        >>> before = table.stats()["rows_looked_up"]
+        >>> rows = table.lookup([1, 2, 2])
+        >>> table.stats()["rows_looked_up"] - before
+        3
+        """
+        shards = self._live()
+        totals, overlay = shards.totals, shards.overlay
+        return {
+            "lookups": totals.lookups,
+            "rows_looked_up": totals.rows_looked_up,
+            "cold_lookups": totals.cold_lookups,
+            "changes": totals.changes,
+            "rows_changed": totals.rows_changed,
+            "rows_copied": totals.rows_copied,
+            "rows_in_memory": overlay.slots.count,
+            "bytes_in_memory": overlay.nbytes,
+            "rows_out": overlay.out,
+        }
+
     # ---- changing
 
     def update(self, ids: ArrayLike, grads: ArrayLike, *, check_finite: bool = True) -> None:
