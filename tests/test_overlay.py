@@ -379,3 +379,26 @@ def test_prefetched_rows_are_not_the_first_to_leave(tmp_path):
         table._mapped.overlay.slots._hand = 0  # where they are
         batch.prefetch(store._runtime, table._mapped, np.arange(6000, 6300), for_update=True)
         assert (table._mapped.overlay._entries(np.arange(5000, 5300)) > 0).all()
+
+
+def test_trimming_gives_back_whole_pages_of_free_slots_and_no_others(tmp_path):
+    with shardemb.open(tmp_path / "s") as store:
+        table = new(store)
+        ids = np.arange(1000)
+        rows = (np.ones((1000, DIM)) + ids[:, None]).astype(np.float32)
+        table.write(ids, rows)
+        store.commit()
+        store.checkpoint()
+        overlay = table._mapped.overlay
+        overlay.trim()
+        gone = np.concatenate([ids[3:40], ids[100:101], ids[500:900]])
+        overlay._leave(overlay._entries(gone).astype(np.int64) - 1)
+        memory = overlay._memory.bytes(overlay._start, 1000 * 240)
+        overlay.trim()
+        zero = np.frombuffer(memory, np.float32).reshape(1000, DIM) == 0
+        assert zero[20:30].all()
+        assert zero[520:880].all()
+        kept = np.setdiff1d(ids, gone)
+        assert not zero[kept].any()
+        assert overlay.idle_bytes == 0
+        assert_same_bits(table.lookup(ids), rows)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from shardemb import files, plan
+from shardemb import files
 from shardemb.kernels import LEAF_BITS, kernel
 from shardemb.scratch import Scratch
 from shardemb.slots import KEPT, NEWER, TOUCHED, Slots
@@ -104,9 +104,7 @@ class Overlay:
         self._directory: NDArray[np.int32] = files.zeros(np.int32, leaves)
         self._leaves: NDArray[np.int32] = files.zeros(np.int32, (min(leaves, _MOST) + 1) * _LEAF)
         self._free_leaves: NDArray[np.int32] = files.zeros(np.int32, min(leaves, _MOST))
-        self._leaf_counts = np.zeros(
-            2, np.int64
-        )  # those that were ever used, and those of them that are free
+        self._leaf_counts = np.zeros(2, np.int64)  # leaves that were ever used, and those of them that are free
         self._scratch: Scratch | None = None
         self._mapped = 0
         self._trimmed = 0  # free slots, or fewer, whose memory was given back
@@ -246,12 +244,14 @@ class Overlay:
 
     def trim(self) -> None:
         """Give memory back of slots which no row is in, as far as they fill pages."""
-        idle = self.slots.idle()
-        for first, last in plan.runs(idle):
-            start = round_up(int(idle[first]) * self._record_bytes, PAGE)
-            stop = (int(idle[last - 1]) + 1) * self._record_bytes // PAGE * PAGE
-            if start < stop:
-                self._memory.advise(self._start + start, stop - start, files.MADV_DONTNEED)
+        idle, size = self.slots.idle(), self._record_bytes
+        if idle.size == 0:
+            return
+        ends = np.flatnonzero(np.diff(idle, append=-1) != 1)  # of runs
+        first, last = idle[np.concatenate([[0], ends[:-1] + 1])], idle[ends]
+        start, stop = -(-first * size // PAGE) * PAGE, (last + 1) * size // PAGE * PAGE
+        for k in np.flatnonzero(start < stop).tolist():
+            self._memory.advise(self._start + int(start[k]), int(stop[k] - start[k]), files.MADV_DONTNEED)
         self._trimmed = idle.size
 
     def bring_back(self, rows: Int64Array) -> None:
