@@ -132,7 +132,7 @@ def test_ctrl_c_while_rows_are_copied_changes_nothing(store, monkeypatch):
         patch.setattr(Shards, "copy", interrupted)
         with pytest.raises(KeyboardInterrupt):
             table.update(ids, numbers)
-    assert table._mapped.changes == table._mapped.overlay.slots.newer == 0
+    assert table._mapped.changes == table._mapped.overlay.slots.kept == 0
     model.assert_matches(table)
     for each in (table, model):
         each.update(ids[::2], numbers[::2])

@@ -2,13 +2,14 @@
 
 import errno
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from model import assert_same_bits
 
 import shardemb
-from shardemb import batch, files, kernels
+from shardemb import batch, files, fold, kernels
 from shardemb.errors import DiskFullError, ReadOnlyError, ShardEmbError
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import SGD, Adam
@@ -381,24 +382,132 @@ def test_prefetched_rows_are_not_the_first_to_leave(tmp_path):
         assert (table._mapped.overlay._entries(np.arange(5000, 5300)) > 0).all()
 
 
-def test_trimming_gives_back_whole_pages_of_free_slots_and_no_others(tmp_path):
+def test_memory_of_rows_that_left_here_and_there_is_given_back(tmp_path):
+    """Every tenth row stays, so no page is empty: those that stay move together."""
+    count, anonymous = 100_000, lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
     with shardemb.open(tmp_path / "s") as store:
-        table = new(store)
-        ids = np.arange(1000)
-        rows = (np.ones((1000, DIM)) + ids[:, None]).astype(np.float32)
+        table = store.create_table("t", num_embeddings=count, embedding_dim=DIM)
+        ids = np.arange(count)
+        rows = np.repeat(ids[:, None], DIM, 1).astype(np.float32)
         table.write(ids, rows)
         store.commit()
         store.checkpoint()
-        overlay = table._mapped.overlay
-        overlay.trim()
-        gone = np.concatenate([ids[3:40], ids[100:101], ids[500:900]])
+        overlay, full = table._mapped.overlay, anonymous()
+        gone = ids[ids % 10 != 0]
         overlay._leave(overlay._entries(gone).astype(np.int64) - 1)
-        memory = overlay._memory.bytes(overlay._start, 1000 * 240)
-        overlay.trim()
-        zero = np.frombuffer(memory, np.float32).reshape(1000, DIM) == 0
-        assert zero[20:30].all()
-        assert zero[520:880].all()
-        kept = np.setdiff1d(ids, gone)
-        assert not zero[kept].any()
+        overlay.compact()
+        assert full - anonymous() > 0.8 * 240 * count
         assert overlay.idle_bytes == 0
         assert_same_bits(table.lookup(ids), rows)
+        table.write(ids[:500], -rows[:500])
+        assert_same_bits(table.lookup(ids[:1000]), np.concatenate([-rows[:500], rows[500:1000]]))
+        store.rollback()
+
+
+def test_rows_that_move_while_a_lookup_runs_are_looked_up_again(store, monkeypatch):
+    table = new(store)
+    ids, rows = spread(1.0, 40)
+    table.write(ids, rows)
+    mapped, gathered = table._mapped, []
+    store.commit()
+    store.checkpoint()
+    mapped.overlay._leave(mapped.overlay._entries(ids[:20]).astype(np.int64) - 1)
+    gather = mapped.gather
+
+    def late_gather(column, ids, out, start, stop):
+        index = mapped.overlay.index
+        if not gathered:
+            mapped.overlay.compact()
+        gathered.append(index)
+        gather(column, ids, out, start, stop)
+
+    monkeypatch.setattr(mapped, "gather", late_gather)
+    assert_same_bits(table.lookup(ids), rows)
+    assert len(gathered) == 2
+    monkeypatch.undo()
+
+
+def slow_folds(monkeypatch):
+    """Let folds wait until the event that is returned is set."""
+    go_on, write = threading.Event(), fold.write
+    monkeypatch.setattr(fold, "write", lambda *arguments: (go_on.wait(20), write(*arguments)))
+    return go_on
+
+
+def test_rows_that_a_fold_holds_do_not_keep_others_from_leaving(tmp_path, monkeypatch):
+    with shardemb.open(tmp_path / "s", memory_budget=2000 * (240 + 80)) as store:
+        clean, busy = new(store, "clean"), new(store, "busy")
+        clean.write(np.arange(700), np.ones((700, DIM), np.float32))
+        store.commit()
+        store.checkpoint()
+        go_on = slow_folds(monkeypatch)
+        busy.write(np.arange(900), np.ones((900, DIM), np.float32))
+        store.commit()
+        store._writing()._start()
+        monkeypatch.setattr(type(store._writing()), "_wait", lambda self: pytest.fail("waited for a fold"))
+        busy.write(np.arange(1000, 1600), np.ones((600, DIM), np.float32))
+        assert busy._mapped.overlay.out == 0
+        monkeypatch.undo()
+        go_on.set()
+        store.commit()
+
+
+def test_one_fold_is_waited_for_where_one_is_enough(tmp_path, monkeypatch):
+    with shardemb.open(tmp_path / "s", memory_budget=1000 * (240 + 80)) as store:
+        table = new(store)
+        go_on = slow_folds(monkeypatch)
+        table.write(np.arange(900), np.ones((900, DIM), np.float32))
+        store.commit()  # much is newer, so the fold begins
+        table.write([950], np.ones((1, DIM), np.float32))
+        store.commit()
+        folds, start = [], type(store._writing())._start
+        monkeypatch.setattr(type(store._writing()), "_start", lambda self: (folds.append(1), start(self)))
+        threading.Timer(0.1, go_on.set).start()
+        table.write(np.arange(2000, 2400), np.ones((400, DIM), np.float32))
+        assert folds == []
+        assert table._mapped.overlay.out == 0
+        store.rollback()
+
+
+def test_a_rollback_beside_a_fold_keeps_nothing_that_the_files_hold(tmp_path, monkeypatch):
+    with shardemb.open(tmp_path / "s") as store:
+        table = new(store, initializer=Uniform(-1, 1))
+        before = table.lookup(np.arange(2000))
+        go_on = slow_folds(monkeypatch)
+        table.write(np.arange(1500), np.ones((1500, DIM), np.float32))
+        store.commit()
+        store._writing()._start()
+        table.write([7, 1800], np.full((2, DIM), 2.0, np.float32))
+        store.rollback()
+        before[:1500] = 1
+        assert_same_bits(table.lookup(np.arange(2000)), before)
+        go_on.set()
+        store.checkpoint()
+        assert table._mapped.overlay.slots.kept <= 1  # row 7, whose image was put back
+        assert_same_bits(table.lookup(np.arange(2000)), before)
+
+
+def test_a_spill_asks_for_no_more_than_is_needed_where_there_is_no_more(store, monkeypatch):
+    table = new(store)
+    table.write(*spread(1.0, 45))
+    real = files.write
+
+    def write(descriptor, data, offset, path):
+        if "scratch" in str(path) and len(data) > 10 * 240:
+            raise DiskFullError(errno.ENOSPC, "no room left on the disk")
+        real(descriptor, data, offset, path)
+
+    monkeypatch.setattr(files, "write", write)
+    table.write(np.arange(1000, 1010) * 19, np.ones((10, DIM), np.float32))
+    assert 0 < table._mapped.overlay.out <= 10
+    monkeypatch.undo()
+
+
+def test_a_prefetch_neither_waits_nor_drives_others_out(store, monkeypatch):
+    table = new(store)
+    table.write(*spread(1.0, 49))
+    monkeypatch.setattr(type(store._writing()), "settle", lambda self: pytest.fail("waited for a fold"))
+    batch.prefetch(store._runtime, table._mapped, np.arange(1000, 1010) * 19, for_update=True)
+    assert table._mapped.overlay.out == 0
+    assert table._mapped.overlay.slots.count == 49
+    monkeypatch.undo()

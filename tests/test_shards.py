@@ -121,7 +121,7 @@ def histories(draw):
         st.tuples(st.just("take in"), rows),
         st.tuples(st.just("give back"), span),
         st.tuples(st.sampled_from(["spill", "evict"]), st.sampled_from([1, 2, 1000])),
-        st.tuples(st.sampled_from(["save", "forget"]), st.none()),
+        st.tuples(st.sampled_from(["save", "forget", "compact"]), st.none()),
     )
     return spec, draw(st.lists(event, min_size=1, max_size=12))
 
@@ -147,6 +147,9 @@ def step(table, model, number, event, argument):
         out, count = table.overlay.out, min(argument, table.overlay.slots.count)
         table.overlay.spill(argument, table.directory)
         assert table.overlay.out == out + count
+    elif event == "compact":
+        table.overlay.compact()
+        assert table.overlay.idle_bytes == 0
     elif event == "save":
         check_changes(table)
         save(table)
@@ -159,7 +162,7 @@ def step(table, model, number, event, argument):
         model.now = model.saved
     else:
         table.overlay.evict(argument)
-        assert table.overlay.slots.count >= table.overlay.slots.newer
+        assert table.overlay.slots.count >= table.overlay.slots.kept
 
 
 def check_changes(table):

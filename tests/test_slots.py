@@ -18,6 +18,7 @@ events = st.lists(
         st.tuples(st.just("begin fold"), st.sets(st.integers(0, 3000))),
         st.tuples(st.just("end fold"), st.booleans()),
         st.tuples(st.just("choose"), st.integers(0, 60)),
+        st.tuples(st.just("compact"), st.none()),
     ),
     max_size=30,
 )
@@ -59,13 +60,19 @@ def test_slots_are_what_a_model_says(history):
             slots.end_fold(folded=argument)
             for entry in model.values():
                 entry[1:] = entry[1] or (entry[2] and not argument), False
+        elif event == "compact":
+            source, target = slots.compact()
+            moved = dict(zip(source.tolist(), target.tolist(), strict=True))
+            model = {moved.get(slot, slot): entry for slot, entry in model.items()}
+            assert slots.end == len(model)
+            assert set(model) == set(range(len(model)))
         else:
             chosen = slots.choose(argument, but=KEPT)
             clean = {slot for slot, (_, newer, folding) in model.items() if not newer and not folding}
             assert set(chosen.tolist()) <= clean
             assert chosen.size == min(argument, len(clean))
         assert slots.count == len(model)
-        assert slots.newer == sum(newer for _, newer, _ in model.values())
+        assert slots.kept == sum(newer or folding for _, newer, folding in model.values())
         for slot, (row, newer, folding) in model.items():
             assert slots.owner[slot] == row
             assert bool(slots.state[slot] & NEWER) == newer
@@ -80,7 +87,7 @@ def test_slots_that_are_given_up_are_taken_again():
     assert slots.take(int64([90, 91]), NEWER).tolist() == [3, 7]
     assert slots.end == 10
     slots.give(int64(range(10)))
-    assert slots.end == slots.newer == 0
+    assert slots.end == slots.kept == 0
 
 
 def test_those_touched_since_are_passed_over_once():

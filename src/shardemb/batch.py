@@ -208,7 +208,10 @@ def prefetch(runtime: Runtime, shards: Shards, rows: Int64Array, *, for_update: 
         with runtime.lock:  # for a moment at a time
             if runtime.closed:
                 return
-            _take_in(runtime, [(shards, rows[start : start + PREFETCH_ROWS])])
+            some = rows[start : start + PREFETCH_ROWS]
+            if not runtime.room.spare(shards.overlay.count_new(some) * shards.overlay.row_bytes):
+                return  # a guess is not worth a fold, nor that others go out
+            _fill_slots(runtime, [(shards, some)])
 
 
 def _take_in(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> list[Int64Array]:

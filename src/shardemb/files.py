@@ -488,6 +488,11 @@ class AddressRange:
         """
         _check(_libc.madvise(self.address + offset, nbytes, advice), f"madvise({advice})")
 
+    def give_back(self, offset: int, nbytes: int) -> None:
+        """Let memory of this process go, if the kernel takes it; what lay there is zeros, or as it was."""
+        with contextlib.suppress(OSError):  # locked memory, for example
+            self.advise(offset, nbytes, MADV_DONTNEED)
+
     def prefer_huge_pages(self, offset: int, nbytes: int) -> None:
         """Let a part of the range lie in huge pages, where the kernel has them: fewer faults, faster random reads."""
         with contextlib.suppress(OSError):

@@ -64,6 +64,7 @@ class Journal:
         self._folding_bytes = 0
         self._problem: Exception | None = None
         self._thread: threading.Thread | None = None
+        self._released = False
 
     # ---- commits
 
@@ -153,31 +154,40 @@ class Journal:
 
         What the files hold can leave. Where that is not enough, what is committed is folded first; the rest goes out.
         """
-        self._evict(nbytes)
-        if self._excess(nbytes) > 0:
-            self.settle()
-            self.spill(nbytes)
+        if not self.spare(nbytes):
+            self._wait()
+            self._runtime.check_open()  # others may have come while it waited
+            if not self.spare(nbytes):
+                self.settle()
+                self._runtime.check_open()
+                self.spill(nbytes)
 
     def spill(self, nbytes: int) -> None:
         """As `make_room`, without a fold."""
-        self._evict(nbytes)
-        if self._excess(nbytes) > 0:
-            with signals_deferred():
-                wanted = self._excess(nbytes) + self._runtime.memory_budget // 4
-                for each, count in _shares(wanted, {each: each.slots.count for each in self._overlays()}):
-                    each.spill(count, folders.private(self._runtime.path))
+        if not self.spare(nbytes):
+            try:
+                self._spill(self._excess(nbytes) + self._runtime.memory_budget // 4)
+            except DiskFullError:  # more than is needed, so that it has to be done less often
+                self._spill(self._excess(nbytes))
 
-    def _evict(self, nbytes: int) -> None:
-        if self._excess(nbytes) > 0:
-            with signals_deferred():
-                wanted = self._excess(nbytes) + self._runtime.memory_budget // 32
-                copies = {each: each.slots.count - each.slots.newer for each in self._overlays()}
-                for each, count in _shares(wanted, copies):
+    def _spill(self, nbytes: int) -> None:
+        with signals_deferred():
+            for each, count in _shares(nbytes, {each: each.slots.count for each in self._overlays()}):
+                each.spill(count, folders.private(self._runtime.path))
+
+    def spare(self, nbytes: int) -> bool:
+        """Let copies of what the files hold leave; return whether there is room for so many bytes then."""
+        overlays = self._overlays()
+        with signals_deferred():
+            if self._excess(nbytes) > 0:
+                copies = {each: each.slots.count - each.slots.kept for each in overlays}
+                for each, count in _shares(self._excess(nbytes) + self._runtime.memory_budget // 32, copies):
                     each.evict(count)
-        idle = sum(each.idle_bytes for each in self._overlays())
-        if idle > self._runtime.memory_budget // 4 and self._excess(nbytes + idle) > 0:
-            for each in self._overlays():
-                each.trim()
+            idle = sum(each.idle_bytes for each in overlays)
+            if idle > self._runtime.memory_budget // 2 and self._excess(nbytes + idle) > 0:
+                for each in overlays:
+                    each.compact()
+        return self._excess(nbytes) <= 0
 
     def _excess(self, nbytes: int) -> int:
         return nbytes + sum(each.nbytes for each in self._overlays()) - self._runtime.memory_budget
@@ -198,7 +208,7 @@ class Journal:
 
     def _start(self) -> None:
         """Begin a fold, unless one is under way or there is nothing to do."""
-        if self._folding or self._runtime.poisoned or not self._log.nbytes:
+        if self._folding or self._runtime.poisoned or self._released or not self._log.nbytes:
             return
         try:
             with signals_deferred():
@@ -244,7 +254,7 @@ class Journal:
             try:
                 for each in live:
                     each.overlay.end_fold(folded=problem is None)
-                self._evict(0)
+                self.spare(0)
             except Exception as error:  # nobody may wait for this fold for ever
                 problem = problem or error
             if problem is not None:
@@ -292,6 +302,7 @@ class Journal:
         self._wait()
         if self._thread is not None:
             self._thread.join()
+        self._released = True
         self._log.close()
 
     def abandon(self) -> None:
@@ -310,8 +321,8 @@ class Journal:
 
     def _much_newer(self) -> bool:
         """Whether so many rows must stay in memory until they are folded that there may soon be no room for others."""
-        newer = sum((each.slots.newer + each.out) * each.row_bytes for each in self._overlays())
-        return bool(2 * newer > self._runtime.memory_budget)
+        kept = sum((each.slots.kept + each.out) * each.row_bytes for each in self._overlays())
+        return bool(2 * kept > self._runtime.memory_budget)
 
     def _poison(self, error: BaseException) -> None:
         self._runtime.poisoned = f"writing broke off ({error})"

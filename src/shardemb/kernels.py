@@ -410,6 +410,14 @@ def pack(records: Float32Array, places: Int64Array, target: int) -> None:
 
 
 @kernel
+def move(records: Float32Array, source: Int64Array, target: Int64Array) -> None:
+    """Copy records from places to others."""
+    base, record_bytes = records.ctypes.data, 4 * records.shape[1]
+    for i in range(source.size):
+        _copy(base + target[i] * record_bytes, base + source[i] * record_bytes, record_bytes)
+
+
+@kernel
 def copy_rows(
     records: Float32Array,
     present: NDArray[np.uint8],

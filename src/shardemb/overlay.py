@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from shardemb import files
+from shardemb import files, kernels
 from shardemb.kernels import LEAF_BITS, kernel
 from shardemb.scratch import Scratch
-from shardemb.slots import KEPT, NEWER, TOUCHED, Slots
+from shardemb.slots import KEPT, TOUCHED, Slots
 from shardemb.spec import PAGE, round_up
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ class Room(Protocol):
             There is none, nor in the scratch file.
         """
 
+    def spare(self, nbytes: int) -> bool:
+        """Let go of copies of what the files hold; return whether so many bytes have room then."""
+
     def spill(self, nbytes: int) -> None:
         """As `make_room`, without a fold: the lock stays held."""
 
@@ -66,6 +69,10 @@ class Unlimited(Room):
 
     def make_room(self, nbytes: int) -> None:
         """Nothing has to be done."""
+
+    def spare(self, nbytes: int) -> bool:
+        """There always is."""
+        return True
 
     def spill(self, nbytes: int) -> None:
         """Nothing has to be done."""
@@ -104,10 +111,11 @@ class Overlay:
         self._directory: NDArray[np.int32] = files.zeros(np.int32, leaves)
         self._leaves: NDArray[np.int32] = files.zeros(np.int32, (min(leaves, _MOST) + 1) * _LEAF)
         self._free_leaves: NDArray[np.int32] = files.zeros(np.int32, min(leaves, _MOST))
-        self._leaf_counts = np.zeros(2, np.int64)  # leaves that were ever used, and those of them that are free
+        self._leaf_counts = np.zeros(
+            2, np.int64
+        )  # leaves that were ever used, and those of them that are free
         self._scratch: Scratch | None = None
         self._mapped = 0
-        self._trimmed = 0  # free slots, or fewer, whose memory was given back
         self._changes = 0
         self._rewinding = False
 
@@ -125,7 +133,7 @@ class Overlay:
     @property
     def idle_bytes(self) -> int:
         """Bytes of memory that slots take which no row is in."""
-        return (self.slots.end - self.slots.count - self._trimmed) * self._record_bytes
+        return (self.slots.end - self.slots.count) * self._record_bytes
 
     @property
     def version(self) -> int | None:
@@ -174,7 +182,6 @@ class Overlay:
             msg = f"more than {self._most} rows of a table cannot lie in memory at once; commit before"
             raise MemoryError(msg)
         self._map(needed * self._record_bytes)
-        self._trimmed = max(0, self._trimmed - rows.size)
         slots = self.slots.take(rows, TOUCHED)
         if empty:
             self._changes += 1  # a lookup that found no index at all must look again
@@ -219,7 +226,7 @@ class Overlay:
 
     def evict(self, count: int) -> None:
         """Let up to `count` rows leave memory that the files hold, those first that were not touched for long."""
-        if self.slots.count > self.slots.newer:
+        if self.slots.count > self.slots.kept:
             slots = self.slots.choose(count, but=KEPT)
             if slots.size:
                 self._leave(slots)
@@ -242,17 +249,15 @@ class Overlay:
         self._set(rows, -(kept + 1))
         self._give(slots)
 
-    def trim(self) -> None:
-        """Give memory back of slots which no row is in, as far as they fill pages."""
-        idle, size = self.slots.idle(), self._record_bytes
-        if idle.size == 0:
-            return
-        ends = np.flatnonzero(np.diff(idle, append=-1) != 1)  # of runs
-        first, last = idle[np.concatenate([[0], ends[:-1] + 1])], idle[ends]
-        start, stop = -(-first * size // PAGE) * PAGE, (last + 1) * size // PAGE * PAGE
-        for k in np.flatnonzero(start < stop).tolist():
-            self._memory.advise(self._start + int(start[k]), int(stop[k] - start[k]), files.MADV_DONTNEED)
-        self._trimmed = idle.size
+    def compact(self) -> None:
+        """Move rows into slots that are free, so that those in use lie side by side, and give the other memory back."""
+        source, target = self.slots.compact()
+        if source.size:
+            kernels.move(self._records, self.first + source, self.first + target)
+            self._set(self.slots.owner[target], target + 1)
+            self._changes += 1  # as in `_give`
+        used = round_up(self.slots.end * self._record_bytes, PAGE)
+        self._memory.give_back(self._start + used, self._mapped - used)
 
     def bring_back(self, rows: Int64Array) -> None:
         """Bring those of the rows, distinct, into memory that are out.
@@ -277,7 +282,7 @@ class Overlay:
             raise
         state = self._scratch.slots.state[kept] & KEPT
         self.slots.state[slots] |= state
-        self.slots.newer += int(np.count_nonzero(state & NEWER))
+        self.slots.kept += int(np.count_nonzero(state))
         self.publish(rows, places)
         self._scratch.release(kept)
 
@@ -337,9 +342,8 @@ class Overlay:
         # A lookup that began before this may have found one there, and must not find it used for another row.
         self._changes += 1
         self.slots.give(slots)
-        if self.slots.count == 0 and self._mapped:
-            self._memory.advise(self._start, self._mapped, files.MADV_DONTNEED)
-            self._trimmed = 0
+        if self.slots.count == 0:
+            self._memory.give_back(self._start, self._mapped)
 
     def _release(self, kept: Int64Array) -> None:
         """Give up what the scratch file keeps, of which the files hold the same."""

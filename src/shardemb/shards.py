@@ -232,14 +232,16 @@ class Shards:
         DiskFullError, OSError
             The images have no room, neither in memory nor in the scratch file.
         """
-        changed = self.blocks.copy()
         with self.overlay.rewinding():
             self.overlay.forget(self.changed_rows())
             if self.spec.has_presence:
-                for block in map(int, np.flatnonzero(changed)):
+                for block in map(int, np.flatnonzero(self.blocks)):
                     self._present.advise(block * PAGE, PAGE, files.MADV_DONTNEED)
-            touched = changed[images.ids // ROWS_PER_BLOCK] != 0
-            self.place(Images(images.ids[touched], images.addresses[touched]), room)
+                bitmaps.set_present(
+                    self.present, images.ids[self.blocks[images.ids // ROWS_PER_BLOCK] != 0], 0
+                )
+            changed = (self.dirty[images.ids >> 6] >> (images.ids & 63).astype(np.uint64)) & np.uint64(1) == 1
+            self.place(Images(images.ids[changed], images.addresses[changed]), room)
             self.clear_changes()  # last: whoever calls again after an error has all of it done again
 
     def place(self, images: Images, room: Room) -> None:

@@ -39,8 +39,8 @@ class Slots:
         Bits of a slot; 0 where it is free.
     end : int
         One past the last slot that was ever used, until none is.
-    count, newer : int
-        How many are used, and how many of these are newer.
+    count, kept : int
+        How many are used, and how many of these hold what the files do not, or may not yet.
     """
 
     def __init__(self, most: int) -> None:
@@ -49,7 +49,7 @@ class Slots:
         self._free = np.empty(0, np.int64)
         self.end: int = 0
         self.count: int = 0
-        self.newer: int = 0
+        self.kept: int = 0
         self._hand = 0
 
     def next_end(self, count: int) -> int:
@@ -63,12 +63,12 @@ class Slots:
         self.end, self._free = self.next_end(rows.size), self._free[:left]
         self.owner[slots], self.state[slots] = rows, USED | state
         self.count += slots.size
-        self.newer += int(np.count_nonzero(self.state[slots] & NEWER))
+        self.kept += int(np.count_nonzero(self.state[slots] & KEPT))
         return slots
 
     def give(self, slots: Int64Array, *, end: int | None = None) -> None:
         """Give slots up; `end` as it was before, where those that were taken last go first."""
-        self.newer -= int(np.count_nonzero(self.state[slots] & NEWER))
+        self.kept -= int(np.count_nonzero(self.state[slots] & KEPT))
         self.state[slots] = 0
         self.count -= slots.size
         self._free = np.concatenate([self._free, slots])
@@ -79,7 +79,7 @@ class Slots:
 
     def mark(self, slots: Int64Array) -> None:
         """Note that slots are about to hold what the files do not."""
-        self.newer += _set_bits(self.state, slots, NEWER | TOUCHED, NEWER)
+        self.kept += _set_bits(self.state, slots, NEWER | TOUCHED, KEPT)
 
     def note_use(self, slots: Int64Array) -> None:
         """Let slots be the last to be chosen."""
@@ -87,15 +87,20 @@ class Slots:
 
     def begin_fold(self, dirty: NDArray[np.uint64]) -> None:
         """Note which slots are folded now: those that are newer. Rows that are `dirty` stay newer all the same."""
-        self.newer = _begin_fold(self.state[: self.end], self.owner, dirty)
+        _begin_fold(self.state[: self.end], self.owner, dirty)
 
-    def idle(self) -> Int64Array:
-        """List the free slots below `end`, ascending."""
-        return np.sort(self._free)
+    def compact(self) -> tuple[Int64Array, Int64Array]:
+        """Let the slots in use lie side by side at the beginning; return those that moved, from where and to where."""
+        source = self.count + np.flatnonzero(self.state[self.count : self.end])
+        target = np.sort(self._free[self._free < self.count])
+        self.owner[target], self.state[target] = self.owner[source], self.state[source]
+        self.state[source] = 0
+        self.end, self._free = self.count, np.empty(0, np.int64)
+        return source, target
 
     def end_fold(self, *, folded: bool) -> None:
         """Forget the note of `begin_fold`; or take it back, where the files do not hold those rows."""
-        self.newer = _end_fold(self.state[: self.end], NEWER if folded else KEPT)
+        self.kept = _end_fold(self.state[: self.end], NEWER if folded else KEPT)
 
     def choose(self, most: int, *, but: np.uint8) -> Int64Array:
         """Choose up to `most` slots in use without certain bits, ascending.
@@ -115,7 +120,7 @@ class Slots:
 
 @kernel
 def _set_bits(state: NDArray[np.uint8], slots: Int64Array, bits: np.uint8, counted: np.uint8) -> int:
-    """Set bits of slots; return how many had not the one that is counted."""
+    """Set bits of slots; return how many had none of those that are counted."""
     new = 0
     for i in range(slots.size):
         new += (state[slots[i]] & counted) == 0
@@ -124,28 +129,24 @@ def _set_bits(state: NDArray[np.uint8], slots: Int64Array, bits: np.uint8, count
 
 
 @kernel
-def _begin_fold(state: NDArray[np.uint8], owner: Int64Array, dirty: NDArray[np.uint64]) -> int:
-    newer = 0
+def _begin_fold(state: NDArray[np.uint8], owner: Int64Array, dirty: NDArray[np.uint64]) -> None:
     for slot in range(state.size):
         if state[slot] & NEWER:
             row = owner[slot]
             state[slot] |= FOLDING
-            if (dirty[row >> 6] >> np.uint64(row & 63)) & np.uint64(1):
-                newer += 1
-            else:
+            if not (dirty[row >> 6] >> np.uint64(row & 63)) & np.uint64(1):
                 state[slot] &= ~NEWER
-    return newer
 
 
 @kernel
 def _end_fold(state: NDArray[np.uint8], still: np.uint8) -> int:
-    newer = 0
+    kept = 0
     for slot in range(state.size):
         if state[slot] & still:
             state[slot] |= NEWER
-            newer += 1
+            kept += 1
         state[slot] &= ~FOLDING
-    return newer
+    return kept
 
 
 @kernel
