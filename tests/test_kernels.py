@@ -97,6 +97,12 @@ USE_EVERYTHING = """
         store.commit()
         store["plain"].write([5], [[1.0, 2, 3]])
         store.rollback()
+        store["plain"].write([5, 6, 7], np.ones((3, 3)))
+        store.commit()
+        store.checkpoint()
+        store["plain"]._mapped.overlay.evict(1)
+        store["plain"]._mapped.overlay.compact()
+        store.rollback()
     with shardemb.open(path + "2") as store:
         table = store.create_table("plain", num_embeddings=10, embedding_dim=3, initializer=Uniform(-1, 1))
         store.commit()

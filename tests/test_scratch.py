@@ -49,7 +49,7 @@ def test_records_come_back_as_they_were(tmp_path):
     rows = np.random.default_rng(0).permutation(10**6)[: ROWS // 2]
     slots = write(scratch, rows, 7)
     assert scratch.slots.owner[slots].tolist() == rows.tolist()
-    assert scratch.slots.newer == rows.size
+    assert scratch.slots.kept == rows.size
     some = np.random.default_rng(1).permutation(rows.size)[:1000]
     np.testing.assert_array_equal(read(scratch, slots[some]), records_of(rows[some], 7))
     np.testing.assert_array_equal(read(scratch, slots), records_of(rows, 7))  # a run longer than the stage

@@ -410,7 +410,7 @@ def pack(records: Float32Array, places: Int64Array, target: int) -> None:
 
 
 @kernel
-def move(records: Float32Array, source: Int64Array, target: Int64Array) -> None:
+def move_records(records: Float32Array, source: Int64Array, target: Int64Array) -> None:
     """Copy records from places to others."""
     base, record_bytes = records.ctypes.data, 4 * records.shape[1]
     for i in range(source.size):

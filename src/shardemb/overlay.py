@@ -253,7 +253,7 @@ class Overlay:
         """Move rows into slots that are free, so that those in use lie side by side, and give the other memory back."""
         source, target = self.slots.compact()
         if source.size:
-            kernels.move(self._records, self.first + source, self.first + target)
+            kernels.move_records(self._records, self.first + source, self.first + target)
             self._set(self.slots.owner[target], target + 1)
             self._changes += 1  # as in `_give`
         used = round_up(self.slots.end * self._record_bytes, PAGE)
