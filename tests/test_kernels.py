@@ -98,8 +98,6 @@ USE_EVERYTHING = """
         store["plain"].write([5], [[1.0, 2, 3]])
         store.rollback()
         store["plain"].write([5, 6, 7], np.ones((3, 3)))
-        store.commit()
-        store.checkpoint()
         over = store["plain"]._mapped.overlay
         over._leave(np.flatnonzero(over.slots.state)[:1])
         over.compact()
