@@ -111,9 +111,8 @@ class Overlay:
         self._directory: NDArray[np.int32] = files.zeros(np.int32, leaves)
         self._leaves: NDArray[np.int32] = files.zeros(np.int32, (min(leaves, _MOST) + 1) * _LEAF)
         self._free_leaves: NDArray[np.int32] = files.zeros(np.int32, min(leaves, _MOST))
-        self._leaf_counts = np.zeros(
-            2, np.int64
-        )  # leaves that were ever used, and those of them that are free
+        # Leaves that were ever used, and those of them that are free.
+        self._leaf_counts = np.zeros(2, np.int64)
         self._scratch: Scratch | None = None
         self._mapped = 0
         self._changes = 0
@@ -289,10 +288,9 @@ class Overlay:
     def forget(self, rows: Int64Array) -> None:
         """Let the files hold the newest record of rows."""
         entries = self._entries(rows)
-        self._set(rows[entries != 0], np.zeros(np.count_nonzero(entries), np.int64))
-        self._give(entries[entries > 0].astype(np.int64) - 1)
+        self._leave(entries[entries > 0].astype(np.int64) - 1)
         if self._scratch is not None:
-            self._scratch.release(-entries[entries < 0].astype(np.int64) - 1)
+            self._release(-entries[entries < 0].astype(np.int64) - 1)
 
     @contextlib.contextmanager
     def rewinding(self) -> Iterator[None]:
@@ -334,6 +332,7 @@ class Overlay:
         _set(self._directory, self._leaves, self._free_leaves, self._leaf_counts, rows, entries)
 
     def _leave(self, slots: Int64Array) -> None:
+        """Give up slots, of whose rows the files shall hold the newest."""
         self._set(self.slots.owner[slots], np.zeros(slots.size, np.int64))
         self._give(slots)
 
