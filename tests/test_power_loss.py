@@ -254,11 +254,12 @@ class Disk:
                         _change(content, part)
             state[name] = bytes(content)
         # A file whose folder did not make it is not reachable.
-        return {
-            name: data
-            for name, data in state.items()
-            if all(str(parent) in state for parent in list(Path(name).parents)[:-1])
-        }
+        reachable = {"": None}
+        for name in sorted(state):  # a folder before what lies in it
+            if name.rpartition("/")[0] in reachable:
+                reachable[name] = state[name]
+        del reachable[""]
+        return reachable
 
     def killed(self):
         """Return the state that the next process sees if only this one dies: the page cache lives."""
@@ -484,7 +485,11 @@ def explore(seed, number_of_states, *, again=0.2, kill=0.1, skip=lambda call, pa
 
 
 def digest(state):
-    return hashlib.blake2b(repr(sorted(state.items())).encode(), digest_size=12).digest()
+    found = hashlib.blake2b(digest_size=12)
+    for name, data in sorted(state.items()):
+        found.update(f"{name}\0{-1 if data is None else len(data)}\0".encode())
+        found.update(data or b"")
+    return found.digest()
 
 
 def check(state, allowed, chance, seen, *, again, skip, before=None, numbers=None):
@@ -496,7 +501,8 @@ def check(state, allowed, chance, seen, *, again, skip, before=None, numbers=Non
         materialise(state, folder)
         path = Path(folder) / "store"
         recording = Recording(folder, skip)
-        disk = before.moved(numbers, folder) if before else Disk.of(folder)
+        if again:
+            disk = before.moved(numbers, folder) if before else Disk.of(folder)
         try:
             with recording.on() if again else contextlib.nullcontext():
                 store = shardemb.open(path, threads=1)
