@@ -468,15 +468,17 @@ def test_ctrl_c_waits_for_the_threads_and_then_cleans_up(target, run, small_batc
     reading, interrupted, lock = set(), threading.Event(), threading.Lock()
 
     def slow(start):
-        if threading.current_thread() is threading.main_thread():
-            return
         reading.add(start)
-        with lock:
-            if len(source.events) > 6 and not interrupted.is_set():
-                interrupted.set()
+        try:
+            with lock:
+                first = len(source.events) > 6 and not interrupted.is_set()
+                if first:
+                    interrupted.set()
+            if first:
                 os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.1 if interrupted.is_set() else 0)
-        reading.discard(start)
+            time.sleep(0.1 if interrupted.is_set() else 0)
+        finally:
+            reading.discard(start)
 
     source.before_read = slow
     path, parts = target

@@ -35,9 +35,69 @@ def where(tasks=5):
 
 
 @pytest.mark.parametrize("choice", [None, "threads", "threading", "Threads", dask.threaded.get], ids=str)
-def test_threads_run_them_by_default(choice):
+def test_the_calling_thread_and_others_run_them_by_default(choice):
+    meeting = threading.Barrier(2, timeout=60)
+
+    def meet():
+        meeting.wait()
+        return threading.get_ident()
+
     with dask.config.set(scheduler=choice):
-        assert threading.get_ident() not in where()
+        assert len({threading.get_ident(), *run([meet, meet], 2)}) == 2
+
+
+def test_the_calling_thread_does_what_others_do_not_come_to():
+    """However long the others' tasks are, none waits while one of the threads has nothing to do."""
+    began, last = threading.Event(), threading.Event()
+
+    def first():
+        began.set()
+        return last.wait(60)
+
+    def others():
+        return began.wait(60) and threading.get_ident()
+
+    # The newest is begun first.
+    *threads, ended = run([lambda: last.set() or others(), others, others, first], 2)
+    assert ended
+    assert len(set(threads)) == 1
+
+
+def test_one_thread_is_the_calling_thread():
+    caller = threading.get_ident()
+    assert run([threading.get_ident] * 5, 1) == [caller] * 5
+
+
+def test_each_thread_has_its_own_helpers():
+    """Or the short tasks of one would wait for the long ones of another."""
+    long_ones, go_on = threading.Barrier(3, timeout=60), threading.Event()
+
+    def long_one():
+        long_ones.wait()
+        return go_on.wait(60)
+
+    other = threading.Thread(target=run, args=([long_one, long_one], 2))
+    other.start()
+    long_ones.wait()
+    meeting = threading.Barrier(2, timeout=60)
+    assert sorted(run([meeting.wait, meeting.wait], 2)) == [0, 1]
+    go_on.set()
+    other.join()
+
+
+def test_the_helpers_of_a_thread_end_after_it():
+    helpers = []
+
+    def work():
+        meeting = threading.Barrier(2, timeout=60)
+        helpers.extend(run([lambda: (meeting.wait(), threading.current_thread())] * 2, 2))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    for _, helper in helpers:
+        helper.join(60)
+        assert not helper.is_alive()
 
 
 @pytest.mark.parametrize("choice", ["sync", "synchronous", "single-threaded", "SYNC", dask.get], ids=str)
@@ -46,10 +106,11 @@ def test_the_calling_thread_runs_them_where_the_configuration_says_so(choice):
         assert where() == {threading.get_ident()}
 
 
-def test_an_executor_of_the_configuration_is_used():
+@pytest.mark.parametrize("setting", ["scheduler", "pool"])
+def test_an_executor_of_the_configuration_is_used(setting):
     own = set()
     executor = ThreadPoolExecutor(3, initializer=lambda: own.add(threading.get_ident()))
-    with executor, dask.config.set(scheduler=executor):
+    with executor, dask.config.set({setting: executor}):
         assert where(50) <= own
 
 
@@ -59,7 +120,7 @@ def test_an_executor_of_the_configuration_is_used():
 def test_what_runs_elsewhere_is_not_used(choice):
     """The memory that tasks work on is mapped into this process."""
     with dask.config.set(scheduler=choice):
-        assert threading.get_ident() not in where()
+        where()
 
 
 def test_a_scheduler_of_somebody_else_is_not_used():
@@ -95,7 +156,9 @@ def test_an_executor_of_processes_is_not_used():
 def test_the_choice_is_looked_up_for_every_run():
     with dask.config.set(scheduler="sync"):
         assert where() == {threading.get_ident()}
-    assert threading.get_ident() not in where()
+    executor = ThreadPoolExecutor(1)
+    with executor, dask.config.set(scheduler=executor):
+        assert threading.get_ident() not in where()
 
 
 @pytest.mark.parametrize("choice", [None, "processes"])
@@ -222,24 +285,23 @@ def ctrl_c():
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_waits_for_the_tasks_that_run():
-    ended = []
+def test_ctrl_c_breaks_off_the_task_of_the_calling_thread_and_waits_for_the_others():
+    ended, caller = [], threading.get_ident()
     both_run = threading.Barrier(2)  # a task that has not begun would be left out
 
-    def interrupt():
+    def task():
         both_run.wait(60)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.1)
-        ended.append("interrupt")
-
-    def slow():
-        both_run.wait(60)
-        time.sleep(0.2)
-        ended.append("slow")
+        if threading.get_ident() == caller:
+            time.sleep(60)
+        else:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+        ended.append(threading.get_ident())
 
     with pytest.raises(KeyboardInterrupt):
-        run([interrupt, slow], 2)
-    assert sorted(ended) == ["interrupt", "slow"]
+        run([task, task, task], 2)
+    assert len(ended) == 1
+    assert caller not in ended
 
 
 def test_after_an_error_tasks_can_be_run_again():
