@@ -330,19 +330,20 @@ RECORD = 1024  # four rows a page
 
 
 class Mapped:
-    """A file of 64 pages, mapped."""
+    """A file, mapped."""
 
-    def __init__(self, path):
-        path.write_bytes(os.urandom(PAGES * PAGE))
+    def __init__(self, path, content):
+        path.write_bytes(content)
+        self.pages = len(content) // PAGE
         self.path = path
-        self.memory = files.AddressRange(PAGES * PAGE)
-        self.memory.map_file(0, path, PAGES * PAGE)
-        self.memory.advise(0, PAGES * PAGE, files.MADV_RANDOM)
+        self.memory = files.AddressRange(self.pages * PAGE)
+        self.memory.map_file(0, path, self.pages * PAGE)
+        self.memory.advise(0, self.pages * PAGE, files.MADV_RANDOM)
         self.drop()
 
     def drop(self):
         """Let all of it leave memory."""
-        self.memory.advise(0, PAGES * PAGE, files.MADV_DONTNEED)
+        self.memory.advise(0, self.pages * PAGE, files.MADV_DONTNEED)
         with self.path.open("rb") as file:
             os.fsync(file)
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -353,11 +354,11 @@ class Mapped:
 
     def resident(self):
         """The pages that are in memory, as mincore tells without any help of ours."""
-        answer = (ctypes.c_ubyte * PAGES)()
+        answer = (ctypes.c_ubyte * self.pages)()
         libc = ctypes.CDLL(None, use_errno=True)
         libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-        assert libc.mincore(self.memory.address, PAGES * PAGE, answer) == 0
-        return {page for page in range(PAGES) if answer[page] & 1}
+        assert libc.mincore(self.memory.address, self.pages * PAGE, answer) == 0
+        return {page for page in range(self.pages) if answer[page] & 1}
 
     def sample(self, ids, samples=None, present=NOTHING):
         return kernels.sample_resident(
@@ -372,7 +373,7 @@ class Mapped:
 
 @pytest.fixture
 def mapped(tmp_path):
-    mapped = Mapped(tmp_path / "rows")
+    mapped = Mapped(tmp_path / "rows", os.urandom(PAGES * PAGE))
     if mapped.resident():
         pytest.skip("this file system keeps its files in memory")
     yield mapped
@@ -413,6 +414,18 @@ def test_advise_passes_over_rows_never_written(mapped):
     present = bitmap([12, 160], 4 * PAGES)
     assert mapped.advise([0, 12, 100, 160], files.MADV_POPULATE_WRITE, present=present) == 0
     assert mapped.resident() == {3, 40}
+
+
+def test_willneed_reads_all_of_a_long_stretch(tmp_path):
+    """Of more than the device's read_ahead_kb in one call, Linux reads the beginning."""
+    mapped = Mapped(tmp_path / "rows", bytes(40 * 2**20))
+    if mapped.resident():
+        pytest.skip("this file system keeps its files in memory")
+    assert mapped.advise(range(1, 4 * mapped.pages), files.MADV_WILLNEED) == 0
+    deadline = time.monotonic() + 30
+    while len(mapped.resident()) < mapped.pages and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert mapped.resident() == set(range(mapped.pages))
 
 
 def test_willneed_reads_ahead(mapped):

@@ -38,6 +38,9 @@ MAX_MAPPINGS = 32_768
 
 HUGE_PAGE = 2 * 2**20
 
+ADVISED = 128 * 2**10
+"""Bytes that one call may ask for: of more than read_ahead_kb, by default 128, Linux silently leaves out the rest."""
+
 _MADV_HUGEPAGE = 14
 _PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
@@ -331,7 +334,9 @@ def cached_share(descriptor: int, offset: int, nbytes: int) -> float:
 
 def expect(descriptor: int, offset: int, nbytes: int) -> None:
     """Ask for a range of a file that will soon be read; the kernel reads it meanwhile."""
-    os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+    end = offset + nbytes
+    for start in range(offset, end, ADVISED):
+        os.posix_fadvise(descriptor, start, min(ADVISED, end - start), os.POSIX_FADV_WILLNEED)
 
 
 def open_scratch(folder: Path) -> int:
@@ -393,6 +398,12 @@ def sync_data(descriptor: int, path: Path) -> None:
     counters.add(syncs=1)
     with _not_synced(path):
         os.fdatasync(descriptor)
+
+
+def begin_write_back(descriptor: int, offset: int, nbytes: int) -> None:
+    """Let the disk begin with a range that was written, so that a later sync has less to wait for."""
+    # What Linux does with advice on dirty pages; those that are clean already leave the page cache.
+    os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def forget(descriptor: int) -> None:
