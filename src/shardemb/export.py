@@ -363,8 +363,6 @@ def _parquet_file(
     def write(batch: pa.RecordBatch) -> None:
         writer.write_batch(batch, row_group_size=batch.num_rows)
         sink.begin_write_back()
-        # Arrow's allocator would keep what the encoding took, 60 MB a thread. This takes a millisecond.
-        pa.default_memory_pool().release_unused()
         advance(batch.num_rows)
 
     with files.opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
@@ -380,6 +378,8 @@ def _parquet_file(
             sorting_columns=[parquet.SortingColumn(0)],
         ) as writer:
             yield write
+        # Arrow's allocator would keep what the encoding took, 60 MB a thread.
+        pa.default_memory_pool().release_unused()
         files.sync(descriptor, path)
 
 
