@@ -1,6 +1,7 @@
 """Lookups from disk: the table's pages have left memory before every call."""
 
 import resource
+import time
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,28 @@ class ColdReads(_Cold):
         return (_major_faults() - before) / _num_pages(self.ids)
 
     track_major_faults_per_page.unit = "faults per page"
+
+
+class Prefetch(_Cold):
+    """A lookup whose pages were asked for, and have had the time to come."""
+
+    params = [[ROWS], ["uniform", "zipf"], [MEDIUM]]
+
+    def setup(self, path, rows, distribution, batch):
+        super().setup(path, rows, distribution, batch)
+        self.table.prefetch(self.ids)
+        time.sleep(0.2)
+
+    def time_lookup(self, *_):
+        self.table.lookup(self.ids)
+
+    def track_bytes_read_per_page(self, *_):
+        """Bytes that are read all the same, for each byte of the pages that hold the batch's rows; 0 is ideal."""
+        before = _bytes_read()
+        self.table.lookup(self.ids)
+        return (_bytes_read() - before) / (_num_pages(self.ids) * PAGE)
+
+    track_bytes_read_per_page.unit = "bytes per byte"
 
 
 def _num_pages(ids):

@@ -1,4 +1,4 @@
-"""Our lookup against NumPy in RAM, in one process: a ratio says more than a time on a machine with noise."""
+"""Lookups and training steps against NumPy in RAM, in one process: a ratio says more than a time on a noisy machine."""
 
 import time
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from . import common
 from .common import DIM, DISTRIBUTIONS, LARGE, ROWS
+from .comparison.torches import numpy_rowwise_adagrad
 from .lookup import _Lookup
 
 PAIRS = 15
@@ -39,6 +40,42 @@ class LookupRatio(_Lookup):
         return _ratio(self.fresh, self.table.lookup, lambda ids: self.array[ids])
 
     track_lookup_out_vs_take.unit = track_lookup_vs_index.unit = "times the peer"
+
+
+class TrainingRatio(common.Timed):
+    """Time of a lookup and a row-wise Adagrad update as a multiple of NumPy's on arrays in RAM."""
+
+    params = [[ROWS], DISTRIBUTIONS, [LARGE]]
+    param_names = ["rows", "ids", "batch"]
+
+    def setup_cache(self):
+        rows = {
+            "num_embeddings": ROWS,
+            "initializer": common.INITIAL,
+            "optimizer": common.optimizer("RowWiseAdagrad"),
+        }
+        return common.build("training.zarr", rows=rows)
+
+    def setup(self, path, rows, distribution, batch):
+        self.table = common.trained_table(path, "rows")
+        self.weights = np.concatenate([self.table.lookup(ids) for ids in common.blocks(rows)])
+        self.sums = np.zeros(rows, np.float32)
+        self.values = common.make_values(batch)
+        self.fresh = lambda: common.make_ids(distribution, rows, batch)
+
+    def ours(self, ids):
+        rows = self.table.lookup(ids)
+        self.table.update(ids, self.values)
+        return rows
+
+    def theirs(self, ids):
+        return numpy_rowwise_adagrad(self.weights, self.sums, ids, self.values)
+
+    def track_step_vs_numpy(self, *_):
+        """Both read and change all rows of the batch."""
+        return _ratio(self.fresh, self.ours, self.theirs)
+
+    track_step_vs_numpy.unit = "times the peer"
 
 
 def _ratio(make_ids, ours, theirs):

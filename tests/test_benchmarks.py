@@ -27,6 +27,7 @@ SYNCS = 10
 BOUNDS = {
     "cold.ColdReads.track_bytes_read_per_page": lambda *_: 1.1,
     "cold.ColdReads.track_major_faults_per_page": lambda *_: 0.05,
+    "cold.Prefetch.track_bytes_read_per_page": lambda *_: 0.05,
     "commit.CommitBytes.track_bytes_per_changed_row": lambda *_: 1.05 * ROW_BYTES,
     "commit.CommitSyncs.track_syncs": lambda *_: SYNCS,
     "durability.Fold.track_syncs": lambda *_: 8 + 2 + 6,  # shards, checksums twice, segments and base
@@ -46,6 +47,7 @@ BOUNDS = {
 UNBOUNDED = {
     "ratios.LookupRatio.track_lookup_out_vs_take",  # at this size it is noise
     "ratios.LookupRatio.track_lookup_vs_index",
+    "ratios.TrainingRatio.track_step_vs_numpy",
     "starting.SecondStart.track_kernels_found",
 }
 
