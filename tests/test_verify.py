@@ -193,6 +193,28 @@ def test_a_table_that_moves_while_it_is_looked_at_is_no_damage(path, monkeypatch
         assert [each.table for each in store.verify()] == ["moved"]
 
 
+def test_a_table_that_a_writer_moves_while_a_reader_looks_at_it_is_no_damage(path):
+    with shardemb.open(path) as store, shardemb.open(path, "r") as reader:
+
+        def move(done, total):
+            if done < total and "plain" in store:
+                store.rename_table("plain", "moved")
+                store.drop_table("drawn")
+                store.commit()
+
+        assert reader.verify(progress=move) == []
+        assert list(reader) == ["plain", "drawn"]
+        assert reader.verify() == []
+        flip(path / "moved" / "rows" / "c.0.0", 100)
+        assert [each.table for each in reader.verify()] == ["plain"]
+
+
+def test_a_reader_reports_damage_of_what_cannot_be_opened_any_more(path):
+    with shardemb.open(path, "r") as reader:
+        (path / "plain" / "rows" / "zarr.json").write_text("{}")
+        assert [each.table for each in reader.verify()] == ["plain"]
+
+
 @pytest.mark.parametrize("stage", ["nothing written", "some written", "all written"])
 def test_a_fold_that_was_cut_short_is_no_damage(path, stage, in_fork):
     """Readers leave out what the log says anew; recovery writes it, and then nothing is unknown."""

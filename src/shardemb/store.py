@@ -6,6 +6,7 @@ into the shards later.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from shardemb import arrays, batch, files, folders, initializers, report, shards, verify
 from shardemb.batch import Training
-from shardemb.errors import FormatError, ReadOnlyError, TableExistsError, TableNotFoundError
+from shardemb.errors import FormatError, ReadOnlyError, ShardEmbError, TableExistsError, TableNotFoundError
 from shardemb.journal import Journal
 from shardemb.manifest import Commit, Manifest, TableRecord, check_metadata
 from shardemb.runtime import Runtime, signals_deferred
@@ -486,18 +487,34 @@ class Store(Mapping[str, Table]):
                 msg = f"the last commit of the store {self._runtime.path} has no table {name!r}"
                 raise TableNotFoundError(msg)
         chosen = [table for name, table in known.items() if tables is None or name in tables]
+        places = {each._spec.uuid: each._mapped.directory for each in chosen}
         while True:
-            targets = [verify.Target(each.name, each._spec, each._mapped.directory) for each in chosen]
+            targets = [verify.Target(each.name, each._spec, places[each._spec.uuid]) for each in chosen]
             damage, suspects = verify.scan(targets, self._runtime.threads, progress)
             if self._newest is not None:
-                return damage + verify.confirm(suspects, self._newest)
-            with self._runtime.changing():
-                if suspects and (problem := self._writing().settle()) is not None:
-                    raise problem
-                chosen = [each for each in chosen if each._spec.uuid in self._committed]
-                # Where a fold has moved what was new, or renamed: what is not found any more is no damage.
-                if [each._mapped.directory for each in chosen] == [each.directory for each in targets]:
-                    return damage + verify.confirm(suspects, self._writing().images)
+                found = damage + verify.confirm(suspects, self._newest)
+                now = self._newest_places() if found else places
+                if now is None or now.items() >= places.items():
+                    return found
+            else:
+                with self._runtime.changing():
+                    if suspects and (problem := self._writing().settle()) is not None:
+                        raise problem
+                    now = {uuid: table._mapped.directory for uuid, table in self._committed.items()}
+                    if now.items() >= places.items():
+                        return damage + verify.confirm(suspects, self._writing().images)
+            # Tables have got another place, or were dropped: what is not found any more is no damage.
+            chosen = [each for each in chosen if each._spec.uuid in now]
+            places = {each._spec.uuid: now[each._spec.uuid] for each in chosen}
+
+    def _newest_places(self) -> dict[str, Path] | None:
+        """Where the tables lie that this store, opened for reading, would find now; None if it could not be opened."""
+        assert self._reopen is not None
+        try:
+            with contextlib.closing(self._reopen()) as newest:
+                return {uuid: table._mapped.directory for uuid, table in newest._committed.items()}
+        except ShardEmbError:
+            return None
 
     def info(self) -> report.StoreInfo:
         """Tell what the store holds and the disk space that it takes; looks at every file.
