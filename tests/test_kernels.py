@@ -118,7 +118,7 @@ USE_EVERYTHING = """
     modules = kernels, bitmaps, slots, overlay
     found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
     found += [kernels.step(Adam), kernels.gather_or_fill(Uniform), kernels.bring_in(Uniform)]
-    found.remove(kernels.place_of)  # called by kernels alone
+    found = [each for each in found if each not in (kernels.place_of, kernels._advise_pages)]  # for kernels alone
     assert len(found) > 12
     print({each.py_func.__name__: len(each.signatures) for each in found if len(each.signatures) != 1})
 """
@@ -327,6 +327,7 @@ def test_a_division_by_zero_in_a_formula_is_nan_and_no_exception():
 
 PAGES = 64
 RECORD = 1024  # four rows a page
+MOST_PAGES = files.ADVISED // PAGE
 
 
 class Mapped:
@@ -367,7 +368,7 @@ class Mapped:
 
     def advise(self, ids, advice, *, record_bytes=RECORD, present=NOTHING):
         return kernels.advise(
-            self.memory.address, record_bytes, *NO_INDEX, present, int64(ids), advice, 0, len(ids)
+            self.memory.address, record_bytes, *NO_INDEX, present, int64(ids), advice, MOST_PAGES, 0, len(ids)
         )
 
 
@@ -404,7 +405,7 @@ def test_rows_never_written_need_no_page(mapped):
 def test_advise_brings_in_the_pages_of_the_rows_and_no_others(mapped):
     rows = int64([0, 1, 8, 12, 15, 16, 160, 200])
     failed = kernels.advise(
-        mapped.memory.address, RECORD, *NO_INDEX, NOTHING, rows, files.MADV_POPULATE_WRITE, 1, 7
+        mapped.memory.address, RECORD, *NO_INDEX, NOTHING, rows, files.MADV_POPULATE_WRITE, MOST_PAGES, 1, 7
     )
     assert failed == 0
     assert mapped.resident() == {0, 2, 3, 4, 40}
@@ -444,10 +445,9 @@ def test_a_record_that_lies_on_two_pages_gets_both(mapped):
 def test_what_the_kernel_refuses_is_counted_and_not_raised():
     hole = files.AddressRange(64 * PAGE)  # reserved, but nothing is mapped there
     rows = int64([0, 1, 16, 100])  # pages 0, 4 and 25: three calls
-    assert (
-        kernels.advise(hole.address, RECORD, *NO_INDEX, NOTHING, rows, files.MADV_POPULATE_WRITE, 0, 4) == 3
-    )
-    assert kernels.advise(hole.address, RECORD, *NO_INDEX, NOTHING, rows, 12345, 0, 4) == 3
+    for advice in (files.MADV_POPULATE_WRITE, 12345):
+        given = hole.address, RECORD, *NO_INDEX, NOTHING, rows, advice, MOST_PAGES, 0, 4
+        assert kernels.advise(*given) == 3
 
 
 def test_sample_resident_says_if_the_kernel_will_not_tell():

@@ -24,7 +24,7 @@ from numba import types as nb
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from shardemb import files, initializers, optim
+from shardemb import initializers, optim
 from shardemb.spec import PAGE
 
 if TYPE_CHECKING:
@@ -96,8 +96,6 @@ def trailing_zeros(typing_context: Any, word: Any) -> Any:  # noqa: ANN401
 _CACHE_LINE = 64
 _AHEAD = 8
 """How many rows ahead a step asks for: makes it two to three times as fast on rows that are not in the cache."""
-
-_ADVISED_PAGES = files.ADVISED // PAGE
 
 LEAF_BITS = 4
 """Rows of a leaf of the index of rows in memory, as a power of two: a leaf is one cache line."""
@@ -283,10 +281,10 @@ def sample_resident(
 
 
 @kernel
-def _advise_pages(base: int, start: int, stop: int, advice: int) -> int:
+def _advise_pages(base: int, start: int, stop: int, advice: int, most_pages: int) -> int:
     failed = 0
-    for first in range(start, stop, _ADVISED_PAGES):
-        pages = min(_ADVISED_PAGES, stop - first)
+    for first in range(start, stop, most_pages):
+        pages = min(most_pages, stop - first)
         failed += _madvise(base + first * PAGE, pages * PAGE, advice) != 0
     return failed
 
@@ -301,10 +299,11 @@ def advise(
     present: NDArray[np.uint8],
     sorted_ids: Int64Array,
     advice: int,
+    most_pages: int,
     start: int,
     stop: int,
 ) -> int:
-    """Give `advice` on the pages of ascending ids, adjacent pages together; return the calls that failed.
+    """Give `advice` on the pages of ascending ids, up to `most_pages` a call; return the calls that failed.
 
     Rows in slots, and those that `present` says were never written, are passed over; an empty `present` says nothing.
     """
@@ -317,10 +316,10 @@ def advise(
             continue
         low, high = row * record_bytes // PAGE, ((row + 1) * record_bytes - 1) // PAGE
         if low > last + 1:
-            failed += _advise_pages(base, first, last + 1, advice)
+            failed += _advise_pages(base, int(first), int(last) + 1, advice, most_pages)
             first = low
         last = max(last, high)
-    return failed + _advise_pages(base, first, last + 1, advice)
+    return failed + _advise_pages(base, int(first), int(last) + 1, advice, most_pages)
 
 
 # ---- changing -------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from shardemb.manifest import Commit
 
@@ -192,6 +193,13 @@ def describe(info: StoreInfo) -> str:
             f"  size         {size(facts.nbytes)}, {size(facts.bytes_on_disk or 0)} on disk",
         ]
     return "\n".join(lines)
+
+
+def headline(path: Path, num_tables: int, commit: Commit | None, state: str) -> str:
+    """Say in a line what a store is, and the state that it is in, if that is worth a word."""
+    since = f"commit {commit.id} at step {commit.step}" if commit else "no commit yet"
+    parts = [plural(num_tables, "table"), since, *[state] * bool(state)]
+    return f"Store {str(path)!r}: {', '.join(parts)}"
 
 
 def html_table(tables: Sequence[Facts], caption: str = "") -> str:

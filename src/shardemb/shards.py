@@ -181,6 +181,7 @@ class Shards:
             self.present,
             rows,
             files.MADV_WILLNEED,
+            files.ADVISED // PAGE,
             start,
             stop,
         )

@@ -481,40 +481,37 @@ class Store(Mapping[str, Table]):
         []
         """
         self._runtime.check_open()
-        known = {table.name: table for table in self._committed.values()}
-        for name in tables or ():
-            if name not in known:
-                msg = f"the last commit of the store {self._runtime.path} has no table {name!r}"
-                raise TableNotFoundError(msg)
-        chosen = [table for name, table in known.items() if tables is None or name in tables]
-        places = {each._spec.uuid: each._mapped.directory for each in chosen}
-        while True:
-            targets = [verify.Target(each.name, each._spec, places[each._spec.uuid]) for each in chosen]
-            damage, suspects = verify.scan(targets, self._runtime.threads, progress)
-            if self._newest is not None:
-                found = damage + verify.confirm(suspects, self._newest)
-                now = self._newest_places() if found else places
-                if now is None or now.items() >= places.items():
-                    return found
-            else:
-                with self._runtime.changing():
-                    if suspects and (problem := self._writing().settle()) is not None:
-                        raise problem
-                    now = {uuid: table._mapped.directory for uuid, table in self._committed.items()}
-                    if now.items() >= places.items():
-                        return damage + verify.confirm(suspects, self._writing().images)
-            # Tables have got another place, or were dropped: what is not found any more is no damage.
-            chosen = [each for each in chosen if each._spec.uuid in now]
-            places = {each._spec.uuid: now[each._spec.uuid] for each in chosen}
+        unknown = set(tables or ()) - {table.name for table in self._committed.values()}
+        if unknown:
+            msg = f"the last commit of the store {self._runtime.path} has no table {min(unknown)!r}"
+            raise TableNotFoundError(msg)
+        targets = {
+            uuid: verify.Target(table.name, table._spec, table._mapped.directory)
+            for uuid, table in self._committed.items()
+            if tables is None or table.name in tables
+        }
+        return verify.damage(targets, self._runtime.threads, progress, self._steady)
 
-    def _newest_places(self) -> dict[str, Path] | None:
-        """Where the tables lie that this store, opened for reading, would find now; None if it could not be opened."""
-        assert self._reopen is not None
+    @contextlib.contextmanager
+    def _steady(self, suspected: bool) -> Iterator[tuple[dict[str, Path], Callable[[], Replay]]]:
+        """Tell where the tables lie now, and what the log says anew; nothing moves here before this is left."""
+        if self._newest is not None and self._reopen is not None:
+            yield self._newest_places(self._reopen), self._newest
+            return
+        with self._runtime.changing():
+            if suspected and (problem := self._writing().settle()) is not None:
+                raise problem
+            yield self._places(), self._writing().images
+
+    def _places(self) -> dict[str, Path]:
+        return {uuid: table._mapped.directory for uuid, table in self._committed.items()}
+
+    def _newest_places(self, reopen: Callable[[], Store]) -> dict[str, Path]:
         try:
-            with contextlib.closing(self._reopen()) as newest:
-                return {uuid: table._mapped.directory for uuid, table in newest._committed.items()}
-        except ShardEmbError:
-            return None
+            with contextlib.closing(reopen()) as newest:
+                return newest._places()
+        except ShardEmbError:  # damaged, then, and not moved
+            return self._places()
 
     def info(self) -> report.StoreInfo:
         """Tell what the store holds and the disk space that it takes; looks at every file.
@@ -637,18 +634,9 @@ class Store(Mapping[str, Table]):
         return report.html_table([table._facts() for table in self._tables.values()], self._headline())
 
     def _headline(self) -> str:
-        commit = self._manifest.commit
-        parts = [
-            report.plural(len(self._tables), "table"),
-            f"commit {commit.id} at step {commit.step}" if commit else "no commit yet",
-        ]
-        if self._runtime.closed:
-            parts.append("closed")
-        elif self._differs():
-            parts.append("changes not committed")
-        elif not self._runtime.writable:
-            parts.append("read only")
-        return f"Store {str(self._runtime.path)!r}: {', '.join(parts)}"
+        state = "" if self._runtime.writable else "read only"
+        state = "closed" if self._runtime.closed else "changes not committed" if self._differs() else state
+        return report.headline(self.path, len(self._tables), self._manifest.commit, state)
 
     # ---- the way down
 
@@ -722,8 +710,7 @@ class Store(Mapping[str, Table]):
             commit = self._manifest.commit
             since = f"since commit {commit.id} (step {commit.step})" if commit else "(there was no commit)"
             warnings.warn(
-                f"the changes of {self._runtime.path} {since} are lost: close() never commits; "
-                f"call commit() before",
+                f"the changes of {self._runtime.path} {since} are lost: close() never commits; call commit()",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -4,6 +4,7 @@
 
     scan      all files, without a lock, beside training: what may be wrong
     confirm   only that, again, while no fold is under way or with what the log holds left out
+    again     if a table has moved meanwhile
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from shardemb.report import Damage
 from shardemb.spec import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
+    from typing import TypeAlias
 
     from numpy.typing import NDArray
 
@@ -29,6 +32,10 @@ if TYPE_CHECKING:
     from shardemb.progress import Progress
     from shardemb.replay import Replay
     from shardemb.spec import TableSpec
+
+    Steady: TypeAlias = Callable[
+        [bool], AbstractContextManager[tuple[Mapping[str, Path], Callable[[], Replay]]]
+    ]
 
 STRETCH_BYTES = 4 * 2**20
 CONFIRMATIONS = 3
@@ -49,6 +56,27 @@ class Suspect(NamedTuple):
     target: Target
     file: checks.File
     blocks: Int64Array
+
+
+def damage(targets: Mapping[str, Target], threads: int, shown: Progress, steady: Steady) -> list[Damage]:
+    """Say what is wrong with tables, by their uuids; those that move meanwhile are looked at again, where they are.
+
+    ``steady(suspected)``, told whether any block is, gives the tables' places and the newest images, and keeps both so
+    for a while.
+    """
+    while True:
+        found, suspects = scan(list(targets.values()), threads, shown)
+        if not found and not suspects:
+            return []
+        with steady(bool(suspects)) as (places, newest):
+            if all(places.get(uuid) == target.directory for uuid, target in targets.items()):
+                return found + confirm(suspects, newest)
+        # What is not found any more is no damage.
+        targets = {
+            uuid: target._replace(directory=places[uuid])
+            for uuid, target in targets.items()
+            if uuid in places
+        }
 
 
 def scan(targets: Sequence[Target], threads: int, shown: Progress) -> tuple[list[Damage], list[Suspect]]:
