@@ -1,7 +1,10 @@
 """Lookups and training steps against NumPy in RAM, in one process: a ratio says more than a time on a noisy machine."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import dask
+import dask.system
 import numpy as np
 
 from . import common
@@ -39,7 +42,18 @@ class LookupRatio(_Lookup):
         """Both into new memory."""
         return _ratio(self.fresh, self.table.lookup, lambda ids: self.array[ids])
 
+    def track_lookup_out_vs_pool(self, *_):
+        """Both ours; the other runs all its tasks on a pool that dask's configuration names, as dask itself would."""
+        with ThreadPoolExecutor(dask.system.CPU_COUNT) as pool:
+
+            def pooled(ids):
+                with dask.config.set(scheduler=pool):
+                    return self.table.lookup(ids, out=self.out)
+
+            return _ratio(self.fresh, lambda ids: self.table.lookup(ids, out=self.out), pooled)
+
     track_lookup_out_vs_take.unit = track_lookup_vs_index.unit = "times the peer"
+    track_lookup_out_vs_pool.unit = "times the pool's"
 
 
 class TrainingRatio(common.Timed):

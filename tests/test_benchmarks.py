@@ -46,6 +46,7 @@ BOUNDS = {
 
 UNBOUNDED = {
     "ratios.LookupRatio.track_lookup_out_vs_take",  # at this size it is noise
+    "ratios.LookupRatio.track_lookup_out_vs_pool",
     "ratios.LookupRatio.track_lookup_vs_index",
     "ratios.TrainingRatio.track_step_vs_numpy",
     "starting.SecondStart.track_kernels_found",
