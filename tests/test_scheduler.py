@@ -68,6 +68,12 @@ def test_one_thread_is_the_calling_thread():
     assert run([threading.get_ident] * 5, 1) == [caller] * 5
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_tasks_that_dask_is_told_to_hand_out_together(threads):
+    with dask.config.set(chunksize=5):
+        assert run([lambda k=k: k for k in range(7)], threads) == list(range(7))
+
+
 def test_each_thread_has_its_own_helpers():
     """Or the short tasks of one would wait for the long ones of another."""
     long_ones, go_on = threading.Barrier(3, timeout=60), threading.Event()

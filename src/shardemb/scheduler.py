@@ -64,7 +64,6 @@ def run(tasks: Sequence[Callable[[], T]], threads: int, stop: threading.Event | 
         return [task() for task in tasks]
     stop = stop or threading.Event()
     begun: list[Future[None]] = [Future() for _ in tasks]
-
     caller = threading.get_ident()
 
     def guarded(future: Future[None], task: Callable[[], T]) -> T | None:
@@ -119,8 +118,7 @@ def _get(tasks: int, threads: int) -> Callable[..., Any]:
         return partial(dask.local.get_async, choice.submit, getattr(choice, "_max_workers", threads))
     if choice in (dask.get, dask.local.get_sync):
         return partial(dask.local.get_sync)
-    shared = _Shared(tasks, threads)
-    return partial(dask.local.get_async, shared.submit, tasks)
+    return partial(dask.local.get_async, _Shared(tasks, threads).submit, tasks, chunksize=1)
 
 
 class _Workers(threading.local):
