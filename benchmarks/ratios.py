@@ -92,6 +92,10 @@ class TrainingRatio(common.Timed):
     track_step_vs_numpy.unit = "times the peer"
 
 
+REST_S = 0.02
+"""Before each call: in a job there is other work between two batches, and threads fall asleep."""
+
+
 def _ratio(make_ids, ours, theirs):
     """Median time of ours over median time of theirs, fresh ids each time; both must return the same bytes."""
     times = {ours: [], theirs: []}
@@ -101,6 +105,7 @@ def _ratio(make_ids, ours, theirs):
             raise AssertionError("the peer returned other rows")
         for call in (ours, theirs) if repetition % 2 else (theirs, ours):
             ids = make_ids()  # or the second would find the rows of the first in the CPU's cache
+            time.sleep(REST_S)
             start = time.perf_counter()
             call(ids)
             times[call].append(time.perf_counter() - start)

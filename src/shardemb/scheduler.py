@@ -46,7 +46,7 @@ def run(tasks: Sequence[Callable[[], T]], threads: int, stop: threading.Event | 
         task runs in the calling thread, and so do all tasks in a forked process.
     threads : int
         How many run side by side, the calling thread among them: of two tasks it does one, which spares waking a second
-        thread and being woken by it (a lookup of 65,536 rows by two threads: 3.6 ms instead of 5.9).
+        thread and being woken by it.
     stop : threading.Event, optional
         Set as soon as a task fails or the waiting is interrupted. Tasks that have not begun by then never will.
 
