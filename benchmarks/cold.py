@@ -56,9 +56,7 @@ class ColdReads(_Cold):
 
     def track_bytes_read_per_page(self, *_):
         """Bytes read from the device for each byte of the pages that hold the batch's rows; 1 is ideal."""
-        before = _bytes_read()
-        self.table.lookup(self.ids)
-        return (_bytes_read() - before) / (_num_pages(self.ids) * PAGE)
+        return _bytes_read_per_page(self.table, self.ids)
 
     track_bytes_read_per_page.unit = "bytes per byte"
 
@@ -86,11 +84,15 @@ class Prefetch(_Cold):
 
     def track_bytes_read_per_page(self, *_):
         """Bytes that are read all the same, for each byte of the pages that hold the batch's rows; 0 is ideal."""
-        before = _bytes_read()
-        self.table.lookup(self.ids)
-        return (_bytes_read() - before) / (_num_pages(self.ids) * PAGE)
+        return _bytes_read_per_page(self.table, self.ids)
 
     track_bytes_read_per_page.unit = "bytes per byte"
+
+
+def _bytes_read_per_page(table, ids):
+    before = _bytes_read()
+    table.lookup(ids)
+    return (_bytes_read() - before) / (_num_pages(ids) * PAGE)
 
 
 def _num_pages(ids):

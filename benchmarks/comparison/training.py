@@ -137,8 +137,10 @@ def _committed(settings, distribution, target):
         [f"{steps} steps, one arm after the other; the figure is a step's share of the total"],
     )
     trainings = {
-        ours: _train_ours,
-        f"the same, log_bytes of {LONG_LOG >> 30} GiB": partial(_train_ours, log_bytes=LONG_LOG),
+        ours: partial(_train_ours, shardemb.open),
+        f"the same, log_bytes of {LONG_LOG >> 30} GiB": partial(
+            _train_ours, partial(shardemb.open, log_bytes=LONG_LOG)
+        ),
         torches.TorchAdam.name: _train_torch,
     }
     for name, train in trainings.items():
@@ -156,9 +158,9 @@ def _committed(settings, distribution, target):
     return Case(distribution, tuple(arms.values()), (bar,), equal, notes=tuple(notes))
 
 
-def _train_ours(data, inputs, every, sample, **options):
+def _train_ours(opened, data, inputs, every, sample):
     path = data.store("logged", common.optimizer("Adam"))
-    with shardemb.open(path, **options) as store:
+    with opened(path) as store:
         table = store["rows"]
         for ids in batches(table.num_embeddings):
             table.lookup(ids)  # as warm as the peer's; the log is empty
