@@ -17,7 +17,7 @@ from shardemb.optim import SGD, Adagrad, Adam
 from shardemb.spec import PAGE
 
 NOTHING = np.empty(0, np.uint8)
-NO_INDEX = np.empty(0, np.int32), np.empty(0, np.int32), 0
+NO_INDEX = *[np.empty(0, np.int32)] * 3, 0
 
 
 def int64(values):
@@ -31,14 +31,14 @@ WITH_KERNELS = kernels, bitmaps, slots, overlay
 
 
 def dispatchers():
-    specialised = [kernels.step(Adam), kernels.gather_or_fill(Uniform), kernels.bring_in(Uniform)]
+    specialised = [kernels.step(Adam), kernels.gather_or_fill(Uniform), kernels.copy_or_fill(Uniform)]
     named = [each for module in WITH_KERNELS for each in vars(module).values() if hasattr(each, "py_func")]
     return {each.py_func.__name__: each for each in (*named, *specialised)}
 
 
 def test_every_kernel_is_cached_releases_the_gil_and_keeps_ieee_arithmetic():
     found = dispatchers()
-    assert {"sort_rows", "gather", "scatter", "advise", "dirty_rows", "place_of"} <= set(found)
+    assert {"sort_rows", "gather", "scatter", "advise", "patch_bits", "place_of"} <= set(found)
     for name, each in found.items():
         options = each.targetoptions
         assert options["nogil"], name
@@ -116,9 +116,10 @@ USE_EVERYTHING = """
                 table.prefetch(ids)
             list(table.to_arrow_batches())
     modules = kernels, bitmaps, slots, overlay
+    inner = kernels.entry_of, kernels.place_of, kernels._advise_pages, overlay._take_node, overlay._give_if_empty
     found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
-    found += [kernels.step(Adam), kernels.gather_or_fill(Uniform), kernels.bring_in(Uniform)]
-    found = [each for each in found if each not in (kernels.place_of, kernels._advise_pages)]  # for kernels alone
+    found += [kernels.step(Adam), kernels.gather_or_fill(Uniform), kernels.copy_or_fill(Uniform)]
+    found = [each for each in found if each not in inner]  # for kernels alone
     assert len(found) > 12
     print({each.py_func.__name__: len(each.signatures) for each in found if len(each.signatures) != 1})
 """
@@ -153,7 +154,7 @@ LOOK_UP = """
     import numpy as np
     from shardemb import initializers, kernels
     made = {"Uniform": (0.0, 1.0), "Normal": ()}
-    no_index = np.empty(0, np.int32), np.empty(0, np.int32), 0
+    no_index = *[np.empty(0, np.int32)] * 3, 0
     for name in NAMES:
         each = getattr(initializers, name)(*made[name])
         got, expected = np.empty((1, 3), np.float32), np.empty((1, 3), np.float32)
@@ -283,15 +284,16 @@ def test_scatter_takes_the_last_of_duplicates_and_leaves_state_alone():
     np.testing.assert_array_equal(records, before)
 
 
-def test_bring_in_gives_rows_never_written_their_first_record():
+def test_copy_or_fill_copies_what_the_files_hold_and_gives_the_others_their_first_record():
     records, before = table(width=4), table(width=4)
     present = bitmap([8, 10], 300)
     state = np.array([7, 9], np.float32)
-    rows = int64([8, 9, 10, 11, 70])
-    kernels.bring_in(Constant)(records, present, rows, rows, state, np.uint64(0), np.array([0.5]), 0, 4)
-    before[[9, 11]] = [0.5, 0.5, 7, 9]
+    rows, places = int64([8, 9, 10, 11, 70]), int64([290, 291, 292, 293, 294])
+    kernels.copy_or_fill(Constant)(records, present, rows, places, state, np.uint64(0), np.array([0.5]), 0, 4)
+    before[[290, 292]] = before[[8, 10]]
+    before[[291, 293]] = [0.5, 0.5, 7, 9]
     np.testing.assert_array_equal(records, before)
-    np.testing.assert_array_equal(present, bitmap([8, 9, 10, 11], 300))
+    np.testing.assert_array_equal(present, bitmap([8, 10], 300))
 
 
 def test_step_sums_the_gradients_of_a_row_in_the_order_of_the_batch():

@@ -8,7 +8,6 @@ import pytest
 from shardemb import files
 from shardemb.errors import DiskFullError
 from shardemb.scratch import STAGE_BYTES, Scratch
-from shardemb.slots import NEWER
 
 WIDTH = 65  # 260 bytes: neither a power of two nor a divisor of a page
 STEP = STAGE_BYTES // (4 * WIDTH)
@@ -27,11 +26,9 @@ def addresses_of(records):
     return records.ctypes.data + np.arange(len(records)) * 4 * WIDTH
 
 
-def write(scratch, rows, value=0, state=NEWER):
+def write(scratch, rows, value=0):
     records = records_of(rows, value)
-    return scratch.write(
-        np.asarray(rows, np.int64), addresses_of(records), np.full(len(rows), state, np.uint8)
-    )
+    return scratch.write(np.asarray(rows, np.int64), addresses_of(records))
 
 
 def read(scratch, slots):
@@ -49,7 +46,7 @@ def test_records_come_back_as_they_were(tmp_path):
     rows = np.random.default_rng(0).permutation(10**6)[: ROWS // 2]
     slots = write(scratch, rows, 7)
     assert scratch.slots.owner[slots].tolist() == rows.tolist()
-    assert scratch.slots.kept == rows.size
+    assert scratch.slots.count == rows.size
     some = np.random.default_rng(1).permutation(rows.size)[:1000]
     np.testing.assert_array_equal(read(scratch, slots[some]), records_of(rows[some], 7))
     np.testing.assert_array_equal(read(scratch, slots), records_of(rows, 7))  # a run longer than the stage

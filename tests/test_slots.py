@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardemb.slots import FOLDING, KEPT, NEWER, TOUCHED, USED, Slots
+from shardemb.slots import CHANGED, FOLDING, KEPT, NEWER, TOUCHED, USED, Slots
 
 MOST = 200
 
@@ -14,8 +14,9 @@ def int64(values):
 events = st.lists(
     st.one_of(
         st.tuples(st.just("take"), st.integers(0, 30)),
-        st.tuples(st.sampled_from(["give", "mark", "note_use"]), st.randoms(use_true_random=False)),
-        st.tuples(st.just("begin fold"), st.sets(st.integers(0, 3000))),
+        st.tuples(st.sampled_from(["give", "mark", "change", "note_use"]), st.randoms(use_true_random=False)),
+        st.tuples(st.just("begin fold"), st.none()),
+        st.tuples(st.just("clear changes"), st.none()),
         st.tuples(st.just("end fold"), st.booleans()),
         st.tuples(st.just("choose"), st.integers(0, 60)),
         st.tuples(st.just("compact"), st.none()),
@@ -26,40 +27,43 @@ events = st.lists(
 
 @given(events)
 def test_slots_are_what_a_model_says(history):
-    slots, model, next_row = Slots(MOST), {}, 0  # slot: [row, newer, folding]
+    slots, model, next_row = Slots(MOST), {}, 0  # slot: [row, newer, folding, changed]
     for event, argument in history:
         if event == "take":
             count = min(argument, MOST - len(model))
             rows = int64(range(next_row, next_row + count))
             next_row += count
             end = slots.next_end(count)
-            taken = slots.take(rows, np.uint8(0))
+            taken = slots.take(rows)
             assert slots.end == end <= MOST
             assert sorted(taken.tolist()) == taken.tolist()
             assert not set(taken.tolist()) & set(model)
             model |= {
-                slot: [row, False, False] for slot, row in zip(taken.tolist(), rows.tolist(), strict=True)
+                slot: [row, False, False, False]
+                for slot, row in zip(taken.tolist(), rows.tolist(), strict=True)
             }
-        elif event in ("give", "mark", "note_use"):
+        elif event in ("give", "mark", "change", "note_use"):
             some = [slot for slot in model if argument.random() < 0.4]
             getattr(slots, event)(int64(some))
             for slot in some:
                 if event == "give":
                     del model[slot]
-                elif event == "mark":
+                elif event in ("mark", "change"):
                     model[slot][1] = True
+                    model[slot][3] |= event == "change"
         elif event == "begin fold":
-            dirty = np.zeros(3000 // 64 + 2, np.uint64)
-            for row in argument:
-                dirty[row >> 6] |= np.uint64(1) << np.uint64(row & 63)
-            slots.begin_fold(dirty)
+            slots.begin_fold()
             for entry in model.values():
                 if entry[1]:
-                    entry[1:] = entry[0] in argument, True
+                    entry[1:3] = entry[3], True
+        elif event == "clear changes":
+            slots.clear_changes()
+            for entry in model.values():
+                entry[3] = False
         elif event == "end fold":
             slots.end_fold(folded=argument)
             for entry in model.values():
-                entry[1:] = entry[1] or (entry[2] and not argument), False
+                entry[1:3] = entry[1] or (entry[2] and not argument), False
         elif event == "compact":
             source, target = slots.compact()
             moved = dict(zip(source.tolist(), target.tolist(), strict=True))
@@ -68,12 +72,15 @@ def test_slots_are_what_a_model_says(history):
             assert set(model) == set(range(len(model)))
         else:
             chosen = slots.choose(argument, but=KEPT)
-            clean = {slot for slot, (_, newer, folding) in model.items() if not newer and not folding}
+            clean = {slot for slot, (_, newer, folding, _) in model.items() if not newer and not folding}
             assert set(chosen.tolist()) <= clean
             assert chosen.size == min(argument, len(clean))
         assert slots.count == len(model)
-        assert slots.kept == sum(newer or folding for _, newer, folding in model.values())
-        for slot, (row, newer, folding) in model.items():
+        assert slots.kept == sum(newer or folding for _, newer, folding, _ in model.values())
+        changed = [slot for slot, entry in model.items() if entry[3]]
+        assert slots.changed == len(changed)
+        assert slots.changed_slots().tolist() == sorted(changed)
+        for slot, (row, newer, folding, _) in model.items():
             assert slots.owner[slot] == row
             assert bool(slots.state[slot] & NEWER) == newer
             assert bool(slots.state[slot] & FOLDING) == folding
@@ -82,17 +89,33 @@ def test_slots_are_what_a_model_says(history):
 
 def test_slots_that_are_given_up_are_taken_again():
     slots = Slots(10)
-    slots.take(int64(range(10)), np.uint8(0))
+    slots.take(int64(range(10)))
     slots.give(int64([3, 7]))
-    assert slots.take(int64([90, 91]), NEWER).tolist() == [3, 7]
+    assert slots.take(int64([90, 91])).tolist() == [3, 7]
     assert slots.end == 10
     slots.give(int64(range(10)))
     assert slots.end == slots.kept == 0
 
 
+def test_what_is_known_of_records_moves_with_them():
+    here, there = Slots(10), Slots(10)
+    slots = here.take(int64(range(6)))
+    here.mark(slots[:4])
+    here.change(slots[2:5])
+    here.begin_fold()
+    taken = there.take(int64(range(6)))
+    there.enter(taken, here.books_of(slots))
+    assert (there.kept, there.changed) == (here.kept, here.changed) == (5, 3)
+    for bits in (NEWER, FOLDING, CHANGED):
+        assert ((there.state[taken] & bits) == (here.state[slots] & bits)).all()
+    here.give(slots)
+    assert here.kept == here.changed == 0
+
+
 def test_those_touched_since_are_passed_over_once():
     slots = Slots(10)
-    slots.take(int64(range(10)), np.uint8(0))
+    slots.take(int64(range(10)))
+    slots.state[:10] &= ~TOUCHED
     slots.note_use(int64([0, 1, 2]))
     assert slots.choose(2, but=np.uint8(0)).tolist() == [3, 4]
     assert slots.choose(2, but=np.uint8(0)).tolist() == [5, 6]  # on from there

@@ -157,12 +157,6 @@ def test_the_presence_bitmap_has_a_bit_a_row_in_chunks_of_whole_pages(num_embedd
     assert (table.num_presence_chunks - 1) * table.presence_chunk_bytes < table.presence_bytes
 
 
-def test_a_page_of_the_presence_bitmap_belongs_to_whole_pages_of_records():
-    """What lets changes be counted, dropped and written by blocks."""
-    assert spec.ROWS_PER_BLOCK == PAGE * 8
-    assert all(spec.ROWS_PER_BLOCK * 4 * width % PAGE == 0 for width in range(1, 1000))
-
-
 # ---- json -------------------------------------------------------------------------------------------------------
 
 

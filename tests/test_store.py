@@ -487,7 +487,7 @@ def test_rollback_restores_rows_presence_state_steps_and_hyper_parameters(store,
 
 @pytest.mark.parametrize("initializer", [None, Uniform(-1, 1, seed=1)])
 def test_changes_all_over_a_large_table(path, initializer):
-    # Bits are kept by blocks of 32,768 rows; blocks, shards and pages all end at different rows.
+    # A page of the presence bitmap holds 32,768 bits; these pages, shards and pages of rows all end at different rows.
     arguments = {
         "num_embeddings": 150_000,
         "embedding_dim": 5,

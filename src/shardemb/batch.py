@@ -4,7 +4,7 @@
 
     read     (cold: group by row, ask for all pages) -> cut into tasks -> gather
     change   group by row -> (cold: ask for all pages) -> copy new rows into slots
-             -> cut into tasks, each row in one -> bring in, step
+             -> cut into tasks, each row in one -> step
 
 Everything here has been checked by the caller, so nothing is refused any more.
 """
@@ -190,7 +190,7 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
         tasks = [partial(change_rows, task) for task in pieces]
         with runtime.all_or_nothing("an update or write"):
             for each, slots in zip(changes, places, strict=True):
-                each.shards.mark(each.batch.rows, slots)
+                each.shards.change(slots)
             scheduler.run(tasks, runtime.threads)
             for each in changes:
                 each.shards.totals.changes += 1
@@ -273,7 +273,6 @@ def _work(change: Change, places: Int64Array) -> Callable[[int, int], None]:
     shards, batch, values = change.shards, change.batch, change.values
 
     def overwrite(start: int, stop: int) -> None:
-        shards.bring_in(batch.rows, places, start, stop)
         kernels.scatter(shards.records, places, batch.starts, batch.order, values, start, stop)
 
     if change.training is None or change.training.optimizer is None:
@@ -283,7 +282,6 @@ def _work(change: Change, places: Int64Array) -> Callable[[int, int], None]:
 
     def take_step(start: int, stop: int) -> None:
         scratch = np.empty(values.shape[1], np.float32)
-        shards.bring_in(batch.rows, places, start, stop)
         step(shards.records, places, batch.starts, batch.order, values, scalars, scratch, start, stop)
 
     return take_step

@@ -83,22 +83,12 @@ def _prefetch(typing_context: Any, address: Any) -> Any:  # noqa: ANN401
     return nb.void(nb.intp), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def trailing_zeros(typing_context: Any, word: Any) -> Any:  # noqa: ANN401
-    """Position of the lowest set bit of a word, which has one."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
-        return builder.cttz(args[0], ir.IntType(1)(1))
-
-    return nb.int64(nb.uint64), generate
-
-
 _CACHE_LINE = 64
 _AHEAD = 8
 """How many rows ahead a step asks for: makes it two to three times as fast on rows that are not in the cache."""
 
-LEAF_BITS = 4
-"""Rows of a leaf of the index of rows in memory, as a power of two: a leaf is one cache line."""
+NODE_BITS = 4
+"""Entries of a node of the index of rows in memory, as a power of two: a node is one cache line."""
 
 _RADIX_BITS = 11
 _RADIX = 1 << _RADIX_BITS
@@ -167,18 +157,31 @@ def invert(order: Int64Array, starts: Int64Array) -> Int64Array:
 
 
 @kernel
-def place_of(directory: NDArray[np.int32], leaves: NDArray[np.int32], first: int, row: int) -> int:
+def entry_of(
+    directory: NDArray[np.int32], branches: NDArray[np.int32], leaves: NDArray[np.int32], row: int
+) -> int:
+    """Return what the index of rows in memory says of a row, 0 where it says nothing; see ``overlay.py``.
+
+    Branch 0 and leaf 0 are never used and all zeros, so that nothing has to be asked on the way down.
+    """
+    branch = int(directory[row >> 2 * NODE_BITS]) << NODE_BITS
+    leaf = int(branches[branch | ((row >> NODE_BITS) & ((1 << NODE_BITS) - 1))]) << NODE_BITS
+    return int(leaves[leaf | (row & ((1 << NODE_BITS) - 1))])
+
+
+@kernel
+def place_of(
+    directory: NDArray[np.int32], branches: NDArray[np.int32], leaves: NDArray[np.int32], first: int, row: int
+) -> int:
     """Return the place of a row among the records: its own, in the files, or its slot's, which lie from `first` on.
 
-    See ``overlay.py``; an empty directory says that all rows are in the files. The entry of a row that is in neither is
-    negative, and its own place as good as any other.
+    An empty directory says that all rows are in the files. The entry of a row that is in neither is negative, and its
+    own place as good as any other.
     """
     if directory.size:
-        leaf = directory[row >> LEAF_BITS]
-        if leaf:
-            entry = leaves[(np.int64(leaf) << LEAF_BITS) | (row & ((1 << LEAF_BITS) - 1))]
-            if entry > 0:
-                return int(first + entry - 1)
+        entry = entry_of(directory, branches, leaves, row)
+        if entry > 0:
+            return first + entry - 1
     return row
 
 
@@ -186,6 +189,7 @@ def place_of(directory: NDArray[np.int32], leaves: NDArray[np.int32], first: int
 def gather(
     records: Float32Array,
     directory: NDArray[np.int32],
+    branches: NDArray[np.int32],
     leaves: NDArray[np.int32],
     slots: int,
     column: int,
@@ -207,7 +211,7 @@ def gather(
         return
     places = np.empty(stop - start, np.int64)
     for i in range(start, stop):
-        places[i - start] = place_of(directory, leaves, slots, ids[i])
+        places[i - start] = place_of(directory, branches, leaves, slots, ids[i])
     for i in range(start, stop):
         _copy(target + i * row_bytes, source + places[i - start] * record_bytes, row_bytes)
 
@@ -219,6 +223,7 @@ def _fill_row(out: Float32Array, row: Any, key: Any, parameters: Any) -> None:  
 def _gather_or_fill(
     records: Float32Array,
     directory: NDArray[np.int32],
+    branches: NDArray[np.int32],
     leaves: NDArray[np.int32],
     slots: int,
     present: NDArray[np.uint8],
@@ -232,15 +237,17 @@ def _gather_or_fill(
 ) -> None:
     """As `gather`; rows never written get their initial value without a look at their page.
 
-    Of each row the bit first and the place after it: a row gets a slot before it gets its bit.
+    Of each row the place first: what lies in a slot is there, whatever its bit says. The files' bit follows when they
+    hold the record, and the slot goes after that.
     """
     source, target = records.ctypes.data + 4 * column, out.ctypes.data
     row_bytes, record_bytes = 4 * out.shape[1], 4 * records.shape[1]
     places = np.empty(stop - start, np.int64)
     for i in range(start, stop):
         row = ids[i]
-        is_there = (present[row >> 3] >> (row & 7)) & 1
-        places[i - start] = place_of(directory, leaves, slots, row) if is_there else -1
+        place = place_of(directory, branches, leaves, slots, row)
+        is_there = place != row or (present[row >> 3] >> (row & 7)) & 1
+        places[i - start] = place if is_there else -1
     for i in range(start, stop):
         row, place = ids[i], places[i - start]
         if place >= 0:
@@ -254,6 +261,7 @@ def sample_resident(
     base: int,
     record_bytes: int,
     directory: NDArray[np.int32],
+    branches: NDArray[np.int32],
     leaves: NDArray[np.int32],
     slots: int,
     present: NDArray[np.uint8],
@@ -269,7 +277,7 @@ def sample_resident(
     for k in range(samples):
         row = ids[k * ids.size // samples]
         if (present.size and not (present[row >> 3] >> (row & 7)) & 1) or place_of(
-            directory, leaves, slots, row
+            directory, branches, leaves, slots, row
         ) != row:
             resident += 1
             continue
@@ -294,6 +302,7 @@ def advise(
     base: int,
     record_bytes: int,
     directory: NDArray[np.int32],
+    branches: NDArray[np.int32],
     leaves: NDArray[np.int32],
     slots: int,
     present: NDArray[np.uint8],
@@ -312,7 +321,7 @@ def advise(
         row = sorted_ids[i]
         if present.size and not (present[row >> 3] >> (row & 7)) & 1:
             continue
-        if place_of(directory, leaves, slots, row) != row:
+        if place_of(directory, branches, leaves, slots, row) != row:
             continue
         low, high = row * record_bytes // PAGE, ((row + 1) * record_bytes - 1) // PAGE
         if low > last + 1:
@@ -325,7 +334,7 @@ def advise(
 # ---- changing -------------------------------------------------------------------------------------------------
 
 
-def _bring_in(
+def _copy_or_fill(
     records: Float32Array,
     present: NDArray[np.uint8],
     ids: Int64Array,
@@ -336,15 +345,17 @@ def _bring_in(
     start: int,
     stop: int,
 ) -> None:
-    """Give rows never written their initial record, at their places, and say that they are written."""
+    """As `copy_rows`; rows never written get their initial record."""
+    base, record_bytes = records.ctypes.data, 4 * records.shape[1]
     dim = records.shape[1] - initial_state.size
     for i in range(start, stop):
         row = ids[i]
-        if not (present[row >> 3] >> (row & 7)) & 1:
-            _fill_row(records[places[i], :dim], np.uint64(row), key, parameters)
-            for j in range(initial_state.size):
-                records[places[i], dim + j] = initial_state[j]
-            present[row >> 3] |= np.uint8(1 << (row & 7))
+        if (present[row >> 3] >> (row & 7)) & 1:
+            _copy(base + places[i] * record_bytes, base + row * record_bytes, record_bytes)
+            continue
+        _fill_row(records[places[i], :dim], np.uint64(row), key, parameters)
+        for j in range(initial_state.size):
+            records[places[i], dim + j] = initial_state[j]
 
 
 @kernel
@@ -417,28 +428,11 @@ def pack(records: Float32Array, places: Int64Array, target: int) -> None:
 
 
 @kernel
-def move_records(records: Float32Array, source: Int64Array, target: Int64Array) -> None:
-    """Copy records from places to others."""
-    base, record_bytes = records.ctypes.data, 4 * records.shape[1]
-    for i in range(source.size):
-        _copy(base + target[i] * record_bytes, base + source[i] * record_bytes, record_bytes)
-
-
-@kernel
-def copy_rows(
-    records: Float32Array,
-    present: NDArray[np.uint8],
-    ids: Int64Array,
-    places: Int64Array,
-    start: int,
-    stop: int,
-) -> None:
-    """Copy the records of rows from the files to other places; those that `present` says were never written, not."""
+def copy_rows(records: Float32Array, source: Int64Array, target: Int64Array, start: int, stop: int) -> None:
+    """Copy records from places ``source[start:stop]`` to others."""
     base, record_bytes = records.ctypes.data, 4 * records.shape[1]
     for i in range(start, stop):
-        row = ids[i]
-        if not present.size or (present[row >> 3] >> (row & 7)) & 1:
-            _copy(base + places[i] * record_bytes, base + row * record_bytes, record_bytes)
+        _copy(base + target[i] * record_bytes, base + source[i] * record_bytes, record_bytes)
 
 
 @kernel
@@ -544,10 +538,10 @@ def gather_or_fill(initializer: type[initializers.Initializer]) -> Callable[...,
 
 
 @_once
-def bring_in(initializer: type[initializers.Initializer]) -> Callable[..., None]:
-    """`_bring_in` for one kind of initial value."""
-    name = f"bring_in_{initializer.__name__}"
-    return kernel(_specialise(_bring_in, name, _fill_row=_fill_function(initializer)))
+def copy_or_fill(initializer: type[initializers.Initializer]) -> Callable[..., None]:
+    """`_copy_or_fill` for one kind of initial value."""
+    name = f"copy_or_fill_{initializer.__name__}"
+    return kernel(_specialise(_copy_or_fill, name, _fill_row=_fill_function(initializer)))
 
 
 @_once

@@ -2,7 +2,8 @@
 
 The newest record of a row is in one of three places: in the files; in a slot, which is memory of this process; or
 *out*, in the scratch file, where changed rows go that have no room in memory. An index tells which: a directory with
-one number for every 16 rows leads to a leaf of 16 entries. Both take memory only where rows have been in slots.
+one number for every 256 rows leads to a branch, with one number for every 16 of these, and that to a leaf of 16
+entries. All of it takes memory only where rows are in slots: a table of a billion rows costs what its changed rows do.
 
 Lookups follow the index without the store's lock. What they may meet: a row that comes into a slot is copied before its
 entry is set; where one has left before its slot is used again, `Overlay.version` tells, and they look again.
@@ -16,9 +17,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from shardemb import files, kernels
-from shardemb.kernels import LEAF_BITS, kernel
+from shardemb.kernels import NODE_BITS, kernel
 from shardemb.scratch import Scratch
-from shardemb.slots import KEPT, TOUCHED, Slots
+from shardemb.slots import KEPT, Slots
 from shardemb.spec import PAGE, round_up
 
 if TYPE_CHECKING:
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
 
     from shardemb.arrays import Float32Array, Int64Array
 
-SLOT_BYTES, LEAF_BYTES = 16, 64
-"""What a slot takes besides its record, and what the index takes for a leaf of rows of which some are in slots."""
+SLOT_BYTES, NODE_BYTES = 16, 64
+"""What a slot takes besides its record, and what the index takes for a branch or a leaf."""
 
-_LEAF = 1 << LEAF_BITS
+_NODE = 1 << NODE_BITS
 _MOST = 2**31 - 2
 _NO_ROWS = np.empty(0, np.int64)
 _NO_INDEX = np.empty(0, np.int32)
@@ -104,15 +105,14 @@ class Overlay:
         self.first = len(records) // 2
         self._record_bytes: int = 4 * records.shape[1]
         self.slot_bytes: int = self._record_bytes + SLOT_BYTES
-        self.row_bytes: int = self.slot_bytes + LEAF_BYTES
+        self.row_bytes: int = self.slot_bytes + 2 * NODE_BYTES
         self._most = min(self.first, _MOST)
         self.slots = Slots(self._most)
-        leaves = -(-self.first // _LEAF)
-        self._directory: NDArray[np.int32] = files.zeros(np.int32, leaves)
-        self._leaves: NDArray[np.int32] = files.zeros(np.int32, (min(leaves, _MOST) + 1) * _LEAF)
-        self._free_leaves: NDArray[np.int32] = files.zeros(np.int32, min(leaves, _MOST))
-        # Leaves that were ever used, and those of them that are free.
-        self._leaf_counts = np.zeros(2, np.int64)
+        leaves = -(-self.first // _NODE)
+        branches = -(-leaves // _NODE)
+        self._directory: NDArray[np.int32] = files.zeros(np.int32, branches)
+        self._branches = _Nodes(min(branches, _MOST))
+        self._leaves = _Nodes(min(leaves, _MOST))
         self._scratch: Scratch | None = None
         self._mapped = 0
         self._changes = 0
@@ -126,8 +126,8 @@ class Overlay:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that rows in slots take, with the index."""
-        leaves = min(self.slots.count, int(self._leaf_counts[0] - self._leaf_counts[1]))
-        return self.slots.count * self.slot_bytes + leaves * LEAF_BYTES
+        nodes = sum(min(self.slots.count, nodes.used) for nodes in (self._branches, self._leaves))
+        return self.slots.count * self.slot_bytes + nodes * NODE_BYTES
 
     @property
     def idle_bytes(self) -> int:
@@ -145,17 +145,17 @@ class Overlay:
     # ---- where rows are; needs no lock
 
     @property
-    def index(self) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
-        """What `kernels.place_of` follows: directory, leaves and the first slot's place; empty where no row is here."""
+    def index(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], int]:
+        """What `kernels.place_of` follows, the first slot's place at the end; empty where no row is in a slot."""
         if self.slots.count == 0:
-            return _NO_INDEX, _NO_INDEX, self.first
-        return self._directory, self._leaves, self.first
+            return _NO_INDEX, _NO_INDEX, _NO_INDEX, self.first
+        return self._directory, self._branches.entries, self._leaves.entries, self.first
 
     def places(self, rows: Int64Array) -> Int64Array:
         """Return the places of rows among all records: their own for rows of the files, -1 for those that are out."""
         places = rows.copy()
         if self.slots.count or self.out:
-            _places(self._directory, self._leaves, self.first, rows, places)
+            _places(self._directory, self._branches.entries, self._leaves.entries, self.first, rows, places)
         return places
 
     # ---- into memory
@@ -181,7 +181,7 @@ class Overlay:
             msg = f"more than {self._most} rows of a table cannot lie in memory at once; commit before"
             raise MemoryError(msg)
         self._map(needed * self._record_bytes)
-        slots = self.slots.take(rows, TOUCHED)
+        slots = self.slots.take(rows)
         if empty:
             self._changes += 1  # a lookup that found no index at all must look again
         return self.first + slots
@@ -195,20 +195,42 @@ class Overlay:
         self.slots.give(places - self.first)
 
     def mark(self, places: Int64Array) -> None:
-        """Note that rows in slots are about to change."""
+        """Note that slots are about to hold committed records that the files do not."""
         self.slots.mark(places - self.first)
+
+    def change(self, places: Int64Array) -> None:
+        """Note that rows in slots are about to differ from the last commit."""
+        self.slots.change(places - self.first)
 
     def note_use(self, rows: Int64Array) -> None:
         """Let those of the rows that are in slots be the last to leave."""
         entries = self._entries(rows)
         self.slots.note_use(entries[entries > 0].astype(np.int64) - 1)
 
+    # ---- changes
+
+    @property
+    def changes(self) -> int:
+        """How many rows differ from the last commit."""
+        return sum(slots.changed for slots in self._all_slots())
+
+    def changed_rows(self) -> Int64Array:
+        """List the rows that differ from the last commit, in the order of their slots, those that are out last."""
+        return np.concatenate([slots.owner[slots.changed_slots()] for slots in self._all_slots()])
+
+    def clear_changes(self) -> None:
+        """Let no row differ from the last commit any more."""
+        for slots in self._all_slots():
+            slots.clear_changes()
+
     # ---- folds
 
-    def begin_fold(self, dirty: NDArray[np.uint64]) -> None:
+    def begin_fold(self) -> None:
         """Note which rows are folded now; those with changes that are not committed stay newer all the same."""
+        # A lookup that found a row in no slot before this must not take its record from the files, half written.
+        self._changes += 1
         for slots in self._all_slots():
-            slots.begin_fold(dirty)
+            slots.begin_fold()
 
     def end_fold(self, *, folded: bool) -> None:
         """Forget the note of `begin_fold`; or take it back, where the files do not hold those rows.
@@ -243,8 +265,9 @@ class Overlay:
         slots = self.slots.choose(count, but=np.uint8(0))
         if slots.size == 0:
             return
-        rows, state = self.slots.owner[slots], self.slots.state[slots] & KEPT
-        kept = self._scratch.write(rows, self._addresses(slots), state)
+        rows = self.slots.owner[slots]
+        kept = self._scratch.write(rows, self._addresses(slots))
+        self._scratch.slots.enter(kept, self.slots.books_of(slots))
         self._set(rows, -(kept + 1))
         self._give(slots)
 
@@ -252,7 +275,7 @@ class Overlay:
         """Move rows into slots that are free, so that those in use lie side by side, and give the other memory back."""
         source, target = self.slots.compact()
         if source.size:
-            kernels.move_records(self._records, self.first + source, self.first + target)
+            kernels.copy_rows(self._records, self.first + source, self.first + target, 0, source.size)
             self._set(self.slots.owner[target], target + 1)
             self._changes += 1  # as in `_give`
         used = round_up(self.slots.end * self._record_bytes, PAGE)
@@ -279,9 +302,7 @@ class Overlay:
         except BaseException:
             self.unreserve(places)
             raise
-        state = self._scratch.slots.state[kept] & KEPT
-        self.slots.state[slots] |= state
-        self.slots.kept += int(np.count_nonzero(state))
+        self.slots.enter(slots, self._scratch.slots.books_of(kept))
         self.publish(rows, places)
         self._scratch.release(kept)
 
@@ -325,11 +346,11 @@ class Overlay:
     def _entries(self, rows: Int64Array) -> NDArray[np.int32]:
         entries = np.zeros(rows.size, np.int32)
         if self.slots.count or self.out:
-            _entries(self._directory, self._leaves, rows, entries)
+            _entries(self._directory, self._branches.entries, self._leaves.entries, rows, entries)
         return entries
 
     def _set(self, rows: Int64Array, entries: Int64Array) -> None:
-        _set(self._directory, self._leaves, self._free_leaves, self._leaf_counts, rows, entries)
+        _set(self._directory, *self._branches.arrays, *self._leaves.arrays, rows, entries)
 
     def _leave(self, slots: Int64Array) -> None:
         """Give up slots, of whose rows the files shall hold the newest."""
@@ -365,50 +386,103 @@ class Overlay:
         self._mapped = wanted
 
 
-@kernel
-def _places(
-    directory: NDArray[np.int32], leaves: NDArray[np.int32], first: int, rows: Int64Array, places: Int64Array
-) -> None:
-    for i in range(rows.size):
-        leaf = directory[rows[i] >> LEAF_BITS]
-        entry = np.int64(leaves[(np.int64(leaf) << LEAF_BITS) | (rows[i] & (_LEAF - 1))]) if leaf else 0
-        places[i] = first + entry - 1 if entry > 0 else rows[i] if entry == 0 else -1
+class _Nodes:
+    """Branches or leaves: entries, 16 a node; those that are free; and how many were ever used, and are free now."""
+
+    def __init__(self, most: int) -> None:
+        self.entries: NDArray[np.int32] = files.zeros(np.int32, (most + 1) * _NODE)
+        self._free: NDArray[np.int32] = files.zeros(np.int32, most)
+        self._counts = np.zeros(2, np.int64)
+
+    @property
+    def used(self) -> int:
+        """How many are in use."""
+        return int(self._counts[0] - self._counts[1])
+
+    @property
+    def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.int32], Int64Array]:
+        """What `_set` works on."""
+        return self.entries, self._free, self._counts
 
 
 @kernel
 def _entries(
-    directory: NDArray[np.int32], leaves: NDArray[np.int32], rows: Int64Array, entries: NDArray[np.int32]
+    directory: NDArray[np.int32],
+    branches: NDArray[np.int32],
+    leaves: NDArray[np.int32],
+    rows: Int64Array,
+    entries: NDArray[np.int32],
 ) -> None:
     for i in range(rows.size):
-        leaf = directory[rows[i] >> LEAF_BITS]
-        if leaf:
-            entries[i] = leaves[(np.int64(leaf) << LEAF_BITS) | (rows[i] & (_LEAF - 1))]
+        entries[i] = kernels.entry_of(directory, branches, leaves, rows[i])
+
+
+@kernel
+def _places(
+    directory: NDArray[np.int32],
+    branches: NDArray[np.int32],
+    leaves: NDArray[np.int32],
+    first: int,
+    rows: Int64Array,
+    places: Int64Array,
+) -> None:
+    for i in range(rows.size):
+        entry = kernels.entry_of(directory, branches, leaves, rows[i])
+        places[i] = first + entry - 1 if entry > 0 else rows[i] if entry == 0 else -1
+
+
+@kernel
+def _take_node(free: NDArray[np.int32], counts: Int64Array) -> int:
+    if counts[1]:
+        counts[1] -= 1
+        return int(free[counts[1]])
+    counts[0] += 1
+    return int(counts[0])
+
+
+@kernel
+def _give_if_empty(
+    node: int, entries: NDArray[np.int32], free: NDArray[np.int32], counts: Int64Array
+) -> bool:
+    if entries[node << NODE_BITS : (node + 1) << NODE_BITS].any():
+        return False
+    free[counts[1]] = node
+    counts[1] += 1
+    return True
 
 
 @kernel
 def _set(
     directory: NDArray[np.int32],
+    branches: NDArray[np.int32],
+    free_branches: NDArray[np.int32],
+    branch_counts: Int64Array,
     leaves: NDArray[np.int32],
-    free: NDArray[np.int32],
-    counts: Int64Array,
+    free_leaves: NDArray[np.int32],
+    leaf_counts: Int64Array,
     rows: Int64Array,
     entries: Int64Array,
 ) -> None:
-    """Set the entries of rows, 0 to forget them. Leaves that are empty then are free; `counts` as in `Overlay`."""
+    """Set the entries of rows, 0 to forget them. Branches and leaves that are empty then are free.
+
+    From below, so that a lookup without the lock never follows a number before there is something behind it. One that
+    meets a node which is used for other rows by now reads what is none of its own, and `Overlay.version` tells.
+    """
     for i in range(rows.size):
-        leaf = np.int64(directory[rows[i] >> LEAF_BITS])
+        row, low = rows[i], _NODE - 1
+        branch = int(directory[row >> 2 * NODE_BITS])
+        at = (row >> NODE_BITS) & low
+        leaf = int(branches[(branch << NODE_BITS) | at])
         if entries[i] == 0 and leaf == 0:
             continue
         if leaf == 0:
-            if counts[1]:
-                counts[1] -= 1
-                leaf = np.int64(free[counts[1]])
-            else:
-                counts[0] += 1
-                leaf = counts[0]
-        leaves[(leaf << LEAF_BITS) | (rows[i] & (_LEAF - 1))] = entries[i]
-        directory[rows[i] >> LEAF_BITS] = leaf
-        if entries[i] == 0 and not leaves[leaf << LEAF_BITS : (leaf + 1) << LEAF_BITS].any():
-            directory[rows[i] >> LEAF_BITS] = 0
-            free[counts[1]] = leaf
-            counts[1] += 1
+            leaf = _take_node(free_leaves, leaf_counts)
+        leaves[(leaf << NODE_BITS) | (row & low)] = entries[i]
+        if branch == 0:
+            branch = _take_node(free_branches, branch_counts)
+        branches[(branch << NODE_BITS) | at] = leaf
+        directory[row >> 2 * NODE_BITS] = branch
+        if entries[i] == 0 and _give_if_empty(leaf, leaves, free_leaves, leaf_counts):
+            branches[(branch << NODE_BITS) | at] = 0
+            if _give_if_empty(branch, branches, free_branches, branch_counts):
+                directory[row >> 2 * NODE_BITS] = 0

@@ -55,7 +55,7 @@ class Scratch:
         self._stage = files.AddressRange(round_up(self._step * record_bytes, PAGE))
         self._stage.map_zeros(0, self._stage.nbytes)
 
-    def write(self, rows: Int64Array, addresses: Int64Array, state: NDArray[np.uint8]) -> Int64Array:
+    def write(self, rows: Int64Array, addresses: Int64Array) -> Int64Array:
         """Keep the records of rows that lie at addresses; return their slots.
 
         Raises
@@ -64,7 +64,7 @@ class Scratch:
             There is no room, or the file cannot be written; nothing is kept.
         """
         end, size = self.slots.end, self._record_bytes
-        slots = self.slots.take(rows, state)
+        slots = self.slots.take(rows)
         try:
             for start in range(0, slots.size, self._step):
                 some = slots[start : start + self._step]

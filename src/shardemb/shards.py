@@ -2,8 +2,7 @@
 
 `Shards` maps every file of a table into one contiguous range, so the table *is* one array however many files hold it.
 The files keep what was committed and folded: a row that changes is copied into a *slot* first, which is memory of this
-process (`Overlay`), and forgetting a change is giving its slot up. Bitmaps say which rows differ from the last commit
-(``dirty``, one byte of ``blocks`` for every 32,768 rows that hold any).
+process (`Overlay`), and forgetting a change is giving its slot up.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb import bitmaps, checks, files, folders, kernels, layout
+from shardemb import checks, files, folders, kernels, layout
 from shardemb.errors import FormatError, ShardEmbError
 from shardemb.initializers import Constant, stream_key
 from shardemb.overlay import Overlay
 from shardemb.replay import Images
-from shardemb.spec import PAGE, ROWS_PER_BLOCK, TableSpec, round_up
+from shardemb.spec import PAGE, TableSpec, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -91,13 +90,7 @@ class Shards:
     records : ndarray of float32, shape (twice the rows of whole shards, width)
         All records of the files, and behind them the slots, which are memory only where they are in use.
     present : ndarray of uint8
-        The presence bitmap; empty where the table keeps none.
-    dirty : ndarray of uint64
-        Bit r: row r differs from the last commit.
-    blocks : ndarray of uint8
-        Whether any of 32,768 rows is dirty.
-    changes : int
-        How many rows are dirty.
+        The presence bitmap of the files; empty where the table keeps none. A row in a slot or out may not be in it yet.
     overlay : Overlay
         The rows that lie in slots.
     totals : Totals
@@ -120,10 +113,6 @@ class Shards:
             np.float32, (2 * spec.num_shards * spec.rows_per_shard, spec.width)
         )
         self.present: NDArray[np.uint8] = self._present.array(np.uint8, (self._present.nbytes,))
-        num_blocks = -(-spec.num_embeddings // ROWS_PER_BLOCK)
-        self.dirty: NDArray[np.uint64] = files.zeros(np.uint64, num_blocks * ROWS_PER_BLOCK // 64)
-        self.blocks: NDArray[np.uint8] = files.zeros(np.uint8, num_blocks)
-        self.changes = 0
         self.overlay = Overlay(self._rows, self.records)
         self.totals = Totals()
         initializer = spec.initializer
@@ -165,9 +154,9 @@ class Shards:
 
     def count_resident(self, pages: Int64Array) -> int:
         """Count the pages of the files that are in memory; none if the kernel won't tell."""
-        nothing, no_index = np.empty(0, np.uint8), np.empty(0, np.int32)
+        nothing, none = np.empty(0, np.uint8), np.empty(0, np.int32)
         found = kernels.sample_resident(
-            self._rows.address, PAGE, no_index, no_index, 0, nothing, pages, pages.size
+            self._rows.address, PAGE, none, none, none, 0, nothing, pages, pages.size
         )
         return max(0, int(found))
 
@@ -189,35 +178,36 @@ class Shards:
     # ---- changing, in memory; all of it under the store's lock
 
     def copy(self, rows: Int64Array, places: Int64Array, start: int, stop: int) -> None:
-        """Copy the records of ``rows[start:stop]`` from the files to slots that were reserved for them."""
-        kernels.copy_rows(self.records, self.present, rows, places, start, stop)
+        """Copy the records of ``rows[start:stop]``, of the files or first ones, to slots reserved for them."""
+        if not self.spec.has_presence:
+            kernels.copy_rows(self.records, rows, places, start, stop)
+            return
+        kernels.copy_or_fill(type(self.spec.initializer))(
+            self.records,
+            self.present,
+            rows,
+            places,
+            self.spec.initial_state,
+            self._key,
+            self._parameters,
+            start,
+            stop,
+        )
 
-    def mark(self, rows: Int64Array, places: Int64Array) -> None:
+    def change(self, places: Int64Array) -> None:
         """Note that rows in slots are about to differ from the last commit."""
-        self.changes += bitmaps.mark_dirty(rows, self.dirty, self.blocks)
-        self.overlay.mark(places)
-
-    def bring_in(self, rows: Int64Array, places: Int64Array, start: int, stop: int) -> None:
-        """Give those of ``rows[start:stop]`` that were never written their initial record, in their slots."""
-        if self.spec.has_presence:
-            kernels.bring_in(type(self.spec.initializer))(
-                self.records,
-                self.present,
-                rows,
-                places,
-                self.spec.initial_state,
-                self._key,
-                self._parameters,
-                start,
-                stop,
-            )
+        self.overlay.change(places)
 
     # ---- what changed; under the store's lock
 
+    @property
+    def changes(self) -> int:
+        """How many rows differ from the last commit."""
+        return self.overlay.changes
+
     def changed_rows(self) -> Int64Array:
-        """List the rows that differ from the last commit, ascending."""
-        rows: Int64Array = bitmaps.dirty_rows(self.dirty, self.blocks, self.changes)
-        return rows
+        """List the rows that differ from the last commit, in the order in which `pack` is fastest."""
+        return self.overlay.changed_rows()
 
     def pack(self, ids: Int64Array, start: int, stop: int, address: int) -> None:
         """Copy the records of ``ids[start:stop]``, one behind the other, to an address."""
@@ -234,15 +224,10 @@ class Shards:
             The images have no room, neither in memory nor in the scratch file.
         """
         with self.overlay.rewinding():
-            self.overlay.forget(self.changed_rows())
-            if self.spec.has_presence:
-                for block in map(int, np.flatnonzero(self.blocks)):
-                    self._present.advise(block * PAGE, PAGE, files.MADV_DONTNEED)
-                bitmaps.set_present(
-                    self.present, images.ids[self.blocks[images.ids // ROWS_PER_BLOCK] != 0], 0
-                )
-            changed = (self.dirty[images.ids >> 6] >> (images.ids & 63).astype(np.uint64)) & np.uint64(1) == 1
-            self.place(Images(images.ids[changed], images.addresses[changed]), room)
+            rows = self.changed_rows()
+            again = np.isin(images.ids, rows)
+            self.overlay.forget(rows[~np.isin(rows, images.ids)])
+            self.place(Images(images.ids[again], images.addresses[again]), room)
             self.clear_changes()  # last: whoever calls again after an error has all of it done again
 
     def place(self, images: Images, room: Room) -> None:
@@ -257,18 +242,15 @@ class Shards:
             places[new] = overlay.reserve(ids[new])
             overlay.publish(ids[new], places[new])
             kernels.place_images(self.records, places, addresses)
-            if self.spec.has_presence:
-                bitmaps.set_present(self.present, ids, 0)
             overlay.mark(places)
 
     def begin_fold(self) -> None:
         """Note that what is committed by now is being folded."""
-        self.overlay.begin_fold(self.dirty)
+        self.overlay.begin_fold()
 
     def clear_changes(self) -> None:
         """Count no row as changed any more."""
-        bitmaps.clear_dirty(self.dirty, self.blocks)
-        self.changes = 0
+        self.overlay.clear_changes()
 
     def give_back(self, start: int, stop: int) -> None:
         """Let what memory holds of the files of rows ``start:stop`` go; what lies in slots stays."""

@@ -1,7 +1,8 @@
 """Numbered places for records: which row each holds, whether the files hold the same, and which may be given up first.
 
-A slot is *newer* while it holds what the files do not: changes that are not committed, or committed ones that no fold
-has brought into the files. While a fold runs, `FOLDING` are those that were newer when it began.
+A slot is *newer* while it holds what the files do not: changes that are not committed, which makes it *changed* too, or
+committed ones that no fold has brought into the files. While a fold runs, `FOLDING` are those that were newer when it
+began.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from shardemb.arrays import Int64Array
 
-USED, NEWER, FOLDING, TOUCHED, _CHOSEN = (np.uint8(1 << bit) for bit in range(5))
+USED, NEWER, FOLDING, CHANGED, TOUCHED, _CHOSEN = (np.uint8(1 << bit) for bit in range(6))
 KEPT = NEWER | FOLDING
 """What the files do not hold, or may not hold yet."""
 
@@ -39,8 +40,9 @@ class Slots:
         Bits of a slot; 0 where it is free.
     end : int
         One past the last slot that was ever used, until none is.
-    count, kept : int
-        How many are used, and how many of these hold what the files do not, or may not yet.
+    count, kept, changed : int
+        How many are used; how many of these hold what the files do not, or may not yet; and how many differ from the
+        last commit.
     """
 
     def __init__(self, most: int) -> None:
@@ -50,25 +52,37 @@ class Slots:
         self.end: int = 0
         self.count: int = 0
         self.kept: int = 0
+        self.changed: int = 0
         self._hand = 0
 
     def next_end(self, count: int) -> int:
         """Tell what `end` will be once so many more are taken."""
         return self.end + max(0, count - self._free.size)
 
-    def take(self, rows: Int64Array, state: NDArray[np.uint8] | np.uint8) -> Int64Array:
+    def take(self, rows: Int64Array) -> Int64Array:
         """Take slots for rows; return them, ascending."""
         left = max(0, self._free.size - rows.size)
         slots = np.sort(np.concatenate([self._free[left:], np.arange(self.end, self.next_end(rows.size))]))
         self.end, self._free = self.next_end(rows.size), self._free[:left]
-        self.owner[slots], self.state[slots] = rows, USED | state
+        self.owner[slots], self.state[slots] = rows, USED | TOUCHED
         self.count += slots.size
-        self.kept += int(np.count_nonzero(self.state[slots] & KEPT))
         return slots
+
+    def books_of(self, slots: Int64Array) -> NDArray[np.uint8]:
+        """Tell what has to be known of slots where others take their records, see `enter`."""
+        books: NDArray[np.uint8] = self.state[slots] & (KEPT | CHANGED)
+        return books
+
+    def enter(self, slots: Int64Array, books: NDArray[np.uint8]) -> None:
+        """Take over what was known of records that lay elsewhere."""
+        self.state[slots] |= books
+        self.kept += int(np.count_nonzero(books & KEPT))
+        self.changed += int(np.count_nonzero(books & CHANGED))
 
     def give(self, slots: Int64Array, *, end: int | None = None) -> None:
         """Give slots up; `end` as it was before, where those that were taken last go first."""
         self.kept -= int(np.count_nonzero(self.state[slots] & KEPT))
+        self.changed -= int(np.count_nonzero(self.state[slots] & CHANGED))
         self.state[slots] = 0
         self.count -= slots.size
         self._free = np.concatenate([self._free, slots])
@@ -81,13 +95,29 @@ class Slots:
         """Note that slots are about to hold what the files do not."""
         self.kept += _set_bits(self.state, slots, NEWER | TOUCHED, KEPT)
 
+    def change(self, slots: Int64Array) -> None:
+        """Note that slots are about to differ from the last commit."""
+        self.mark(slots)
+        self.changed += _set_bits(self.state, slots, CHANGED, CHANGED)
+
+    def changed_slots(self) -> Int64Array:
+        """List the slots that differ from the last commit, ascending."""
+        slots: Int64Array = _with_bits(self.state[: self.end], CHANGED, self.changed)
+        return slots
+
+    def clear_changes(self) -> None:
+        """Let no slot differ from the last commit any more."""
+        if self.changed:
+            self.state[: self.end] &= ~CHANGED
+            self.changed = 0
+
     def note_use(self, slots: Int64Array) -> None:
         """Let slots be the last to be chosen."""
         _set_bits(self.state, slots, TOUCHED, TOUCHED)
 
-    def begin_fold(self, dirty: NDArray[np.uint64]) -> None:
-        """Note which slots are folded now: those that are newer. Rows that are `dirty` stay newer all the same."""
-        _begin_fold(self.state[: self.end], self.owner, dirty)
+    def begin_fold(self) -> None:
+        """Note which slots are folded now: those that are newer. What has changed since stays newer all the same."""
+        _begin_fold(self.state[: self.end])
 
     def compact(self) -> tuple[Int64Array, Int64Array]:
         """Let the slots in use lie side by side at the beginning; return those that moved, from where and to where."""
@@ -129,12 +159,23 @@ def _set_bits(state: NDArray[np.uint8], slots: Int64Array, bits: np.uint8, count
 
 
 @kernel
-def _begin_fold(state: NDArray[np.uint8], owner: Int64Array, dirty: NDArray[np.uint64]) -> None:
+def _with_bits(state: NDArray[np.uint8], bits: np.uint8, count: int) -> Int64Array:
+    """List the slots, of which there are so many, that have any of the bits."""
+    slots = np.empty(count, np.int64)
+    k = 0
+    for slot in range(state.size):
+        if k < count and state[slot] & bits:
+            slots[k] = slot
+            k += 1
+    return slots
+
+
+@kernel
+def _begin_fold(state: NDArray[np.uint8]) -> None:
     for slot in range(state.size):
         if state[slot] & NEWER:
-            row = owner[slot]
             state[slot] |= FOLDING
-            if not (dirty[row >> 6] >> np.uint64(row & 63)) & np.uint64(1):
+            if not state[slot] & CHANGED:
                 state[slot] &= ~NEWER
 
 

@@ -36,9 +36,6 @@ PAGE = 4096
 ROWS_PER_WORD = 64
 """Shards and tasks begin at multiples of this, so two tasks never share a word of a bitmap."""
 
-ROWS_PER_BLOCK = 8 * PAGE
-"""Rows whose bits fill one page of a bitmap."""
-
 SHARD_BYTES = 64 * 2**20, 512 * 2**20
 MAX_SHARDS = 2048
 """The automatic size lets a shard grow within `SHARD_BYTES` to keep a table below `MAX_SHARDS`."""
