@@ -328,7 +328,7 @@ def test_leaves_of_the_index_are_used_again(tmp_path):
             table.write(np.arange(start, start + 200), np.ones((200, DIM), np.float32))
             store.commit()
             store.checkpoint()
-        assert table._mapped.overlay._leaves._counts[0] < 50
+        assert table._mapped.overlay._leaves.books[0] < 50
 
 
 def test_clean_rows_of_one_table_make_room_for_another(tmp_path, monkeypatch):

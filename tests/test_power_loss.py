@@ -22,7 +22,7 @@ import pytest
 from conftest import close_quietly
 
 import shardemb
-from shardemb import files, fold, log, plan
+from shardemb import files, fold, log, plan, rebuild
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD, Adagrad, Adam
 
@@ -77,7 +77,7 @@ class Recording:
             name: getattr(files, name)
             for name in (
                 "write", "sync", "sync_data", "sync_tree", "rename", "remove", "remove_tree", "opened",
-                "create_sparse", "make_directory", "allocate",
+                "create_sparse", "make_directory", "allocate", "link",
             )
         }  # fmt: skip
 
@@ -107,6 +107,10 @@ class Recording:
                 real["rename"](source, target)
                 if self.keeps("rename", target):
                     self.add("rename", self.name(source), self.name(target), number)
+
+        def link(source, target):
+            self.add("link", self.name(target), source.stat().st_ino)
+            return real["link"](source, target)
 
         def remove(path):
             with self._lock:
@@ -183,6 +187,9 @@ class Disk:
 
     def _mkdir(self, name, number):
         self.kinds[number] = "folder"
+        self._rename_later(name, [(name, number)])
+
+    def _link(self, name, number):
         self._rename_later(name, [(name, number)])
 
     def _unlink(self, name):
@@ -334,15 +341,21 @@ def _sectors(change):
     return [("write", offset + a, data[a:b]) for a, b in pairwise(cuts)]
 
 
-def materialise(state, folder):
-    """Write a crash state into a new folder."""
+def materialise(state, folder, numbers=None):
+    """Write a crash state into a new folder; names of one inode, where they are given, are names of one file again."""
+    first = {}
     for name, data in sorted(state.items()):
         path = Path(folder) / name
         if data is None:
             path.mkdir(parents=True, exist_ok=True)
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number = numbers[name] if numbers else name
+        if number in first:
+            os.link(first[number], path)
         else:
-            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
+            first[number] = path
 
 
 # ---- workloads --------------------------------------------------------------------------------------------------
@@ -392,9 +405,9 @@ def work(path, seed, recording):
     commit(0)
     for step in range(1, 6):
         for name in list(store):
-            ids = rng.integers(0, ROWS, chance.choice([1, 20, 200]))
+            ids = rng.integers(0, store[name].num_embeddings, chance.choice([1, 20, 200]))
             store[name].update(ids, rng.normal(size=(ids.size, DIM)).astype(np.float32))
-        what = chance.choice(["", "", "rollback", "checkpoint", "broken", "drop", "rename", "reopen", "anew"])
+        what = chance.choice(WHAT)
         if what == "rollback":
             store.rollback()
         elif what == "checkpoint":
@@ -403,6 +416,17 @@ def work(path, seed, recording):
             with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
                 patch.setattr(log.Log, "append_images", _broken_off)
                 store.commit(step=step)
+        elif what == "resize":
+            store[chance.choice(list(store))].resize(chance.choice([1, 130, ROWS + 100]), drop_rows=True)
+            for name in list(store):
+                ids = rng.integers(0, store[name].num_embeddings, 20)
+                store[name].write(ids, rng.normal(size=(20, DIM)).astype(np.float32))
+        elif what == "materialize":
+            with contextlib.suppress(shardemb.ShardEmbError):  # a table that no commit knows yet
+                store[chance.choice(list(store))].materialize()
+        elif what in ("reshard", "reshard twice"):
+            commit(step)
+            reshard(store, chance.choice(list(store)), recording, twice=what != "reshard")
         elif what == "drop" and len(store) > 1:
             store.drop_table(chance.choice(list(store)))
             new(f"t{step}")
@@ -419,6 +443,40 @@ def work(path, seed, recording):
             new("a")
         commit(step)
     close_quietly(store)
+
+
+WHAT = [
+    "", "", "rollback", "checkpoint", "broken", "drop", "rename", "reopen", "anew",
+    "resize", "resize", "materialize", "reshard", "reshard twice",
+]  # fmt: skip
+
+
+def reshard(store, name, recording, *, twice):
+    """Reshard a table, which is a commit; and before that do so only half way."""
+    real = rebuild._fill
+
+    def fill(old, new, file, staged, *, keep_state):
+        if file.number == 1:
+            raise KeyboardInterrupt
+        real(old, new, file, staged, keep_state=keep_state)
+
+    if twice:
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(rebuild, "_fill", fill)
+            allowing(recording, store, lambda: store.reshard(name, rows_per_shard=RESHARDED))
+    allowing(recording, store, lambda: store.reshard(name, rows_per_shard=RESHARDED))
+
+
+RESHARDED = 128
+
+
+def allowing(recording, store, commit):
+    """Call something that ends with a commit, which changes nothing else."""
+    last, expected = store.last_commit, contents(store)[1]
+    future = (last.id + 1, last.step, tuple(last.metadata.items()))
+    recording.acknowledged.append((None, (future, expected)))
+    commit()
+    recording.acknowledged.append((len(recording.operations), (future, expected)))
 
 
 _append_images = log.Log.append_images
@@ -498,7 +556,7 @@ def check(state, allowed, chance, seen, *, again, skip, before=None, numbers=Non
     Where the process alone was killed, `before` is the disk that it left behind, much of it not durable.
     """
     with scratch() as folder:
-        materialise(state, folder)
+        materialise(state, folder, numbers)
         path = Path(folder) / "store"
         recording = Recording(folder, skip)
         if again:
@@ -509,6 +567,12 @@ def check(state, allowed, chance, seen, *, again, skip, before=None, numbers=Non
         except shardemb.ShardEmbError as error:
             return f"does not open: {error!r}"
         found = contents(store)
+        if not again and list((path / ".shardemb").glob("rebuilt/*")):
+            # What was begun goes on, from whatever the loss of power has left of it.
+            for name in store:
+                store.reshard(name, rows_per_shard=RESHARDED)
+            if contents(store)[1] != found[1]:
+                return "a table that was being resharded is another one then"
         damage = store.verify()
         close_quietly(store)
         if damage:
@@ -602,6 +666,11 @@ OTHER_REASONS = {
     "opening._create:sync_directory:2": "the folder's own name, above what is simulated",
     "shards.open_existing:sync_file": "chunks that zarr has deleted, which no workload does",
     "shards.open_existing:publish": "the same",
+    "rebuild.copy_store:write_new": "copies, which no workload makes",
+    "rebuild.copy_store:write_new:2": "the same",
+    "rebuild.copy_store:sync_tree": "the same",
+    "rebuild.copy_store:replace": "the same",
+    "rebuild.copy_store:sync_directory": "the same",
     "shards._write_rows:sync": "so that the page cache can be emptied",
 }
 

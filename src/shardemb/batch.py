@@ -11,13 +11,14 @@ Everything here has been checked by the caller, so nothing is refused any more.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shardemb import kernels, plan, report, scheduler
+from shardemb.errors import ShardEmbError
 from shardemb.runtime import signals_deferred
 from shardemb.shards import PAGED_ROWS
 from shardemb.spec import PAGE
@@ -176,6 +177,7 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
     it nothing can.
     """
     with runtime.changing():
+        changes = [_latest(each) for each in changes]
         places = _take_in(runtime, [(each.shards, each.batch.rows) for each in changes])
         runtime.check_sound()
         work = [_work(*each) for each in zip(changes, places, strict=True)]
@@ -197,6 +199,24 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
                 each.shards.totals.rows_changed += each.batch.rows.size
                 if each.training is not None:
                     each.training.step += 1
+
+
+def _latest(change: Change) -> Change:
+    """Return a change of what its table is by now: it may have been resized, or resharded, since the ids were checked.
+
+    Raises
+    ------
+    ShardEmbError
+        The change is not one of that table any more.
+    """
+    shards = change.shards
+    while shards.successor is not None:
+        shards = shards.successor
+    gone = change.batch.rows.size and change.batch.rows[-1] >= shards.spec.num_embeddings
+    if gone or (change.training is not None and change.training.optimizer is None):
+        msg = f"the table in {shards.directory} lost rows or its optimizer while this waited; nothing was changed"
+        raise ShardEmbError(msg)
+    return replace(change, shards=shards)
 
 
 def prefetch(runtime: Runtime, shards: Shards, rows: Int64Array, *, for_update: bool) -> None:

@@ -205,12 +205,16 @@ def _change(
 
 
 def note_whole_file(file: File, directory: Path) -> None:
-    """Note the checksums of a file that was written in one go; not durable."""
+    """Note the checksums of a file that was written in one go, where they were all `NEVER_WRITTEN`; not durable."""
     path = path_of(directory)
     with files.opened(file.path, os.O_RDONLY) as source, files.opened(path, os.O_WRONLY) as target:
         for offset in range(0, file.nbytes, WINDOW_BYTES):
-            data = files.read_at(source, min(WINDOW_BYTES, file.nbytes - offset), offset, file.path)
+            end = min(offset + WINDOW_BYTES, file.nbytes)
+            if next(files.data(source, offset, end), None) is None:
+                continue
+            data = files.read_at(source, end - offset, offset, file.path)
             sums = block_sums(memoryview(data))
+            sums[sums == ZEROS] = NEVER_WRITTEN
             files.write(target, sums.data, (file.first + offset // PAGE) * 8, path)
 
 

@@ -119,6 +119,18 @@ def rename(source: Path, target: Path) -> None:
         source.rename(target)
 
 
+def link(source: Path, target: Path) -> bool:
+    """Give a file a second name, which must not exist; return whether this file system can."""
+    with _disk_errors(target):
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                raise
+            return False
+    return True
+
+
 def remove(path: Path) -> None:
     """Remove a file; a missing one is fine."""
     path.unlink(missing_ok=True)
@@ -373,6 +385,14 @@ def holes(descriptor: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
     while (hole := _seek(descriptor, start, os.SEEK_HOLE, stop)) < stop:
         start = _seek(descriptor, hole, os.SEEK_DATA, stop)
         yield hole, start
+
+
+def data(descriptor: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """List the parts of a range of a file that are no holes, as offsets ``(start, stop)``."""
+    for hole_start, hole_stop in (*holes(descriptor, start, stop), (stop, stop)):
+        if start < hole_start:
+            yield start, hole_start
+        start = hole_stop
 
 
 def punch(descriptor: int, offset: int, nbytes: int, path: Path) -> None:

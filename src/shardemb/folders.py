@@ -53,6 +53,18 @@ def parked(store: Path, uuid: str) -> Path:
     return private(store) / "tables" / uuid
 
 
+def rebuilt(store: Path) -> Path:
+    """Folder of tables that are being made anew, which may take long and be cut short."""
+    return private(store) / "rebuilt"
+
+
+def keep_rebuilt(store: Path, uuid: str) -> None:
+    """Remove what was begun to be made anew, but for one table."""
+    for path in _children(rebuilt(store)):
+        if path.name != uuid:
+            files.remove_tree(path)
+
+
 def foreign(store: Path) -> list[str]:
     """Names in a folder that would not be there if it were empty, or a store whose creation was cut short."""
     if not store.exists():

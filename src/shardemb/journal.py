@@ -10,6 +10,7 @@ A fold runs in a thread of its own and reads images from the log only, so traini
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from dataclasses import replace
@@ -17,18 +18,21 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from shardemb import files, fold, folders, log, replay
-from shardemb.errors import DiskFullError
+from shardemb.errors import DiskFullError, ShardEmbError
 from shardemb.runtime import signals_deferred
 from shardemb.spec import PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from shardemb.arrays import Int64Array
     from shardemb.manifest import Manifest, TableRecord
     from shardemb.overlay import Overlay
     from shardemb.runtime import Runtime
     from shardemb.shards import Shards
+
+    _Changed = tuple[Shards, Int64Array, Callable[[int, int, int], None]]
 
 SEGMENTS = 16
 """Segments that make a full log."""
@@ -89,7 +93,6 @@ class Journal:
         """
         runtime = self._runtime
         changes = [(table, table.changed_rows()) for table in tables if table.changes]
-        sizes = [(ids.size, table.spec.record_bytes) for table, ids in changes]
         created = {each.uuid for each in manifest.tables} - {each.uuid for each in self.manifest.tables}
         new_set = [(each.uuid, each.name) for each in manifest.tables] != [
             (each.uuid, each.name) for each in self.manifest.tables
@@ -97,25 +100,12 @@ class Journal:
         payload = manifest.to_bytes()
         if new_set:
             folders.require_places(runtime.path, manifest.tables, self._dropped(manifest))
-        try:
-            if created:
+        if created:
+            with self._poisoned_by_errors():
                 files.sync_tree(folders.parked(runtime.path, ""))
-            self._log.begin(log.needed_bytes(sizes, len(payload)))
-            for table, ids in changes:
-                self._log.append_images(
-                    table.spec.uuid, ids, table.spec.record_bytes, partial(table.pack, ids)
-                )
-        except DiskFullError:
-            raise
-        except OSError as error:
-            self._poison(error)
-            raise
+        self._append_images([(table, ids, partial(table.pack, ids)) for table, ids in changes], payload)
         with signals_deferred():
-            try:
-                self._log.append_commit(payload)
-            except BaseException as error:
-                self._poison(error)
-                raise
+            self._append_commit(payload)
             self.manifest = manifest
             for table, _ in changes:
                 table.clear_changes()
@@ -193,6 +183,48 @@ class Journal:
         return nbytes + sum(each.nbytes for each in self._overlays()) - self._runtime.memory_budget
 
     # ---- folds
+
+    def drain(self) -> None:
+        """Fold until the files hold the last commit of all tables; see `Room`."""
+        while True:
+            problem = self.settle()
+            if problem is not None:
+                raise problem
+            self._runtime.check_open()  # others may have come while it waited
+            self._runtime.check_sound()
+            if not self._log.nbytes:
+                return
+
+    def supplement(self, table: Shards, ids: Int64Array, pack: Callable[[int, int, int], None]) -> None:
+        """Bring records into the files that say no more than the last commit did; see `Room`.
+
+        Through the log, under the last commit's manifest again: cut short anywhere, all of it is there or nothing.
+        """
+        if table.spec.uuid not in {each.uuid for each in self.manifest.tables}:
+            msg = f"the table in {table.directory} is not part of the last commit; call store.commit() first"
+            raise ShardEmbError(msg)
+        payload = self.manifest.to_bytes()
+        self._append_images([(table, ids, pack)], payload)
+        with signals_deferred():
+            self._append_commit(payload)
+        self.drain()
+
+    def hold_folds(self) -> None:
+        """Bring everything into the files, and let no fold begin until `release_folds`. Commits go on.
+
+        Raises
+        ------
+        DiskFullError, OSError, PoisonedError
+            It cannot be brought there.
+        """
+        self.drain()
+        self._folding = True
+
+    def release_folds(self) -> None:
+        """End what `hold_folds` began."""
+        with self._runtime.lock:
+            self._folding = False
+            self._condition.notify_all()
 
     def settle(self) -> Exception | None:
         """Fold all that is committed and wait for it; return what prevented it."""
@@ -323,6 +355,33 @@ class Journal:
         """Whether so many rows must stay in memory until they are folded that there may soon be no room for others."""
         kept = sum((each.slots.kept + each.out) * each.row_bytes for each in self._overlays())
         return bool(2 * kept > self._runtime.memory_budget)
+
+    def _append_images(self, changes: Iterable[_Changed], payload: bytes) -> None:
+        """Append the images of an attempt to commit, which the commit record `payload` is to end."""
+        changes = list(changes)
+        sizes = [(ids.size, table.spec.record_bytes) for table, ids, _ in changes]
+        with self._poisoned_by_errors():
+            self._log.begin(log.needed_bytes(sizes, len(payload)))
+            for table, ids, pack in changes:
+                self._log.append_images(table.spec.uuid, ids, table.spec.record_bytes, pack)
+
+    def _append_commit(self, payload: bytes) -> None:
+        try:
+            self._log.append_commit(payload)
+        except BaseException as error:
+            self._poison(error)
+            raise
+
+    @contextlib.contextmanager
+    def _poisoned_by_errors(self) -> Iterator[None]:
+        """Let the store commit no more after an error of the disk, other than that it is full."""
+        try:
+            yield
+        except DiskFullError:
+            raise
+        except OSError as error:
+            self._poison(error)
+            raise
 
     def _poison(self, error: BaseException) -> None:
         self._runtime.poisoned = f"writing broke off ({error})"

@@ -286,6 +286,7 @@ def _clear(path: Path) -> None:
         if entry not in (folders.private(path), path / layout.DOCUMENT):
             (files.remove_tree if entry.is_dir() and not entry.is_symlink() else files.remove)(entry)
     files.remove_tree(folders.private(path) / "tables")
+    files.remove_tree(folders.rebuilt(path))
     files.remove_tree(folders.log(path))
     files.remove(folders.manifest(path))
 

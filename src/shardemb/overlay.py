@@ -23,12 +23,13 @@ from shardemb.slots import KEPT, Slots
 from shardemb.spec import PAGE, round_up
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from shardemb.arrays import Float32Array, Int64Array
+    from shardemb.shards import Shards
 
 SLOT_BYTES, NODE_BYTES = 16, 64
 """What a slot takes besides its record, and what the index takes for a branch or a leaf."""
@@ -60,6 +61,24 @@ class Room(Protocol):
     def spill(self, nbytes: int) -> None:
         """As `make_room`, without a fold: the lock stays held."""
 
+    def drain(self) -> None:
+        """Fold until the files hold the last commit of all tables; lets go of the store's lock to wait for that.
+
+        Raises
+        ------
+        DiskFullError, OSError, PoisonedError
+            They cannot.
+        """
+
+    def supplement(self, table: Shards, ids: Int64Array, pack: Callable[[int, int, int], None]) -> None:
+        """Bring records into the files that say no more than the last commit did; as `drain`, once they are logged.
+
+        Raises
+        ------
+        DiskFullError, OSError, PoisonedError
+            They cannot.
+        """
+
 
 class Unlimited(Room):
     """Room for all, in a store that holds no rows but committed ones."""
@@ -77,6 +96,12 @@ class Unlimited(Room):
 
     def spill(self, nbytes: int) -> None:
         """Nothing has to be done."""
+
+    def drain(self) -> None:
+        """Nothing has to be done."""
+
+    def supplement(self, table: Shards, ids: Int64Array, pack: Callable[[int, int, int], None]) -> None:
+        """Nobody asks for it."""
 
 
 class Overlay:
@@ -218,6 +243,12 @@ class Overlay:
         """List the rows that differ from the last commit, in the order of their slots, those that are out last."""
         return np.concatenate([slots.owner[slots.changed_slots()] for slots in self._all_slots()])
 
+    def are_kept(self, rows: Int64Array) -> NDArray[np.bool_]:
+        """Tell which rows have a record here that the files do not hold, or may not hold yet."""
+        entries = self._entries(rows).astype(np.int64)
+        kept: NDArray[np.bool_] = self.slots.state[np.maximum(entries - 1, 0)] & KEPT != 0
+        return ((entries > 0) & kept) | (entries < 0)
+
     def clear_changes(self) -> None:
         """Let no row differ from the last commit any more."""
         for slots in self._all_slots():
@@ -350,7 +381,8 @@ class Overlay:
         return entries
 
     def _set(self, rows: Int64Array, entries: Int64Array) -> None:
-        _set(self._directory, *self._branches.arrays, *self._leaves.arrays, rows, entries)
+        branches, leaves = self._branches, self._leaves
+        _set(self._directory, branches.entries, branches.books, leaves.entries, leaves.books, rows, entries)
 
     def _leave(self, slots: Int64Array) -> None:
         """Give up slots, of whose rows the files shall hold the newest."""
@@ -387,22 +419,16 @@ class Overlay:
 
 
 class _Nodes:
-    """Branches or leaves: entries, 16 a node; those that are free; and how many were ever used, and are free now."""
+    """Branches or leaves: entries, 16 a node; and how many were ever used, how many of them are free now, and which."""
 
     def __init__(self, most: int) -> None:
         self.entries: NDArray[np.int32] = files.zeros(np.int32, (most + 1) * _NODE)
-        self._free: NDArray[np.int32] = files.zeros(np.int32, most)
-        self._counts = np.zeros(2, np.int64)
+        self.books: NDArray[np.int32] = files.zeros(np.int32, most + 2)
 
     @property
     def used(self) -> int:
         """How many are in use."""
-        return int(self._counts[0] - self._counts[1])
-
-    @property
-    def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.int32], Int64Array]:
-        """What `_set` works on."""
-        return self.entries, self._free, self._counts
+        return int(self.books[0] - self.books[1])
 
 
 @kernel
@@ -432,22 +458,20 @@ def _places(
 
 
 @kernel
-def _take_node(free: NDArray[np.int32], counts: Int64Array) -> int:
-    if counts[1]:
-        counts[1] -= 1
-        return int(free[counts[1]])
-    counts[0] += 1
-    return int(counts[0])
+def _take_node(books: NDArray[np.int32]) -> int:
+    if books[1]:
+        books[1] -= 1
+        return int(books[2 + books[1]])
+    books[0] += 1
+    return int(books[0])
 
 
 @kernel
-def _give_if_empty(
-    node: int, entries: NDArray[np.int32], free: NDArray[np.int32], counts: Int64Array
-) -> bool:
+def _give_if_empty(node: int, entries: NDArray[np.int32], books: NDArray[np.int32]) -> bool:
     if entries[node << NODE_BITS : (node + 1) << NODE_BITS].any():
         return False
-    free[counts[1]] = node
-    counts[1] += 1
+    books[2 + books[1]] = node
+    books[1] += 1
     return True
 
 
@@ -455,11 +479,9 @@ def _give_if_empty(
 def _set(
     directory: NDArray[np.int32],
     branches: NDArray[np.int32],
-    free_branches: NDArray[np.int32],
-    branch_counts: Int64Array,
+    branch_books: NDArray[np.int32],
     leaves: NDArray[np.int32],
-    free_leaves: NDArray[np.int32],
-    leaf_counts: Int64Array,
+    leaf_books: NDArray[np.int32],
     rows: Int64Array,
     entries: Int64Array,
 ) -> None:
@@ -476,13 +498,13 @@ def _set(
         if entries[i] == 0 and leaf == 0:
             continue
         if leaf == 0:
-            leaf = _take_node(free_leaves, leaf_counts)
+            leaf = _take_node(leaf_books)
         leaves[(leaf << NODE_BITS) | (row & low)] = entries[i]
         if branch == 0:
-            branch = _take_node(free_branches, branch_counts)
+            branch = _take_node(branch_books)
         branches[(branch << NODE_BITS) | at] = leaf
         directory[row >> 2 * NODE_BITS] = branch
-        if entries[i] == 0 and _give_if_empty(leaf, leaves, free_leaves, leaf_counts):
+        if entries[i] == 0 and _give_if_empty(leaf, leaves, leaf_books):
             branches[(branch << NODE_BITS) | at] = 0
-            if _give_if_empty(branch, branches, free_branches, branch_counts):
+            if _give_if_empty(branch, branches, branch_books):
                 directory[row >> 2 * NODE_BITS] = 0

@@ -93,6 +93,8 @@ class Shards:
         The presence bitmap of the files; empty where the table keeps none. A row in a slot or out may not be in it yet.
     overlay : Overlay
         The rows that lie in slots.
+    successor : Shards or None
+        What the table went on with since it was resized or resharded, or such a change was undone.
     totals : Totals
     """
 
@@ -115,6 +117,7 @@ class Shards:
         self.present: NDArray[np.uint8] = self._present.array(np.uint8, (self._present.nbytes,))
         self.overlay = Overlay(self._rows, self.records)
         self.totals = Totals()
+        self.successor: Shards | None = None
         initializer = spec.initializer
         self._key = np.uint64(stream_key(getattr(initializer, "seed", 0), spec.stream))
         self._parameters = np.array(initializer.parameters(), np.float64)
@@ -244,6 +247,40 @@ class Shards:
             kernels.place_images(self.records, places, addresses)
             overlay.mark(places)
 
+    def take_changes(self, other: Shards, room: Room) -> None:
+        """Take over what differs from the last commit in a table with other rows; those that it has more stay behind.
+
+        Raises
+        ------
+        DiskFullError, OSError
+            There is no room for that.
+        """
+        rows = other.changed_rows()
+        rows = rows[rows < self.spec.num_embeddings]
+        for start in range(0, rows.size, PAGED_ROWS):
+            ids = rows[start : start + PAGED_ROWS]
+            records = np.empty((ids.size, self.spec.width), np.float32)
+            other.pack(ids, 0, ids.size, records.ctypes.data)
+            addresses = records.ctypes.data + np.arange(ids.size) * self.spec.record_bytes
+            self.place(Images(ids, addresses), room)
+            self.overlay.bring_back(ids)  # what another part of the batch may have sent out
+            self.change(self.overlay.places(ids))
+
+    def never_written(self, start: int, stop: int) -> Int64Array:
+        """List those of rows ``start:stop`` that the files have no record of, nor is one on its way to them."""
+        rows = np.arange(start, stop)
+        rows = rows[~self.were_written(rows)]
+        return rows[~self.overlay.are_kept(rows)]
+
+    def pack_first(self, ids: Int64Array, start: int, stop: int, address: int) -> None:
+        """As `pack`, of rows that were never written: what they start from."""
+        records = np.empty((stop - start, self.spec.width), np.float32)
+        weights = np.empty((stop - start, self.spec.embedding_dim), np.float32)
+        self.gather("weight", ids[start:stop], weights, 0, stop - start)
+        records[:, : self.spec.embedding_dim] = weights
+        records[:, self.spec.embedding_dim :] = self.spec.initial_state
+        kernels.pack(records, np.arange(stop - start), address)
+
     def begin_fold(self) -> None:
         """Note that what is committed by now is being folded."""
         self.overlay.begin_fold()
@@ -301,9 +338,7 @@ def create(spec: TableSpec, directory: Path, values: Float32Array | None) -> Sha
     """
     check_mappings(spec)
     try:
-        for name, document in layout.table_documents(spec).items():
-            files.make_directory((directory / name).parent)
-            files.write_new(directory / name, document)
+        write_documents(spec, directory)
         for path, nbytes in expected_files(spec, directory):
             files.create_sparse(path, nbytes)
         if values is not None:
@@ -312,6 +347,13 @@ def create(spec: TableSpec, directory: Path, values: Float32Array | None) -> Sha
     except BaseException:
         files.remove_tree(directory)
         raise
+
+
+def write_documents(spec: TableSpec, directory: Path) -> None:
+    """Make a table's folder with its zarr documents. Not synced."""
+    for name, document in layout.table_documents(spec).items():
+        files.make_directory((directory / name).parent)
+        files.write_new(directory / name, document)
 
 
 def open_existing(directory: Path, *, may_miss: bool, may_create: bool) -> Shards:

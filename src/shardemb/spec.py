@@ -14,7 +14,7 @@ import math
 import re
 import uuid
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -221,22 +221,46 @@ def new_spec(
     TypeError, ValueError
         An optimizer or a size of shards that cannot be.
     """
-    num_embeddings, embedding_dim = shape
+    checked, rows = _checked(shape, optimizer, rows_per_shard, max_shards)
+    return TableSpec(
+        uuid=str(uuid.uuid4()),
+        stream=stream,
+        num_embeddings=shape[0],
+        embedding_dim=shape[1],
+        rows_per_shard=rows,
+        optimizer=checked,
+        initializer=initializer,
+    )
+
+
+def reshaped_spec(
+    spec: TableSpec, *, optimizer: object, rows_per_shard: int | None, max_shards: int, instant: str
+) -> TableSpec:
+    """Make the spec of a table with other shards or another optimizer, the same each time for one `instant`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `new_spec`.
+    """
+    shape = spec.num_embeddings, spec.embedding_dim
+    wanted = spec.rows_per_shard if rows_per_shard is None else rows_per_shard
+    checked, rows = _checked(shape, optimizer, wanted, max_shards)
+    identity = uuid.uuid5(uuid.UUID(spec.uuid), f"{instant} {rows} {checked!r}")
+    return replace(spec, uuid=str(identity), rows_per_shard=rows, optimizer=checked)
+
+
+def _checked(
+    shape: tuple[int, int], optimizer: object, rows_per_shard: int | None, max_shards: int
+) -> tuple[optim.Optimizer | None, int]:
+    """Check an optimizer and a size of shards, and choose the latter."""
     if optimizer is not None and not isinstance(optimizer, optim.Optimizer):
         msg = f"optimizer must be one of shardemb.optim, for example shardemb.optim.Adam(), got {optimizer!r}"
         raise TypeError(msg)
     if rows_per_shard is not None:
         rows_per_shard = arrays.count(rows_per_shard, "rows_per_shard", maximum=MAX_ROWS)
-    width = max(stop for _, stop in record_columns(embedding_dim, optimizer).values())
-    return TableSpec(
-        uuid=str(uuid.uuid4()),
-        stream=stream,
-        num_embeddings=num_embeddings,
-        embedding_dim=embedding_dim,
-        rows_per_shard=choose_rows_per_shard(num_embeddings, 4 * width, rows_per_shard, max_shards),
-        optimizer=optimizer,
-        initializer=initializer,
-    )
+    width = max(stop for _, stop in record_columns(shape[1], optimizer).values())
+    return optimizer, choose_rows_per_shard(shape[0], 4 * width, rows_per_shard, max_shards)
 
 
 def record_columns(embedding_dim: int, optimizer: optim.Optimizer | None) -> dict[str, tuple[int, int]]:

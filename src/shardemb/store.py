@@ -7,27 +7,33 @@ into the shards later.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
-from shardemb import arrays, batch, files, folders, initializers, report, shards, verify
+from shardemb import arrays, batch, files, folders, forks, initializers, rebuild, report, shards, verify
 from shardemb.batch import Training
-from shardemb.errors import FormatError, ReadOnlyError, ShardEmbError, TableExistsError, TableNotFoundError
+from shardemb.errors import (
+    FormatError,
+    ReadOnlyError,
+    ShardEmbError,
+    StoreExistsError,
+    TableExistsError,
+    TableNotFoundError,
+)
 from shardemb.journal import Journal
 from shardemb.manifest import Commit, Manifest, TableRecord, check_metadata
+from shardemb.progress import track
 from shardemb.runtime import Runtime, signals_deferred
-from shardemb.spec import MAX_DIM, MAX_ROWS, check_name, new_spec
+from shardemb.spec import MAX_DIM, MAX_ROWS, TableSpec, check_name, new_spec, reshaped_spec
 from shardemb.table import Table
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    import os
     from types import TracebackType
 
     import numpy as np
@@ -36,6 +42,13 @@ if TYPE_CHECKING:
     from shardemb.optim import Optimizer
     from shardemb.progress import Progress
     from shardemb.replay import Replay
+
+
+class Kept(NamedTuple):
+    """A table of the last commit, and its memory as of then: of a table that was resized since, the one before."""
+
+    table: Table
+    shards: shards.Shards
 
 
 class Store(Mapping[str, Table]):
@@ -75,14 +88,15 @@ class Store(Mapping[str, Table]):
         self._opened = False
         self._written_before = files.counters.bytes_written, files.counters.syncs
         self._tables: dict[str, Table] = {}
-        self._committed: dict[str, Table] = {}
+        self._committed: dict[str, Kept] = {}
         self._journal: Journal | None = None
         directories = folders.locate(runtime.path, manifest.tables)
         for record in manifest.tables:
             table = self._open_table(record, directories[record.uuid], may_miss=may_miss)
             if newer is not None:
                 table._mapped.place(newer.images(table._spec), runtime.room)
-            self._committed[record.uuid] = self._tables[record.name] = table
+            self._committed[record.uuid] = Kept(table, table._mapped)
+            self._tables[record.name] = table
         if runtime.writable:
             self._journal = runtime.room = Journal(runtime, manifest, self._mapped_tables)
             try:
@@ -91,7 +105,7 @@ class Store(Mapping[str, Table]):
                 self._journal.abandon()
                 raise
         self._opened = True
-        _open_stores.add(self)
+        forks.watch(self)
 
     def __eq__(self, other: object) -> bool:
         return self is other  # and not what a Mapping compares, its tables
@@ -233,6 +247,121 @@ class Store(Mapping[str, Table]):
             self._require_free(check_name(new_name))
             self._tables = {new_name if key == name else key: value for key, value in self._tables.items()}
             table._name = new_name
+
+    def reshard(
+        self,
+        name: str,
+        *,
+        rows_per_shard: int | None = None,
+        optimizer: Optimizer | Literal["keep"] | None = "keep",
+        progress: Progress = None,
+    ) -> Commit:
+        """Copy a table into shards of another size, or without its optimizer's state, and commit that.
+
+        Memory stays bounded, and rows that were never written take no disk. The store keeps its lock meanwhile:
+        lookups go on, everything else waits. Cut short by Ctrl-C or a crash, the table is what it was, and the same
+        call goes on where it stopped, as long as no other commit came between.
+
+        Parameters
+        ----------
+        name : str
+            One of the store's tables.
+        rows_per_shard : int, optional
+            As in `create_table`; by default as many as now, rounded up to whole pages of the new records.
+        optimizer : Optimizer, "keep" or None
+            ``"keep"``: state and steps stay to the bit. Another one, or None: weights stay, its state and the
+            table's step count begin anew.
+        progress : bool or callable, optional
+            True for a bar; or a function that is called with the rows done and the rows in all.
+
+        Returns
+        -------
+        Commit
+            With the step and metadata of the last one.
+
+        Raises
+        ------
+        ShardEmbError
+            There are changes that are not committed; the shards would be too many.
+        TableNotFoundError, TypeError, ValueError, ReadOnlyError, StoreClosedError, PoisonedError
+            Nothing was changed.
+        FormatError, DiskFullError
+            A block of the table is damaged; there is no room for the copy. The table is what it was.
+
+        Examples
+        --------
+        >>> commit = store.reshard("tokens", rows_per_shard=4096, optimizer=None)
+        >>> store["tokens"].optimizer is None
+        True
+        """
+        with self._runtime.changing():
+            self._runtime.check_sound()
+            table, journal = self[name], self._writing()
+            journal.drain()
+            if self._differs() or self._manifest.commit is None:
+                msg = f"the store {self.path} has changes that are not committed; call commit() or rollback() first"
+                raise ShardEmbError(msg)
+            old, commit, keep = table._mapped, self._manifest.commit, optimizer == "keep"
+            spec = reshaped_spec(
+                old.spec,
+                optimizer=old.spec.optimizer if keep else optimizer,
+                rows_per_shard=rows_per_shard,
+                max_shards=files.MAX_MAPPINGS - files.counters.mappings,
+                instant=str(commit.id),
+            )
+            training = table._training if keep else Training(spec.optimizer, 0)
+            table._become(self._rebuild(old, spec, keep_state=keep, progress=progress), training)
+            return self.commit(commit.step, commit.metadata)
+
+    def copy(self, path: str | os.PathLike[str], *, progress: Progress = None) -> None:
+        """Copy the last commit into a new store, holes as holes.
+
+        Lookups, updates and commits go on meanwhile, but the shards stand still: a commit that the log has no room
+        for, an update beyond the memory budget, and a commit that creates or drops tables wait.
+
+        Parameters
+        ----------
+        path : path-like
+            A new folder.
+        progress : bool or callable, optional
+            True for a bar; or a function that is called with the bytes done and the bytes in all, holes included.
+
+        Raises
+        ------
+        StoreExistsError
+            Something is there.
+        DiskFullError, OSError
+            There is no room, here or there; nothing is left behind.
+        ReadOnlyError, StoreClosedError, PoisonedError
+            Only a store that is open for writing can be copied: nobody else changes it then.
+
+        Examples
+        --------
+        >>> store.copy(tmp / "copy.zarr")
+        >>> with shardemb.open(tmp / "copy.zarr", mode="r") as copied:
+        ...     copied.last_commit == store.last_commit
+        True
+        """
+        target = Path(path).absolute()
+        if target.exists():
+            msg = f"{target} exists; a copy needs a new folder"
+            raise StoreExistsError(msg)
+        with self._runtime.changing():
+            self._runtime.check_sound()
+            self._writing().hold_folds()
+            manifest = self._manifest
+            tables = {
+                record.name: rebuild.Place(kept.shards.spec, kept.shards.directory)
+                for record in manifest.tables
+                for kept in [self._committed[record.uuid]]
+            }
+        try:
+            with track(
+                sum(map(rebuild.copied_bytes, tables.values())), "copying", progress=progress
+            ) as advance:
+                rebuild.copy_store(manifest, tables, target, advance)
+        finally:
+            self._writing().release_folds()
 
     # ---- many tables at once
 
@@ -378,13 +507,14 @@ class Store(Mapping[str, Table]):
             self._runtime.half_done = None
             self._runtime.check_sound()
             before, newer = self._tables.values(), self._writing().images()
-            self._tables = {each.name: self._committed[each.uuid] for each in self._manifest.tables}
-            for table in set(before) - set(self._committed.values()):
-                self._abandon(table)
+            self._tables = {each.name: self._committed[each.uuid].table for each in self._manifest.tables}
+            for table in before:
+                if table._spec.uuid not in self._committed:
+                    self._abandon(table)
             for record in self._manifest.tables:
-                table = self._committed[record.uuid]
-                table._mapped.forget_changes(newer.images(table._spec), self._runtime.room)
-                table._restore(record.name, record.optimizer, record.step)
+                table, before_it = self._committed[record.uuid]
+                before_it.forget_changes(newer.images(before_it.spec), self._runtime.room)
+                table._restore(record.name, before_it, Training(record.optimizer, record.step))
 
     def checkpoint(self) -> None:
         """Bring what is committed into the shards, where other readers of zarr see it, and wait for it.
@@ -431,14 +561,17 @@ class Store(Mapping[str, Table]):
             raise ReadOnlyError(msg)
         with signals_deferred(), self._runtime.lock:
             fresh = self._reopen()
+            # A table that was resized has another uuid, and still the stream that no other table of a store has.
+            known = {kept.shards.spec.stream: kept.table for kept in self._committed.values()}
             for record in fresh._manifest.tables:
-                table = fresh._committed[record.uuid]
-                if record.uuid in self._committed:
-                    table = self._committed[record.uuid]._adopt(table)
+                table = fresh._tables[record.name]
+                if table._spec.stream in known:
+                    table = known.pop(table._spec.stream)._adopt(table)
                 table._runtime = self._runtime
-                fresh._committed[record.uuid] = fresh._tables[record.name] = table
-            for uuid in self._committed.keys() - fresh._committed.keys():
-                self._committed[uuid]._release()
+                fresh._committed[record.uuid] = Kept(table, table._mapped)
+                fresh._tables[record.name] = table
+            for table in known.values():
+                table._release()
             self._manifest, self._tables, self._committed = fresh._manifest, fresh._tables, fresh._committed
             self._lock, fresh._lock = fresh._lock, self._lock
             self._runtime.fresh = fresh._runtime.fresh
@@ -481,14 +614,14 @@ class Store(Mapping[str, Table]):
         []
         """
         self._runtime.check_open()
-        unknown = set(tables or ()) - {table.name for table in self._committed.values()}
+        unknown = set(tables or ()) - {kept.table.name for kept in self._committed.values()}
         if unknown:
             msg = f"the last commit of the store {self._runtime.path} has no table {min(unknown)!r}"
             raise TableNotFoundError(msg)
         targets = {
-            uuid: verify.Target(table.name, table._spec, table._mapped.directory)
-            for uuid, table in self._committed.items()
-            if tables is None or table.name in tables
+            uuid: verify.Target(kept.table.name, kept.shards.spec, kept.shards.directory)
+            for uuid, kept in self._committed.items()
+            if tables is None or kept.table.name in tables
         }
         return verify.damage(targets, self._runtime.threads, progress, self._steady)
 
@@ -504,7 +637,7 @@ class Store(Mapping[str, Table]):
             yield self._places(), self._writing().images
 
     def _places(self) -> dict[str, Path]:
-        return {uuid: table._mapped.directory for uuid, table in self._committed.items()}
+        return {uuid: kept.shards.directory for uuid, kept in self._committed.items()}
 
     def _newest_places(self, reopen: Callable[[], Store]) -> dict[str, Path]:
         try:
@@ -586,8 +719,9 @@ class Store(Mapping[str, Table]):
                 finally:
                     if self._journal is not None:
                         self._journal.release()
-                    for table in (*self._tables.values(), *self._committed.values()):
+                    for table in (*self._tables.values(), *(kept.table for kept in self._committed.values())):
                         table._release()
+                    self._committed = {}
                     if self._lock is not None:
                         files.close(self._lock)
 
@@ -640,6 +774,22 @@ class Store(Mapping[str, Table]):
 
     # ---- the way down
 
+    def _rebuild(
+        self, old: shards.Shards, spec: TableSpec, *, keep_state: bool, progress: Progress
+    ) -> shards.Shards:
+        """Copy a table into a folder that waits for the next commit."""
+        shards.check_mappings(spec)
+        place = rebuild.Place(spec, folders.rebuilt(self.path) / spec.uuid)
+        folders.keep_rebuilt(self.path, spec.uuid)
+        with track(spec.num_embeddings, "resharding", progress=progress) as advance:
+            rebuild.reshape(
+                rebuild.Place(old.spec, old.directory), place, keep_state=keep_state, advance=advance
+            )
+        parked = folders.parked(self.path, spec.uuid)
+        files.make_directory(parked.parent)
+        files.rename(place.directory, parked)
+        return shards.Shards(spec, parked)
+
     def _require_free(self, name: str) -> None:
         if name in self._tables:
             msg = f"the store {self._runtime.path} already has a table {name!r}; use store[{name!r}], or drop it first"
@@ -647,7 +797,7 @@ class Store(Mapping[str, Table]):
 
     def _free_stream(self, name: str) -> str:
         """Return what keeps a new table's initial values apart from those of every other table of the store."""
-        taken = {table._spec.stream for table in (*self._tables.values(), *self._committed.values())}
+        taken = {each.spec.stream for each in self._mapped_tables().values()}
         streams = (name if number == 1 else f"{name}#{number}" for number in count(1))
         return next(stream for stream in streams if stream not in taken)
 
@@ -672,8 +822,8 @@ class Store(Mapping[str, Table]):
             )
 
     def _mapped_tables(self) -> dict[str, shards.Shards]:
-        tables = (*self._tables.values(), *self._committed.values())
-        return {table._spec.uuid: table._mapped for table in tables}
+        mapped = {uuid: kept.shards for uuid, kept in self._committed.items()}
+        return mapped | {table._spec.uuid: table._mapped for table in self._tables.values()}
 
     def _writing(self) -> Journal:
         assert self._journal is not None
@@ -682,9 +832,9 @@ class Store(Mapping[str, Table]):
     def _settled(self, manifest: Manifest) -> None:
         """Take a commit as what memory is compared with."""
         self._manifest = manifest
-        for uuid in self._committed.keys() - {table._spec.uuid for table in self._tables.values()}:
-            self._committed[uuid]._release()
-        self._committed = {table._spec.uuid: table for table in self._tables.values()}
+        for table in {kept.table for kept in self._committed.values()} - set(self._tables.values()):
+            table._release()
+        self._committed = {table._spec.uuid: Kept(table, table._mapped) for table in self._tables.values()}
 
     def _abandon(self, table: Table) -> None:
         files.remove_tree(table._mapped.directory)
@@ -724,31 +874,3 @@ class Store(Mapping[str, Table]):
         if self._lock is not None:
             files.close(self._lock)
             self._lock = None
-
-
-# ---- forks ----------------------------------------------------------------------------------------------------
-
-_open_stores: weakref.WeakSet[Store] = weakref.WeakSet()
-_held: list[Store] = []
-
-
-def _before_fork() -> None:
-    """Hold every store's lock, so that the fork finds none in the middle of a change."""
-    _held[:] = [store for store in _open_stores if not store._runtime.closed]
-    for store in _held:
-        store._runtime.lock.acquire()
-
-
-def _after_fork(*, child: bool) -> None:
-    for store in _held:
-        if child:
-            store._leave_to_parent()
-        store._runtime.lock.release()
-    _held.clear()
-
-
-os.register_at_fork(
-    before=_before_fork,
-    after_in_parent=partial(_after_fork, child=False),
-    after_in_child=partial(_after_fork, child=True),
-)

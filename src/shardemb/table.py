@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from shardemb import arrays, batch, persisted, plan, report, scheduler
+from shardemb import arrays, batch, files, folders, persisted, plan, rebuild, report, scheduler
 from shardemb.errors import TableNotFoundError
+from shardemb.progress import track
+from shardemb.shards import Shards
+from shardemb.spec import MAX_ROWS
 
 if TYPE_CHECKING:
     import os
@@ -31,7 +34,10 @@ if TYPE_CHECKING:
     from shardemb.optim import Optimizer
     from shardemb.progress import Progress
     from shardemb.runtime import Runtime
-    from shardemb.shards import Shards
+
+
+MATERIALIZED_BYTES = 32 * 2**20
+"""Bytes of records that `Table.materialize` brings into the shards at once, through the log."""
 
 
 class Table:
@@ -410,6 +416,109 @@ class Table:
                 raise ValueError(msg)
             self._training.optimizer = optimizer
 
+    def resize(self, num_embeddings: int, *, drop_rows: bool = False) -> None:
+        """Change the number of rows; part of the next commit, and undone by a rollback.
+
+        New rows hold their initial values, the same as if the table had been created so large; the shards that are
+        there stay as they are. Takes a fold, and on the disk what the new rows take: nothing until they are written.
+
+        Parameters
+        ----------
+        num_embeddings : int
+            Rows from now on.
+        drop_rows : bool
+            Allow fewer than now. Those behind the end are gone with the next commit: should the table grow again, they
+            hold their initial values.
+
+        Raises
+        ------
+        TypeError, ValueError
+            No such number; fewer rows than now, without `drop_rows`.
+        ShardEmbError
+            There would be too many shards: `Store.reshard` makes them larger.
+        DiskFullError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError
+            Nothing was changed.
+
+        Examples
+        --------
+        >>> table.resize(500_000)
+        >>> table.num_embeddings
+        500000
+        """
+        count = arrays.count(num_embeddings, "num_embeddings", maximum=MAX_ROWS)
+        with self._runtime.changing():
+            self._runtime.check_sound()
+            self._live()
+            self._runtime.room.drain()
+            old = self._live()
+            if count < self.num_embeddings and not drop_rows:
+                msg = (
+                    f"table {self.name!r} has {self.num_embeddings} rows; "
+                    f"resize({count}, drop_rows=True) drops those from {count} on"
+                )
+                raise ValueError(msg)
+            if count != self.num_embeddings:
+                self._become(self._resized(old, count), self._training)
+
+    def _resized(self, old: Shards, count: int) -> Shards:
+        spec = rebuild.resized(old.spec, count)
+        directory = folders.parked(self._runtime.path, spec.uuid)
+        rebuild.resize(rebuild.Place(old.spec, old.directory), rebuild.Place(spec, directory))
+        try:
+            new = Shards(spec, directory)
+            new.take_changes(old, self._runtime.room)
+        except BaseException:
+            files.remove_tree(directory)
+            raise
+        return new
+
+    def materialize(self, *, progress: Progress = None) -> None:
+        """Write initial values of all rows that were never written into the shards, for readers that know only zarr.
+
+        No value changes, so it is no part of a commit. Lookups and updates go on meanwhile. Cut short, it goes on
+        where it stopped when it is called again. Rows with changes that are not committed are left to their commit.
+
+        Parameters
+        ----------
+        progress : bool or callable, optional
+            True for a bar; or a function that is called with the rows done and the rows in all.
+
+        Raises
+        ------
+        ShardEmbError
+            The table is not part of a commit yet.
+        DiskFullError
+            There is no room; what is written stays.
+        ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError
+            Nothing was written.
+
+        Notes
+        -----
+        The table takes `nbytes` on the disk then. One whose rows start from zeros alone needs none of it: holes of
+        its files read as zeros.
+
+        Examples
+        --------
+        >>> small = store.create_table(
+        ...     "small", num_embeddings=100, embedding_dim=2, initializer=shardemb.initializers.Constant(1.0)
+        ... )
+        >>> commit = store.commit()
+        >>> small.materialize()
+        """
+        self._live()
+        count = self.num_embeddings if self._spec.has_presence else 0
+        step = max(1, MATERIALIZED_BYTES // self._spec.record_bytes)
+        with track(count, "materializing", progress=progress) as advance:
+            for start in range(0, count, step):
+                with self._runtime.changing():
+                    self._runtime.check_sound()
+                    shards = self._live()
+                    stop = min(start + step, count, self.num_embeddings)
+                    ids = shards.never_written(start, stop)
+                    if ids.size:
+                        self._runtime.room.supplement(shards, ids, partial(shards.pack_first, ids))
+                advance(min(step, count - start))
+
     # ---- leaving
 
     def to_dask_array(self) -> dask.array.Array:
@@ -619,9 +728,17 @@ class Table:
         self._training, self._dropped = newer._training, False
         return self
 
-    def _restore(self, name: str, optimizer: Optimizer | None, step: int) -> None:
+    def _become(self, shards: Shards, training: Training) -> None:
+        """Go on with other memory, of a table with other rows, shards or state. Under the store's lock."""
+        if self._shards is not None:
+            self._shards.successor = shards
+        shards.successor = None
+        self._shards, self._spec = shards, shards.spec
+        self._training.optimizer, self._training.step = training.optimizer, training.step
+
+    def _restore(self, name: str, shards: Shards, training: Training) -> None:
         self._name, self._dropped = name, False
-        self._training.optimizer, self._training.step = optimizer, step
+        self._become(shards, training)
 
     def _live(self) -> Shards:
         self._runtime.check_open()

@@ -1,0 +1,331 @@
+"""Makes a table's folder anew: with more or fewer rows, shards of another size, another optimizer, or elsewhere.
+
+A table that changes so gets a new folder and a new uuid, and keeps its name and the stream of its initial values: to a
+commit and to recovery it is a table that was created while another was dropped. Nothing here touches the old folder.
+Blocks are compared with their checksums before they get new ones, so that damage is not made good for sound.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from shardemb import checks, files, folders, layout, plan, shards
+from shardemb.errors import FormatError
+from shardemb.manifest import Manifest
+from shardemb.spec import PAGE, shard_rows_multiple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from shardemb.arrays import Float32Array
+    from shardemb.checks import File
+    from shardemb.progress import Advance
+    from shardemb.spec import TableSpec
+
+WINDOW_BYTES = 4 * 2**20
+"""Bytes that are copied at once."""
+
+
+class Place(NamedTuple):
+    """A table, and the folder in which it lies."""
+
+    spec: TableSpec
+    directory: Path
+
+
+# ---- other numbers of rows ------------------------------------------------------------------------------------
+
+
+def resized(spec: TableSpec, num_embeddings: int) -> TableSpec:
+    """Return the spec of a table with another number of rows."""
+    return replace(spec, uuid=str(uuid.uuid4()), num_embeddings=num_embeddings)
+
+
+def resize(old: Place, new: Place) -> None:
+    """Make the folder of `new`, which has another number of rows, and otherwise what `old` has.
+
+    Shards whose rows all stay are the same files under a second name. Nothing is durable yet.
+
+    Raises
+    ------
+    FormatError
+        What has to be copied is damaged; nothing is left behind.
+    DiskFullError, OSError
+        There is no room; nothing is left behind.
+    """
+    spec, rows = new.spec, min(old.spec.num_embeddings, new.spec.num_embeddings)
+    whole = old.spec.num_shards if rows == old.spec.num_embeddings else rows // spec.rows_per_shard
+    shards.check_mappings(spec)
+    try:
+        shards.write_documents(spec, new.directory)
+        linked = {_shard(new, number).path for number in range(whole)}
+        for path, nbytes in shards.expected_files(spec, new.directory):
+            if path not in linked:
+                files.create_sparse(path, nbytes)
+        for number in range(whole):
+            source, target = _shard(old, number), _shard(new, number)
+            if not files.link(source.path, target.path):
+                files.create_sparse(target.path, spec.shard_bytes)
+                copy_data(source.path, target.path, spec.shard_bytes)
+        sums = whole * spec.shard_bytes // PAGE * 8
+        copy_data(checks.path_of(old.directory), checks.path_of(new.directory), sums)
+        if whole < spec.num_shards and rows < old.spec.num_embeddings:
+            cut = (rows - whole * spec.rows_per_shard) * spec.record_bytes
+            _copy_checked(old, _shard(old, whole), new, _shard(new, whole), cut)
+        _copy_presence(old, new, rows)
+    except BaseException:
+        files.remove_tree(new.directory)
+        raise
+
+
+def _copy_presence(old: Place, new: Place, rows: int) -> None:
+    for number in range(min(old.spec.num_presence_chunks, new.spec.num_presence_chunks)):
+        source = checks.presence_chunk(old.spec, old.directory, number)
+        target = checks.presence_chunk(new.spec, new.directory, number)
+        bits = min(8 * min(source.nbytes, target.nbytes), rows - target.rows[0])
+        if bits % 8:  # the last byte by itself, without the bits of rows that go
+            with files.opened(source.path, os.O_RDONLY) as descriptor:
+                last = files.read_at(descriptor, 1, bits // 8, source.path)[0] & ((1 << bits % 8) - 1)
+            with files.opened(target.path, os.O_WRONLY) as descriptor:
+                files.write(descriptor, bytes([last]), bits // 8, target.path)
+        _copy_checked(old, source, new, target, bits // 8)
+
+
+def _copy_checked(old: Place, source: File, new: Place, target: File, nbytes: int) -> None:
+    """Copy the beginning of a file that its checksums say is sound, and note those of the copy."""
+    with files.opened(source.path, os.O_RDONLY) as descriptor:
+        for start, stop in _windows(descriptor, -(-nbytes // PAGE) * PAGE):
+            _read_sound(old, source, descriptor, start, stop)
+    copy_data(source.path, target.path, nbytes)
+    checks.note_whole_file(target, new.directory)
+
+
+# ---- other shards, another optimizer --------------------------------------------------------------------------
+
+
+def reshape(old: Place, new: Place, *, keep_state: bool, advance: Advance) -> None:
+    """Copy a table's written rows into the folder of `new`, shard by shard; durable when it returns.
+
+    Called again after it was cut short, it goes on with the first shard that was not finished.
+
+    Parameters
+    ----------
+    old, new : Place
+        `old` must not change meanwhile.
+    keep_state : bool
+        Whether the state of the optimizer is copied too; otherwise it starts anew.
+    advance : callable
+        Told the rows that are done.
+
+    Raises
+    ------
+    FormatError
+        A block is damaged.
+    DiskFullError, OSError
+        There is no room. What is done stays.
+    """
+    _begin(new)
+    for number in range(new.spec.num_shards):
+        file = _shard(new, number)
+        if files.size(file.path) is None:
+            staged = files.staged(file.path)
+            files.remove(staged)
+            files.create_sparse(staged, file.nbytes)
+            _fill(old, new, file, staged, keep_state=keep_state)
+            files.publish(file.path)
+        advance(file.rows[1] - file.rows[0])
+    for number in range(new.spec.num_presence_chunks):
+        checks.note_whole_file(checks.presence_chunk(new.spec, new.directory, number), new.directory)
+    files.sync_tree(new.directory)
+
+
+def _begin(new: Place) -> None:
+    """Make all files but the shards, and the table's document last: where that is, the others are whole."""
+    document = new.directory / layout.DOCUMENT
+    if files.size(document) is not None:
+        return
+    files.remove_tree(new.directory)
+    shards.write_documents(new.spec, new.directory)
+    content = files.read(document)
+    files.remove(document)
+    for path, nbytes in shards.expected_files(new.spec, new.directory):
+        if path.parent.name != layout.ROWS:
+            files.create_sparse(path, nbytes)
+    files.sync_tree(new.directory)
+    files.replace(document, content)
+
+
+def _fill(old: Place, new: Place, file: File, staged: Path, *, keep_state: bool) -> None:
+    """Write a shard, the bits of its rows and its checksums, and make them durable."""
+    spec, (begin, end) = new.spec, file.rows
+    multiple = shard_rows_multiple(spec.record_bytes)
+    step = max(1, WINDOW_BYTES // (multiple * spec.record_bytes)) * multiple
+    sums_path = checks.path_of(new.directory)
+    with (
+        files.opened(staged, os.O_WRONLY) as target,
+        files.opened(sums_path, os.O_WRONLY) as sums,
+    ):
+        for start in range(begin, end, step):
+            stop = min(start + step, end)
+            records, written = _read(old, start, stop)
+            if not written.any():
+                continue
+            memory = np.zeros((-(-(stop - start) // multiple) * multiple, spec.width), np.float32)
+            columns = spec.width if keep_state else spec.embedding_dim
+            memory[: stop - start][written, :columns] = records[written, :columns]
+            memory[: stop - start][written, columns:] = spec.initial_state[columns - spec.embedding_dim :]
+            blocks = memory.reshape(-1).view(np.uint64).reshape(-1, PAGE // 8)
+            offset = (start - begin) * spec.record_bytes
+            filled = np.flatnonzero(blocks.any(axis=1))
+            for begins, ends in plan.runs(filled):
+                first, last = int(filled[begins]), int(filled[ends - 1]) + 1
+                stretch = memory.reshape(-1).view(np.uint8)[first * PAGE : last * PAGE]
+                files.write(target, stretch.data, offset + first * PAGE, staged)
+                noted = checks.block_sums(stretch.data)
+                files.write(sums, noted.data, (file.first + offset // PAGE + first) * 8, sums_path)
+            if spec.has_presence:
+                _note_written(new, start, written)
+        files.sync(target, staged)
+        files.forget(target)
+        files.sync_data(sums, sums_path)
+
+
+def _note_written(new: Place, start: int, written: NDArray[np.bool_]) -> None:
+    """Set the bits of rows from `start` on, a multiple of 8, in the presence bitmap, durably."""
+    bits, chunk_bytes = np.packbits(written, bitorder="little"), new.spec.presence_chunk_bytes
+    first = start // 8
+    for number in range(first // chunk_bytes, (first + bits.size - 1) // chunk_bytes + 1):
+        path = checks.presence_chunk(new.spec, new.directory, number).path
+        begin, end = max(first, number * chunk_bytes), min(first + bits.size, (number + 1) * chunk_bytes)
+        with files.opened(path, os.O_WRONLY) as descriptor:
+            files.write(
+                descriptor, bits[begin - first : end - first].data, begin - number * chunk_bytes, path
+            )
+            files.sync_data(descriptor, path)
+
+
+def _read(old: Place, start: int, stop: int) -> tuple[Float32Array, NDArray[np.bool_]]:
+    """Read the records of rows ``start:stop``, and which of them were ever written."""
+    spec = old.spec
+    records = np.zeros((stop - start, spec.width), np.float32)
+    for number in range(start // spec.rows_per_shard, (stop - 1) // spec.rows_per_shard + 1):
+        file = _shard(old, number)
+        begin, end = max(start, file.rows[0]), min(stop, file.rows[1])
+        first, last = ((row - file.rows[0]) * spec.record_bytes for row in (begin, end))
+        low, high = first // PAGE * PAGE, -(-last // PAGE) * PAGE
+        with files.opened(file.path, os.O_RDONLY) as descriptor:
+            if next(files.data(descriptor, low, high), None) is not None:
+                data = _read_sound(old, file, descriptor, low, high)[first - low : last - low]
+                records[begin - start : end - start] = np.frombuffer(data, np.float32).reshape(-1, spec.width)
+    if not spec.has_presence:
+        return records, np.logical_or.reduce(records.view(np.uint32) != 0, axis=1)
+    return records, _written(old, start, stop)
+
+
+def _written(old: Place, start: int, stop: int) -> NDArray[np.bool_]:
+    """Read the presence bits of rows ``start:stop``."""
+    first, last, chunk_bytes = start // 8, -(-stop // 8), old.spec.presence_chunk_bytes
+    parts = []
+    for number in range(first // chunk_bytes, (last - 1) // chunk_bytes + 1):
+        file = checks.presence_chunk(old.spec, old.directory, number)
+        begin, end = max(first, number * chunk_bytes), min(last, (number + 1) * chunk_bytes)
+        low = (begin - number * chunk_bytes) // PAGE * PAGE
+        high = -(-(end - number * chunk_bytes) // PAGE) * PAGE
+        with files.opened(file.path, os.O_RDONLY) as descriptor:
+            data = _read_sound(old, file, descriptor, low, high)
+        parts.append(data[begin - number * chunk_bytes - low : end - number * chunk_bytes - low])
+    bits = np.unpackbits(np.frombuffer(b"".join(parts), np.uint8), bitorder="little")
+    written: NDArray[np.bool_] = bits[start - 8 * first : stop - 8 * first] == 1
+    return written
+
+
+# ---- elsewhere ------------------------------------------------------------------------------------------------
+
+
+def copy_store(manifest: Manifest, tables: Mapping[str, Place], path: Path, advance: Advance) -> None:
+    """Make a new store that holds what `manifest` says of tables, by their names, which must not change meanwhile.
+
+    Holes stay holes. Until the last moment it is no store, and what is there when that does not come is removed.
+    """
+    try:
+        files.make_directory(folders.private(path))
+        for name, place in tables.items():
+            _copy_table(place, path / name, advance)
+        identity = str(uuid.uuid4())
+        for name, document in layout.store_documents(identity).items():
+            files.write_new(path / name, document)
+        files.write_new(folders.lock(path), b"")
+        files.sync_tree(path)
+        fresh = Manifest(uuid=identity, clean=True, commit=manifest.commit, tables=manifest.tables)
+        files.replace(folders.manifest(path), fresh.to_bytes())
+        files.sync_directory(path.parent)
+    except BaseException:
+        files.remove_tree(path)
+        raise
+
+
+def copied_bytes(place: Place) -> int:
+    """Bytes of the files of a table, holes included, which is what `copy_store` counts."""
+    return sum(nbytes for _, nbytes in shards.expected_files(place.spec, place.directory))
+
+
+def _copy_table(place: Place, directory: Path, advance: Advance) -> None:
+    shards.write_documents(place.spec, directory)
+    for path, nbytes in shards.expected_files(place.spec, place.directory):
+        target = directory / path.relative_to(place.directory)
+        files.create_sparse(target, nbytes)
+        copy_data(path, target, nbytes)
+        advance(nbytes)
+
+
+def copy_data(source: Path, target: Path, nbytes: int) -> None:
+    """Copy the beginning of a file into another that is all zeros there, and leave holes out."""
+    with files.opened(source, os.O_RDONLY) as reading, files.opened(target, os.O_WRONLY) as writing:
+        for start, stop in _windows(reading, nbytes):
+            data = memoryview(files.read_at(reading, stop - start, start, source))
+            files.write(writing, data, start, target)
+
+
+# ---- within ---------------------------------------------------------------------------------------------------
+
+
+def _shard(place: Place, number: int) -> File:
+    return checks.shard(place.spec, place.directory, number)
+
+
+def _windows(descriptor: int, nbytes: int) -> list[tuple[int, int]]:
+    """Cut what is no hole at the beginning of a file into pieces."""
+    return [
+        (start, min(start + WINDOW_BYTES, last))
+        for first, last in files.data(descriptor, 0, nbytes)
+        for start in range(first, last, WINDOW_BYTES)
+    ]
+
+
+def _read_sound(place: Place, file: File, descriptor: int, start: int, stop: int) -> bytearray:
+    """Read whole blocks of a file that are what their checksums say.
+
+    Raises
+    ------
+    FormatError
+        One is not.
+    """
+    data = files.read_at(descriptor, stop - start, start, file.path)
+    known = checks.known_sums(
+        checks.path_of(place.directory), file.first + start // PAGE, (stop - start) // PAGE
+    )
+    expected = np.where(known == checks.NEVER_WRITTEN, np.uint64(checks.ZEROS), known)
+    if (checks.block_sums(memoryview(data)) != expected).any():
+        msg = (
+            f"{file.path} is damaged; store.verify() tells which rows, restore them from a copy of the store"
+        )
+        raise FormatError(msg)
+    return data

@@ -1,0 +1,514 @@
+"""Tables with other rows, other shards, another optimizer, and elsewhere; and rows that were never written, written."""
+
+import os
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model import assert_same_bits
+
+import shardemb
+from shardemb import files, fold, rebuild
+from shardemb.errors import FormatError, RowIdError, ShardEmbError, StoreExistsError
+from shardemb.initializers import Constant, Normal, Uniform
+from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
+
+DIM = 5
+KINDS = {
+    "zeros": {},
+    "drawn": {"initializer": Uniform(-1, 1, seed=3), "optimizer": Adam(lr=0.1)},
+    "state alone": {"optimizer": Adagrad(lr=0.1, initial_accumulator_value=0.5)},
+    "row-wise": {"initializer": Normal(seed=1), "optimizer": RowWiseAdagrad()},
+}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "s"
+
+
+def create(store, rows, kind="drawn", name="t", rows_per_shard=192):
+    return store.create_table(
+        name, num_embeddings=rows, embedding_dim=DIM, rows_per_shard=rows_per_shard, **KINDS[kind]
+    )
+
+
+def train(table, seed, count=40):
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, table.num_embeddings, count)
+    values = rng.normal(size=(count, DIM)).astype(np.float32)
+    table.update(ids, values) if table.optimizer else table.write(ids, values)
+
+
+def everything(table):
+    ids = np.arange(table.num_embeddings)
+    states = [table.state(column, ids) for column in list(table._spec.columns)[1:]]
+    return [table.lookup(ids), *(each.reshape(ids.size, -1) for each in states)]
+
+
+def assert_equal(found, expected):
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_same_bits(mine, theirs)
+
+
+def inodes(path):
+    return {int(each.name.split(".")[1]): each.stat().st_ino for each in (path / "t" / "rows").glob("c.*")}
+
+
+# ---- other numbers of rows --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=25)
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("resize"), st.integers(1, 1500)),
+            st.tuples(st.sampled_from(["train", "commit", "rollback", "checkpoint", "reopen"]), st.none()),
+        ),
+        max_size=12,
+    ),
+    st.sampled_from([0, 2**30]),
+    st.sampled_from([64, 192, 1024]),
+)
+def test_a_table_that_grows_and_shrinks_is_as_one_that_keeps_everything(
+    tmp_path_factory, kind, events, budget, rows_per_shard
+):
+    """The model is a table that is large from the start, and what it held at each resize is forgotten by hand."""
+    path = tmp_path_factory.mktemp("grown") / "s"
+    store = shardemb.open(path, memory_budget=budget)
+    table = create(store, 700, kind, rows_per_shard=rows_per_shard)
+    fresh = everything(create(store, 1500, kind, "t2"))  # of another stream: only its state is compared
+    store.drop_table("t2")
+    with shardemb.open(tmp_path_factory.mktemp("large") / "s") as large:
+        fresh[0] = everything(create(large, 1500, kind))[0]
+        large.rollback()
+    store.commit()
+    now = saved = [each[:700].copy() for each in fresh]
+    step = 0
+    for event, argument in events:
+        if event == "resize":
+            table.resize(argument, drop_rows=True)
+            now = [
+                np.concatenate([mine[:argument], new[len(mine) : argument]])
+                for mine, new in zip(now, fresh, strict=True)
+            ]
+        elif event == "train":
+            step += 1
+            train(table, step)
+            now = everything(table)
+        elif event == "commit":
+            store.commit()
+            saved = now
+        elif event == "rollback":
+            store.rollback()
+            now = saved
+        elif event == "checkpoint":
+            store.checkpoint()
+        else:
+            store.rollback()
+            store.close()
+            store = shardemb.open(path, memory_budget=budget)
+            table, now = store["t"], saved
+        assert table.num_embeddings == len(now[0])
+        assert_equal(everything(table), now)
+        with pytest.raises(RowIdError):
+            table.lookup([table.num_embeddings])
+    store.commit()
+    store.close()
+    with shardemb.open(path) as store:
+        assert_equal(everything(store["t"]), now)
+        assert store.verify() == []
+
+
+def test_growth_leaves_the_files_as_they_are(path):
+    with shardemb.open(path) as store:
+        table = create(store, 500)
+        train(table, 1)
+        store.commit()
+        before = inodes(path)
+        table.resize(100_000)
+        store.commit()
+        after = inodes(path)
+        assert {number: after[number] for number in before} == before
+        assert len(after) == table._spec.num_shards > len(before)
+        assert zarr.open_array(str(path / "t" / "rows"), mode="r").shape == (100_000, 3 * DIM)
+        assert store.verify() == []
+    assert [each.name for each in (path / ".shardemb" / "tables").iterdir()] == []
+
+
+def test_fewer_rows_only_if_asked_for(path):
+    with shardemb.open(path) as store:
+        table = create(store, 500)
+        store.commit()
+        with pytest.raises(
+            ValueError, match=r"has 500 rows; resize\(499, drop_rows=True\) drops those from 499 on"
+        ):
+            table.resize(499)
+        with pytest.raises(ValueError, match="num_embeddings"):
+            table.resize(0)
+        table.resize(500)
+        assert not store.has_changes
+
+
+def test_too_many_shards_are_refused_and_nothing_stays(path):
+    with shardemb.open(path) as store:
+        table = create(store, 500)
+        store.commit()
+        with pytest.raises(ShardEmbError, match="use larger shards"):
+            table.resize(10**8)
+        assert table.num_embeddings == 500
+        assert not store.has_changes
+        assert list((path / ".shardemb" / "tables").iterdir()) == []
+
+
+def test_a_reader_opened_before_sees_the_old_size_until_it_asks(path):
+    with shardemb.open(path) as store:
+        table = create(store, 500)
+        train(table, 1)
+        store.commit()
+        before = everything(table)
+        with shardemb.open(path, "r") as reader:
+            seen = reader["t"]
+            table.resize(900)
+            train(table, 2)
+            store.commit()
+            assert seen.num_embeddings == 500
+            table.resize(300, drop_rows=True)
+            store.commit()
+            store.checkpoint()
+            assert seen.num_embeddings == 500
+            with pytest.raises(RowIdError):
+                seen.lookup([500])
+            assert seen.lookup(np.arange(500)).shape == before[0].shape
+            reader.refresh()
+            assert reader["t"] is seen
+            assert_equal(everything(seen), everything(table))
+
+
+def test_a_change_that_waited_while_the_table_grew_is_not_lost(path):
+    with shardemb.open(path) as store:
+        table = create(store, 500)
+        store.commit()
+        change = table._plan_change([3], np.ones((1, DIM)), "rows", check_finite=True)
+        gone = table._plan_change([400], np.ones((1, DIM)), "rows", check_finite=True)
+        table.resize(600)
+        table.resize(300, drop_rows=True)
+        shardemb.batch.change(store._runtime, [change])
+        assert (table.lookup(3) == 1).all()
+        with pytest.raises(ShardEmbError, match="lost rows"):
+            shardemb.batch.change(store._runtime, [gone])
+        store.rollback()
+        shardemb.batch.change(store._runtime, [gone])
+        assert (table.lookup(400) == 1).all()
+        store.rollback()
+
+
+def test_a_resized_table_can_be_dropped_and_comes_back(path):
+    with shardemb.open(path) as store:
+        table = create(store, 500)
+        train(table, 1)
+        store.commit()
+        before = everything(table)
+        table.resize(700)
+        store.drop_table("t")
+        store.rollback()
+        assert_equal(everything(store["t"]), before)
+        table.resize(700)
+        store.drop_table("t")
+        store.commit()
+    with shardemb.open(path) as store:
+        assert list(store) == []
+
+
+def test_where_there_are_no_links_shards_are_copied(path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(PermissionError(1, "no links here")))
+    with shardemb.open(path) as store:
+        table = create(store, 500)
+        train(table, 1)
+        store.commit()
+        before = everything(table)[0]
+        table.resize(600)
+        store.commit()
+        assert_same_bits(table.lookup(np.arange(500)), before)
+        assert store.verify() == []
+
+
+# ---- other shards, another optimizer ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=15)
+@given(
+    st.integers(1, 3000),
+    st.sampled_from([64, 192, 1024]),
+    st.sampled_from([64, 128, 960, 4096]),
+    st.integers(0, 200),
+)
+def test_other_shards_hold_the_same_bits(tmp_path_factory, kind, rows, before, after, count):
+    path = tmp_path_factory.mktemp("s") / "s"
+    with shardemb.open(path) as store:
+        table = create(store, rows, kind, rows_per_shard=before)
+        train(table, 1, count)
+        store.commit(step=3, metadata={"x": 1})
+        expected = everything(table)
+        step = table.step
+        commit = store.reshard("t", rows_per_shard=after)
+        assert (commit.id, commit.step, commit.metadata) == (2, 3, {"x": 1})
+        assert table.rows_per_shard == shardemb.spec.choose_rows_per_shard(
+            rows, table._spec.record_bytes, after, 9
+        )
+        assert (table.step, store["t"]) == (step, table)
+        assert_equal(everything(table), expected)
+        assert store.verify() == []
+        train(table, 2)
+        store.commit()
+        expected = everything(table)
+    with shardemb.open(path) as store:
+        assert_equal(everything(store["t"]), expected)
+        assert store.verify() == []
+
+
+@pytest.mark.parametrize("old", KINDS)
+@pytest.mark.parametrize("new", [None, SGD(), Adam(lr=0.5), Adagrad(initial_accumulator_value=0.25)], ids=str)
+def test_another_optimizer_keeps_the_weights_and_starts_anew(path, old, new):
+    with shardemb.open(path) as store:
+        table = create(store, 1000, old)
+        train(table, 1)
+        store.commit()
+        weights = everything(table)[0]
+        store.reshard("t", optimizer=new)
+        assert (table.optimizer, table.step) == (new, 0)
+        found = everything(table)
+        assert_same_bits(found[0], weights)
+        for state in found[1:]:
+            assert (state == (0.25 if isinstance(new, Adagrad) else 0)).all()
+        if new:
+            table.update([5], np.ones((1, DIM)))
+            store.commit()
+        expected = everything(table)
+    with shardemb.open(path) as store:
+        assert_equal(everything(store["t"]), expected)
+        assert store.verify() == []
+
+
+def test_rows_never_written_take_no_disk_in_other_shards(path):
+    with shardemb.open(path) as store:
+        table = store.create_table(
+            "t", num_embeddings=10**8, embedding_dim=32, initializer=Uniform(-1, 1), rows_per_shard=2**20
+        )
+        table.write([0, 10**8 - 1], np.ones((2, 32)))
+        store.commit()
+        store.reshard("t", rows_per_shard=2**22)
+        assert files.allocated(path / "t" / "rows") < 100_000
+        assert (table.lookup([0, 10**8 - 1]) == 1).all()
+
+
+def test_resharding_goes_on_where_it_was_cut_short(path, monkeypatch):
+    with shardemb.open(path) as store:
+        table = create(store, 3000)
+        train(table, 1, 2000)
+        store.commit()
+        expected = everything(table)
+        filled, real = [], rebuild._fill
+
+        def fill(old, new, file, staged, *, keep_state):
+            filled.append(file.number)
+            if len(filled) == 4:
+                raise KeyboardInterrupt
+            real(old, new, file, staged, keep_state=keep_state)
+
+        monkeypatch.setattr(rebuild, "_fill", fill)
+        with pytest.raises(KeyboardInterrupt):
+            store.reshard("t", rows_per_shard=256)
+        assert not store.has_changes
+        assert_equal(everything(table), expected)
+    with shardemb.open(path) as store:
+        seen = []
+        store.reshard("t", rows_per_shard=256, progress=lambda done, total: seen.append((done, total)))
+        assert filled == [0, 1, 2, 3, *range(3, 12)]
+        assert seen[-1] == (3000, 3000)
+        assert_equal(everything(store["t"]), expected)
+        assert store.verify() == []
+        assert not list((path / ".shardemb" / "rebuilt").iterdir())
+
+
+def test_what_was_begun_before_another_commit_is_begun_anew(path, monkeypatch):
+    with shardemb.open(path) as store:
+        table = create(store, 3000)
+        store.commit()
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "publish", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                store.reshard("t", rows_per_shard=256)
+        train(table, 1, 2000)
+        store.commit()
+        expected = everything(table)
+        store.reshard("t", rows_per_shard=256)
+        assert_equal(everything(table), expected)
+
+
+def test_resharding_wants_everything_committed(path):
+    with shardemb.open(path) as store:
+        table = create(store, 500)
+        with pytest.raises(ShardEmbError, match="not committed"):
+            store.reshard("t", rows_per_shard=64)
+        store.commit()
+        train(table, 1)
+        with pytest.raises(ShardEmbError, match="not committed"):
+            store.reshard("t", rows_per_shard=64)
+        store.rollback()
+        with pytest.raises(TypeError, match="optimizer"):
+            store.reshard("t", optimizer="adam")
+
+
+def damage(path, offset=100):
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("where", ["rows/c.1.0", "present/c.0"])
+def test_damage_is_not_copied_for_sound(path, where):
+    with shardemb.open(path) as store:
+        table = create(store, 500)
+        table.write(np.arange(500), np.ones((500, DIM)))
+        store.commit()
+        store.checkpoint()
+        damage(path / "t" / where)
+        with pytest.raises(FormatError, match="is damaged; store.verify"):
+            store.reshard("t", rows_per_shard=64)
+        with pytest.raises(FormatError, match="is damaged; store.verify"):
+            table.resize(300, drop_rows=True)
+        assert table.num_embeddings == 500
+        assert len(store.verify()) == 1
+
+
+# ---- rows that were never written -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_materialized_rows_are_what_zarr_reads(path, kind, monkeypatch):
+    monkeypatch.setattr(shardemb.table, "MATERIALIZED_BYTES", 16_384)
+    with shardemb.open(path, log_bytes=100_000) as store:
+        table = create(store, 2000, kind)
+        train(table, 1)
+        store.commit(step=7)
+        train(table, 2)  # not committed
+        prefetched = np.arange(300, 400)
+        shardemb.batch.prefetch(store._runtime, table._mapped, prefetched, for_update=True)
+        now, seen = everything(table), []
+        table.materialize(progress=lambda done, total: seen.append((done, total)))
+        assert_equal(everything(table), now)
+        store.rollback()
+        committed = everything(table)
+        table.materialize()  # those that had changes
+        assert_equal(everything(table), committed)
+        assert store.last_commit.id == 1
+        assert store.verify() == []
+    assert_same_bits(
+        zarr.open_array(str(path / "t" / "rows"), mode="r")[:], np.concatenate(committed, axis=1)
+    )
+    with shardemb.open(path) as store:
+        assert_equal(everything(store["t"]), committed)
+        assert (not seen) == (kind == "zeros")
+
+
+def test_materializing_goes_on_where_it_was_cut_short(path, monkeypatch):
+    monkeypatch.setattr(shardemb.table, "MATERIALIZED_BYTES", 16_384)
+    with shardemb.open(path) as store:
+        table = create(store, 2000)
+        with pytest.raises(ShardEmbError, match=r"call store.commit\(\) first"):
+            table.materialize()
+        store.commit()
+        expected = everything(table)
+        real, calls = fold.write, []
+
+        def stop(*arguments):
+            calls.append(1)
+            if len(calls) == 3:
+                raise files.DiskFullError(28, "no room")
+            real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fold, "write", stop)
+            with pytest.raises(files.DiskFullError):
+                table.materialize()
+        assert_equal(everything(table), expected)
+        table.materialize()
+        assert_equal(everything(table), expected)
+    assert_same_bits(zarr.open_array(str(path / "t" / "rows"), mode="r")[:], np.concatenate(expected, axis=1))
+
+
+# ---- elsewhere --------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_is_the_last_commit_and_keeps_its_holes(path, tmp_path):
+    with shardemb.open(path) as store:
+        large = store.create_table("large", num_embeddings=10**7, embedding_dim=64, initializer=Constant(2.0))
+        tables = {kind: create(store, 500, kind, kind) for kind in KINDS}
+        for table in (large, *tables.values()):
+            train_any(table)
+        store.rename_table("zeros", "z")
+        store.commit(step=9, metadata={"a": 1})
+        expected = {name: everything(table) for name, table in store.items() if name != "large"}
+        train(tables["drawn"], 2)
+        seen = []
+        store.copy(tmp_path / "copies" / "c", progress=lambda done, total: seen.append(done / total))
+        assert seen[-1] == 1
+        assert store.has_changes
+        with shardemb.open(tmp_path / "copies" / "c") as copied:
+            assert copied.last_commit == store.last_commit
+            assert copied.info().uuid != store.info().uuid
+            for name, each in expected.items():
+                assert_equal(everything(copied[name]), each)
+            assert copied.verify() == []
+            copied["drawn"].update([1], np.ones((1, DIM)))
+            copied.commit()
+        assert files.allocated(tmp_path / "copies" / "c") < 3_000_000
+        with pytest.raises(StoreExistsError, match="a copy needs a new folder"):
+            store.copy(tmp_path / "copies" / "c")
+        store.rollback()
+
+
+def train_any(table):
+    table.write([3, table.num_embeddings - 1], np.ones((2, table.embedding_dim)))
+
+
+def test_commits_go_on_beside_a_copy_and_are_none_of_it(path, tmp_path, monkeypatch):
+    with shardemb.open(path) as store:
+        table = create(store, 500)
+        train(table, 1)
+        store.commit()
+        expected, real = everything(table), rebuild.copy_data
+
+        def copy_data(*arguments):
+            train(table, len(store.last_commit.metadata) + 5)
+            store.commit()
+            real(*arguments)
+
+        monkeypatch.setattr(rebuild, "copy_data", copy_data)
+        store.copy(tmp_path / "c")
+        newest = everything(table)
+        with shardemb.open(tmp_path / "c", "r") as copied:
+            assert copied.last_commit.id == 1
+            assert_equal(everything(copied["t"]), expected)
+        store.checkpoint()
+        assert_equal(everything(table), newest)
+
+
+def test_a_copy_that_breaks_off_leaves_nothing(path, tmp_path, monkeypatch):
+    with shardemb.open(path) as store:
+        create(store, 500)
+        store.commit()
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "sync_tree", lambda path: (_ for _ in ()).throw(OSError(5, "bad disk")))
+            with pytest.raises(OSError, match="bad disk"):
+                store.copy(tmp_path / "c")
+        assert not (tmp_path / "c").exists()
+        store.checkpoint()  # folds go on
