@@ -154,8 +154,11 @@ def arrange(
     aside = [(found[table.uuid], parked(store, table.uuid)) for table in misplaced]
     aside += [(store / table.name, parked(store, table.uuid)) for table in dropped]
     # Aside first: two tables may have exchanged their names.
-    _move(store, [(source, target) for source, target in aside if source != target])
-    _move(store, [(parked(store, table.uuid), store / table.name) for table in misplaced])
+    aside = [(source, target) for source, target in aside if source != target]
+    if aside or misplaced:  # those that were found aside may be there in the page cache alone
+        _move(store, aside)
+    if misplaced:
+        _move(store, [(parked(store, table.uuid), store / table.name) for table in misplaced])
     for path in _children(private(store) / "tables"):
         if path.name not in keep:
             files.remove_tree(path)
@@ -163,8 +166,7 @@ def arrange(
 
 
 def _move(store: Path, moves: list[tuple[Path, Path]]) -> None:
-    if not moves:
-        return
+    """Move folders; durable are these moves then, and those before them."""
     files.make_directory(parked(store, ""))
     for source, target in moves:
         files.rename(source, target)

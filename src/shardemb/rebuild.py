@@ -65,7 +65,7 @@ def resize(old: Place, new: Place) -> None:
     whole = old.spec.num_shards if rows == old.spec.num_embeddings else rows // spec.rows_per_shard
     shards.check_mappings(spec)
     try:
-        shards.write_documents(spec, new.directory)
+        shards.write_documents(new.directory, layout.table_documents(spec))
         linked = {_shard(new, number).path for number in range(whole)}
         for path, nbytes in shards.expected_files(spec, new.directory):
             if path not in linked:
@@ -153,14 +153,15 @@ def _begin(new: Place) -> None:
     if files.size(document) is not None:
         return
     files.remove_tree(new.directory)
-    shards.write_documents(new.spec, new.directory)
-    content = files.read(document)
-    files.remove(document)
+    documents = layout.table_documents(new.spec)
+    shards.write_documents(
+        new.directory, {name: each for name, each in documents.items() if name != layout.DOCUMENT}
+    )
     for path, nbytes in shards.expected_files(new.spec, new.directory):
         if path.parent.name != layout.ROWS:
             files.create_sparse(path, nbytes)
     files.sync_tree(new.directory)
-    files.replace(document, content)
+    files.replace(document, documents[layout.DOCUMENT])
 
 
 def _fill(old: Place, new: Place, file: File, staged: Path, *, keep_state: bool) -> None:
@@ -278,7 +279,7 @@ def copied_bytes(place: Place) -> int:
 
 
 def _copy_table(place: Place, directory: Path, advance: Advance) -> None:
-    shards.write_documents(place.spec, directory)
+    shards.write_documents(directory, layout.table_documents(place.spec))
     for path, nbytes in shards.expected_files(place.spec, place.directory):
         target = directory / path.relative_to(place.directory)
         files.create_sparse(target, nbytes)

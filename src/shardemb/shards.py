@@ -22,7 +22,7 @@ from shardemb.replay import Images
 from shardemb.spec import PAGE, TableSpec, round_up
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -338,7 +338,7 @@ def create(spec: TableSpec, directory: Path, values: Float32Array | None) -> Sha
     """
     check_mappings(spec)
     try:
-        write_documents(spec, directory)
+        write_documents(directory, layout.table_documents(spec))
         for path, nbytes in expected_files(spec, directory):
             files.create_sparse(path, nbytes)
         if values is not None:
@@ -349,9 +349,9 @@ def create(spec: TableSpec, directory: Path, values: Float32Array | None) -> Sha
         raise
 
 
-def write_documents(spec: TableSpec, directory: Path) -> None:
+def write_documents(directory: Path, documents: Mapping[str, bytes]) -> None:
     """Make a table's folder with its zarr documents. Not synced."""
-    for name, document in layout.table_documents(spec).items():
+    for name, document in documents.items():
         files.make_directory((directory / name).parent)
         files.write_new(directory / name, document)
 
