@@ -138,3 +138,34 @@ def test_the_installed_command_and_its_version():
         [sys.executable, "-m", "shardemb.cli", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == f"shardemb, version {shardemb.__version__}"
+
+
+def test_a_heat_map_shows_the_shards_by_rows_written(path, tmp_path):
+    with shardemb.open(path) as store:
+        table = store.create_table("sparse", num_embeddings=10_000, embedding_dim=16, rows_per_shard=1024)
+        table.write(np.arange(1024, 2048), np.ones((1024, 16)))
+        table.write(np.arange(4096, 4096 + 300), np.ones((300, 16)))
+        store.commit()
+    lines = run("info", path, "--plot").stdout.splitlines()
+    assert lines[-4:] == ["|█|", "", lines[-2], "| █  ░     |"]
+    picture = tmp_path / "map.png"
+    assert run("info", path, "--plot", picture).exit_code == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_are_resized_resharded_materialized_and_copied(path, tmp_path):
+    with shardemb.open(path, "r") as store:
+        before = store["tokens"].lookup(np.arange(300))
+    result = run("resize", path, "tokens", 100)
+    assert result.exit_code == 1
+    assert "drop_rows=True" in result.stderr
+    assert "400 x 4" in run("resize", path, "tokens", 400).stdout
+    assert run("reshard", path, "tokens", "--rows-per-shard", 64, "--quiet").exit_code == 0
+    assert "no optimizer" in run("reshard", path, "tokens", "--drop-optimizer", "--quiet").stdout
+    assert run("materialize", path, "tokens", "--quiet").exit_code == 0
+    copy = tmp_path / "copy.zarr"
+    assert run("copy", path, copy, "--quiet").exit_code == 0
+    assert "a copy needs a new folder" in run("copy", path, copy).stderr
+    with shardemb.open(copy, "r") as store:
+        assert (store.last_commit.id, store.last_commit.metadata) == (4, {"loss": 0.5})
+        np.testing.assert_array_equal(store["tokens"].lookup(np.arange(300)), before)

@@ -652,10 +652,47 @@ def test_explain_of_a_cold_batch(tmp_path):
         assert table.explain(np.arange(0, 20_000, 100)) == found  # it has read nothing
 
 
+def since(table):
+    """What is counted since the table was opened, and what it takes in memory."""
+    return {name: each for name, each in table.stats().items() if name not in ON_DISK}
+
+
+ON_DISK = "bytes_mapped", "rows_written", "bytes_allocated", "shards"
+
+
+@pytest.mark.parametrize("initializer", [None, shardemb.initializers.Constant(1.0)])
+def test_stats_tell_what_is_written_by_shard(tmp_path, initializer):
+    with shardemb.open(tmp_path / "s") as store:
+        table = store.create_table(
+            "t", num_embeddings=5000, embedding_dim=16, rows_per_shard=2048, initializer=initializer
+        )
+        stats = table.stats()
+        assert (stats["bytes_mapped"], stats["rows_written"], stats["bytes_allocated"]) == (
+            3 * 2048 * 64,
+            0,
+            0,
+        )
+        table.write([0, 1, 63, 2048, 4999], np.ones((5, 16)))
+        table.prefetch([7], for_update=True)
+        expected = [3, 1, 1]
+        assert [shard["rows_written"] for shard in table.stats()["shards"]] == expected
+        store.commit()  # a new table is folded at once
+        stats = table.stats()
+        # Without a bitmap whole blocks of 64 rows count, up to the last row.
+        written = expected if initializer else [64, 64, 64]
+        assert [shard["rows_written"] for shard in stats["shards"]] == written
+        assert [shard["bytes_allocated"] for shard in stats["shards"]] == [4096] * 3
+        assert (stats["rows_written"], stats["bytes_allocated"]) == (sum(written), 3 * 4096)
+        table.write([1, 2], np.ones((2, 16)))
+        if initializer:
+            assert table.stats()["rows_written"] == 6
+        store.rollback()
+
+
 def test_stats_count_since_the_table_was_opened(tmp_path):
     with shardemb.open(tmp_path / "s") as store:
         table = store.create_table("t", num_embeddings=100, embedding_dim=4, optimizer=SGD())
-        assert set(table.stats().values()) == {0}
+        assert set(since(table).values()) == {0}
         table.update([1, 2, 2], np.ones((3, 4)))
         table.write([2, 3], np.ones((2, 4)))
         store.lookup({"t": [1, 2, 3]})
@@ -665,4 +702,4 @@ def test_stats_count_since_the_table_was_opened(tmp_path):
         assert table.stats()["bytes_in_memory"] == 3 * (16 + 16) + 2 * 64
         store.commit()
     with shardemb.open(tmp_path / "s") as store:
-        assert set(store["t"].stats().values()) == {0}
+        assert set(since(store["t"]).values()) == {0}

@@ -10,7 +10,7 @@ import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -68,19 +68,58 @@ def quickstart(folder: Path, **given: int | None) -> None:
 @main.command()
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
-def info(store: Path, as_json: bool) -> None:
+@click.option("--plot", is_flag=False, flag_value="-", metavar="[FILE]",
+              help="A heat map too, of shards by the rows written: here, or as a PNG file.")  # fmt: skip
+def info(store: Path, as_json: bool, plot: str | None) -> None:
     """Show what a store holds: its last commit, its tables, its size.
 
     \b
     Example:
       shardemb info words.zarr --json
+      shardemb info words.zarr --plot
+      shardemb info words.zarr --plot words.png
     """
     with _refusals(), shardemb.open(store, mode="r") as opened:
         facts = opened.info()
+        shares = {name: _written_shares(table) for name, table in opened.items()} if plot else {}
     if as_json:
         click.echo(json.dumps(asdict(facts), indent=2))
     else:
         click.echo(report.describe(facts))
+    if plot == "-":
+        for name, each in shares.items():
+            click.echo(f"\nRows written of {name!r}, a character a shard, none to all: ' ·░▒▓█'")
+            for line in report.heat_map(each):
+                click.echo(f"|{line}|")
+    elif plot:
+        with _refusals():
+            _draw(shares, Path(plot))
+
+
+def _written_shares(table: shardemb.Table) -> list[float]:
+    """Tell by shard which share of its rows was written."""
+    rows, total = table.rows_per_shard, table.num_embeddings
+    return [
+        shard["rows_written"] / min(rows, total - number * rows)
+        for number, shard in enumerate(table.stats()["shards"])
+    ]
+
+
+def _draw(shares: dict[str, list[float]], path: Path) -> None:
+    """Draw a heat map of every table into one PNG file."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        msg = "a picture needs matplotlib: pip install 'shardemb[plot]'; or leave the file name out to see it here"
+        raise ValueError(msg) from error
+    figure = Figure(figsize=(8, 0.6 + 1.2 * len(shares)), layout="constrained")
+    for axes, (name, each) in zip(
+        figure.subplots(len(shares), squeeze=False)[:, 0], shares.items(), strict=True
+    ):
+        image = axes.imshow([each], aspect="auto", vmin=0, vmax=1, interpolation="nearest")
+        axes.set(title=name, xlabel="shard", yticks=[])
+        figure.colorbar(image, ax=axes, label="rows written")
+    figure.savefig(path, format="png")
 
 
 @main.command()
@@ -140,6 +179,77 @@ def export(
             output, columns=columns, rows=rows, parts=parts, progress=not quiet
         )
     click.echo(f"{written.path}: {report.plural(written.num_rows, 'row')}, {report.size(written.nbytes)}")
+
+
+@main.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("table")
+@click.option("--rows-per-shard", type=int, help="Rows in a shard; rounded up to whole pages.")
+@click.option("--drop-optimizer", is_flag=True, help="Keep the weights alone.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def reshard(store: Path, table: str, rows_per_shard: int | None, drop_optimizer: bool, quiet: bool) -> None:
+    """Copy a table into shards of another size, or without its optimizer's state, and commit that.
+
+    Cut short, the table is what it was, and the same command goes on where it stopped.
+
+    \b
+    Example:
+      shardemb reshard words.zarr tokens --rows-per-shard 1048576
+    """
+    with _refusals(), shardemb.open(store, mode="r+") as opened:
+        optimizer: Literal["keep"] | None = None if drop_optimizer else "keep"
+        opened.reshard(table, rows_per_shard=rows_per_shard, optimizer=optimizer, progress=not quiet)
+        click.echo(repr(opened[table]))
+
+
+@main.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("table")
+@click.argument("rows", type=int)
+@click.option("--drop-rows", is_flag=True, help="Allow fewer rows than now; those behind the end are gone.")
+def resize(store: Path, table: str, rows: int, drop_rows: bool) -> None:
+    """Change the number of rows of a table, and commit that.
+
+    \b
+    Example:
+      shardemb resize words.zarr tokens 2000000
+    """
+    with _refusals(), shardemb.open(store, mode="r+") as opened:
+        opened[table].resize(rows, drop_rows=drop_rows)
+        opened.commit(metadata=opened.last_commit.metadata if opened.last_commit else None)
+        click.echo(repr(opened[table]))
+
+
+@main.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("table")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def materialize(store: Path, table: str, quiet: bool) -> None:
+    """Write the initial values of rows that were never written, for readers that know only zarr.
+
+    Cut short, it goes on where it stopped when it is run again.
+
+    \b
+    Example:
+      shardemb materialize words.zarr tokens
+    """
+    with _refusals(), shardemb.open(store, mode="r+") as opened:
+        opened[table].materialize(progress=not quiet)
+
+
+@main.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def copy(store: Path, target: Path, quiet: bool) -> None:
+    """Copy a store's last commit into a new folder, holes as holes.
+
+    \b
+    Example:
+      shardemb copy words.zarr backup.zarr
+    """
+    with _refusals(), shardemb.open(store, mode="r+") as opened:
+        opened.copy(target, progress=not quiet)
 
 
 if __name__ == "__main__":

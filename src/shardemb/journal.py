@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from shardemb.overlay import Overlay
     from shardemb.runtime import Runtime
     from shardemb.shards import Shards
+    from shardemb.spec import TableSpec
 
-    _Changed = tuple[Shards, Int64Array, Callable[[int, int, int], None]]
+    _Changed = tuple[TableSpec, Int64Array, Callable[[int, int, int], None]]
 
 SEGMENTS = 16
 """Segments that make a full log."""
@@ -103,7 +104,7 @@ class Journal:
         if created:
             with self._poisoned_by_errors():
                 files.sync_tree(folders.parked(runtime.path, ""))
-        self._append_images([(table, ids, partial(table.pack, ids)) for table, ids in changes], payload)
+        self._append_images([(table.spec, ids, partial(table.pack, ids)) for table, ids in changes], payload)
         with signals_deferred():
             self._append_commit(payload)
             self.manifest = manifest
@@ -195,16 +196,16 @@ class Journal:
             if not self._log.nbytes:
                 return
 
-    def supplement(self, table: Shards, ids: Int64Array, pack: Callable[[int, int, int], None]) -> None:
+    def supplement(self, spec: TableSpec, ids: Int64Array, pack: Callable[[int, int, int], None]) -> None:
         """Bring records into the files that say no more than the last commit did; see `Room`.
 
         Through the log, under the last commit's manifest again: cut short anywhere, all of it is there or nothing.
         """
-        if table.spec.uuid not in {each.uuid for each in self.manifest.tables}:
-            msg = f"the table in {table.directory} is not part of the last commit; call store.commit() first"
+        if spec.uuid not in {each.uuid for each in self.manifest.tables}:
+            msg = "the table is not part of the last commit; call store.commit() first"
             raise ShardEmbError(msg)
         payload = self.manifest.to_bytes()
-        self._append_images([(table, ids, pack)], payload)
+        self._append_images([(spec, ids, pack)], payload)
         with signals_deferred():
             self._append_commit(payload)
         self.drain()
@@ -359,11 +360,11 @@ class Journal:
     def _append_images(self, changes: Iterable[_Changed], payload: bytes) -> None:
         """Append the images of an attempt to commit, which the commit record `payload` is to end."""
         changes = list(changes)
-        sizes = [(ids.size, table.spec.record_bytes) for table, ids, _ in changes]
+        sizes = [(ids.size, spec.record_bytes) for spec, ids, _ in changes]
         with self._poisoned_by_errors():
             self._log.begin(log.needed_bytes(sizes, len(payload)))
-            for table, ids, pack in changes:
-                self._log.append_images(table.spec.uuid, ids, table.spec.record_bytes, pack)
+            for spec, ids, pack in changes:
+                self._log.append_images(spec.uuid, ids, spec.record_bytes, pack)
 
     def _append_commit(self, payload: bytes) -> None:
         try:

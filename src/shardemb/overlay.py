@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shardemb.arrays import Float32Array, Int64Array
-    from shardemb.shards import Shards
+    from shardemb.spec import TableSpec
 
 SLOT_BYTES, NODE_BYTES = 16, 64
 """What a slot takes besides its record, and what the index takes for a branch or a leaf."""
@@ -70,11 +70,13 @@ class Room(Protocol):
             They cannot.
         """
 
-    def supplement(self, table: Shards, ids: Int64Array, pack: Callable[[int, int, int], None]) -> None:
+    def supplement(self, spec: TableSpec, ids: Int64Array, pack: Callable[[int, int, int], None]) -> None:
         """Bring records into the files that say no more than the last commit did; as `drain`, once they are logged.
 
         Raises
         ------
+        ShardEmbError
+            The table is not part of the last commit.
         DiskFullError, OSError, PoisonedError
             They cannot.
         """
@@ -100,7 +102,7 @@ class Unlimited(Room):
     def drain(self) -> None:
         """Nothing has to be done."""
 
-    def supplement(self, table: Shards, ids: Int64Array, pack: Callable[[int, int, int], None]) -> None:
+    def supplement(self, spec: TableSpec, ids: Int64Array, pack: Callable[[int, int, int], None]) -> None:
         """Nobody asks for it."""
 
 
@@ -248,6 +250,10 @@ class Overlay:
         entries = self._entries(rows).astype(np.int64)
         kept: NDArray[np.bool_] = self.slots.state[np.maximum(entries - 1, 0)] & KEPT != 0
         return ((entries > 0) & kept) | (entries < 0)
+
+    def kept_rows(self) -> Int64Array:
+        """List the rows that `are_kept`."""
+        return np.concatenate([slots.owner[slots.kept_slots()] for slots in self._all_slots()])
 
     def clear_changes(self) -> None:
         """Let no row differ from the last commit any more."""

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from shardemb import checks, files, folders, layout, plan, shards
-from shardemb.errors import FormatError
+from shardemb.errors import FormatError, StoreExistsError
 from shardemb.manifest import Manifest
+from shardemb.progress import track
 from shardemb.spec import PAGE, shard_rows_multiple
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from shardemb.arrays import Float32Array
     from shardemb.checks import File
-    from shardemb.progress import Advance
+    from shardemb.progress import Advance, Progress
     from shardemb.spec import TableSpec
 
 WINDOW_BYTES = 4 * 2**20
@@ -109,6 +110,21 @@ def _copy_checked(old: Place, source: File, new: Place, target: File, nbytes: in
 
 
 # ---- other shards, another optimizer --------------------------------------------------------------------------
+
+
+def reshaped(
+    store: Path, old: shards.Shards, spec: TableSpec, *, keep_state: bool, progress: Progress
+) -> shards.Shards:
+    """Copy a table as `reshape` does, into a folder of a store that waits for the next commit."""
+    shards.check_mappings(spec)
+    place = Place(spec, folders.rebuilt(store) / spec.uuid)
+    folders.keep_rebuilt(store, spec.uuid)
+    with track(spec.num_embeddings, "resharding", progress=progress) as advance:
+        reshape(Place(old.spec, old.directory), place, keep_state=keep_state, advance=advance)
+    parked = folders.parked(store, spec.uuid)
+    files.make_directory(parked.parent)
+    files.rename(place.directory, parked)
+    return shards.Shards(spec, parked)
 
 
 def reshape(old: Place, new: Place, *, keep_state: bool, advance: Advance) -> None:
@@ -251,15 +267,24 @@ def _written(old: Place, start: int, stop: int) -> NDArray[np.bool_]:
 # ---- elsewhere ------------------------------------------------------------------------------------------------
 
 
-def copy_store(manifest: Manifest, tables: Mapping[str, Place], path: Path, advance: Advance) -> None:
-    """Make a new store that holds what `manifest` says of tables, by their names, which must not change meanwhile.
+def require_nothing(path: Path) -> None:
+    """Raise `StoreExistsError` if there is something where a copy is to go."""
+    if os.path.lexists(path):
+        msg = f"{path} exists; a copy needs a new folder"
+        raise StoreExistsError(msg)
+
+
+def copy_store(manifest: Manifest, tables: Mapping[str, Place], path: Path, progress: Progress) -> None:
+    """Make a new store that holds what `manifest` says of tables, by their uuids, which must not change meanwhile.
 
     Holes stay holes. Until the last moment it is no store, and what is there when that does not come is removed.
     """
+    total = sum(_bytes_of(tables[record.uuid]) for record in manifest.tables)
     try:
         files.make_directory(folders.private(path))
-        for name, place in tables.items():
-            _copy_table(place, path / name, advance)
+        with track(total, "copying", progress=progress) as advance:
+            for record in manifest.tables:
+                _copy_table(tables[record.uuid], path / record.name, advance)
         identity = str(uuid.uuid4())
         for name, document in layout.store_documents(identity).items():
             files.write_new(path / name, document)
@@ -273,8 +298,8 @@ def copy_store(manifest: Manifest, tables: Mapping[str, Place], path: Path, adva
         raise
 
 
-def copied_bytes(place: Place) -> int:
-    """Bytes of the files of a table, holes included, which is what `copy_store` counts."""
+def _bytes_of(place: Place) -> int:
+    """Bytes of the files of a table, holes included."""
     return sum(nbytes for _, nbytes in shards.expected_files(place.spec, place.directory))
 
 

@@ -222,6 +222,24 @@ def html_table(tables: Sequence[Facts], caption: str = "") -> str:
     return f"<table>{title}{_row('th', head)}{''.join(_row('td', row) for row in rows)}</table>"
 
 
+def heat_map(shares: Sequence[float], width: int = 64) -> list[str]:
+    """Draw how full shards are, each a character, lines of `width` of them; of too many several share one.
+
+    Examples
+    --------
+    >>> heat_map([0.0, 0.001, 0.3, 0.6, 1.0], width=3)
+    [' ·░', '▒█']
+    """
+    per_cell = -(-len(shares) // (16 * width))
+    cells = [shares[start : start + per_cell] for start in range(0, len(shares), per_cell)]
+    text = "".join(_shade(sum(cell) / len(cell)) for cell in cells)
+    return [text[start : start + width] for start in range(0, len(text), width)]
+
+
+def _shade(share: float) -> str:
+    return " " if share == 0 else "·░▒▓█"[min(4, int(5 * share))]
+
+
 def plural(count: int, noun: str) -> str:
     """Write a count and its noun: ``1 shard``, ``1,024 shards``."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -105,6 +105,11 @@ class Slots:
         slots: Int64Array = _with_bits(self.state[: self.end], CHANGED, self.changed)
         return slots
 
+    def kept_slots(self) -> Int64Array:
+        """List the slots that hold what the files do not, or may not yet, ascending."""
+        slots: Int64Array = _with_bits(self.state[: self.end], KEPT, self.kept)
+        return slots
+
     def clear_changes(self) -> None:
         """Let no slot differ from the last commit any more."""
         if self.changed:

@@ -11,9 +11,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from shardemb import arrays, batch, files, folders, forks, initializers, rebuild, report, shards, verify
 from shardemb.batch import Training
@@ -21,16 +20,14 @@ from shardemb.errors import (
     FormatError,
     ReadOnlyError,
     ShardEmbError,
-    StoreExistsError,
-    TableExistsError,
     TableNotFoundError,
 )
 from shardemb.journal import Journal
 from shardemb.manifest import Commit, Manifest, TableRecord, check_metadata
-from shardemb.progress import track
 from shardemb.runtime import Runtime, signals_deferred
-from shardemb.spec import MAX_DIM, MAX_ROWS, TableSpec, check_name, new_spec, reshaped_spec
+from shardemb.spec import MAX_DIM, MAX_ROWS, check_name, new_spec, reshaped_spec
 from shardemb.table import Table
+from shardemb.tables import Tables
 
 if TYPE_CHECKING:
     import os
@@ -42,13 +39,6 @@ if TYPE_CHECKING:
     from shardemb.optim import Optimizer
     from shardemb.progress import Progress
     from shardemb.replay import Replay
-
-
-class Kept(NamedTuple):
-    """A table of the last commit, and its memory as of then: of a table that was resized since, the one before."""
-
-    table: Table
-    shards: shards.Shards
 
 
 class Store(Mapping[str, Table]):
@@ -87,18 +77,17 @@ class Store(Mapping[str, Table]):
         self._reopen = reopen
         self._opened = False
         self._written_before = files.counters.bytes_written, files.counters.syncs
-        self._tables: dict[str, Table] = {}
-        self._committed: dict[str, Kept] = {}
+        self._tables = Tables()
         self._journal: Journal | None = None
         directories = folders.locate(runtime.path, manifest.tables)
         for record in manifest.tables:
             table = self._open_table(record, directories[record.uuid], may_miss=may_miss)
             if newer is not None:
                 table._mapped.place(newer.images(table._spec), runtime.room)
-            self._committed[record.uuid] = Kept(table, table._mapped)
-            self._tables[record.name] = table
+            self._tables.now[record.name] = table
+        self._tables.settle()
         if runtime.writable:
-            self._journal = runtime.room = Journal(runtime, manifest, self._mapped_tables)
+            self._journal = runtime.room = Journal(runtime, manifest, self._tables.mapped)
             try:
                 self._journal.begin()
             except BaseException:
@@ -118,19 +107,19 @@ class Store(Mapping[str, Table]):
     def __getitem__(self, name: str) -> Table:
         self._runtime.check_open()
         try:
-            return self._tables[name]
+            return self._tables.now[name]
         except KeyError:
-            names = ", ".join(map(repr, self._tables)) or "none"
+            names = ", ".join(map(repr, self._tables.now)) or "none"
             msg = f"the store {self._runtime.path} has no table {name!r}; its tables: {names}"
             raise TableNotFoundError(msg) from None
 
     def __iter__(self) -> Iterator[str]:
         self._runtime.check_open()
-        return iter(tuple(self._tables))
+        return iter(tuple(self._tables.now))
 
     def __len__(self) -> int:
         self._runtime.check_open()
-        return len(self._tables)
+        return len(self._tables.now)
 
     def create_table(
         self,
@@ -181,14 +170,14 @@ class Store(Mapping[str, Table]):
         """
         with self._runtime.changing():
             self._runtime.check_sound()
-            self._require_free(check_name(name))
+            self._tables.require_free(check_name(name), self.path)
             shape = (
                 arrays.count(num_embeddings, "num_embeddings", maximum=MAX_ROWS),
                 arrays.count(embedding_dim, "embedding_dim", maximum=MAX_DIM),
             )
             kind, values = initializers.resolve(initializer, shape)
             spec = new_spec(
-                self._free_stream(name),
+                self._tables.free_stream(name),
                 shape,
                 initializer=kind,
                 optimizer=optimizer,
@@ -196,8 +185,8 @@ class Store(Mapping[str, Table]):
                 max_shards=files.MAX_MAPPINGS - files.counters.mappings,
             )
             mapped = shards.create(spec, folders.parked(self._runtime.path, spec.uuid), values)
-            self._tables[name] = Table(self._runtime, name, mapped, Training(optimizer, 0))
-            return self._tables[name]
+            self._tables.now[name] = Table(self._runtime, name, mapped, Training(optimizer, 0))
+            return self._tables.now[name]
 
     def drop_table(self, name: str) -> None:
         """Drop a table, with the next commit; until then `rollback` brings it back.
@@ -220,9 +209,8 @@ class Store(Mapping[str, Table]):
             self._runtime.check_sound()
             table = self[name]
             table._dropped = True
-            del self._tables[name]
-            if table._spec.uuid not in self._committed:
-                self._abandon(table)
+            del self._tables.now[name]
+            self._tables.abandon(table)
 
     def rename_table(self, name: str, new_name: str) -> None:
         """Rename a table, with the next commit. Its initial values stay what they were.
@@ -244,8 +232,9 @@ class Store(Mapping[str, Table]):
         with self._runtime.changing():
             self._runtime.check_sound()
             table = self[name]
-            self._require_free(check_name(new_name))
-            self._tables = {new_name if key == name else key: value for key, value in self._tables.items()}
+            self._tables.require_free(check_name(new_name), self.path)
+            now = self._tables.now.items()
+            self._tables.now = {new_name if key == name else key: value for key, value in now}
             table._name = new_name
 
     def reshard(
@@ -310,7 +299,9 @@ class Store(Mapping[str, Table]):
                 instant=str(commit.id),
             )
             training = table._training if keep else Training(spec.optimizer, 0)
-            table._become(self._rebuild(old, spec, keep_state=keep, progress=progress), training)
+            table._become(
+                rebuild.reshaped(self.path, old, spec, keep_state=keep, progress=progress), training
+            )
             return self.commit(commit.step, commit.metadata)
 
     def copy(self, path: str | os.PathLike[str], *, progress: Progress = None) -> None:
@@ -343,23 +334,13 @@ class Store(Mapping[str, Table]):
         True
         """
         target = Path(path).absolute()
-        if target.exists():
-            msg = f"{target} exists; a copy needs a new folder"
-            raise StoreExistsError(msg)
+        rebuild.require_nothing(target)
         with self._runtime.changing():
             self._runtime.check_sound()
             self._writing().hold_folds()
-            manifest = self._manifest
-            tables = {
-                record.name: rebuild.Place(kept.shards.spec, kept.shards.directory)
-                for record in manifest.tables
-                for kept in [self._committed[record.uuid]]
-            }
+            manifest, tables = self._manifest, self._tables.places()
         try:
-            with track(
-                sum(map(rebuild.copied_bytes, tables.values())), "copying", progress=progress
-            ) as advance:
-                rebuild.copy_store(manifest, tables, target, advance)
+            rebuild.copy_store(manifest, tables, target, progress)
         finally:
             self._writing().release_folds()
 
@@ -473,15 +454,16 @@ class Store(Mapping[str, Table]):
         with self._runtime.changing():
             self._runtime.check_sound()
             journal = self._writing()
-            journal.wait_for_room([table._mapped for table in self._tables.values()])
+            tables = [table._mapped for table in self._tables.now.values()]
+            journal.wait_for_room(tables)
             self._runtime.check_open()  # others may have come while it waited
             self._runtime.check_sound()
             last = self._manifest.commit
             number = arrays.count(step, "step", minimum=0) if step is not None else last.step if last else 0
             commit = Commit(last.id + 1 if last else 1, number, metadata)
             journal.commit(
-                replace(self._manifest, commit=commit, tables=self._records()),
-                [table._mapped for table in self._tables.values()],
+                replace(self._manifest, commit=commit, tables=self._tables.records()),
+                [table._mapped for table in self._tables.now.values()],
                 self._settled,
             )
             return replace(commit, metadata=check_metadata(metadata))
@@ -506,15 +488,7 @@ class Store(Mapping[str, Table]):
         with self._runtime.changing(), self._runtime.all_or_nothing("a rollback"):
             self._runtime.half_done = None
             self._runtime.check_sound()
-            before, newer = self._tables.values(), self._writing().images()
-            self._tables = {each.name: self._committed[each.uuid].table for each in self._manifest.tables}
-            for table in before:
-                if table._spec.uuid not in self._committed:
-                    self._abandon(table)
-            for record in self._manifest.tables:
-                table, before_it = self._committed[record.uuid]
-                before_it.forget_changes(newer.images(before_it.spec), self._runtime.room)
-                table._restore(record.name, before_it, Training(record.optimizer, record.step))
+            self._tables.restore(self._manifest, self._writing().images(), self._runtime.room)
 
     def checkpoint(self) -> None:
         """Bring what is committed into the shards, where other readers of zarr see it, and wait for it.
@@ -561,21 +535,12 @@ class Store(Mapping[str, Table]):
             raise ReadOnlyError(msg)
         with signals_deferred(), self._runtime.lock:
             fresh = self._reopen()
-            # A table that was resized has another uuid, and still the stream that no other table of a store has.
-            known = {kept.shards.spec.stream: kept.table for kept in self._committed.values()}
-            for record in fresh._manifest.tables:
-                table = fresh._tables[record.name]
-                if table._spec.stream in known:
-                    table = known.pop(table._spec.stream)._adopt(table)
+            self._tables.adopt(fresh._tables)
+            for table in self._tables.now.values():
                 table._runtime = self._runtime
-                fresh._committed[record.uuid] = Kept(table, table._mapped)
-                fresh._tables[record.name] = table
-            for table in known.values():
-                table._release()
-            self._manifest, self._tables, self._committed = fresh._manifest, fresh._tables, fresh._committed
+            self._manifest = fresh._manifest
             self._lock, fresh._lock = fresh._lock, self._lock
             self._runtime.fresh = fresh._runtime.fresh
-            fresh._tables, fresh._committed = {}, {}
             fresh.close()
 
     def verify(
@@ -614,13 +579,14 @@ class Store(Mapping[str, Table]):
         []
         """
         self._runtime.check_open()
-        unknown = set(tables or ()) - {kept.table.name for kept in self._committed.values()}
+        committed = self._tables.committed
+        unknown = set(tables or ()) - {kept.table.name for kept in committed.values()}
         if unknown:
             msg = f"the last commit of the store {self._runtime.path} has no table {min(unknown)!r}"
             raise TableNotFoundError(msg)
         targets = {
             uuid: verify.Target(kept.table.name, kept.shards.spec, kept.shards.directory)
-            for uuid, kept in self._committed.items()
+            for uuid, kept in committed.items()
             if tables is None or kept.table.name in tables
         }
         return verify.damage(targets, self._runtime.threads, progress, self._steady)
@@ -637,7 +603,7 @@ class Store(Mapping[str, Table]):
             yield self._places(), self._writing().images
 
     def _places(self) -> dict[str, Path]:
-        return {uuid: kept.shards.directory for uuid, kept in self._committed.items()}
+        return {uuid: place.directory for uuid, place in self._tables.places().items()}
 
     def _newest_places(self, reopen: Callable[[], Store]) -> dict[str, Path]:
         try:
@@ -668,7 +634,7 @@ class Store(Mapping[str, Table]):
         with self._runtime.lock:
             tables = tuple(
                 replace(table._facts(), bytes_on_disk=files.allocated(table._mapped.directory))
-                for table in self._tables.values()
+                for table in self._tables.now.values()
             )
             return report.StoreInfo(
                 path=str(self.path),
@@ -719,9 +685,7 @@ class Store(Mapping[str, Table]):
                 finally:
                     if self._journal is not None:
                         self._journal.release()
-                    for table in (*self._tables.values(), *(kept.table for kept in self._committed.values())):
-                        table._release()
-                    self._committed = {}
+                    self._tables.release()
                     if self._lock is not None:
                         files.close(self._lock)
 
@@ -762,44 +726,17 @@ class Store(Mapping[str, Table]):
         return self._runtime.path
 
     def __repr__(self) -> str:
-        return "\n  ".join([self._headline(), *map(repr, self._tables.values())])
+        return "\n  ".join([self._headline(), *map(repr, self._tables.now.values())])
 
     def _repr_html_(self) -> str:
-        return report.html_table([table._facts() for table in self._tables.values()], self._headline())
+        return report.html_table([table._facts() for table in self._tables.now.values()], self._headline())
 
     def _headline(self) -> str:
         state = "" if self._runtime.writable else "read only"
         state = "closed" if self._runtime.closed else "changes not committed" if self._differs() else state
-        return report.headline(self.path, len(self._tables), self._manifest.commit, state)
+        return report.headline(self.path, len(self._tables.now), self._manifest.commit, state)
 
     # ---- the way down
-
-    def _rebuild(
-        self, old: shards.Shards, spec: TableSpec, *, keep_state: bool, progress: Progress
-    ) -> shards.Shards:
-        """Copy a table into a folder that waits for the next commit."""
-        shards.check_mappings(spec)
-        place = rebuild.Place(spec, folders.rebuilt(self.path) / spec.uuid)
-        folders.keep_rebuilt(self.path, spec.uuid)
-        with track(spec.num_embeddings, "resharding", progress=progress) as advance:
-            rebuild.reshape(
-                rebuild.Place(old.spec, old.directory), place, keep_state=keep_state, advance=advance
-            )
-        parked = folders.parked(self.path, spec.uuid)
-        files.make_directory(parked.parent)
-        files.rename(place.directory, parked)
-        return shards.Shards(spec, parked)
-
-    def _require_free(self, name: str) -> None:
-        if name in self._tables:
-            msg = f"the store {self._runtime.path} already has a table {name!r}; use store[{name!r}], or drop it first"
-            raise TableExistsError(msg)
-
-    def _free_stream(self, name: str) -> str:
-        """Return what keeps a new table's initial values apart from those of every other table of the store."""
-        taken = {each.spec.stream for each in self._mapped_tables().values()}
-        streams = (name if number == 1 else f"{name}#{number}" for number in count(1))
-        return next(stream for stream in streams if stream not in taken)
 
     def _open_table(self, record: TableRecord, directory: Path, *, may_miss: bool) -> Table:
         with shards.naming(record.name, directory):
@@ -809,21 +746,9 @@ class Store(Mapping[str, Table]):
                 raise FormatError(msg)
         return Table(self._runtime, record.name, mapped, Training(record.optimizer, record.step))
 
-    def _records(self) -> tuple[TableRecord, ...]:
-        return tuple(
-            TableRecord(table._spec.uuid, name, table.step, table.optimizer)
-            for name, table in self._tables.items()
-        )
-
     def _differs(self) -> bool:
         with self._runtime.lock:
-            return self._records() != self._manifest.tables or any(
-                table._mapped.changes for table in self._tables.values()
-            )
-
-    def _mapped_tables(self) -> dict[str, shards.Shards]:
-        mapped = {uuid: kept.shards for uuid, kept in self._committed.items()}
-        return mapped | {table._spec.uuid: table._mapped for table in self._tables.values()}
+            return self._tables.differ(self._manifest)
 
     def _writing(self) -> Journal:
         assert self._journal is not None
@@ -832,22 +757,16 @@ class Store(Mapping[str, Table]):
     def _settled(self, manifest: Manifest) -> None:
         """Take a commit as what memory is compared with."""
         self._manifest = manifest
-        for table in {kept.table for kept in self._committed.values()} - set(self._tables.values()):
-            table._release()
-        self._committed = {table._spec.uuid: Kept(table, table._mapped) for table in self._tables.values()}
-
-    def _abandon(self, table: Table) -> None:
-        files.remove_tree(table._mapped.directory)
-        table._release()
+        self._tables.settle()
 
     def _leave(self) -> None:
         if self._runtime.poisoned:
             return  # what is on disk may be ahead of memory: the next opening sees to it
         lost = self._differs()
-        for table in tuple(self._tables.values()):
-            if table._spec.uuid not in self._committed:
-                self._abandon(table)
-                del self._tables[table.name]
+        for name, table in tuple(self._tables.now.items()):
+            if table._spec.uuid not in self._tables.committed:
+                self._tables.abandon(table)
+                del self._tables.now[name]
         problem = self._writing().close()
         if problem is not None:
             warnings.warn(

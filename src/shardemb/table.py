@@ -9,11 +9,11 @@ changes any.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from shardemb import arrays, batch, files, folders, persisted, plan, rebuild, report, scheduler
+from shardemb import arrays, batch, files, folders, persisted, plan, rebuild, report, scheduler, usage
 from shardemb.errors import TableNotFoundError
 from shardemb.progress import track
 from shardemb.shards import Shards
@@ -286,16 +286,21 @@ class Table:
         checked = arrays.row_ids(ids, self.num_embeddings, self.name)
         return batch.explain(self._runtime, shards, checked.flat)
 
-    def stats(self) -> dict[str, int]:
-        """Tell what was done with the table since it was opened, and what it takes in memory.
+    def stats(self) -> dict[str, Any]:
+        """Tell what was done with the table since it was opened, and what it takes in memory and on disk.
+
+        Looks at every file of the table: about a millisecond for a hundred shards.
 
         Returns
         -------
-        dict of str to int
-            ``lookups``, ``rows_looked_up`` and ``cold_lookups``; ``changes`` (updates and writes) and their distinct
-            ``rows_changed``; ``rows_copied`` from the files into memory before they changed. And now:
-            ``rows_in_memory`` and the ``bytes_in_memory`` that they take, which count against the memory budget, and
-            ``rows_out``, which are in the scratch file.
+        dict
+            Since it was opened: ``lookups``, ``rows_looked_up`` and ``cold_lookups``; ``changes`` (updates and writes)
+            and their distinct ``rows_changed``; ``rows_copied`` from the files into memory before they changed. Now:
+            ``rows_in_memory`` and the ``bytes_in_memory`` that they take, which count against the memory budget;
+            ``rows_out``, which are in the scratch file; ``bytes_mapped`` of address space for the files, which costs
+            nothing; ``rows_written``, and the ``bytes_allocated`` for them on the disk. These two also by shard:
+            ``shards`` is a list of dicts. Where rows start from zeros alone, no bitmap says which were written, and
+            ``rows_written`` counts all rows of the blocks of 4,096 bytes that were.
 
         Raises
         ------
@@ -310,6 +315,9 @@ class Table:
         3
         """
         shards = self._live()
+        with self._runtime.lock:
+            on_disk = usage.measure(shards)
+        by_shard = zip(on_disk.rows_written.tolist(), on_disk.bytes_allocated.tolist(), strict=True)
         totals, overlay = shards.totals, shards.overlay
         return {
             "lookups": totals.lookups,
@@ -321,6 +329,10 @@ class Table:
             "rows_in_memory": overlay.slots.count,
             "bytes_in_memory": overlay.nbytes,
             "rows_out": overlay.out,
+            "bytes_mapped": self._spec.num_shards * self._spec.shard_bytes,
+            "rows_written": int(on_disk.rows_written.sum()),
+            "bytes_allocated": int(on_disk.bytes_allocated.sum()),
+            "shards": [{"rows_written": rows, "bytes_allocated": nbytes} for rows, nbytes in by_shard],
         }
 
     # ---- changing
@@ -516,7 +528,7 @@ class Table:
                     stop = min(start + step, count, self.num_embeddings)
                     ids = shards.never_written(start, stop)
                     if ids.size:
-                        self._runtime.room.supplement(shards, ids, partial(shards.pack_first, ids))
+                        self._runtime.room.supplement(shards.spec, ids, partial(shards.pack_first, ids))
                 advance(min(step, count - start))
 
     # ---- leaving

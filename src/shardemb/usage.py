@@ -1,0 +1,71 @@
+"""What a table takes on the disk, shard by shard: rows that were written, and bytes that the file system gave them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shardemb import checks, files
+from shardemb.spec import PAGE
+
+if TYPE_CHECKING:
+    from shardemb.arrays import Int64Array
+    from shardemb.checks import File
+    from shardemb.shards import Shards
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a table takes on the disk.
+
+    Attributes
+    ----------
+    rows_written : ndarray of int64, shape (num_shards,)
+        By shard, the rows that hold more than their initial value; those in memory that the files do not hold yet too.
+    bytes_allocated : ndarray of int64, shape (num_shards,)
+        By shard, the disk space of its file.
+    """
+
+    rows_written: Int64Array
+    bytes_allocated: Int64Array
+
+
+def measure(shards: Shards) -> Usage:
+    """Look at every file of a table. Under the store's lock."""
+    spec = shards.spec
+    every = [checks.shard(spec, shards.directory, number) for number in range(spec.num_shards)]
+    count = _rows_with_bit if spec.has_presence else _rows_of_blocks
+    rows = np.array([count(shards, file) for file in every], np.int64)
+    newer = shards.overlay.kept_rows()
+    if spec.has_presence:
+        newer = newer[~shards.were_written(newer)]
+    rows += np.bincount(newer // spec.rows_per_shard, minlength=spec.num_shards)
+    most = np.array([file.rows[1] - file.rows[0] for file in every])
+    return Usage(np.minimum(rows, most), np.array([files.allocated(file.path) for file in every], np.int64))
+
+
+def _rows_with_bit(shards: Shards, file: File) -> int:
+    first, last = file.rows[0] // 8, -(-file.rows[1] // 8)
+    chunk_bytes, total = shards.spec.presence_chunk_bytes, 0
+    for number in range(first // chunk_bytes, (last - 1) // chunk_bytes + 1):
+        path, offset = shards.presence_path(number), number * chunk_bytes
+        with files.opened(path, os.O_RDONLY) as descriptor:
+            start, stop = max(first - offset, 0), min(last - offset, chunk_bytes)
+            for begin, end in files.data(descriptor, start, stop):
+                data = files.read_at(descriptor, end - begin, begin, path)
+                total += int.from_bytes(data, "little").bit_count()
+    return total
+
+
+def _rows_of_blocks(shards: Shards, file: File) -> int:
+    """Count the rows of blocks that were ever written, where no bitmap says which of them were."""
+    path, start = checks.path_of(shards.directory), 8 * file.first
+    written = 0
+    with files.opened(path, os.O_RDONLY) as descriptor:
+        for begin, end in files.data(descriptor, start, start + 8 * file.nbytes // PAGE):
+            sums = np.frombuffer(files.read_at(descriptor, end - begin, begin, path), np.uint64)
+            written += int(np.count_nonzero(sums != checks.NEVER_WRITTEN))
+    return written * PAGE // shards.spec.record_bytes
