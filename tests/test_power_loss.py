@@ -569,10 +569,13 @@ def check(state, allowed, chance, seen, *, again, skip, before=None, numbers=Non
         found = contents(store)
         if not again and list((path / ".shardemb").glob("rebuilt/*")):
             # What was begun goes on, from whatever the loss of power has left of it.
-            for name in store:
-                store.reshard(name, rows_per_shard=RESHARDED)
+            try:
+                for name in store:
+                    store.reshard(name, rows_per_shard=RESHARDED)
+            except (shardemb.ShardEmbError, OSError) as error:
+                return f"damage: resharding does not go on: {error!r}"
             if contents(store)[1] != found[1]:
-                return "a table that was being resharded is another one then"
+                return "damage: a table that was being resharded is another one then"
         damage = store.verify()
         close_quietly(store)
         if damage:

@@ -128,9 +128,10 @@ def reshaped(
 
 
 def reshape(old: Place, new: Place, *, keep_state: bool, advance: Advance) -> None:
-    """Copy a table's written rows into the folder of `new`, shard by shard; durable when it returns.
+    """Copy a table's written rows into the folder of `new`, shard by shard.
 
-    Called again after it was cut short, it goes on with the first shard that was not finished.
+    Called again after it was cut short, it goes on with the first shard that was not finished: a shard has its name once
+    all that belongs to it is durable. The folder as a whole is not.
 
     Parameters
     ----------
@@ -160,7 +161,6 @@ def reshape(old: Place, new: Place, *, keep_state: bool, advance: Advance) -> No
         advance(file.rows[1] - file.rows[0])
     for number in range(new.spec.num_presence_chunks):
         checks.note_whole_file(checks.presence_chunk(new.spec, new.directory, number), new.directory)
-    files.sync_tree(new.directory)
 
 
 def _begin(new: Place) -> None:
