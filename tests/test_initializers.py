@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shardemb import initializers, kernels, persisted
 from shardemb.errors import FormatError
-from shardemb.initializers import Constant, Normal, Uniform, log, normal_quantile, philox, stream_key, unit
+from shardemb.initializers import Constant, Normal, Uniform, log, normal_quantile, philox, room_for, stream_key, unit
 
 WORDS = 2**32
 
@@ -40,9 +40,9 @@ def rows(initializer, num_rows, dim, *, key=None, first=0):
 def plain_rows(initializer, ids, dim, key):
     """The same by the plain Python function."""
     out = np.empty((len(ids), dim), np.float32)
-    parameters = np.array(initializer.parameters(), np.float64)
+    parameters, room = np.array(initializer.parameters(), np.float64), room_for(dim)
     for row, row_id in zip(out, ids, strict=True):
-        initializer.fill_row(row, np.uint64(row_id), np.uint64(key), parameters)
+        initializer.fill_row(row, np.uint64(row_id), np.uint64(key), parameters, room)
     return out
 
 
@@ -291,9 +291,9 @@ def test_uniform_values_lie_between_low_and_high_but_never_at_high(low, high):
     out = np.empty(4, np.float32)
     for word in (0, 1, WORDS // 2, WORDS - 2, WORDS - 1):
         fixed = kernels._specialise(
-            Uniform.fill_row, "fill_row", philox=lambda row, block, key, w=word: (np.uint64(w),) * 4
+            Uniform.fill_row, "fill_row", draw=lambda words, row, key, w=word: words.fill(w)
         )
-        fixed(out, np.uint64(0), np.uint64(0), parameters)
+        fixed(out, np.uint64(0), np.uint64(0), parameters, room_for(4))
         assert (np.float32(low) <= out).all(), word
         assert (out < np.float32(high)).all(), word
 

@@ -212,8 +212,12 @@ def gather(
         _copy(target + i * row_bytes, source + places[i - start] * record_bytes, row_bytes)
 
 
-def _fill_row(out: Float32Array, row: Any, key: Any, parameters: Any) -> None:  # noqa: ANN401
+def _fill_row(out: Float32Array, row: Any, key: Any, parameters: Any, room: Any) -> None:  # noqa: ANN401
     """Stand for an initializer's function in the kernels below."""
+
+
+def _room_for(dim: int) -> Any:  # noqa: ANN401
+    """Stand for `initializers.room_for`."""
 
 
 def _gather_or_fill(
@@ -237,6 +241,7 @@ def _gather_or_fill(
     source, target = records.ctypes.data + 4 * column, out.ctypes.data
     row_bytes, record_bytes = 4 * out.shape[1], 4 * records.shape[1]
     places = np.empty(stop - start, np.int64)
+    room = _room_for(out.shape[1])
     for i in range(start, stop):
         row = ids[i]
         is_there = (present[row >> 3] >> (row & 7)) & 1
@@ -246,7 +251,7 @@ def _gather_or_fill(
         if place >= 0:
             _copy(target + i * row_bytes, source + place * record_bytes, row_bytes)
         else:
-            _fill_row(out[i], np.uint64(row), key, parameters)
+            _fill_row(out[i], np.uint64(row), key, parameters, room)
 
 
 @kernel
@@ -338,10 +343,11 @@ def _bring_in(
 ) -> None:
     """Give rows never written their initial record, at their places, and say that they are written."""
     dim = records.shape[1] - initial_state.size
+    room = _room_for(dim)
     for i in range(start, stop):
         row = ids[i]
         if not (present[row >> 3] >> (row & 7)) & 1:
-            _fill_row(records[places[i], :dim], np.uint64(row), key, parameters)
+            _fill_row(records[places[i], :dim], np.uint64(row), key, parameters, room)
             for j in range(initial_state.size):
                 records[places[i], dim + j] = initial_state[j]
             present[row >> 3] |= np.uint8(1 << (row & 7))
@@ -518,36 +524,45 @@ def _specialise(function: Callable[..., Any], name: str, **helpers: object) -> C
 
 
 def _helper(function: Callable[..., Any], **helpers: object) -> Callable[..., Any]:
-    """Compile a formula for use within a kernel."""
+    """Compile a formula for use within a kernel.
+
+    It is inlined whatever its size: LLVM makes no vector code of a loop that calls something.
+    """
     name = function.__qualname__.replace(".", "_")
-    return cast(
-        "Callable[..., Any]", njit(nogil=True, error_model="numpy")(_specialise(function, name, **helpers))
-    )
+    compile_ = njit(nogil=True, error_model="numpy", forceinline=True)
+    return cast("Callable[..., Any]", compile_(_specialise(function, name, **helpers)))
 
 
 @_once
-def _fill_function(initializer: type[initializers.Initializer]) -> Callable[..., Any]:
-    quantile = _helper(initializers.normal_quantile, log=_helper(initializers.log))
-    return _helper(
-        initializer.fill_row,
-        philox=_helper(initializers.philox),
-        unit=_helper(initializers.unit),
-        normal_quantile=quantile,
+def _fill_helpers(initializer: type[initializers.Initializer]) -> dict[str, Callable[..., Any]]:
+    draw = _helper(initializers.draw, philox=_helper(initializers.philox))
+    unit = _helper(initializers.unit)
+    middle = _helper(initializers.middle_quantile)
+    scaled, tail = _helper(initializers.log_scaled), _helper(initializers.tail_quantile)
+    normal = _helper(
+        initializers.fill_normal,
+        draw=draw,
+        unit=unit,
+        middle_quantile=middle,
+        log_scaled=scaled,
+        tail_quantile=tail,
     )
+    fill_row = _helper(initializer.fill_row, draw=draw, unit=unit, fill_normal=normal)
+    return {"_fill_row": fill_row, "_room_for": _helper(initializers.room_for)}
 
 
 @_once
 def gather_or_fill(initializer: type[initializers.Initializer]) -> Callable[..., None]:
     """`_gather_or_fill` for one kind of initial value."""
     name = f"gather_or_fill_{initializer.__name__}"
-    return kernel(_specialise(_gather_or_fill, name, _fill_row=_fill_function(initializer)))
+    return kernel(_specialise(_gather_or_fill, name, **_fill_helpers(initializer)))
 
 
 @_once
 def bring_in(initializer: type[initializers.Initializer]) -> Callable[..., None]:
     """`_bring_in` for one kind of initial value."""
     name = f"bring_in_{initializer.__name__}"
-    return kernel(_specialise(_bring_in, name, _fill_row=_fill_function(initializer)))
+    return kernel(_specialise(_bring_in, name, **_fill_helpers(initializer)))
 
 
 @_once
