@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 
 from shardemb import initializers, kernels, persisted
 from shardemb.errors import FormatError
-from shardemb.initializers import Constant, Normal, Uniform, log, normal_quantile, philox, room_for, stream_key, unit
+from shardemb.initializers import (
+    Constant,
+    Normal,
+    Uniform,
+    log,
+    normal_quantile,
+    philox,
+    room_for,
+    stream_key,
+    unit,
+)
 
 WORDS = 2**32
 

@@ -27,9 +27,9 @@ from shardemb import arrays, persisted
 from shardemb.errors import FormatError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
     from shardemb.arrays import Float32Array
 
@@ -134,7 +134,7 @@ _SMALLEST = 2.0**-33
 
 
 def normal_cdf(x: float) -> float:
-    """Standard normal distribution function of x <= 0, as the inverse of `normal_quantile`, not below `_SMALLEST`.
+    """Distribution function of the standard normal one at x <= 0, by `normal_quantile`, not below `_SMALLEST`.
 
     By bisection, because the same steps give the same bits everywhere, as ``math.erf`` does not.
     """
@@ -159,46 +159,67 @@ def fill_normal(
 ) -> None:
     """Write one row of ``mean + std * normal_quantile(start + width * u)``, nothing of it outside ``[low, high]``.
 
-    All columns as if they were in the middle of the distribution, which most are; then those of its tails again,
-    which cost a logarithm.
+    All columns as if they were in the middle of the distribution, as most are; then those in its tails, which need a
+    logarithm, again. `room` keeps of each of these the column, its probability from the end it is near, and whether
+    to add or subtract.
     """
     start, width, mean, std = parameters[0], parameters[1], parameters[2], parameters[3]
     low, high = np.float32(parameters[4]), np.float32(parameters[5])
     first, span = np.int64(parameters[6]), np.int64(parameters[7])
-    ends, factors, exponents = room[0], room[1], room[2]
-    words, bits, tails = out.view(np.uint32), ends.view(np.int64), room[3].view(np.int64)
+    # An unsigned index is not looked at for counting from the end.
+    words, columns, ends, factors = out.view(np.uint32), room[0].view(np.uint64), room[1], room[2]
     draw(words, row, key)
     count = 0
-    for j in range(out.size):
-        tails[count] = j  # the next one takes its place unless this is in a tail
-        count += np.int64((np.int64(words[j]) - first) & _POSITIVE > span)
-    for k in range(8):  # whole vectors, the rest of the last one for the same column again
-        tails[count + k] = tails[0]
-    count = (count + 7) // 8 * 8
-    for k in range(count):
-        p = start + width * unit(words[tails[k]])
-        ends[k] = p if p < 0.5 else 1.0 - p
-        factors[k] = -std if p < 0.5 else std
+    for begin in range(0, out.size, 64):
+        mask, part = np.uint64(0), words[begin : begin + 64]
+        for j in range(part.size):
+            is_tail = (np.int64(part[j]) - first) & _POSITIVE > span
+            mask |= np.uint64(is_tail) << np.uint64(j)
+        while mask:
+            column = np.uint64(begin + trailing_zeros(mask))
+            mask &= mask - _1
+            p = start + width * unit(words[column])
+            columns[count], ends[count] = column, p if p < 0.5 else 1.0 - p
+            factors[count] = -std if p < 0.5 else std
+            count += 1
     for j in range(out.size):
         value = np.float32(mean + std * middle_quantile(start + width * unit(words[j]) - 0.5))
         value = value if value > low else low
         out[j] = value if value < high else high
-    for k in range(count):  # as `log` does, but by the bits: a number in [1/2, 1) and its exponent
+    fill_tails(out, count, parameters, room)
+
+
+def fill_tails(
+    out: Float32Array, count: int, parameters: NDArray[np.float64], room: NDArray[np.float64]
+) -> None:
+    """Write the `count` values in the tails of which `fill_normal` has taken note."""
+    mean, low, high = parameters[2], np.float32(parameters[4]), np.float32(parameters[5])
+    columns, ends, factors, exponents = room[0].view(np.uint64), room[1], room[2], room[3]
+    bits, values = ends.view(np.int64), room[4].view(np.float32)
+    padded = (count + 7) // 8 * 8  # whole vectors
+    for k in range(count, padded):
+        ends[k], factors[k] = 0.01, 0.0
+    for k in range(padded):  # as `log` does, but by the bits: a number in [1/2, 1) and its exponent
         exponents[k] = (bits[k] >> 52) - 1022
         bits[k] = (bits[k] & _FRACTION) | _ONE_HALF
-    for k in range(count):
+    for k in range(padded):
         small = ends[k] < 0.7071067811865476
         x = ends[k] * 2.0 if small else ends[k]
         exponent = exponents[k] - 1.0 if small else exponents[k]
-        ends[k] = mean + factors[k] * tail_quantile(log_scaled(x, exponent))
-    for k in range(count):
-        value = np.float32(ends[k])
+        value = np.float32(mean + factors[k] * tail_quantile(log_scaled(x, exponent)))
         value = value if value > low else low
-        out[tails[k]] = value if value < high else high
+        values[k] = value if value < high else high
+    for k in range(count):
+        out[columns[k]] = values[k]
 
 
-_POSITIVE = np.int64(2**63 - 1)
+_1, _POSITIVE = np.uint64(1), np.int64(2**63 - 1)
 _FRACTION, _ONE_HALF = np.int64(2**52 - 1), np.int64(1022 << 52)
+
+
+def trailing_zeros(word: np.uint64) -> int:
+    """Position of the lowest set bit of a word, which has one."""
+    return int(word & (~word + _1)).bit_length() - 1
 
 
 def middle_words(start: float, width: float) -> tuple[float, float]:
@@ -218,7 +239,7 @@ def middle_words(start: float, width: float) -> tuple[float, float]:
 
 def room_for(dim: int) -> NDArray[np.float64]:
     """Make the room that `Initializer.fill_row` works in."""
-    return np.empty((4, dim + 8))
+    return np.empty((5, dim + 8))
 
 
 @dataclass(frozen=True)
@@ -578,7 +599,7 @@ class VarianceScaling:
 
 
 def GlorotUniform(seed: int = 0) -> VarianceScaling:  # noqa: N802 these are known by names of classes
-    """Uniform within ``sqrt(6 / (num_embeddings + embedding_dim))`` of 0 (Glorot and Bengio, 2010; "Xavier").
+    """Draw uniformly within ``sqrt(6 / (num_embeddings + embedding_dim))`` of 0 (Glorot and Bengio, 2010; "Xavier").
 
     Parameters
     ----------
@@ -594,7 +615,7 @@ def GlorotUniform(seed: int = 0) -> VarianceScaling:  # noqa: N802 these are kno
 
 
 def GlorotNormal(seed: int = 0) -> VarianceScaling:  # noqa: N802
-    """Truncated normal of variance ``2 / (num_embeddings + embedding_dim)`` (Glorot and Bengio, 2010; "Xavier").
+    """Draw from a truncated normal of variance ``2 / (num_embeddings + embedding_dim)`` (Glorot and Bengio, 2010).
 
     Parameters
     ----------
@@ -610,7 +631,7 @@ def GlorotNormal(seed: int = 0) -> VarianceScaling:  # noqa: N802
 
 
 def HeUniform(seed: int = 0) -> VarianceScaling:  # noqa: N802
-    """Uniform within ``sqrt(6 / num_embeddings)`` of 0 (He et al., 2015; "Kaiming").
+    """Draw uniformly within ``sqrt(6 / num_embeddings)`` of 0 (He et al., 2015; "Kaiming").
 
     Parameters
     ----------
@@ -626,7 +647,7 @@ def HeUniform(seed: int = 0) -> VarianceScaling:  # noqa: N802
 
 
 def HeNormal(seed: int = 0) -> VarianceScaling:  # noqa: N802
-    """Truncated normal of variance ``2 / num_embeddings`` (He et al., 2015; "Kaiming").
+    """Draw from a truncated normal distribution of variance ``2 / num_embeddings`` (He et al., 2015; "Kaiming").
 
     Parameters
     ----------
@@ -642,6 +663,12 @@ def HeNormal(seed: int = 0) -> VarianceScaling:  # noqa: N802
 
 
 # ---- what a table is created with, and kept with --------------------------------------------------------------
+
+
+Initial: TypeAlias = (
+    "Initializer | VarianceScaling | ArrayLike | arrays.Sliceable | Callable[[int, int], ArrayLike]"
+)
+"""What a table can be created with."""
 
 
 def resolve(given: object, shape: tuple[int, int]) -> tuple[Initializer, arrays.Rows | None]:

@@ -537,15 +537,14 @@ def _helper(function: Callable[..., Any], **helpers: object) -> Callable[..., An
 def _fill_helpers(initializer: type[initializers.Initializer]) -> dict[str, Callable[..., Any]]:
     draw = _helper(initializers.draw, philox=_helper(initializers.philox))
     unit = _helper(initializers.unit)
-    middle = _helper(initializers.middle_quantile)
     scaled, tail = _helper(initializers.log_scaled), _helper(initializers.tail_quantile)
     normal = _helper(
         initializers.fill_normal,
         draw=draw,
         unit=unit,
-        middle_quantile=middle,
-        log_scaled=scaled,
-        tail_quantile=tail,
+        trailing_zeros=trailing_zeros,
+        middle_quantile=_helper(initializers.middle_quantile),
+        fill_tails=_helper(initializers.fill_tails, log_scaled=scaled, tail_quantile=tail),
     )
     fill_row = _helper(initializer.fill_row, draw=draw, unit=unit, fill_normal=normal)
     return {"_fill_row": fill_row, "_room_for": _helper(initializers.room_for)}
