@@ -247,11 +247,11 @@ def _gather_or_fill(
         is_there = (present[row >> 3] >> (row & 7)) & 1
         places[i - start] = place_of(directory, leaves, slots, row) if is_there else -1
     for i in range(start, stop):
-        row, place = ids[i], places[i - start]
-        if place >= 0:
-            _copy(target + i * row_bytes, source + place * record_bytes, row_bytes)
-        else:
-            _fill_row(out[i], np.uint64(row), key, parameters, room)
+        if places[i - start] >= 0:
+            _copy(target + i * row_bytes, source + places[i - start] * record_bytes, row_bytes)
+    for i in range(start, stop):
+        if places[i - start] < 0:
+            _fill_row(out[i], np.uint64(ids[i]), key, parameters, room)
 
 
 @kernel
