@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from shardemb.initializers import Constant, Normal, Uniform
+from shardemb.initializers import Constant, Normal, TruncatedNormal, Uniform
 
 from . import common
 from .common import DIM, DISTRIBUTIONS, LARGE, MEDIUM, ROWS, SMALL
@@ -14,6 +14,7 @@ UNTOUCHED = {
     "untouched, constant": Constant(0.5),
     "untouched, uniform": Uniform(-0.05, 0.05, seed=0),
     "untouched, normal": Normal(0.0, 0.05, seed=0),
+    "untouched, truncated": TruncatedNormal(0.0, 0.05, seed=0),
 }
 WRITTEN = "written, uniform"
 

@@ -10,7 +10,7 @@ import numpy as np
 from . import common
 from .common import DIM, DISTRIBUTIONS, LARGE, ROWS
 from .comparison.torches import numpy_rowwise_adagrad
-from .lookup import _Lookup
+from .lookup import UNTOUCHED, _Lookup
 
 PAIRS = 15
 """Repetitions; ours and the peer take turns, so both meet the same noise."""
@@ -90,6 +90,51 @@ class TrainingRatio(common.Timed):
         return _ratio(self.fresh, self.ours, self.theirs)
 
     track_step_vs_numpy.unit = "times the peer"
+
+
+class UntouchedRatio(common.Timed):
+    """Time of a lookup of rows never written, all or half of them, as a multiple of that of the same rows written."""
+
+    params = [[ROWS], list(UNTOUCHED), ["all", "every other row"]]
+    param_names = ["rows", "table", "never written"]
+
+    def setup_cache(self):
+        # A table's name decides its values: so stores of the same tables.
+        tables = {
+            type(each).__name__: {"num_embeddings": ROWS, "initializer": each} for each in UNTOUCHED.values()
+        }
+        first_written = {"none": 0, "every other row": 1, "all": None}
+        return {
+            share: self.write(common.build(f"untouched-{number}.zarr", **tables), first)
+            for number, (share, first) in enumerate(first_written.items())
+        }
+
+    def write(self, path, first):
+        """Write each row, or each second one, with what it holds."""
+        for table in common.store(path).values() if first is not None else ():
+            for block in common.blocks(ROWS):
+                ids = block[first :: first + 1]
+                table.write(ids, table.lookup(ids))
+        common.store(path).commit()
+        common.close(path)
+        return path
+
+    def setup(self, paths, rows, table, share):
+        name = type(UNTOUCHED[table]).__name__
+        self.written = common.warm_table(paths["none"], name)
+        self.table = common.warm_table(paths[share], name)
+        self.out, self.other_out = np.ones((2, LARGE, DIM), np.float32)
+        self.fresh = lambda: common.make_ids("uniform", rows, LARGE)
+
+    def track_untouched_vs_written(self, *_):
+        """Both into an array that is there."""
+        return _ratio(
+            self.fresh,
+            lambda ids: self.table.lookup(ids, out=self.out),
+            lambda ids: self.written.lookup(ids, out=self.other_out),
+        )
+
+    track_untouched_vs_written.unit = "times written rows"
 
 
 REST_S = 0.02

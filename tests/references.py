@@ -1,4 +1,4 @@
-"""What tests compare with: optimizers written a second time; and damaged documents.
+"""What tests compare with: optimizers and initial values written a second time; and damaged documents.
 
 The optimizers are written from the published formulas, one number after the other. Two versions of each, for two
 questions:
@@ -149,6 +149,101 @@ class Table:
 
     def state(self, name):
         return np.array([state[name] for state in self.states], self.real)
+
+
+# ---- initial values, as FORMAT.md has them ------------------------------------------------------------------------
+
+
+def philox(rows, dim, key, *, rounds=10, block_of=lambda j: j // 4, high_word=True):
+    """Random words of rows, shape (len(rows), dim): Philox4x32, on whole arrays. The options break it."""
+    j = np.arange(dim, dtype=np.uint64)
+    rows, low = np.asarray(rows, np.uint64)[:, None], np.uint64(2**32 - 1)
+    zero = np.zeros((rows.size, dim), np.uint64)
+    c0, c1, c2, c3 = (
+        rows & low | zero,
+        (rows >> np.uint64(32)) * np.uint64(high_word) | zero,
+        block_of(j) | zero,
+        zero,
+    )
+    k0, k1 = key % 2**32, key // 2**32
+    for _ in range(rounds):
+        p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        c0, c1, c2, c3 = (
+            (p1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0),
+            p1 & low,
+            (p0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1),
+            p0 & low,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return np.choose((j % np.uint64(4)).astype(np.intp), [c0, c1, c2, c3])
+
+
+def polynomial(x, *coefficients):
+    """Horner's rule, the highest power first."""
+    total = coefficients[0] * np.ones_like(x)
+    for coefficient in coefficients[1:]:
+        total = total * x + coefficient
+    return total
+
+
+def natural_log(x):
+    """Of an array of numbers in (0, 1)."""
+    e = np.zeros_like(x)
+    while (low := x < 0.7071067811865476).any():
+        x, e = np.where(low, 2 * x, x), np.where(low, e - 1, e)
+    z = (x - 1) / (x + 1)
+    return e * 0.6931471805599453 + 2 * z * polynomial(z * z, *(1 / k for k in range(21, 0, -2)))
+
+
+def normal_quantile(p):
+    """AS 241, PPND7, of an array."""
+    q = p - 0.5
+    r = 0.180625 - q * q
+    top = polynomial(r, 59.10937472, 159.29113202, 50.434271938, 3.3871327179)
+    middle = q * top / polynomial(r, 67.187563600, 78.757757664, 17.895169469, 1.0)
+    r = np.sqrt(-natural_log(np.where(q < 0, p, 1 - p))) - 1.6
+    top = polynomial(r, 0.17023821103, 1.3067284816, 2.7568153900, 1.4234372777)
+    tail = top / polynomial(r, 0.12021132975, 0.73700164250, 1.0)
+    return np.where(abs(q) <= 0.425, middle, np.where(q < 0, -tail, tail))
+
+
+def normal_probability(x):
+    """Where normal_quantile reaches x <= 0, and not below 2^-33: the end of 64 bisections."""
+    a, b = 2.0**-33, 0.5
+    if normal_quantile(np.array(a)) >= x:
+        return a
+    for _ in range(64):
+        c = (a + b) / 2
+        a, b = (c, b) if normal_quantile(np.array(c)) < x else (a, c)
+    return b
+
+
+def truncated_normal(words, mean, std, low, high):
+    """Values of words, float32."""
+    a, b, sign = (low - mean) / std, (high - mean) / std, 1.0
+    if a > 0:
+        a, b, sign = -b, -a, -1.0
+    start = normal_probability(a)
+    stop = normal_probability(b) if b <= 0 else 1 - normal_probability(-b)
+    values = mean + sign * std * normal_quantile(start + (stop - start) * units(words))
+    inside = values.astype(np.float32)
+    smallest, largest = np.float32(low), np.float32(high)
+    smallest = smallest if float(smallest) >= low else np.nextafter(smallest, np.float32(np.inf))
+    largest = largest if float(largest) <= high else np.nextafter(largest, np.float32(-np.inf))
+    return np.clip(inside, smallest, largest)
+
+
+def normal(words, mean, std):
+    return (mean + std * normal_quantile(units(words))).astype(np.float32)
+
+
+def uniform(words, low, high):
+    last = np.nextafter(np.float32(high), np.float32(low))
+    return np.minimum((low + (high - low) * units(words)).astype(np.float32), last)
+
+
+def units(words):
+    return (words.astype(np.float64) + 0.5) * 2.0**-32
 
 
 # ---- damaged documents ------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ UNBOUNDED = {
     "ratios.LookupRatio.track_lookup_out_vs_pool",
     "ratios.LookupRatio.track_lookup_vs_index",
     "ratios.TrainingRatio.track_step_vs_numpy",
+    "ratios.UntouchedRatio.track_untouched_vs_written",
     "starting.SecondStart.track_kernels_found",
 }
 

@@ -153,7 +153,7 @@ def test_a_second_process_finds_the_kernels_compiled(tmp_path):
 LOOK_UP = """
     import numpy as np
     from shardemb import initializers, kernels
-    made = {"Uniform": (0.0, 1.0), "Normal": ()}
+    made = {"Uniform": (0.0, 1.0), "Normal": (), "TruncatedNormal": ()}
     no_index = *[np.empty(0, np.int32)] * 3, 0
     for name in NAMES:
         each = getattr(initializers, name)(*made[name])
@@ -161,14 +161,14 @@ LOOK_UP = """
         parameters = np.array(each.parameters(), np.float64)
         kernels.gather_or_fill(type(each))(
             got, *no_index, np.zeros(1, np.uint8), 0, np.zeros(1, np.int64), got, np.uint64(5), parameters, 0, 1)
-        each.fill_row(expected[0], np.uint64(0), np.uint64(5), parameters)
+        each.fill_row(expected[0], np.uint64(0), np.uint64(5), parameters, initializers.room_for(3))
         assert (got == expected).all(), (name, got, expected)
 """
 
 
 def test_kernels_of_different_processes_do_not_get_into_each_others_way(tmp_path):
     """Each is compiled in a process of its own; one that loads both gets each one's code, not the first's twice."""
-    for names in (["Uniform"], ["Normal"], ["Uniform", "Normal"]):
+    for names in (["Uniform"], ["Normal"], ["TruncatedNormal"], ["Uniform", "Normal", "TruncatedNormal"]):
         code = textwrap.dedent(LOOK_UP).replace("NAMES", repr(names))
         run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
 

@@ -218,7 +218,8 @@ PLAIN, PRESENCE, LARGE_RECORDS = SPECS.values()
 
 
 def create(tmp_path, spec=PLAIN, values=None):
-    return shards.create(spec, tmp_path / "table", values)
+    rows = None if values is None else lambda start, stop: values[start:stop]
+    return shards.create(spec, tmp_path / "table", rows)
 
 
 def in_slots(table):

@@ -9,19 +9,26 @@ A check that fails raises before anything was changed, and names the thing, the 
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
 from shardemb.errors import RowIdError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import ArrayLike, NDArray
 
 Float32Array: TypeAlias = "NDArray[np.float32]"
 Int64Array: TypeAlias = "NDArray[np.int64]"
+
+Rows: TypeAlias = "Callable[[int, int], Float32Array]"
+"""Takes a range of rows, start and stop, and returns them, shape (stop - start, embedding_dim)."""
 
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -148,35 +155,127 @@ def rows(
     return converted.reshape(-1, shape[-1])
 
 
-def initial_rows(values: object, shape: tuple[int, int]) -> Float32Array:
-    """Check the array that a new table is to start from: floats, or integers that float32 holds exactly.
+@runtime_checkable
+class Sliceable(Protocol):
+    """What is read like an array a few rows at a time: NumPy's, also mapped ones, zarr's, h5py's, dask's, tensors."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Numbers of rows and columns."""
+
+    @property
+    def dtype(self) -> Any:  # noqa: ANN401
+        """Type of the elements."""
+
+    def __getitem__(self, rows: slice, /) -> Any:  # noqa: ANN401
+        """Return a range of rows, as something that NumPy makes an array of."""
+
+
+def initial_rows(given: object, shape: tuple[int, int]) -> Rows:
+    """Check what a new table is to start from: an array, or a function of ranges of rows.
+
+    Parameters
+    ----------
+    given : Sliceable or array_like, shape (num_embeddings, embedding_dim), or callable
+        Floats, or integers that float32 holds exactly. A callable is ``f(start, stop)``, which returns an array of
+        shape ``(stop - start, embedding_dim)``.
+    shape : tuple of int
+        ``(num_embeddings, embedding_dim)``.
+
+    Returns
+    -------
+    callable
+        ``rows(start, stop)``: that range of the rows, as float32. Reads no more of `given` than that; may return the
+        caller's own memory. Raises `ValueError` where a row holds NaN, infinity or an integer that float32 rounds,
+        or a function returned another shape; `TypeError` for what are no real numbers.
 
     Raises
     ------
     TypeError
-        Not real numbers.
+        Neither of them, or not real numbers.
     ValueError
-        Another shape than ``(num_embeddings, embedding_dim)``; NaN or infinity; an integer that float32 rounds.
+        Another shape.
     """
-    array = np.asarray(values)
-    if array.dtype.kind not in "fiu":
-        msg = f"initializer: the array must hold real numbers, got dtype {array.dtype}"
-        raise TypeError(msg)
-    if array.shape != shape:
+    if callable(given) and not isinstance(given, Sliceable):
+        _require_function_of_ranges(given)
+        return partial(_rows_of_function, given, shape[1])
+    source = given if isinstance(given, Sliceable) else np.asarray(given)
+    # A range without rows tells its type to NumPy, whatever library it is from.
+    _require_real_numbers(np.asarray(source[:0] if len(source.shape) else source), "initializer: the array")
+    if tuple(source.shape) != shape:
         msg = (
-            f"initializer: the array has shape {array.shape}, but the table has "
+            f"initializer: the array has shape {tuple(source.shape)}, but the table has "
             f"(num_embeddings, embedding_dim) = {shape}"
         )
         raise ValueError(msg)
-    converted = _as_float32(array)
-    # Compared in longdouble, which holds every int64, as float64 does not.
-    if array.dtype.kind in "iu" and not np.array_equal(
-        converted.astype(np.longdouble), array.astype(np.longdouble)
-    ):
-        msg = "initializer: the array holds integers that float32 cannot represent; convert it first"
+    return partial(_rows_of_array, source)
+
+
+def _require_function_of_ranges(given: Callable[..., object]) -> None:
+    try:
+        inspect.signature(given).bind(0, 1)
+        fits = not isinstance(given, type)
+    except TypeError:
+        fits = False
+    except ValueError:  # a function written in C may not tell
+        fits = True
+    if not fits:
+        msg = (
+            f"initializer must be one of shardemb.initializers or an array or a function f(start, stop) that returns "
+            f"those rows, got {given!r}"
+        )
+        raise TypeError(msg)
+
+
+def _rows_of_function(
+    function: Callable[[int, int], object], embedding_dim: int, start: int, stop: int
+) -> Float32Array:
+    try:
+        block = np.asarray(function(start, stop))
+    except Exception as error:
+        error.add_note(
+            f"initializer: the function was asked for rows {start} to {stop - 1}; no table was created"
+        )
+        raise
+    what = f"initializer: of the function for rows {start} to {stop - 1}, the values"
+    if block.shape != (stop - start, embedding_dim):
+        msg = (
+            f"{what} have shape {block.shape}, but must have "
+            f"(stop - start, embedding_dim) = {(stop - start, embedding_dim)}"
+        )
         raise ValueError(msg)
-    _require_finite(converted, "initializer: the array", "")
+    return _exact_rows(block, start, what)
+
+
+def _rows_of_array(array: Sliceable, start: int, stop: int) -> Float32Array:
+    block = np.asarray(array[start:stop])
+    if block.shape != (stop - start, array.shape[1]):
+        msg = f"initializer: the array gave rows of shape {block.shape} when asked for rows {start} to {stop - 1}"
+        raise ValueError(msg)
+    return _exact_rows(block, start, "initializer: the array")
+
+
+def _exact_rows(block: NDArray[Any], start: int, what: str) -> Float32Array:
+    """Bring rows from `start` on to float32, integers without rounding."""
+    _require_real_numbers(block, what)
+    converted = _as_float32(block)
+    # Compared in longdouble, which holds every int64, as float64 does not.
+    if block.dtype.kind in "iu" and not np.array_equal(
+        converted.astype(np.longdouble), block.astype(np.longdouble)
+    ):
+        msg = (
+            f"{what} holds integers that float32 cannot represent, in rows {start} to {start + len(block) - 1}; "
+            f"convert it first"
+        )
+        raise ValueError(msg)
+    _require_finite(converted, what, "", first_row=start)
     return converted
+
+
+def _require_real_numbers(array: NDArray[Any], what: str) -> None:
+    if array.dtype.kind not in "fiu":
+        msg = f"{what} must hold real numbers, got dtype {array.dtype}"
+        raise TypeError(msg)
 
 
 def output(out: NDArray[Any] | None, shape: tuple[int, ...]) -> Float32Array:
@@ -254,11 +353,12 @@ def _as_float32(array: NDArray[Any]) -> Float32Array:
         return np.require(array, np.float32, ["C", "A", "W"])
 
 
-def _require_finite(array: Float32Array, what: str, way_out: str) -> None:
+def _require_finite(array: Float32Array, what: str, way_out: str, *, first_row: int = 0) -> None:
     # A sum would overflow for large finite values; min and max do not, and they carry NaN along.
     if array.size == 0 or (np.isfinite(array.min()) and np.isfinite(array.max())):
         return
     first = int(np.flatnonzero(~np.isfinite(array.reshape(-1)))[0])
     at = tuple(int(i) for i in np.unravel_index(first, array.shape))
-    msg = f"{what} hold {array[at]} at position {at}, as float32; nothing was changed{way_out}"
+    place = (at[0] + first_row, *at[1:])
+    msg = f"{what} hold {array[at]} at position {place}, as float32; nothing was changed{way_out}"
     raise ValueError(msg)

@@ -7,6 +7,9 @@ ones come from a counter-based generator, Philox4x32-10 (Salmon et al., "Paralle
 Each initializer is a frozen dataclass with its `parameters` and `fill_row`, a plain function that writes one row.
 ``kernels.py`` compiles it. Only operations that IEEE 754 rounds correctly are used (no call into libm), so every
 machine gets the same bits.
+
+Their loops are written so that a compiler does many columns at a time: each takes one step of the way for all columns
+of a row, has a body without branches, and passes what it made on in memory.
 """
 
 from __future__ import annotations
@@ -14,21 +17,34 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
 from shardemb import arrays, persisted
+from shardemb.errors import FormatError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
     from shardemb.arrays import Float32Array
 
-__all__ = ["Constant", "Initializer", "Normal", "Uniform"]
+__all__ = [
+    "Constant",
+    "GlorotNormal",
+    "GlorotUniform",
+    "HeNormal",
+    "HeUniform",
+    "Initializer",
+    "Normal",
+    "TruncatedNormal",
+    "Uniform",
+    "VarianceScaling",
+]
 
 _MASK = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
@@ -49,7 +65,19 @@ def philox(
     return c0, c1, c2, c3
 
 
-def unit(word: np.uint64) -> float:
+def draw(words: NDArray[np.uint32], row: np.uint64, key: np.uint64) -> None:
+    """Fill `words` with the random words of a row, one for each column."""
+    whole = words.size // 4
+    for block in range(whole):
+        four = philox(row, np.uint64(block), key)
+        words[4 * block], words[4 * block + 1], words[4 * block + 2], words[4 * block + 3] = four
+    if words.size % 4:
+        four = philox(row, np.uint64(whole), key)
+        for j in range(4 * whole, words.size):
+            words[j] = four[j % 4]
+
+
+def unit(word: np.uint64 | np.uint32) -> float:
     """Map a 32-bit word to the middle of its cell in (0, 1): never 0, never 1, symmetric about 1/2."""
     return (np.float64(word) + 0.5) * 2.0**-32
 
@@ -60,6 +88,11 @@ def log(x: float) -> float:
     while x < 0.7071067811865476:  # halving and doubling are exact
         x *= 2.0
         exponent -= 1.0
+    return log_scaled(x, exponent)
+
+
+def log_scaled(x: float, exponent: float) -> float:
+    """Natural logarithm of x times two to the power of `exponent`, for x from sqrt(1/2) to sqrt(2)."""
     z = (x - 1.0) / (x + 1.0)
     w = z * z
     # log(x) = 2 atanh(z) with |z| < 0.172: eleven terms of its series reach float64.
@@ -69,6 +102,22 @@ def log(x: float) -> float:
     return exponent * 0.6931471805599453 + 2.0 * z * series
 
 
+def middle_quantile(q: float) -> float:
+    """`normal_quantile` of 1/2 + q, for q from -0.425 to 0.425."""
+    r = 0.180625 - q * q
+    top = ((59.10937472 * r + 159.29113202) * r + 50.434271938) * r + 3.3871327179
+    bottom = ((67.187563600 * r + 78.757757664) * r + 17.895169469) * r + 1.0
+    return q * top / bottom
+
+
+def tail_quantile(log_p: float) -> float:
+    """`normal_quantile` of p below 0.075 with its sign turned, from the logarithm of p."""
+    r = math.sqrt(-log_p) - 1.6
+    top = ((0.17023821103 * r + 1.3067284816) * r + 2.7568153900) * r + 1.4234372777
+    bottom = (0.12021132975 * r + 0.73700164250) * r + 1.0
+    return top / bottom
+
+
 def normal_quantile(p: float) -> float:
     """Inverse of the standard normal distribution (M. J. Wichura, algorithm AS 241, PPND7: about 1e-7).
 
@@ -76,15 +125,121 @@ def normal_quantile(p: float) -> float:
     """
     q = p - 0.5
     if abs(q) <= 0.425:
-        r = 0.180625 - q * q
-        top = ((59.10937472 * r + 159.29113202) * r + 50.434271938) * r + 3.3871327179
-        bottom = ((67.187563600 * r + 78.757757664) * r + 17.895169469) * r + 1.0
-        return q * top / bottom
-    r = math.sqrt(-log(p if q < 0 else 1.0 - p))
-    r -= 1.6
-    top = ((0.17023821103 * r + 1.3067284816) * r + 2.7568153900) * r + 1.4234372777
-    bottom = (0.12021132975 * r + 0.73700164250) * r + 1.0
-    return -top / bottom if q < 0 else top / bottom
+        return middle_quantile(q)
+    return -tail_quantile(log(p)) if q < 0 else tail_quantile(log(1.0 - p))
+
+
+_SMALLEST = 2.0**-33
+"""The smallest value of `unit`."""
+
+
+def normal_cdf(x: float) -> float:
+    """Distribution function of the standard normal one at x <= 0, by `normal_quantile`, not below `_SMALLEST`.
+
+    By bisection, because the same steps give the same bits everywhere, as ``math.erf`` does not.
+    """
+    below, above = _SMALLEST, 0.5
+    if normal_quantile(below) >= x:
+        return below
+    for _ in range(64):  # from some step on the middle is one of the two
+        middle = 0.5 * (below + above)
+        if normal_quantile(middle) < x:
+            below = middle
+        else:
+            above = middle
+    return above
+
+
+def fill_normal(
+    out: Float32Array,
+    row: np.uint64,
+    key: np.uint64,
+    parameters: NDArray[np.float64],
+    room: NDArray[np.float64],
+) -> None:
+    """Write one row of ``mean + std * normal_quantile(start + width * u)``, nothing of it outside ``[low, high]``.
+
+    All columns as if they were in the middle of the distribution, as most are; then those in its tails, which need a
+    logarithm, again. `room` keeps of each of these the column, its probability from the end it is near, and whether
+    to add or subtract.
+    """
+    start, width, mean, std = parameters[0], parameters[1], parameters[2], parameters[3]
+    low, high = np.float32(parameters[4]), np.float32(parameters[5])
+    first, span = np.int64(parameters[6]), np.int64(parameters[7])
+    # An unsigned index is not looked at for counting from the end.
+    words, columns, ends, factors = out.view(np.uint32), room[0].view(np.uint64), room[1], room[2]
+    draw(words, row, key)
+    count = 0
+    for begin in range(0, out.size, 64):
+        mask, part = np.uint64(0), words[begin : begin + 64]
+        for j in range(part.size):
+            is_tail = (np.int64(part[j]) - first) & _POSITIVE > span
+            mask |= np.uint64(is_tail) << np.uint64(j)
+        while mask:
+            column = np.uint64(begin + trailing_zeros(mask))
+            mask &= mask - _1
+            p = start + width * unit(words[column])
+            columns[count], ends[count] = column, p if p < 0.5 else 1.0 - p
+            factors[count] = -std if p < 0.5 else std
+            count += 1
+    for j in range(out.size):
+        value = np.float32(mean + std * middle_quantile(start + width * unit(words[j]) - 0.5))
+        value = value if value > low else low
+        out[j] = value if value < high else high
+    fill_tails(out, count, parameters, room)
+
+
+def fill_tails(
+    out: Float32Array, count: int, parameters: NDArray[np.float64], room: NDArray[np.float64]
+) -> None:
+    """Write the `count` values in the tails of which `fill_normal` has taken note."""
+    mean, low, high = parameters[2], np.float32(parameters[4]), np.float32(parameters[5])
+    columns, ends, factors, exponents = room[0].view(np.uint64), room[1], room[2], room[3]
+    bits, values = ends.view(np.int64), room[4].view(np.float32)
+    padded = (count + 7) // 8 * 8  # whole vectors
+    for k in range(count, padded):
+        ends[k], factors[k] = 0.01, 0.0
+    for k in range(padded):  # as `log` does, but by the bits: a number in [1/2, 1) and its exponent
+        exponents[k] = (bits[k] >> 52) - 1022
+        bits[k] = (bits[k] & _FRACTION) | _ONE_HALF
+    for k in range(padded):
+        small = ends[k] < 0.7071067811865476
+        x = ends[k] * 2.0 if small else ends[k]
+        exponent = exponents[k] - 1.0 if small else exponents[k]
+        value = np.float32(mean + factors[k] * tail_quantile(log_scaled(x, exponent)))
+        value = value if value > low else low
+        values[k] = value if value < high else high
+    for k in range(count):
+        out[columns[k]] = values[k]
+
+
+_1, _POSITIVE = np.uint64(1), np.int64(2**63 - 1)
+_FRACTION, _ONE_HALF = np.int64(2**52 - 1), np.int64(1022 << 52)
+
+
+def trailing_zeros(word: np.uint64) -> int:
+    """Position of the lowest set bit of a word, which has one."""
+    return int(word & (~word + _1)).bit_length() - 1
+
+
+def middle_words(start: float, width: float) -> tuple[float, float]:
+    """Return the first word for which ``start + width * u`` lies in no tail, and how many more there are behind it.
+
+    There are such words: at least a tenth of the distribution is drawn from, and no tail has as much.
+    """
+
+    def q(word: int) -> float:
+        return start + width * unit(np.uint64(word)) - 0.5
+
+    # Both conditions turn true once as the word grows.
+    first = bisect_left(range(2**32), True, key=lambda word: q(word) >= -0.425)
+    behind = bisect_left(range(2**32), True, key=lambda word: q(word) > 0.425)
+    return float(first), float(behind - 1 - first)
+
+
+def room_for(dim: int) -> NDArray[np.float64]:
+    """Make the room that `Initializer.fill_row` works in."""
+    return np.empty((5, dim + 8))
 
 
 @dataclass(frozen=True)
@@ -95,7 +250,7 @@ class Initializer(ABC):
         for each in fields(self):
             value = getattr(self, each.name)
             # NumPy's scalars become what JSON can hold.
-            if each.type == "float":
+            if each.type in ("float", "float | None"):
                 object.__setattr__(self, each.name, arrays.number(value, each.name))
             else:
                 object.__setattr__(
@@ -108,8 +263,14 @@ class Initializer(ABC):
 
     @staticmethod
     @abstractmethod
-    def fill_row(out: Float32Array, row: np.uint64, key: np.uint64, parameters: NDArray[np.float64]) -> None:
-        """Write one row."""
+    def fill_row(
+        out: Float32Array,
+        row: np.uint64,
+        key: np.uint64,
+        parameters: NDArray[np.float64],
+        room: NDArray[np.float64],
+    ) -> None:
+        """Write one row, with the memory of `room_for` to work in."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +295,13 @@ class Constant(Initializer):
         return (self.value,)
 
     @staticmethod
-    def fill_row(out: Float32Array, row: np.uint64, key: np.uint64, parameters: NDArray[np.float64]) -> None:
+    def fill_row(
+        out: Float32Array,
+        row: np.uint64,
+        key: np.uint64,
+        parameters: NDArray[np.float64],
+        room: NDArray[np.float64],
+    ) -> None:
         """Write one row."""
         value = np.float32(parameters[0])
         for j in range(out.size):
@@ -176,13 +343,28 @@ class Uniform(Initializer):
         return (self.low, self.high - self.low, float(last))
 
     @staticmethod
-    def fill_row(out: Float32Array, row: np.uint64, key: np.uint64, parameters: NDArray[np.float64]) -> None:
+    def fill_row(
+        out: Float32Array,
+        row: np.uint64,
+        key: np.uint64,
+        parameters: NDArray[np.float64],
+        room: NDArray[np.float64],
+    ) -> None:
         """Write one row."""
         low, width, last = parameters[0], parameters[1], np.float32(parameters[2])
-        for block in range((out.size + 3) // 4):
-            words = philox(row, np.uint64(block), key)
-            for lane in range(min(4, out.size - 4 * block)):
-                out[4 * block + lane] = min(np.float32(low + width * unit(words[lane])), last)
+        words = out.view(np.uint32)
+        draw(words, row, key)
+        for j in range(out.size):
+            value = np.float32(low + width * unit(words[j]))
+            out[j] = value if value < last else last
+
+
+def _check_normal(given: Normal | TruncatedNormal) -> None:
+    mean, std = arrays.number(given.mean, "mean"), arrays.number(given.std, "std")
+    arrays.number(abs(mean) + 7 * std, "abs(mean) + 7 * std")
+    if not std > 0:
+        msg = f"{type(given).__name__}: std must be greater than 0, got {std}"
+        raise ValueError(msg)
 
 
 @dataclass(frozen=True)
@@ -213,42 +395,297 @@ class Normal(Initializer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        arrays.number(abs(self.mean) + 7 * self.std, "abs(mean) + 7 * std")
-        if not self.std > 0:
-            msg = f"Normal: std must be greater than 0, got {self.std}"
+        _check_normal(self)
+
+    def parameters(self) -> tuple[float, ...]:  # noqa: D102
+        return (0.0, 1.0, self.mean, self.std, -math.inf, math.inf, *middle_words(0.0, 1.0))
+
+    @staticmethod
+    def fill_row(
+        out: Float32Array,
+        row: np.uint64,
+        key: np.uint64,
+        parameters: NDArray[np.float64],
+        room: NDArray[np.float64],
+    ) -> None:
+        """Write one row."""
+        fill_normal(out, row, key, parameters, room)
+
+
+@dataclass(frozen=True)
+class TruncatedNormal(Initializer):
+    """Normal distribution, of which nothing lies outside ``[low, high]``.
+
+    Parameters
+    ----------
+    mean, std : float
+        Mean and standard deviation before the cut; ``std > 0``.
+    low, high : float, optional
+        Bounds, as the values have them (torch's `a` and `b`), ``low < high`` in float32. By default two `std` below
+        and above `mean`, as in keras. At least a tenth of the distribution must lie between them.
+    seed : int
+        0 to 2**64 - 1. Two tables of different names draw different values from the same seed.
+
+    Notes
+    -----
+    By inversion of the distribution function: none is drawn again. Cut at two `std`, values have a standard deviation
+    of 0.88 `std`.
+
+    Examples
+    --------
+    >>> import shardemb
+    >>> shardemb.initializers.TruncatedNormal(std=0.5, seed=1)
+    TruncatedNormal(mean=0.0, std=0.5, low=-1.0, high=1.0, seed=1)
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    low: float | None = None
+    high: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_normal(self)
+        if self.low is None:
+            object.__setattr__(self, "low", self.mean - 2 * self.std)
+        if self.high is None:
+            object.__setattr__(self, "high", self.mean + 2 * self.std)
+        super().__post_init__()
+        first, last = self._float32_bounds()
+        if not first < last:
+            msg = f"TruncatedNormal: low must be less than high in float32, got {self.low} and {self.high}"
+            raise ValueError(msg)
+        if not self._cut()[1] >= 0.1:
+            msg = (
+                f"TruncatedNormal: less than a tenth of the normal distribution of mean {self.mean} and "
+                f"std {self.std} lies between low {self.low} and high {self.high}; use wider bounds, or Uniform"
+            )
             raise ValueError(msg)
 
     def parameters(self) -> tuple[float, ...]:  # noqa: D102
-        return (self.mean, self.std)
+        start, width, sign = self._cut()
+        bounds = self._float32_bounds()
+        return (start, width, self.mean, sign * self.std, *bounds, *middle_words(start, width))
 
     @staticmethod
-    def fill_row(out: Float32Array, row: np.uint64, key: np.uint64, parameters: NDArray[np.float64]) -> None:
+    def fill_row(
+        out: Float32Array,
+        row: np.uint64,
+        key: np.uint64,
+        parameters: NDArray[np.float64],
+        room: NDArray[np.float64],
+    ) -> None:
         """Write one row."""
-        mean, std = parameters[0], parameters[1]
-        for block in range((out.size + 3) // 4):
-            words = philox(row, np.uint64(block), key)
-            for lane in range(min(4, out.size - 4 * block)):
-                out[4 * block + lane] = np.float32(mean + std * normal_quantile(unit(words[lane])))
+        fill_normal(out, row, key, parameters, room)
+
+    def _bounds(self) -> tuple[float, float]:
+        assert self.low is not None
+        assert self.high is not None
+        return self.low, self.high
+
+    def _float32_bounds(self) -> tuple[float, float]:
+        """Return the smallest and the largest float32 within the bounds."""
+        low, high = self._bounds()
+        first, last = np.float32(low), np.float32(high)
+        if float(first) < low:
+            first = np.nextafter(first, np.float32(np.inf))
+        if float(last) > high:
+            last = np.nextafter(last, np.float32(-np.inf))
+        return float(first), float(last)
+
+    def _cut(self) -> tuple[float, float, float]:
+        """Return where the part between the bounds begins among all probabilities, its size, and the sign of values.
+
+        A part above the mean is turned over to below it, where probabilities are small and so more exact.
+        """
+        low, high = ((bound - self.mean) / self.std for bound in self._bounds())
+        sign = 1.0
+        if low > 0:
+            low, high, sign = -high, -low, -1.0
+        start = normal_cdf(low)
+        stop = normal_cdf(high) if high <= 0 else 1.0 - normal_cdf(-high)
+        return start, stop - start, sign
 
 
-INITIALIZERS: dict[str, type[Initializer]] = {cls.__name__: cls for cls in (Constant, Uniform, Normal)}
+INITIALIZERS: dict[str, type[Initializer]] = {
+    cls.__name__: cls for cls in (Constant, Uniform, Normal, TruncatedNormal)
+}
 
 
-def resolve(given: object, shape: tuple[int, int]) -> tuple[Initializer, Float32Array | None]:
+# ---- recipes, which ask for the table's shape -----------------------------------------------------------------
+
+Fan: TypeAlias = Literal["fan_in", "fan_out", "fan_avg"]
+Distribution: TypeAlias = Literal["truncated_normal", "normal", "uniform"]
+
+_STD_WITHIN_TWO = 0.87962566103423978
+"""Standard deviation of a standard normal distribution cut at -2 and 2, as keras has it."""
+
+
+@dataclass(frozen=True)
+class VarianceScaling:
+    """A distribution around 0 whose variance is ``scale / fan``, by the table's shape at creation, as in keras.
+
+    `Store.create_table` makes a `TruncatedNormal`, `Normal` or `Uniform` of it, which is what the table keeps and
+    `Table.initializer` shows: values do not change when a table grows.
+
+    Parameters
+    ----------
+    scale : float
+        Greater than 0.
+    fan : {"fan_in", "fan_out", "fan_avg"}
+        What to divide by: the number of embeddings, the embedding dim, or their mean. (So keras counts for a matrix of
+        shape ``(num_embeddings, embedding_dim)``. The functions of ``torch.nn.init`` take the same matrix for that
+        of a linear layer, transposed: their ``fan_in`` is the embedding dim, ``fan_out`` the number of embeddings.)
+    distribution : {"truncated_normal", "normal", "uniform"}
+        The first is cut at two standard deviations of the uncut one, and has the variance after the cut.
+    seed : int
+        0 to 2**64 - 1. Two tables of different names draw different values from the same seed.
+
+    Notes
+    -----
+    Glorot's and He's initializers are `GlorotUniform`, `GlorotNormal`, `HeUniform` and `HeNormal`.
+
+    Examples
+    --------
+    >>> import shardemb
+    >>> recipe = shardemb.initializers.VarianceScaling(3.0, "fan_out", "uniform", seed=1)
+    >>> recipe.for_shape(num_embeddings=1000, embedding_dim=4)
+    Uniform(low=-1.5, high=1.5, seed=1)
+    """
+
+    scale: float = 1.0
+    fan: Fan = "fan_avg"
+    distribution: Distribution = "truncated_normal"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", arrays.number(self.scale, "scale"))
+        object.__setattr__(self, "seed", arrays.count(self.seed, "seed", minimum=0, maximum=2**64 - 1))
+        if not self.scale > 0:
+            msg = f"VarianceScaling: scale must be greater than 0, got {self.scale}"
+            raise ValueError(msg)
+        for name, known in (
+            ("fan", ("fan_in", "fan_out", "fan_avg")),
+            ("distribution", ("truncated_normal", "normal", "uniform")),
+        ):
+            if getattr(self, name) not in known:
+                msg = f"VarianceScaling: {name} must be one of {known}, got {getattr(self, name)!r}"
+                raise ValueError(msg)
+
+    def for_shape(self, num_embeddings: int, embedding_dim: int) -> Initializer:
+        """Return the initializer of a table of that shape.
+
+        Parameters
+        ----------
+        num_embeddings, embedding_dim : int
+            The table's.
+
+        Returns
+        -------
+        TruncatedNormal, Normal or Uniform
+        """
+        fans = {
+            "fan_in": num_embeddings,
+            "fan_out": embedding_dim,
+            "fan_avg": (num_embeddings + embedding_dim) / 2,
+        }
+        variance = self.scale / max(1.0, fans[self.fan])
+        if self.distribution == "uniform":
+            limit = math.sqrt(3.0 * variance)
+            return Uniform(-limit, limit, seed=self.seed)
+        if self.distribution == "normal":
+            return Normal(0.0, math.sqrt(variance), seed=self.seed)
+        return TruncatedNormal(0.0, math.sqrt(variance) / _STD_WITHIN_TWO, seed=self.seed)
+
+
+def GlorotUniform(seed: int = 0) -> VarianceScaling:  # noqa: N802 these are known by names of classes
+    """Draw uniformly within ``sqrt(6 / (num_embeddings + embedding_dim))`` of 0 (Glorot and Bengio, 2010; "Xavier").
+
+    Parameters
+    ----------
+    seed : int
+        As `VarianceScaling`.
+
+    Examples
+    --------
+    >>> shardemb.initializers.GlorotUniform(seed=1)
+    VarianceScaling(scale=1.0, fan='fan_avg', distribution='uniform', seed=1)
+    """
+    return VarianceScaling(1.0, "fan_avg", "uniform", seed)
+
+
+def GlorotNormal(seed: int = 0) -> VarianceScaling:  # noqa: N802
+    """Draw from a truncated normal of variance ``2 / (num_embeddings + embedding_dim)`` (Glorot and Bengio, 2010).
+
+    Parameters
+    ----------
+    seed : int
+        As `VarianceScaling`.
+
+    Examples
+    --------
+    >>> shardemb.initializers.GlorotNormal(seed=1)
+    VarianceScaling(scale=1.0, fan='fan_avg', distribution='truncated_normal', seed=1)
+    """
+    return VarianceScaling(1.0, "fan_avg", "truncated_normal", seed)
+
+
+def HeUniform(seed: int = 0) -> VarianceScaling:  # noqa: N802
+    """Draw uniformly within ``sqrt(6 / num_embeddings)`` of 0 (He et al., 2015; "Kaiming").
+
+    Parameters
+    ----------
+    seed : int
+        As `VarianceScaling`.
+
+    Examples
+    --------
+    >>> shardemb.initializers.HeUniform(seed=1)
+    VarianceScaling(scale=2.0, fan='fan_in', distribution='uniform', seed=1)
+    """
+    return VarianceScaling(2.0, "fan_in", "uniform", seed)
+
+
+def HeNormal(seed: int = 0) -> VarianceScaling:  # noqa: N802
+    """Draw from a truncated normal distribution of variance ``2 / num_embeddings`` (He et al., 2015; "Kaiming").
+
+    Parameters
+    ----------
+    seed : int
+        As `VarianceScaling`.
+
+    Examples
+    --------
+    >>> shardemb.initializers.HeNormal(seed=1)
+    VarianceScaling(scale=2.0, fan='fan_in', distribution='truncated_normal', seed=1)
+    """
+    return VarianceScaling(2.0, "fan_in", "truncated_normal", seed)
+
+
+# ---- what a table is created with, and kept with --------------------------------------------------------------
+
+
+Initial: TypeAlias = (
+    "Initializer | VarianceScaling | ArrayLike | arrays.Sliceable | Callable[[int, int], ArrayLike]"
+)
+"""What a table can be created with."""
+
+
+def resolve(given: object, shape: tuple[int, int]) -> tuple[Initializer, arrays.Rows | None]:
     """Tell what fresh rows of a new table hold from the rows that it is filled with at once.
 
     Raises
     ------
     TypeError, ValueError
-        Neither an initializer nor an array of that shape.
+        Neither an initializer, nor an array of that shape, nor a function of two numbers. (What is wrong with
+        *rows* of the last two is seen when they are read.)
     """
     if given is None:
         return Constant(0.0), None
+    if isinstance(given, VarianceScaling):
+        return given.for_shape(*shape), None
     if isinstance(given, Initializer):
         return given, None
-    if callable(given):
-        msg = f"initializer must be one of shardemb.initializers or an array, got {given!r}"
-        raise TypeError(msg)
     return Constant(0.0), arrays.initial_rows(given, shape)
 
 
@@ -270,4 +707,7 @@ def from_json(document: Mapping[str, object]) -> Initializer:
     FormatError
         Not one that this version knows, or parameters that it refuses.
     """
+    if None in document.values():  # for `TruncatedNormal` that is a default, and a file has none
+        msg = f"initializer {document.get('name')!r} has a field without a value"
+        raise FormatError(msg)
     return persisted.from_json("initializer", INITIALIZERS, document)

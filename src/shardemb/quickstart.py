@@ -28,6 +28,7 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -305,12 +306,12 @@ def _train(store: shardemb.Store, options: Options, console: Console) -> shardem
 def _begin(store: shardemb.Store, options: Options, text: corpus.Corpus) -> shardemb.Commit:
     # The words come first: vectors of unknown words would be worth nothing.
     corpus.write_words(options.words, text.words)
-    shape = {"num_embeddings": len(text.words), "embedding_dim": options.dim}
+    create = partial(store.create_table, num_embeddings=len(text.words), embedding_dim=options.dim)
     optimizer = shardemb.optim.Adagrad(lr=LEARNING_RATE)
     width = 0.5 / options.dim**0.5
     uniform = shardemb.initializers.Uniform(-width, width, seed=options.seed)
-    store.create_table("words", **shape, initializer=uniform, optimizer=optimizer)
-    store.create_table("contexts", **shape, optimizer=optimizer)
+    create("words", initializer=uniform, optimizer=optimizer)
+    create("contexts", optimizer=optimizer)
     facts = {"text": text.fingerprint, "words": corpus.fingerprint(text.words)}
     return store.commit(step=0, metadata=facts | {name: getattr(options, name) for name in _FIXED})
 

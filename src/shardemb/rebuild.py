@@ -130,8 +130,8 @@ def reshaped(
 def reshape(old: Place, new: Place, *, keep_state: bool, advance: Advance) -> None:
     """Copy a table's written rows into the folder of `new`, shard by shard.
 
-    Called again after it was cut short, it goes on with the first shard that was not finished: a shard has its name once
-    all that belongs to it is durable. The folder as a whole is not.
+    Called again after it was cut short, it goes on with the first shard that was not finished: a shard has its name
+    once all that belongs to it is durable. The folder as a whole is not.
 
     Parameters
     ----------

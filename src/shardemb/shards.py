@@ -18,6 +18,7 @@ from shardemb import checks, files, folders, kernels, layout
 from shardemb.errors import FormatError, ShardEmbError
 from shardemb.initializers import Constant, stream_key
 from shardemb.overlay import Overlay
+from shardemb.progress import track
 from shardemb.replay import Images
 from shardemb.spec import PAGE, TableSpec, round_up
 
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shardemb.arrays import Float32Array, Int64Array
+    from shardemb.arrays import Float32Array, Int64Array, Rows
     from shardemb.overlay import Room
+    from shardemb.progress import Advance, Progress
 
 COLD_SHARE = 0.1
 """A batch is cold if more than this share of a sample is not in memory."""
@@ -326,9 +328,10 @@ def _map(
             memory.map_file(number * file_bytes, path, file_bytes)
 
 
-def create(spec: TableSpec, directory: Path, values: Float32Array | None) -> Shards:
-    """Create a table's folder, its zarr documents and all its files, sparse; with `values`, every row of it.
+def create(spec: TableSpec, directory: Path, rows: Rows | None, progress: Progress = None) -> Shards:
+    """Create a table's folder, its zarr documents and all its files, sparse; with `rows`, every row of it.
 
+    They are asked for in consecutive ranges of a few MiB; `progress` is told of rows when they are written.
     Nothing is durable yet (`files.sync_tree` makes it so).
 
     Raises
@@ -341,8 +344,10 @@ def create(spec: TableSpec, directory: Path, values: Float32Array | None) -> Sha
         write_documents(directory, layout.table_documents(spec))
         for path, nbytes in expected_files(spec, directory):
             files.create_sparse(path, nbytes)
-        if values is not None:
-            _write_rows(spec, directory, values)
+        total = 0 if rows is None else spec.num_embeddings
+        with track(total, f"copying rows into {spec.stream!r}", progress=progress) as advance:
+            if rows is not None:
+                _write_rows(spec, directory, rows, advance)
         return Shards(spec, directory)
     except BaseException:
         files.remove_tree(directory)
@@ -445,7 +450,7 @@ def expected_files(spec: TableSpec, directory: Path) -> Iterator[tuple[Path, int
     yield checks.path_of(directory), round_up(8 * spec.num_blocks, PAGE)
 
 
-def _write_rows(spec: TableSpec, directory: Path, values: Float32Array) -> None:
+def _write_rows(spec: TableSpec, directory: Path, rows: Rows, advance: Advance) -> None:
     """Write all rows straight into new files: bulk data never becomes private memory."""
     block_rows = max(1, _BLOCK_BYTES // spec.record_bytes)
     for shard in range(spec.num_shards):
@@ -453,11 +458,12 @@ def _write_rows(spec: TableSpec, directory: Path, values: Float32Array) -> None:
         begin, end = file.rows
         with files.opened(file.path, os.O_WRONLY) as descriptor:
             for start in range(begin, end, block_rows):
-                block = values[start : min(start + block_rows, end)]
-                records = np.empty((len(block), spec.width), np.float32)
-                records[:, : spec.embedding_dim] = block
+                stop = min(start + block_rows, end)
+                records = np.empty((stop - start, spec.width), np.float32)
+                records[:, : spec.embedding_dim] = rows(start, stop)
                 records[:, spec.embedding_dim :] = spec.initial_state
                 files.write(descriptor, records.data, (start - begin) * spec.record_bytes, file.path)
+                advance(stop - start)
             checks.note_whole_file(file, directory)
             files.sync(descriptor, file.path)
             files.forget(descriptor)

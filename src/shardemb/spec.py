@@ -314,6 +314,20 @@ def check_name(name: object) -> str:
     return name
 
 
+def check_shape(num_embeddings: object, embedding_dim: object) -> tuple[int, int]:
+    """Check the shape of a new table.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Not integers, or out of the limits.
+    """
+    return (
+        arrays.count(num_embeddings, "num_embeddings", maximum=MAX_ROWS),
+        arrays.count(embedding_dim, "embedding_dim", maximum=MAX_DIM),
+    )
+
+
 def parse_json(data: bytes) -> dict[str, Any]:
     """Parse a JSON object.
 

@@ -25,7 +25,7 @@ from shardemb.errors import (
 from shardemb.journal import Journal
 from shardemb.manifest import Commit, Manifest, TableRecord, check_metadata
 from shardemb.runtime import Runtime, signals_deferred
-from shardemb.spec import MAX_DIM, MAX_ROWS, check_name, new_spec, reshaped_spec
+from shardemb.spec import check_name, check_shape, new_spec, reshaped_spec
 from shardemb.table import Table
 from shardemb.tables import Tables
 
@@ -127,9 +127,10 @@ class Store(Mapping[str, Table]):
         *,
         num_embeddings: int,
         embedding_dim: int,
-        initializer: initializers.Initializer | ArrayLike | None = None,
+        initializer: initializers.Initial | None = None,
         optimizer: Optimizer | None = None,
         rows_per_shard: int | None = None,
+        progress: Progress = None,
     ) -> Table:
         """Create a table; it becomes part of the store with the next commit. Rows cost no disk until written.
 
@@ -139,12 +140,18 @@ class Store(Mapping[str, Table]):
             Letters, digits, ``_``, ``-`` and ``.``; the table's folder in the store.
         num_embeddings, embedding_dim : int
             Rows, and values in a row.
-        initializer : Initializer or array_like, shape (num_embeddings, embedding_dim), optional
-            What rows hold before they are written; zeros by default. An array is copied into the table.
+        initializer : Initializer, VarianceScaling, array_like or callable, optional
+            What rows hold before they are written; zeros by default. An array of shape ``(num_embeddings,
+            embedding_dim)`` is copied into the table, block by block, so that one of zarr or h5py or a
+            ``np.memmap`` is never in memory as a whole. So is what a function ``f(start, stop)`` returns, of shape
+            ``(stop - start, embedding_dim)``: it is called for consecutive ranges of rows until all are covered.
         optimizer : Optimizer, optional
             How `Table.update` moves rows. Without one, rows change by `Table.write` alone.
         rows_per_shard : int, optional
             Rows in a file, rounded up so that files are whole pages. By default files of 64 to 512 MiB.
+        progress : bool or callable, optional
+            How far the copying of an array or function is: True for a bar, or a function ``progress(done, total)``
+            of rows.
 
         Returns
         -------
@@ -171,11 +178,8 @@ class Store(Mapping[str, Table]):
         with self._runtime.changing():
             self._runtime.check_sound()
             self._tables.require_free(check_name(name), self.path)
-            shape = (
-                arrays.count(num_embeddings, "num_embeddings", maximum=MAX_ROWS),
-                arrays.count(embedding_dim, "embedding_dim", maximum=MAX_DIM),
-            )
-            kind, values = initializers.resolve(initializer, shape)
+            shape = check_shape(num_embeddings, embedding_dim)
+            kind, rows = initializers.resolve(initializer, shape)
             spec = new_spec(
                 self._tables.free_stream(name),
                 shape,
@@ -184,7 +188,8 @@ class Store(Mapping[str, Table]):
                 rows_per_shard=rows_per_shard,
                 max_shards=files.MAX_MAPPINGS - files.counters.mappings,
             )
-            mapped = shards.create(spec, folders.parked(self._runtime.path, spec.uuid), values)
+            mapped = shards.create(spec, folders.parked(self._runtime.path, spec.uuid), rows, progress)
+            self._tables.require_free(name, self.path)  # a function that computed rows may have done anything
             self._tables.now[name] = Table(self._runtime, name, mapped, Training(optimizer, 0))
             return self._tables.now[name]
 
