@@ -44,7 +44,8 @@ def rows(initializer, num_rows, dim, *, key=None, first=0):
     key = stream_key(getattr(initializer, "seed", 0), "tokens") if key is None else key
     kernels.gather_or_fill(type(initializer))(
         np.empty((0, dim), np.float32),
-        *(np.empty(0, np.int32), np.empty(0, np.int32), 0),
+        *[np.empty(0, np.int32)] * 3,
+        0,
         never_written,
         0,
         ids,
