@@ -212,7 +212,7 @@ def test_words_on_both_sides_of_a_tail_are_told_apart(initializer):
     parameters = np.array(initializer.parameters())
     start, width, *_, first, more = parameters.tolist()
     edges = {word for edge in (first, first + more) for word in (edge - 1, edge, edge + 1)}
-    words = np.array([*sorted(edges & set(range(WORDS))), 0, WORDS - 1], np.uint32)
+    words = np.array([*sorted(word for word in edges if 0 <= word < WORDS), 0, WORDS - 1], np.uint32)
     seen = []
     fixed = kernels._specialise(
         initializers.fill_normal,

@@ -228,7 +228,7 @@ def heat_map(shares: Sequence[float], width: int = 64) -> list[str]:
     Examples
     --------
     >>> heat_map([0.0, 0.001, 0.3, 0.6, 1.0], width=3)
-    [' ·░', '▒█']
+    [' ·░', '▓█']
     """
     per_cell = -(-len(shares) // (16 * width))
     cells = [shares[start : start + per_cell] for start in range(0, len(shares), per_cell)]

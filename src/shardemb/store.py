@@ -284,6 +284,7 @@ class Store(Mapping[str, Table]):
 
         Examples
         --------
+        >>> commit = store.commit()
         >>> commit = store.reshard("tokens", rows_per_shard=4096, optimizer=None)
         >>> store["tokens"].optimizer is None
         True
