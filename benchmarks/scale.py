@@ -16,7 +16,7 @@ from .common import DIM
 SIZES = [10**6, 10**7, 10**8, 10**9]
 """Rows. Not scaled, see `opening`."""
 
-WRITTEN, BATCH = 65_536, 16_384
+WRITTEN, BATCH = 16_384, 16_384
 BUDGET = 256 * 2**20
 
 
@@ -27,7 +27,7 @@ def anonymous_bytes():
 
 
 class Scale(common.Timed):
-    """An Adam table of random initial values, of which 65,536 random rows were updated and committed."""
+    """An Adam table of random initial values, of which 16,384 random rows were updated and committed."""
 
     params = [SIZES]
     param_names = ["rows"]

@@ -37,6 +37,8 @@ BOUNDS = {
     "durability.Paging.track_bytes_written_per_row": lambda *_: 4096 * 2,
     "export.Export.track_anonymous_growth": lambda *_: 128 * 2**20,
     "opening.Open.track_disk_bytes": lambda *_: 8 * 2**20,
+    "scale.Scale.track_anonymous_bytes": lambda *_: 128 * 2**20,
+    "scale.Scale.track_bytes_on_disk_per_row": lambda *_: 2 * 4096,
     "starting.SecondStart.track_kernels_compiled": lambda *_: 0,
     "starting.track_heavy_imports": lambda *_: 0,
     "tasks.Tasks.track_lookup_tasks": lambda rows, batch: 0 if batch == 16 else 4,
@@ -50,6 +52,8 @@ UNBOUNDED = {
     "ratios.LookupRatio.track_lookup_vs_index",
     "ratios.TrainingRatio.track_step_vs_numpy",
     "ratios.UntouchedRatio.track_untouched_vs_written",
+    "scale.Scale.track_create_seconds",  # how busy the machine is
+    "scale.Scale.track_open_seconds",
     "starting.SecondStart.track_kernels_found",
 }
 

@@ -44,9 +44,10 @@ STORE = """
 checkpoint(self) -> None
 close(self) -> None
 commit(self, step: int | None = None, metadata: Mapping[str, Any] | None = None) -> Commit
+copy(self, path: str | os.PathLike[str], *, progress: Progress = None) -> None
 create_table(self, name: str, *, num_embeddings: int, embedding_dim: int, \
-initializer: initializers.Initializer | ArrayLike | None = None, optimizer: Optimizer | None = None, \
-rows_per_shard: int | None = None) -> Table
+initializer: initializers.Initial | None = None, optimizer: Optimizer | None = None, \
+rows_per_shard: int | None = None, progress: Progress = None) -> Table
 drop_table(self, name: str) -> None
 has_changes: bool
 info(self) -> report.StoreInfo
@@ -55,6 +56,8 @@ lookup(self, ids: Mapping[str, ArrayLike]) -> dict[str, NDArray[np.float32]]
 path: Path
 refresh(self) -> None
 rename_table(self, name: str, new_name: str) -> None
+reshard(self, name: str, *, rows_per_shard: int | None = None, \
+optimizer: "Optimizer | Literal['keep'] | None" = 'keep', progress: Progress = None) -> Commit
 rollback(self) -> None
 stats(self) -> dict[str, int]
 update(self, batches: Mapping[str, tuple[ArrayLike, ArrayLike]], *, check_finite: bool = True) -> None
@@ -69,16 +72,18 @@ explain(self, ids: ArrayLike) -> report.Explanation
 initializer: Initializer
 lookup(self, ids: ArrayLike, *, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]
 lookup_unique(self, ids: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]
+materialize(self, *, progress: Progress = None) -> None
 name: str
 nbytes: int
 num_embeddings: int
 optimizer: Optimizer | None
 prefetch(self, ids: ArrayLike, *, for_update: bool = False) -> None
+resize(self, num_embeddings: int, *, drop_rows: bool = False) -> None
 rows_per_shard: int
 set_optimizer(self, optimizer: Optimizer) -> None
 shape: tuple[int, int]
 state(self, column: str, ids: ArrayLike) -> NDArray[np.float32]
-stats(self) -> dict[str, int]
+stats(self) -> dict[str, Any]
 step: int
 to_arrow_batches(self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None) -> pa.RecordBatchReader
 to_dask_array(self) -> dask.array.Array
@@ -96,9 +101,16 @@ RowWiseAdagrad(lr: float = 0.01, eps: float = 1e-08)
 
 INITIALIZERS = """
 Constant(value: float = 0.0)
+GlorotNormal(seed: int = 0) -> VarianceScaling
+GlorotUniform(seed: int = 0) -> VarianceScaling
+HeNormal(seed: int = 0) -> VarianceScaling
+HeUniform(seed: int = 0) -> VarianceScaling
 Initializer()
 Normal(mean: float = 0.0, std: float = 1.0, seed: int = 0)
+TruncatedNormal(mean: float = 0.0, std: float = 1.0, low: float | None = None, high: float | None = None, seed: int = 0)
 Uniform(low: float, high: float, seed: int = 0)
+VarianceScaling(scale: float = 1.0, fan: Fan = 'fan_avg', distribution: Distribution = 'truncated_normal', \
+seed: int = 0)
 """
 
 
