@@ -1,4 +1,7 @@
-"""Kernels over the presence bitmap: bit r, in little bit order, says whether the files hold a record of row r."""
+"""Kernels over the blocks that a fold writes: bits of the presence bitmap, and how much of a block records cover.
+
+Bit r of the bitmap, in little bit order, says whether the files hold a record of row r.
+"""
 
 from __future__ import annotations
 
@@ -26,3 +29,18 @@ def patch_bits(bits: Int64Array, blocks: Int64Array, target: NDArray[np.uint8]) 
         if k < blocks.size and blocks[k] == block:
             at = bits[i] - block * 8 * PAGE
             target[k * PAGE + (at >> 3)] |= np.uint8(1 << (at & 7))
+
+
+@kernel
+def count_bytes(ids: Int64Array, record_bytes: int, blocks: Int64Array, counts: Int64Array) -> None:
+    """Count how many bytes of each block the records of ascending rows take; none lies elsewhere."""
+    k = 0
+    for i in range(ids.size):
+        begin, end = ids[i] * record_bytes, (ids[i] + 1) * record_bytes
+        while begin < end:
+            block = begin // PAGE
+            while blocks[k] < block:
+                k += 1
+            stop = min(end, (block + 1) * PAGE)
+            counts[k] += stop - begin
+            begin = stop

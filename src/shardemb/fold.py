@@ -166,7 +166,7 @@ def parts(spec: TableSpec, directory: Path, images: Images) -> Iterator[Part]:
         ids = some.ids - number * spec.rows_per_shard
         blocks = plan.pages(ids, spec.record_bytes)
         covered = np.zeros(blocks.size, np.int64)
-        kernels.count_bytes(ids, spec.record_bytes, blocks, covered)
+        bitmaps.count_bytes(ids, spec.record_bytes, blocks, covered)
         same = np.full(ids.size, ones.ctypes.data)
         yield Part(
             checks.shard(spec, directory, number),

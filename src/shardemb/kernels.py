@@ -479,21 +479,6 @@ def patch(
 
 
 @kernel
-def count_bytes(ids: Int64Array, record_bytes: int, blocks: Int64Array, counts: Int64Array) -> None:
-    """Count how many bytes of each block the records of ascending rows take; none lies elsewhere."""
-    k = 0
-    for i in range(ids.size):
-        begin, end = ids[i] * record_bytes, (ids[i] + 1) * record_bytes
-        while begin < end:
-            block = begin // PAGE
-            while blocks[k] < block:
-                k += 1
-            stop = min(end, (block + 1) * PAGE)
-            counts[k] += stop - begin
-            begin = stop
-
-
-@kernel
 def gather_images(addresses: Int64Array, record_bytes: int, target: int, start: int, stop: int) -> None:
     """Copy the records that lie at ``addresses[start:stop]``, one behind the other, to an address."""
     for i in range(start, stop):
