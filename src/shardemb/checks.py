@@ -242,9 +242,18 @@ def wrong_blocks(
             files.read_into(descriptor, view, start, file.path)
             found = block_sums(view)
         steady = known == _sums(sums, first, count, path)
-    return first + np.flatnonzero(
-        steady & (found != np.where(known == NEVER_WRITTEN, np.uint64(ZEROS), known))
-    )
+    return first + np.flatnonzero(steady & (found != _of_content(known)))
+
+
+def are_sound(file: File, directory: Path, start: int, data: memoryview) -> bool:
+    """Whether whole blocks of a file that nobody writes to, from a position on, are what their checksums say."""
+    known = known_sums(path_of(directory), file.first + start // PAGE, len(data) // PAGE)
+    return bool((block_sums(data) == _of_content(known)).all())
+
+
+def _of_content(known: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return the checksums that blocks have if they are what is noted of them."""
+    return np.where(known == NEVER_WRITTEN, np.uint64(ZEROS), known)
 
 
 def known_sums(path: Path, first: int, count: int) -> NDArray[np.uint64]:

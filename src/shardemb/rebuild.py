@@ -345,11 +345,7 @@ def _read_sound(place: Place, file: File, descriptor: int, start: int, stop: int
         One is not.
     """
     data = files.read_at(descriptor, stop - start, start, file.path)
-    known = checks.known_sums(
-        checks.path_of(place.directory), file.first + start // PAGE, (stop - start) // PAGE
-    )
-    expected = np.where(known == checks.NEVER_WRITTEN, np.uint64(checks.ZEROS), known)
-    if (checks.block_sums(memoryview(data)) != expected).any():
+    if not checks.are_sound(file, place.directory, start, memoryview(data)):
         msg = (
             f"{file.path} is damaged; store.verify() tells which rows, restore them from a copy of the store"
         )
