@@ -1,0 +1,106 @@
+"""Hashes of keys: the hot loops from keys to 64 bits that spread them.
+
+Both are keyed by 128 bits that each vocabulary has of its own, so that nobody who does not know them can make keys that
+fall together. Integers are only permuted: different ones never have the same hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from shardemb.kernels import kernel
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from shardemb.arrays import Int64Array
+
+_M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_S27, _S30, _S31 = np.uint64(27), np.uint64(30), np.uint64(31)
+_S13, _S16, _S17, _S21, _S32 = np.uint64(13), np.uint64(16), np.uint64(17), np.uint64(21), np.uint64(32)
+_V0, _V1 = np.uint64(0x736F6D6570736575), np.uint64(0x646F72616E646F6D)
+_V2, _V3 = np.uint64(0x6C7967656E657261), np.uint64(0x7465646279746573)
+_END, _S8, _S56, _S64 = np.uint64(0xFF), np.uint64(8), np.uint64(56), np.uint64(64)
+
+
+class Secret(NamedTuple):
+    """What keys the hashes of a vocabulary."""
+
+    first: np.uint64
+    second: np.uint64
+
+
+def secret_of(identity: str) -> Secret:
+    """Derive the secret of a vocabulary from its uuid, which is random."""
+    digest = hashlib.sha256(identity.encode()).digest()
+    return Secret(*np.frombuffer(digest[:16], np.uint64))
+
+
+@kernel
+def hash_integers(
+    keys: Int64Array, first: np.uint64, second: np.uint64, out: NDArray[np.uint64], start: int, stop: int
+) -> None:
+    """Permute 64-bit integers: the finaliser of SplitMix64 (Steele, Lea, Flood 2014), between two secrets."""
+    for i in range(start, stop):
+        x = np.uint64(keys[i]) ^ first
+        x = (x ^ (x >> _S30)) * _M1
+        x = (x ^ (x >> _S27)) * _M2
+        out[i] = (x ^ (x >> _S31)) + second
+
+
+@kernel
+def _turn(x: Any, left: Any) -> Any:  # noqa: ANN401
+    return (x << left) | (x >> (_S64 - left))
+
+
+@kernel
+def _round(v0: Any, v1: Any, v2: Any, v3: Any) -> Any:  # noqa: ANN401
+    v0 += v1
+    v2 += v3
+    v1 = _turn(v1, _S13) ^ v0
+    v3 = _turn(v3, _S16) ^ v2
+    v0 = _turn(v0, _S32)
+    v2 += v1
+    v0 += v3
+    v1 = _turn(v1, _S17) ^ v2
+    v3 = _turn(v3, _S21) ^ v0
+    v2 = _turn(v2, _S32)
+    return v0, v1, v2, v3
+
+
+@kernel
+def hash_strings(
+    offsets: Int64Array,
+    data: NDArray[np.uint8],
+    first: np.uint64,
+    second: np.uint64,
+    out: NDArray[np.uint64],
+    start: int,
+    stop: int,
+) -> None:
+    """SipHash-1-3 (Aumasson, Bernstein 2012) of strings of bytes, which lie one behind the other."""
+    for i in range(start, stop):
+        begin, end = offsets[i], offsets[i + 1]
+        v0, v1, v2, v3 = first ^ _V0, second ^ _V1, first ^ _V2, second ^ _V3
+        whole = begin + ((end - begin) & -8)
+        for at in range(begin, whole, 8):
+            word = np.uint64(0)
+            for k in range(8):
+                word |= np.uint64(data[at + k]) << np.uint64(8 * k)
+            v3 ^= word
+            v0, v1, v2, v3 = _round(v0, v1, v2, v3)
+            v0 ^= word
+        word = np.uint64(end - begin) << _S56
+        for at in range(whole, end):
+            word |= np.uint64(data[at]) << np.uint64(8 * (at - whole))
+        v3 ^= word
+        v0, v1, v2, v3 = _round(v0, v1, v2, v3)
+        v0 ^= word
+        v2 ^= _END
+        v0, v1, v2, v3 = _round(v0, v1, v2, v3)
+        v0, v1, v2, v3 = _round(v0, v1, v2, v3)
+        v0, v1, v2, v3 = _round(v0, v1, v2, v3)
+        out[i] = v0 ^ v1 ^ v2 ^ v3

@@ -1,0 +1,362 @@
+"""From the hash of a key to the rows that may be its own: a hint, which can be lost and made anew.
+
+What a vocabulary *says* lies in its tables, which commits protect: the key of each row. The index only tells where to
+look. It may name rows that hold another key, or none, by now: whoever asks compares. It never leaves out a row that
+holds the key. So nothing is taken out of it, by removals or rollbacks, until it is made anew.
+
+Most of it is a file that never changes, sorted by hash (``probing.py``). New pairs go into slots in memory; when those
+are many, file and slots are merged into the next file, one part of the hashes after the other. The file says which
+commit it knows the rows of: opening adds those that came later. ::
+
+    page 0      JSON, padded with zeros: format_version, uuid, entries, bits, parts, coverage, crc32
+    directory   int64 (2**bits + 1): the first entry whose hash begins with these bits
+    entries     uint64 (entries, 2): hash, row
+    sums        uint64 (1 + 2**parts): checksums of the directory, and of the entries of each part
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from shardemb import files, kernels, probing, replay
+from shardemb.errors import FormatError
+from shardemb.spec import (
+    FORMAT_VERSION,
+    PAGE,
+    crc32,
+    field,
+    int_field,
+    parse_json,
+    require_version,
+    round_up,
+    uuid_field,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from shardemb.arrays import Int64Array
+
+    Run = Callable[[Sequence[Callable[[], None]]], None]
+
+BUCKET_BITS = 3
+"""Entries of a bucket, on average, as a power of two: one or two cache lines."""
+
+PART_BITS = 18
+"""Entries of a part, on average, as a power of two: 4 MiB are merged and written at once."""
+
+OPEN_PAIRS = 2**20, 2**23
+"""Pairs that slots hold before they are merged: a quarter of those in the file, within these."""
+
+_FIRST_SLOTS = 1024
+_FULL = 0.75
+"""Share of the slots that may be taken."""
+
+_STALE = 2**16
+"""Pairs of no use that an index may have beside as many as those of use."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What an index knows for certain: every live row below `rows` of a commit, but those given away anew since.
+
+    Attributes
+    ----------
+    commit : int
+        Number of the commit; 0 before the first.
+    rows : int
+        Rows that the vocabulary had ever given out by then.
+    head : int
+        How many freed rows it had given out again.
+    """
+
+    commit: int = 0
+    rows: int = 0
+    head: int = 0
+
+
+class Level(NamedTuple):
+    """What lies in the file, mapped."""
+
+    directory: Int64Array
+    entries: NDArray[np.uint64]
+    bits: int
+    parts: int
+    sums: NDArray[np.uint64]
+
+
+NOTHING = Level(np.zeros(2, np.int64), np.empty((0, 2), np.uint64), 0, 0, np.empty(0, np.uint64))
+
+
+class KeyIndex:
+    """The index of one vocabulary. Reading needs no lock; everything else is under the store's.
+
+    Parameters
+    ----------
+    path : Path
+        Its file, which need not exist.
+    identity : str
+        The vocabulary's uuid.
+    run : callable
+        Runs functions side by side.
+    writable : bool
+        Whether the file may be replaced; otherwise all that it does not hold stays in memory.
+
+    Attributes
+    ----------
+    coverage : Coverage
+        Of the file.
+    """
+
+    def __init__(self, path: Path, identity: str, run: Run, *, writable: bool) -> None:
+        self._path, self._identity, self._run, self._writable = path, identity, run, writable
+        self.coverage = Coverage()
+        self._level = NOTHING
+        self._slots = np.zeros((_FIRST_SLOTS, 2), np.uint64)
+        self._open = 0
+
+    def load(self, now: Coverage) -> None:
+        """Take up the file, if it is one of this vocabulary and knows no more than the commit `now`."""
+        with contextlib.suppress(FormatError, OSError):
+            level, coverage = _read(self._path, self._identity)
+            if coverage.commit <= now.commit and coverage.rows <= now.rows and coverage.head <= now.head:
+                self._level, self.coverage = level, coverage
+
+    # ---- reading
+
+    def __len__(self) -> int:
+        """Return the number of pairs, those of no use included."""
+        return self._level.entries.shape[0] + self._open
+
+    @property
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes in memory and on disk."""
+        return self._slots.nbytes, files.allocated(self._path) if self._level is not NOTHING else 0
+
+    def probe(
+        self, hashes: NDArray[np.uint64], skip: int, end: int, out: Int64Array, start: int, stop: int
+    ) -> None:
+        """Set ``out[i]`` to a row below `end` that may hold the key of ``hashes[i]``, the `skip`-th of them, or -1."""
+        slots, level = self._slots, self._level
+        probing.probe(
+            slots, level.directory, level.entries, level.bits, hashes, skip, end, out, start, stop
+        )
+
+    def read_ahead(self, hashes: NDArray[np.uint64]) -> None:
+        """Ask for the pages of the file in which hashes are looked for, unless a sample finds them in memory."""
+        level = self._level
+        if level is NOTHING or not hashes.size:
+            return
+        first = np.uint64(64 - level.bits)
+        buckets = (hashes >> first if level.bits else np.zeros_like(hashes)).astype(np.int64)
+        for array, record_bytes, rows in (
+            (level.directory, 8, lambda: buckets),
+            (level.entries, 16, lambda: np.minimum(level.directory[buckets], level.entries.shape[0] - 1)),
+        ):
+            _ask(array.ctypes.data, record_bytes, rows())
+
+    # ---- changing
+
+    def add(self, hashes: NDArray[np.uint64], rows: Int64Array, coverage: Coverage) -> None:
+        """Add pairs. `coverage` is that of the last commit: what is added was added to it.
+
+        Raises
+        ------
+        DiskFullError, OSError
+            There is no room for the next file. Some of the pairs are there, which does no harm.
+        """
+        most = self._limit()
+        start = 0
+        while start < hashes.size:
+            stop = min(start + most - self._open, hashes.size)
+            self._reserve(self._open + stop - start)
+            probing.insert(self._slots, hashes[start:stop], rows[start:stop])
+            self._open += stop - start
+            start = stop
+            if self._open >= most:
+                self.merge(coverage)
+                most = self._limit()
+
+    def is_stale(self, live: int) -> bool:
+        """Whether so many pairs are of no use that the index should be made anew."""
+        return len(self) > 2 * live + _STALE
+
+    def clear(self) -> None:
+        """Forget all pairs; the file stays until the next one replaces it."""
+        self._level, self.coverage = NOTHING, Coverage()
+        self._slots, self._open = np.zeros((_FIRST_SLOTS, 2), np.uint64), 0
+
+    def merge(self, coverage: Coverage) -> None:
+        """Write the next file: that of now, and the slots.
+
+        Raises
+        ------
+        DiskFullError, OSError
+            There is no room; nothing has changed.
+        """
+        staged = files.staged(self._path)
+        files.make_directory(self._path.parent)
+        files.remove(staged)
+        try:
+            with files.opened(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+                self._write_next(descriptor, staged, coverage)
+                files.sync(descriptor, staged)
+            files.publish(self._path)
+        except BaseException:
+            files.remove(staged)
+            raise
+        self._level, self.coverage = _read(self._path, self._identity)
+        self._slots, self._open = np.zeros((_FIRST_SLOTS, 2), np.uint64), 0
+
+    def _write_next(self, descriptor: int, path: Path, coverage: Coverage) -> None:
+        most = len(self)
+        bits = max(0, (max(most, 1) - 1).bit_length() - BUCKET_BITS)
+        parts = max(0, (max(most, 1) - 1).bit_length() - PART_BITS)
+        counts = np.zeros(2**bits, np.int64)
+        begins = PAGE + round_up((2**bits + 1) * 8, PAGE)
+        sums, total = np.zeros(1 + 2**parts, np.uint64), 0
+        for part in range(0, 2**parts, 2):  # two at a time, side by side
+            pair = range(part, min(part + 2, 2**parts))
+            done: list[NDArray[np.uint64]] = [np.empty((0, 2), np.uint64)] * len(pair)
+
+            def merge_one(number: int, done: list[NDArray[np.uint64]] = done, part: int = part) -> None:
+                done[number - part] = self._merged(number, parts, bits, counts)
+
+            self._run([partial(merge_one, number) for number in pair])
+            for number, entries in zip(pair, done, strict=True):
+                sums[1 + number] = replay.checksum(entries.data.cast("B")) if entries.size else 0
+                if entries.size:
+                    files.write(descriptor, entries.data.cast("B"), begins + 16 * total, path)
+                    files.begin_write_back(descriptor, begins + 16 * total, entries.nbytes)
+                total += entries.shape[0]
+        directory = np.concatenate([[0], np.cumsum(counts)])
+        sums[0] = replay.checksum(directory.data.cast("B"))
+        files.write(descriptor, directory.data.cast("B"), PAGE, path)
+        files.write(descriptor, sums.data.cast("B"), begins + round_up(16 * total, PAGE), path)
+        header: dict[str, object] = {
+            "format_version": FORMAT_VERSION,
+            "uuid": self._identity,
+            "entries": total,
+            "bits": bits,
+            "parts": parts,
+            "coverage": asdict(coverage),
+        }
+        header["crc32"] = crc32(header)
+        files.write(descriptor, json.dumps(header).encode().ljust(PAGE), 0, path)
+
+    def _merged(self, part: int, parts: int, bits: int, counts: Int64Array) -> NDArray[np.uint64]:
+        """Merge the pairs of one part, and count them by bucket."""
+        level, width = self._level, 64 - parts
+        first, last = np.uint64(part << width), np.uint64(((part + 1) << width) - 1)
+        begin = probing.lower_bound(level.directory, level.entries, level.bits, first)
+        end = (
+            level.entries.shape[0]
+            if part + 1 == 2**parts
+            else probing.lower_bound(level.directory, level.entries, level.bits, last + np.uint64(1))
+        )
+        old = level.entries[begin:end]
+        out = np.empty((old.shape[0] + probing.count_between(self._slots, first, last), 2), np.uint64)
+        mine = counts[part << (bits - parts) : (part + 1) << (bits - parts)] if bits >= parts else counts
+        return out[: probing.merge(self._slots, old, first, last, bits, mine, out)]
+
+    def check(self) -> bool:
+        """Whether the file is what was written."""
+        level = self._level
+        if level is NOTHING:
+            return True
+        edges = level.directory[:: 2 ** (level.bits - level.parts)]
+        stretches = [level.entries[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        found = [replay.checksum(each.data.cast("B")) if each.size else 0 for each in stretches]
+        return [replay.checksum(level.directory.data.cast("B")), *found] == level.sums.tolist()
+
+    # ---- within
+
+    def _limit(self) -> int:
+        if not self._writable:
+            return 2**62
+        least, most = OPEN_PAIRS
+        return max(least, min(self._level.entries.shape[0] // 4, most))
+
+    def _reserve(self, pairs: int) -> None:
+        size = self._slots.shape[0]
+        if pairs <= _FULL * size:
+            return
+        while pairs > _FULL * size:
+            size *= 2
+        limit = int(self._limit() / _FULL) + 1  # no more than can ever be in use
+        larger = np.zeros((max(min(size, limit), int(pairs / _FULL) + 1), 2), np.uint64)
+        probing.insert_all(larger, self._slots)
+        self._slots = larger
+
+
+def _ask(address: int, record_bytes: int, rows: Int64Array) -> None:
+    """Ask for the pages of records in a mapped file, if many of them are not in memory."""
+    nothing, none = np.empty(0, np.uint8), np.empty(0, np.int32)
+    start, base = address % PAGE // record_bytes, address // PAGE * PAGE
+    samples = min(32, -(-rows.size // 8))
+    found = kernels.sample_resident(base, record_bytes, none, none, none, 0, nothing, rows + start, samples)
+    if 0 <= found < 0.9 * samples:
+        rows = np.sort(rows + start)
+        pages = files.ADVISED // PAGE
+        kernels.advise(
+            base,
+            record_bytes,
+            none,
+            none,
+            none,
+            0,
+            nothing,
+            rows,
+            files.MADV_WILLNEED,
+            pages,
+            0,
+            rows.size,
+        )
+
+
+def _read(path: Path, identity: str) -> tuple[Level, Coverage]:
+    """Map an index's file, believing nothing of what it says about itself.
+
+    Raises
+    ------
+    FormatError, OSError
+        It is not that.
+    """
+    with files.opened(path, os.O_RDONLY) as descriptor:
+        header = parse_json(bytes(files.read_at(descriptor, PAGE, 0, path)).rstrip())
+    require_version(header)
+    if header.get("crc32") != crc32(header) or uuid_field(header) != identity:
+        msg = f"{path}: it is not the index of this vocabulary"
+        raise FormatError(msg)
+    entries = int_field(header, "entries", 2**48, minimum=0)
+    bits, parts = int_field(header, "bits", 48, minimum=0), int_field(header, "parts", 48, minimum=0)
+    coverage = field(header, "coverage", dict)
+    known = Coverage(**{name: int_field(coverage, name, 2**62, minimum=0) for name in ("commit", "rows", "head")})
+    begins = PAGE + round_up((2**bits + 1) * 8, PAGE)
+    ends = begins + round_up(16 * entries, PAGE)
+    nbytes = ends + 8 * (1 + 2**parts)
+    if files.size(path) != nbytes or parts > bits:
+        msg = f"{path}: it has {files.size(path)} bytes instead of {nbytes}"
+        raise FormatError(msg)
+    memory = files.AddressRange(round_up(nbytes, PAGE))
+    memory.map_file(0, path, memory.nbytes)
+    memory.advise(0, memory.nbytes, files.MADV_RANDOM)
+    words = memory.array(np.uint64, (memory.nbytes // 8,))
+    level = Level(
+        words[PAGE // 8 :][: 2**bits + 1].view(np.int64),
+        words[begins // 8 :][: 2 * entries].reshape(-1, 2),
+        bits,
+        parts,
+        words[ends // 8 :][: 1 + 2**parts],
+    )
+    return level, known

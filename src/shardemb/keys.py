@@ -1,0 +1,223 @@
+"""Where keys are checked and coerced: NumPy, Arrow, lists in; 64-bit integers or UTF-8 bytes, and their hashes, out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+
+from shardemb import hashing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+    from shardemb.arrays import Int64Array
+    from shardemb.hashing import Secret
+
+KeyType: TypeAlias = Literal["int64", "string", "bytes"]
+
+KEY_TYPES = ("int64", "string", "bytes")
+
+KeysLike: TypeAlias = Any
+"""Integers, str or bytes, by the type of the vocabulary: one, a (nested) list, a NumPy or Arrow array of them."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Checked keys, in C order.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        The shape in which they came.
+    integers : ndarray of int64, shape (n,), or None
+    offsets : ndarray of int64, shape (n + 1,), or None
+        Where the bytes of each begin and end in `data`, where they are no integers.
+    data : ndarray of uint8
+    """
+
+    shape: tuple[int, ...]
+    integers: Int64Array | None = None
+    offsets: Int64Array | None = None
+    data: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
+
+    @property
+    def size(self) -> int:
+        """Number of keys."""
+        return self.integers.size if self.integers is not None else self._bounds.size - 1
+
+    @property
+    def lengths(self) -> Int64Array:
+        """Bytes of each, where they are no integers."""
+        return np.diff(self._bounds)
+
+    @property
+    def _bounds(self) -> Int64Array:
+        assert self.offsets is not None
+        return self.offsets
+
+    def hasher(self, secret: Secret, out: NDArray[np.uint64]) -> Callable[[int, int], None]:
+        """Return the function that hashes a range of the keys into `out`."""
+        if self.integers is not None:
+            return partial(hashing.hash_integers, self.integers, *secret, out)
+        return partial(hashing.hash_strings, self._bounds, self.data, *secret, out)
+
+    def take(self, which: Int64Array) -> Keys:
+        """Return some of the keys, as a flat batch."""
+        if self.integers is not None:
+            return Keys(which.shape, self.integers[which])
+        lengths = self.lengths[which]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        source = np.repeat(self._bounds[which] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Keys(which.shape, None, offsets, self.data[source])
+
+
+def checked(keys: KeysLike, key_type: KeyType, vocabulary: str) -> Keys:
+    """Check keys of any shape.
+
+    Raises
+    ------
+    TypeError
+        They are not of the vocabulary's type; the message names the first that is not.
+    ValueError
+        One is missing (null), or a string has no UTF-8.
+    """
+    return _integers(keys, vocabulary) if key_type == "int64" else _strings(keys, key_type, vocabulary)
+
+
+def _integers(keys: KeysLike, vocabulary: str) -> Keys:
+    if _is_arrow(keys):
+        _refuse_nulls(keys, vocabulary)
+        keys = keys.to_numpy() if _is_chunked(keys) else keys.to_numpy(zero_copy_only=False)
+    array = np.asarray(keys)
+    if array.size == 0 and not isinstance(keys, np.ndarray):
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        msg = f"vocabulary {vocabulary!r} has integer keys, got dtype {array.dtype}: {_excerpt(keys)}"
+        raise TypeError(msg)
+    if array.dtype == np.uint64 and array.size and int(array.max()) >= 2**63:
+        msg = (
+            f"vocabulary {vocabulary!r} has int64 keys, and {int(array.max())} is larger; "
+            f"give hashes of 64 bits as keys.view('int64')"
+        )
+        raise ValueError(msg)
+    return Keys(array.shape, np.require(array, np.int64, ["C", "A", "W"]).reshape(-1))
+
+
+def _strings(keys: KeysLike, key_type: KeyType, vocabulary: str) -> Keys:
+    import pyarrow as pa
+
+    wanted = str if key_type == "string" else bytes
+    shape, flat = _flatten(keys, wanted)
+    try:
+        array = flat if _is_arrow(flat) else pa.array(flat, _arrow_type(key_type))
+        if pa.types.is_dictionary(array.type):
+            array = array.cast(array.type.value_type)
+        found = str if _is_text(array.type) else bytes if _is_binary(array.type) else None
+        if found is not wanted and len(array):
+            raise TypeError(f"got {array.type}")
+        array = array.cast(_arrow_type(key_type))
+    except (TypeError, pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        msg = f"vocabulary {vocabulary!r} has keys of {wanted.__name__}: {error}; got {_excerpt(keys)}"
+        raise TypeError(msg) from error
+    except UnicodeEncodeError as error:
+        msg = f"vocabulary {vocabulary!r}: a key has no UTF-8 ({error}); use key_type='bytes' for such keys"
+        raise ValueError(msg) from error
+    array = array.combine_chunks() if _is_chunked(array) else array
+    _refuse_nulls(array, vocabulary)
+    _, offsets, data = array.buffers()
+    bounds = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
+    if bounds.size == 0:
+        bounds = np.zeros(1, np.int64)
+    content = np.frombuffer(data, np.uint8) if data is not None and data.size else np.empty(0, np.uint8)
+    first, last = int(bounds[0]), int(bounds[-1])
+    return Keys(
+        (len(array),) if shape is None else shape,
+        None,
+        np.require(bounds - first, np.int64, ["C", "A", "W"]),
+        np.require(content[first:last], np.uint8, ["C", "A", "W"]),
+    )
+
+
+def _flatten(keys: KeysLike, wanted: type) -> tuple[tuple[int, ...] | None, Any]:
+    """Return the shape of keys that are strings, and all of them in one list or Arrow array."""
+    if _is_arrow(keys):
+        return None, keys
+    if isinstance(keys, wanted):
+        return (), [keys]
+    if isinstance(keys, np.ndarray):
+        return keys.shape, keys.reshape(-1).tolist()
+    keys = list(keys)
+    shape: tuple[int, ...] = (len(keys),)
+    while keys and all(isinstance(each, list | tuple | np.ndarray) for each in keys):
+        lengths = {len(each) for each in keys}
+        if len(lengths) > 1:
+            msg = f"nested lists of keys must be of one length, got {sorted(lengths)[:3]}"
+            raise ValueError(msg)
+        shape = (*shape, lengths.pop())
+        keys = [key for each in keys for key in each]
+    return shape, keys
+
+
+def restored(keys: Keys, key_type: KeyType) -> NDArray[Any]:
+    """Return keys as the array in which they are given back: int64, or objects of str or bytes."""
+    if keys.integers is not None:
+        return keys.integers.reshape(keys.shape)
+    array = np.empty(keys.size, object)
+    array[:] = as_arrow(keys, key_type).to_pylist()
+    return array.reshape(keys.shape)
+
+
+def as_arrow(keys: Keys, key_type: KeyType) -> pa.Array:
+    """Return keys as a flat Arrow array."""
+    import pyarrow as pa
+
+    if keys.integers is not None:
+        return pa.array(keys.integers)
+    buffers = [None, pa.py_buffer(keys.offsets), pa.py_buffer(keys.data)]
+    return pa.Array.from_buffers(_arrow_type(key_type), keys.size, buffers)
+
+
+def _arrow_type(key_type: KeyType) -> pa.DataType:
+    import pyarrow as pa
+
+    return pa.large_string() if key_type == "string" else pa.large_binary()
+
+
+def _is_arrow(keys: KeysLike) -> bool:
+    return type(keys).__module__.partition(".")[0] == "pyarrow"
+
+
+def _is_chunked(keys: Any) -> bool:  # noqa: ANN401
+    import pyarrow as pa
+
+    return isinstance(keys, pa.ChunkedArray)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return any(is_it(kind) for is_it in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    kinds = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary
+    return any(is_it(kind) for is_it in kinds)
+
+
+def _refuse_nulls(array: Any, vocabulary: str) -> None:  # noqa: ANN401
+    if array.null_count:
+        msg = f"vocabulary {vocabulary!r}: {array.null_count} of {len(array)} keys are missing (null); drop them first"
+        raise ValueError(msg)
+
+
+def _excerpt(keys: KeysLike) -> str:
+    text = repr(keys)
+    return text if len(text) <= 80 else f"{text[:77]}..."

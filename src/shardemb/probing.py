@@ -1,0 +1,227 @@
+"""The hot loops of the index from hashes to rows (``keyindex.py``): a sorted level on disk, and an open one in memory.
+
+*Entries* are pairs ``(hash, row)``, ascending by hash; a directory tells by the hash's first bits where to look. *Slots*
+are an open hash table of ``(hash, row + 1)`` with zeros where it is empty, in which an entry lies at its home or behind
+it; homes ascend with hashes, so that slots in their order are nearly sorted.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shardemb.kernels import prefetch, kernel
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from shardemb.arrays import Int64Array
+
+_32, _64 = np.uint64(32), np.uint64(64)
+_AT_ONCE = 32
+"""Hashes whose memory is asked for together, before the first of them is looked at."""
+
+_SEARCHED = 16
+"""A bucket with more entries is searched by halves; only hashes that fall together make one."""
+
+
+@kernel
+def home(value: Any, capacity: Any) -> Any:  # noqa: ANN401
+    """Where in a table of slots a hash belongs."""
+    return np.int64(((value >> _32) * np.uint64(capacity)) >> _32)
+
+
+@kernel
+def bucket_of(value: Any, bits: Any) -> Any:  # noqa: ANN401
+    """First bits of a hash."""
+    return np.int64(value >> (_64 - np.uint64(bits))) if bits else np.int64(0)
+
+
+@kernel
+def lower_bound(directory: Any, entries: Any, bits: Any, value: Any) -> Any:  # noqa: ANN401
+    """Return the number of the first entry whose hash is at least `value`."""
+    bucket = bucket_of(value, bits)
+    low, high = directory[bucket], directory[bucket + 1]
+    while high - low > _SEARCHED:
+        middle = (low + high) >> 1
+        if entries[middle, 0] < value:
+            low = middle + 1
+        else:
+            high = middle
+    while low < high and entries[low, 0] < value:
+        low += 1
+    return low
+
+
+@kernel
+def insert(slots: NDArray[np.uint64], hashes: NDArray[np.uint64], rows: Int64Array) -> None:
+    """Put pairs into slots that have room for them. Readers may look on: a row comes after its hash."""
+    capacity = slots.shape[0]
+    for i in range(hashes.size):
+        at = home(hashes[i], capacity)
+        while slots[at, 1] != 0:
+            at += 1
+            if at == capacity:
+                at = 0
+        slots[at, 0] = hashes[i]
+        slots[at, 1] = np.uint64(rows[i] + 1)
+
+
+@kernel
+def insert_all(slots: NDArray[np.uint64], old: NDArray[np.uint64]) -> None:
+    """Put what lies in other slots into larger ones."""
+    capacity = slots.shape[0]
+    for i in range(old.shape[0]):
+        if old[i, 1] != 0:
+            at = home(old[i, 0], capacity)
+            while slots[at, 1] != 0:
+                at += 1
+                if at == capacity:
+                    at = 0
+            slots[at, 0], slots[at, 1] = old[i, 0], old[i, 1]
+
+
+@kernel
+def probe(
+    slots: NDArray[np.uint64],
+    directory: Int64Array,
+    entries: NDArray[np.uint64],
+    bits: int,
+    hashes: NDArray[np.uint64],
+    skip: int,
+    end: int,
+    out: Int64Array,
+    start: int,
+    stop: int,
+) -> None:
+    """``out[i]`` becomes the row of the ``skip + 1``-th pair with the hash ``hashes[i]``, -1 where there is none.
+
+    Those in memory, newer, come first. Pairs whose row is not below `end` do not count.
+    """
+    capacity = slots.shape[0]
+    lows = np.empty(_AT_ONCE, np.int64)
+    for first in range(start, stop, _AT_ONCE):
+        last = min(first + _AT_ONCE, stop)
+        for i in range(first, last):
+            prefetch(directory.ctypes.data + 8 * bucket_of(hashes[i], bits))
+            prefetch(slots.ctypes.data + 16 * home(hashes[i], capacity))
+        for i in range(first, last):
+            lows[i - first] = directory[bucket_of(hashes[i], bits)]
+            prefetch(entries.ctypes.data + 16 * lows[i - first])
+            prefetch(entries.ctypes.data + 16 * lows[i - first] + 64)
+        for i in range(first, last):
+            value, left, found = hashes[i], skip, np.int64(-1)
+            at = home(value, capacity)
+            for _ in range(capacity):
+                row = np.int64(slots[at, 1]) - 1
+                if row < 0:
+                    break
+                if slots[at, 0] == value and row < end:
+                    if left == 0:
+                        found = row
+                        break
+                    left -= 1
+                at += 1
+                if at == capacity:
+                    at = 0
+            if found < 0:
+                k, high = lows[i - first], directory[bucket_of(value, bits) + 1]
+                if high - k > _SEARCHED:
+                    k = lower_bound(directory, entries, bits, value)
+                while k < high and entries[k, 0] < value:
+                    k += 1
+                while k < high and entries[k, 0] == value:
+                    row = np.int64(entries[k, 1])
+                    if 0 <= row < end:
+                        if left == 0:
+                            found = row
+                            break
+                        left -= 1
+                    k += 1
+            out[i] = found
+
+
+@kernel
+def count_between(slots: NDArray[np.uint64], first: np.uint64, last: np.uint64) -> int:
+    """Count the pairs in slots whose hashes lie between two, both included."""
+    capacity = slots.shape[0]
+    at, end, count = home(first, capacity), home(last, capacity), 0
+    for step in range(capacity):
+        if slots[at, 1] == 0:
+            if step >= end - home(first, capacity):
+                break
+        elif first <= slots[at, 0] <= last:
+            count += 1
+        at += 1
+        if at == capacity:
+            at = 0
+    return count
+
+
+@kernel
+def merge(
+    slots: NDArray[np.uint64],
+    old: NDArray[np.uint64],
+    first: np.uint64,
+    last: np.uint64,
+    bits: int,
+    counts: Int64Array,
+    out: NDArray[np.uint64],
+) -> int:
+    """Merge the pairs in slots whose hashes lie between two with the entries that do; return how many there are.
+
+    ``counts[b]`` becomes the number of those whose hash begins with the b-th of the `bits` bits that occur.
+    """
+    capacity = slots.shape[0]
+    room = np.empty((out.shape[0] - old.shape[0], 2), np.uint64)
+    at, end, found = home(first, capacity), home(last, capacity), 0
+    for step in range(capacity):
+        if slots[at, 1] == 0:
+            if step >= end - home(first, capacity):
+                break
+        elif first <= slots[at, 0] <= last:
+            value, row = slots[at, 0], slots[at, 1] - np.uint64(1)
+            k = found
+            while k > 0 and room[k - 1, 0] > value:
+                room[k, 0], room[k, 1] = room[k - 1, 0], room[k - 1, 1]
+                k -= 1
+            room[k, 0], room[k, 1] = value, row
+            found += 1
+        at += 1
+        if at == capacity:
+            at = 0
+    base, i, j, total = bucket_of(first, bits), 0, 0, 0
+    while i < found or j < old.shape[0]:
+        if i < found and (j == old.shape[0] or room[i, 0] <= old[j, 0]):
+            value, row = room[i, 0], room[i, 1]
+            i += 1
+        else:
+            value, row = old[j, 0], old[j, 1]
+            j += 1
+        k = total  # a pair that is there already came twice
+        while k > 0 and out[k - 1, 0] == value and out[k - 1, 1] != row:
+            k -= 1
+        if k > 0 and out[k - 1, 0] == value:
+            continue
+        out[total, 0], out[total, 1] = value, row
+        counts[bucket_of(value, bits) - base] += 1
+        total += 1
+    return total
+
+
+@kernel
+def first_of_each(hashes: NDArray[np.uint64], table: Int64Array) -> Int64Array:
+    """For each hash, the position of the first that is the same; `table` is room, -1 throughout."""
+    leader = np.empty(hashes.size, np.int64)
+    capacity = table.size
+    for i in range(hashes.size):
+        at = home(hashes[i], capacity)
+        while table[at] >= 0 and hashes[table[at]] != hashes[i]:
+            at += 1
+            if at == capacity:
+                at = 0
+        if table[at] < 0:
+            table[at] = i
+        leader[i] = table[at]
+    return leader
