@@ -18,6 +18,7 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
 from shardemb import initializers, optim
+from shardemb.admission import Admission
 from shardemb.errors import (
     DiskFullError,
     FormatError,
@@ -33,20 +34,27 @@ from shardemb.errors import (
     StoreNotFoundError,
     TableExistsError,
     TableNotFoundError,
+    UnknownKeyError,
+    VocabularyExistsError,
+    VocabularyNotFoundError,
 )
 
 if TYPE_CHECKING:
+    from shardemb.keyed import KeyedTable
     from shardemb.manifest import Commit
     from shardemb.opening import open
     from shardemb.store import Store
     from shardemb.table import Table
+    from shardemb.vocabulary import Vocabulary
 
 __version__ = _version("shardemb")
 
 __all__ = [
+    "Admission",
     "Commit",
     "DiskFullError",
     "FormatError",
+    "KeyedTable",
     "LogDamagedError",
     "PoisonedError",
     "ReadOnlyError",
@@ -61,13 +69,17 @@ __all__ = [
     "Table",
     "TableExistsError",
     "TableNotFoundError",
+    "UnknownKeyError",
+    "Vocabulary",
+    "VocabularyExistsError",
+    "VocabularyNotFoundError",
     "__version__",
     "initializers",
     "open",
     "optim",
 ]
 
-_LAZY = {"open": "opening", "Store": "store", "Table": "table", "Commit": "manifest"}
+_LAZY = {"open": "opening", "Store": "store", "Table": "table", "Commit": "manifest", "KeyedTable": "keyed", "Vocabulary": "vocabulary"}
 
 
 def __getattr__(name: str) -> object:

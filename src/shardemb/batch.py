@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 SAMPLES = 32
 """Rows of a batch that are looked for in memory, to tell whether it is cold."""
 
+LEAST_ROW_BYTES = 128
+"""What a row that is looked up costs at least, however short it is: two cache lines, its own and one of the index."""
+
 PREFETCH_ROWS = 4096
 """Rows that a prefetch copies into slots while it holds the lock once."""
 
@@ -67,7 +70,10 @@ class Read:
 
 @dataclass(frozen=True)
 class Change:
-    """A change of one table: gradients for a step of its optimizer; weights to overwrite where `training` is None."""
+    """A change of one table: gradients for a step of its optimizer; weights to overwrite where `training` is None.
+
+    The latter may also be as wide as whole records.
+    """
 
     shards: Shards
     batch: Grouped
@@ -143,8 +149,11 @@ def _gather(runtime: Runtime, reads: Sequence[Read]) -> None:
         each.shards.totals.add_cold()
     _read_ahead(runtime, [(c.shards, plan.group(c.ids, c.shards.spec.num_embeddings).rows) for c in cold])
     gathers = [partial(read.shards.gather, read.column, read.ids, read.out) for read in reads]
-    _run_pieces(
-        runtime, gathers, [read.ids.size for read in reads], [4 * read.out.shape[1] for read in reads]
+    run_pieces(
+        runtime,
+        gathers,
+        [read.ids.size for read in reads],
+        [max(4 * read.out.shape[1], LEAST_ROW_BYTES) for read in reads],
     )
 
 
@@ -267,7 +276,7 @@ def _fill_slots(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) 
         copies = [
             partial(shards.copy, rows, slots) for (shards, rows), slots in zip(new, reserved, strict=True)
         ]
-        _run_pieces(runtime, copies, [rows.size for _, rows in new], [s.spec.record_bytes for s, _ in new])
+        run_pieces(runtime, copies, [rows.size for _, rows in new], [s.spec.record_bytes for s, _ in new])
     except BaseException:
         for (shards, _), slots in zip(new, reserved, strict=False):
             shards.overlay.unreserve(slots)
@@ -298,11 +307,13 @@ def _work(change: Change, places: Int64Array) -> Callable[[int, int], None]:
     if change.training is None or change.training.optimizer is None:
         return overwrite
     step = kernels.step(type(change.training.optimizer))
-    scalars = np.array(change.training.optimizer.scalars(change.training.step + 1), np.float32)
+    number = change.training.step + 1
+    scalars = np.array(change.training.optimizer.scalars(number), np.float32)
+    counting = number if shards.spec.counters else 0
 
     def take_step(start: int, stop: int) -> None:
         scratch = np.empty(values.shape[1], np.float32)
-        step(shards.records, places, batch.starts, batch.order, values, scalars, scratch, start, stop)
+        step(shards.records, places, batch.starts, batch.order, values, scalars, scratch, counting, start, stop)
 
     return take_step
 
@@ -316,10 +327,10 @@ def _read_ahead(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) 
     """Ask for the pages of ascending rows."""
     asks = [partial(shards.read_ahead, rows) for shards, rows in batches]
     # A row costs a system call and a page, however short it is.
-    _run_pieces(runtime, asks, [rows.size for _, rows in batches], [PAGE] * len(batches))
+    run_pieces(runtime, asks, [rows.size for _, rows in batches], [PAGE] * len(batches))
 
 
-def _run_pieces(
+def run_pieces(
     runtime: Runtime,
     functions: Sequence[Callable[[int, int], None]],
     lengths: Sequence[int],
@@ -332,6 +343,11 @@ def _run_pieces(
             functions[which](start, stop)
 
     scheduler.run([partial(run, task) for task in _cut(runtime, lengths, row_bytes)], runtime.threads)
+
+
+def run_side_by_side(runtime: Runtime, functions: Sequence[Callable[[], None]]) -> None:
+    """Call functions on as many threads as a batch may use."""
+    scheduler.run(functions, runtime.threads)
 
 
 def _cut(runtime: Runtime, lengths: Sequence[int], row_bytes: Sequence[int]) -> list[list[Piece]]:

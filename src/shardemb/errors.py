@@ -11,6 +11,9 @@ Wrong dtypes and shapes are plain `TypeError` and `ValueError`.
     |   |-- RowIdError (IndexError)               an id outside the table
     |   |-- TableNotFoundError (KeyError)         no table of that name
     |   |-- TableExistsError (FileExistsError)    a table of that name exists
+    |   |-- VocabularyNotFoundError (KeyError)    no vocabulary of that name
+    |   |-- VocabularyExistsError (FileExistsError)
+    |   |-- UnknownKeyError (KeyError)            a key that has no row
     |   |-- StoreNotFoundError (FileNotFoundError)
     |   `-- StoreExistsError (FileExistsError)
     |-- the store is not open for this
@@ -44,6 +47,9 @@ __all__ = [
     "StoreNotFoundError",
     "TableExistsError",
     "TableNotFoundError",
+    "UnknownKeyError",
+    "VocabularyExistsError",
+    "VocabularyNotFoundError",
 ]
 
 
@@ -55,16 +61,30 @@ class RowIdError(ShardEmbError, IndexError):
     """A row id lies outside the table. Nothing wraps around: negative ids are refused too."""
 
 
-class TableNotFoundError(ShardEmbError, KeyError):
-    """The store holds no table of that name."""
-
+class _NotFoundError(ShardEmbError, KeyError):
     def __str__(self) -> str:
         # KeyError prints the repr of its argument, which would put the whole message in quotes.
         return str(self.args[0]) if self.args else ""
 
 
+class TableNotFoundError(_NotFoundError):
+    """The store holds no table of that name."""
+
+
+class VocabularyNotFoundError(_NotFoundError):
+    """The store holds no vocabulary of that name."""
+
+
+class UnknownKeyError(_NotFoundError):
+    """A key has no row in the vocabulary."""
+
+
 class TableExistsError(ShardEmbError, FileExistsError):
     """The store already holds a table of that name."""
+
+
+class VocabularyExistsError(ShardEmbError, FileExistsError):
+    """The store already holds a vocabulary of that name."""
 
 
 class StoreNotFoundError(ShardEmbError, FileNotFoundError):

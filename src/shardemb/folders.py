@@ -53,6 +53,19 @@ def parked(store: Path, uuid: str) -> Path:
     return private(store) / "tables" / uuid
 
 
+def index(store: Path, uuid: str) -> Path:
+    """File of a vocabulary's index, which can be made anew."""
+    return private(store) / "vocabularies" / uuid
+
+
+def keep_indexes(store: Path, uuids: Collection[str]) -> None:
+    """Remove the files of indexes of other vocabularies."""
+    folder = private(store) / "vocabularies"
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.name not in uuids:
+            files.remove(path)
+
+
 def rebuilt(store: Path) -> Path:
     """Folder of tables that are being made anew, which may take long and be cut short."""
     return private(store) / "rebuilt"

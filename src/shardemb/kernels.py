@@ -352,6 +352,20 @@ def advise(
     return failed + _advise_pages(base, int(first), int(last) + 1, advice, most_pages)
 
 
+def _fill(
+    ids: Int64Array,
+    out: Float32Array,
+    key: np.uint64,
+    parameters: NDArray[np.float64],
+    start: int,
+    stop: int,
+) -> None:
+    """``out[i]`` becomes the initial weight of row ``ids[i]``, which need not be in any file."""
+    room = _room_for(out.shape[1])
+    for i in range(start, stop):
+        _fill_row(out[i], np.uint64(ids[i]), key, parameters, room)
+
+
 # ---- changing -------------------------------------------------------------------------------------------------
 
 
@@ -410,10 +424,14 @@ def _step(
     gradients: Float32Array,
     scalars: Float32Array,
     scratch: Float32Array,
+    counting: int,
     start: int,
     stop: int,
 ) -> None:
-    """One optimizer step on distinct rows, by their places; a row's gradients are summed first, in batch order."""
+    """One optimizer step on distinct rows, by their places; a row's gradients are summed first, in batch order.
+
+    Unless `counting` is 0, it is the number of the step, which the last two values of a record are to keep.
+    """
     dim = gradients.shape[1]
     row_bytes, record_bytes = 4 * dim, 4 * records.shape[1]
     source, target = gradients.ctypes.data, records.ctypes.data
@@ -425,6 +443,9 @@ def _step(
                 prefetch(source + order[starts[u + _AHEAD]] * row_bytes + line)
         record = records[places[u]]
         first, last = starts[u], starts[u + 1]
+        if counting:
+            record[record.size - 2] += np.float32(last - first)
+            record[record.size - 1] = np.float32(counting)
         if last - first == 1:
             _row_step(record[:dim], record[dim:], gradients[order[first]], scalars)
             continue
@@ -550,6 +571,12 @@ def gather_or_fill(initializer: type[initializers.Initializer]) -> Callable[...,
     """`_gather_or_fill` for one kind of initial value."""
     name = f"gather_or_fill_{initializer.__name__}"
     return kernel(_specialise(_gather_or_fill, name, **_fill_helpers(initializer)))
+
+
+@_once
+def fill(initializer: type[initializers.Initializer]) -> Callable[..., None]:
+    """`_fill` for one kind of initial value."""
+    return kernel(_specialise(_fill, f"fill_{initializer.__name__}", **_fill_helpers(initializer)))
 
 
 @_once

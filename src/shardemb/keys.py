@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 KeyType: TypeAlias = Literal["int64", "string", "bytes"]
 
-KEY_TYPES = ("int64", "string", "bytes")
-
 KeysLike: TypeAlias = Any
 """Integers, str or bytes, by the type of the vocabulary: one, a (nested) list, a NumPy or Arrow array of them."""
 

@@ -9,15 +9,18 @@ everything up to its commit, and the log is replayed from its segment.
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shardemb import optim, persisted
+from shardemb import arrays, optim, persisted
+from shardemb.admission import ADMISSIONS, Admission
 from shardemb.errors import FormatError
 from shardemb.spec import (
     FORMAT_VERSION,
-    check_name,
+    KEY_TYPES,
+    check_stored_name,
     crc32,
     field,
     int_field,
@@ -61,21 +64,109 @@ class TableRecord:
         Number of updates so far.
     optimizer : Optimizer or None
         Hyper-parameters as of this commit.
+    vocabulary : str or None
+        The uuid of the vocabulary that gives out its rows.
     """
 
     uuid: str
     name: str
     step: int
     optimizer: optim.Optimizer | None
+    vocabulary: str | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return the record as JSON values."""
+        bound = {} if self.vocabulary is None else {"vocabulary": self.vocabulary}
         return {
             "uuid": self.uuid,
             "name": self.name,
             "step": self.step,
             "optimizer": persisted.to_json(self.optimizer) if self.optimizer else None,
-        }
+        } | bound
+
+
+@dataclass(frozen=True)
+class VocabularyRecord:
+    """What a commit says about one vocabulary; its keys lie in tables.
+
+    Attributes
+    ----------
+    uuid, name : str
+    key_type : {"int64", "string", "bytes"}
+    reserved : int
+        Rows at the beginning that no key gets.
+    admission : Admission or None
+        When a key earns its row; None: at once.
+    rows : int
+        Rows given out so far, reserved and freed ones included.
+    head, tail : int
+        How many freed rows were given out again, and how many rows were ever freed.
+    text_bytes : int
+        Bytes of keys in ``@bytes``, those of freed rows included.
+    sightings : int
+        How often keys were counted that had no row.
+    """
+
+    uuid: str
+    name: str
+    key_type: str
+    reserved: int = 0
+    admission: Admission | None = None
+    rows: int = 0
+    head: int = 0
+    tail: int = 0
+    text_bytes: int = 0
+    sightings: int = 0
+
+    def to_json(self) -> dict[str, object]:
+        """Return the record as JSON values."""
+        return vars(self) | {"admission": persisted.to_json(self.admission) if self.admission else None}
+
+    @staticmethod
+    def from_json(document: object) -> VocabularyRecord:
+        """Read what `to_json` wrote, believing nothing.
+
+        Raises
+        ------
+        FormatError
+            A missing or impossible value.
+        """
+        if not isinstance(document, dict):
+            msg = f"a vocabulary's record is {document!r}"
+            raise FormatError(msg)
+        admission = field(document, "admission", (dict, type(None)))
+        counts = ("reserved", "rows", "head", "tail", "text_bytes", "sightings")
+        record = VocabularyRecord(
+            uuid=uuid_field(document),
+            name=check_stored_name(document.get("name")),
+            key_type=field(document, "key_type", str),
+            admission=None if admission is None else persisted.from_json("admission", ADMISSIONS, admission),
+            **{name: int_field(document, name, 2**62, minimum=0) for name in counts},
+        )
+        if record.key_type not in KEY_TYPES or not record.head <= record.tail or record.reserved > record.rows:
+            msg = f"the record of vocabulary {record.name!r} cannot be: {document}"
+            raise FormatError(msg)
+        return record
+
+
+def new_record(name: str, key_type: object, admission: object, reserved: object) -> VocabularyRecord:
+    """Make the record of a vocabulary of a checked name that has no key yet.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A type, admission or number that cannot be.
+    """
+    if key_type not in KEY_TYPES:
+        msg = f"key_type must be one of {', '.join(map(repr, KEY_TYPES))}, got {key_type!r}"
+        raise ValueError(msg)
+    if not isinstance(admission, Admission | None):
+        msg = f"admission must be a shardemb.Admission, for example shardemb.Admission(after=3), got {admission!r}"
+        raise TypeError(msg)
+    rows = arrays.count(reserved, "reserved", minimum=0, maximum=2**31)
+    return VocabularyRecord(
+        str(uuid.uuid4()), name, str(key_type), reserved=rows, admission=admission, rows=rows
+    )
 
 
 @dataclass(frozen=True)
@@ -98,6 +189,8 @@ class Manifest:
         None before the first.
     tables : tuple of TableRecord
         The tables of that commit.
+    vocabularies : tuple of VocabularyRecord
+        Its vocabularies.
     dropped : tuple of TableRecord
         Tables of the commit before that this one dropped, and whose folders may still be there.
     """
@@ -110,6 +203,7 @@ class Manifest:
     attempt: int = 1
     commit: Commit | None = None
     tables: tuple[TableRecord, ...] = ()
+    vocabularies: tuple[VocabularyRecord, ...] = ()
     dropped: tuple[TableRecord, ...] = ()
 
     def to_bytes(self) -> bytes:
@@ -126,6 +220,8 @@ class Manifest:
             "tables": [table.to_json() for table in self.tables],
             "dropped": [table.to_json() for table in self.dropped],
         }
+        if self.vocabularies:
+            document["vocabularies"] = [each.to_json() for each in self.vocabularies]
         document["crc32"] = crc32(document)
         return json.dumps(document).encode() + b"\n"
 
@@ -158,6 +254,10 @@ class Manifest:
             attempt=int_field(document, "attempt", 2**62),
             commit=None if commit is None else _commit_from_json(commit),
             tables=tables,
+            vocabularies=tuple(
+                VocabularyRecord.from_json(each)
+                for each in (field(document, "vocabularies", list) if "vocabularies" in document else ())
+            ),
             dropped=tuple(_record_from_json(entry) for entry in field(document, "dropped", list)),
         )
 
@@ -216,13 +316,10 @@ def _record_from_json(document: object) -> TableRecord:
         msg = f"a table's record is {document!r}"
         raise FormatError(msg)
     optimizer = field(document, "optimizer", (dict, type(None)))
-    try:
-        name = check_name(document.get("name"))
-    except (TypeError, ValueError) as error:
-        raise FormatError(str(error)) from error
     return TableRecord(
         uuid=uuid_field(document),
-        name=name,
+        name=check_stored_name(document.get("name")),
         step=int_field(document, "step", 2**62, minimum=0),
         optimizer=None if optimizer is None else optim.from_json(optimizer),
+        vocabulary=uuid_field(document, "vocabulary") if "vocabulary" in document else None,
     )

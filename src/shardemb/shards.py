@@ -276,12 +276,14 @@ class Shards:
 
     def pack_first(self, ids: Int64Array, start: int, stop: int, address: int) -> None:
         """As `pack`, of rows that were never written: what they start from."""
-        records = np.empty((stop - start, self.spec.width), np.float32)
-        weights = np.empty((stop - start, self.spec.embedding_dim), np.float32)
-        self.gather("weight", ids[start:stop], weights, 0, stop - start)
-        records[:, : self.spec.embedding_dim] = weights
-        records[:, self.spec.embedding_dim :] = self.spec.initial_state
-        kernels.pack(records, np.arange(stop - start), address)
+        kernels.pack(self.first_records(ids[start:stop]), np.arange(stop - start), address)
+
+    def first_records(self, ids: Int64Array) -> Float32Array:
+        """Compute what rows start from, shape (ids.size, width); they need not be rows of the table yet."""
+        weights = np.empty((ids.size, self.spec.embedding_dim), np.float32)
+        fill = kernels.fill(type(self.spec.initializer))
+        fill(ids, weights, self._key, self._parameters, 0, ids.size)
+        return np.hstack([weights, np.tile(self.spec.initial_state, (ids.size, 1))])
 
     def begin_fold(self) -> None:
         """Note that what is committed by now is being folded."""

@@ -46,8 +46,18 @@ PRESENCE_BYTES = 4 * 2**20
 MAX_ROWS = 2**48
 MAX_DIM = 2**16
 
+COUNTERS = COUNT, LAST_STEP = "count", "last_step"
+"""Columns of a table that counts: how often a row was updated, and in which step of the table last."""
+
+KEY_TYPES = "int64", "string", "bytes"
+"""What the keys of a vocabulary may be."""
+
+INTERNAL = "keys", "bytes", "freed", "sketch"
+"""What the tables of a vocabulary are for; they are called ``VOCABULARY@keys`` and so on, and are not shown."""
+
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
+_INTERNAL_NAME = re.compile(_NAME.pattern + rf"@({'|'.join(INTERNAL)})")
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -74,6 +84,8 @@ class TableSpec:
         As of creation: decides the state columns. The hyper-parameters of today are in the `TableRecord`.
     initializer : Initializer
         Weights of rows never written.
+    counters : bool
+        Whether each row counts its updates: columns ``count`` and ``last_step``, behind those of the optimizer.
     """
 
     uuid: str
@@ -83,11 +95,12 @@ class TableSpec:
     rows_per_shard: int
     optimizer: optim.Optimizer | None
     initializer: initializers.Initializer
+    counters: bool = False
 
     @cached_property
     def columns(self) -> dict[str, tuple[int, int]]:
         """Column name to its first and one-past-last value in the record, ``"weight"`` first."""
-        return record_columns(self.embedding_dim, self.optimizer)
+        return record_columns(self.embedding_dim, self.optimizer, counters=self.counters)
 
     @cached_property
     def width(self) -> int:
@@ -96,6 +109,8 @@ class TableSpec:
 
     def is_row_wise(self, column: str) -> bool:
         """Whether a state column is one number a row, whatever the dim."""
+        if column in COUNTERS:
+            return True
         assert self.optimizer is not None
         return self.optimizer.state_columns(self.embedding_dim + 1)[column] == 1
 
@@ -169,6 +184,8 @@ class TableSpec:
             "optimizer": persisted.to_json(self.optimizer) if self.optimizer else None,
             "initializer": persisted.to_json(self.initializer),
         }
+        if self.counters:
+            document["counters"] = True
         return document | {"crc32": crc32(document)}
 
     @staticmethod
@@ -191,6 +208,7 @@ class TableSpec:
             rows_per_shard=int_field(document, "rows_per_shard", MAX_ROWS),
             optimizer=None if optimizer is None else optim.from_json(optimizer),
             initializer=initializers.from_json(field(document, "initializer", dict)),
+            counters="counters" in document and field(document, "counters", bool),
         )
         columns = {name: list(bounds) for name, bounds in spec.columns.items()}
         if document.get("columns") != columns:
@@ -211,6 +229,7 @@ def new_spec(
     *,
     initializer: initializers.Initializer,
     optimizer: object,
+    counters: bool = False,
     rows_per_shard: int | None,
     max_shards: int,
 ) -> TableSpec:
@@ -221,7 +240,7 @@ def new_spec(
     TypeError, ValueError
         An optimizer or a size of shards that cannot be.
     """
-    checked, rows = _checked(shape, optimizer, rows_per_shard, max_shards)
+    checked, rows = _checked(shape, optimizer, rows_per_shard, max_shards, counters=counters)
     return TableSpec(
         uuid=str(uuid.uuid4()),
         stream=stream,
@@ -230,6 +249,7 @@ def new_spec(
         rows_per_shard=rows,
         optimizer=checked,
         initializer=initializer,
+        counters=counters,
     )
 
 
@@ -245,13 +265,13 @@ def reshaped_spec(
     """
     shape = spec.num_embeddings, spec.embedding_dim
     wanted = spec.rows_per_shard if rows_per_shard is None else rows_per_shard
-    checked, rows = _checked(shape, optimizer, wanted, max_shards)
+    checked, rows = _checked(shape, optimizer, wanted, max_shards, counters=spec.counters)
     identity = uuid.uuid5(uuid.UUID(spec.uuid), f"{instant} {rows} {checked!r}")
     return replace(spec, uuid=str(identity), rows_per_shard=rows, optimizer=checked)
 
 
 def _checked(
-    shape: tuple[int, int], optimizer: object, rows_per_shard: int | None, max_shards: int
+    shape: tuple[int, int], optimizer: object, rows_per_shard: int | None, max_shards: int, *, counters: bool
 ) -> tuple[optim.Optimizer | None, int]:
     """Check an optimizer and a size of shards, and choose the latter."""
     if optimizer is not None and not isinstance(optimizer, optim.Optimizer):
@@ -259,14 +279,17 @@ def _checked(
         raise TypeError(msg)
     if rows_per_shard is not None:
         rows_per_shard = arrays.count(rows_per_shard, "rows_per_shard", maximum=MAX_ROWS)
-    width = max(stop for _, stop in record_columns(shape[1], optimizer).values())
+    width = max(stop for _, stop in record_columns(shape[1], optimizer, counters=counters).values())
     return optimizer, choose_rows_per_shard(shape[0], 4 * width, rows_per_shard, max_shards)
 
 
-def record_columns(embedding_dim: int, optimizer: optim.Optimizer | None) -> dict[str, tuple[int, int]]:
+def record_columns(
+    embedding_dim: int, optimizer: optim.Optimizer | None, *, counters: bool = False
+) -> dict[str, tuple[int, int]]:
     """Lay out a record: the weight, then each state column, as half-open ranges of values."""
     columns, start = {"weight": (0, embedding_dim)}, embedding_dim
-    for name, width in (optimizer.state_columns(embedding_dim) if optimizer else {}).items():
+    states = optimizer.state_columns(embedding_dim) if optimizer else {}
+    for name, width in (states | (dict.fromkeys(COUNTERS, 1) if counters else {})).items():
         columns[name] = (start, start + width)
         start += width
     return columns
@@ -290,6 +313,27 @@ def choose_rows_per_shard(num_embeddings: int, record_bytes: int, wanted: int | 
         size = max(min(max(-(-total // MAX_SHARDS), smallest), largest), -(-total // max(max_shards, 1)))
         wanted = -(-size // record_bytes)
     return round_up(min(wanted, num_embeddings), multiple)
+
+
+def is_internal(name: str) -> bool:
+    """Whether a table is part of a vocabulary."""
+    return "@" in name
+
+
+def check_stored_name(name: object) -> str:
+    """Check a table's name as a commit has it.
+
+    Raises
+    ------
+    FormatError
+        It cannot be one.
+    """
+    if isinstance(name, str) and _INTERNAL_NAME.fullmatch(name):
+        return name
+    try:
+        return check_name(name)
+    except (TypeError, ValueError) as error:
+        raise FormatError(str(error)) from error
 
 
 def check_name(name: object) -> str:
@@ -385,7 +429,7 @@ def field(document: Mapping[str, Any], name: str, kind: type | tuple[type, ...])
     return value
 
 
-def uuid_field(document: Mapping[str, Any]) -> str:
+def uuid_field(document: Mapping[str, Any], name: str = "uuid") -> str:
     """Take the uuid of a JSON object, which names folders too.
 
     Raises
@@ -393,9 +437,9 @@ def uuid_field(document: Mapping[str, Any]) -> str:
     FormatError
         It is missing or not a uuid.
     """
-    text = field(document, "uuid", str)
+    text = field(document, name, str)
     if not _UUID.fullmatch(text):
-        msg = f"uuid is {text!r}"
+        msg = f"{name} is {text!r}"
         raise FormatError(msg)
     return str(text)
 

@@ -12,9 +12,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from shardemb import arrays, batch, files, folders, forks, initializers, rebuild, report, shards, verify
+from shardemb import arrays, batch, files, folders, forks, initializers, keyed, rebuild, report, shards, verify
 from shardemb.batch import Training
 from shardemb.errors import (
     FormatError,
@@ -23,11 +24,12 @@ from shardemb.errors import (
     TableNotFoundError,
 )
 from shardemb.journal import Journal
-from shardemb.manifest import Commit, Manifest, TableRecord, check_metadata
+from shardemb.manifest import Commit, Manifest, TableRecord, check_metadata, new_record
 from shardemb.runtime import Runtime, signals_deferred
-from shardemb.spec import check_name, check_shape, new_spec, reshaped_spec
+from shardemb.spec import check_name, check_shape, is_internal, new_spec, reshaped_spec
 from shardemb.table import Table
 from shardemb.tables import Tables
+from shardemb.vocabularies import Vocabularies
 
 if TYPE_CHECKING:
     import os
@@ -36,12 +38,16 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
+    from shardemb.admission import Admission
+    from shardemb.keyed import KeyedTable
+    from shardemb.keys import KeyType
     from shardemb.optim import Optimizer
     from shardemb.progress import Progress
     from shardemb.replay import Replay
+    from shardemb.vocabulary import Vocabulary
 
 
-class Store(Mapping[str, Table]):
+class Store(Mapping[str, "Table | KeyedTable"]):
     """Tables by name, with one commit for all of them. Made by `shardemb.open`; a context manager.
 
     Examples
@@ -78,6 +84,7 @@ class Store(Mapping[str, Table]):
         self._opened = False
         self._written_before = files.counters.bytes_written, files.counters.syncs
         self._tables = Tables()
+        self._vocabularies = Vocabularies(runtime, self._tables)
         self._journal: Journal | None = None
         directories = folders.locate(runtime.path, manifest.tables)
         for record in manifest.tables:
@@ -86,6 +93,7 @@ class Store(Mapping[str, Table]):
                 table._mapped.place(newer.images(table._spec), runtime.room)
             self._tables.now[record.name] = table
         self._tables.settle()
+        self._vocabularies.open(manifest)
         if runtime.writable:
             self._journal = runtime.room = Journal(runtime, manifest, self._tables.mapped)
             try:
@@ -104,42 +112,56 @@ class Store(Mapping[str, Table]):
 
     # ---- tables
 
-    def __getitem__(self, name: str) -> Table:
+    def __getitem__(self, name: str) -> Table | KeyedTable:
+        return self._vocabularies.keyed(self._table(name))
+
+    def _table(self, name: str) -> Table:
         self._runtime.check_open()
         try:
-            return self._tables.now[name]
+            return self._shown()[name]
         except KeyError:
-            names = ", ".join(map(repr, self._tables.now)) or "none"
+            names = ", ".join(map(repr, self._shown())) or "none"
             msg = f"the store {self._runtime.path} has no table {name!r}; its tables: {names}"
             raise TableNotFoundError(msg) from None
 
     def __iter__(self) -> Iterator[str]:
         self._runtime.check_open()
-        return iter(tuple(self._tables.now))
+        return iter(self._shown())
 
     def __len__(self) -> int:
         self._runtime.check_open()
-        return len(self._tables.now)
+        return len(self._shown())
+
+    def _shown(self) -> dict[str, Table]:
+        """Return the tables of now, without those of vocabularies."""
+        return {name: table for name, table in tuple(self._tables.now.items()) if not is_internal(name)}
 
     def create_table(
         self,
         name: str,
         *,
-        num_embeddings: int,
         embedding_dim: int,
+        num_embeddings: int | None = None,
+        vocabulary: str | None = None,
+        counters: bool = False,
         initializer: initializers.Initial | None = None,
         optimizer: Optimizer | None = None,
         rows_per_shard: int | None = None,
         progress: Progress = None,
-    ) -> Table:
+    ) -> Table | KeyedTable:
         """Create a table; it becomes part of the store with the next commit. Rows cost no disk until written.
 
         Parameters
         ----------
         name : str
             Letters, digits, ``_``, ``-`` and ``.``; the table's folder in the store.
-        num_embeddings, embedding_dim : int
-            Rows, and values in a row.
+        embedding_dim, num_embeddings : int
+            Values in a row, and rows; not with a vocabulary, with which the table grows.
+        vocabulary : str, optional
+            One of the store's vocabularies, which gives out the rows: the table is used by keys, a `KeyedTable`.
+        counters : bool
+            Keep beside each row how often it was updated (``count``) and in which of the table's steps last
+            (``last_step``), as state columns. Both are float32: exact up to 16,777,216, where ``count`` stays.
         initializer : Initializer, VarianceScaling, array_like or callable, optional
             What rows hold before they are written; zeros by default. An array of shape ``(num_embeddings,
             embedding_dim)`` is copied into the table, block by block, so that one of zarr or h5py or a
@@ -155,12 +177,12 @@ class Store(Mapping[str, Table]):
 
         Returns
         -------
-        Table
+        Table or KeyedTable
 
         Raises
         ------
-        TableExistsError
-            There is a table of that name.
+        TableExistsError, VocabularyNotFoundError
+            There is a table of that name; there is no such vocabulary.
         TypeError, ValueError
             A name, size, array, initializer or optimizer that cannot be.
         ReadOnlyError, StoreClosedError, PoisonedError, DiskFullError
@@ -178,6 +200,14 @@ class Store(Mapping[str, Table]):
         with self._runtime.changing():
             self._runtime.check_sound()
             self._tables.require_free(check_name(name), self.path)
+            bound = None if vocabulary is None else self._vocabularies.find(vocabulary)
+            if (bound is None) == (num_embeddings is None):
+                msg = f"table {name!r}: give either num_embeddings or the vocabulary that gives out its rows"
+                raise ValueError(msg)
+            if bound is not None:
+                num_embeddings, rows_per_shard = keyed.first_size(
+                    bound.num_rows, embedding_dim, optimizer, counters=counters, rows_per_shard=rows_per_shard
+                )
             shape = check_shape(num_embeddings, embedding_dim)
             kind, rows = initializers.resolve(initializer, shape)
             spec = new_spec(
@@ -185,13 +215,15 @@ class Store(Mapping[str, Table]):
                 shape,
                 initializer=kind,
                 optimizer=optimizer,
+                counters=counters,
                 rows_per_shard=rows_per_shard,
                 max_shards=files.MAX_MAPPINGS - files.counters.mappings,
             )
             mapped = shards.create(spec, folders.parked(self._runtime.path, spec.uuid), rows, progress)
             self._tables.require_free(name, self.path)  # a function that computed rows may have done anything
-            self._tables.now[name] = Table(self._runtime, name, mapped, Training(optimizer, 0))
-            return self._tables.now[name]
+            identity = None if bound is None else bound.record().uuid
+            self._tables.now[name] = Table(self._runtime, name, mapped, Training(optimizer, 0), identity)
+            return self[name]
 
     def drop_table(self, name: str) -> None:
         """Drop a table, with the next commit; until then `rollback` brings it back.
@@ -212,10 +244,8 @@ class Store(Mapping[str, Table]):
         """
         with self._runtime.changing():
             self._runtime.check_sound()
-            table = self[name]
-            table._dropped = True
-            del self._tables.now[name]
-            self._tables.abandon(table)
+            self._table(name)
+            self._tables.drop(name)
 
     def rename_table(self, name: str, new_name: str) -> None:
         """Rename a table, with the next commit. Its initial values stay what they were.
@@ -236,7 +266,7 @@ class Store(Mapping[str, Table]):
         """
         with self._runtime.changing():
             self._runtime.check_sound()
-            table = self[name]
+            table = self._table(name)
             self._tables.require_free(check_name(new_name), self.path)
             now = self._tables.now.items()
             self._tables.now = {new_name if key == name else key: value for key, value in now}
@@ -291,7 +321,7 @@ class Store(Mapping[str, Table]):
         """
         with self._runtime.changing():
             self._runtime.check_sound()
-            table, journal = self[name], self._writing()
+            table, journal = self._table(name), self._writing()
             journal.drain()
             if self._differs() or self._manifest.commit is None:
                 msg = f"the store {self.path} has changes that are not committed; call commit() or rollback() first"
@@ -349,6 +379,79 @@ class Store(Mapping[str, Table]):
             rebuild.copy_store(manifest, tables, target, progress)
         finally:
             self._writing().release_folds()
+
+    # ---- vocabularies
+
+    @property
+    def vocabularies(self) -> Mapping[str, Vocabulary]:
+        """The store's vocabularies by name."""
+        self._runtime.check_open()
+        return MappingProxyType(self._vocabularies.now)
+
+    def create_vocabulary(
+        self, name: str, *, key_type: KeyType, admission: Admission | None = None, reserved: int = 0
+    ) -> Vocabulary:
+        """Create a vocabulary, which gives rows to keys; it becomes part of the store with the next commit.
+
+        Parameters
+        ----------
+        name : str
+            As for `create_table`; a table may have the same name.
+        key_type : {"int64", "string", "bytes"}
+            What keys are.
+        admission : Admission, optional
+            When a key earns its row; at once by default.
+        reserved : int
+            Rows at the beginning that no key gets: for padding, for all unknown keys together.
+
+        Returns
+        -------
+        Vocabulary
+
+        Raises
+        ------
+        VocabularyExistsError
+            There is one of that name.
+        TypeError, ValueError
+            A name, type, admission or number that cannot be.
+        ReadOnlyError, StoreClosedError, PoisonedError, DiskFullError
+            Nothing was created.
+
+        Examples
+        --------
+        >>> words = store.create_vocabulary("words", key_type="string")
+        >>> words.add(["to", "be"])
+        array([0, 1])
+        """
+        with self._runtime.changing():
+            self._runtime.check_sound()
+            record = new_record(check_name(name), key_type, admission, reserved)
+            return self._vocabularies.create(record, files.MAX_MAPPINGS - files.counters.mappings)
+
+    def drop_vocabulary(self, name: str) -> None:
+        """Drop a vocabulary to which no table is bound, with the next commit; until then `rollback` brings it back.
+
+        Parameters
+        ----------
+        name : str
+            One of the store's vocabularies.
+
+        Raises
+        ------
+        VocabularyNotFoundError
+            There is none of that name.
+        ShardEmbError
+            Tables are bound to it: drop them first.
+        ReadOnlyError, StoreClosedError, PoisonedError
+            Nothing was changed.
+
+        Examples
+        --------
+        >>> store.drop_vocabulary("words")
+        """
+        with self._runtime.changing():
+            self._runtime.check_sound()
+            self._vocabularies.drop(name)
 
     # ---- many tables at once
 
@@ -468,7 +571,12 @@ class Store(Mapping[str, Table]):
             number = arrays.count(step, "step", minimum=0) if step is not None else last.step if last else 0
             commit = Commit(last.id + 1 if last else 1, number, metadata)
             journal.commit(
-                replace(self._manifest, commit=commit, tables=self._tables.records()),
+                replace(
+                    self._manifest,
+                    commit=commit,
+                    tables=self._tables.records(),
+                    vocabularies=self._vocabularies.records(),
+                ),
                 [table._mapped for table in self._tables.now.values()],
                 self._settled,
             )
@@ -495,6 +603,7 @@ class Store(Mapping[str, Table]):
             self._runtime.half_done = None
             self._runtime.check_sound()
             self._tables.restore(self._manifest, self._writing().images(), self._runtime.room)
+            self._vocabularies.restore(self._manifest.vocabularies)
 
     def checkpoint(self) -> None:
         """Bring what is committed into the shards, where other readers of zarr see it, and wait for it.
@@ -542,6 +651,7 @@ class Store(Mapping[str, Table]):
         with signals_deferred(), self._runtime.lock:
             fresh = self._reopen()
             self._tables.adopt(fresh._tables)
+            self._vocabularies.adopt(fresh._vocabularies)
             for table in self._tables.now.values():
                 table._runtime = self._runtime
             self._manifest = fresh._manifest
@@ -640,7 +750,7 @@ class Store(Mapping[str, Table]):
         with self._runtime.lock:
             tables = tuple(
                 replace(table._facts(), bytes_on_disk=files.allocated(table._mapped.directory))
-                for table in self._tables.now.values()
+                for table in self._shown().values()
             )
             return report.StoreInfo(
                 path=str(self.path),
@@ -732,15 +842,16 @@ class Store(Mapping[str, Table]):
         return self._runtime.path
 
     def __repr__(self) -> str:
-        return "\n  ".join([self._headline(), *map(repr, self._tables.now.values())])
+        shown = *self._shown().values(), *self._vocabularies.now.values()
+        return "\n  ".join([self._headline(), *map(repr, shown)])
 
     def _repr_html_(self) -> str:
-        return report.html_table([table._facts() for table in self._tables.now.values()], self._headline())
+        return report.html_table([table._facts() for table in self._shown().values()], self._headline())
 
     def _headline(self) -> str:
         state = "" if self._runtime.writable else "read only"
         state = "closed" if self._runtime.closed else "changes not committed" if self._differs() else state
-        return report.headline(self.path, len(self._tables.now), self._manifest.commit, state)
+        return report.headline(self.path, len(self._shown()), self._manifest.commit, state)
 
     # ---- the way down
 
@@ -750,11 +861,13 @@ class Store(Mapping[str, Table]):
             if type(mapped.spec.optimizer) is not type(record.optimizer):
                 msg = f"it was created for {mapped.spec.optimizer}, but the commit says {record.optimizer}"
                 raise FormatError(msg)
-        return Table(self._runtime, record.name, mapped, Training(record.optimizer, record.step))
+        training = Training(record.optimizer, record.step)
+        return Table(self._runtime, record.name, mapped, training, record.vocabulary)
 
     def _differs(self) -> bool:
         with self._runtime.lock:
-            return self._tables.differ(self._manifest)
+            records = self._vocabularies.records()
+            return records != self._manifest.vocabularies or self._tables.differ(self._manifest)
 
     def _writing(self) -> Journal:
         assert self._journal is not None
@@ -764,6 +877,7 @@ class Store(Mapping[str, Table]):
         """Take a commit as what memory is compared with."""
         self._manifest = manifest
         self._tables.settle()
+        self._vocabularies.settle(manifest.commit.id if manifest.commit else 0)
 
     def _leave(self) -> None:
         if self._runtime.poisoned:

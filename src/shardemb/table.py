@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from shardemb import arrays, batch, files, folders, persisted, plan, rebuild, report, scheduler, usage
-from shardemb.errors import TableNotFoundError
+from shardemb.errors import ShardEmbError, TableNotFoundError
 from shardemb.progress import track
 from shardemb.shards import Shards
 from shardemb.spec import MAX_ROWS
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import ArrayLike, NDArray
 
-    from shardemb.arrays import Float32Array
+    from shardemb.arrays import Float32Array, Int64Array
     from shardemb.batch import Training
     from shardemb.export import ExportReport
     from shardemb.initializers import Initializer
@@ -66,8 +66,11 @@ class Table:
     >>> store.close()
     """
 
-    def __init__(self, runtime: Runtime, name: str, shards: Shards, training: Training) -> None:
+    def __init__(
+        self, runtime: Runtime, name: str, shards: Shards, training: Training, vocabulary: str | None = None
+    ) -> None:
         self._runtime = runtime
+        self._vocabulary = vocabulary
         self._name = name
         self._shards: Shards | None = shards
         self._spec = shards.spec
@@ -394,6 +397,28 @@ class Table:
         change = self._plan_change(ids, rows, "rows", check_finite=check_finite)
         batch.change(self._runtime, [change])
 
+    def reset_rows(self, ids: ArrayLike) -> None:
+        """Make rows as new: their initial values, and fresh state. In memory only until `Store.commit`.
+
+        Parameters
+        ----------
+        ids : array_like of int
+            Row ids of any integer dtype and any shape.
+
+        Raises
+        ------
+        TypeError, RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError
+            Nothing was changed.
+
+        Examples
+        --------
+        >>> table.reset_rows([3])
+        """
+        self._live()
+        checked = arrays.row_ids(ids, self.num_embeddings, self.name)
+        rows = plan.group(checked.flat, self.num_embeddings).rows
+        batch.change(self._runtime, [self._plan_reset(rows)])
+
     def set_optimizer(self, optimizer: Optimizer) -> None:
         """Change hyper-parameters, from the next update on; part of the next commit.
 
@@ -463,6 +488,9 @@ class Table:
             self._live()
             self._runtime.room.drain()
             old = self._live()
+            if count < self.num_embeddings and self._vocabulary is not None:
+                msg = f"table {self.name!r} is as large as its vocabulary needs; remove keys instead"
+                raise ShardEmbError(msg)
             if count < self.num_embeddings and not drop_rows:
                 msg = (
                     f"table {self.name!r} has {self.num_embeddings} rows; "
@@ -723,6 +751,13 @@ class Table:
         rows = arrays.rows(values, shape, what=what, table=self.name, check_finite=check_finite)
         grouped = plan.group(checked.flat, self.num_embeddings)
         return batch.Change(shards, grouped, rows, self._training if what == "gradients" else None)
+
+    def _plan_reset(self, rows: Int64Array) -> batch.Change:
+        """Plan to make ascending rows as new, those that have a record. For vocabularies."""
+        shards = self._live()
+        rows = rows[shards.were_written(rows) | (shards.overlay.places(rows) != rows)]
+        grouped = plan.Grouped(rows, np.arange(rows.size + 1), np.arange(rows.size))
+        return batch.Change(shards, grouped, shards.first_records(rows), None)
 
     @property
     def _mapped(self) -> Shards:

@@ -47,7 +47,7 @@ class Tables:
     def records(self) -> tuple[TableRecord, ...]:
         """Return what a commit would say about them."""
         return tuple(
-            TableRecord(table._spec.uuid, name, table.step, table.optimizer)
+            TableRecord(table._spec.uuid, name, table.step, table.optimizer, table._vocabulary)
             for name, table in self.now.items()
         )
 
@@ -91,6 +91,12 @@ class Tables:
             table, mapped = self.committed[record.uuid]
             mapped.forget_changes(newer.images(mapped.spec), room)
             table._restore(record.name, mapped, Training(record.optimizer, record.step))
+
+    def drop(self, name: str) -> None:
+        """Take a table out of those of now."""
+        table = self.now.pop(name)
+        table._dropped = True
+        self.abandon(table)
 
     def abandon(self, table: Table) -> None:
         """Remove the folder of a table, if no commit knows it as it is."""

@@ -1,0 +1,150 @@
+"""The set of a store's vocabularies: as it is now, and as of the last commit; and the tables that are bound to them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shardemb import folders, shards
+from shardemb.batch import Training
+from shardemb.errors import ShardEmbError, VocabularyExistsError, VocabularyNotFoundError
+from shardemb.initializers import Constant
+from shardemb.keyed import KeyedTable
+from shardemb.spec import new_spec
+from shardemb.table import Table
+from shardemb.vocabulary import Vocabulary, table_shapes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from shardemb.manifest import Manifest, VocabularyRecord
+    from shardemb.runtime import Runtime
+    from shardemb.tables import Tables
+
+
+class Vocabularies:
+    """The vocabularies of a store. Everything that changes it is under the store's lock.
+
+    Attributes
+    ----------
+    now : dict of str to Vocabulary
+        By name.
+    """
+
+    def __init__(self, runtime: Runtime, tables: Tables) -> None:
+        self._runtime, self._tables = runtime, tables
+        self.now: dict[str, Vocabulary] = {}
+        self._committed: dict[str, Vocabulary] = {}
+        self._keyed: dict[Table, KeyedTable] = {}
+
+    def open(self, manifest: Manifest) -> None:
+        """Take up those of a commit; their tables are here already."""
+        number = manifest.commit.id if manifest.commit else 0
+        for record in manifest.vocabularies:
+            opened = self._join(record)
+            opened.settle(number)
+            opened.open(number)
+        self._committed = {each.record().uuid: each for each in self.now.values()}
+        if self._runtime.writable:
+            folders.keep_indexes(self._runtime.path, self._committed)
+
+    def create(self, record: VocabularyRecord, max_shards: int) -> Vocabulary:
+        """Make a vocabulary and its tables; part of the store with the next commit."""
+        if record.name in self.now:
+            msg = f"the store {self._runtime.path} already has a vocabulary {record.name!r}"
+            raise VocabularyExistsError(msg)
+        made: list[str] = []
+        try:
+            for what, (rows, width, rows_per_shard) in table_shapes(record).items():
+                name = f"{record.name}@{what}"
+                spec = new_spec(
+                    self._tables.free_stream(name),
+                    (rows, width),
+                    initializer=Constant(0.0),
+                    optimizer=None,
+                    rows_per_shard=rows_per_shard,
+                    max_shards=max_shards,
+                )
+                mapped = shards.create(spec, folders.parked(self._runtime.path, spec.uuid), None)
+                self._tables.now[name] = Table(self._runtime, name, mapped, Training(None, 0))
+                made.append(name)
+        except BaseException:
+            for name in made:
+                self._tables.drop(name)
+            raise
+        return self._join(record)
+
+    def drop(self, name: str) -> None:
+        """Take a vocabulary out of those of now, to which no table is bound."""
+        vocabulary = self.find(name)
+        bound = [table.name for table in self._bound(vocabulary.record().uuid)]
+        if bound:
+            msg = f"tables {', '.join(map(repr, bound))} are bound to vocabulary {name!r}; drop them first"
+            raise ShardEmbError(msg)
+        vocabulary.drop()
+        del self.now[name]
+        for what in table_shapes(vocabulary.record()):
+            self._tables.drop(f"{name}@{what}")
+
+    def find(self, name: str) -> Vocabulary:
+        """Return the vocabulary of a name.
+
+        Raises
+        ------
+        VocabularyNotFoundError
+            There is none.
+        """
+        if name not in self.now:
+            names = ", ".join(map(repr, self.now)) or "none"
+            msg = f"the store {self._runtime.path} has no vocabulary {name!r}; its vocabularies: {names}"
+            raise VocabularyNotFoundError(msg)
+        return self.now[name]
+
+    def keyed(self, table: Table) -> Table | KeyedTable:
+        """Return a table as its users see it: by keys, where it is bound to a vocabulary."""
+        if table._vocabulary is None:
+            return table
+        if table not in self._keyed:
+            found = next(each for each in self.now.values() if each.record().uuid == table._vocabulary)
+            self._keyed[table] = KeyedTable(table, found)
+        return self._keyed[table]
+
+    def records(self) -> tuple[VocabularyRecord, ...]:
+        """Return what a commit would say about them."""
+        return tuple(each.record() for each in self.now.values())
+
+    def settle(self, commit: int) -> None:
+        """Take those of now as those of a commit."""
+        for each in self.now.values():
+            each.settle(commit)
+        self._committed = {each.record().uuid: each for each in self.now.values()}
+
+    def restore(self, records: Iterable[VocabularyRecord]) -> None:
+        """Go back to those of the last commit."""
+        for each in self.now.values():
+            each.drop()
+        self.now = {record.name: self._committed[record.uuid] for record in records}
+        for record in records:
+            self.now[record.name].restore(record)
+
+    def adopt(self, fresh: Vocabularies) -> None:
+        """Become those of a newer opening; those that were here already stay the same objects."""
+        known = dict(self._committed)
+        self.now = {}
+        for each in fresh.now.values():
+            here = known.pop(each.record().uuid, None)
+            self.now[each.name] = each if here is None else here.adopt(each)
+            self.now[each.name].bind(self._bound)
+        for gone in known.values():
+            gone.drop()
+        self._committed = {each.record().uuid: each for each in self.now.values()}
+
+    def _join(self, record: VocabularyRecord) -> Vocabulary:
+        tables = {what: self._tables.now[f"{record.name}@{what}"] for what in table_shapes(record)}
+        path = folders.index(self._runtime.path, record.uuid)
+        vocabulary = Vocabulary(self._runtime, record, tables, path)
+        vocabulary.bind(self._bound)
+        self.now[record.name] = vocabulary
+        return vocabulary
+
+    def _bound(self, identity: str) -> list[Table]:
+        return [table for table in self._tables.now.values() if table._vocabulary == identity]
+
