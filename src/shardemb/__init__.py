@@ -79,7 +79,14 @@ __all__ = [
     "optim",
 ]
 
-_LAZY = {"open": "opening", "Store": "store", "Table": "table", "Commit": "manifest", "KeyedTable": "keyed", "Vocabulary": "vocabulary"}
+_LAZY = {
+    "open": "opening",
+    "Store": "store",
+    "Table": "table",
+    "Commit": "manifest",
+    "KeyedTable": "keyed",
+    "Vocabulary": "vocabulary",
+}
 
 
 def __getattr__(name: str) -> object:

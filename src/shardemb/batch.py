@@ -313,7 +313,9 @@ def _work(change: Change, places: Int64Array) -> Callable[[int, int], None]:
 
     def take_step(start: int, stop: int) -> None:
         scratch = np.empty(values.shape[1], np.float32)
-        step(shards.records, places, batch.starts, batch.order, values, scalars, scratch, counting, start, stop)
+        step(
+            shards.records, places, batch.starts, batch.order, values, scalars, scratch, counting, start, stop
+        )
 
     return take_step
 

@@ -305,14 +305,18 @@ class KeyedTable:
             msg = f"table {self.name!r} does not count: give create_table counters=True"
             raise ValueError(msg)
         if (older_than is None) == (keep is None) or by not in ("lru", "lfu"):
-            msg = f'evict: give older_than or keep, and by "lru" or "lfu"; got {older_than}, {keep} and {by!r}'
+            msg = (
+                f'evict: give older_than or keep, and by "lru" or "lfu"; got {older_than}, {keep} and {by!r}'
+            )
             raise ValueError(msg)
         with self._vocabulary.changing():
             if older_than is not None:
                 oldest = self.step - arrays.count(older_than, "older_than", minimum=0)
                 rows = self._choose(LAST_STEP, lambda values: values <= oldest)
             else:
-                rows = self._all_but(arrays.count(keep, "keep", minimum=0), LAST_STEP if by == "lru" else COUNT)
+                rows = self._all_but(
+                    arrays.count(keep, "keep", minimum=0), LAST_STEP if by == "lru" else COUNT
+                )
             found = self._vocabulary.free_rows(rows)
         return keys.restored(found, self._vocabulary.key_type)
 

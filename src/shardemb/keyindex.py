@@ -21,7 +21,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -61,6 +61,9 @@ OPEN_PAIRS = 2**20, 2**23
 _FIRST_SLOTS = 1024
 _FULL = 0.75
 """Share of the slots that may be taken."""
+
+SAMPLES = 32
+"""Hashes of a batch whose pages are looked for in memory, to tell whether to ask for all of them."""
 
 _STALE = 2**16
 """Pairs of no use that an index may have beside as many as those of use."""
@@ -148,22 +151,24 @@ class KeyIndex:
     ) -> None:
         """Set ``out[i]`` to a row below `end` that may hold the key of ``hashes[i]``, the `skip`-th of them, or -1."""
         slots, level = self._slots, self._level
-        probing.probe(
-            slots, level.directory, level.entries, level.bits, hashes, skip, end, out, start, stop
-        )
+        probing.probe(slots, level.directory, level.entries, level.bits, hashes, skip, end, out, start, stop)
 
     def read_ahead(self, hashes: NDArray[np.uint64]) -> None:
         """Ask for the pages of the file in which hashes are looked for, unless a sample finds them in memory."""
         level = self._level
-        if level is NOTHING or not hashes.size:
+        if level is NOTHING or not level.bits or not hashes.size:
             return
-        first = np.uint64(64 - level.bits)
-        buckets = (hashes >> first if level.bits else np.zeros_like(hashes)).astype(np.int64)
-        for array, record_bytes, rows in (
-            (level.directory, 8, lambda: buckets),
-            (level.entries, 16, lambda: np.minimum(level.directory[buckets], level.entries.shape[0] - 1)),
-        ):
-            _ask(array.ctypes.data, record_bytes, rows())
+
+        def buckets(some: NDArray[np.uint64]) -> Int64Array:
+            return (some >> np.uint64(64 - level.bits)).astype(np.int64)
+
+        def entries(some: NDArray[np.uint64]) -> Int64Array:
+            return np.minimum(level.directory[buckets(some)], level.entries.shape[0] - 1)
+
+        for array, places in (level.directory, buckets), (level.entries, entries):
+            sample = places(hashes[:: max(1, hashes.size // SAMPLES)])
+            if not _are_resident(array, sample):
+                _ask(array, np.sort(places(hashes)))
 
     # ---- changing
 
@@ -299,29 +304,31 @@ class KeyIndex:
         self._slots = larger
 
 
-def _ask(address: int, record_bytes: int, rows: Int64Array) -> None:
-    """Ask for the pages of records in a mapped file, if many of them are not in memory."""
-    nothing, none = np.empty(0, np.uint8), np.empty(0, np.int32)
-    start, base = address % PAGE // record_bytes, address // PAGE * PAGE
-    samples = min(32, -(-rows.size // 8))
-    found = kernels.sample_resident(base, record_bytes, none, none, none, 0, nothing, rows + start, samples)
-    if 0 <= found < 0.9 * samples:
-        rows = np.sort(rows + start)
-        pages = files.ADVISED // PAGE
-        kernels.advise(
-            base,
-            record_bytes,
-            none,
-            none,
-            none,
-            0,
-            nothing,
-            rows,
-            files.MADV_WILLNEED,
-            pages,
-            0,
-            rows.size,
-        )
+_NO_SLOTS = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int32), 0, np.empty(0, np.uint8)
+"""What tells the kernels that all rows are in the file."""
+
+
+def _are_resident(array: NDArray[Any], places: Int64Array) -> bool:
+    """Whether most of some items of an array over a file are in memory, or the kernel does not tell."""
+    found = kernels.sample_resident(array.ctypes.data, array.strides[0], *_NO_SLOTS, places, places.size)
+    return not 0 <= found < 0.9 * places.size
+
+
+def _ask(array: NDArray[Any], places: Int64Array) -> None:
+    """Ask for the pages of items, ascending, of an array over a file."""
+    address, nbytes = array.ctypes.data, array.strides[0]
+    first = address % PAGE // nbytes
+    pages = files.ADVISED // PAGE
+    kernels.advise(
+        address - address % PAGE,
+        nbytes,
+        *_NO_SLOTS,
+        places + first,
+        files.MADV_WILLNEED,
+        pages,
+        0,
+        places.size,
+    )
 
 
 def _read(path: Path, identity: str) -> tuple[Level, Coverage]:
@@ -341,7 +348,9 @@ def _read(path: Path, identity: str) -> tuple[Level, Coverage]:
     entries = int_field(header, "entries", 2**48, minimum=0)
     bits, parts = int_field(header, "bits", 48, minimum=0), int_field(header, "parts", 48, minimum=0)
     coverage = field(header, "coverage", dict)
-    known = Coverage(**{name: int_field(coverage, name, 2**62, minimum=0) for name in ("commit", "rows", "head")})
+    known = Coverage(
+        **{name: int_field(coverage, name, 2**62, minimum=0) for name in ("commit", "rows", "head")}
+    )
     begins = PAGE + round_up((2**bits + 1) * 8, PAGE)
     ends = begins + round_up(16 * entries, PAGE)
     nbytes = ends + 8 * (1 + 2**parts)

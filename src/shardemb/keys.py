@@ -200,13 +200,20 @@ def _is_chunked(keys: Any) -> bool:  # noqa: ANN401
 def _is_text(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
-    return any(is_it(kind) for is_it in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+    return any(
+        is_it(kind) for is_it in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    )
 
 
 def _is_binary(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
-    kinds = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary
+    kinds = (
+        pa.types.is_binary,
+        pa.types.is_large_binary,
+        pa.types.is_binary_view,
+        pa.types.is_fixed_size_binary,
+    )
     return any(is_it(kind) for is_it in kinds)
 
 

@@ -143,7 +143,11 @@ class VocabularyRecord:
             admission=None if admission is None else persisted.from_json("admission", ADMISSIONS, admission),
             **{name: int_field(document, name, 2**62, minimum=0) for name in counts},
         )
-        if record.key_type not in KEY_TYPES or not record.head <= record.tail or record.reserved > record.rows:
+        if (
+            record.key_type not in KEY_TYPES
+            or not record.head <= record.tail
+            or record.reserved > record.rows
+        ):
             msg = f"the record of vocabulary {record.name!r} cannot be: {document}"
             raise FormatError(msg)
         return record

@@ -15,7 +15,19 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from shardemb import arrays, batch, files, folders, forks, initializers, keyed, rebuild, report, shards, verify
+from shardemb import (
+    arrays,
+    batch,
+    files,
+    folders,
+    forks,
+    initializers,
+    keyed,
+    rebuild,
+    report,
+    shards,
+    verify,
+)
 from shardemb.batch import Training
 from shardemb.errors import (
     FormatError,

@@ -147,4 +147,3 @@ class Vocabularies:
 
     def _bound(self, identity: str) -> list[Table]:
         return [table for table in self._tables.now.values() if table._vocabulary == identity]
-

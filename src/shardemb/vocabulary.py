@@ -522,7 +522,8 @@ class Vocabulary:
             inverse = number[inverse]
         rows = self._next_rows(firsts.size)
         if firsts.size:
-            self._enter(new.take(firsts), hashes[firsts], rows)
+            some = new if firsts.size == new.size else new.take(firsts)
+            self._enter(some, hashes[firsts], rows)
         return np.append(rows, -1)[inverse]
 
     def _next_rows(self, number: int) -> Int64Array:
@@ -541,9 +542,7 @@ class Vocabulary:
     def _enter(self, new: Keys, hashes: NDArray[np.uint64], rows: Int64Array) -> None:
         """Note new keys and their rows: in memory, until the next commit, as all changes."""
         before, again = self._state, int(np.count_nonzero(rows < self._state.rows))
-        after = replace(
-            before, rows=before.rows + rows.size - again, head=before.head + again
-        )
+        after = replace(before, rows=before.rows + rows.size - again, head=before.head + again)
         for table in self._bound():
             _grow(table, after.rows)
         _grow(self._tables["keys"], after.rows)
@@ -701,8 +700,8 @@ def _first_of_each(new: Keys, hashes: NDArray[np.uint64]) -> tuple[Int64Array, I
     leader = probing.first_of_each(hashes, table)
     if new.integers is None and records.same_bytes(new.offsets, new.data, leader):
         leader = _leaders_by_bytes(new)
-    firsts = np.flatnonzero(leader == np.arange(leader.size))
-    return firsts, np.searchsorted(firsts, leader)
+    is_first = leader == np.arange(leader.size)
+    return np.flatnonzero(is_first), (np.cumsum(is_first) - 1)[leader]
 
 
 def _leaders_by_bytes(new: Keys) -> Int64Array:
