@@ -1,8 +1,8 @@
 """When a key earns its row: after it was seen some times, as a count-min sketch counts.
 
-The sketch (Cormode, Muthukrishnan 2005) has `depth` rows of `width` counters. Each key has one counter in each row,
-chosen by its hash; a sighting raises the smallest of them (conservative update: Estan, Varghese 2002), and the smallest
-is the count. It is never too low, and too high by more than ``e / width`` of all sightings with a probability of at most
+The sketch (Cormode, Muthukrishnan 2005) has `depth` rows of `width` counters. A key has one counter in each row, chosen
+by its hash; a sighting raises the smallest of them (conservative update: Estan, Varghese 2002), and the smallest is the
+count. It is never too low, and too high by more than ``e / width`` of all sightings with a probability of at most
 ``exp(-depth)``.
 """
 

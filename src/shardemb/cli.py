@@ -81,7 +81,7 @@ def info(store: Path, as_json: bool, plot: str | None) -> None:
     """
     with _refusals(), shardemb.open(store, mode="r") as opened:
         facts = opened.info()
-        shares = {name: _written_shares(table) for name, table in opened.items()} if plot else {}
+        shares = {name: _written_shares(_rows(opened, name)) for name in opened} if plot else {}
     if as_json:
         click.echo(json.dumps(asdict(facts), indent=2))
     else:
@@ -94,6 +94,12 @@ def info(store: Path, as_json: bool, plot: str | None) -> None:
     elif plot:
         with _refusals():
             _draw(shares, Path(plot))
+
+
+def _rows(store: shardemb.Store, name: str) -> shardemb.Table:
+    """Return a table by row id, whether it has a vocabulary or not."""
+    table = store[name]
+    return table.rows if isinstance(table, shardemb.KeyedTable) else table
 
 
 def _written_shares(table: shardemb.Table) -> list[float]:
@@ -215,7 +221,7 @@ def resize(store: Path, table: str, rows: int, drop_rows: bool) -> None:
       shardemb resize words.zarr tokens 2000000
     """
     with _refusals(), shardemb.open(store, mode="r+") as opened:
-        opened[table].resize(rows, drop_rows=drop_rows)
+        _rows(opened, table).resize(rows, drop_rows=drop_rows)
         opened.commit(metadata=opened.last_commit.metadata if opened.last_commit else None)
         click.echo(repr(opened[table]))
 
@@ -234,7 +240,7 @@ def materialize(store: Path, table: str, quiet: bool) -> None:
       shardemb materialize words.zarr tokens
     """
     with _refusals(), shardemb.open(store, mode="r+") as opened:
-        opened[table].materialize(progress=not quiet)
+        _rows(opened, table).materialize(progress=not quiet)
 
 
 @main.command()

@@ -25,7 +25,7 @@ import threading
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +36,8 @@ from shardemb.progress import track
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from numpy.typing import NDArray
 
     from shardemb.arrays import Float32Array
     from shardemb.progress import Advance, Progress
@@ -84,6 +86,16 @@ class RowSource(Protocol):
         """Give a few facts about the table, as JSON has them."""
 
 
+class RowKeys(NamedTuple):
+    """Keys of rows, where these have any: what Arrow calls their type, and how to read them.
+
+    ``read(start, stop)`` tells which of the rows have a key, bool, shape (stop - start,), and the keys of those.
+    """
+
+    kind: pa.DataType
+    read: Callable[[int, int], tuple[NDArray[np.bool_], pa.Array]]
+
+
 @dataclass(frozen=True)
 class ExportReport:
     """What an export wrote: file or folder, symbolic links followed, and its files in the order of rows."""
@@ -94,7 +106,7 @@ class ExportReport:
     nbytes: int
 
 
-def schema(source: RowSource, columns: Sequence[str] = ()) -> pa.Schema:
+def schema(source: RowSource, columns: Sequence[str] = (), keys: RowKeys | None = None) -> pa.Schema:
     """Describe the exported columns.
 
     Parameters
@@ -104,6 +116,8 @@ def schema(source: RowSource, columns: Sequence[str] = ()) -> pa.Schema:
     columns : sequence of str
         State columns to export after ``id`` (int64) and ``embedding`` (float32 lists of fixed size), in this
         order: such lists too, or plain float32 where the state is one number a row.
+    keys : RowKeys, optional
+        Adds ``key`` behind ``id``.
 
     Returns
     -------
@@ -122,7 +136,7 @@ def schema(source: RowSource, columns: Sequence[str] = ()) -> pa.Schema:
     >>> schema(source, ["sum"]).names
     ['id', 'embedding', 'sum']
     """
-    known = set(source.columns) - {"id", "embedding"}
+    known = set(source.columns) - {"id", "key", "embedding"}
     if isinstance(columns, str) or len(set(columns)) < len(columns) or not known.issuperset(columns):
         msg = (
             f"table {source.name!r}: columns must be a list of different names out of "
@@ -131,7 +145,8 @@ def schema(source: RowSource, columns: Sequence[str] = ()) -> pa.Schema:
         raise ValueError(msg)
     # Parquet calls the items of a list "element"; under another name they would come back changed.
     item = pa.field("element", pa.float32(), nullable=False)
-    types = {"id": pa.int64(), "embedding": pa.list_(item, source.embedding_dim)}
+    types = {"id": pa.int64()} | ({} if keys is None else {"key": keys.kind})
+    types["embedding"] = pa.list_(item, source.embedding_dim)
     for name in columns:
         width = source.columns[name]
         types[name] = pa.float32() if width == 1 else pa.list_(item, width)
@@ -146,6 +161,7 @@ def to_arrow_batches(
     *,
     columns: Sequence[str] = (),
     rows: tuple[int, int] | None = None,
+    keys: RowKeys | None = None,
     run: Run,
     workers: int,
 ) -> pa.RecordBatchReader:
@@ -157,6 +173,8 @@ def to_arrow_batches(
         The table, and the state columns to stream after its vectors.
     rows : (int, int), optional
         Half-open range of row ids; all by default.
+    keys : RowKeys, optional
+        Leaves rows without a key out, and puts the key behind the id.
     run, workers : callable, int
         Runs the tasks; how many of them really run side by side.
 
@@ -182,7 +200,7 @@ def to_arrow_batches(
     1 4
     3
     """
-    chosen = _Selection.of(source, columns, rows)
+    chosen = _Selection.of(source, columns, rows, keys)
     batches = chosen.stream(run, min(workers, MAX_READ_AHEAD))
     return pa.RecordBatchReader.from_batches(chosen.schema, batches)
 
@@ -195,6 +213,7 @@ def export_parquet(
     rows: tuple[int, int] | None = None,
     parts: int | None = None,
     progress: Progress = None,
+    keys: RowKeys | None = None,
     run: Run,
     workers: int,
 ) -> ExportReport:
@@ -202,7 +221,7 @@ def export_parquet(
 
     Parameters
     ----------
-    source, columns, rows, run, workers
+    source, columns, rows, keys, run, workers
         As for `to_arrow_batches`. An empty range writes the schema alone.
     path : path-like
         The file; one that exists is replaced, in one instant. With `parts`, the folder: new or empty, because
@@ -240,7 +259,7 @@ def export_parquet(
     if parts is not None and not 1 <= parts <= 100_000:  # names have five digits, so sorting them sorts rows
         msg = f"table {source.name!r}: parts must be 1 to 100000, or None for one file, got {parts}"
         raise ValueError(msg)
-    chosen = _Selection.of(source, columns, rows, parts=parts or 1)
+    chosen = _Selection.of(source, columns, rows, keys, parts=parts or 1)
     target = _checked_target(path, source.name, folder=parts is not None)
     names = [] if parts is None else [f"part-{k:05d}.parquet" for k in range(parts)]
     # Not made from the target's name, which may be as long as a name can be.
@@ -257,7 +276,10 @@ def export_parquet(
         (files.remove_tree if temporary.is_dir() else files.remove)(temporary)
         raise
     written = tuple(target / name for name in names) or (target,)
-    return ExportReport(target, written, chosen.num_rows, sum(file.stat().st_size for file in written))
+    num_rows = chosen.num_rows
+    if keys is not None:
+        num_rows = sum(parquet.read_metadata(file).num_rows for file in written)
+    return ExportReport(target, written, num_rows, sum(file.stat().st_size for file in written))
 
 
 @dataclass(frozen=True)
@@ -273,12 +295,19 @@ class _Selection:
     num_rows: int
     period: int
     batches: int
+    keys: RowKeys | None
 
     @classmethod
     def of(
-        cls, source: RowSource, columns: Sequence[str], rows: tuple[int, int] | None, *, parts: int = 1
+        cls,
+        source: RowSource,
+        columns: Sequence[str],
+        rows: tuple[int, int] | None,
+        keys: RowKeys | None,
+        *,
+        parts: int = 1,
     ) -> _Selection:
-        fields = schema(source, columns)
+        fields = schema(source, columns, keys)
         rows = (0, source.num_embeddings) if rows is None else rows
         # Only a tuple: range(2, 4) would unpack too, and mean something else.
         pair = isinstance(rows, tuple) and len(rows) == 2 and all(hasattr(row, "__index__") for row in rows)
@@ -292,7 +321,7 @@ class _Selection:
         part_rows = num_rows // parts // 4 if parts > 1 else MAX_ROWS
         most = max(1, min(MAX_ROWS, MAX_BYTES // (4 * width), part_rows))
         period = max(1, most // source.rows_per_shard) * source.rows_per_shard
-        return cls(source, fields, int(rows[0]), num_rows, period, -(-period // most))
+        return cls(source, fields, int(rows[0]), num_rows, period, -(-period // most), keys)
 
     def __len__(self) -> int:
         last = self.start + self.num_rows - 1
@@ -302,10 +331,16 @@ class _Selection:
         first = self._batch_of(self.start) + index
         start = max(self._start_of(first), self.start)
         stop = min(self._start_of(first + 1), self.start + self.num_rows)
-        arrays = self.source.read_rows(start, stop, self.schema.names[2:])
+        first_state = 2 if self.keys is None else 3
+        arrays = self.source.read_rows(start, stop, self.schema.names[first_state:])
         self.source.give_back(start, stop)
-        columns = [pa.array(np.arange(start, stop, dtype=np.int64))]
-        for array, kind in zip(arrays, self.schema.types[1:], strict=True):
+        ids = np.arange(start, stop, dtype=np.int64)
+        columns = [pa.array(ids)]
+        if self.keys is not None:
+            with_key, keys = self.keys.read(start, stop)
+            columns = [pa.array(ids[with_key]), keys]
+            arrays = [array[with_key] for array in arrays]
+        for array, kind in zip(arrays, self.schema.types[first_state - 1 :], strict=True):
             values = pa.array(array.reshape(-1))
             nested = not pa.types.is_float32(kind)
             columns.append(pa.FixedSizeListArray.from_arrays(values, type=kind) if nested else values)
@@ -315,7 +350,9 @@ class _Selection:
         for first in range(0, len(self), ahead):
             batches = run([partial(self.read, k) for k in range(first, min(first + ahead, len(self)))])
             while batches:
-                yield batches.pop(0)  # nothing here holds on to what the consumer has
+                batch = batches.pop(0)  # nothing here holds on to what the consumer has
+                if batch.num_rows:
+                    yield batch
 
     def _start_of(self, batch: int) -> int:
         periods, batch = divmod(batch, self.batches)
@@ -359,10 +396,13 @@ def _parquet_file(
 ) -> Iterator[Callable[[pa.RecordBatch], None]]:
     nested = {field.name: ".list.element" * pa.types.is_fixed_size_list(field.type) for field in columns}
     encodings = {name + suffix: "BYTE_STREAM_SPLIT" for name, suffix in nested.items()}
+    if "key" in encodings:
+        encodings["key"] = "PLAIN"
 
     def write(batch: pa.RecordBatch) -> None:
-        writer.write_batch(batch, row_group_size=batch.num_rows)
-        sink.begin_write_back()
+        if batch.num_rows:
+            writer.write_batch(batch, row_group_size=batch.num_rows)
+            sink.begin_write_back()
         advance(batch.num_rows)
 
     with files.opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:

@@ -1,24 +1,30 @@
-"""A table that is used by keys: a vocabulary tells which rows they have, and what unknown ones get is the caller's choice."""
+"""A table that is used by keys: a vocabulary tells which rows they have, the caller what unknown ones get."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from shardemb import arrays, batch, keys
+from shardemb import arrays, batch, keys, scheduler
 from shardemb.errors import UnknownKeyError
 from shardemb.spec import COUNT, LAST_STEP, SHARD_BYTES, record_columns
+from shardemb.table import Source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import os
+    from collections.abc import Callable, Sequence
 
+    import pyarrow as pa
     from numpy.typing import ArrayLike, NDArray
 
     from shardemb.arrays import Float32Array, Int64Array
+    from shardemb.export import ExportReport, RowKeys
     from shardemb.initializers import Initializer
     from shardemb.keys import KeysLike
     from shardemb.optim import Optimizer
+    from shardemb.progress import Progress
     from shardemb.table import Table
     from shardemb.vocabulary import Vocabulary
 
@@ -320,6 +326,100 @@ class KeyedTable:
             found = self._vocabulary.free_rows(rows)
         return keys.restored(found, self._vocabulary.key_type)
 
+    # ---- leaving
+
+    def to_arrow_batches(
+        self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None
+    ) -> pa.RecordBatchReader:
+        """Stream the rows that have keys as Arrow record batches, in bounded memory; see `Table.to_arrow_batches`.
+
+        Parameters
+        ----------
+        columns : sequence of str
+            Optimizer state columns and counters to add.
+        rows : tuple of two int, optional
+            ``(start, stop)``, a half-open range of row ids; all rows by default.
+
+        Returns
+        -------
+        pyarrow.RecordBatchReader
+            ``id: int64``, ``key`` (int64, large_string or large_binary), ``embedding: FixedSizeList<float32>``, then
+            the other columns, in the order of the rows.
+
+        Raises
+        ------
+        ValueError, StoreClosedError, TableNotFoundError
+            As `Table.to_arrow_batches`.
+
+        Examples
+        --------
+        >>> table.to_arrow_batches(columns=["count"]).read_all().column_names
+        ['id', 'key', 'embedding', 'count']
+        """
+        from shardemb import export
+
+        runtime = self._rows._runtime
+        self._rows._live()
+        run = partial(scheduler.run, threads=runtime.threads)
+        source, row_keys = _Source(self), self._row_keys()
+        return export.to_arrow_batches(
+            source, columns=columns, rows=rows, keys=row_keys, run=run, workers=runtime.threads
+        )
+
+    def export_parquet(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        columns: Sequence[str] = (),
+        rows: tuple[int, int] | None = None,
+        parts: int | None = None,
+        progress: Progress = None,
+    ) -> ExportReport:
+        """Write the rows that have keys to a parquet file, or to a folder of them; see `Table.export_parquet`.
+
+        Parameters
+        ----------
+        path, columns, rows, parts, progress
+            As for `Table.export_parquet`.
+
+        Returns
+        -------
+        ExportReport
+            Path, files, rows and bytes.
+
+        Raises
+        ------
+        TypeError, ValueError, FileNotFoundError, FileExistsError, DiskFullError
+            As `Table.export_parquet`.
+        StoreClosedError, TableNotFoundError
+            As `lookup`.
+
+        Examples
+        --------
+        >>> table.export_parquet(tmp / "users.parquet").num_rows
+        2
+        """
+        from shardemb import export
+
+        runtime = self._rows._runtime
+        self._rows._live()
+        return export.export_parquet(
+            _Source(self),
+            path,
+            columns=columns,
+            rows=rows,
+            parts=parts,
+            progress=progress,
+            keys=self._row_keys(),
+            run=partial(scheduler.run, threads=runtime.threads),
+            workers=runtime.threads,
+        )
+
+    def _row_keys(self) -> RowKeys:
+        from shardemb.export import RowKeys
+
+        return RowKeys(keys.arrow_type(self._vocabulary.key_type), self._vocabulary.arrow_keys)
+
     # ---- the way down
 
     def _plan_read(self, column: str, keys: KeysLike) -> tuple[batch.Read, Float32Array]:
@@ -393,6 +493,14 @@ class KeyedTable:
 
     def _count_updates(self) -> int:
         return int(sum(float(values.sum(dtype=np.float64)) for _, values in self._scan(COUNT)))
+
+
+class _Source(Source):
+    """The table as `export` sees it: as many rows as were given out."""
+
+    def __init__(self, table: KeyedTable) -> None:
+        super().__init__(table.rows)
+        self.num_embeddings = table.num_embeddings
 
 
 def first_size(

@@ -21,6 +21,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -139,7 +140,7 @@ class KeyIndex:
 
     def __len__(self) -> int:
         """Return the number of pairs, those of no use included."""
-        return self._level.entries.shape[0] + self._open
+        return int(self._level.entries.shape[0]) + self._open
 
     @property
     def nbytes(self) -> tuple[int, int]:
@@ -163,7 +164,8 @@ class KeyIndex:
             return (some >> np.uint64(64 - level.bits)).astype(np.int64)
 
         def entries(some: NDArray[np.uint64]) -> Int64Array:
-            return np.minimum(level.directory[buckets(some)], level.entries.shape[0] - 1)
+            found: Int64Array = np.minimum(level.directory[buckets(some)], level.entries.shape[0] - 1)
+            return found
 
         for array, places in (level.directory, buckets), (level.entries, entries):
             sample = places(hashes[:: max(1, hashes.size // SAMPLES)])
@@ -279,10 +281,12 @@ class KeyIndex:
         level = self._level
         if level is NOTHING:
             return True
-        edges = level.directory[:: 2 ** (level.bits - level.parts)]
-        stretches = [level.entries[a:b] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        if replay.checksum(level.directory.data.cast("B")) != int(level.sums[0]):
+            return False  # and where the parts begin is not known
+        edges = level.directory[:: 2 ** (level.bits - level.parts)].tolist()
+        stretches = [level.entries[begin:end] for begin, end in pairwise(edges)]
         found = [replay.checksum(each.data.cast("B")) if each.size else 0 for each in stretches]
-        return [replay.checksum(level.directory.data.cast("B")), *found] == level.sums.tolist()
+        return bool(found == level.sums[1:].tolist())
 
     # ---- within
 
@@ -290,7 +294,7 @@ class KeyIndex:
         if not self._writable:
             return 2**62
         least, most = OPEN_PAIRS
-        return max(least, min(self._level.entries.shape[0] // 4, most))
+        return max(least, min(int(self._level.entries.shape[0]) // 4, most))
 
     def _reserve(self, pairs: int) -> None:
         size = self._slots.shape[0]
@@ -311,7 +315,7 @@ _NO_SLOTS = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int32),
 def _are_resident(array: NDArray[Any], places: Int64Array) -> bool:
     """Whether most of some items of an array over a file are in memory, or the kernel does not tell."""
     found = kernels.sample_resident(array.ctypes.data, array.strides[0], *_NO_SLOTS, places, places.size)
-    return not 0 <= found < 0.9 * places.size
+    return not 0 <= int(found) < 0.9 * places.size
 
 
 def _ask(array: NDArray[Any], places: Int64Array) -> None:

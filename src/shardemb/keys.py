@@ -47,15 +47,16 @@ class Keys:
     @property
     def size(self) -> int:
         """Number of keys."""
-        return self.integers.size if self.integers is not None else self._bounds.size - 1
+        return self.integers.size if self.integers is not None else self.bounds.size - 1
 
     @property
     def lengths(self) -> Int64Array:
         """Bytes of each, where they are no integers."""
-        return np.diff(self._bounds)
+        return np.diff(self.bounds)
 
     @property
-    def _bounds(self) -> Int64Array:
+    def bounds(self) -> Int64Array:
+        """`offsets`, of keys that have them."""
         assert self.offsets is not None
         return self.offsets
 
@@ -63,7 +64,7 @@ class Keys:
         """Return the function that hashes a range of the keys into `out`."""
         if self.integers is not None:
             return partial(hashing.hash_integers, self.integers, *secret, out)
-        return partial(hashing.hash_strings, self._bounds, self.data, *secret, out)
+        return partial(hashing.hash_strings, self.bounds, self.data, *secret, out)
 
     def take(self, which: Int64Array) -> Keys:
         """Return some of the keys, as a flat batch."""
@@ -71,7 +72,7 @@ class Keys:
             return Keys(which.shape, self.integers[which])
         lengths = self.lengths[which]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        source = np.repeat(self._bounds[which] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        source = np.repeat(self.bounds[which] - offsets[:-1], lengths) + np.arange(offsets[-1])
         return Keys(which.shape, None, offsets, self.data[source])
 
 
@@ -113,13 +114,13 @@ def _strings(keys: KeysLike, key_type: KeyType, vocabulary: str) -> Keys:
     wanted = str if key_type == "string" else bytes
     shape, flat = _flatten(keys, wanted)
     try:
-        array = flat if _is_arrow(flat) else pa.array(flat, _arrow_type(key_type))
+        array = flat if _is_arrow(flat) else pa.array(flat, arrow_type(key_type))
         if pa.types.is_dictionary(array.type):
             array = array.cast(array.type.value_type)
         found = str if _is_text(array.type) else bytes if _is_binary(array.type) else None
         if found is not wanted and len(array):
             raise TypeError(f"got {array.type}")
-        array = array.cast(_arrow_type(key_type))
+        array = array.cast(arrow_type(key_type))
     except (TypeError, pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
         msg = f"vocabulary {vocabulary!r} has keys of {wanted.__name__}: {error}; got {_excerpt(keys)}"
         raise TypeError(msg) from error
@@ -178,12 +179,15 @@ def as_arrow(keys: Keys, key_type: KeyType) -> pa.Array:
     if keys.integers is not None:
         return pa.array(keys.integers)
     buffers = [None, pa.py_buffer(keys.offsets), pa.py_buffer(keys.data)]
-    return pa.Array.from_buffers(_arrow_type(key_type), keys.size, buffers)
+    return pa.Array.from_buffers(arrow_type(key_type), keys.size, buffers)
 
 
-def _arrow_type(key_type: KeyType) -> pa.DataType:
+def arrow_type(key_type: KeyType) -> pa.DataType:
+    """Return the Arrow type in which keys are given back."""
     import pyarrow as pa
 
+    if key_type == "int64":
+        return pa.int64()
     return pa.large_string() if key_type == "string" else pa.large_binary()
 
 

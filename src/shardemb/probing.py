@@ -1,8 +1,8 @@
 """The hot loops of the index from hashes to rows (``keyindex.py``): a sorted level on disk, and an open one in memory.
 
-*Entries* are pairs ``(hash, row)``, ascending by hash; a directory tells by the hash's first bits where to look. *Slots*
-are an open hash table of ``(hash, row + 1)`` with zeros where it is empty, in which an entry lies at its home or behind
-it; homes ascend with hashes, so that slots in their order are nearly sorted.
+*Entries* are pairs ``(hash, row)``, ascending by hash; a directory tells by the hash's first bits where to look.
+*Slots* are an open hash table of ``(hash, row + 1)`` with zeros where it is empty, in which a pair lies at its home or
+behind it; homes ascend with hashes, so that slots in their order are nearly sorted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shardemb.kernels import prefetch, kernel
+from shardemb.kernels import kernel, prefetch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,10 +39,8 @@ def bucket_of(value: Any, bits: Any) -> Any:  # noqa: ANN401
 
 
 @kernel
-def lower_bound(directory: Any, entries: Any, bits: Any, value: Any) -> Any:  # noqa: ANN401
-    """Return the number of the first entry whose hash is at least `value`."""
-    bucket = bucket_of(value, bits)
-    low, high = directory[bucket], directory[bucket + 1]
+def _first_not_below(entries: Any, low: Any, high: Any, value: Any) -> Any:  # noqa: ANN401
+    """Return the number of the first of entries ``low:high`` whose hash is at least `value`."""
     while high - low > _SEARCHED:
         middle = (low + high) >> 1
         if entries[middle, 0] < value:
@@ -52,6 +50,13 @@ def lower_bound(directory: Any, entries: Any, bits: Any, value: Any) -> Any:  # 
     while low < high and entries[low, 0] < value:
         low += 1
     return low
+
+
+@kernel
+def lower_bound(directory: Any, entries: Any, bits: Any, value: Any) -> Any:  # noqa: ANN401
+    """Return the number of the first entry whose hash is at least `value`."""
+    bucket = bucket_of(value, bits)
+    return _first_not_below(entries, directory[bucket], directory[bucket + 1], value)
 
 
 @kernel
@@ -83,6 +88,39 @@ def insert_all(slots: NDArray[np.uint64], old: NDArray[np.uint64]) -> None:
 
 
 @kernel
+def _in_slots(slots: Any, value: Any, skip: Any, end: Any) -> Any:  # noqa: ANN401
+    """Return the row of the ``skip + 1``-th pair in slots; -1, less what is left to skip, where there is none."""
+    capacity = slots.shape[0]
+    at = home(value, capacity)
+    for _ in range(capacity):
+        row = np.int64(slots[at, 1]) - 1
+        if row < 0:
+            break
+        if slots[at, 0] == value and row < end:
+            if skip == 0:
+                return row
+            skip -= 1
+        at += 1
+        if at == capacity:
+            at = 0
+    return -1 - skip
+
+
+@kernel
+def _in_entries(entries: Any, low: Any, high: Any, value: Any, skip: Any, end: Any) -> Any:  # noqa: ANN401
+    """As `_in_slots`, of entries ``low:high``."""
+    low = _first_not_below(entries, low, high, value)
+    while low < high and entries[low, 0] == value:
+        row = np.int64(entries[low, 1])
+        if 0 <= row < end:
+            if skip == 0:
+                return row
+            skip -= 1
+        low += 1
+    return -1 - skip
+
+
+@kernel
 def probe(
     slots: NDArray[np.uint64],
     directory: Int64Array,
@@ -111,35 +149,11 @@ def probe(
             prefetch(entries.ctypes.data + 16 * lows[i - first])
             prefetch(entries.ctypes.data + 16 * lows[i - first] + 64)
         for i in range(first, last):
-            value, left, found = hashes[i], skip, np.int64(-1)
-            at = home(value, capacity)
-            for _ in range(capacity):
-                row = np.int64(slots[at, 1]) - 1
-                if row < 0:
-                    break
-                if slots[at, 0] == value and row < end:
-                    if left == 0:
-                        found = row
-                        break
-                    left -= 1
-                at += 1
-                if at == capacity:
-                    at = 0
-            if found < 0:
-                k, high = lows[i - first], directory[bucket_of(value, bits) + 1]
-                if high - k > _SEARCHED:
-                    k = lower_bound(directory, entries, bits, value)
-                while k < high and entries[k, 0] < value:
-                    k += 1
-                while k < high and entries[k, 0] == value:
-                    row = np.int64(entries[k, 1])
-                    if 0 <= row < end:
-                        if left == 0:
-                            found = row
-                            break
-                        left -= 1
-                    k += 1
-            out[i] = found
+            row = _in_slots(slots, hashes[i], skip, end)
+            if row < 0:
+                high = directory[bucket_of(hashes[i], bits) + 1]
+                row = _in_entries(entries, lows[i - first], high, hashes[i], -1 - row, end)
+            out[i] = max(row, -1)
 
 
 @kernel

@@ -618,7 +618,7 @@ class Table:
 
         self._live()
         return export.to_arrow_batches(
-            _Source(self),
+            Source(self),
             columns=columns,
             rows=rows,
             run=partial(scheduler.run, threads=self._runtime.threads),
@@ -679,7 +679,7 @@ class Table:
 
         self._live()
         return export.export_parquet(
-            _Source(self),
+            Source(self),
             path,
             columns=columns,
             rows=rows,
@@ -804,7 +804,7 @@ def _read_weights(table: Table, start: int, stop: int) -> Float32Array:
     return batch.read_range(table._runtime, table._live(), "weight", start, stop)
 
 
-class _Source:
+class Source:
     """A table as `export` sees it."""
 
     def __init__(self, table: Table) -> None:
@@ -818,16 +818,16 @@ class _Source:
             name: last - first for name, (first, last) in spec.columns.items() if name != "weight"
         }
 
-    def read_rows(self, start: int, stop: int, columns: Sequence[str]) -> list[Float32Array]:
+    def read_rows(self, start: int, stop: int, columns: Sequence[str]) -> list[Float32Array]:  # noqa: D102
         runtime, shards = self._table._runtime, self._table._live()
         return [batch.read_range(runtime, shards, column, start, stop) for column in ("weight", *columns)]
 
-    def give_back(self, start: int, stop: int) -> None:
+    def give_back(self, start: int, stop: int) -> None:  # noqa: D102
         runtime = self._table._runtime
         with runtime.lock:
             self._table._live().give_back(start, stop)
 
-    def describe(self) -> Mapping[str, object]:
+    def describe(self) -> Mapping[str, object]:  # noqa: D102
         spec, optimizer = self._table._spec, self._table.optimizer
         return {
             "uuid": spec.uuid,

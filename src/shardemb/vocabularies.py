@@ -15,6 +15,7 @@ from shardemb.vocabulary import Vocabulary, table_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
     from shardemb.manifest import Manifest, VocabularyRecord
     from shardemb.runtime import Runtime
     from shardemb.tables import Tables

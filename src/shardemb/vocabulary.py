@@ -241,11 +241,10 @@ class Vocabulary:
         import pyarrow as pa
 
         for start in range(self._state.reserved, self._state.rows, BATCH_ROWS):
-            self._live()
-            rows, found = self._live_range(start, min(start + BATCH_ROWS, self._state.rows))
-            if rows.size:
-                columns = [pa.array(rows), keys.as_arrow(found, self.key_type)]
-                yield pa.record_batch(columns, ["row", "key"])
+            stop = min(start + BATCH_ROWS, self._state.rows)
+            live, found = self.arrow_keys(start, stop)
+            if live.any():
+                yield pa.record_batch([pa.array(np.arange(start, stop)[live]), found], ["row", "key"])
 
     def __iter__(self) -> Iterator[Any]:
         for each in self.to_arrow_batches():
@@ -359,6 +358,13 @@ class Vocabulary:
         rows = np.arange(start, stop)
         return rows[records.are_live(self._records(rows))]
 
+    def arrow_keys(self, start: int, stop: int) -> tuple[NDArray[np.bool_], pa.Array]:
+        """Tell which of rows ``start:stop`` have a key, and the keys of those."""
+        self._live()
+        words = self._records(np.arange(start, stop))
+        live = records.are_live(words)
+        return live, keys.as_arrow(self._keys_in(words[live]), self.key_type)
+
     def bind(self, bound_to: Callable[[str], Sequence[Table]]) -> None:
         """Have the vocabulary ask, by its uuid, for the tables whose rows it gives out."""
         self._bound_to = bound_to
@@ -468,7 +474,7 @@ class Vocabulary:
         begins, lengths, _ = records.spans_of(words[found])
         for first, last in _slices(lengths):
             cells, at = self._cells(begins[first:last], lengths[first:last])
-            records.match_bytes(cells, at, found[first:last], checked.offsets, checked.data, rows, again)
+            records.match_bytes(cells, at, found[first:last], checked.bounds, checked.data, rows, again)
         return again
 
     def _records(self, rows: Int64Array) -> Words:
@@ -502,12 +508,6 @@ class Vocabulary:
             cells, at = self._cells(begins[first:last], lengths[first:last])
             records.take_bytes(cells, at, offsets[first : last + 1], data)
         return keys.Keys(lengths.shape, None, offsets, data)
-
-    def _live_range(self, start: int, stop: int) -> tuple[Int64Array, Keys]:
-        rows = np.arange(start, stop)
-        words = self._records(rows)
-        live = records.are_live(words)
-        return rows[live], self._keys_in(words[live])
 
     # ---- within: giving rows out
 
@@ -589,7 +589,7 @@ class Vocabulary:
             return []
         cells = self._words("bytes", rows).view(np.uint8)
         at = np.searchsorted(rows, first) * records.CELL_BYTES + begins % records.CELL_BYTES
-        records.place_bytes(cells.reshape(-1), at, new.offsets, new.data)
+        records.place_bytes(cells.reshape(-1), at, new.bounds, new.data)
         return [self._change("bytes", rows, cells.view(np.uint32))]
 
     def _change(self, which: str, rows: Int64Array, words: Words) -> batch.Change:
@@ -698,7 +698,7 @@ def _first_of_each(new: Keys, hashes: NDArray[np.uint64]) -> tuple[Int64Array, I
     """Return where each distinct key stands first, ascending, and for each key which of these it is."""
     table = np.full(max(16, 2 * hashes.size), -1)
     leader = probing.first_of_each(hashes, table)
-    if new.integers is None and records.same_bytes(new.offsets, new.data, leader):
+    if new.integers is None and records.same_bytes(new.bounds, new.data, leader):
         leader = _leaders_by_bytes(new)
     is_first = leader == np.arange(leader.size)
     return np.flatnonzero(is_first), (np.cumsum(is_first) - 1)[leader]
@@ -707,9 +707,7 @@ def _first_of_each(new: Keys, hashes: NDArray[np.uint64]) -> tuple[Int64Array, I
 def _leaders_by_bytes(new: Keys) -> Int64Array:
     """As the hashes would tell if different keys never had the same."""
     first: dict[bytes, int] = {}
-    offsets, data = new.offsets, new.data.tobytes()
-    assert offsets is not None
-    bounds = offsets.tolist()
+    bounds, data = new.bounds.tolist(), new.data.tobytes()
     return np.array([first.setdefault(data[bounds[i] : bounds[i + 1]], i) for i in range(new.size)], np.int64)
 
 
