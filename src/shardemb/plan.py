@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from shardemb import kernels
+from shardemb import grouping
 from shardemb.spec import PAGE, ROWS_PER_WORD, round_up
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Grouped:
 
     def inverse(self) -> Int64Array:
         """Index into `rows` for each position of the batch, int64, shape (n,)."""
-        inverse: Int64Array = kernels.invert(self.order, self.starts)
+        inverse: Int64Array = grouping.invert(self.order, self.starts)
         return inverse
 
 
@@ -68,10 +68,10 @@ class Piece(NamedTuple):
 def group(ids: Int64Array, num_embeddings: int) -> Grouped:
     """Bring equal ids together; O(n) for any table."""
     keys, order = ids.copy(), np.arange(ids.size)
-    kernels.sort_rows(
+    grouping.sort_rows(
         keys, order, np.empty_like(keys), np.empty_like(order), (num_embeddings - 1).bit_length()
     )
-    starts = kernels.group_starts(keys)
+    starts = grouping.group_starts(keys)
     return Grouped(keys[starts[:-1]], starts, order)
 
 

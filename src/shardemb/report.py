@@ -150,6 +150,20 @@ class Explanation:
         return "\n".join(lines)
 
 
+def not_folded(path: Path, problem: Exception) -> str:
+    """Say that a store closes with commits that are in its log alone."""
+    return (
+        f"what is committed in {path} is in the log and safe, but is not in the shards yet ({problem}); "
+        f"the next opening sees to it"
+    )
+
+
+def lost(path: Path, commit: Commit | None) -> str:
+    """Say that a store closes with changes that no commit has."""
+    since = f"since commit {commit.id} (step {commit.step})" if commit else "(there was no commit)"
+    return f"the changes of {path} {since} are lost: close() never commits; call commit()"
+
+
 def one_line(facts: Facts) -> str:
     """Describe a table in a line.
 

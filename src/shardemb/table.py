@@ -9,7 +9,7 @@ changes any.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from shardemb import arrays, batch, files, folders, persisted, plan, rebuild, re
 from shardemb.errors import ShardEmbError, TableNotFoundError
 from shardemb.progress import track
 from shardemb.shards import Shards
-from shardemb.spec import MAX_ROWS
+from shardemb.spec import MAX_ROWS, reshaped_spec
 
 if TYPE_CHECKING:
     import os
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from shardemb.arrays import Float32Array, Int64Array
     from shardemb.batch import Training
-    from shardemb.export import ExportReport
+    from shardemb.export import ExportReport, RowKeys
     from shardemb.initializers import Initializer
     from shardemb.optim import Optimizer
     from shardemb.progress import Progress
@@ -483,8 +483,7 @@ class Table:
         500000
         """
         count = arrays.count(num_embeddings, "num_embeddings", maximum=MAX_ROWS)
-        with self._runtime.changing():
-            self._runtime.check_sound()
+        with self._runtime.writing():
             self._live()
             self._runtime.room.drain()
             old = self._live()
@@ -511,6 +510,26 @@ class Table:
             files.remove_tree(directory)
             raise
         return new
+
+    def _reshape(
+        self,
+        instant: str,
+        optimizer: Optimizer | Literal["keep"] | None,
+        rows_per_shard: int | None,
+        progress: Progress,
+    ) -> None:
+        """Go on with a copy that has other shards or another optimizer. For `Store`."""
+        old, keep = self._mapped, optimizer == "keep"
+        spec = reshaped_spec(
+            old.spec,
+            optimizer=old.spec.optimizer if keep else optimizer,
+            rows_per_shard=rows_per_shard,
+            max_shards=files.MAX_MAPPINGS - files.counters.mappings,
+            instant=instant,
+        )
+        training = self._training if keep else batch.Training(spec.optimizer, 0)
+        copy = rebuild.reshaped(self._runtime.path, old, spec, keep_state=keep, progress=progress)
+        self._become(copy, training)
 
     def materialize(self, *, progress: Progress = None) -> None:
         """Write initial values of all rows that were never written into the shards, for readers that know only zarr.
@@ -550,8 +569,7 @@ class Table:
         step = max(1, MATERIALIZED_BYTES // self._spec.record_bytes)
         with track(count, "materializing", progress=progress) as advance:
             for start in range(0, count, step):
-                with self._runtime.changing():
-                    self._runtime.check_sound()
+                with self._runtime.writing():
                     shards = self._live()
                     stop = min(start + step, count, self.num_embeddings)
                     ids = shards.never_written(start, stop)
@@ -707,8 +725,8 @@ class Table:
         )
         raise TypeError(msg)
 
-    def _facts(self) -> report.Facts:
-        """Return what is told about the table at a glance."""
+    def _facts(self, *, measured: bool = False) -> report.Facts:
+        """Return what is told about the table at a glance, with the disk space that it takes where it is measured."""
         changed = self._shards.changes if self._shards and not self._runtime.closed else None
         return report.Facts(
             name=self.name,
@@ -722,6 +740,7 @@ class Table:
             num_shards=self._spec.num_shards,
             nbytes=self.nbytes,
             changed_rows=changed,
+            bytes_on_disk=files.allocated(self._mapped.directory) if measured else None,
         )
 
     # ---- the way down
@@ -813,6 +832,7 @@ class Source:
         self.num_embeddings = table.num_embeddings
         self.embedding_dim = table.embedding_dim
         self.rows_per_shard = table.rows_per_shard
+        self.keys: RowKeys | None = None
         spec = table._spec
         self.columns = {
             name: last - first for name, (first, last) in spec.columns.items() if name != "weight"
