@@ -451,7 +451,7 @@ class KeyedTable:
     def _refuse(self, given: KeysLike, ids: Int64Array) -> None:
         unknown = np.flatnonzero(ids.reshape(-1) < 0)
         checked = keys.checked(given, self._vocabulary.key_type, self._vocabulary.name)
-        first = keys.restored(checked.take(unknown[:1]), self._vocabulary.key_type)[0]
+        first = keys.restored(checked.take(unknown[:1]), self._vocabulary.key_type).tolist()[0]
         more = f" ({unknown.size - 1} more have none either)" if unknown.size > 1 else ""
         at = tuple(int(i) for i in np.unravel_index(int(unknown[0]), ids.shape))
         msg = (

@@ -438,6 +438,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
 
         Examples
         --------
+        >>> words = store.create_vocabulary("words", key_type="string")
         >>> store.drop_vocabulary("words")
         """
         with self._runtime.writing():

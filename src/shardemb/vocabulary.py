@@ -305,8 +305,8 @@ class Vocabulary:
 
         Examples
         --------
-        >>> words.remove(["is", "unheard"])
-        array([ 5, -1])
+        >>> words.remove(["not", "unheard"])
+        array([ 3, -1])
         """
         checked, hashes = self._checked(keys)
         with self.changing():
