@@ -1,5 +1,6 @@
 """Vocabularies: keys a second, alone and against what a program would use in their place, and what they take."""
 
+import importlib.util
 import shutil
 import tempfile
 import time
@@ -15,10 +16,10 @@ from . import common
 from .ratios import _ratio
 from .scale import anonymous_bytes
 
-BATCH = 262_144
+BATCH = max(4096, int(262_144 * common.SCALE))
 """Keys of a lookup."""
 
-SIZES = [common.scaled(10**6), common.scaled(10**7), common.scaled(10**8)]
+SIZES = [common.scaled(10**6), 2 * common.scaled(5 * 10**6), 4 * common.scaled(25 * 10**6)]
 KINDS = ["known", "unknown", "mixed"]
 
 
@@ -46,61 +47,58 @@ class Keys(common.Timed):
     params = [SIZES, KINDS]
     param_names = ["keys", "asked"]
     timeout = 600
-    _open = {}
 
-    def setup(self, size, kind):
-        if size not in self._open:
-            self._open.clear()
-            self._open[size] = Filled(size)
-        self.filled = self._open[size]
+    def setup_cache(self):
+        """Fill the vocabularies; return what that took, by size."""
+        return {size: filled(size) for size in SIZES}
+
+    def setup(self, took, size, kind):
+        self.vocabulary = common.store(path_of(size)).vocabularies["v"]
         self.keys = integers(asked(kind, size))
-        self.filled.vocabulary.lookup(self.keys)
+        self.vocabulary.lookup(self.keys)
 
     def time_lookup(self, *_):
-        """262,144 keys."""
-        self.filled.vocabulary.lookup(self.keys)
+        """262,144 keys at full scale."""
+        self.vocabulary.lookup(self.keys)
 
-    def track_keys_added_per_second(self, *_):
+    def track_keys_added_per_second(self, took, size, _):
         """While the vocabulary was filled, commits left out."""
-        return self.filled.rate
+        return took[size][0]
 
-    def track_anonymous_bytes(self, *_):
+    def track_anonymous_bytes(self, took, size, _):
         """Most memory while it was filled, beyond that before."""
-        return self.filled.anonymous_bytes
+        return took[size][1]
 
-    def track_bytes_on_disk_per_key(self, size, _):
+    def track_bytes_on_disk_per_key(self, _, size, __):
         """Keys and index."""
-        stats = self.filled.vocabulary.stats()
+        stats = self.vocabulary.stats()
         return (stats["bytes_on_disk"] + stats["index_bytes_on_disk"]) / size
 
     track_keys_added_per_second.unit = "keys/s"
     track_anonymous_bytes.unit = track_bytes_on_disk_per_key.unit = "bytes"
 
 
-class Filled:
-    """A vocabulary of so many keys, committed and folded."""
+def path_of(size):
+    """A store in the current folder."""
+    return str(Path(f"keys-{size}.zarr").absolute())
 
-    def __init__(self, size):
-        self.folder = tempfile.mkdtemp()
-        store = shardemb.open(Path(self.folder) / "s.zarr", memory_budget=256 * 2**20)
-        self.store, self.vocabulary = store, store.create_vocabulary("v", key_type="int64")
+
+def filled(size):
+    """Fill a vocabulary with so many keys; return how many a second, and the memory that it took."""
+    with shardemb.open(path_of(size), mode="w", memory_budget=256 * 2**20) as store:
+        vocabulary = store.create_vocabulary("v", key_type="int64")
         store.commit()
         before, most, seconds = anonymous_bytes(), 0, 0.0
         for start in range(0, size, BATCH):
             keys = integers(np.arange(start, min(start + BATCH, size)))
             started = time.perf_counter()
-            self.vocabulary.add(keys)
+            vocabulary.add(keys)
             seconds += time.perf_counter() - started
             most = max(most, anonymous_bytes())
             if start // BATCH % 8 == 7:
                 store.commit()
         store.commit()
-        store.checkpoint()
-        self.rate, self.anonymous_bytes = size / seconds, most - before
-
-    def __del__(self):
-        self.store.close()
-        shutil.rmtree(self.folder)
+    return size / seconds, most - before
 
 
 class KeysRatio(common.Timed):
@@ -137,6 +135,28 @@ class KeysRatio(common.Timed):
             lambda keys, _: pc.fill_null(pc.index_in(pa.array(keys), value_set=values), -1).to_numpy()
         )
 
+    def _against(self, theirs):
+        """`theirs` gets the keys as an array and as a list, and takes what suits it."""
+
+        def fresh():
+            keys = self.keys_of(asked(self.kind, self.size))
+            return keys, keys.tolist()
+
+        return _ratio(fresh, lambda keys: self.vocabulary.lookup(keys[0]), lambda keys: theirs(*keys))
+
+    track_lookup_vs_dict.unit = track_lookup_vs_arrow.unit = "times the peer"
+
+
+class KeysRatioLmdb(KeysRatio):
+    """The same against lmdb, where it is installed."""
+
+    track_lookup_vs_dict = track_lookup_vs_arrow = None
+
+    def setup(self, key_type, kind):
+        if importlib.util.find_spec("lmdb") is None:
+            raise NotImplementedError
+        super().setup(key_type, kind)
+
     def track_lookup_vs_lmdb(self, *_):
         """One transaction, a `get` for each key."""
         import lmdb
@@ -156,13 +176,4 @@ class KeysRatio(common.Timed):
                     )
                 )
 
-    def _against(self, theirs):
-        """`theirs` gets the keys as an array and as a list, and takes what suits it."""
-
-        def fresh():
-            keys = self.keys_of(asked(self.kind, self.size))
-            return keys, keys.tolist()
-
-        return _ratio(fresh, lambda keys: self.vocabulary.lookup(keys[0]), lambda keys: theirs(*keys))
-
-    track_lookup_vs_dict.unit = track_lookup_vs_arrow.unit = track_lookup_vs_lmdb.unit = "times the peer"
+    track_lookup_vs_lmdb.unit = "times the peer"
