@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from shardemb import arrays, batch, keys, scheduler
+from shardemb import arrays, batch, keys, report, scheduler
 from shardemb.errors import UnknownKeyError
 from shardemb.spec import COUNT, LAST_STEP, MAX_DIM, MAX_ROWS, SHARD_BYTES
 from shardemb.table import Source
@@ -414,6 +415,10 @@ class KeyedTable:
         )
 
     # ---- the way down
+
+    def _facts(self, *, measured: bool = False) -> report.Facts:
+        facts, rows = self._rows._facts(measured=measured), self.num_embeddings
+        return replace(facts, num_embeddings=rows, nbytes=rows * self._rows._spec.record_bytes)
 
     def _plan_read(self, column: str, keys: KeysLike) -> tuple[batch.Read, Float32Array]:
         return self._rows._plan_read(column, self._known(keys))

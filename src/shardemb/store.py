@@ -124,16 +124,16 @@ class Store(Mapping[str, "Table | KeyedTable"]):
     # ---- tables
 
     def __getitem__(self, name: str) -> Table | KeyedTable:
-        return self._vocabularies.keyed(self._table(name))
+        self._runtime.check_open()
+        if name in self._tables.now and not is_internal(name):
+            return self._vocabularies.keyed(self._tables.now[name])
+        names = ", ".join(map(repr, self._shown())) or "none"
+        msg = f"the store {self._runtime.path} has no table {name!r}; its tables: {names}"
+        raise TableNotFoundError(msg)
 
     def _table(self, name: str) -> Table:
-        self._runtime.check_open()
-        try:
-            return self._shown()[name]
-        except KeyError:
-            names = ", ".join(map(repr, self._shown())) or "none"
-            msg = f"the store {self._runtime.path} has no table {name!r}; its tables: {names}"
-            raise TableNotFoundError(msg) from None
+        """Return a table by row id."""
+        return self._tables.now[self[name].name]
 
     def __iter__(self) -> Iterator[str]:
         self._runtime.check_open()
@@ -143,9 +143,10 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         self._runtime.check_open()
         return len(self._shown())
 
-    def _shown(self) -> dict[str, Table]:
+    def _shown(self) -> dict[str, Table | KeyedTable]:
         """Return the tables of now, without those of vocabularies."""
-        return {name: table for name, table in tuple(self._tables.now.items()) if not is_internal(name)}
+        now = tuple(self._tables.now.items())
+        return {name: self._vocabularies.keyed(table) for name, table in now if not is_internal(name)}
 
     def create_table(
         self,
@@ -733,7 +734,8 @@ class Store(Mapping[str, "Table | KeyedTable"]):
                 uuid=self._manifest.uuid,
                 commit=self.last_commit,
                 bytes_on_disk=files.allocated(self.path),
-                tables=tuple(table._facts(measured=True) for table in self._shown().values()),
+                tables=tuple(table._facts(measured=True) for table in self.values()),
+                vocabularies=self._vocabularies.facts(),
             )
 
     def stats(self) -> dict[str, int]:

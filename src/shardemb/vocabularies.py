@@ -9,7 +9,7 @@ from shardemb.errors import ShardEmbError, VocabularyExistsError, VocabularyNotF
 from shardemb.initializers import Constant
 from shardemb.keyed import KeyedTable
 from shardemb.keystore import table_shapes
-from shardemb.report import Damage
+from shardemb.report import Damage, VocabularyFacts
 from shardemb.spec import new_spec
 from shardemb.vocabulary import Vocabulary
 
@@ -120,6 +120,23 @@ class Vocabularies:
             for name, each in ((f"{name}@keys", each) for name, each in self.now.items())
             if (tables is None or name in tables) and not each.check_index()
         ]
+
+    def facts(self) -> tuple[VocabularyFacts, ...]:
+        """Return what is told about them."""
+        facts = []
+        for name, each in self.now.items():
+            stats, tables = each.stats(), self._bound(each.record().uuid)
+            facts.append(
+                VocabularyFacts(
+                    name=name,
+                    key_type=each.key_type,
+                    keys=len(each),
+                    rows=each.num_rows,
+                    tables=tuple(table.name for table in tables),
+                    bytes_on_disk=stats["bytes_on_disk"] + stats["index_bytes_on_disk"],
+                )
+            )
+        return tuple(facts)
 
     def records(self) -> tuple[VocabularyRecord, ...]:
         """Return what a commit would say about them."""
