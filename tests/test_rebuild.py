@@ -14,6 +14,7 @@ from shardemb import files, fold, rebuild
 from shardemb.errors import FormatError, RowIdError, ShardEmbError, StoreExistsError
 from shardemb.initializers import Constant, Normal, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
+from shardemb.spec import PAGE
 
 DIM = 5
 KINDS = {
@@ -386,6 +387,24 @@ def test_damage_is_not_copied_for_sound(path, where):
         with pytest.raises(FormatError, match="is damaged; store.verify"):
             table.resize(300, drop_rows=True)
         assert table.num_embeddings == 500
+        assert len(store.verify()) == 1
+
+
+def test_damage_where_the_last_byte_that_stays_begins_a_block_is_not_copied_for_sound(path):
+    rows = 8 * PAGE + 3  # with three bits in the second block of the bitmap
+    with shardemb.open(path) as store:
+        table = create(store, 40_000)
+        written = [0, 4, rows - 3, rows - 1, rows, 39_999]
+        table.write(written, np.ones((len(written), DIM)))
+        store.commit()
+        store.checkpoint()
+        damage(path / "t" / "present" / "c.0", offset=PAGE)
+        before = everything(table)
+        with pytest.raises(FormatError, match="is damaged; store.verify"):
+            table.resize(rows, drop_rows=True)
+        assert not store.has_changes
+        assert_equal(everything(table), before)
+        assert list((path / ".shardemb" / "tables").iterdir()) == []
         assert len(store.verify()) == 1
 
 

@@ -80,7 +80,8 @@ def resize(old: Place, new: Place) -> None:
         copy_data(checks.path_of(old.directory), checks.path_of(new.directory), sums)
         if whole < spec.num_shards and rows < old.spec.num_embeddings:
             cut = (rows - whole * spec.rows_per_shard) * spec.record_bytes
-            _copy_checked(old, _shard(old, whole), new, _shard(new, whole), cut)
+            _copy_checked(old, _shard(old, whole), _shard(new, whole), cut)
+            checks.note_whole_file(_shard(new, whole), new.directory)
         _copy_presence(old, new, rows)
     except BaseException:
         files.remove_tree(new.directory)
@@ -92,21 +93,26 @@ def _copy_presence(old: Place, new: Place, rows: int) -> None:
         source = checks.presence_chunk(old.spec, old.directory, number)
         target = checks.presence_chunk(new.spec, new.directory, number)
         bits = min(8 * min(source.nbytes, target.nbytes), rows - target.rows[0])
-        if bits % 8:  # the last byte by itself, without the bits of rows that go
-            with files.opened(source.path, os.O_RDONLY) as descriptor:
-                last = files.read_at(descriptor, 1, bits // 8, source.path)[0] & ((1 << bits % 8) - 1)
-            with files.opened(target.path, os.O_WRONLY) as descriptor:
-                files.write(descriptor, bytes([last]), bits // 8, target.path)
-        _copy_checked(old, source, new, target, bits // 8)
+        _copy_checked(old, source, target, -(-bits // 8))
+        if bits % 8:
+            _clear_behind(target.path, bits)
+        checks.note_whole_file(target, new.directory)
 
 
-def _copy_checked(old: Place, source: File, new: Place, target: File, nbytes: int) -> None:
-    """Copy the beginning of a file that its checksums say is sound, and note those of the copy."""
+def _copy_checked(old: Place, source: File, target: File, nbytes: int) -> None:
+    """Copy the beginning of a file that its checksums say is sound; those of the copy are not noted yet."""
     with files.opened(source.path, os.O_RDONLY) as descriptor:
         for start, stop in _windows(descriptor, -(-nbytes // PAGE) * PAGE):
             _read_sound(old, source, descriptor, start, stop)
     copy_data(source.path, target.path, nbytes)
-    checks.note_whole_file(target, new.directory)
+
+
+def _clear_behind(path: Path, bits: int) -> None:
+    """Clear the bits of rows that go, in the byte that they share with the last ones that stay."""
+    with files.opened(path, os.O_RDWR) as descriptor:
+        last = files.read_at(descriptor, 1, bits // 8, path)[0]
+        if last >> bits % 8:  # a hole stays one
+            files.write(descriptor, bytes([last & ((1 << bits % 8) - 1)]), bits // 8, path)
 
 
 # ---- other shards, another optimizer --------------------------------------------------------------------------
