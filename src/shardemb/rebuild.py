@@ -223,16 +223,12 @@ def _fill(old: Place, new: Place, file: File, staged: Path, *, keep_state: bool)
 
 def _note_written(new: Place, start: int, written: NDArray[np.bool_]) -> None:
     """Set the bits of rows from `start` on, a multiple of 8, in the presence bitmap, durably."""
-    bits, chunk_bytes = np.packbits(written, bitorder="little"), new.spec.presence_chunk_bytes
-    first = start // 8
-    for number in range(first // chunk_bytes, (first + bits.size - 1) // chunk_bytes + 1):
-        path = checks.presence_chunk(new.spec, new.directory, number).path
-        begin, end = max(first, number * chunk_bytes), min(first + bits.size, (number + 1) * chunk_bytes)
-        with files.opened(path, os.O_WRONLY) as descriptor:
-            files.write(
-                descriptor, bits[begin - first : end - first].data, begin - number * chunk_bytes, path
-            )
-            files.sync_data(descriptor, path)
+    bits, done = np.packbits(written, bitorder="little").data, 0
+    for file, begin, end in checks.presence_of(new.spec, new.directory, (start, start + written.size)):
+        with files.opened(file.path, os.O_WRONLY) as descriptor:
+            files.write(descriptor, bits[done : done + end - begin], begin, file.path)
+            files.sync_data(descriptor, file.path)
+        done += end - begin
 
 
 def _read(old: Place, start: int, stop: int) -> tuple[Float32Array, NDArray[np.bool_]]:
@@ -255,18 +251,14 @@ def _read(old: Place, start: int, stop: int) -> tuple[Float32Array, NDArray[np.b
 
 def _written(old: Place, start: int, stop: int) -> NDArray[np.bool_]:
     """Read the presence bits of rows ``start:stop``."""
-    first, last, chunk_bytes = start // 8, -(-stop // 8), old.spec.presence_chunk_bytes
     parts = []
-    for number in range(first // chunk_bytes, (last - 1) // chunk_bytes + 1):
-        file = checks.presence_chunk(old.spec, old.directory, number)
-        begin, end = max(first, number * chunk_bytes), min(last, (number + 1) * chunk_bytes)
-        low = (begin - number * chunk_bytes) // PAGE * PAGE
-        high = -(-(end - number * chunk_bytes) // PAGE) * PAGE
+    for file, begin, end in checks.presence_of(old.spec, old.directory, (start, stop)):
+        low, high = begin // PAGE * PAGE, -(-end // PAGE) * PAGE
         with files.opened(file.path, os.O_RDONLY) as descriptor:
             data = _read_sound(old, file, descriptor, low, high)
-        parts.append(data[begin - number * chunk_bytes - low : end - number * chunk_bytes - low])
+        parts.append(data[begin - low : end - low])
     bits = np.unpackbits(np.frombuffer(b"".join(parts), np.uint8), bitorder="little")
-    written: NDArray[np.bool_] = bits[start - 8 * first : stop - 8 * first] == 1
+    written: NDArray[np.bool_] = bits[start % 8 :][: stop - start] == 1
     return written
 
 
