@@ -1,5 +1,6 @@
 """Tables with other rows, other shards, another optimizer, and elsewhere; and rows that were never written, written."""
 
+import contextlib
 import os
 
 import numpy as np
@@ -11,7 +12,7 @@ from model import assert_same_bits
 
 import shardemb
 from shardemb import files, fold, rebuild
-from shardemb.errors import FormatError, RowIdError, ShardEmbError, StoreExistsError
+from shardemb.errors import DiskFullError, FormatError, RowIdError, ShardEmbError, StoreExistsError
 from shardemb.initializers import Constant, Normal, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
 from shardemb.spec import PAGE
@@ -438,6 +439,35 @@ def test_materialized_rows_are_what_zarr_reads(path, kind, monkeypatch):
         assert (not seen) == (kind == "zeros")
 
 
+@pytest.mark.parametrize("full", ["rows/c.1.0", "present/c.0", None])
+def test_rows_keep_their_values_at_any_moment_while_they_are_materialized(path, monkeypatch, full):
+    with shardemb.open(path, threads=1) as store:
+        table = create(store, 3000)
+        store.commit()
+        expected, run = everything(table), fold._Task.run
+
+        def look_meanwhile(task):
+            if full and task.part.file.path == path / "t" / full:
+                raise DiskFullError(28, "no room")
+            run(task)
+            assert_equal(everything(table), expected)
+
+        monkeypatch.setattr(fold._Task, "run", look_meanwhile)
+        with pytest.raises(DiskFullError) if full else contextlib.nullcontext():
+            table.materialize()
+        monkeypatch.undo()
+        assert_equal(everything(table), expected)
+        table.update(np.arange(3000), np.ones((3000, DIM)))
+        after = everything(table)
+        store.rollback()
+        assert_equal(everything(table), expected)
+        with shardemb.open(path.with_name("other")) as other:
+            never = create(other, 3000)
+            never.update(np.arange(3000), np.ones((3000, DIM)))
+            assert_equal(after, everything(never))
+            other.rollback()
+
+
 def test_materializing_goes_on_where_it_was_cut_short(path, monkeypatch):
     monkeypatch.setattr(shardemb.table, "MATERIALIZED_BYTES", 16_384)
     with shardemb.open(path) as store:
@@ -451,12 +481,12 @@ def test_materializing_goes_on_where_it_was_cut_short(path, monkeypatch):
         def stop(*arguments):
             calls.append(1)
             if len(calls) == 3:
-                raise files.DiskFullError(28, "no room")
+                raise DiskFullError(28, "no room")
             real(*arguments)
 
         with monkeypatch.context() as patch:
             patch.setattr(fold, "write", stop)
-            with pytest.raises(files.DiskFullError):
+            with pytest.raises(DiskFullError):
                 table.materialize()
         assert_equal(everything(table), expected)
         table.materialize()
