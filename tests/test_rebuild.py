@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from model import assert_same_bits
 
 import shardemb
-from shardemb import files, fold, rebuild
+from shardemb import files, fold, log, rebuild
 from shardemb.errors import DiskFullError, FormatError, RowIdError, ShardEmbError, StoreExistsError
 from shardemb.initializers import Constant, Normal, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
@@ -351,6 +351,54 @@ def test_what_was_begun_before_another_commit_is_begun_anew(path, monkeypatch):
         expected = everything(table)
         store.reshard("t", rows_per_shard=256)
         assert_equal(everything(table), expected)
+
+
+def test_what_was_begun_and_half_removed_is_begun_anew(path, monkeypatch):
+    with shardemb.open(path) as store:
+        table = create(store, 5000)
+        train(table, 1, 2000)
+        store.commit()
+        expected = everything(table)
+        with monkeypatch.context() as patch:
+            patch.setattr(rebuild, "_fill", lambda *a, **b: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                store.reshard("t", rows_per_shard=2048)
+
+        def remove_tree(path):
+            (path / "rows" / "zarr.json").unlink()
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "remove_tree", remove_tree)
+            with pytest.raises(KeyboardInterrupt):
+                store.reshard("t", rows_per_shard=4096)
+        store.reshard("t", rows_per_shard=2048)
+    with shardemb.open(path) as store:
+        assert_equal(everything(store["t"]), expected)
+        assert store.verify() == []
+
+
+@pytest.mark.parametrize("new", ["keep", None], ids=str)
+def test_resharding_that_cannot_be_committed_leaves_the_table_and_is_not_done_again(path, monkeypatch, new):
+    with shardemb.open(path) as store:
+        table = create(store, 5000)
+        train(table, 1, 2000)
+        store.commit()
+        before, optimizer, step = everything(table), table.optimizer, table.step
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                log.Log, "begin", lambda *arguments: (_ for _ in ()).throw(DiskFullError(28, "no room"))
+            )
+            with pytest.raises(DiskFullError):
+                store.reshard("t", rows_per_shard=2048, optimizer=new)
+        assert not store.has_changes
+        assert (table.rows_per_shard, table.optimizer, table.step) == (1024, optimizer, step)
+        assert_equal(everything(table), before)
+        monkeypatch.setattr(rebuild, "_fill", None)
+        store.reshard("t", rows_per_shard=2048, optimizer=new)
+        assert table.rows_per_shard == 2048
+        assert_same_bits(everything(table)[0], before[0])
+        assert store.verify() == []
 
 
 def test_resharding_wants_everything_committed(path):

@@ -123,11 +123,13 @@ def reshaped(
 ) -> shards.Shards:
     """Copy a table as `reshape` does, into a folder of a store that waits for the next commit."""
     shards.check_mappings(spec)
-    place = Place(spec, folders.rebuilt(store) / spec.uuid)
+    place, parked = Place(spec, folders.rebuilt(store) / spec.uuid), folders.parked(store, spec.uuid)
     folders.keep_rebuilt(store, spec.uuid)
+    if parked.exists():  # all of it was done before, and not committed
+        files.make_directory(place.directory.parent)
+        files.rename(parked, place.directory)
     with track(spec.num_embeddings, "resharding", progress=progress) as advance:
         reshape(Place(old.spec, old.directory), place, keep_state=keep_state, advance=advance)
-    parked = folders.parked(store, spec.uuid)
     files.make_directory(parked.parent)
     files.rename(place.directory, parked)
     return shards.Shards(spec, parked)

@@ -304,11 +304,16 @@ class Store(Mapping[str, Table]):
                 max_shards=files.MAX_MAPPINGS - files.counters.mappings,
                 instant=str(commit.id),
             )
-            training = table._training if keep else Training(spec.optimizer, 0)
-            table._become(
-                rebuild.reshaped(self.path, old, spec, keep_state=keep, progress=progress), training
-            )
-            return self.commit(commit.step, commit.metadata)
+            before = replace(table._training)
+            new = rebuild.reshaped(self.path, old, spec, keep_state=keep, progress=progress)
+            table._become(new, before if keep else Training(spec.optimizer, 0))
+            try:
+                return self.commit(commit.step, commit.metadata)
+            except BaseException:
+                # Unless it is made, or may have been: the next opening tells then.
+                if self._manifest.commit is commit and not self._runtime.poisoned:
+                    table._become(old, before)
+                raise
 
     def copy(self, path: str | os.PathLike[str], *, progress: Progress = None) -> None:
         """Copy the last commit into a new store, holes as holes.
