@@ -252,8 +252,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> store.drop_table("tokens")
         """
         with self._runtime.writing():
-            self._table(name)
-            self._tables.drop(name)
+            self._tables.drop(self[name].name)
 
     def rename_table(self, name: str, new_name: str) -> None:
         """Rename a table, with the next commit. Its initial values stay what they were.
@@ -331,8 +330,12 @@ class Store(Mapping[str, "Table | KeyedTable"]):
                 msg = f"the store {self.path} has changes that are not committed; call commit() or rollback() first"
                 raise ShardEmbError(msg)
             commit = self._manifest.commit
-            table._reshape(str(commit.id), optimizer, rows_per_shard, progress)
-            return self.commit(commit.step, commit.metadata)
+
+            def is_committed() -> bool:
+                return self._manifest.commit is not commit
+
+            with table._reshaped(str(commit.id), optimizer, rows_per_shard, progress, is_committed):
+                return self.commit(commit.step, commit.metadata)
 
     def copy(self, path: str | os.PathLike[str], *, progress: Progress = None) -> None:
         """Copy the last commit into a new store, holes as holes.
@@ -752,10 +755,8 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         ['bytes_written', 'syncs']
         """
         written, syncs = self._written_before
-        return {
-            "bytes_written": files.counters.bytes_written - written,
-            "syncs": files.counters.syncs - syncs,
-        }
+        now = files.counters
+        return {"bytes_written": now.bytes_written - written, "syncs": now.syncs - syncs}
 
     # ---- closing
 

@@ -8,6 +8,8 @@ changes any.
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -21,7 +23,7 @@ from shardemb.spec import MAX_ROWS, reshaped_spec
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import dask.array
     import pyarrow as pa
@@ -511,15 +513,17 @@ class Table:
             raise
         return new
 
-    def _reshape(
+    @contextlib.contextmanager
+    def _reshaped(
         self,
         instant: str,
         optimizer: Optimizer | Literal["keep"] | None,
         rows_per_shard: int | None,
         progress: Progress,
-    ) -> None:
-        """Go on with a copy that has other shards or another optimizer. For `Store`."""
-        old, keep = self._mapped, optimizer == "keep"
+        is_committed: Callable[[], bool],
+    ) -> Iterator[None]:
+        """Go on with a copy that has other shards or another optimizer, if the body commits it. For `Store`."""
+        old, keep, before = self._mapped, optimizer == "keep", replace(self._training)
         spec = reshaped_spec(
             old.spec,
             optimizer=old.spec.optimizer if keep else optimizer,
@@ -527,9 +531,15 @@ class Table:
             max_shards=files.MAX_MAPPINGS - files.counters.mappings,
             instant=instant,
         )
-        training = self._training if keep else batch.Training(spec.optimizer, 0)
-        copy = rebuild.reshaped(self._runtime.path, old, spec, keep_state=keep, progress=progress)
-        self._become(copy, training)
+        new = rebuild.reshaped(self._runtime.path, old, spec, keep_state=keep, progress=progress)
+        self._become(new, before if keep else batch.Training(spec.optimizer, 0))
+        try:
+            yield
+        except BaseException:
+            # Unless it is made, or may have been: the next opening tells then.
+            if not is_committed() and not self._runtime.poisoned:
+                self._become(old, before)
+            raise
 
     def materialize(self, *, progress: Progress = None) -> None:
         """Write initial values of all rows that were never written into the shards, for readers that know only zarr.
