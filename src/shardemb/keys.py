@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from shardemb import hashing
+from shardemb import hashing, matching
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,8 +72,9 @@ class Keys:
             return Keys(which.shape, self.integers[which])
         lengths = self.lengths[which]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        source = np.repeat(self.bounds[which] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return Keys(which.shape, None, offsets, self.data[source])
+        data = np.empty(offsets[-1], np.uint8)
+        matching.take_bytes(self.data, self.bounds[which], offsets, data)
+        return Keys(which.shape, None, offsets, data)
 
 
 def checked(keys: KeysLike, key_type: KeyType, vocabulary: str) -> Keys:
