@@ -134,7 +134,7 @@ class KeyIndex:
     def __init__(self, path: Path, identity: str, run: Run, *, writable: bool) -> None:
         self._path, self._identity, self._run, self._writable = path, identity, run, writable
         self.coverage = Coverage()
-        self._level = NOTHING
+        self._level, self._damaged = NOTHING, False
         self._slots, self._open = _no_pairs(), 0
 
     def take_up(self, now: Coverage) -> None:
@@ -180,7 +180,7 @@ class KeyIndex:
             return (some >> np.uint64(64 - level.bits)).astype(np.int64)
 
         def entries(some: NDArray[np.uint64]) -> Int64Array:
-            found: Int64Array = np.minimum(level.directory[buckets(some)], level.entries.shape[0] - 1)
+            found: Int64Array = np.clip(level.directory[buckets(some)], 0, level.entries.shape[0] - 1)
             return found
 
         for array, places in (level.directory, buckets), (level.entries, entries):
@@ -192,6 +192,8 @@ class KeyIndex:
 
     def add(self, hashes: NDArray[np.uint64], rows: Int64Array, coverage: Coverage) -> None:
         """Add pairs. `coverage` is that of the last commit: what is added was added to it.
+
+        Where the file is damaged, there is no next one: it would be sound, and say less than it knows.
 
         Raises
         ------
@@ -208,12 +210,14 @@ class KeyIndex:
             if start < stop:
                 self._move(self._slots.pairs.shape[0], new_salt())
             if self._open >= most:
-                self.merge(coverage)
+                self._damaged = not self.check()
+                if not self._damaged:
+                    self.merge(coverage)
                 most = self._limit()
 
     def is_stale(self, live: int) -> bool:
-        """Whether so many pairs are of no use that the index should be made anew."""
-        return len(self) > 2 * live + _STALE
+        """Whether the index should be made anew: it is damaged, or so many pairs are of no use."""
+        return self._damaged or len(self) > 2 * live + _STALE
 
     def merge(self, coverage: Coverage) -> None:
         """Write the next file: that of now, and the slots.
@@ -306,7 +310,7 @@ class KeyIndex:
     # ---- within
 
     def _limit(self) -> int:
-        if not self._writable:
+        if not self._writable or self._damaged:
             return 2**62
         least, most = OPEN_PAIRS
         return max(least, min(int(self._level.entries.shape[0]) // 4, most))

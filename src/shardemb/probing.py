@@ -62,10 +62,18 @@ def _first_not_below(entries: Any, low: Any, high: Any, value: Any) -> Any:  # n
 
 
 @kernel
+def _edge(directory: Any, entries: Any, bucket: Any) -> Any:  # noqa: ANN401
+    """Where a bucket begins; what is damaged leads nowhere but to entries."""
+    return min(max(directory[bucket], 0), entries.shape[0])
+
+
+@kernel
 def lower_bound(directory: Any, entries: Any, bits: Any, value: Any) -> Any:  # noqa: ANN401
     """Return the number of the first entry whose hash is at least `value`."""
     bucket = bucket_of(value, bits)
-    return _first_not_below(entries, directory[bucket], directory[bucket + 1], value)
+    return _first_not_below(
+        entries, _edge(directory, entries, bucket), _edge(directory, entries, bucket + 1), value
+    )
 
 
 @kernel
@@ -169,13 +177,13 @@ def probe(
             prefetch(directory.ctypes.data + 8 * bucket_of(hashes[i], bits))
             prefetch(slots.ctypes.data + 16 * home(hashes[i], capacity, salt))
         for i in range(first, last):
-            lows[i - first] = directory[bucket_of(hashes[i], bits)]
+            lows[i - first] = _edge(directory, entries, bucket_of(hashes[i], bits))
             prefetch(entries.ctypes.data + 16 * lows[i - first])
             prefetch(entries.ctypes.data + 16 * lows[i - first] + 64)
         for i in range(first, last):
             row = _in_slots(slots, salt, hashes[i], skip, end)
             if row < 0:
-                high = directory[bucket_of(hashes[i], bits) + 1]
+                high = _edge(directory, entries, bucket_of(hashes[i], bits) + 1)
                 row = _in_entries(entries, lows[i - first], high, hashes[i], -1 - row, end)
             out[i] = max(row, -1)
 
