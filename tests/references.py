@@ -246,6 +246,60 @@ def units(words):
     return (words.astype(np.float64) + 0.5) * 2.0**-32
 
 
+# ---- hashes of keys ---------------------------------------------------------------------------------------------
+
+
+def siphash13(data, first, second, rounds=(1, 3)):
+    """SipHash, as its paper has it, on Python's integers: rounds for each word, and at the end."""
+    mask = 2**64 - 1
+
+    def turn(x, left):
+        return (x << left | x >> (64 - left)) & mask
+
+    def mix(count):
+        nonlocal v0, v1, v2, v3
+        for _ in range(count):
+            v0, v2 = (v0 + v1) & mask, (v2 + v3) & mask
+            v1, v3 = turn(v1, 13) ^ v0, turn(v3, 16) ^ v2
+            v0 = turn(v0, 32)
+            v2, v0 = (v2 + v1) & mask, (v0 + v3) & mask
+            v1, v3 = turn(v1, 17) ^ v2, turn(v3, 21) ^ v0
+            v2 = turn(v2, 32)
+
+    start = [int.from_bytes(b"somepseudorandomlygeneratedbytes"[at : at + 8], "big") for at in (0, 8, 16, 24)]
+    v0, v1, v2, v3 = (each ^ key for each, key in zip(start, (first, second) * 2, strict=True))
+    padded = data + bytes(7 - len(data) % 8) + bytes([len(data) % 256])
+    for at in range(0, len(padded), 8):
+        word = int.from_bytes(padded[at : at + 8], "little")
+        v3 ^= word
+        mix(rounds[0])
+        v0 ^= word
+    v2 ^= 0xFF
+    mix(rounds[1])
+    return v0 ^ v1 ^ v2 ^ v3
+
+
+def splitmix(x, first, second):
+    """The finaliser of SplitMix64 of a number of 64 bits, between two secrets."""
+    x ^= first
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return ((x ^ x >> 31) + second) % 2**64
+
+
+def unsplitmix(hashes, first, second):
+    """The keys that `splitmix` gives these hashes; arrays, uint64 in and int64 out."""
+
+    def unshifted(x, right):
+        """Solve ``y ^ y >> right == x``."""
+        return x ^ x >> np.uint64(right) ^ x >> np.uint64(2 * right)  # the third shift leaves nothing
+
+    x = np.asarray(hashes, np.uint64) - np.uint64(second)
+    x = unshifted(x, 31) * np.uint64(pow(0x94D049BB133111EB, -1, 2**64))
+    x = unshifted(x, 27) * np.uint64(pow(0xBF58476D1CE4E5B9, -1, 2**64))
+    return (unshifted(x, 30) ^ np.uint64(first)).view(np.int64)
+
+
 # ---- damaged documents ------------------------------------------------------------------------------------------
 
 HOSTILE = [

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import pairwise
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
     from shardemb.arrays import Int64Array
 
+    Between = Callable[[np.uint64, np.uint64], NDArray[np.uint64]]
     Run = Callable[[Sequence[Callable[[], None]]], None]
 
 BUCKET_BITS = 3
@@ -89,6 +91,13 @@ class Coverage:
     head: int = 0
 
 
+class Slots(NamedTuple):
+    """What lies in memory, as `probing` has it."""
+
+    pairs: NDArray[np.uint64]
+    salt: np.uint64
+
+
 class Level(NamedTuple):
     """What lies in the file, mapped."""
 
@@ -125,9 +134,8 @@ class KeyIndex:
     def __init__(self, path: Path, identity: str, run: Run, *, writable: bool) -> None:
         self._path, self._identity, self._run, self._writable = path, identity, run, writable
         self.coverage = Coverage()
-        self._level = NOTHING
-        self._slots = np.zeros((_FIRST_SLOTS, 2), np.uint64)
-        self._open = 0
+        self._level, self._damaged = NOTHING, False
+        self._slots, self._open = _no_pairs(), 0
 
     def take_up(self, now: Coverage) -> None:
         """Take up the file, if it is one of this vocabulary and knows no more than the commit `now`."""
@@ -153,14 +161,14 @@ class KeyIndex:
     @property
     def nbytes(self) -> tuple[int, int]:
         """Bytes in memory and on disk."""
-        return self._slots.nbytes, files.allocated(self._path) if self.has_file else 0
+        return self._slots.pairs.nbytes, files.allocated(self._path) if self.has_file else 0
 
     def probe(
         self, hashes: NDArray[np.uint64], skip: int, end: int, out: Int64Array, start: int, stop: int
     ) -> None:
         """Set ``out[i]`` to a row below `end` that may hold the key of ``hashes[i]``, the `skip`-th of them, or -1."""
         slots, level = self._slots, self._level
-        probing.probe(slots, level.directory, level.entries, level.bits, hashes, skip, end, out, start, stop)
+        probing.probe(*slots, level.directory, level.entries, level.bits, hashes, skip, end, out, start, stop)
 
     def read_ahead(self, hashes: NDArray[np.uint64]) -> None:
         """Ask for the pages of the file in which hashes are looked for, unless a sample finds them in memory."""
@@ -172,7 +180,7 @@ class KeyIndex:
             return (some >> np.uint64(64 - level.bits)).astype(np.int64)
 
         def entries(some: NDArray[np.uint64]) -> Int64Array:
-            found: Int64Array = np.minimum(level.directory[buckets(some)], level.entries.shape[0] - 1)
+            found: Int64Array = np.clip(level.directory[buckets(some)], 0, level.entries.shape[0] - 1)
             return found
 
         for array, places in (level.directory, buckets), (level.entries, entries):
@@ -185,6 +193,8 @@ class KeyIndex:
     def add(self, hashes: NDArray[np.uint64], rows: Int64Array, coverage: Coverage) -> None:
         """Add pairs. `coverage` is that of the last commit: what is added was added to it.
 
+        Where the file is damaged, there is no next one: it would be sound, and say less than it knows.
+
         Raises
         ------
         DiskFullError, OSError
@@ -195,16 +205,19 @@ class KeyIndex:
         while start < hashes.size:
             stop = min(start + most - self._open, hashes.size)
             self._reserve(self._open + stop - start)
-            probing.insert(self._slots, hashes[start:stop], rows[start:stop])
-            self._open += stop - start
-            start = stop
+            done = probing.insert(*self._slots, hashes[start:stop], rows[start:stop])
+            self._open, start = self._open + done, start + done
+            if start < stop:
+                self._move(self._slots.pairs.shape[0], new_salt())
             if self._open >= most:
-                self.merge(coverage)
+                self._damaged = not self.check()
+                if not self._damaged:
+                    self.merge(coverage)
                 most = self._limit()
 
     def is_stale(self, live: int) -> bool:
-        """Whether so many pairs are of no use that the index should be made anew."""
-        return len(self) > 2 * live + _STALE
+        """Whether the index should be made anew: it is damaged, or so many pairs are of no use."""
+        return self._damaged or len(self) > 2 * live + _STALE
 
     def merge(self, coverage: Coverage) -> None:
         """Write the next file: that of now, and the slots.
@@ -226,7 +239,7 @@ class KeyIndex:
             files.remove(staged)
             raise
         self._level, self.coverage = _read(self._path, self._identity)
-        self._slots, self._open = np.zeros((_FIRST_SLOTS, 2), np.uint64), 0
+        self._slots, self._open = _no_pairs(), 0
 
     def _write_next(self, descriptor: int, path: Path, coverage: Coverage) -> None:
         most = len(self)
@@ -235,12 +248,13 @@ class KeyIndex:
         counts = np.zeros(2**bits, np.int64)
         begins = PAGE + round_up((2**bits + 1) * 8, PAGE)
         sums, total = np.zeros(1 + 2**parts, np.uint64), 0
+        between = _between(self._slots)
         for part in range(0, 2**parts, 2):  # two at a time, side by side
             pair = range(part, min(part + 2, 2**parts))
             done: list[NDArray[np.uint64]] = [np.empty((0, 2), np.uint64)] * len(pair)
 
             def merge_one(number: int, done: list[NDArray[np.uint64]] = done, part: int = part) -> None:
-                done[number - part] = self._merged(number, parts, bits, counts)
+                done[number - part] = self._merged(number, parts, bits, counts, between)
 
             self._run([partial(merge_one, number) for number in pair])
             for number, entries in zip(pair, done, strict=True):
@@ -264,7 +278,9 @@ class KeyIndex:
         header["crc32"] = crc32(header)
         files.write(descriptor, json.dumps(header).encode().ljust(PAGE), 0, path)
 
-    def _merged(self, part: int, parts: int, bits: int, counts: Int64Array) -> NDArray[np.uint64]:
+    def _merged(
+        self, part: int, parts: int, bits: int, counts: Int64Array, between: Between
+    ) -> NDArray[np.uint64]:
         """Merge the pairs of one part, and count them by bucket."""
         level, width = self._level, 64 - parts
         first, last = np.uint64(part << width), np.uint64(((part + 1) << width) - 1)
@@ -274,10 +290,10 @@ class KeyIndex:
             if part + 1 == 2**parts
             else probing.lower_bound(level.directory, level.entries, level.bits, last + np.uint64(1))
         )
-        old = level.entries[begin:end]
-        out = np.empty((old.shape[0] + probing.count_between(self._slots, first, last), 2), np.uint64)
-        mine = counts[part << (bits - parts) : (part + 1) << (bits - parts)] if bits >= parts else counts
-        return out[: probing.merge(self._slots, old, first, last, bits, mine, out)]
+        old, new = level.entries[begin:end], between(first, last)
+        out = np.empty((old.shape[0] + new.shape[0], 2), np.uint64)
+        base, stop = part << (bits - parts), (part + 1) << (bits - parts)
+        return out[: probing.merge(new, old, base, bits, counts[base:stop], out)]
 
     def check(self) -> bool:
         """Whether the file is what was written."""
@@ -294,21 +310,54 @@ class KeyIndex:
     # ---- within
 
     def _limit(self) -> int:
-        if not self._writable:
+        if not self._writable or self._damaged:
             return 2**62
         least, most = OPEN_PAIRS
         return max(least, min(int(self._level.entries.shape[0]) // 4, most))
 
     def _reserve(self, pairs: int) -> None:
-        size = self._slots.shape[0]
+        size = self._slots.pairs.shape[0]
         if pairs <= _FULL * size:
             return
         while pairs > _FULL * size:
             size *= 2
         limit = int(self._limit() / _FULL) + 1  # no more than can ever be in use
-        larger = np.zeros((max(min(size, limit), int(pairs / _FULL) + 1), 2), np.uint64)
-        probing.insert_all(larger, self._slots)
-        self._slots = larger
+        self._move(max(min(size, limit), int(pairs / _FULL) + 1), self._slots.salt)
+
+    def _move(self, capacity: int, salt: np.uint64) -> None:
+        """Have the pairs in other slots, by a new salt if they lie too far from their homes there."""
+        moved = Slots(np.zeros((capacity, 2), np.uint64), salt)
+        if probing.insert_all(*moved, self._slots.pairs):
+            self._slots = moved
+        else:
+            self._move(capacity, new_salt())
+
+
+def new_salt() -> np.uint64:
+    """Draw a number, not 0, that nobody else knows."""
+    return np.uint64(secrets.randbits(64) | 1)
+
+
+def _no_pairs() -> Slots:
+    return Slots(np.zeros((_FIRST_SLOTS, 2), np.uint64), np.uint64(0))
+
+
+def _between(slots: Slots) -> Between:
+    """Return the function that lists the pairs in slots whose hashes lie between two, ascending."""
+    if slots.salt:
+        pairs = slots.pairs[slots.pairs[:, 1] != 0] - np.array([0, 1], np.uint64)
+        pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
+
+    def between(first: np.uint64, last: np.uint64) -> NDArray[np.uint64]:
+        if slots.salt:
+            begin, end = np.searchsorted(pairs[:, 0], first), np.searchsorted(pairs[:, 0], last, "right")
+            found: NDArray[np.uint64] = pairs[begin:end]
+            return found
+        out = np.empty((probing.count_between(slots.pairs, first, last), 2), np.uint64)
+        probing.take_between(slots.pairs, first, last, out)
+        return out
+
+    return between
 
 
 _NO_SLOTS = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int32), 0, np.empty(0, np.uint8)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from shardemb import hashing
+from shardemb import hashing, matching
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,8 +73,9 @@ class Keys:
             return Keys(which.shape, self.integers[which])
         lengths = self.lengths[which]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        source = np.repeat(self.bounds[which] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return Keys(which.shape, None, offsets, self.data[source])
+        data = np.empty(offsets[-1], np.uint8)
+        matching.take_bytes(self.data, self.bounds[which], offsets, data)
+        return Keys(which.shape, None, offsets, data)
 
 
 def checked(keys: KeysLike, key_type: KeyType, vocabulary: str) -> Keys:
@@ -91,15 +93,21 @@ def checked(keys: KeysLike, key_type: KeyType, vocabulary: str) -> Keys:
 
 def _integers(keys: KeysLike, vocabulary: str) -> Keys:
     if _is_arrow(keys):
-        _refuse_nulls(keys, vocabulary)
-        keys = keys.to_numpy() if _is_chunked(keys) else keys.to_numpy(zero_copy_only=False)
+        _refuse_nulls(keys.null_count, keys, vocabulary)
+        if str(keys.type) == "null":
+            keys = []
+        else:
+            keys = keys.to_numpy() if _is_chunked(keys) else keys.to_numpy(zero_copy_only=False)
+    elif isinstance(keys, np.ma.MaskedArray):
+        _refuse_nulls(int(np.count_nonzero(keys.mask)), keys, vocabulary)
     array = np.asarray(keys)
     if array.size == 0 and not isinstance(keys, np.ndarray):
         array = array.astype(np.int64)
     if array.dtype.kind not in "iu":
         msg = f"vocabulary {vocabulary!r} has integer keys, got dtype {array.dtype}: {_excerpt(keys)}"
         raise TypeError(msg)
-    if array.dtype == np.uint64 and array.size and int(array.max()) >= 2**63:
+    is_wide = array.dtype.kind == "u" and array.itemsize == 8  # in whatever order its bytes are
+    if is_wide and array.size and int(array.max()) >= 2**63:
         msg = (
             f"vocabulary {vocabulary!r} has int64 keys, and {int(array.max())} is larger; "
             f"give hashes of 64 bits as keys.view('int64')"
@@ -112,14 +120,14 @@ def _strings(keys: KeysLike, key_type: KeyType, vocabulary: str) -> Keys:
     import pyarrow as pa
 
     wanted = str if key_type == "string" else bytes
-    shape, flat = _flatten(keys, wanted)
     try:
+        shape, flat = _flatten(keys, wanted)
         array = flat if _is_arrow(flat) else pa.array(flat, arrow_type(key_type))
         if pa.types.is_dictionary(array.type):
             array = array.cast(array.type.value_type)
         found = str if _is_text(array.type) else bytes if _is_binary(array.type) else None
         if found is not wanted and len(array):
-            raise TypeError(f"got {array.type}")
+            raise TypeError(f"Arrow's {array.type} is something else")
         array = array.cast(arrow_type(key_type))
     except (TypeError, pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
         msg = f"vocabulary {vocabulary!r} has keys of {wanted.__name__}: {error}; got {_excerpt(keys)}"
@@ -128,7 +136,7 @@ def _strings(keys: KeysLike, key_type: KeyType, vocabulary: str) -> Keys:
         msg = f"vocabulary {vocabulary!r}: a key has no UTF-8 ({error}); use key_type='bytes' for such keys"
         raise ValueError(msg) from error
     array = array.combine_chunks() if _is_chunked(array) else array
-    _refuse_nulls(array, vocabulary)
+    _refuse_nulls(array.null_count, array, vocabulary)
     _, offsets, data = array.buffers()
     bounds = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
     if bounds.size == 0:
@@ -144,16 +152,30 @@ def _strings(keys: KeysLike, key_type: KeyType, vocabulary: str) -> Keys:
 
 
 def _flatten(keys: KeysLike, wanted: type) -> tuple[tuple[int, ...] | None, Any]:
-    """Return the shape of keys that are strings, and all of them in one list or Arrow array."""
+    """Return the shape of keys that are strings, and all of them in one list or Arrow array.
+
+    Arrow alone is no judge of a list: it takes bytes for str and the reverse.
+    """
     if _is_arrow(keys):
         return None, keys
-    if isinstance(keys, wanted):
-        return (), [keys]
+    if isinstance(keys, str | bytes):
+        keys = np.array(keys, object)
     if isinstance(keys, np.ndarray):
-        return keys.shape, keys.reshape(-1).tolist()
+        shape, flat = keys.shape, keys.reshape(-1).tolist()
+    else:
+        shape, flat = _unnested(keys)
+    if not all(issubclass(kind, wanted | None) for kind in set(map(type, flat))):
+        first = next(each for each in flat if not isinstance(each, wanted | None))
+        raise TypeError(f"{first!r:.60} is a {type(first).__name__}")
+    return shape, flat
+
+
+def _unnested(keys: KeysLike) -> tuple[tuple[int, ...], list[Any]]:
+    if isinstance(keys, Mapping) or not hasattr(keys, "__getitem__"):
+        raise TypeError(f"a {type(keys).__name__} is no sequence")
     keys = list(keys)
     shape: tuple[int, ...] = (len(keys),)
-    while keys and all(isinstance(each, list | tuple | np.ndarray) for each in keys):
+    while keys and all(_is_nested(each) for each in keys):
         lengths = {len(each) for each in keys}
         if len(lengths) > 1:
             msg = f"nested lists of keys must be of one length, got {sorted(lengths)[:3]}"
@@ -161,6 +183,10 @@ def _flatten(keys: KeysLike, wanted: type) -> tuple[tuple[int, ...] | None, Any]
         shape = (*shape, lengths.pop())
         keys = [key for each in keys for key in each]
     return shape, keys
+
+
+def _is_nested(each: Any) -> bool:  # noqa: ANN401
+    return each.ndim > 0 if isinstance(each, np.ndarray) else isinstance(each, list | tuple)
 
 
 def restored(keys: Keys, key_type: KeyType) -> NDArray[Any]:
@@ -192,7 +218,8 @@ def arrow_type(key_type: KeyType) -> pa.DataType:
 
 
 def _is_arrow(keys: KeysLike) -> bool:
-    return type(keys).__module__.partition(".")[0] == "pyarrow"
+    """Whether it is an Arrow array, chunked or not: no scalar, no table."""
+    return type(keys).__module__.partition(".")[0] == "pyarrow" and hasattr(keys, "null_count")
 
 
 def _is_chunked(keys: Any) -> bool:  # noqa: ANN401
@@ -221,12 +248,14 @@ def _is_binary(kind: pa.DataType) -> bool:
     return any(is_it(kind) for is_it in kinds)
 
 
-def _refuse_nulls(array: Any, vocabulary: str) -> None:  # noqa: ANN401
-    if array.null_count:
-        msg = f"vocabulary {vocabulary!r}: {array.null_count} of {len(array)} keys are missing (null); drop them first"
+def _refuse_nulls(count: int, array: Any, vocabulary: str) -> None:  # noqa: ANN401
+    if count:
+        msg = (
+            f"vocabulary {vocabulary!r}: {count} of {np.size(array)} keys are missing (null); drop them first"
+        )
         raise ValueError(msg)
 
 
 def _excerpt(keys: KeysLike) -> str:
-    text = repr(keys)
+    text = " ".join(repr(keys).split())
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -2,7 +2,9 @@
 
 *Entries* are pairs ``(hash, row)``, ascending by hash; a directory tells by the hash's first bits where to look.
 *Slots* are an open hash table of ``(hash, row + 1)`` with zeros where it is empty, in which a pair lies at its home or
-behind it; homes ascend with hashes, so that slots in their order are nearly sorted.
+behind it; homes ascend with hashes, so that slots in their order are nearly sorted. Whoever knows the secret can make
+keys whose homes are the same. Where a pair would lie too far from its home for that, homes are drawn anew, by a *salt*
+that nobody knows, and have no order.
 """
 
 from __future__ import annotations
@@ -18,17 +20,24 @@ if TYPE_CHECKING:
 
     from shardemb.arrays import Int64Array
 
-_32, _64 = np.uint64(32), np.uint64(64)
+_0, _1, _32, _64 = np.uint64(0), np.uint64(1), np.uint64(32), np.uint64(64)
+_M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _AT_ONCE = 32
 """Hashes whose memory is asked for together, before the first of them is looked at."""
+
+FAR = 1024
+"""Slots from its home within which a pair lies, where there is no salt; random hashes never come so far."""
 
 _SEARCHED = 16
 """A bucket with more entries is searched by halves; only hashes that fall together make one."""
 
 
 @kernel
-def home(value: Any, capacity: Any) -> Any:  # noqa: ANN401
-    """Where in a table of slots a hash belongs."""
+def home(value: Any, capacity: Any, salt: Any) -> Any:  # noqa: ANN401
+    """Where in a table of slots a hash belongs; by its first bits, where the salt is 0."""
+    if salt:
+        value = (value ^ salt) * _M1
+        value = (value ^ (value >> _32)) * _M2
     return np.int64(((value >> _32) * np.uint64(capacity)) >> _32)
 
 
@@ -53,46 +62,68 @@ def _first_not_below(entries: Any, low: Any, high: Any, value: Any) -> Any:  # n
 
 
 @kernel
+def _edge(directory: Any, entries: Any, bucket: Any) -> Any:  # noqa: ANN401
+    """Where a bucket begins; what is damaged leads nowhere but to entries."""
+    return min(max(directory[bucket], 0), entries.shape[0])
+
+
+@kernel
 def lower_bound(directory: Any, entries: Any, bits: Any, value: Any) -> Any:  # noqa: ANN401
     """Return the number of the first entry whose hash is at least `value`."""
     bucket = bucket_of(value, bits)
-    return _first_not_below(entries, directory[bucket], directory[bucket + 1], value)
+    return _first_not_below(
+        entries, _edge(directory, entries, bucket), _edge(directory, entries, bucket + 1), value
+    )
 
 
 @kernel
-def insert(slots: NDArray[np.uint64], hashes: NDArray[np.uint64], rows: Int64Array) -> None:
-    """Put pairs into slots that have room for them. Readers may look on: a row comes after its hash."""
+def _free_place(slots: Any, salt: Any, value: Any) -> Any:  # noqa: ANN401
+    """Return the first empty slot from the home of a hash on; -1 where it is too far."""
     capacity = slots.shape[0]
+    at, steps = home(value, capacity, salt), 0
+    while slots[at, 1] != 0:
+        steps += 1
+        if steps == FAR and not salt:
+            return -1
+        at += 1
+        if at == capacity:
+            at = 0
+    return at
+
+
+@kernel
+def insert(slots: NDArray[np.uint64], salt: np.uint64, hashes: NDArray[np.uint64], rows: Int64Array) -> int:
+    """Put pairs into slots that have room for them, up to one that would lie too far; return how many.
+
+    Readers may look on: a row comes after its hash.
+    """
     for i in range(hashes.size):
-        at = home(hashes[i], capacity)
-        while slots[at, 1] != 0:
-            at += 1
-            if at == capacity:
-                at = 0
+        at = _free_place(slots, salt, hashes[i])
+        if at < 0:
+            return i
         slots[at, 0] = hashes[i]
         slots[at, 1] = np.uint64(rows[i] + 1)
+    return hashes.size
 
 
 @kernel
-def insert_all(slots: NDArray[np.uint64], old: NDArray[np.uint64]) -> None:
-    """Put what lies in other slots into larger ones."""
-    capacity = slots.shape[0]
+def insert_all(slots: NDArray[np.uint64], salt: np.uint64, old: NDArray[np.uint64]) -> bool:
+    """Put what lies in other slots into empty ones; return whether nothing would lie too far."""
     for i in range(old.shape[0]):
         if old[i, 1] != 0:
-            at = home(old[i, 0], capacity)
-            while slots[at, 1] != 0:
-                at += 1
-                if at == capacity:
-                    at = 0
+            at = _free_place(slots, salt, old[i, 0])
+            if at < 0:
+                return False
             slots[at, 0], slots[at, 1] = old[i, 0], old[i, 1]
+    return True
 
 
 @kernel
-def _in_slots(slots: Any, value: Any, skip: Any, end: Any) -> Any:  # noqa: ANN401
+def _in_slots(slots: Any, salt: Any, value: Any, skip: Any, end: Any) -> Any:  # noqa: ANN401
     """Return the row of the ``skip + 1``-th pair in slots; -1, less what is left to skip, where there is none."""
     capacity = slots.shape[0]
-    at = home(value, capacity)
-    for _ in range(capacity):
+    at = home(value, capacity, salt)
+    for _ in range(capacity if salt else min(capacity, FAR)):
         row = np.int64(slots[at, 1]) - 1
         if row < 0:
             break
@@ -123,6 +154,7 @@ def _in_entries(entries: Any, low: Any, high: Any, value: Any, skip: Any, end: A
 @kernel
 def probe(
     slots: NDArray[np.uint64],
+    salt: np.uint64,
     directory: Int64Array,
     entries: NDArray[np.uint64],
     bits: int,
@@ -143,27 +175,27 @@ def probe(
         last = min(first + _AT_ONCE, stop)
         for i in range(first, last):
             prefetch(directory.ctypes.data + 8 * bucket_of(hashes[i], bits))
-            prefetch(slots.ctypes.data + 16 * home(hashes[i], capacity))
+            prefetch(slots.ctypes.data + 16 * home(hashes[i], capacity, salt))
         for i in range(first, last):
-            lows[i - first] = directory[bucket_of(hashes[i], bits)]
+            lows[i - first] = _edge(directory, entries, bucket_of(hashes[i], bits))
             prefetch(entries.ctypes.data + 16 * lows[i - first])
             prefetch(entries.ctypes.data + 16 * lows[i - first] + 64)
         for i in range(first, last):
-            row = _in_slots(slots, hashes[i], skip, end)
+            row = _in_slots(slots, salt, hashes[i], skip, end)
             if row < 0:
-                high = directory[bucket_of(hashes[i], bits) + 1]
+                high = _edge(directory, entries, bucket_of(hashes[i], bits) + 1)
                 row = _in_entries(entries, lows[i - first], high, hashes[i], -1 - row, end)
             out[i] = max(row, -1)
 
 
 @kernel
 def count_between(slots: NDArray[np.uint64], first: np.uint64, last: np.uint64) -> int:
-    """Count the pairs in slots whose hashes lie between two, both included."""
+    """Count the pairs in slots without a salt whose hashes lie between two, both included."""
     capacity = slots.shape[0]
-    at, end, count = home(first, capacity), home(last, capacity), 0
+    at, end, count = home(first, capacity, _0), home(last, capacity, _0), 0
     for step in range(capacity):
         if slots[at, 1] == 0:
-            if step >= end - home(first, capacity):
+            if step >= end - home(first, capacity, _0):
                 break
         elif first <= slots[at, 0] <= last:
             count += 1
@@ -174,41 +206,42 @@ def count_between(slots: NDArray[np.uint64], first: np.uint64, last: np.uint64) 
 
 
 @kernel
-def merge(
-    slots: NDArray[np.uint64],
-    old: NDArray[np.uint64],
-    first: np.uint64,
-    last: np.uint64,
-    bits: int,
-    counts: Int64Array,
-    out: NDArray[np.uint64],
-) -> int:
-    """Merge the pairs in slots whose hashes lie between two with the entries that do; return how many there are.
-
-    ``counts[b]`` becomes the number of those whose hash begins with the b-th of the `bits` bits that occur.
-    """
-    capacity = slots.shape[0]
-    room = np.empty((out.shape[0] - old.shape[0], 2), np.uint64)
-    at, end, found = home(first, capacity), home(last, capacity), 0
-    for step in range(capacity):
-        if slots[at, 1] == 0:
-            if step >= end - home(first, capacity):
-                break
-        elif first <= slots[at, 0] <= last:
-            value, row = slots[at, 0], slots[at, 1] - np.uint64(1)
+def take_between(
+    slots: NDArray[np.uint64], first: np.uint64, last: np.uint64, out: NDArray[np.uint64]
+) -> None:
+    """Copy those pairs, ``(hash, row)``, ascending by hash."""
+    capacity, at, found = slots.shape[0], home(first, slots.shape[0], _0), 0
+    while found < out.shape[0]:
+        if slots[at, 1] != 0 and first <= slots[at, 0] <= last:
+            value, row = slots[at, 0], slots[at, 1] - _1
             k = found
-            while k > 0 and room[k - 1, 0] > value:
-                room[k, 0], room[k, 1] = room[k - 1, 0], room[k - 1, 1]
+            while k > 0 and out[k - 1, 0] > value:
+                out[k, 0], out[k, 1] = out[k - 1, 0], out[k - 1, 1]
                 k -= 1
-            room[k, 0], room[k, 1] = value, row
+            out[k, 0], out[k, 1] = value, row
             found += 1
         at += 1
         if at == capacity:
             at = 0
-    base, i, j, total = bucket_of(first, bits), 0, 0, 0
-    while i < found or j < old.shape[0]:
-        if i < found and (j == old.shape[0] or room[i, 0] <= old[j, 0]):
-            value, row = room[i, 0], room[i, 1]
+
+
+@kernel
+def merge(
+    new: NDArray[np.uint64],
+    old: NDArray[np.uint64],
+    base: int,
+    bits: int,
+    counts: Int64Array,
+    out: NDArray[np.uint64],
+) -> int:
+    """Merge pairs ``(hash, row)`` with others, both ascending by hash, each once; return how many there are.
+
+    ``counts[b - base]`` becomes the number of those whose hash begins with the `bits` bits b.
+    """
+    i, j, total = 0, 0, 0
+    while i < new.shape[0] or j < old.shape[0]:
+        if i < new.shape[0] and (j == old.shape[0] or new[i, 0] <= old[j, 0]):
+            value, row = new[i, 0], new[i, 1]
             i += 1
         else:
             value, row = old[j, 0], old[j, 1]
@@ -225,12 +258,12 @@ def merge(
 
 
 @kernel
-def first_of_each(hashes: NDArray[np.uint64], table: Int64Array) -> Int64Array:
+def first_of_each(hashes: NDArray[np.uint64], salt: np.uint64, table: Int64Array) -> Int64Array:
     """For each hash, the position of the first that is the same; `table` is room, -1 throughout."""
     leader = np.empty(hashes.size, np.int64)
     capacity = table.size
     for i in range(hashes.size):
-        at = home(hashes[i], capacity)
+        at = home(hashes[i], capacity, salt)
         while table[at] >= 0 and hashes[table[at]] != hashes[i]:
             at += 1
             if at == capacity:

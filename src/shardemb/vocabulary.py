@@ -19,7 +19,7 @@ import numpy as np
 
 from shardemb import arrays, batch, hashing, keys, matching, probing, records
 from shardemb.errors import RowIdError, ShardEmbError, VocabularyNotFoundError
-from shardemb.keyindex import Coverage, KeyIndex
+from shardemb.keyindex import Coverage, KeyIndex, new_salt
 from shardemb.keystore import KeyStore, grow
 from shardemb.runtime import signals_deferred
 
@@ -562,7 +562,7 @@ def _no_tables(identity: str) -> tuple[Table, ...]:
 def _first_of_each(new: Keys, hashes: NDArray[np.uint64]) -> tuple[Int64Array, Int64Array]:
     """Return where each distinct key stands first, ascending, and for each key which of these it is."""
     table = np.full(max(16, 2 * hashes.size), -1)
-    leader = probing.first_of_each(hashes, table)
+    leader = probing.first_of_each(hashes, new_salt(), table)
     if new.integers is None and matching.same_bytes(new.bounds, new.data, leader):
         leader = _leaders_by_bytes(new)
     is_first = leader == np.arange(leader.size)
