@@ -183,7 +183,7 @@ class KeyIndex:
     # ---- changing
 
     def add(self, hashes: NDArray[np.uint64], rows: Int64Array, coverage: Coverage) -> None:
-        """Add pairs. `coverage` is that of the last commit: what is added was added to it.
+        """Add pairs. `coverage` is what is known without them.
 
         Raises
         ------

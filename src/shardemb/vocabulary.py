@@ -538,21 +538,24 @@ class Vocabulary:
 
     def _learn(self, index: KeyIndex, known: Coverage) -> None:
         """Add what an index does not know: keys of rows that came later, and of rows that were given out anew."""
-        for start in range(known.rows, self._state.rows, SLICE_ROWS):
-            self._learn_rows(index, np.arange(start, min(start + SLICE_ROWS, self._state.rows)))
-        for start in range(known.head if known.rows else self._state.head, self._state.head, SLICE_ROWS):
-            self._learn_rows(
-                index, np.unique(self._stored.freed(start, min(start + SLICE_ROWS, self._state.head)))
-            )
+        now = self._coverage()
+        # On the way the index may be merged into a file, which must say no more than it knows by then.
+        known = replace(known, commit=now.commit, head=known.head if known.rows else now.head)
+        for start in range(known.rows, now.rows, SLICE_ROWS):
+            stop = min(start + SLICE_ROWS, now.rows)
+            self._learn_rows(index, np.arange(start, stop), replace(known, rows=start))
+        for start in range(known.head, now.head, SLICE_ROWS):
+            rows = np.unique(self._stored.freed(start, min(start + SLICE_ROWS, now.head)))
+            self._learn_rows(index, rows, replace(now, head=start))
 
-    def _learn_rows(self, index: KeyIndex, rows: Int64Array) -> None:
+    def _learn_rows(self, index: KeyIndex, rows: Int64Array, known: Coverage) -> None:
         words = self._stored.records(rows)
         live = records.are_live(words)
         if self.key_type == "int64":
             hashes = self._hashes(self._stored.keys_in(words[live]))
         else:
             hashes = records.hashes_of(words[live])
-        index.add(hashes, rows[live], self._coverage())
+        index.add(hashes, rows[live], known)
 
 
 def _no_tables(identity: str) -> tuple[Table, ...]:
