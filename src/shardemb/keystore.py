@@ -44,6 +44,10 @@ class KeyStore:
         self._runtime = runtime
         self._tables = dict(tables)
 
+    def join(self, runtime: Runtime) -> None:
+        """Be of that opening of the store."""
+        self._runtime = runtime
+
     @property
     def bytes_allocated(self) -> int:
         """Bytes that they take on disk."""

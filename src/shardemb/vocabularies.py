@@ -14,7 +14,7 @@ from shardemb.spec import new_spec
 from shardemb.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterator, Sequence
 
     from shardemb.manifest import Manifest, VocabularyRecord
     from shardemb.runtime import Runtime
@@ -131,10 +131,12 @@ class Vocabularies:
             each.settle(commit)
         self._committed = {each.record().uuid: each for each in self.now.values()}
 
-    def restore(self, records: Iterable[VocabularyRecord]) -> None:
+    def restore(self, records: Sequence[VocabularyRecord]) -> None:
         """Go back to those of the last commit."""
+        kept = {record.uuid for record in records}
         for each in self.now.values():
-            each.drop()
+            if each.record().uuid not in kept:  # lookups of the others go on
+                each.drop()
         self.now = {record.name: self._committed[record.uuid] for record in records}
         for record in records:
             self.now[record.name].restore(record)
@@ -145,8 +147,8 @@ class Vocabularies:
         self.now = {}
         for each in fresh.now.values():
             here = known.pop(each.record().uuid, None)
-            self.now[each.name] = each if here is None else here.adopt(each)
-            self.now[each.name].bind(self._bound)
+            self.now[each.name] = here = each if here is None else here.adopt(each)
+            here.join(self._runtime, self._bound)
         for gone in known.values():
             gone.drop()
         self._committed = {each.record().uuid: each for each in self.now.values()}
@@ -155,7 +157,7 @@ class Vocabularies:
         tables = {what: self._tables.now[f"{record.name}@{what}"] for what in table_shapes(record)}
         path = folders.index(self._runtime.path, record.uuid)
         vocabulary = Vocabulary(self._runtime, record, tables, path)
-        vocabulary.bind(self._bound)
+        vocabulary.join(self._runtime, self._bound)
         self.now[record.name] = vocabulary
         return vocabulary
 

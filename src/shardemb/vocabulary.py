@@ -360,9 +360,10 @@ class Vocabulary:
         live = records.are_live(words)
         return live, keys.as_arrow(self._stored.keys_in(words[live]), self.key_type)
 
-    def bind(self, bound_to: Callable[[str], Sequence[Table]]) -> None:
-        """Have the vocabulary ask, by its uuid, for the tables whose rows it gives out."""
-        self._bound_to = bound_to
+    def join(self, runtime: Runtime, bound_to: Callable[[str], Sequence[Table]]) -> None:
+        """Be one of a store's; it tells, by the vocabulary's uuid, the tables whose rows this gives out."""
+        self._runtime, self._bound_to = runtime, bound_to
+        self._stored.join(runtime)
 
     # ---- for the store
 
