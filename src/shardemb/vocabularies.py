@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from shardemb import folders
@@ -50,6 +51,19 @@ class Vocabularies:
         self._committed = {each.record().uuid: each for each in self.now.values()}
         if self._runtime.writable:
             folders.keep_indexes(self._runtime.path, self._committed)
+
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Hold the store's lock while no vocabulary is being changed, not even by one that waits for room."""
+        while True:
+            those = self._all()
+            with contextlib.ExitStack() as stack:
+                for each in those:
+                    stack.enter_context(each.lock)
+                stack.enter_context(self._runtime.changing())
+                if self._all() == those:
+                    yield
+                    return
 
     def create(self, record: VocabularyRecord, max_shards: int) -> Vocabulary:
         """Make a vocabulary and its tables; part of the store with the next commit."""
@@ -152,6 +166,11 @@ class Vocabularies:
         for gone in known.values():
             gone.drop()
         self._committed = {each.record().uuid: each for each in self.now.values()}
+
+    def _all(self) -> list[Vocabulary]:
+        """List them, also those that were dropped since the last commit, in an order that all threads have."""
+        found = {each.record().uuid: each for each in (*self._committed.values(), *self.now.values())}
+        return [found[uuid] for uuid in sorted(found)]
 
     def _join(self, record: VocabularyRecord) -> Vocabulary:
         tables = {what: self._tables.now[f"{record.name}@{what}"] for what in table_shapes(record)}
