@@ -8,7 +8,7 @@ Most of it is a file that never changes, sorted by hash (``probing.py``). New pa
 are many, file and slots are merged into the next file, one part of the hashes after the other. The file says which
 commit it knows the rows of: opening adds those that came later. ::
 
-    page 0      JSON, padded with zeros: format_version, uuid, entries, bits, parts, coverage, crc32
+    page 0      JSON, padded with blanks: format_version, uuid, entries, bits, parts, coverage, crc32
     directory   int64 (2**bits + 1): the first entry whose hash begins with these bits
     entries     uint64 (entries, 2): hash, row
     sums        uint64 (1 + 2**parts): checksums of the directory, and of the entries of each part
@@ -191,7 +191,7 @@ class KeyIndex:
     # ---- changing
 
     def add(self, hashes: NDArray[np.uint64], rows: Int64Array, coverage: Coverage) -> None:
-        """Add pairs. `coverage` is that of the last commit: what is added was added to it.
+        """Add pairs. `coverage` is what is known without them.
 
         Where the file is damaged, there is no next one: it would be sound, and say less than it knows.
 
@@ -396,7 +396,8 @@ def _read(path: Path, identity: str) -> tuple[Level, Coverage]:
         It is not that.
     """
     with files.opened(path, os.O_RDONLY) as descriptor:
-        header = parse_json(bytes(files.read_at(descriptor, PAGE, 0, path)).rstrip())
+        page = bytes(files.read_at(descriptor, PAGE, 0, path))
+    header = parse_json(page.rstrip())
     require_version(header)
     if header.get("crc32") != crc32(header) or uuid_field(header) != identity:
         msg = f"{path}: it is not the index of this vocabulary"
@@ -417,6 +418,9 @@ def _read(path: Path, identity: str) -> tuple[Level, Coverage]:
     memory.map_file(0, path, memory.nbytes)
     memory.advise(0, memory.nbytes, files.MADV_RANDOM)
     words = memory.array(np.uint64, (memory.nbytes // 8,))
+    if words[: PAGE // 8].tobytes() != page:
+        msg = f"{path}: it was replaced while it was opened"  # by a writer beside this reader
+        raise FormatError(msg)
     level = Level(
         words[PAGE // 8 :][: 2**bits + 1].view(np.int64),
         words[begins // 8 :][: 2 * entries].reshape(-1, 2),

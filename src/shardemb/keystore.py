@@ -44,6 +44,10 @@ class KeyStore:
         self._runtime = runtime
         self._tables = dict(tables)
 
+    def join(self, runtime: Runtime) -> None:
+        """Be of that opening of the store."""
+        self._runtime = runtime
+
     @property
     def bytes_allocated(self) -> int:
         """Bytes that they take on disk."""
@@ -167,12 +171,15 @@ class KeyStore:
     def change(self, which: str, rows: Int64Array, words: Words) -> batch.Change:
         """Plan to write records of ascending rows."""
         grouped = plan.Grouped(rows, np.arange(rows.size + 1), np.arange(rows.size))
-        return batch.Change(self._tables[which]._mapped, grouped, words.view(np.float32), None)
+        return batch.Change(self._tables[which]._live(), grouped, words.view(np.float32), None)
 
     def _words(self, which: str, rows: Int64Array) -> Words:
-        shards = self._tables[which]._mapped
+        shards = self._tables[which]._live()
+        last = shards.spec.num_embeddings - 1
         out = np.empty((rows.size, shards.spec.embedding_dim), np.float32)
-        batch.read(self._runtime, [batch.Read(shards, "weight", rows, out)])
+        batch.read(self._runtime, [batch.Read(shards, "weight", np.minimum(rows, last), out)])
+        # A lookup may ask for what a rollback beside it, or a record that it saw half written, has left without a row.
+        out[rows > last] = 0
         return out.view(np.uint32)
 
     def _cells(self, begins: Int64Array, lengths: Int64Array) -> tuple[NDArray[np.uint8], Int64Array]:

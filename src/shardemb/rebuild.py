@@ -290,7 +290,13 @@ def copy_store(manifest: Manifest, tables: Mapping[str, Place], path: Path, prog
             files.write_new(path / name, document)
         files.write_new(folders.lock(path), b"")
         files.sync_tree(path)
-        fresh = Manifest(uuid=identity, clean=True, commit=manifest.commit, tables=manifest.tables)
+        fresh = Manifest(
+            uuid=identity,
+            clean=True,
+            commit=manifest.commit,
+            tables=manifest.tables,
+            vocabularies=manifest.vocabularies,
+        )
         files.replace(folders.manifest(path), fresh.to_bytes())
         files.sync_directory(path.parent)
     except BaseException:

@@ -209,7 +209,9 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> table.shape
         (1000000, 16)
         """
-        with self._runtime.writing():
+        # Or keys that are just being added would have rows that the table has not.
+        with self._vocabularies.at_rest() if vocabulary else self._runtime.changing():
+            self._runtime.check_sound()
             self._tables.require_free(check_name(name), self.path)
             bound = None if vocabulary is None else self._vocabularies.find(vocabulary)
             if (bound is None) == (num_embeddings is None):
@@ -593,7 +595,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         --------
         >>> store.rollback()
         """
-        with self._runtime.changing(), self._runtime.all_or_nothing("a rollback"):
+        with self._vocabularies.at_rest(), self._runtime.all_or_nothing("a rollback"):
             self._runtime.half_done = None
             self._runtime.check_sound()
             self._tables.restore(self._manifest, self._writing().images(), self._runtime.room)

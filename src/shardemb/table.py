@@ -193,9 +193,9 @@ class Table:
         >>> unique_ids, inverse
         (array([3, 5]), array([1, 0, 1]))
         """
-        self._live()
-        checked = arrays.row_ids(ids, self.num_embeddings, self.name)
-        grouped = plan.group(checked.flat, self.num_embeddings)
+        count = self._live().spec.num_embeddings
+        checked = arrays.row_ids(ids, count, self.name)
+        grouped = plan.group(checked.flat, count)
         rows = self._read("weight", grouped.rows, None)
         return rows, grouped.rows, grouped.inverse().reshape(checked.shape)
 
@@ -254,8 +254,8 @@ class Table:
         >>> table.prefetch([1, 2, 3], for_update=True)
         """
         shards = self._live()
-        checked = arrays.row_ids(ids, self.num_embeddings, self.name)
-        rows = plan.group(checked.flat, self.num_embeddings).rows
+        checked = arrays.row_ids(ids, shards.spec.num_embeddings, self.name)
+        rows = plan.group(checked.flat, shards.spec.num_embeddings).rows
         if for_update:
             self._runtime.check_writable()
         self._runtime.in_background(
@@ -288,7 +288,7 @@ class Table:
         2
         """
         shards = self._live()
-        checked = arrays.row_ids(ids, self.num_embeddings, self.name)
+        checked = arrays.row_ids(ids, shards.spec.num_embeddings, self.name)
         return batch.explain(self._runtime, shards, checked.flat)
 
     def stats(self) -> dict[str, Any]:
@@ -416,10 +416,10 @@ class Table:
         --------
         >>> table.reset_rows([3])
         """
-        self._live()
-        checked = arrays.row_ids(ids, self.num_embeddings, self.name)
-        rows = plan.group(checked.flat, self.num_embeddings).rows
-        batch.change(self._runtime, [self._plan_reset(rows)])
+        shards = self._live()
+        checked = arrays.row_ids(ids, shards.spec.num_embeddings, self.name)
+        rows = plan.group(checked.flat, shards.spec.num_embeddings).rows
+        batch.change(self._runtime, [self._plan_reset(rows, shards)])
 
     def set_optimizer(self, optimizer: Optimizer) -> None:
         """Change hyper-parameters, from the next update on; part of the next commit.
@@ -759,9 +759,10 @@ class Table:
         self, column: str, ids: ArrayLike, out: NDArray[np.float32] | None = None
     ) -> tuple[batch.Read, Float32Array]:
         """Check a lookup; return what is to be done, and the array that will hold the result. For `Store`."""
+        # Of what is read, and not of what the table may become meanwhile: ids past its end would be read from nowhere.
         shards = self._live()
-        checked = arrays.row_ids(ids, self.num_embeddings, self.name)
-        first, last = self._spec.columns[column]
+        checked = arrays.row_ids(ids, shards.spec.num_embeddings, self.name)
+        first, last = shards.spec.columns[column]
         result = arrays.output(out, (*checked.shape, last - first))
         # A subclass of ndarray, such as a memmap, would be another type to the kernels.
         flat = result.view(np.ndarray).reshape(-1, last - first)
@@ -775,15 +776,15 @@ class Table:
         if what == "gradients" and self.optimizer is None:
             msg = f"table {self.name!r} has no optimizer: give create_table one, or set rows with write()"
             raise ValueError(msg)
-        checked = arrays.row_ids(ids, self.num_embeddings, self.name)
+        checked = arrays.row_ids(ids, shards.spec.num_embeddings, self.name)
         shape = (*checked.shape, self.embedding_dim)
         rows = arrays.rows(values, shape, what=what, table=self.name, check_finite=check_finite)
-        grouped = plan.group(checked.flat, self.num_embeddings)
+        grouped = plan.group(checked.flat, shards.spec.num_embeddings)
         return batch.Change(shards, grouped, rows, self._training if what == "gradients" else None)
 
-    def _plan_reset(self, rows: Int64Array) -> batch.Change:
+    def _plan_reset(self, rows: Int64Array, shards: Shards | None = None) -> batch.Change:
         """Plan to make ascending rows as new, those that have a record. For vocabularies."""
-        shards = self._live()
+        shards = shards or self._live()
         rows = rows[shards.were_written(rows) | (shards.overlay.places(rows) != rows)]
         grouped = plan.Grouped(rows, np.arange(rows.size + 1), np.arange(rows.size))
         return batch.Change(shards, grouped, shards.first_records(rows), None)

@@ -106,7 +106,10 @@ class Tables:
         before = list(self.now.values())
         self.now = {each.name: self.committed[each.uuid].table for each in manifest.tables}
         for table in before:
-            self.abandon(table)
+            if table not in self.now.values():
+                self.abandon(table)
+            elif table._spec.uuid not in self.committed:  # lookups go on in its memory until it has that of before
+                files.remove_tree(table._mapped.directory)
         for record in manifest.tables:
             table, mapped = self.committed[record.uuid]
             mapped.forget_changes(newer.images(mapped.spec), room)

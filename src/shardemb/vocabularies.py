@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from shardemb import folders
@@ -14,7 +15,7 @@ from shardemb.spec import new_spec
 from shardemb.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterator, Sequence
 
     from shardemb.manifest import Manifest, VocabularyRecord
     from shardemb.runtime import Runtime
@@ -50,6 +51,19 @@ class Vocabularies:
         self._committed = {each.record().uuid: each for each in self.now.values()}
         if self._runtime.writable:
             folders.keep_indexes(self._runtime.path, self._committed)
+
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Hold the store's lock while no vocabulary is being changed, not even by one that waits for room."""
+        while True:
+            those = self._all()
+            with contextlib.ExitStack() as stack:
+                for each in those:
+                    stack.enter_context(each.lock)
+                stack.enter_context(self._runtime.changing())
+                if self._all() == those:
+                    yield
+                    return
 
     def create(self, record: VocabularyRecord, max_shards: int) -> Vocabulary:
         """Make a vocabulary and its tables; part of the store with the next commit."""
@@ -148,10 +162,12 @@ class Vocabularies:
             each.settle(commit)
         self._committed = {each.record().uuid: each for each in self.now.values()}
 
-    def restore(self, records: Iterable[VocabularyRecord]) -> None:
+    def restore(self, records: Sequence[VocabularyRecord]) -> None:
         """Go back to those of the last commit."""
+        kept = {record.uuid for record in records}
         for each in self.now.values():
-            each.drop()
+            if each.record().uuid not in kept:  # lookups of the others go on
+                each.drop()
         self.now = {record.name: self._committed[record.uuid] for record in records}
         for record in records:
             self.now[record.name].restore(record)
@@ -162,17 +178,22 @@ class Vocabularies:
         self.now = {}
         for each in fresh.now.values():
             here = known.pop(each.record().uuid, None)
-            self.now[each.name] = each if here is None else here.adopt(each)
-            self.now[each.name].bind(self._bound)
+            self.now[each.name] = here = each if here is None else here.adopt(each)
+            here.join(self._runtime, self._bound)
         for gone in known.values():
             gone.drop()
         self._committed = {each.record().uuid: each for each in self.now.values()}
+
+    def _all(self) -> list[Vocabulary]:
+        """List them, also those that were dropped since the last commit, in an order that all threads have."""
+        found = {each.record().uuid: each for each in (*self._committed.values(), *self.now.values())}
+        return [found[uuid] for uuid in sorted(found)]
 
     def _join(self, record: VocabularyRecord) -> Vocabulary:
         tables = {what: self._tables.now[f"{record.name}@{what}"] for what in table_shapes(record)}
         path = folders.index(self._runtime.path, record.uuid)
         vocabulary = Vocabulary(self._runtime, record, tables, path)
-        vocabulary.bind(self._bound)
+        vocabulary.join(self._runtime, self._bound)
         self.now[record.name] = vocabulary
         return vocabulary
 

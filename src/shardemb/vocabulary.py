@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shardemb import arrays, batch, hashing, keys, matching, probing, records
-from shardemb.errors import RowIdError, ShardEmbError, VocabularyNotFoundError
+from shardemb.errors import RowIdError, VocabularyNotFoundError
 from shardemb.keyindex import Coverage, KeyIndex, new_salt
 from shardemb.keystore import KeyStore, grow
 from shardemb.runtime import signals_deferred
@@ -79,7 +79,7 @@ class Vocabulary:
         self._path = path
         self._secret = hashing.secret_of(record.uuid)
         # Taken before the store's, which others may have while a fold makes room for a change.
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._commit = 0
         self._index = self._new_index()
         self._dropped = False
@@ -319,7 +319,7 @@ class Vocabulary:
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
         """Hold what keeps others from changing the vocabulary, in a store that is sound and may be written."""
-        with self._lock, self._runtime.writing():
+        with self.lock, self._runtime.writing():
             self._live()
             yield
 
@@ -328,7 +328,6 @@ class Vocabulary:
         known, state = self._index.coverage, self._state
         low = min(known.head, self._committed.head) if known.rows else self._committed.head
         self._stored.reserve_freed(low, state.tail, rows.size)
-        state = self._state
         words = self._stored.records(rows)
         changes = [
             self._stored.forget(rows, words),
@@ -339,7 +338,7 @@ class Vocabulary:
         if rows.size:
             with signals_deferred():
                 batch.change(self._runtime, changes)
-                self._become(state, replace(state, tail=state.tail + rows.size))
+                self._state = replace(state, tail=state.tail + rows.size)
         return found
 
     def rows_to_be(self, given: KeysLike, which: Int64Array) -> Int64Array:
@@ -360,9 +359,10 @@ class Vocabulary:
         live = records.are_live(words)
         return live, keys.as_arrow(self._stored.keys_in(words[live]), self.key_type)
 
-    def bind(self, bound_to: Callable[[str], Sequence[Table]]) -> None:
-        """Have the vocabulary ask, by its uuid, for the tables whose rows it gives out."""
-        self._bound_to = bound_to
+    def join(self, runtime: Runtime, bound_to: Callable[[str], Sequence[Table]]) -> None:
+        """Be one of a store's; it tells, by the vocabulary's uuid, the tables whose rows this gives out."""
+        self._runtime, self._bound_to = runtime, bound_to
+        self._stored.join(runtime)
 
     # ---- for the store
 
@@ -373,7 +373,7 @@ class Vocabulary:
     def settle(self, commit: int) -> None:
         """Take its state as that of the last commit."""
         self._committed, self._commit = self._state, commit
-        if not self._index.is_stale(len(self)) or not self._lock.acquire(blocking=False):
+        if not self._index.is_stale(len(self)) or not self.lock.acquire(blocking=False):
             return  # some thread is about to add pairs to this index
         try:
             fresh = self._new_index()
@@ -384,7 +384,7 @@ class Vocabulary:
         except OSError:
             pass  # no room for its file: the old one is as good
         finally:
-            self._lock.release()
+            self.lock.release()
 
     def restore(self, record: VocabularyRecord) -> None:
         """Go back to the last commit. The index may go on to know more."""
@@ -479,10 +479,9 @@ class Vocabulary:
         """Count sightings of keys without a row, given by their places among `hashes`; tell who has earned one."""
         counters = admission.counters(hashes, self._secret)
         counts, change = self._stored.count(counters, sightings)
-        before = self._state
         with signals_deferred():
             batch.change(self._runtime, [change])
-            self._become(before, replace(before, sightings=before.sightings + sightings.size))
+            self._state = replace(self._state, sightings=self._state.sightings + sightings.size)
         return counts >= admission.after
 
     def _next_rows(self, number: int) -> Int64Array:
@@ -515,16 +514,10 @@ class Vocabulary:
         with signals_deferred():
             if again:
                 batch.change(self._runtime, changes)
-            self._become(before, replace(after, text_bytes=text_bytes))
+            self._state = replace(after, text_bytes=text_bytes)
 
     def _bound(self) -> Sequence[Table]:
         return self._bound_to(self._state.uuid)
-
-    def _become(self, before: VocabularyRecord, after: VocabularyRecord) -> None:
-        if self._state is not before:
-            msg = f"vocabulary {self.name!r}: the store was rolled back while this waited for room; nothing was changed"
-            raise ShardEmbError(msg)
-        self._state = after
 
     # ---- within: the index
 
@@ -538,21 +531,24 @@ class Vocabulary:
 
     def _learn(self, index: KeyIndex, known: Coverage) -> None:
         """Add what an index does not know: keys of rows that came later, and of rows that were given out anew."""
-        for start in range(known.rows, self._state.rows, SLICE_ROWS):
-            self._learn_rows(index, np.arange(start, min(start + SLICE_ROWS, self._state.rows)))
-        for start in range(known.head if known.rows else self._state.head, self._state.head, SLICE_ROWS):
-            self._learn_rows(
-                index, np.unique(self._stored.freed(start, min(start + SLICE_ROWS, self._state.head)))
-            )
+        now = self._coverage()
+        # On the way the index may be merged into a file, which must say no more than it knows by then.
+        known = replace(known, commit=now.commit, head=known.head if known.rows else now.head)
+        for start in range(known.rows, now.rows, SLICE_ROWS):
+            stop = min(start + SLICE_ROWS, now.rows)
+            self._learn_rows(index, np.arange(start, stop), replace(known, rows=start))
+        for start in range(known.head, now.head, SLICE_ROWS):
+            rows = np.unique(self._stored.freed(start, min(start + SLICE_ROWS, now.head)))
+            self._learn_rows(index, rows, replace(now, head=start))
 
-    def _learn_rows(self, index: KeyIndex, rows: Int64Array) -> None:
+    def _learn_rows(self, index: KeyIndex, rows: Int64Array, known: Coverage) -> None:
         words = self._stored.records(rows)
         live = records.are_live(words)
         if self.key_type == "int64":
             hashes = self._hashes(self._stored.keys_in(words[live]))
         else:
             hashes = records.hashes_of(words[live])
-        index.add(hashes, rows[live], self._coverage())
+        index.add(hashes, rows[live], known)
 
 
 def _no_tables(identity: str) -> tuple[Table, ...]:
