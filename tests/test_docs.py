@@ -243,7 +243,7 @@ def test_examples_in_docstrings(name, tmp_path, monkeypatch):
 def test_every_public_method_has_an_example():
     for cls in (shardemb.Store, shardemb.Table, shardemb.text.Encoder):
         for name, member in inspect.getmembers(cls, inspect.isfunction):
-            if not name.startswith("_") and member.__module__ == cls.__module__:
+            if not name.startswith("_") and member.__qualname__ == f"{cls.__name__}.{name}":
                 assert f"{cls.__module__}.{cls.__name__}.{name}" in EXAMPLES, name
 
 
