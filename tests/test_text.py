@@ -132,6 +132,8 @@ def test_the_short_way_for_ascii_finds_what_the_long_one_does(sentence):
     rows=st.sampled_from([(0, 1, 2), (1, 0, 2), (0, 0, 1), (4, 2, 5)]),
     after=st.integers(1, 3),
 )
+@example([(["to be", "", "or"], True)], str.split, True, None, (4, 2, 5), 1)
+@example([(["to be", "be"], True), (["or to not to be"], False)], str.split, False, 4, (1, 0, 2), 2)
 def test_encoding_is_that_of_the_model(new_store, calls, split, lower, max_length, rows, after):
     padding_row, unknown_row, reserved = rows
     options = {
@@ -274,13 +276,13 @@ def test_batches_refuse_at_once_what_cannot_be(encoder):
 def test_lines_come_as_they_are(tmp_path):
     contents = {
         "unix.txt": b"one\n\ntwo\n",
-        "dos.txt": b"\xef\xbb\xbfthree\r\nfour",
+        "dos.txt": b"\xef\xbb\xbf\tthree  \r\nfour",
         "empty.txt": b"",
         "bad.txt": b"f\xffve\nna\xc3\xafve \0 \x0c\xe2\x80\xa8six\n",
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    lines = ["one", "", "two", "three", "four", "f\ufffdve", "naïve \0 \x0c\u2028six"]
+    lines = ["one", "", "two", "\tthree  ", "four", "f\ufffdve", "naïve \0 \x0c\u2028six"]
     assert list(text.read_lines(tmp_path / name for name in contents)) == lines
     assert list(text.read_lines(tmp_path / "unix.txt")) == lines[:3]
     assert list(text.read_lines(str(tmp_path / "unix.txt"))) == lines[:3]
