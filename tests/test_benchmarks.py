@@ -36,6 +36,8 @@ BOUNDS = {
     ),  # a record of 768 bytes, alone on its pages
     "durability.Paging.track_bytes_written_per_row": lambda *_: 4096 * 2,
     "export.Export.track_anonymous_growth": lambda *_: 128 * 2**20,
+    "keys.Keys.track_anonymous_bytes": lambda *_: 64 * 2**20,
+    "keys.Keys.track_bytes_on_disk_per_key": lambda *_: 32,
     "opening.Open.track_disk_bytes": lambda *_: 8 * 2**20,
     "scale.Scale.track_anonymous_bytes": lambda *_: 128 * 2**20,
     "scale.Scale.track_bytes_on_disk_per_row": lambda *_: 2 * 4096,
@@ -47,6 +49,10 @@ BOUNDS = {
 """By benchmark: its parameters to the largest value that may come out."""
 
 UNBOUNDED = {
+    "keys.Keys.track_keys_added_per_second",  # how busy the machine is
+    "keys.KeysRatio.track_lookup_vs_arrow",  # at this size it is noise
+    "keys.KeysRatio.track_lookup_vs_dict",
+    "keys.KeysRatioLmdb.track_lookup_vs_lmdb",
     "ratios.LookupRatio.track_lookup_out_vs_take",  # at this size it is noise
     "ratios.LookupRatio.track_lookup_out_vs_pool",
     "ratios.LookupRatio.track_lookup_vs_index",

@@ -208,7 +208,7 @@ def home(example):
     parts = example.name.split(".")
     return (
         f"shardemb.{parts[2]}"
-        if len(parts) > 2 and parts[1] in ("store", "table", "opening")
+        if len(parts) > 2 and parts[1] in ("store", "table", "opening", "vocabulary", "keyed", "admission")
         else ".".join(parts[:3])
     )
 
@@ -220,11 +220,24 @@ def test_examples_in_docstrings(name, tmp_path, monkeypatch):
     if name == "shardemb" or home(example) in public_objects():
         example.globs.clear()  # a reader has no more than this either
     example.globs.update(shardemb=shardemb, np=np, tmp=tmp_path)
-    if re.fullmatch(r"shardemb\.(store\.Store|table\.Table)\.\w+", name):
+    if re.fullmatch(
+        r"shardemb\.(store\.Store|table\.Table|vocabulary\.Vocabulary|keyed\.KeyedTable)\.\w+", name
+    ):
         store = shardemb.open(tmp_path / "example.zarr")
         table = store.create_table(
             "tokens", num_embeddings=1000, embedding_dim=4, optimizer=shardemb.optim.Adam()
         )
+        if "keyed.KeyedTable" in name:
+            users = store.create_vocabulary("users", key_type="int64")
+            users.add([1234567890123, -5])
+            table = store.create_table(
+                "users", vocabulary="users", embedding_dim=2, optimizer=shardemb.optim.SGD(), counters=True
+            )
+            table.update([-5], [[1.0, 2.0]])
+        elif "vocabulary.Vocabulary" in name:
+            words = store.create_vocabulary("words", key_type="string")
+            words.add(["to", "be", "or", "not"])
+            example.globs.update(words=words)
         example.globs.update(store=store, table=table)
         # The table is not committed, and some methods close the store.
         lost = "the changes of .*example.zarr .* are lost"

@@ -39,6 +39,7 @@ class Rows:
     before_read: Callable[[int], object] = lambda start: None
     events: list = field(default_factory=list)
     arrays: list = field(default_factory=list)
+    keys: None = None
 
     @property
     def num_embeddings(self):

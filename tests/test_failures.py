@@ -2,6 +2,7 @@
 
 A workload runs with one call of ``files`` failing, at every position one after the other. Whatever it raises is one of
 shardemb's errors or an `OSError`; afterwards the store opens at the last acknowledged commit, or at the one under way.
+What gives a table another form, or copies a store, then does so when it is called again.
 """
 
 import contextlib
@@ -9,8 +10,10 @@ import errno
 import os
 import random
 import resource
+import shutil
 import signal
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +22,19 @@ from conftest import close_quietly
 from test_power_loss import NOTHING, contents, scratch
 
 import shardemb
-from shardemb import files, fold, log, plan
+from shardemb import files, fold, layout, log, plan, shards
 from shardemb.errors import DiskFullError, PoisonedError, ShardEmbError
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD, Adam
+from shardemb.store import Store
 
 WORKLOADS = int(os.environ.get("SHARDEMB_FAILING_WORKLOADS", "5"))
 ROWS, DIM = 120, 16
 KINDS = ["full", "error", "short"]
+# Not those that consist of others of them: where `stage`, `publish` or `replace` fail, one of these has failed.
 CALLS = (
-    "write", "sync", "sync_data", "sync_tree", "sync_directory", "rename", "remove", "create_sparse",
-    "make_directory", "allocate", "opened", "open_direct", "open_scratch", "read_at", "read_into",
+    "write", "sync", "sync_data", "sync_tree", "sync_directory", "rename", "link", "remove", "remove_tree",
+    "create_sparse", "make_directory", "allocate", "opened", "open_direct", "open_scratch", "read_at", "read_into",
 )  # fmt: skip
 
 
@@ -66,6 +71,9 @@ class Failing:
             descriptor, data, offset, path = arguments
             data = memoryview(data).cast("B")
             real(descriptor, data[: len(data) // 2 // 4096 * 4096], offset, path)
+        if name == "remove_tree" and self.kind == "short":
+            for path in sorted(each for each in arguments[0].rglob("*") if each.is_file())[::2]:
+                path.unlink()
         full = self.kind == "full" and not name.startswith(("sync", "read"))
         if full:
             raise DiskFullError(errno.ENOSPC, "no room left on the disk")
@@ -74,8 +82,10 @@ class Failing:
     @contextlib.contextmanager
     def off(self):
         self.paused = True
-        yield
-        self.paused = False
+        try:
+            yield
+        finally:
+            self.paused = False
 
 
 class _Undo:
@@ -152,15 +162,37 @@ def check(path, allowed, what):
         found = contents(store)
         assert found in allowed, f"{what}: opens at {found[0]}, not at {[each[0] for each in allowed]}"
         assert store.verify() == [], what
+        assert not strays(store), what
+        return found
 
 
-def fail_everywhere(seed):
-    """Return which operations failed."""
+def strays(store):
+    """List what is visible in a store's folder and belongs to none of its tables; and tables that wait for nothing."""
+    own = {store.path / layout.DOCUMENT}
+    for name, table in store.items():
+        folder = store.path / name
+        own |= {folder / layout.DOCUMENT, *(folder / each / layout.DOCUMENT for each in layout.ARRAYS)}
+        own |= {path for path, _ in shards.expected_files(table._spec, folder)}
+    found = {path for path in store.path.glob("[!.]*/**/*") if path.is_file()}
+    found |= {path for path in store.path.iterdir() if path.name != ".shardemb" and path.name not in store}
+    return sorted(found - own) + sorted(store.path.glob(".shardemb/tables/*"))
+
+
+@contextlib.contextmanager
+def small():
+    """Let small tables and logs meet what large ones do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log, "FIRST_SEGMENT", 32_768)
         patch.setattr(log, "STAGE_BYTES", 65_536)
         patch.setattr(plan, "WINDOW_BLOCKS", 4)
         patch.setattr(fold, "DIRECT_BLOCKS", 2)
+        patch.setattr(shardemb.table, "MATERIALIZED_BYTES", 10_000)
+        yield
+
+
+def fail_everywhere(seed):
+    """Return which operations failed."""
+    with small():
         with scratch() as folder:
             failing = Failing()
             with failing.on():
@@ -187,6 +219,187 @@ def fail_everywhere(seed):
 @pytest.mark.parametrize("seed", range(WORKLOADS))
 def test_every_operation_fails_once(seed, side_by_side):
     assert {"write", "sync", "sync_data", "rename", "opened"} <= side_by_side(fail_everywhere)
+
+
+# ---- tables of another form, and a store elsewhere --------------------------------------------------------------
+
+
+def resize(store, rows, names="a"):
+    for name in names:
+        store[name].resize(rows, drop_rows=True)
+    if store.has_changes:  # otherwise all of it was done before
+        store.commit(step=2)
+
+
+def resize_without_links(store):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(PermissionError(1, "no links here")))
+        resize(store, 300)
+
+
+def resize_and_roll_back(store):
+    if not store._runtime.half_done:
+        store["a"].resize(300)
+    store.rollback()
+
+
+def reshard(store, **how):
+    store.reshard("a", **how)
+
+
+def materialize(store):
+    store["a"].materialize()
+    assert not store["a"]._mapped.never_written(0, ROWS).size
+
+
+CHANGES = {
+    "more rows": partial(resize, rows=300, names="az"),
+    "more rows, without links": resize_without_links,
+    "fewer rows": partial(resize, rows=100),
+    "more rows, undone": resize_and_roll_back,
+    "other shards": partial(reshard, rows_per_shard=128),
+    "another optimizer": partial(reshard, optimizer=SGD()),
+    "rows never written": materialize,
+    "a copy": lambda store: store.copy(store.path.with_name("copy")),
+}
+OF_WHAT_IS_COMMITTED = "other shards", "another optimizer"
+THEIRS = {
+    "more rows": {"link", "create_sparse", "remove_tree", "sync_tree", "rename"},
+    "a copy": {"sync_tree"},
+}
+
+
+def make(path):
+    with shardemb.open(path, threads=1) as store:
+        for name, more in (("a", {"initializer": Uniform(-1, 1, seed=1)}), ("z", {})):
+            store.create_table(
+                name,
+                num_embeddings=ROWS,
+                embedding_dim=DIM,
+                rows_per_shard=64,
+                optimizer=Adam(lr=0.1),
+                **more,
+            )
+        learn(store, 1)
+        store.commit(step=1)
+
+
+def begin(path, what):
+    """Open a store, and change some of its rows unless they have changed before."""
+    store = shardemb.open(path, threads=1, memory_budget=0 if what == "fewer rows" else 2**30)
+    if what not in OF_WHAT_IS_COMMITTED and store.last_commit.step == 1:
+        learn(store, 2)
+    return store
+
+
+def learn(store, seed):
+    rng = np.random.default_rng(seed)
+    for table in store.values():
+        table.update(rng.integers(0, 100, 20), rng.normal(size=(20, DIM)).astype(np.float32))
+
+
+def leave(store, failing):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with contextlib.suppress(ShardEmbError, OSError):
+            store.close()
+        with failing.off():
+            close_quietly(store)
+
+
+def undisturbed(path, what):
+    """Return how many calls a change makes, what each commit holds from the first one on, and what memory does then."""
+    states, settled, failing = [], Store._settled, Failing()
+
+    def note(store, manifest):
+        settled(store, manifest)
+        states.append(contents(store))
+
+    with pytest.MonkeyPatch.context() as patch, failing.on():
+        with failing.off():
+            with shardemb.open(path, "r") as store:
+                states.append(contents(store))
+            store = begin(path, what)
+            patch.setattr(Store, "_settled", note)
+        CHANGES[what](store)
+        with failing.off():
+            after = contents(store)[1]
+        leave(store, failing)
+    return failing.count, states, after
+
+
+def fail_once(path, what, failing, at_once, states, after):
+    """Make a change in which a call fails, and make it again: in the same store, or once that was opened anew."""
+    change, copied, first = CHANGES[what], path.with_name("copy"), states[0]
+    with failing.on():
+        with failing.off():
+            store = begin(path, what)
+            before, had_changes = contents(store)[1], store.has_changes
+        done = True
+        try:
+            change(store)
+        except (ShardEmbError, OSError) as error:
+            done = False
+            assert str(error), repr(error)
+            assert not copied.exists()
+        with failing.off():
+            sound = not store._runtime.poisoned
+            if not done and sound and not store._runtime.half_done:
+                # What the commits of a change hold is there for each table as a whole.
+                found = contents(store)[1]
+                assert all(found[name] in (before[name], after[name]) for name in before)
+                assert store.has_changes == had_changes
+            if at_once and sound:
+                if not done:
+                    change(store)
+                    done = True
+                assert contents(store)[1] == after
+                learn(store, 3)
+                store.commit(step=3)
+                store.checkpoint()
+                assert not store._runtime.poisoned
+                states = [contents(store)]
+            last = store.last_commit.id
+        leave(store, failing)
+    check(path, [each for each in states if each[0][0] in (last, last + (not done))], what)
+    if not done:
+        with begin(path, what) as store:
+            change(store)
+            assert contents(store)[1] == after
+            store.rollback()
+            committed = contents(store)
+        check(path, [committed], what)
+    assert not list(path.glob(".shardemb/rebuilt/*"))
+    if what == "a copy":
+        check(copied, [first], what)
+
+
+def change_everywhere(what):
+    """Return which operations failed."""
+    with small(), scratch() as folder:
+        start = Path(folder) / "start"
+        make(start)
+        shutil.copytree(start, Path(folder) / "store")
+        count, states, after = undisturbed(Path(folder) / "store", what)
+        failed = set()
+        for position in range(1, count + 1):
+            with scratch() as other:
+                path = Path(other) / "store"
+                shutil.copytree(start, path)
+                failing = Failing(position, KINDS[position % 3])
+                try:
+                    fail_once(path, what, failing, position // 3 % 2, states, after)
+                except BaseException as error:
+                    error.add_note(f"{failing.kind} at call {position}, {failing.failed}")
+                    raise
+                failed.add(str(failing.failed).split()[0])
+        return failed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_failed_once_succeeds_when_it_is_called_again(what, side_by_side):
+    assert {"write", "opened", *THEIRS.get(what, ())} <= side_by_side(change_everywhere)
 
 
 @pytest.mark.filterwarnings("ignore:the changes of")

@@ -134,6 +134,50 @@ def test_a_fold_that_finds_the_disk_full_loses_nothing_and_is_tried_again(path, 
     assert list((path / ".shardemb" / "log").iterdir()) == []
 
 
+def test_a_checkpoint_that_waits_for_a_fold_that_fails_fails_too(path, slow_fold, monkeypatch):
+    begun, go_on = slow_fold
+    go_on.set()
+    with shardemb.open(path, log_bytes=1) as store:
+        table = new_table(store)
+        fill(table, 1)
+        go_on.clear()
+        begun.clear()
+        store.commit(step=1)
+        assert begun.wait(30)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                files, "sync_data", lambda *given: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk"))
+            )
+            threading.Timer(0.1, go_on.set).start()
+            with pytest.raises(OSError, match="bad disk"):
+                store.checkpoint()
+    with shardemb.open(path) as store:
+        assert (store["t"].lookup(range(ROWS)) == 1).all()
+
+
+def test_folders_that_a_fold_has_moved_before_it_broke_off_are_found_by_the_next(path, monkeypatch):
+    with shardemb.open(path) as store:
+        tables = [store.create_table(name, num_embeddings=ROWS, embedding_dim=DIM) for name in "ab"]
+        rename = files.rename
+
+        def full(source, target):
+            if target == path / "b":
+                raise DiskFullError(errno.ENOSPC, "no room")
+            rename(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "rename", full)
+            store.commit(step=1)
+        assert sorted(each.name for each in path.iterdir() if each.is_dir()) == [".shardemb", "a"]
+        for table in tables:
+            fill(table, 1)
+        store.commit(step=2)
+        store.checkpoint()
+        assert not store._runtime.poisoned
+    with shardemb.open(path) as store:
+        assert all((table.lookup(range(ROWS)) == 1).all() for table in store.values())
+
+
 def test_a_fold_that_fails_poisons_and_the_next_opening_has_every_commit(path, monkeypatch):
     store = shardemb.open(path)
     table = new_table(store)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shardemb import bitmaps, files, kernels, overlay, plan, slots
+from shardemb import bitmaps, files, grouping, hashing, kernels, matching, overlay, plan, probing, slots
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import SGD, Adagrad, Adam
 from shardemb.spec import PAGE
@@ -27,7 +27,7 @@ def int64(values):
 # ---- how they are compiled --------------------------------------------------------------------------------------
 
 
-WITH_KERNELS = kernels, bitmaps, slots, overlay
+WITH_KERNELS = kernels, grouping, bitmaps, hashing, probing, matching, slots, overlay
 
 
 def dispatchers():
@@ -65,7 +65,7 @@ USE_EVERYTHING = """
     import sys
     import numpy as np
     import shardemb
-    from shardemb import bitmaps, kernels, overlay, slots
+    from shardemb import bitmaps, grouping, hashing, kernels, keyindex, matching, overlay, probing, slots
     from shardemb.initializers import Uniform
     from shardemb.optim import Adam
 
@@ -109,14 +109,39 @@ USE_EVERYTHING = """
             table.write([5], np.full((1, 3), value, np.float32))
             value == 1 and store.commit()
         store.rollback()
+    keyindex.OPEN_PAIRS = 2, 4
+    with shardemb.open(path + "3") as store:
+        given = {"int64": list(range(3000)), "string": ["", "a", "bc" * 9], "bytes": [b"", b"x" * 99]}
+        for kind, keys in given.items():
+            words = store.create_vocabulary(kind, key_type=kind, admission=shardemb.Admission(after=2))
+            table = store.create_table(
+                kind, vocabulary=kind, embedding_dim=3, optimizer=Adam(), counters=True, initializer=Uniform(-1, 1)
+            )
+            for some in (keys, keys[:1], np.array(keys), keys[:0]):
+                table.lookup(some, create=True, missing="initial")
+            words.add(keys)
+            table.update(keys, np.ones((len(keys), 3)))
+            store.commit()
+            table.evict(keep=1)
+            words.keys(words.lookup(list(words)))
+            store.commit()
+            words.add(keys)
+            words.add(keys)
+            words.remove(keys[:1])
+            words.lookup(keys)
+        store.commit()
+    with shardemb.open(path + "3", mode="r") as store:
+        [list(each) for each in store.vocabularies.values()]
     with shardemb.open(path, mode="r") as store:
         for table in store.values():
             for ids in batches():
                 table.lookup(ids)
                 table.prefetch(ids)
             list(table.to_arrow_batches())
-    modules = kernels, bitmaps, slots, overlay
-    inner = kernels.entry_of, kernels.place_of, kernels._advise_pages, overlay._take_node, overlay._give_if_empty
+    modules = kernels, grouping, bitmaps, hashing, probing, matching, slots, overlay
+    inner = hashing._turn, hashing._turn_round, probing._in_slots, probing._in_entries, probing._first_not_below
+    inner += probing.home, probing.bucket_of
+    inner += kernels.entry_of, kernels.place_of, kernels._advise_pages, overlay._take_node, overlay._give_if_empty
     found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
     found += [kernels.step(Adam), kernels.gather_or_fill(Uniform), kernels.copy_or_fill(Uniform)]
     found = [each for each in found if each not in inner]  # for kernels alone
@@ -132,13 +157,13 @@ def test_every_kernel_is_compiled_for_one_kind_of_arguments_whatever_a_caller_pa
 
 COUNT_CACHE_HITS = """
     import numpy as np
-    from shardemb import kernels, optim
+    from shardemb import grouping, kernels, optim
     one, none = np.ones((1, 1), np.float32), np.zeros(1, np.int64)
     step = kernels.step(optim.Adam)
     record, scalars = np.zeros((1, 3), np.float32), np.ones(4, np.float32)
-    step(record, none, np.array([0, 1]), none, one, scalars, one[0].copy(), 0, 1)
-    kernels.group_starts(none)
-    for kernel in (step, kernels.group_starts):
+    step(record, none, np.array([0, 1]), none, one, scalars, one[0].copy(), 0, 0, 1)
+    grouping.group_starts(none)
+    for kernel in (step, grouping.group_starts):
         print(sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))
 """
 
@@ -186,7 +211,7 @@ def batches(draw):
 
 def sort_rows(ids, num_bits):
     keys, order = ids.copy(), np.arange(ids.size)
-    kernels.sort_rows(keys, order, np.empty_like(keys), np.empty_like(order), num_bits)
+    grouping.sort_rows(keys, order, np.empty_like(keys), np.empty_like(order), num_bits)
     return keys, order
 
 
@@ -212,11 +237,11 @@ def test_sort_rows_on_a_large_batch(num_rows):
 def test_group_starts_and_invert_are_np_unique(batch):
     num_rows, ids = batch
     keys, order = sort_rows(ids, (num_rows - 1).bit_length())
-    starts = kernels.group_starts(keys)
+    starts = grouping.group_starts(keys)
     expected, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
     np.testing.assert_array_equal(keys[starts[:-1]], expected)
     np.testing.assert_array_equal(starts, np.concatenate([[0], np.cumsum(counts)]))
-    np.testing.assert_array_equal(kernels.invert(order, starts), inverse)
+    np.testing.assert_array_equal(grouping.invert(order, starts), inverse)
 
 
 def test_no_kernel_returns_a_tuple():
@@ -303,7 +328,7 @@ def test_step_sums_the_gradients_of_a_row_in_the_order_of_the_batch():
     records = np.zeros((300, 1), np.float32)
     rows, starts, order = grouped([6, 2, 6, 2, 6])
     scalars, scratch = np.array([-1], np.float32), np.empty(1, np.float32)
-    kernels.step(SGD)(records, rows, starts, order, gradients, scalars, scratch, 0, 2)
+    kernels.step(SGD)(records, rows, starts, order, gradients, scalars, scratch, 0, 0, 2)
     assert records[[6, 2], 0].tolist() == [1, 8]
     assert not records[[0, 1, 3, 4, 5, 7]].any()
 
@@ -312,7 +337,7 @@ def test_step_touches_only_its_part_of_the_rows():
     records = np.zeros((300, 1), np.float32)
     rows, starts, order = grouped([1, 2, 3, 4])
     gradients, scratch = np.ones((4, 1), np.float32), np.empty(1, np.float32)
-    kernels.step(SGD)(records, rows, starts, order, gradients, np.array([1], np.float32), scratch, 1, 3)
+    kernels.step(SGD)(records, rows, starts, order, gradients, np.array([1], np.float32), scratch, 0, 1, 3)
     assert np.flatnonzero(records).tolist() == [2, 3]
 
 
@@ -321,7 +346,7 @@ def test_a_division_by_zero_in_a_formula_is_nan_and_no_exception():
     rows, starts, order = grouped([1, 2])
     gradients, scratch = np.array([[0], [1]], np.float32), np.empty(1, np.float32)
     scalars = np.array(Adagrad(lr=1, eps=0).scalars(1), np.float32)
-    kernels.step(Adagrad)(records, rows, starts, order, gradients, scalars, scratch, 0, 2)
+    kernels.step(Adagrad)(records, rows, starts, order, gradients, scalars, scratch, 0, 0, 2)
     np.testing.assert_array_equal(records[:4], [[0, 0], [np.nan, 0], [-1, 1], [0, 0]])
 
 

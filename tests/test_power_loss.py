@@ -669,6 +669,8 @@ OTHER_REASONS = {
     "opening._create:sync_directory:2": "the folder's own name, above what is simulated",
     "shards.open_existing:sync_file": "chunks that zarr has deleted, which no workload does",
     "shards.open_existing:publish": "the same",
+    "folders.keep_rebuilt:sync_directory": "a third call for what a second one removed, which no workload makes",
+    "rebuild.reshaped:rename:2": "what was made for a commit that failed; speed",
     "rebuild.copy_store:write_new": "copies, which no workload makes",
     "rebuild.copy_store:write_new:2": "the same",
     "rebuild.copy_store:sync_tree": "the same",

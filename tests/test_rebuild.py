@@ -1,5 +1,6 @@
 """Tables with other rows, other shards, another optimizer, and elsewhere; and rows that were never written, written."""
 
+import contextlib
 import os
 
 import numpy as np
@@ -10,10 +11,11 @@ from hypothesis import strategies as st
 from model import assert_same_bits
 
 import shardemb
-from shardemb import files, fold, rebuild
-from shardemb.errors import FormatError, RowIdError, ShardEmbError, StoreExistsError
+from shardemb import files, fold, log, rebuild
+from shardemb.errors import DiskFullError, FormatError, RowIdError, ShardEmbError, StoreExistsError
 from shardemb.initializers import Constant, Normal, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
+from shardemb.spec import PAGE
 
 DIM = 5
 KINDS = {
@@ -351,6 +353,54 @@ def test_what_was_begun_before_another_commit_is_begun_anew(path, monkeypatch):
         assert_equal(everything(table), expected)
 
 
+def test_what_was_begun_and_half_removed_is_begun_anew(path, monkeypatch):
+    with shardemb.open(path) as store:
+        table = create(store, 5000)
+        train(table, 1, 2000)
+        store.commit()
+        expected = everything(table)
+        with monkeypatch.context() as patch:
+            patch.setattr(rebuild, "_fill", lambda *a, **b: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                store.reshard("t", rows_per_shard=2048)
+
+        def remove_tree(path):
+            (path / "rows" / "zarr.json").unlink()
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "remove_tree", remove_tree)
+            with pytest.raises(KeyboardInterrupt):
+                store.reshard("t", rows_per_shard=4096)
+        store.reshard("t", rows_per_shard=2048)
+    with shardemb.open(path) as store:
+        assert_equal(everything(store["t"]), expected)
+        assert store.verify() == []
+
+
+@pytest.mark.parametrize("new", ["keep", None], ids=str)
+def test_resharding_that_cannot_be_committed_leaves_the_table_and_is_not_done_again(path, monkeypatch, new):
+    with shardemb.open(path) as store:
+        table = create(store, 5000)
+        train(table, 1, 2000)
+        store.commit()
+        before, optimizer, step = everything(table), table.optimizer, table.step
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                log.Log, "begin", lambda *arguments: (_ for _ in ()).throw(DiskFullError(28, "no room"))
+            )
+            with pytest.raises(DiskFullError):
+                store.reshard("t", rows_per_shard=2048, optimizer=new)
+        assert not store.has_changes
+        assert (table.rows_per_shard, table.optimizer, table.step) == (1024, optimizer, step)
+        assert_equal(everything(table), before)
+        monkeypatch.setattr(rebuild, "_fill", None)
+        store.reshard("t", rows_per_shard=2048, optimizer=new)
+        assert table.rows_per_shard == 2048
+        assert_same_bits(everything(table)[0], before[0])
+        assert store.verify() == []
+
+
 def test_resharding_wants_everything_committed(path):
     with shardemb.open(path) as store:
         table = create(store, 500)
@@ -389,6 +439,24 @@ def test_damage_is_not_copied_for_sound(path, where):
         assert len(store.verify()) == 1
 
 
+def test_damage_where_the_last_byte_that_stays_begins_a_block_is_not_copied_for_sound(path):
+    rows = 8 * PAGE + 3  # with three bits in the second block of the bitmap
+    with shardemb.open(path) as store:
+        table = create(store, 40_000)
+        written = [0, 4, rows - 3, rows - 1, rows, 39_999]
+        table.write(written, np.ones((len(written), DIM)))
+        store.commit()
+        store.checkpoint()
+        damage(path / "t" / "present" / "c.0", offset=PAGE)
+        before = everything(table)
+        with pytest.raises(FormatError, match="is damaged; store.verify"):
+            table.resize(rows, drop_rows=True)
+        assert not store.has_changes
+        assert_equal(everything(table), before)
+        assert list((path / ".shardemb" / "tables").iterdir()) == []
+        assert len(store.verify()) == 1
+
+
 # ---- rows that were never written -------------------------------------------------------------------------------
 
 
@@ -419,6 +487,35 @@ def test_materialized_rows_are_what_zarr_reads(path, kind, monkeypatch):
         assert (not seen) == (kind == "zeros")
 
 
+@pytest.mark.parametrize("full", ["rows/c.1.0", "present/c.0", None])
+def test_rows_keep_their_values_at_any_moment_while_they_are_materialized(path, monkeypatch, full):
+    with shardemb.open(path, threads=1) as store:
+        table = create(store, 3000)
+        store.commit()
+        expected, run = everything(table), fold._Task.run
+
+        def look_meanwhile(task):
+            if full and task.part.file.path == path / "t" / full:
+                raise DiskFullError(28, "no room")
+            run(task)
+            assert_equal(everything(table), expected)
+
+        monkeypatch.setattr(fold._Task, "run", look_meanwhile)
+        with pytest.raises(DiskFullError) if full else contextlib.nullcontext():
+            table.materialize()
+        monkeypatch.undo()
+        assert_equal(everything(table), expected)
+        table.update(np.arange(3000), np.ones((3000, DIM)))
+        after = everything(table)
+        store.rollback()
+        assert_equal(everything(table), expected)
+        with shardemb.open(path.with_name("other")) as other:
+            never = create(other, 3000)
+            never.update(np.arange(3000), np.ones((3000, DIM)))
+            assert_equal(after, everything(never))
+            other.rollback()
+
+
 def test_materializing_goes_on_where_it_was_cut_short(path, monkeypatch):
     monkeypatch.setattr(shardemb.table, "MATERIALIZED_BYTES", 16_384)
     with shardemb.open(path) as store:
@@ -432,12 +529,12 @@ def test_materializing_goes_on_where_it_was_cut_short(path, monkeypatch):
         def stop(*arguments):
             calls.append(1)
             if len(calls) == 3:
-                raise files.DiskFullError(28, "no room")
+                raise DiskFullError(28, "no room")
             real(*arguments)
 
         with monkeypatch.context() as patch:
             patch.setattr(fold, "write", stop)
-            with pytest.raises(files.DiskFullError):
+            with pytest.raises(DiskFullError):
                 table.materialize()
         assert_equal(everything(table), expected)
         table.materialize()

@@ -10,8 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from shardemb import arrays
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,19 @@ class Admission:
     def failure(self) -> float:
         """Probability that it is too high by more than that."""
         return math.exp(-self.depth)
+
+    def counters(self, hashes: NDArray[np.uint64], secret: tuple[np.uint64, np.uint64]) -> NDArray[np.int64]:
+        """Choose a counter of each row of the sketch for keys, shape (n, depth): those of row k follow those before.
+
+        ``h1 + k * h2`` modulo `width` (Kirsch, Mitzenmacher 2006), of two halves of the hash mixed with a secret.
+        """
+        mixed = (hashes ^ secret[1]) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+        first, second = mixed & np.uint64(0xFFFFFFFF), (mixed >> np.uint64(32)) | np.uint64(1)
+        number = np.arange(self.depth, dtype=np.uint64)
+        columns = (first[:, None] + number * second[:, None]) % np.uint64(self.width)
+        places: NDArray[np.int64] = (columns + number * np.uint64(self.width)).astype(np.int64)
+        return places
 
 
 ADMISSIONS: dict[str, type[Admission]] = {"Admission": Admission}

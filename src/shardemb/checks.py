@@ -100,6 +100,14 @@ def presence_chunk(spec: TableSpec, directory: Path, number: int) -> File:
     )
 
 
+def presence_of(spec: TableSpec, directory: Path, rows: tuple[int, int]) -> Iterator[tuple[File, int, int]]:
+    """Describe the chunks that hold the bits of a half-open range of rows; and which bytes of each, half-open."""
+    start, stop, nbytes = rows[0] // 8, -(-rows[1] // 8), spec.presence_chunk_bytes
+    for number in range(start // nbytes, -(-stop // nbytes)):
+        first = number * nbytes
+        yield presence_chunk(spec, directory, number), max(start - first, 0), min(stop - first, nbytes)
+
+
 def all_files(spec: TableSpec, directory: Path) -> Iterator[File]:
     """Describe all files of a table that have blocks."""
     for number in range(spec.num_shards):

@@ -61,13 +61,24 @@ class Run(Protocol):
         """Run `tasks` and return their results in order."""
 
 
+class RowKeys(NamedTuple):
+    """Keys of rows, where these have any: what Arrow calls their type, and how to read them.
+
+    ``read(start, stop)`` tells which of the rows have a key, bool, shape (stop - start,), and the keys of those.
+    """
+
+    kind: pa.DataType
+    read: Callable[[int, int], tuple[NDArray[np.bool_], pa.Array]]
+
+
 class RowSource(Protocol):
-    """Rows to export, as a table offers them."""
+    """Rows to export, as a table offers them; where they have `keys`, those that have none are left out."""
 
     name: str
     num_embeddings: int
     embedding_dim: int
     rows_per_shard: int
+    keys: RowKeys | None
 
     @property
     def columns(self) -> Mapping[str, int]:
@@ -86,16 +97,6 @@ class RowSource(Protocol):
         """Give a few facts about the table, as JSON has them."""
 
 
-class RowKeys(NamedTuple):
-    """Keys of rows, where these have any: what Arrow calls their type, and how to read them.
-
-    ``read(start, stop)`` tells which of the rows have a key, bool, shape (stop - start,), and the keys of those.
-    """
-
-    kind: pa.DataType
-    read: Callable[[int, int], tuple[NDArray[np.bool_], pa.Array]]
-
-
 @dataclass(frozen=True)
 class ExportReport:
     """What an export wrote: file or folder, symbolic links followed, and its files in the order of rows."""
@@ -106,7 +107,7 @@ class ExportReport:
     nbytes: int
 
 
-def schema(source: RowSource, columns: Sequence[str] = (), keys: RowKeys | None = None) -> pa.Schema:
+def schema(source: RowSource, columns: Sequence[str] = ()) -> pa.Schema:
     """Describe the exported columns.
 
     Parameters
@@ -116,8 +117,6 @@ def schema(source: RowSource, columns: Sequence[str] = (), keys: RowKeys | None 
     columns : sequence of str
         State columns to export after ``id`` (int64) and ``embedding`` (float32 lists of fixed size), in this
         order: such lists too, or plain float32 where the state is one number a row.
-    keys : RowKeys, optional
-        Adds ``key`` behind ``id``.
 
     Returns
     -------
@@ -132,7 +131,8 @@ def schema(source: RowSource, columns: Sequence[str] = (), keys: RowKeys | None 
     Examples
     --------
     >>> from types import SimpleNamespace as Source
-    >>> source = Source(name="tokens", num_embeddings=5, embedding_dim=2, columns={"sum": 1}, describe=dict)
+    >>> source = Source(name="tokens", num_embeddings=5, embedding_dim=2, columns={"sum": 1}, keys=None,
+    ...     describe=dict)
     >>> schema(source, ["sum"]).names
     ['id', 'embedding', 'sum']
     """
@@ -145,7 +145,7 @@ def schema(source: RowSource, columns: Sequence[str] = (), keys: RowKeys | None 
         raise ValueError(msg)
     # Parquet calls the items of a list "element"; under another name they would come back changed.
     item = pa.field("element", pa.float32(), nullable=False)
-    types = {"id": pa.int64()} | ({} if keys is None else {"key": keys.kind})
+    types = {"id": pa.int64()} | ({} if source.keys is None else {"key": source.keys.kind})
     types["embedding"] = pa.list_(item, source.embedding_dim)
     for name in columns:
         width = source.columns[name]
@@ -161,7 +161,6 @@ def to_arrow_batches(
     *,
     columns: Sequence[str] = (),
     rows: tuple[int, int] | None = None,
-    keys: RowKeys | None = None,
     run: Run,
     workers: int,
 ) -> pa.RecordBatchReader:
@@ -173,8 +172,6 @@ def to_arrow_batches(
         The table, and the state columns to stream after its vectors.
     rows : (int, int), optional
         Half-open range of row ids; all by default.
-    keys : RowKeys, optional
-        Leaves rows without a key out, and puts the key behind the id.
     run, workers : callable, int
         Runs the tasks; how many of them really run side by side.
 
@@ -193,14 +190,14 @@ def to_arrow_batches(
     --------
     >>> from types import SimpleNamespace as Source
     >>> source = Source(
-    ...     name="tokens", num_embeddings=5, embedding_dim=1, rows_per_shard=64, columns={}, describe=dict,
+    ...     name="tokens", num_embeddings=5, embedding_dim=1, rows_per_shard=64, columns={}, keys=None, describe=dict,
     ...     read_rows=lambda start, stop, columns: [np.ones((stop - start, 1), np.float32)], give_back=print)
     >>> for batch in to_arrow_batches(source, rows=(1, 4), run=lambda tasks: [tasks[0]()], workers=1):
     ...     batch.num_rows
     1 4
     3
     """
-    chosen = _Selection.of(source, columns, rows, keys)
+    chosen = _Selection.of(source, columns, rows)
     batches = chosen.stream(run, min(workers, MAX_READ_AHEAD))
     return pa.RecordBatchReader.from_batches(chosen.schema, batches)
 
@@ -213,7 +210,6 @@ def export_parquet(
     rows: tuple[int, int] | None = None,
     parts: int | None = None,
     progress: Progress = None,
-    keys: RowKeys | None = None,
     run: Run,
     workers: int,
 ) -> ExportReport:
@@ -221,7 +217,7 @@ def export_parquet(
 
     Parameters
     ----------
-    source, columns, rows, keys, run, workers
+    source, columns, rows, run, workers
         As for `to_arrow_batches`. An empty range writes the schema alone.
     path : path-like
         The file; one that exists is replaced, in one instant. With `parts`, the folder: new or empty, because
@@ -250,7 +246,7 @@ def export_parquet(
     >>> import tempfile
     >>> from types import SimpleNamespace as Source
     >>> source = Source(
-    ...     name="tokens", num_embeddings=5, embedding_dim=1, rows_per_shard=64, columns={}, describe=dict)
+    ...     name="tokens", num_embeddings=5, embedding_dim=1, rows_per_shard=64, columns={}, keys=None, describe=dict)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     report = export_parquet(source, f"{folder}/nothing.parquet", rows=(2, 2), run=list, workers=1)
     >>> report.num_rows, report.path.name
@@ -259,7 +255,7 @@ def export_parquet(
     if parts is not None and not 1 <= parts <= 100_000:  # names have five digits, so sorting them sorts rows
         msg = f"table {source.name!r}: parts must be 1 to 100000, or None for one file, got {parts}"
         raise ValueError(msg)
-    chosen = _Selection.of(source, columns, rows, keys, parts=parts or 1)
+    chosen = _Selection.of(source, columns, rows, parts=parts or 1)
     target = _checked_target(path, source.name, folder=parts is not None)
     names = [] if parts is None else [f"part-{k:05d}.parquet" for k in range(parts)]
     # Not made from the target's name, which may be as long as a name can be.
@@ -277,7 +273,7 @@ def export_parquet(
         raise
     written = tuple(target / name for name in names) or (target,)
     num_rows = chosen.num_rows
-    if keys is not None:
+    if source.keys is not None:
         num_rows = sum(parquet.read_metadata(file).num_rows for file in written)
     return ExportReport(target, written, num_rows, sum(file.stat().st_size for file in written))
 
@@ -295,19 +291,12 @@ class _Selection:
     num_rows: int
     period: int
     batches: int
-    keys: RowKeys | None
 
     @classmethod
     def of(
-        cls,
-        source: RowSource,
-        columns: Sequence[str],
-        rows: tuple[int, int] | None,
-        keys: RowKeys | None,
-        *,
-        parts: int = 1,
+        cls, source: RowSource, columns: Sequence[str], rows: tuple[int, int] | None, *, parts: int = 1
     ) -> _Selection:
-        fields = schema(source, columns, keys)
+        fields = schema(source, columns)
         rows = (0, source.num_embeddings) if rows is None else rows
         # Only a tuple: range(2, 4) would unpack too, and mean something else.
         pair = isinstance(rows, tuple) and len(rows) == 2 and all(hasattr(row, "__index__") for row in rows)
@@ -321,7 +310,7 @@ class _Selection:
         part_rows = num_rows // parts // 4 if parts > 1 else MAX_ROWS
         most = max(1, min(MAX_ROWS, MAX_BYTES // (4 * width), part_rows))
         period = max(1, most // source.rows_per_shard) * source.rows_per_shard
-        return cls(source, fields, int(rows[0]), num_rows, period, -(-period // most), keys)
+        return cls(source, fields, int(rows[0]), num_rows, period, -(-period // most))
 
     def __len__(self) -> int:
         last = self.start + self.num_rows - 1
@@ -331,13 +320,14 @@ class _Selection:
         first = self._batch_of(self.start) + index
         start = max(self._start_of(first), self.start)
         stop = min(self._start_of(first + 1), self.start + self.num_rows)
-        first_state = 2 if self.keys is None else 3
+        row_keys = self.source.keys
+        first_state = 2 if row_keys is None else 3
         arrays = self.source.read_rows(start, stop, self.schema.names[first_state:])
         self.source.give_back(start, stop)
         ids = np.arange(start, stop, dtype=np.int64)
         columns = [pa.array(ids)]
-        if self.keys is not None:
-            with_key, keys = self.keys.read(start, stop)
+        if row_keys is not None:
+            with_key, keys = row_keys.read(start, stop)
             columns = [pa.array(ids[with_key]), keys]
             arrays = [array[with_key] for array in arrays]
         for array, kind in zip(arrays, self.schema.types[first_state - 1 :], strict=True):

@@ -9,6 +9,9 @@ and what is on the disk wrong.
 ::
 
     say that all blocks are in flux, synced -> write the blocks, synced file by file -> note their checksums, synced
+
+Blocks of the presence bitmap come after those of the shards: a row whose bit is set has its record, also for whoever
+looks it up meanwhile, and where a fold has broken off.
 """
 
 from __future__ import annotations
@@ -136,7 +139,9 @@ def write(tables: Sequence[tuple[TableSpec, Path, Images]], threads: int) -> Non
     DiskFullError
         There is no room. Any part of it may have been written; it can be done again.
     """
-    tasks, sums = [], []
+    records: list[_Task] = []
+    bits: list[_Task] = []
+    sums = []
     for spec, directory, images in tables:
         changed = list(parts(spec, directory, images))
         if not changed:
@@ -147,16 +152,21 @@ def write(tables: Sequence[tuple[TableSpec, Path, Images]], threads: int) -> Non
         stop = 0
         for part in changed:
             start, stop = stop, stop + part.blocks.size
-            tasks.append(_Task(part, checks.path_of(directory), known[start:stop], new[start:stop]))
+            task = _Task(part, checks.path_of(directory), known[start:stop], new[start:stop])
+            (bits if part.file.row_bits == 1 else records).append(task)
+    for tasks in (records, bits):
+        _run(tasks, threads)
+    for directory, blocks, new in sums:
+        checks.note(checks.path_of(directory), blocks, new)
 
+
+def _run(tasks: Sequence[_Task], threads: int) -> None:
     def some(task: int, step: int) -> None:
         for each in tasks[task::step]:
             each.run()
 
     number = min(2 * threads, len(tasks))
     scheduler.run([partial(some, task, number) for task in range(number)], threads)
-    for directory, blocks, new in sums:
-        checks.note(checks.path_of(directory), blocks, new)
 
 
 def parts(spec: TableSpec, directory: Path, images: Images) -> Iterator[Part]:

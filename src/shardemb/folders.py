@@ -75,6 +75,8 @@ def keep_rebuilt(store: Path, uuid: str) -> None:
     """Remove what was begun to be made anew, but for one table."""
     for path in _children(rebuilt(store)):
         if path.name != uuid:
+            files.remove(path / layout.DOCUMENT)  # first: where that is, all but the shards is whole
+            files.sync_directory(path)
             files.remove_tree(path)
 
 

@@ -57,18 +57,17 @@ def _turn(x: Any, left: Any) -> Any:  # noqa: ANN401
 
 
 @kernel
-def _round(v0: Any, v1: Any, v2: Any, v3: Any) -> Any:  # noqa: ANN401
-    v0 += v1
-    v2 += v3
+def _turn_round(v: Any) -> None:  # noqa: ANN401
+    """Mix the four words of SipHash's state: one SipRound."""
+    v0, v1, v2, v3 = v[0] + v[1], v[1], v[2] + v[3], v[3]
     v1 = _turn(v1, _S13) ^ v0
     v3 = _turn(v3, _S16) ^ v2
     v0 = _turn(v0, _S32)
     v2 += v1
     v0 += v3
-    v1 = _turn(v1, _S17) ^ v2
-    v3 = _turn(v3, _S21) ^ v0
-    v2 = _turn(v2, _S32)
-    return v0, v1, v2, v3
+    v[1] = _turn(v1, _S17) ^ v2
+    v[3] = _turn(v3, _S21) ^ v0
+    v[0], v[2] = v0, _turn(v2, _S32)
 
 
 @kernel
@@ -82,25 +81,25 @@ def hash_strings(
     stop: int,
 ) -> None:
     """SipHash-1-3 (Aumasson, Bernstein 2012) of strings of bytes, which lie one behind the other."""
+    v = np.empty(4, np.uint64)
     for i in range(start, stop):
         begin, end = offsets[i], offsets[i + 1]
-        v0, v1, v2, v3 = first ^ _V0, second ^ _V1, first ^ _V2, second ^ _V3
+        v[0], v[1], v[2], v[3] = first ^ _V0, second ^ _V1, first ^ _V2, second ^ _V3
         whole = begin + ((end - begin) & -8)
         for at in range(begin, whole, 8):
             word = np.uint64(0)
             for k in range(8):
                 word |= np.uint64(data[at + k]) << np.uint64(8 * k)
-            v3 ^= word
-            v0, v1, v2, v3 = _round(v0, v1, v2, v3)
-            v0 ^= word
+            v[3] ^= word
+            _turn_round(v)
+            v[0] ^= word
         word = np.uint64(end - begin) << _S56
         for at in range(whole, end):
             word |= np.uint64(data[at]) << np.uint64(8 * (at - whole))
-        v3 ^= word
-        v0, v1, v2, v3 = _round(v0, v1, v2, v3)
-        v0 ^= word
-        v2 ^= _END
-        v0, v1, v2, v3 = _round(v0, v1, v2, v3)
-        v0, v1, v2, v3 = _round(v0, v1, v2, v3)
-        v0, v1, v2, v3 = _round(v0, v1, v2, v3)
-        out[i] = v0 ^ v1 ^ v2 ^ v3
+        v[3] ^= word
+        _turn_round(v)
+        v[0] ^= word
+        v[2] ^= _END
+        for _ in range(3):
+            _turn_round(v)
+        out[i] = v[0] ^ v[1] ^ v[2] ^ v[3]

@@ -230,9 +230,10 @@ class Journal:
     def settle(self) -> Exception | None:
         """Fold all that is committed and wait for it; return what prevented it."""
         self._wait()
-        self._problem = None
-        self._start()
-        self._wait()
+        if not self._runtime.poisoned:  # by the fold that this waited for
+            self._problem = None
+            self._start()
+            self._wait()
         return self._problem
 
     def _wait(self) -> None:
@@ -304,11 +305,17 @@ class Journal:
         path, tables = self._runtime.path, self._tables()
         files.replace(folders.manifest(path), base.to_bytes())
         self._base = base
-        directories = folders.arrange(path, base.tables, base.dropped, keep=tables.keys())
+        try:
+            self._follow(folders.arrange(path, base.tables, base.dropped, keep=tables.keys()))
+        except OSError:  # some have moved
+            self._follow(folders.locate(path, base.tables))
+            raise
         self._base = replace(base, dropped=())  # they are gone
-        for uuid, directory in directories.items():
-            if uuid in tables:
-                tables[uuid].directory = directory
+
+    def _follow(self, directories: Mapping[str, Path]) -> None:
+        tables = self._tables()
+        for uuid in directories.keys() & tables.keys():
+            tables[uuid].directory = directories[uuid]
 
     def close(self) -> Exception | None:
         """Fold everything and leave no log behind; return what prevented it, in which case the log stays."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from shardemb import arrays, batch, keys, scheduler
+from shardemb import arrays, batch, keys, report, scheduler
 from shardemb.errors import UnknownKeyError
-from shardemb.spec import COUNT, LAST_STEP, SHARD_BYTES, record_columns
+from shardemb.spec import COUNT, LAST_STEP, MAX_DIM, MAX_ROWS, SHARD_BYTES
 from shardemb.table import Source
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from shardemb.arrays import Float32Array, Int64Array
-    from shardemb.export import ExportReport, RowKeys
+    from shardemb.export import ExportReport
     from shardemb.initializers import Initializer
     from shardemb.keys import KeysLike
     from shardemb.optim import Optimizer
@@ -361,9 +362,8 @@ class KeyedTable:
         runtime = self._rows._runtime
         self._rows._live()
         run = partial(scheduler.run, threads=runtime.threads)
-        source, row_keys = _Source(self), self._row_keys()
         return export.to_arrow_batches(
-            source, columns=columns, rows=rows, keys=row_keys, run=run, workers=runtime.threads
+            _Source(self), columns=columns, rows=rows, run=run, workers=runtime.threads
         )
 
     def export_parquet(
@@ -410,17 +410,15 @@ class KeyedTable:
             rows=rows,
             parts=parts,
             progress=progress,
-            keys=self._row_keys(),
             run=partial(scheduler.run, threads=runtime.threads),
             workers=runtime.threads,
         )
 
-    def _row_keys(self) -> RowKeys:
-        from shardemb.export import RowKeys
-
-        return RowKeys(keys.arrow_type(self._vocabulary.key_type), self._vocabulary.arrow_keys)
-
     # ---- the way down
+
+    def _facts(self, *, measured: bool = False) -> report.Facts:
+        facts, rows = self._rows._facts(measured=measured), self.num_embeddings
+        return replace(facts, num_embeddings=rows, nbytes=rows * self._rows._spec.record_bytes)
 
     def _plan_read(self, column: str, keys: KeysLike) -> tuple[batch.Read, Float32Array]:
         return self._rows._plan_read(column, self._known(keys))
@@ -458,7 +456,7 @@ class KeyedTable:
     def _refuse(self, given: KeysLike, ids: Int64Array) -> None:
         unknown = np.flatnonzero(ids.reshape(-1) < 0)
         checked = keys.checked(given, self._vocabulary.key_type, self._vocabulary.name)
-        first = keys.restored(checked.take(unknown[:1]), self._vocabulary.key_type)[0]
+        first = keys.restored(checked.take(unknown[:1]), self._vocabulary.key_type).tolist()[0]
         more = f" ({unknown.size - 1} more have none either)" if unknown.size > 1 else ""
         at = tuple(int(i) for i in np.unravel_index(int(unknown[0]), ids.shape))
         msg = (
@@ -499,22 +497,18 @@ class _Source(Source):
     """The table as `export` sees it: as many rows as were given out."""
 
     def __init__(self, table: KeyedTable) -> None:
+        from shardemb.export import RowKeys
+
         super().__init__(table.rows)
         self.num_embeddings = table.num_embeddings
+        vocabulary = table.vocabulary
+        self.keys = RowKeys(keys.arrow_type(vocabulary.key_type), vocabulary.arrow_keys)
 
 
-def first_size(
-    rows: int,
-    embedding_dim: int,
-    optimizer: Optimizer | None,
-    *,
-    counters: bool,
-    rows_per_shard: int | None,
-) -> tuple[int, int]:
+def first_size(vocabulary: Vocabulary, embedding_dim: int, rows_per_shard: int | None) -> tuple[int, int]:
     """Choose how many rows a table begins with that grows with its vocabulary, and how many are in a shard."""
-    columns = record_columns(
-        arrays.count(embedding_dim, "embedding_dim", maximum=2**16), optimizer, counters=counters
-    )
     if rows_per_shard is None:
-        rows_per_shard = max(1, SHARD_BYTES[1] // (4 * max(stop for _, stop in columns.values())))
-    return max(1, -(-rows // rows_per_shard)) * rows_per_shard, rows_per_shard
+        dim = arrays.count(embedding_dim, "embedding_dim", maximum=MAX_DIM)
+        rows_per_shard = max(1, SHARD_BYTES[0] // (4 * dim))
+    rows_per_shard = arrays.count(rows_per_shard, "rows_per_shard", maximum=MAX_ROWS)
+    return max(1, -(-vocabulary.num_rows // rows_per_shard)) * rows_per_shard, rows_per_shard

@@ -129,12 +129,15 @@ class KeyIndex:
         self._slots = np.zeros((_FIRST_SLOTS, 2), np.uint64)
         self._open = 0
 
-    def load(self, now: Coverage) -> None:
+    def take_up(self, now: Coverage) -> None:
         """Take up the file, if it is one of this vocabulary and knows no more than the commit `now`."""
         with contextlib.suppress(FormatError, OSError):
             level, coverage = _read(self._path, self._identity)
             if coverage.commit <= now.commit and coverage.rows <= now.rows and coverage.head <= now.head:
                 self._level, self.coverage = level, coverage
+        if self._writable and not self.has_file and files.size(self._path) is not None:
+            files.remove(self._path)  # or a later commit might believe it
+            files.sync_directory(self._path.parent)
 
     # ---- reading
 
@@ -143,9 +146,14 @@ class KeyIndex:
         return int(self._level.entries.shape[0]) + self._open
 
     @property
+    def has_file(self) -> bool:
+        """Whether there is a file that it has taken up, or written."""
+        return self._level is not NOTHING
+
+    @property
     def nbytes(self) -> tuple[int, int]:
         """Bytes in memory and on disk."""
-        return self._slots.nbytes, files.allocated(self._path) if self._level is not NOTHING else 0
+        return self._slots.nbytes, files.allocated(self._path) if self.has_file else 0
 
     def probe(
         self, hashes: NDArray[np.uint64], skip: int, end: int, out: Int64Array, start: int, stop: int
@@ -197,11 +205,6 @@ class KeyIndex:
     def is_stale(self, live: int) -> bool:
         """Whether so many pairs are of no use that the index should be made anew."""
         return len(self) > 2 * live + _STALE
-
-    def clear(self) -> None:
-        """Forget all pairs; the file stays until the next one replaces it."""
-        self._level, self.coverage = NOTHING, Coverage()
-        self._slots, self._open = np.zeros((_FIRST_SLOTS, 2), np.uint64), 0
 
     def merge(self, coverage: Coverage) -> None:
         """Write the next file: that of now, and the slots.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 import numpy as np
 
 from shardemb import arrays, files, fold, folders, layout, replay, scheduler, shards
+from shardemb.beside import Beside
 from shardemb.errors import FormatError, StoreExistsError, StoreLockedError, StoreNotFoundError
 from shardemb.manifest import Manifest
 from shardemb.runtime import Runtime
@@ -178,8 +179,10 @@ def _lay_over(runtime: Runtime, base: Manifest, lock: int | None) -> Store:
         lock,
         may_miss=base.clean,
         newer=newer,
-        newest=lambda: _beside_writer(runtime.path, partial(replay.read, folders.log(runtime.path))),
-        reopen=lambda: _read(replace(runtime, fresh=None)),
+        beside=Beside(
+            newest=lambda: _beside_writer(runtime.path, partial(replay.read, folders.log(runtime.path))),
+            reopen=lambda: _read(replace(runtime, fresh=None)),
+        ),
     )
 
 

@@ -2,7 +2,7 @@
 
 `group` brings equal ids together in ascending order, which is also by shard and by page. `cut` splits the work of
 one or several tables into as many balanced tasks as there shall be, never one task per shard or row; `align` moves
-the cuts of a grouped batch so that two tasks never share a word of a bitmap.
+the cuts of a grouped batch so that two tasks never share a row.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from shardemb import kernels
-from shardemb.spec import PAGE, ROWS_PER_WORD, round_up
+from shardemb import grouping
+from shardemb.spec import PAGE, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -53,7 +53,7 @@ class Grouped:
 
     def inverse(self) -> Int64Array:
         """Index into `rows` for each position of the batch, int64, shape (n,)."""
-        inverse: Int64Array = kernels.invert(self.order, self.starts)
+        inverse: Int64Array = grouping.invert(self.order, self.starts)
         return inverse
 
 
@@ -68,10 +68,10 @@ class Piece(NamedTuple):
 def group(ids: Int64Array, num_embeddings: int) -> Grouped:
     """Bring equal ids together; O(n) for any table."""
     keys, order = ids.copy(), np.arange(ids.size)
-    kernels.sort_rows(
+    grouping.sort_rows(
         keys, order, np.empty_like(keys), np.empty_like(order), (num_embeddings - 1).bit_length()
     )
-    starts = kernels.group_starts(keys)
+    starts = grouping.group_starts(keys)
     return Grouped(keys[starts[:-1]], starts, order)
 
 
@@ -167,13 +167,13 @@ def cut(lengths: Sequence[int], tasks: int) -> list[list[Piece]]:
 
 
 def align(grouped: Grouped, piece: Piece) -> tuple[int, int]:
-    """Turn a piece of a grouped batch's positions into a range of its distinct rows that begins a bitmap word."""
-    return _boundary(grouped, piece.start), _boundary(grouped, piece.stop)
+    """Turn a piece of a grouped batch's positions into a range of its distinct rows: those that begin within it.
 
-
-def _boundary(grouped: Grouped, position: int) -> int:
-    k = int(np.searchsorted(grouped.starts, position))
-    if k == 0 or k >= grouped.rows.size:
-        return min(k, grouped.rows.size)
-    # Rows of the word that the row before the cut lies in stay on its side.
-    return int(np.searchsorted(grouped.rows, round_up(int(grouped.rows[k - 1]) + 1, ROWS_PER_WORD)))
+    Examples
+    --------
+    >>> grouped = group(np.array([7, 7, 7, 8]), 10)
+    >>> align(grouped, Piece(0, 0, 2)), align(grouped, Piece(0, 2, 4))
+    ((0, 1), (1, 2))
+    """
+    start, stop = np.searchsorted(grouped.starts, piece[1:]).tolist()
+    return start, stop

@@ -80,7 +80,8 @@ def resize(old: Place, new: Place) -> None:
         copy_data(checks.path_of(old.directory), checks.path_of(new.directory), sums)
         if whole < spec.num_shards and rows < old.spec.num_embeddings:
             cut = (rows - whole * spec.rows_per_shard) * spec.record_bytes
-            _copy_checked(old, _shard(old, whole), new, _shard(new, whole), cut)
+            _copy_checked(old, _shard(old, whole), _shard(new, whole), cut)
+            checks.note_whole_file(_shard(new, whole), new.directory)
         _copy_presence(old, new, rows)
     except BaseException:
         files.remove_tree(new.directory)
@@ -92,21 +93,26 @@ def _copy_presence(old: Place, new: Place, rows: int) -> None:
         source = checks.presence_chunk(old.spec, old.directory, number)
         target = checks.presence_chunk(new.spec, new.directory, number)
         bits = min(8 * min(source.nbytes, target.nbytes), rows - target.rows[0])
-        if bits % 8:  # the last byte by itself, without the bits of rows that go
-            with files.opened(source.path, os.O_RDONLY) as descriptor:
-                last = files.read_at(descriptor, 1, bits // 8, source.path)[0] & ((1 << bits % 8) - 1)
-            with files.opened(target.path, os.O_WRONLY) as descriptor:
-                files.write(descriptor, bytes([last]), bits // 8, target.path)
-        _copy_checked(old, source, new, target, bits // 8)
+        _copy_checked(old, source, target, -(-bits // 8))
+        if bits % 8:
+            _clear_behind(target.path, bits)
+        checks.note_whole_file(target, new.directory)
 
 
-def _copy_checked(old: Place, source: File, new: Place, target: File, nbytes: int) -> None:
-    """Copy the beginning of a file that its checksums say is sound, and note those of the copy."""
+def _copy_checked(old: Place, source: File, target: File, nbytes: int) -> None:
+    """Copy the beginning of a file that its checksums say is sound; those of the copy are not noted yet."""
     with files.opened(source.path, os.O_RDONLY) as descriptor:
         for start, stop in _windows(descriptor, -(-nbytes // PAGE) * PAGE):
             _read_sound(old, source, descriptor, start, stop)
     copy_data(source.path, target.path, nbytes)
-    checks.note_whole_file(target, new.directory)
+
+
+def _clear_behind(path: Path, bits: int) -> None:
+    """Clear the bits of rows that go, in the byte that they share with the last ones that stay."""
+    with files.opened(path, os.O_RDWR) as descriptor:
+        last = files.read_at(descriptor, 1, bits // 8, path)[0]
+        if last >> bits % 8:  # a hole stays one
+            files.write(descriptor, bytes([last & ((1 << bits % 8) - 1)]), bits // 8, path)
 
 
 # ---- other shards, another optimizer --------------------------------------------------------------------------
@@ -117,11 +123,13 @@ def reshaped(
 ) -> shards.Shards:
     """Copy a table as `reshape` does, into a folder of a store that waits for the next commit."""
     shards.check_mappings(spec)
-    place = Place(spec, folders.rebuilt(store) / spec.uuid)
+    place, parked = Place(spec, folders.rebuilt(store) / spec.uuid), folders.parked(store, spec.uuid)
     folders.keep_rebuilt(store, spec.uuid)
+    if parked.exists():  # all of it was done before, and not committed
+        files.make_directory(place.directory.parent)
+        files.rename(parked, place.directory)
     with track(spec.num_embeddings, "resharding", progress=progress) as advance:
         reshape(Place(old.spec, old.directory), place, keep_state=keep_state, advance=advance)
-    parked = folders.parked(store, spec.uuid)
     files.make_directory(parked.parent)
     files.rename(place.directory, parked)
     return shards.Shards(spec, parked)
@@ -217,16 +225,12 @@ def _fill(old: Place, new: Place, file: File, staged: Path, *, keep_state: bool)
 
 def _note_written(new: Place, start: int, written: NDArray[np.bool_]) -> None:
     """Set the bits of rows from `start` on, a multiple of 8, in the presence bitmap, durably."""
-    bits, chunk_bytes = np.packbits(written, bitorder="little"), new.spec.presence_chunk_bytes
-    first = start // 8
-    for number in range(first // chunk_bytes, (first + bits.size - 1) // chunk_bytes + 1):
-        path = checks.presence_chunk(new.spec, new.directory, number).path
-        begin, end = max(first, number * chunk_bytes), min(first + bits.size, (number + 1) * chunk_bytes)
-        with files.opened(path, os.O_WRONLY) as descriptor:
-            files.write(
-                descriptor, bits[begin - first : end - first].data, begin - number * chunk_bytes, path
-            )
-            files.sync_data(descriptor, path)
+    bits, done = np.packbits(written, bitorder="little").data, 0
+    for file, begin, end in checks.presence_of(new.spec, new.directory, (start, start + written.size)):
+        with files.opened(file.path, os.O_WRONLY) as descriptor:
+            files.write(descriptor, bits[done : done + end - begin], begin, file.path)
+            files.sync_data(descriptor, file.path)
+        done += end - begin
 
 
 def _read(old: Place, start: int, stop: int) -> tuple[Float32Array, NDArray[np.bool_]]:
@@ -249,18 +253,14 @@ def _read(old: Place, start: int, stop: int) -> tuple[Float32Array, NDArray[np.b
 
 def _written(old: Place, start: int, stop: int) -> NDArray[np.bool_]:
     """Read the presence bits of rows ``start:stop``."""
-    first, last, chunk_bytes = start // 8, -(-stop // 8), old.spec.presence_chunk_bytes
     parts = []
-    for number in range(first // chunk_bytes, (last - 1) // chunk_bytes + 1):
-        file = checks.presence_chunk(old.spec, old.directory, number)
-        begin, end = max(first, number * chunk_bytes), min(last, (number + 1) * chunk_bytes)
-        low = (begin - number * chunk_bytes) // PAGE * PAGE
-        high = -(-(end - number * chunk_bytes) // PAGE) * PAGE
+    for file, begin, end in checks.presence_of(old.spec, old.directory, (start, stop)):
+        low, high = begin // PAGE * PAGE, -(-end // PAGE) * PAGE
         with files.opened(file.path, os.O_RDONLY) as descriptor:
             data = _read_sound(old, file, descriptor, low, high)
-        parts.append(data[begin - number * chunk_bytes - low : end - number * chunk_bytes - low])
+        parts.append(data[begin - low : end - low])
     bits = np.unpackbits(np.frombuffer(b"".join(parts), np.uint8), bitorder="little")
-    written: NDArray[np.bool_] = bits[start - 8 * first : stop - 8 * first] == 1
+    written: NDArray[np.bool_] = bits[start % 8 :][: stop - start] == 1
     return written
 
 

@@ -51,6 +51,31 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class VocabularyFacts:
+    """What is told about a vocabulary.
+
+    Attributes
+    ----------
+    name, key_type : str
+    keys : int
+        Keys that have a row.
+    rows : int
+        Rows given out so far.
+    tables : tuple of str
+        Those whose rows it gives out.
+    bytes_on_disk : int
+        Disk space that keys and index take.
+    """
+
+    name: str
+    key_type: str
+    keys: int
+    rows: int
+    tables: tuple[str, ...]
+    bytes_on_disk: int
+
+
+@dataclass(frozen=True)
 class StoreInfo:
     """What a store holds, see `Store.info`.
 
@@ -64,6 +89,7 @@ class StoreInfo:
     bytes_on_disk : int
         Disk space that the store takes.
     tables : tuple of Facts
+    vocabularies : tuple of VocabularyFacts
     """
 
     path: str
@@ -71,6 +97,7 @@ class StoreInfo:
     commit: Commit | None
     bytes_on_disk: int
     tables: tuple[Facts, ...]
+    vocabularies: tuple[VocabularyFacts, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,6 +177,20 @@ class Explanation:
         return "\n".join(lines)
 
 
+def not_folded(path: Path, problem: Exception) -> str:
+    """Say that a store closes with commits that are in its log alone."""
+    return (
+        f"what is committed in {path} is in the log and safe, but is not in the shards yet ({problem}); "
+        f"the next opening sees to it"
+    )
+
+
+def lost(path: Path, commit: Commit | None) -> str:
+    """Say that a store closes with changes that no commit has."""
+    since = f"since commit {commit.id} (step {commit.step})" if commit else "(there was no commit)"
+    return f"the changes of {path} {since} are lost: close() never commits; call commit()"
+
+
 def one_line(facts: Facts) -> str:
     """Describe a table in a line.
 
@@ -191,6 +232,14 @@ def describe(info: StoreInfo) -> str:
             f"  initializer  {facts.initializer}",
             f"  shards       {facts.num_shards:,} of {facts.rows_per_shard:,} rows",
             f"  size         {size(facts.nbytes)}, {size(facts.bytes_on_disk or 0)} on disk",
+        ]
+    for each in info.vocabularies:
+        lines += [
+            "",
+            f"Vocabulary   {each.name}",
+            f"  keys         {each.keys:,} {each.key_type}, {plural(each.rows, 'row')} given out",
+            f"  tables       {', '.join(each.tables) or 'none'}",
+            f"  size         {size(each.bytes_on_disk)} on disk",
         ]
     return "\n".join(lines)
 

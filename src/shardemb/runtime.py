@@ -102,6 +102,13 @@ class Runtime:
             self.check_writable()
             yield
 
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """As `changing`, where memory is what its callers believe."""
+        with self.changing():
+            self.check_sound()
+            yield
+
     @property
     def owned(self) -> bool:
         """Whether this is the process that opened the store, and no fork of it."""

@@ -34,7 +34,7 @@ PAGE = 4096
 """Bytes of a page: the unit in which the kernel reads, copies and drops, and to which shards are aligned."""
 
 ROWS_PER_WORD = 64
-"""Shards and tasks begin at multiples of this, so two tasks never share a word of a bitmap."""
+"""Shards begin at multiples of this, so two of them never share a word of the presence bitmap."""
 
 SHARD_BYTES = 64 * 2**20, 512 * 2**20
 MAX_SHARDS = 2048

@@ -38,7 +38,7 @@ from shardemb.errors import (
 from shardemb.journal import Journal
 from shardemb.manifest import Commit, Manifest, TableRecord, check_metadata, new_record
 from shardemb.runtime import Runtime, signals_deferred
-from shardemb.spec import check_name, check_shape, is_internal, new_spec, reshaped_spec
+from shardemb.spec import check_name, check_shape, is_internal, new_spec
 from shardemb.table import Table
 from shardemb.tables import Tables
 from shardemb.vocabularies import Vocabularies
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from shardemb.admission import Admission
+    from shardemb.beside import Beside
     from shardemb.keyed import KeyedTable
     from shardemb.keys import KeyType
     from shardemb.optim import Optimizer
@@ -85,14 +86,12 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         *,
         may_miss: bool,
         newer: Replay | None = None,
-        newest: Callable[[], Replay] | None = None,
-        reopen: Callable[[], Store] | None = None,
+        beside: Beside | None = None,
     ) -> None:
         self._runtime = runtime
         self._manifest = manifest
         self._lock = lock
-        self._newest = newest
-        self._reopen = reopen
+        self._beside = beside
         self._opened = False
         self._written_before = files.counters.bytes_written, files.counters.syncs
         self._tables = Tables()
@@ -105,7 +104,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
                 table._mapped.place(newer.images(table._spec), runtime.room)
             self._tables.now[record.name] = table
         self._tables.settle()
-        self._vocabularies.open(manifest)
+        self._vocabularies.take_up(manifest)
         if runtime.writable:
             self._journal = runtime.room = Journal(runtime, manifest, self._tables.mapped)
             try:
@@ -125,16 +124,16 @@ class Store(Mapping[str, "Table | KeyedTable"]):
     # ---- tables
 
     def __getitem__(self, name: str) -> Table | KeyedTable:
-        return self._vocabularies.keyed(self._table(name))
+        self._runtime.check_open()
+        if name in self._tables.now and not is_internal(name):
+            return self._vocabularies.keyed(self._tables.now[name])
+        names = ", ".join(map(repr, self._shown())) or "none"
+        msg = f"the store {self._runtime.path} has no table {name!r}; its tables: {names}"
+        raise TableNotFoundError(msg)
 
     def _table(self, name: str) -> Table:
-        self._runtime.check_open()
-        try:
-            return self._shown()[name]
-        except KeyError:
-            names = ", ".join(map(repr, self._shown())) or "none"
-            msg = f"the store {self._runtime.path} has no table {name!r}; its tables: {names}"
-            raise TableNotFoundError(msg) from None
+        """Return a table by row id."""
+        return self._tables.now[self[name].name]
 
     def __iter__(self) -> Iterator[str]:
         self._runtime.check_open()
@@ -144,9 +143,10 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         self._runtime.check_open()
         return len(self._shown())
 
-    def _shown(self) -> dict[str, Table]:
+    def _shown(self) -> dict[str, Table | KeyedTable]:
         """Return the tables of now, without those of vocabularies."""
-        return {name: table for name, table in tuple(self._tables.now.items()) if not is_internal(name)}
+        now = tuple(self._tables.now.items())
+        return {name: self._vocabularies.keyed(table) for name, table in now if not is_internal(name)}
 
     def create_table(
         self,
@@ -209,17 +209,14 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> table.shape
         (1000000, 16)
         """
-        with self._runtime.changing():
-            self._runtime.check_sound()
+        with self._runtime.writing():
             self._tables.require_free(check_name(name), self.path)
             bound = None if vocabulary is None else self._vocabularies.find(vocabulary)
             if (bound is None) == (num_embeddings is None):
                 msg = f"table {name!r}: give either num_embeddings or the vocabulary that gives out its rows"
                 raise ValueError(msg)
             if bound is not None:
-                num_embeddings, rows_per_shard = keyed.first_size(
-                    bound.num_rows, embedding_dim, optimizer, counters=counters, rows_per_shard=rows_per_shard
-                )
+                num_embeddings, rows_per_shard = keyed.first_size(bound, embedding_dim, rows_per_shard)
             shape = check_shape(num_embeddings, embedding_dim)
             kind, rows = initializers.resolve(initializer, shape)
             spec = new_spec(
@@ -231,11 +228,11 @@ class Store(Mapping[str, "Table | KeyedTable"]):
                 rows_per_shard=rows_per_shard,
                 max_shards=files.MAX_MAPPINGS - files.counters.mappings,
             )
-            mapped = shards.create(spec, folders.parked(self._runtime.path, spec.uuid), rows, progress)
-            self._tables.require_free(name, self.path)  # a function that computed rows may have done anything
             identity = None if bound is None else bound.record().uuid
-            self._tables.now[name] = Table(self._runtime, name, mapped, Training(optimizer, 0), identity)
-            return self[name]
+            made = self._tables.create(
+                self._runtime, name, spec, rows=rows, progress=progress, vocabulary=identity
+            )
+            return self._vocabularies.keyed(made)
 
     def drop_table(self, name: str) -> None:
         """Drop a table, with the next commit; until then `rollback` brings it back.
@@ -254,10 +251,8 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         --------
         >>> store.drop_table("tokens")
         """
-        with self._runtime.changing():
-            self._runtime.check_sound()
-            self._table(name)
-            self._tables.drop(name)
+        with self._runtime.writing():
+            self._tables.drop(self[name].name)
 
     def rename_table(self, name: str, new_name: str) -> None:
         """Rename a table, with the next commit. Its initial values stay what they were.
@@ -276,13 +271,10 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         --------
         >>> store.rename_table("tokens", "words")
         """
-        with self._runtime.changing():
-            self._runtime.check_sound()
+        with self._runtime.writing():
             table = self._table(name)
             self._tables.require_free(check_name(new_name), self.path)
-            now = self._tables.now.items()
-            self._tables.now = {new_name if key == name else key: value for key, value in now}
-            table._name = new_name
+            self._tables.give_name(table, new_name)
 
     def reshard(
         self,
@@ -331,26 +323,19 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> store["tokens"].optimizer is None
         True
         """
-        with self._runtime.changing():
-            self._runtime.check_sound()
+        with self._runtime.writing():
             table, journal = self._table(name), self._writing()
             journal.drain()
             if self._differs() or self._manifest.commit is None:
                 msg = f"the store {self.path} has changes that are not committed; call commit() or rollback() first"
                 raise ShardEmbError(msg)
-            old, commit, keep = table._mapped, self._manifest.commit, optimizer == "keep"
-            spec = reshaped_spec(
-                old.spec,
-                optimizer=old.spec.optimizer if keep else optimizer,
-                rows_per_shard=rows_per_shard,
-                max_shards=files.MAX_MAPPINGS - files.counters.mappings,
-                instant=str(commit.id),
-            )
-            training = table._training if keep else Training(spec.optimizer, 0)
-            table._become(
-                rebuild.reshaped(self.path, old, spec, keep_state=keep, progress=progress), training
-            )
-            return self.commit(commit.step, commit.metadata)
+            commit = self._manifest.commit
+
+            def is_committed() -> bool:
+                return self._manifest.commit is not commit
+
+            with table._reshaped(str(commit.id), optimizer, rows_per_shard, progress, is_committed):
+                return self.commit(commit.step, commit.metadata)
 
     def copy(self, path: str | os.PathLike[str], *, progress: Progress = None) -> None:
         """Copy the last commit into a new store, holes as holes.
@@ -383,8 +368,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         """
         target = Path(path).absolute()
         rebuild.require_nothing(target)
-        with self._runtime.changing():
-            self._runtime.check_sound()
+        with self._runtime.writing():
             self._writing().hold_folds()
             manifest, tables = self._manifest, self._tables.places()
         try:
@@ -435,8 +419,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> words.add(["to", "be"])
         array([0, 1])
         """
-        with self._runtime.changing():
-            self._runtime.check_sound()
+        with self._runtime.writing():
             record = new_record(check_name(name), key_type, admission, reserved)
             return self._vocabularies.create(record, files.MAX_MAPPINGS - files.counters.mappings)
 
@@ -459,10 +442,10 @@ class Store(Mapping[str, "Table | KeyedTable"]):
 
         Examples
         --------
+        >>> words = store.create_vocabulary("words", key_type="string")
         >>> store.drop_vocabulary("words")
         """
-        with self._runtime.changing():
-            self._runtime.check_sound()
+        with self._runtime.writing():
             self._vocabularies.drop(name)
 
     # ---- many tables at once
@@ -572,8 +555,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         Commit(id=1, step=100, metadata={'loss': 0.3})
         """
         metadata = check_metadata(metadata)
-        with self._runtime.changing():
-            self._runtime.check_sound()
+        with self._runtime.writing():
             journal = self._writing()
             tables = [table._mapped for table in self._tables.now.values()]
             journal.wait_for_room(tables)
@@ -635,8 +617,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         --------
         >>> store.checkpoint()
         """
-        with self._runtime.changing():
-            self._runtime.check_sound()
+        with self._runtime.writing():
             problem = self._writing().settle()
         if problem is not None:
             raise problem
@@ -657,11 +638,11 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         ...     reader.refresh()
         """
         self._runtime.check_open()
-        if self._reopen is None:
+        if self._beside is None:
             msg = f'the store {self._runtime.path} is open for writing; only one opened with mode "r" is refreshed'
             raise ReadOnlyError(msg)
         with signals_deferred(), self._runtime.lock:
-            fresh = self._reopen()
+            fresh = self._beside.reopen()
             self._tables.adopt(fresh._tables)
             self._vocabularies.adopt(fresh._vocabularies)
             for table in self._tables.now.values():
@@ -707,23 +688,21 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         []
         """
         self._runtime.check_open()
-        committed = self._tables.committed
-        unknown = set(tables or ()) - {kept.table.name for kept in committed.values()}
-        if unknown:
-            msg = f"the last commit of the store {self._runtime.path} has no table {min(unknown)!r}"
-            raise TableNotFoundError(msg)
         targets = {
             uuid: verify.Target(kept.table.name, kept.shards.spec, kept.shards.directory)
-            for uuid, kept in committed.items()
-            if tables is None or kept.table.name in tables
+            for uuid, kept in self._tables.chosen(tables, self.path).items()
         }
-        return verify.damage(targets, self._runtime.threads, progress, self._steady)
+        return [
+            *verify.damage(targets, self._runtime.threads, progress, self._steady),
+            *self._vocabularies.damage(tables),
+        ]
 
     @contextlib.contextmanager
     def _steady(self, suspected: bool) -> Iterator[tuple[dict[str, Path], Callable[[], Replay]]]:
         """Tell where the tables lie now, and what the log says anew; nothing moves here before this is left."""
-        if self._newest is not None and self._reopen is not None:
-            yield self._newest_places(self._reopen), self._newest
+        if self._beside is not None:
+            with self._beside.steady(self._places()) as seen:
+                yield seen
             return
         with self._runtime.changing():
             if suspected and (problem := self._writing().settle()) is not None:
@@ -732,13 +711,6 @@ class Store(Mapping[str, "Table | KeyedTable"]):
 
     def _places(self) -> dict[str, Path]:
         return {uuid: place.directory for uuid, place in self._tables.places().items()}
-
-    def _newest_places(self, reopen: Callable[[], Store]) -> dict[str, Path]:
-        try:
-            with contextlib.closing(reopen()) as newest:
-                return newest._places()
-        except ShardEmbError:  # damaged, then, and not moved
-            return self._places()
 
     def info(self) -> report.StoreInfo:
         """Tell what the store holds and the disk space that it takes; looks at every file.
@@ -760,16 +732,13 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         """
         self._runtime.check_open()
         with self._runtime.lock:
-            tables = tuple(
-                replace(table._facts(), bytes_on_disk=files.allocated(table._mapped.directory))
-                for table in self._shown().values()
-            )
             return report.StoreInfo(
                 path=str(self.path),
                 uuid=self._manifest.uuid,
                 commit=self.last_commit,
                 bytes_on_disk=files.allocated(self.path),
-                tables=tables,
+                tables=tuple(table._facts(measured=True) for table in self.values()),
+                vocabularies=self._vocabularies.facts(),
             )
 
     def stats(self) -> dict[str, int]:
@@ -786,10 +755,8 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         ['bytes_written', 'syncs']
         """
         written, syncs = self._written_before
-        return {
-            "bytes_written": files.counters.bytes_written - written,
-            "syncs": files.counters.syncs - syncs,
-        }
+        now = files.counters
+        return {"bytes_written": now.bytes_written - written, "syncs": now.syncs - syncs}
 
     # ---- closing
 
@@ -895,26 +862,12 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         if self._runtime.poisoned:
             return  # what is on disk may be ahead of memory: the next opening sees to it
         lost = self._differs()
-        for name, table in tuple(self._tables.now.items()):
-            if table._spec.uuid not in self._tables.committed:
-                self._tables.abandon(table)
-                del self._tables.now[name]
+        self._tables.abandon_new()
         problem = self._writing().close()
         if problem is not None:
-            warnings.warn(
-                f"what is committed in {self._runtime.path} is in the log and safe, but is not in the shards yet "
-                f"({problem}); the next opening sees to it",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            warnings.warn(report.not_folded(self.path, problem), RuntimeWarning, stacklevel=3)
         if lost:
-            commit = self._manifest.commit
-            since = f"since commit {commit.id} (step {commit.step})" if commit else "(there was no commit)"
-            warnings.warn(
-                f"the changes of {self._runtime.path} {since} are lost: close() never commits; call commit()",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            warnings.warn(report.lost(self.path, self._manifest.commit), RuntimeWarning, stacklevel=3)
 
     def _leave_to_parent(self) -> None:
         """In a fork: keep neither the lock nor the log open, and let the parent see to everything."""

@@ -8,8 +8,10 @@ changes any.
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 
@@ -17,11 +19,11 @@ from shardemb import arrays, batch, files, folders, persisted, plan, rebuild, re
 from shardemb.errors import ShardEmbError, TableNotFoundError
 from shardemb.progress import track
 from shardemb.shards import Shards
-from shardemb.spec import MAX_ROWS
+from shardemb.spec import MAX_ROWS, reshaped_spec
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import dask.array
     import pyarrow as pa
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     from shardemb.arrays import Float32Array, Int64Array
     from shardemb.batch import Training
-    from shardemb.export import ExportReport
+    from shardemb.export import ExportReport, RowKeys
     from shardemb.initializers import Initializer
     from shardemb.optim import Optimizer
     from shardemb.progress import Progress
@@ -483,8 +485,7 @@ class Table:
         500000
         """
         count = arrays.count(num_embeddings, "num_embeddings", maximum=MAX_ROWS)
-        with self._runtime.changing():
-            self._runtime.check_sound()
+        with self._runtime.writing():
             self._live()
             self._runtime.room.drain()
             old = self._live()
@@ -511,6 +512,34 @@ class Table:
             files.remove_tree(directory)
             raise
         return new
+
+    @contextlib.contextmanager
+    def _reshaped(
+        self,
+        instant: str,
+        optimizer: Optimizer | Literal["keep"] | None,
+        rows_per_shard: int | None,
+        progress: Progress,
+        is_committed: Callable[[], bool],
+    ) -> Iterator[None]:
+        """Go on with a copy that has other shards or another optimizer, if the body commits it. For `Store`."""
+        old, keep, before = self._mapped, optimizer == "keep", replace(self._training)
+        spec = reshaped_spec(
+            old.spec,
+            optimizer=old.spec.optimizer if keep else optimizer,
+            rows_per_shard=rows_per_shard,
+            max_shards=files.MAX_MAPPINGS - files.counters.mappings,
+            instant=instant,
+        )
+        new = rebuild.reshaped(self._runtime.path, old, spec, keep_state=keep, progress=progress)
+        self._become(new, before if keep else batch.Training(spec.optimizer, 0))
+        try:
+            yield
+        except BaseException:
+            # Unless it is made, or may have been: the next opening tells then.
+            if not is_committed() and not self._runtime.poisoned:
+                self._become(old, before)
+            raise
 
     def materialize(self, *, progress: Progress = None) -> None:
         """Write initial values of all rows that were never written into the shards, for readers that know only zarr.
@@ -550,8 +579,7 @@ class Table:
         step = max(1, MATERIALIZED_BYTES // self._spec.record_bytes)
         with track(count, "materializing", progress=progress) as advance:
             for start in range(0, count, step):
-                with self._runtime.changing():
-                    self._runtime.check_sound()
+                with self._runtime.writing():
                     shards = self._live()
                     stop = min(start + step, count, self.num_embeddings)
                     ids = shards.never_written(start, stop)
@@ -707,8 +735,8 @@ class Table:
         )
         raise TypeError(msg)
 
-    def _facts(self) -> report.Facts:
-        """Return what is told about the table at a glance."""
+    def _facts(self, *, measured: bool = False) -> report.Facts:
+        """Return what is told about the table at a glance, with the disk space that it takes where it is measured."""
         changed = self._shards.changes if self._shards and not self._runtime.closed else None
         return report.Facts(
             name=self.name,
@@ -722,6 +750,7 @@ class Table:
             num_shards=self._spec.num_shards,
             nbytes=self.nbytes,
             changed_rows=changed,
+            bytes_on_disk=files.allocated(self._mapped.directory) if measured else None,
         )
 
     # ---- the way down
@@ -813,6 +842,7 @@ class Source:
         self.num_embeddings = table.num_embeddings
         self.embedding_dim = table.embedding_dim
         self.rows_per_shard = table.rows_per_shard
+        self.keys: RowKeys | None = None
         spec = table._spec
         self.columns = {
             name: last - first for name, (first, last) in spec.columns.items() if name != "weight"

@@ -5,21 +5,25 @@ from __future__ import annotations
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
-from shardemb import files
+from shardemb import files, folders, shards
 from shardemb.batch import Training
-from shardemb.errors import TableExistsError
+from shardemb.errors import TableExistsError, TableNotFoundError
 from shardemb.manifest import TableRecord
 from shardemb.rebuild import Place
+from shardemb.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from shardemb.arrays import Rows
     from shardemb.manifest import Manifest
     from shardemb.overlay import Room
+    from shardemb.progress import Progress
     from shardemb.replay import Replay
+    from shardemb.runtime import Runtime
     from shardemb.shards import Shards
-    from shardemb.table import Table
+    from shardemb.spec import TableSpec
 
 
 class Kept(NamedTuple):
@@ -70,6 +74,22 @@ class Tables:
             msg = f"the store {store} already has a table {name!r}; use store[{name!r}], or drop it first"
             raise TableExistsError(msg)
 
+    def create(
+        self,
+        runtime: Runtime,
+        name: str,
+        spec: TableSpec,
+        *,
+        rows: Rows | None = None,
+        progress: Progress = None,
+        vocabulary: str | None = None,
+    ) -> Table:
+        """Make a table's folder, and add the table to those of now; nothing is left of one that cannot be."""
+        mapped = shards.create(spec, folders.parked(runtime.path, spec.uuid), rows, progress)
+        self.require_free(name, runtime.path)  # a function that computed rows may have done anything
+        self.now[name] = Table(runtime, name, mapped, Training(spec.optimizer, 0), vocabulary)
+        return self.now[name]
+
     def free_stream(self, name: str) -> str:
         """Return what keeps a new table's initial values apart from those of every other one."""
         taken = {each.spec.stream for each in self.mapped().values()}
@@ -92,6 +112,11 @@ class Tables:
             mapped.forget_changes(newer.images(mapped.spec), room)
             table._restore(record.name, mapped, Training(record.optimizer, record.step))
 
+    def give_name(self, table: Table, name: str) -> None:
+        """Give a table a name that none has."""
+        self.now = {name if each is table else key: each for key, each in self.now.items()}
+        table._name = name
+
     def drop(self, name: str) -> None:
         """Take a table out of those of now."""
         table = self.now.pop(name)
@@ -103,6 +128,29 @@ class Tables:
         if table._spec.uuid not in self.committed:
             files.remove_tree(table._mapped.directory)
             table._release()
+
+    def abandon_new(self) -> None:
+        """Remove those that no commit knows."""
+        for name, table in tuple(self.now.items()):
+            if table._spec.uuid not in self.committed:
+                self.abandon(table)
+                del self.now[name]
+
+    def chosen(self, names: Sequence[str] | None, store: Path) -> dict[str, Kept]:
+        """Return those of the last commit, by uuid; or those that have these names.
+
+        Raises
+        ------
+        TableNotFoundError
+            It has none of that name.
+        """
+        unknown = set(names or ()) - {kept.table.name for kept in self.committed.values()}
+        if unknown:
+            msg = f"the last commit of the store {store} has no table {min(unknown)!r}"
+            raise TableNotFoundError(msg)
+        return {
+            uuid: kept for uuid, kept in self.committed.items() if names is None or kept.table.name in names
+        }
 
     def adopt(self, fresh: Tables) -> None:
         """Become the tables of a newer opening; those that were here already stay the same objects."""

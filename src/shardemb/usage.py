@@ -48,14 +48,11 @@ def measure(shards: Shards) -> Usage:
 
 
 def _rows_with_bit(shards: Shards, file: File) -> int:
-    first, last = file.rows[0] // 8, -(-file.rows[1] // 8)
-    chunk_bytes, total = shards.spec.presence_chunk_bytes, 0
-    for number in range(first // chunk_bytes, (last - 1) // chunk_bytes + 1):
-        path, offset = shards.presence_path(number), number * chunk_bytes
-        with files.opened(path, os.O_RDONLY) as descriptor:
-            start, stop = max(first - offset, 0), min(last - offset, chunk_bytes)
+    total = 0
+    for chunk, start, stop in checks.presence_of(shards.spec, shards.directory, file.rows):
+        with files.opened(chunk.path, os.O_RDONLY) as descriptor:
             for begin, end in files.data(descriptor, start, stop):
-                data = files.read_at(descriptor, end - begin, begin, path)
+                data = files.read_at(descriptor, end - begin, begin, chunk.path)
                 total += int.from_bytes(data, "little").bit_count()
     return total
 

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shardemb import folders, shards
-from shardemb.batch import Training
+from shardemb import folders
 from shardemb.errors import ShardEmbError, VocabularyExistsError, VocabularyNotFoundError
 from shardemb.initializers import Constant
 from shardemb.keyed import KeyedTable
+from shardemb.keystore import table_shapes
+from shardemb.report import Damage, VocabularyFacts
 from shardemb.spec import new_spec
-from shardemb.table import Table
-from shardemb.vocabulary import Vocabulary, table_shapes
+from shardemb.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from shardemb.manifest import Manifest, VocabularyRecord
     from shardemb.runtime import Runtime
+    from shardemb.table import Table
     from shardemb.tables import Tables
+
+
+INDEX_IS_WRONG = "is not what was written; close the store and remove it: the next opening makes it anew"
 
 
 class Vocabularies:
@@ -36,13 +40,13 @@ class Vocabularies:
         self._committed: dict[str, Vocabulary] = {}
         self._keyed: dict[Table, KeyedTable] = {}
 
-    def open(self, manifest: Manifest) -> None:
+    def take_up(self, manifest: Manifest) -> None:
         """Take up those of a commit; their tables are here already."""
         number = manifest.commit.id if manifest.commit else 0
         for record in manifest.vocabularies:
             opened = self._join(record)
             opened.settle(number)
-            opened.open(number)
+            opened.take_up(number)
         self._committed = {each.record().uuid: each for each in self.now.values()}
         if self._runtime.writable:
             folders.keep_indexes(self._runtime.path, self._committed)
@@ -64,8 +68,7 @@ class Vocabularies:
                     rows_per_shard=rows_per_shard,
                     max_shards=max_shards,
                 )
-                mapped = shards.create(spec, folders.parked(self._runtime.path, spec.uuid), None)
-                self._tables.now[name] = Table(self._runtime, name, mapped, Training(None, 0))
+                self._tables.create(self._runtime, name, spec)
                 made.append(name)
         except BaseException:
             for name in made:
@@ -107,6 +110,33 @@ class Vocabularies:
             found = next(each for each in self.now.values() if each.record().uuid == table._vocabulary)
             self._keyed[table] = KeyedTable(table, found)
         return self._keyed[table]
+
+    def damage(self, tables: Sequence[str] | None) -> list[Damage]:
+        """Tell whose index is not what was written, of all or those whose tables are named."""
+        return [
+            Damage(
+                name, None, None, str(folders.index(self._runtime.path, each.record().uuid)), INDEX_IS_WRONG
+            )
+            for name, each in ((f"{name}@keys", each) for name, each in self.now.items())
+            if (tables is None or name in tables) and not each.check_index()
+        ]
+
+    def facts(self) -> tuple[VocabularyFacts, ...]:
+        """Return what is told about them."""
+        facts = []
+        for name, each in self.now.items():
+            stats, tables = each.stats(), self._bound(each.record().uuid)
+            facts.append(
+                VocabularyFacts(
+                    name=name,
+                    key_type=each.key_type,
+                    keys=len(each),
+                    rows=each.num_rows,
+                    tables=tuple(table.name for table in tables),
+                    bytes_on_disk=stats["bytes_on_disk"] + stats["index_bytes_on_disk"],
+                )
+            )
+        return tuple(facts)
 
     def records(self) -> tuple[VocabularyRecord, ...]:
         """Return what a commit would say about them."""
