@@ -196,8 +196,6 @@ EXCEPTIONS = {
     ("text", "open"): "text files of the caller's, to read; no part of a store",
     ("corpus", "os.walk"): "the standard library's source, which is the corpus",
     ("corpus", "tokenize.open"): "the same",
-    ("corpus", "write_text"): "an application's own list of words; no part of a store",
-    ("corpus", "read_text"): "the same",
     ("quickstart", "mkdir"): "an application's own folder; no part of a store",
 }
 
