@@ -187,7 +187,7 @@ def test_every_fence_is_closed_and_names_its_language():
 
 def public_objects():
     names = {f"shardemb.{name}" for name in shardemb.__all__}
-    for module in (shardemb.optim, shardemb.initializers):
+    for module in (shardemb.optim, shardemb.initializers, shardemb.text):
         names |= {f"{module.__name__}.{name}" for name in module.__all__}
     return names
 
@@ -242,6 +242,10 @@ def test_examples_in_docstrings(name, tmp_path, monkeypatch):
         # The table is not committed, and some methods close the store.
         lost = "the changes of .*example.zarr .* are lost"
         warnings.filterwarnings("ignore", lost, RuntimeWarning)  # pytest puts the filters back
+    if name.startswith("shardemb.text.Encoder."):
+        store = shardemb.open(tmp_path / "example.zarr")
+        vocabulary = store.create_vocabulary("words", key_type="string", reserved=2)
+        example.globs.update(store=store, encoder=shardemb.text.Encoder(vocabulary))
     try:
         run_doctest(example, clear=False)
     finally:
@@ -250,9 +254,9 @@ def test_examples_in_docstrings(name, tmp_path, monkeypatch):
 
 
 def test_every_public_method_has_an_example():
-    for cls in (shardemb.Store, shardemb.Table):
+    for cls in (shardemb.Store, shardemb.Table, shardemb.text.Encoder):
         for name, member in inspect.getmembers(cls, inspect.isfunction):
-            if not name.startswith("_") and member.__module__ == cls.__module__:
+            if not name.startswith("_") and member.__qualname__ == f"{cls.__name__}.{name}":
                 assert f"{cls.__module__}.{cls.__name__}.{name}" in EXAMPLES, name
 
 

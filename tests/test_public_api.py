@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import shardemb
-from shardemb import initializers, optim
+from shardemb import initializers, optim, text
 
 NAMES = [
     "Commit",
@@ -33,6 +33,7 @@ NAMES = [
     "initializers",
     "open",
     "optim",
+    "text",
 ]
 
 FUNCTIONS = """
@@ -113,12 +114,26 @@ VarianceScaling(scale: float = 1.0, fan: Fan = 'fan_avg', distribution: Distribu
 seed: int = 0)
 """
 
+TEXT = """
+Encoder(vocabulary: Vocabulary, *, split: Callable[[str], Iterable[str]] | Tokenizer = words, lower: bool = True, \
+max_length: int | None = None, padding_row: int = 0, unknown_row: int = 1)
+read_lines(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Iterator[str]
+words(sentence: str) -> list[str]
+"""
+
+ENCODER = """
+batches(self, sentences: Iterable[str], size: int, *, create: bool = False) -> Iterator[NDArray[np.int64]]
+decode(self, ids: ArrayLike) -> list[list[str]]
+encode(self, sentences: Iterable[str], *, create: bool = False) -> NDArray[np.int64]
+"""
+
 
 def signature(name, value):
     if isinstance(value, property):
         return f"{name}: {value.fget.__annotations__['return']}"
-    text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(value)))
-    return name + (text.removesuffix(" -> None") if inspect.isclass(value) else text)
+    shown = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(value)))
+    shown = re.sub(r"<function (\w+) at 0x\w+>", r"\1", shown)
+    return name + (shown.removesuffix(" -> None") if inspect.isclass(value) else shown)
 
 
 def public_members(cls):
@@ -174,8 +189,10 @@ def test_types_come_with_the_package():
         (public_members(shardemb.Table), TABLE),
         ({name: getattr(optim, name) for name in optim.__all__}, OPTIMIZERS),
         ({name: getattr(initializers, name) for name in initializers.__all__}, INITIALIZERS),
+        ({name: getattr(text, name) for name in ("Encoder", "read_lines", "words")}, TEXT),
+        ({name: getattr(text.Encoder, name) for name in ("batches", "decode", "encode")}, ENCODER),
     ],
-    ids=["functions", "Store", "Table", "optim", "initializers"],
+    ids=["functions", "Store", "Table", "optim", "initializers", "text", "Encoder"],
 )
 def test_signatures_are_pinned(members, pinned):
     assert signatures(members) == sorted(pinned.strip().split("\n"))

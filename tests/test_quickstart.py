@@ -8,7 +8,6 @@ import io
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -27,6 +26,21 @@ def text():
     return build(300)
 
 
+def encoded_by_hand(text):
+    """Bring a text to row ids from 2 on, with a dict."""
+    row_of = {word: row for row, word in enumerate(text.words, 2)}
+    rows = [[row_of[word] for word in passage.split() if word in row_of] for passage in text.passages]
+    return corpus.Encoded(
+        np.fromiter((row for each in rows for row in each), np.int64),
+        np.repeat(np.arange(len(rows)), [len(each) for each in rows]),
+    )
+
+
+@pytest.fixture(scope="module")
+def encoded(text):
+    return encoded_by_hand(text)
+
+
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """Options of a run that takes a second, over a text that is read once for all tests."""
@@ -41,10 +55,9 @@ def quiet():
 def contents(options):
     """Every row of both tables, with its optimizer state."""
     with shardemb.open(options.store, mode="r") as store:
+        tables = [store[name].rows for name in ("words", "contexts")]
         rows = np.arange(store["words"].num_embeddings)
-        return [
-            a for t in ("words", "contexts") for a in (store[t].lookup(rows), store[t].state("sum", rows))
-        ]
+        return [a for table in tables for a in (table.lookup(rows), table.state("sum", rows))]
 
 
 def assert_same(left, right):
@@ -55,23 +68,31 @@ def assert_same(left, right):
 # ---- the text
 
 
-def test_the_text_is_large_and_the_same_each_time(text):
+def test_the_text_is_large_and_the_same_each_time(text, encoded):
     assert len(text.words) == len(set(text.words)) == 300
     assert {"the", "list", "string", "file", "class"} <= set(text.words)
-    assert len(text.tokens) == len(text.passage) > 100_000
-    assert text.tokens.min() == 0
-    assert text.tokens.max() == 299
-    assert (np.diff(text.counts) <= 0).all()
-    assert (np.diff(text.passage) >= 0).all()
+    assert len(encoded.rows) > 100_000
+    assert set(encoded.rows) == set(range(2, 302))
+    assert (np.diff(encoded.counts[2:]) <= 0).all()
     again = corpus.build(300)
     assert again.fingerprint == text.fingerprint
-    assert again.words == text.words
+    assert again == text
 
 
 def test_the_fingerprint_tells_texts_apart(text):
-    assert dataclasses.replace(text, tokens=text.tokens[::-1].copy()).fingerprint != text.fingerprint
-    assert dataclasses.replace(text, passage=text.passage + 1).fingerprint != text.fingerprint
+    assert dataclasses.replace(text, passages=text.passages[::-1]).fingerprint != text.fingerprint
+    assert dataclasses.replace(text, passages=(*text.passages, "more")).fingerprint != text.fingerprint
     assert dataclasses.replace(text, words=text.words[::-1]).fingerprint != text.fingerprint
+
+
+def test_the_encoder_finds_the_rows_that_a_dict_does(store, text, encoded):
+    words = store.create_vocabulary("words", key_type="string", reserved=2)
+    words.add(text.words)
+    found = quickstart.encode(text.passages, words)
+    np.testing.assert_array_equal(found.rows, encoded.rows)
+    np.testing.assert_array_equal(found.passage, encoded.passage)
+    words.add([word for passage in text.passages for word in passage.split()])  # none left out: none is split
+    assert len(quickstart.encode(text.passages, words).rows) == sum(len(p.split()) for p in text.passages)
 
 
 @pytest.mark.parametrize(
@@ -125,39 +146,26 @@ def library(tmp_path, monkeypatch):
 
 def test_a_damaged_library_gives_what_can_be_read_of_it(library):
     built = corpus.build(100, library)
-    passages = [
-        " ".join(built.words[row] for row in built.tokens[built.passage == number])
-        for number in range(built.passage[-1] + 1)
-    ]
-    assert passages == [
+    assert built.passages == (
         "module text number one",
         "function text number two",
         "comment text number three and its second line",
         "latin text number four",
         "class text number five",
         "method text number six",
-    ]
+    )
     assert built.words[:2] == ("number", "text")  # as frequent as each other: by the alphabet
 
 
 def test_a_small_vocabulary_keeps_the_frequent_words(library):
     built = corpus.build(2, library)
     assert built.words == ("number", "text")
-    assert list(built.counts) == [6, 6]
+    assert list(encoded_by_hand(built).counts[2:]) == [6, 6]
 
 
 def test_a_library_without_sources_is_an_error(tmp_path, library):
     with pytest.raises(FileNotFoundError, match="no source files"):
         corpus.build(100, tmp_path / "nothing here")
-
-
-def test_words_come_back_from_their_file(tmp_path):
-    path = tmp_path / "words.txt"
-    assert corpus.read_words(path) == ()
-    corpus.write_words(path, ("the", "it's", "built-in"))
-    assert path.read_text() == "the\nit's\nbuilt-in\n"
-    assert corpus.read_words(path) == ("the", "it's", "built-in")
-    assert [p.name for p in tmp_path.iterdir()] == ["words.txt"]
 
 
 # ---- batches
@@ -169,27 +177,27 @@ def same_batch(left, right):
     )
 
 
-def test_a_batch_is_a_function_of_seed_and_step(text):
-    batches = corpus.Batches(text, seed=3)
+def test_a_batch_is_a_function_of_seed_and_step(encoded):
+    batches = corpus.Batches(encoded, seed=3)
     assert batches.per_epoch > 1
     steps = [0, 1, batches.per_epoch - 1, batches.per_epoch, 3 * batches.per_epoch + 1]
     made = {step: batches[step] for step in steps}
     for step in reversed(steps):
-        assert same_batch(corpus.Batches(text, seed=3)[step], made[step])
+        assert same_batch(corpus.Batches(encoded, seed=3)[step], made[step])
         assert same_batch(batches[step], made[step])
     assert not same_batch(made[0], made[1])
     assert not same_batch(made[0], made[batches.per_epoch])
-    assert not same_batch(made[0], corpus.Batches(text, seed=4)[0])
+    assert not same_batch(made[0], corpus.Batches(encoded, seed=4)[0])
 
 
-def test_a_batch_has_tens_of_thousands_of_pairs_in_reach_of_each_other(text):
-    batch = corpus.Batches(text, seed=0)[5]
+def test_a_batch_has_tens_of_thousands_of_pairs_in_reach_of_each_other(encoded):
+    batch = corpus.Batches(encoded, seed=0)[5]
     length = corpus.SPAN_LENGTH
     assert batch.words.shape == (corpus.SPANS, length)
     assert batch.contexts.shape == (corpus.SPANS, length + corpus.NOISE)
     np.testing.assert_array_equal(batch.contexts[:, :length], batch.words)
-    assert batch.contexts.min() >= 0
-    assert batch.contexts.max() < len(text.words)
+    assert batch.contexts.min() >= 2
+    assert batch.contexts.max() < len(encoded.counts)
     near, noise = batch.weights[:, :, :length], batch.weights[:, :, length:]
     _, row, column = np.nonzero(near)
     assert batch.pairs == len(row) == near.sum() > 10_000
@@ -198,20 +206,17 @@ def test_a_batch_has_tens_of_thousands_of_pairs_in_reach_of_each_other(text):
     np.testing.assert_allclose(noise.sum(axis=2), expected, rtol=1e-5)
 
 
-def test_an_epoch_uses_nearly_every_rare_word_and_few_of_the_frequent(text):
-    batches = corpus.Batches(text, seed=0)
-    used = sum(
-        np.bincount(batches[step].words.ravel(), minlength=len(text.words))
-        for step in range(batches.per_epoch)
-    )
-    share = used / text.counts
+def test_an_epoch_uses_nearly_every_rare_word_and_few_of_the_frequent(encoded):
+    batches = corpus.Batches(encoded, seed=0)
+    used = sum(np.bincount(batches[step].words.ravel(), minlength=302) for step in range(batches.per_epoch))
+    share = used[2:] / encoded.counts[2:]
     assert share[0] < 0.3  # "the"
     assert share[-50:].mean() > 0.6
     assert share.max() <= 1.2
 
 
-def test_words_of_two_passages_are_not_neighbours(text):
-    alone = dataclasses.replace(text, passage=np.arange(len(text.tokens)))
+def test_words_of_two_passages_are_not_neighbours(encoded):
+    alone = dataclasses.replace(encoded, passage=np.arange(len(encoded.rows)))
     assert corpus.Batches(alone, seed=0)[0].pairs == 0
 
 
@@ -260,26 +265,24 @@ def test_nearest_goes_by_the_angle():
 # ---- runs
 
 
-def test_a_run_leaves_a_store_a_vocabulary_and_one_parquet_file(small):
+def test_a_run_leaves_a_store_and_one_parquet_file(small):
     console = Console(file=io.StringIO(), width=80)
     result = run(small, console)
     assert (result.steps, result.trained) == (20, 20)
-    assert sorted(path.name for path in small.folder.iterdir()) == [
-        "store.zarr",
-        "words.parquet",
-        "words.txt",
-    ]
+    assert sorted(path.name for path in small.folder.iterdir()) == ["store.zarr", "words.parquet"]
     assert small.parquet.is_file()
-    words = small.words.read_text().split("\n")[:-1]
-    assert len(words) == 300
     with shardemb.open(small.store, mode="r") as store:
         assert sorted(store) == ["contexts", "words"]
         assert store.last_commit.step == 20
         assert store.last_commit.metadata["seed"] == 0
         assert store.last_commit.metadata["loss"] == result.loss
-        vectors = store["words"].lookup(np.arange(300))
+        words = list(store.vocabularies["words"])
+        vectors = store["words"].lookup(words)
+        assert store["contexts"].vocabulary is store.vocabularies["words"]
+    assert words == list(build(300).words)  # the more frequent one first
     exported = pq.read_table(result.parquet)
-    np.testing.assert_array_equal(exported["id"].to_numpy(), np.arange(300))
+    np.testing.assert_array_equal(exported["id"].to_numpy(), np.arange(2, 302))
+    assert exported["key"].to_pylist() == words
     np.testing.assert_array_equal(np.stack(exported["embedding"].to_numpy()), vectors)
     assert result.neighbours["list"] == nearest("list", words, vectors)
     assert 0 < result.bytes_on_disk < 10 * vectors.nbytes + 2**20
@@ -385,17 +388,9 @@ def test_options_that_disagree_with_the_folder_are_refused(small, change):
 
 def test_another_text_is_refused(small, text, monkeypatch):
     run(dataclasses.replace(small, steps=2), quiet())
-    other = dataclasses.replace(text, tokens=text.tokens[:-1], passage=text.passage[:-1])
+    other = dataclasses.replace(text, passages=text.passages[:-1])
     monkeypatch.setattr(corpus, "build", lambda vocabulary: other)
     with pytest.raises(OptionError, match="another Python's text"):
-        run(small, quiet())
-
-
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("other\nwords\n")])
-def test_a_vocabulary_that_is_not_the_stores_is_refused(small, damage):
-    run(dataclasses.replace(small, steps=2), quiet())
-    damage(small.words)
-    with pytest.raises(OptionError, match="not the vocabulary"):
         run(small, quiet())
 
 
@@ -471,3 +466,30 @@ def test_ctrl_c_on_a_real_process_leaves_the_last_commit(tmp_path):
     assert saved >= 20
     with shardemb.open(tmp_path / "store.zarr", mode="r") as store:
         assert store.last_commit.step == saved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("committed", [0, 10])
+def test_a_killed_process_goes_on_as_if_it_had_not_been(small, tmp_path, committed):
+    options = dataclasses.replace(small, folder=tmp_path / "killed")
+    program = (
+        "import pathlib; from shardemb import quickstart; "
+        f"quickstart.run(quickstart.Options(pathlib.Path({str(options.folder)!r}), vocabulary=300, dim=16, "
+        "steps=100_000, commit_every=5))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", program], stdout=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("Text" if committed == 0 else f"step {committed:>7}"):
+                break
+        process.kill()
+    with shardemb.open(options.store, mode="r") as store:
+        saved = store.last_commit.step
+        assert saved >= committed
+        assert store.verify() == []
+    steps = saved + 10
+    assert run(dataclasses.replace(options, steps=steps), quiet()).trained == 10
+    whole = dataclasses.replace(small, folder=tmp_path / "whole", steps=steps)
+    run(whole, quiet())
+    assert_same(contents(options), contents(whole))

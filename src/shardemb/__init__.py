@@ -40,6 +40,7 @@ from shardemb.errors import (
 )
 
 if TYPE_CHECKING:
+    from shardemb import text
     from shardemb.keyed import KeyedTable
     from shardemb.manifest import Commit
     from shardemb.opening import open
@@ -77,6 +78,7 @@ __all__ = [
     "initializers",
     "open",
     "optim",
+    "text",
 ]
 
 _LAZY = {
@@ -90,6 +92,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "text":
+        return import_module("shardemb.text")
     if name not in _LAZY:
         msg = f"module 'shardemb' has no attribute {name!r}"
         raise AttributeError(msg)

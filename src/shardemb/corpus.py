@@ -7,10 +7,10 @@ words.
 1. `passages` reads the texts: one passage is a topic, a docstring or a block of comment lines. Files come in
    the order of their paths, so the text is the same each time; files that cannot be read are left out.
 2. `prose` keeps the lines that are English rather than code, in lower case, and splits them into paragraphs.
-3. `build` leaves out paragraphs seen before (licences, and what stands over every second method), gives the
-   most frequent words the row ids 0, 1, 2, ... and writes the text as row ids.
-4. `Batches` cuts the text into batches. Each is a function of the seed and its number alone, so that a run
-   that was stopped can go on as if it had not been.
+3. `build` leaves out paragraphs seen before (licences, and what stands over every second method), and finds
+   the most frequent words.
+4. `Batches` cuts the text, once it is row ids, into batches. Each is a function of the seed and its number
+   alone, so that a run that was stopped can go on as if it had not been.
 
 Another version of Python has another library and so another text; `Corpus.fingerprint` tells them apart.
 """
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from shardemb.arrays import Float32Array, Int64Array
 
@@ -41,12 +41,10 @@ __all__ = [
     "Batch",
     "Batches",
     "Corpus",
+    "Encoded",
     "build",
-    "fingerprint",
     "passages",
     "prose",
-    "read_words",
-    "write_words",
 ]
 
 SKIPPED_FOLDERS = frozenset(
@@ -74,36 +72,47 @@ _WORDS_IN_PROSE = 0.7
 _SHORTEST_PARAGRAPH = 3
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Corpus:
-    """A text as row ids.
+    """A text.
 
     Attributes
     ----------
     words : tuple of str
-        The vocabulary: row id r stands for ``words[r]``; the more frequent word comes first.
-    tokens : ndarray of int64, shape (n,)
-        The text. Words outside the vocabulary are left out.
-    passage : ndarray of int64, shape (n,)
-        Number of the passage that each token stands in; words of two passages are not each other's context.
+        Its most frequent words, the more frequent one first.
+    passages : tuple of str
+        All words of each passage, with blanks between them. Words of two passages are not each other's context.
     """
 
     words: tuple[str, ...]
-    tokens: Int64Array
+    passages: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of words and passages: 16 hexadecimal digits, the same on every machine."""
+        text = "\n".join([*self.words, "", *self.passages])
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A text as row ids, without the words that have no row.
+
+    Attributes
+    ----------
+    rows : ndarray of int64, shape (n,)
+        The text.
+    passage : ndarray of int64, shape (n,)
+        Number of the passage in which each stands.
+    """
+
+    rows: Int64Array
     passage: Int64Array
 
     @property
     def counts(self) -> Int64Array:
-        """How often each word occurs, shape (len(words),)."""
-        return np.bincount(self.tokens, minlength=len(self.words))
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of words, tokens and passages: 16 hexadecimal digits, the same on every machine."""
-        digest = hashlib.blake2b(fingerprint(self.words).encode(), digest_size=8)
-        for array in (self.tokens, self.passage):
-            digest.update(array.astype("<i8").tobytes())
-        return digest.hexdigest()
+        """How often each row occurs, shape (largest row + 1,)."""
+        return np.bincount(self.rows)
 
 
 def build(vocabulary: int, stdlib: Path | None = None) -> Corpus:
@@ -128,9 +137,9 @@ def build(vocabulary: int, stdlib: Path | None = None) -> Corpus:
 
     Examples
     --------
-    >>> corpus = build(1000)
-    >>> len(corpus.words), "the" in corpus.words, len(corpus.tokens) > 100_000
-    (1000, True, True)
+    >>> text = build(1000)
+    >>> len(text.words), text.words[0], sum(len(passage.split()) for passage in text.passages) > 100_000
+    (1000, 'the', True)
     """
     folder = stdlib or Path(sysconfig.get_paths()["stdlib"])
     texts = list(_without_repeats(folder))
@@ -139,13 +148,7 @@ def build(vocabulary: int, stdlib: Path | None = None) -> Corpus:
         msg = f"{folder} has no source files with English text; use a Python that keeps its library there"
         raise FileNotFoundError(msg)
     words = sorted(frequency, key=lambda word: (-frequency[word], word))[:vocabulary]
-    row_of = {word: row for row, word in enumerate(words)}
-    rows = [[row_of[word] for word in text if word in row_of] for text in texts]
-    return Corpus(
-        words=tuple(words),
-        tokens=np.fromiter((row for text in rows for row in text), dtype=np.int64),
-        passage=np.repeat(np.arange(len(rows)), [len(text) for text in rows]),
-    )
+    return Corpus(tuple(words), tuple(" ".join(text) for text in texts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,19 +177,20 @@ class Batch:
 
 
 class Batches:
-    """The batches of a run: ``batches[step]`` depends on the corpus, the seed and the step, and nothing else.
+    """The batches of a run: ``batches[step]`` depends on the text, the seed and the step, and nothing else.
 
     An epoch goes over the text once: it thins out the frequent words, cuts what is left into spans and
     shuffles them. Every epoch has `per_epoch` batches, so the step alone tells where in which epoch it lies.
 
     Examples
     --------
-    >>> batch = Batches(build(1000), seed=0)[7]
+    >>> rows = np.random.default_rng(0).zipf(1.5, 100_000) % 1000
+    >>> batch = Batches(Encoded(rows, np.arange(100_000) // 50), seed=0)[7]
     >>> batch.words.shape, batch.contexts.shape, batch.weights.shape
     ((256, 32), (256, 64), (256, 32, 64))
     """
 
-    def __init__(self, text: Corpus, seed: int) -> None:
+    def __init__(self, text: Encoded, seed: int) -> None:
         counts = text.counts
         share = SUBSAMPLE * counts.sum() / np.maximum(counts, 1)
         self._text, self._seed = text, seed
@@ -203,7 +207,7 @@ class Batches:
         # An epoch that happened to keep too few words begins again from its start.
         positions = spans[np.arange(number * SPANS, (number + 1) * SPANS) % len(spans)]
         random = np.random.default_rng((self._seed, 1, step))
-        words, passage = self._text.tokens[positions], self._text.passage[positions]
+        words, passage = self._text.rows[positions], self._text.passage[positions]
         reach = random.integers(1, WINDOW + 1, size=words.shape)[:, :, None]
         noise = np.searchsorted(self._noise, random.random((SPANS, NOISE)), side="right")
         place = np.arange(SPAN_LENGTH)
@@ -217,27 +221,10 @@ class Batches:
     def _make_epoch(self, epoch: int) -> Int64Array:
         """Positions in the text, shape (spans, SPAN_LENGTH), shuffled."""
         random = np.random.default_rng((self._seed, 0, epoch))
-        kept = np.flatnonzero(random.random(len(self._text.tokens)) < self._kept[self._text.tokens])
+        kept = np.flatnonzero(random.random(len(self._text.rows)) < self._kept[self._text.rows])
         kept = kept[random.integers(SPAN_LENGTH) :]
         spans = kept[: len(kept) // SPAN_LENGTH * SPAN_LENGTH].reshape(-1, SPAN_LENGTH)
         return spans[random.permutation(len(spans))]
-
-
-def write_words(path: Path, words: Sequence[str]) -> None:
-    """Write a vocabulary, one word a line in the order of the rows. The file appears whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
-    draft.replace(path)
-
-
-def read_words(path: Path) -> tuple[str, ...]:
-    """Read what `write_words` wrote; no words where there is no such file."""
-    return tuple(path.read_text(encoding="utf-8").split()) if path.exists() else ()
-
-
-def fingerprint(words: Sequence[str]) -> str:
-    """Hash a vocabulary: 16 hexadecimal digits, the same on every machine."""
-    return hashlib.blake2b("\n".join(words).encode(), digest_size=8).hexdigest()
 
 
 def passages(stdlib: Path) -> Iterator[str]:

@@ -1,14 +1,14 @@
 """Word vectors from the standard library's own prose: the whole life of a store in one short program.
 
-How does one train embeddings with shardemb? Two tables in one store, one row a word: ``words`` holds the
-vectors that are wanted, ``contexts`` those they are trained against. The method is skip-gram with negative
-sampling (Mikolov and others, "Distributed representations of words and phrases and their compositionality",
-2013). A step:
+How does one train embeddings with shardemb? A vocabulary gives each word a row, and two tables in one store
+have these rows: ``words`` holds the vectors that are wanted, ``contexts`` those they are trained against. The
+method is skip-gram with negative sampling (Mikolov and others, "Distributed representations of words and
+phrases and their compositionality", 2013). Before the first step `encode` brings the text to row ids. A step:
 
 1. `corpus.Batches` makes the batch: a function of (seed, step) and of nothing else.
-2. ``store.lookup`` brings the rows of both tables.
+2. ``lookup`` brings the rows of both tables.
 3. `gradients` does the mathematics: three matrix products in NumPy.
-4. ``store.update`` takes one optimizer step on each row of the batch.
+4. ``update`` takes one optimizer step on each row of the batch.
 5. Every so often ``store.commit`` makes all of it durable, together with the step and the options.
 
 So whatever stops a run, the next one goes on from the last commit and ends with the same bits as a run that
@@ -16,11 +16,8 @@ was never stopped (on one machine: another processor's matrix product may round 
 
 What a run leaves in its folder::
 
-    store.zarr/       the store with both tables
-    words.txt         the vocabulary: line r, counted from 0, is the word of row r
-    words.parquet     the vectors of the table "words": columns id and embedding
-
-``pandas.read_parquet("words.parquet").assign(word=open("words.txt").read().split())`` puts words to vectors.
+    store.zarr/       the store with the vocabulary and both tables
+    words.parquet     the table "words": columns id, key (the word) and embedding
 """
 
 from __future__ import annotations
@@ -39,13 +36,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import shardemb
 from shardemb import corpus
 from shardemb.report import size
+from shardemb.text import Encoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from shardemb.arrays import Float32Array
 
-__all__ = ["OptionError", "Options", "Result", "gradients", "nearest", "run"]
+__all__ = ["OptionError", "Options", "Result", "encode", "gradients", "nearest", "run"]
 
 LEARNING_RATE = 0.3
 """High, for Adagrad, which divides by the size of past gradients: the sum over a word's hundreds of pairs in
@@ -59,6 +57,9 @@ SHOWN = (
     *("class", "function", "module", "file", "thread", "server"),
 )
 """Words whose neighbours are shown at the end."""
+
+PASSAGES = 256
+"""Passages that are encoded at once, each filled up to the longest of them."""
 
 FREQUENT = 2000
 """Neighbours are looked for among so many words: rarer ones were seen too seldom to be placed well."""
@@ -77,7 +78,7 @@ class Options:
     folder : Path
         Where everything is kept; made if missing.
     vocabulary : int
-        Rows of each table, one a word: the most frequent ones.
+        Words that get a row: the most frequent ones.
     dim : int
         Values of a vector.
     steps : int
@@ -111,13 +112,8 @@ class Options:
         return self.folder / "store.zarr"
 
     @property
-    def words(self) -> Path:
-        """The vocabulary, one word a line in the order of the rows."""
-        return self.folder / "words.txt"
-
-    @property
     def parquet(self) -> Path:
-        """The vectors, for everybody else."""
+        """Words and vectors, for everybody else."""
         return self.folder / "words.parquet"
 
 
@@ -138,7 +134,7 @@ class Result:
     bytes_on_disk : int
         Disk space that the store takes. Its files are sparse: ``ls -l`` shows more than there is.
     parquet : Path
-        The vectors, by row id.
+        Words and vectors, in the order of the rows: the more frequent word first.
     """
 
     steps: int
@@ -147,6 +143,37 @@ class Result:
     neighbours: Mapping[str, tuple[str, ...]]
     bytes_on_disk: int
     parquet: Path
+
+
+# ---- the text
+
+
+def encode(passages: Sequence[str], vocabulary: shardemb.Vocabulary) -> corpus.Encoded:
+    """Bring passages to row ids; words that have no row are left out.
+
+    Parameters
+    ----------
+    passages : sequence of str
+    vocabulary : Vocabulary
+        With two reserved rows.
+
+    Examples
+    --------
+    >>> with shardemb.open(tmp / "store.zarr") as store:
+    ...     words = store.create_vocabulary("words", key_type="string", reserved=2)
+    ...     rows = words.add(["the", "list"])
+    ...     text = encode(["the list", "a list of the list"], words)
+    ...     commit = store.commit()
+    >>> text.rows, text.passage
+    (array([2, 3, 3, 2, 3]), array([0, 0, 1, 1, 1]))
+    """
+    rows, passage, before = [], [], 0
+    for ids in Encoder(vocabulary).batches(passages, PASSAGES):
+        is_word = ids >= vocabulary.reserved
+        rows.append(ids[is_word])
+        passage.append(before + np.nonzero(is_word)[0])
+        before += len(ids)
+    return corpus.Encoded(np.concatenate(rows), np.concatenate(passage))
 
 
 # ---- the mathematics
@@ -230,8 +257,8 @@ def run(options: Options, console: Console | None = None) -> Result:
     Raises
     ------
     OptionError
-        The folder was trained with another vocabulary, dim or seed, or on another Python's text; or its
-        ``words.txt`` is missing or another's. Nothing was changed.
+        The folder was trained with another vocabulary, dim or seed, or on another Python's text. Nothing was
+        changed.
     FileNotFoundError
         This Python has no standard library sources to read.
     SystemExit
@@ -242,7 +269,7 @@ def run(options: Options, console: Console | None = None) -> Result:
     >>> options = Options(tmp / "quickstart", vocabulary=500, dim=8, steps=2, commit_every=1)
     >>> result = run(options, Console(quiet=True))
     >>> result.steps, result.parquet.name, sorted(path.name for path in options.folder.iterdir())
-    (2, 'words.parquet', ['store.zarr', 'words.parquet', 'words.txt'])
+    (2, 'words.parquet', ['store.zarr', 'words.parquet'])
     """
     console = console or Console()
     try:
@@ -266,8 +293,7 @@ def _run(options: Options, console: Console) -> Result:
                 raise
         else:
             _say(console, f"{options.folder} is trained already: {last.step:,} steps")
-        words = corpus.read_words(options.words)[:FREQUENT]
-        vectors = store["words"].lookup(np.arange(len(words)))
+        words, vectors = _frequent(store)
         store["words"].export_parquet(options.parquet)
     result = Result(
         steps=last.step,
@@ -283,13 +309,14 @@ def _run(options: Options, console: Console) -> Result:
 
 def _train(store: shardemb.Store, options: Options, console: Console) -> shardemb.Commit:
     text = corpus.build(options.vocabulary)
-    _say(console, f"Text: {len(text.tokens):,} words of prose, {len(text.words):,} different ones")
     last = store.last_commit or _begin(store, options, text)
     if last.metadata["text"] != text.fingerprint:
         raise _refusal(options, f"{options.folder} was trained on another Python's text; use that Python")
+    encoded = encode(text.passages, store.vocabularies["words"])
+    _say(console, f"Text: {len(encoded.rows):,} words of prose, {len(text.words):,} different ones")
     if last.step:
         _say(console, f"Going on from step {last.step:,}")
-    batches = corpus.Batches(text, options.seed)
+    batches = corpus.Batches(encoded, options.seed)
     meter = _Meter(store)
     with _progress(console, last.step, options.steps) as show:
         for step in range(last.step + 1, options.steps + 1):
@@ -304,24 +331,44 @@ def _train(store: shardemb.Store, options: Options, console: Console) -> shardem
 
 
 def _begin(store: shardemb.Store, options: Options, text: corpus.Corpus) -> shardemb.Commit:
-    # The words come first: vectors of unknown words would be worth nothing.
-    corpus.write_words(options.words, text.words)
-    create = partial(store.create_table, num_embeddings=len(text.words), embedding_dim=options.dim)
+    words = store.create_vocabulary("words", key_type="string", reserved=2)
+    words.add(text.words)
+    # Tables that grow begin with rows for a million words; these words are all that there will be.
+    create = partial(
+        store.create_table, vocabulary="words", embedding_dim=options.dim, rows_per_shard=words.num_rows
+    )
     optimizer = shardemb.optim.Adagrad(lr=LEARNING_RATE)
     width = 0.5 / options.dim**0.5
     uniform = shardemb.initializers.Uniform(-width, width, seed=options.seed)
     create("words", initializer=uniform, optimizer=optimizer)
     create("contexts", optimizer=optimizer)
-    facts = {"text": text.fingerprint, "words": corpus.fingerprint(text.words)}
+    facts = {"text": text.fingerprint}
     return store.commit(step=0, metadata=facts | {name: getattr(options, name) for name in _FIXED})
 
 
 def _step(store: shardemb.Store, batch: corpus.Batch) -> float:
     """Train on one batch; return its loss, summed over its pairs."""
-    rows = store.lookup({"words": batch.words, "contexts": batch.contexts})
-    loss, words_gradient, contexts_gradient = gradients(rows["words"], rows["contexts"], batch.weights)
-    store.update({"words": (batch.words, words_gradient), "contexts": (batch.contexts, contexts_gradient)})
+    words, contexts = _rows(store, "words"), _rows(store, "contexts")
+    loss, words_gradient, contexts_gradient = gradients(
+        words.lookup(batch.words), contexts.lookup(batch.contexts), batch.weights
+    )
+    words.update(batch.words, words_gradient)
+    contexts.update(batch.contexts, contexts_gradient)
     return loss
+
+
+def _rows(store: shardemb.Store, name: str) -> shardemb.Table:
+    """Return one of the two tables, by row id."""
+    table = store[name]
+    assert isinstance(table, shardemb.KeyedTable)
+    return table.rows
+
+
+def _frequent(store: shardemb.Store) -> tuple[list[str], Float32Array]:
+    """Return the most frequent words and their vectors."""
+    vocabulary = store.vocabularies["words"]
+    rows = np.arange(vocabulary.reserved, vocabulary.num_rows)[:FREQUENT]
+    return vocabulary.keys(rows).tolist(), _rows(store, "words").lookup(rows)
 
 
 def _check_options(options: Options, metadata: Mapping[str, Any]) -> None:
@@ -330,8 +377,6 @@ def _check_options(options: Options, metadata: Mapping[str, Any]) -> None:
         if given != held:
             trained = f"{options.folder} was trained with {held}"
             raise _refusal(options, f"{name} is {given}, but {trained}; give that")
-    if corpus.fingerprint(corpus.read_words(options.words)) != metadata["words"]:
-        raise _refusal(options, f"{options.words} is not the vocabulary of the store; bring that back")
 
 
 def _refusal(options: Options, reason: str) -> OptionError:
@@ -384,7 +429,7 @@ def _show(options: Options, result: Result, console: Console) -> None:
     for word, neighbours in result.neighbours.items():
         _say(console, f"  {word:<10} {', '.join(neighbours)}")
     _say(console, f"\n{options.store}: {size(result.bytes_on_disk)} on disk, {result.steps:,} steps")
-    _say(console, f"{options.parquet}: the vectors; {options.words}: their words, line r (from 0) for id r")
+    _say(console, f"{options.parquet}: the words and their vectors")
 
 
 def _say(console: Console, text: str) -> None:
