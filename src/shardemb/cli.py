@@ -205,7 +205,7 @@ def reshard(store: Path, table: str, rows_per_shard: int | None, drop_optimizer:
     with _refusals(), shardemb.open(store, mode="r+") as opened:
         optimizer: Literal["keep"] | None = None if drop_optimizer else "keep"
         opened.reshard(table, rows_per_shard=rows_per_shard, optimizer=optimizer, progress=not quiet)
-        click.echo(repr(opened[table]))
+        click.echo(repr(_rows(opened, table)))
 
 
 @main.command()
@@ -223,7 +223,7 @@ def resize(store: Path, table: str, rows: int, drop_rows: bool) -> None:
     with _refusals(), shardemb.open(store, mode="r+") as opened:
         _rows(opened, table).resize(rows, drop_rows=drop_rows)
         opened.commit(metadata=opened.last_commit.metadata if opened.last_commit else None)
-        click.echo(repr(opened[table]))
+        click.echo(repr(_rows(opened, table)))
 
 
 @main.command()
