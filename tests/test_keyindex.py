@@ -1,0 +1,417 @@
+"""The index against a dict of hash -> rows: adding, merging, taking up its file again, and files that are damaged."""
+
+import errno
+import json
+import os
+import uuid
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from references import HOSTILE
+from test_failures import Failing
+
+from shardemb import files, keyindex, probing, spec
+from shardemb.errors import DiskFullError
+from shardemb.keyindex import Coverage, KeyIndex
+from shardemb.spec import PAGE
+
+LAST = 2**64 - 1
+NAME, OTHER = (str(uuid.UUID(int=n, version=4)) for n in (1, 2))
+ANY = 2**62  # an end below which all rows lie
+
+few = st.sampled_from([0, 1, 5 << 60, (5 << 60) + 1, LAST - 1, LAST])
+crowded = st.integers(5 << 60, (5 << 60) + 50)
+hashes_ = few | crowded | st.integers(LAST - 2**40, LAST) | st.integers(0, LAST)
+batches_ = st.lists(st.lists(st.tuples(hashes_, st.integers(0, 30)), max_size=40), max_size=6)
+
+
+def run(functions):
+    for each in functions:
+        each()
+
+
+@contextmanager
+def small(open_pairs=(8, 32), part_bits=3, bucket_bits=1):
+    """Merge a few pairs already, into parts of a few entries."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keyindex, "OPEN_PAIRS", open_pairs)
+        patch.setattr(keyindex, "PART_BITS", part_bits)
+        patch.setattr(keyindex, "BUCKET_BITS", bucket_bits)
+        patch.setattr(keyindex, "_FIRST_SLOTS", 4)
+        yield
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "vocabularies" / NAME
+
+
+def new_index(path, *, writable=True):
+    return KeyIndex(path, NAME, run, writable=writable)
+
+
+def taken_up(path, now=Coverage(10, ANY, ANY), *, writable=False):  # noqa: B008
+    index = new_index(path, writable=writable)
+    index.take_up(now)
+    return index
+
+
+def add(index, pairs, coverage=Coverage()):  # noqa: B008
+    values, rows = (
+        np.array([value for value, _ in pairs], np.uint64),
+        np.array([row for _, row in pairs], np.int64),
+    )
+    index.add(values, rows, coverage)
+
+
+def rows_of(index, values, end=ANY):
+    """All rows of each hash, as `skip` lists them."""
+    values = np.array(values, np.uint64).reshape(-1)
+    found = [[] for _ in range(values.size)]
+    for skip in range(1000):
+        out = np.full(values.size, -7, np.int64)
+        index.probe(values, skip, end, out, 0, values.size)
+        for rows, row in zip(found, out.tolist(), strict=True):
+            if row >= 0:
+                assert len(rows) == skip
+                rows.append(row)
+        if (out < 0).all():
+            assert (out == -1).all()
+            return found
+    raise AssertionError
+
+
+def assert_holds(index, pairs, end=ANY):
+    """It names the rows below `end` that the dict has for each hash, and no others."""
+    model = {value: set() for value in (0, 2, LAST // 3, LAST)}
+    for value, row in pairs:
+        model.setdefault(value, set())
+        if row < end:
+            model[value].add(row)
+    found = dict(zip(model, rows_of(index, list(model), end), strict=True))
+    assert {value: set(rows) for value, rows in found.items()} == model
+    return found
+
+
+# ---- adding and merging -----------------------------------------------------------------------------------------
+
+
+@given(
+    batches_,
+    st.sampled_from([2, 8, 1000]),
+    st.sampled_from([(1, 1), (3, 1), (4, 3), (30, 3)]),
+    st.integers(0, 31),
+)
+@example([[(LAST, row) for row in range(30)]] * 3, 8, (3, 1), 31)
+@example([[(5 << 60, row) for row in range(31)], [(0, 1)]], 8, (1, 1), 20)
+@example([[(n, n) for n in range(40)]], 8, (3, 1), 31)  # all in the first part
+@example([[(n << 58, n) for n in range(31)]], 8, (3, 1), 31)
+def test_it_names_the_rows_that_a_dict_has(tmp_path_factory, batches, most, bits, end):
+    path = tmp_path_factory.mktemp("index") / NAME
+    pairs = []
+    with small((most, 4 * most), *bits):
+        index = new_index(path)
+        for batch in batches:
+            add(index, batch)
+            pairs += batch
+            assert_holds(index, pairs, end)
+            assert len(index) >= len(set(pairs))
+        index.merge(Coverage(3, 2, 1))
+        found = assert_holds(index, pairs)
+        assert all(
+            len(rows) == len(set(rows)) for rows in found.values()
+        )  # a pair once, however often it came
+        assert len(index) == len(set(pairs))
+        assert index.check()
+        again = taken_up(path)
+        assert again.coverage == Coverage(3, 2, 1)
+        assert_holds(again, pairs, end)
+        assert len(again) == len(index)
+        assert again.check()
+
+
+def test_what_is_in_memory_is_a_share_of_what_is_on_disk(path):
+    """Slots grow, but to no more than are merged at once; and the more there is, the more that is."""
+    with small((100, 1000)):
+        index, sizes = new_index(path), []
+        for start in range(0, 20_000, 10):
+            add(index, [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(start, start + 10)])
+            sizes.append((len(index), index._open, index.nbytes[0]))
+        assert all(held < max(100, min(total / 4, 1000)) for total, held, _ in sizes)
+        assert max(nbytes for *_, nbytes in sizes) <= 16 * (1000 / 0.75 + 1)
+        assert index.nbytes[1] > 16 * 19_000
+        assert_holds(index, [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(20_000)])
+
+
+def test_an_index_that_may_not_write_keeps_all_in_memory(path):
+    with small():
+        index = new_index(path, writable=False)
+        pairs = [(n << 50, n) for n in range(1000)]
+        add(index, pairs)
+        assert_holds(index, pairs)
+    assert not path.exists()
+    assert not index.has_file
+
+
+def test_hashes_that_begin_alike_are_merged_too(path):
+    """More than may lie near one home: in memory they have no order."""
+    pairs = [((7 << 40) + n * 7919 % 5000, n) for n in range(3 * probing.FAR)] + [
+        (n << 50, n) for n in range(99)
+    ]
+    with small((10**6, 10**6), part_bits=6, bucket_bits=2):
+        index = new_index(path)
+        add(index, pairs[:2000])
+        add(index, pairs[2000:])
+        assert index._slots.salt
+        assert_holds(index, pairs)
+        index.merge(Coverage())
+        assert not index._slots.salt
+        add(index, pairs[:5])
+        assert_holds(index, pairs)
+        assert len(index) == len(set(pairs)) + 5
+        assert index.check()
+        assert_holds(taken_up(path), pairs)
+
+
+def test_parts_side_by_side_write_what_they_write_one_by_one(path, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    pairs = [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(3000)]
+    with small((10**6, 10**6), part_bits=4), ThreadPoolExecutor(2) as pool:
+        for where, how in (
+            (path, run),
+            (tmp_path / "other", lambda functions: list(pool.map(lambda f: f(), functions))),
+        ):
+            index = KeyIndex(where, NAME, how, writable=True)
+            add(index, pairs)
+            index.merge(Coverage())
+    assert path.read_bytes() == (tmp_path / "other").read_bytes()
+
+
+def test_the_file_is_what_its_docstring_says(path):
+    pairs = sorted([(n << 57, n) for n in range(100)] + [(3 << 57, 7)])
+    with small((1000, 1000), part_bits=4, bucket_bits=1):
+        index = new_index(path)
+        add(index, pairs)
+        index.merge(Coverage(1, 2, 3))
+    data = path.read_bytes()
+    header = json.loads(data[:PAGE])
+    assert (header["entries"], header["bits"], header["parts"], header["uuid"]) == (101, 6, 3, NAME)
+    directory = np.frombuffer(data, np.int64, 65, PAGE)
+    assert directory.tolist() == [sum(value >> 58 < bucket for value, _ in pairs) for bucket in range(65)]
+    assert np.frombuffer(data, np.uint64, 202, 2 * PAGE).reshape(-1, 2).tolist() == [
+        list(pair) for pair in pairs
+    ]
+    assert len(data) == 3 * PAGE + 8 * (1 + 8)
+
+
+@pytest.mark.parametrize("sample", [1, 32])
+def test_asking_for_pages_changes_nothing(path, sample, monkeypatch):
+    monkeypatch.setattr(keyindex, "SAMPLES", sample)
+    pairs = [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(3000)]
+    with small((10**6, 10**6)):
+        index = new_index(path)
+        index.read_ahead(np.arange(3, dtype=np.uint64))
+        add(index, pairs)
+        index.merge(Coverage())
+    monkeypatch.setattr(keyindex, "_are_resident", lambda array, places: False)
+    index.read_ahead(np.array([value for value, _ in pairs] + [0, LAST], np.uint64))
+    index.read_ahead(np.empty(0, np.uint64))
+    assert_holds(index, pairs)
+
+
+# ---- taking up a file -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(path):
+    """A file of some parts, and its pairs."""
+    pairs = [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(300)]
+    with small((1000, 1000), part_bits=6, bucket_bits=2):
+        index = new_index(path)
+        add(index, pairs)
+        index.merge(Coverage(5, 300, 7))
+    return path, pairs
+
+
+@pytest.mark.parametrize(
+    ("now", "is_taken"),
+    [
+        (Coverage(5, 300, 7), True),
+        (Coverage(6, 400, 8), True),
+        (Coverage(4, 300, 7), False),
+        (Coverage(5, 299, 7), False),
+        (Coverage(5, 300, 6), False),
+    ],
+)
+def test_a_file_that_knows_more_than_the_commit_is_refused(written, now, is_taken):
+    path, pairs = written
+    index = taken_up(path, now)
+    assert index.has_file == is_taken
+    assert index.coverage == (Coverage(5, 300, 7) if is_taken else Coverage())
+    assert_holds(index, pairs if is_taken else [])
+    assert path.exists()
+    taken_up(path, now, writable=True)
+    assert path.exists() == is_taken  # or a later commit might believe it
+
+
+def test_the_file_of_another_vocabulary_is_refused(written):
+    path, _ = written
+    index = KeyIndex(path, OTHER, run, writable=False)
+    index.take_up(Coverage(10, ANY, ANY))
+    assert (index.has_file, len(index)) == (False, 0)
+
+
+def test_no_file_and_a_folder_in_its_place_are_no_index(path):
+    assert len(taken_up(path)) == 0
+    path.mkdir(parents=True)
+    assert len(taken_up(path)) == 0
+
+
+def test_a_file_cut_short_or_longer_is_refused(written):
+    path, _ = written
+    data = path.read_bytes()
+    cuts = {*range(0, len(data), 61), *range(PAGE - 2, PAGE + 2), *range(len(data) - 80, len(data))}
+    for length in sorted(cuts):
+        path.write_bytes(data[:length])
+        assert not taken_up(path).has_file, length
+    path.write_bytes(data + b"\0")
+    assert not taken_up(path).has_file
+
+
+def test_a_flip_in_the_header_is_refused(written):
+    """Of each bit of each byte, and some of those behind the JSON."""
+    path, _ = written
+    data = path.read_bytes()
+    end = len(data[:PAGE].rstrip())
+    with path.open("r+b") as file:
+        for at in [*range(end + 3), PAGE - 1]:
+            for bit in range(8):
+                os.pwrite(file.fileno(), bytes([data[at] ^ 1 << bit]), at)
+                assert not taken_up(path).has_file, (at, bit)
+            os.pwrite(file.fileno(), data[at : at + 1], at)
+    assert taken_up(path).has_file
+
+
+@pytest.mark.parametrize("name", ["format_version", "uuid", "entries", "bits", "parts", "coverage", "crc32"])
+def test_a_header_that_lies_under_a_right_checksum_is_refused(written, name):
+    path, _ = written
+    data = path.read_bytes()
+    sound = json.loads(data[:PAGE])
+    for value in HOSTILE:
+        lying = sound | {name: value}
+        if name != "crc32":
+            lying["crc32"] = spec.crc32(lying)
+        head = json.dumps(lying).encode()
+        if len(head) <= PAGE and not (name == "format_version" and value is not True and value == 1):
+            path.write_bytes(head.ljust(PAGE) + data[PAGE:])
+            assert not taken_up(path).has_file, value
+
+
+# ---- damage that shows later ------------------------------------------------------------------------------------
+
+
+def flips(data, start, stop, step=1):
+    """Files with a bit flipped, each at another place."""
+    for n, at in enumerate(range(start, stop, step)):
+        yield at, data[:at] + bytes([data[at] ^ 1 << n % 8]) + data[at + 1 :]
+
+
+def test_flips_in_the_directory_and_the_entries_are_found_by_check_and_lead_nowhere(written):
+    """Whoever looks something up may miss it, but reads nothing beyond the file and is told no row that is none."""
+    path, pairs = written
+    data = path.read_bytes()
+    directory, entries = np.frombuffer(data, np.int64, 129, PAGE), 2 * PAGE
+    assert directory[-1] == 300
+    values = [value for value, _ in pairs] + [0, LAST]
+    for at, damaged in (
+        *flips(data, PAGE, PAGE + 8 * 129),
+        *flips(data, entries, entries + 16 * 300, 7),
+        *flips(data, len(data) - 8 * 9, len(data)),
+    ):
+        path.write_bytes(damaged)
+        index = taken_up(path)
+        assert index.has_file, at
+        assert not index.check(), at
+        for rows in rows_of(index, values, 1000):
+            assert all(0 <= row < 1000 for row in rows)
+        index.read_ahead(np.array(values, np.uint64))
+
+
+def test_a_damaged_file_is_not_merged_into_a_sound_one(written):
+    """Where it leaves out a key, so would the next one, under checksums that are right."""
+    path, _ = written
+    with path.open("r+b") as file:
+        os.pwrite(file.fileno(), b"\xff", 2 * PAGE + 5)
+    damaged = path.read_bytes()
+    more = [(n << 40, 1000 + n) for n in range(500)]
+    with small((100, 100)):
+        index = taken_up(path, writable=True)
+        assert not index.is_stale(300)
+        add(index, more)
+        assert path.read_bytes() == damaged
+        assert index.is_stale(300)
+        assert {row for rows in rows_of(index, [value for value, _ in more]) for row in rows} >= set(
+            range(1000, 1500)
+        )
+
+
+# ---- trouble while merging --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["full", "error", "short"])
+def test_where_the_next_file_has_no_room_all_is_as_it_was(written, kind):
+    path, pairs = written
+    before, more = path.read_bytes(), [(n << 50, 1000 + n) for n in range(60)]
+    with small((1000, 1000), part_bits=6, bucket_bits=2):
+        index = taken_up(path, writable=True)
+        add(index, more)
+        for at in range(1, 100):
+            failing = Failing(at, kind)
+            try:
+                with failing.on():
+                    index.merge(Coverage(6, 301, 7))
+                break
+            except (DiskFullError, OSError) as error:
+                assert kind != "full" or error.errno == errno.ENOSPC
+            assert_holds(index, pairs + more)
+            if path.read_bytes() == before:  # else only what comes after it failed
+                assert index.coverage == Coverage(5, 300, 7)
+                assert len(index) == len(pairs) + len(more)
+            assert os.listdir(path.parent) == [NAME]
+        assert at > 10
+        assert failing.failed is None
+        assert index.coverage == Coverage(6, 301, 7)
+        assert_holds(index, pairs + more)
+        assert len(index) == len(pairs) + len(more)
+        assert_holds(taken_up(path), pairs + more)
+
+
+def test_pairs_that_had_no_room_come_with_the_next(path, monkeypatch):
+    def full(*given):
+        raise DiskFullError(errno.ENOSPC, "no room left on the disk")
+
+    with small((100, 100)):
+        index = new_index(path)
+        pairs = [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(250)]
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "write", full)
+            for _ in range(3):
+                with pytest.raises(DiskFullError):
+                    add(index, pairs)
+        assert len(index) == 100
+        add(index, pairs)
+        assert_holds(index, pairs)
+
+
+# ---- when to make it anew ---------------------------------------------------------------------------------------
+
+
+def test_it_is_stale_when_more_than_half_is_of_no_use(path, monkeypatch):
+    monkeypatch.setattr(keyindex, "_STALE", 10)
+    index = new_index(path)
+    add(index, [(n, n) for n in range(30)])
+    assert [index.is_stale(live) for live in (0, 9, 10, 30)] == [True, True, False, False]
