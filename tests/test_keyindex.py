@@ -1,398 +1,417 @@
-"""The index of a vocabulary can be lost, or be anything else: it is a hint, and what it does not know is learnt."""
+"""The index against a dict of hash -> rows: adding, merging, taking up its file again, and files that are damaged."""
 
+import errno
 import json
 import os
+import uuid
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from references import HOSTILE
+from test_failures import Failing
 
-import shardemb
-from shardemb import files, keyindex, keystore, probing, vocabularies, vocabulary
+from shardemb import files, keyindex, probing, spec
 from shardemb.errors import DiskFullError
 from shardemb.keyindex import Coverage, KeyIndex
-from shardemb.spec import PAGE, crc32
+from shardemb.spec import PAGE
 
-KEYS = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 300)
-UUID = "00000000-0000-4000-8000-000000000000"
+LAST = 2**64 - 1
+NAME, OTHER = (str(uuid.UUID(int=n, version=4)) for n in (1, 2))
+ANY = 2**62  # an end below which all rows lie
 
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setattr(keyindex, "OPEN_PAIRS", (70, 70))  # of 300, so that some are in no file
-    monkeypatch.setattr(keyindex, "PART_BITS", 5)
-    monkeypatch.setattr(vocabulary, "SLICE_ROWS", 7)
+few = st.sampled_from([0, 1, 5 << 60, (5 << 60) + 1, LAST - 1, LAST])
+crowded = st.integers(5 << 60, (5 << 60) + 50)
+hashes_ = few | crowded | st.integers(LAST - 2**40, LAST) | st.integers(0, LAST)
+batches_ = st.lists(st.lists(st.tuples(hashes_, st.integers(0, 30)), max_size=40), max_size=6)
 
 
 def run(functions):
-    for function in functions:
-        function()
+    for each in functions:
+        each()
+
+
+@contextmanager
+def small(open_pairs=(8, 32), part_bits=3, bucket_bits=1):
+    """Merge a few pairs already, into parts of a few entries."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keyindex, "OPEN_PAIRS", open_pairs)
+        patch.setattr(keyindex, "PART_BITS", part_bits)
+        patch.setattr(keyindex, "BUCKET_BITS", bucket_bits)
+        patch.setattr(keyindex, "_FIRST_SLOTS", 4)
+        yield
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "vocabularies" / NAME
 
 
 def new_index(path, *, writable=True):
-    return KeyIndex(path, UUID, run, writable=writable)
+    return KeyIndex(path, NAME, run, writable=writable)
 
 
-def index_of(path):
-    (found,) = (path / ".shardemb" / "vocabularies").glob("*-*")
+def taken_up(path, now=Coverage(10, ANY, ANY), *, writable=False):  # noqa: B008
+    index = new_index(path, writable=writable)
+    index.take_up(now)
+    return index
+
+
+def add(index, pairs, coverage=Coverage()):  # noqa: B008
+    values, rows = (
+        np.array([value for value, _ in pairs], np.uint64),
+        np.array([row for _, row in pairs], np.int64),
+    )
+    index.add(values, rows, coverage)
+
+
+def rows_of(index, values, end=ANY):
+    """All rows of each hash, as `skip` lists them."""
+    values = np.array(values, np.uint64).reshape(-1)
+    found = [[] for _ in range(values.size)]
+    for skip in range(1000):
+        out = np.full(values.size, -7, np.int64)
+        index.probe(values, skip, end, out, 0, values.size)
+        for rows, row in zip(found, out.tolist(), strict=True):
+            if row >= 0:
+                assert len(rows) == skip
+                rows.append(row)
+        if (out < 0).all():
+            assert (out == -1).all()
+            return found
+    raise AssertionError
+
+
+def assert_holds(index, pairs, end=ANY):
+    """It names the rows below `end` that the dict has for each hash, and no others."""
+    model = {value: set() for value in (0, 2, LAST // 3, LAST)}
+    for value, row in pairs:
+        model.setdefault(value, set())
+        if row < end:
+            model[value].add(row)
+    found = dict(zip(model, rows_of(index, list(model), end), strict=True))
+    assert {value: set(rows) for value, rows in found.items()} == model
     return found
 
 
-def fill(path, keys=KEYS):
-    with shardemb.open(path) as store:
-        words = store.create_vocabulary("v", key_type="int64")
-        words.add(keys)
-        store.commit()
-    return index_of(path)
+# ---- adding and merging -----------------------------------------------------------------------------------------
 
 
-def found(path, mode="a"):
-    """How many keys a store finds, which knows all of them."""
-    with shardemb.open(path, mode) as store:
-        words = store.vocabularies["v"]
-        assert words.check_index()
-        rows = words.lookup(KEYS)
-        assert set(rows.tolist()) <= {-1, *range(KEYS.size)}
-        if mode == "a":
-            assert words.add(KEYS).tolist() == list(range(KEYS.size))
-            assert not store.has_changes
-        return int((rows == np.arange(KEYS.size)).sum())
+@given(
+    batches_,
+    st.sampled_from([2, 8, 1000]),
+    st.sampled_from([(1, 1), (3, 1), (4, 3), (30, 3)]),
+    st.integers(0, 31),
+)
+@example([[(LAST, row) for row in range(30)]] * 3, 8, (3, 1), 31)
+@example([[(5 << 60, row) for row in range(31)], [(0, 1)]], 8, (1, 1), 20)
+@example([[(n, n) for n in range(40)]], 8, (3, 1), 31)  # all in the first part
+@example([[(n << 58, n) for n in range(31)]], 8, (3, 1), 31)
+def test_it_names_the_rows_that_a_dict_has(tmp_path_factory, batches, most, bits, end):
+    path = tmp_path_factory.mktemp("index") / NAME
+    pairs = []
+    with small((most, 4 * most), *bits):
+        index = new_index(path)
+        for batch in batches:
+            add(index, batch)
+            pairs += batch
+            assert_holds(index, pairs, end)
+            assert len(index) >= len(set(pairs))
+        index.merge(Coverage(3, 2, 1))
+        found = assert_holds(index, pairs)
+        assert all(
+            len(rows) == len(set(rows)) for rows in found.values()
+        )  # a pair once, however often it came
+        assert len(index) == len(set(pairs))
+        assert index.check()
+        again = taken_up(path)
+        assert again.coverage == Coverage(3, 2, 1)
+        assert_holds(again, pairs, end)
+        assert len(again) == len(index)
+        assert again.check()
 
 
-# ---- the file ---------------------------------------------------------------------------------------------------
+def test_what_is_in_memory_is_a_share_of_what_is_on_disk(path):
+    """Slots grow, but to no more than are merged at once; and the more there is, the more that is."""
+    with small((100, 1000)):
+        index, sizes = new_index(path), []
+        for start in range(0, 20_000, 10):
+            add(index, [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(start, start + 10)])
+            sizes.append((len(index), index._open, index.nbytes[0]))
+        assert all(held < max(100, min(total / 4, 1000)) for total, held, _ in sizes)
+        assert max(nbytes for *_, nbytes in sizes) <= 16 * (1000 / 0.75 + 1)
+        assert index.nbytes[1] > 16 * 19_000
+        assert_holds(index, [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(20_000)])
 
 
-def flip(data, at, bit):
-    data[at] ^= 1 << bit
+def test_an_index_that_may_not_write_keeps_all_in_memory(path):
+    with small():
+        index = new_index(path, writable=False)
+        pairs = [(n << 50, n) for n in range(1000)]
+        add(index, pairs)
+        assert_holds(index, pairs)
+    assert not path.exists()
+    assert not index.has_file
 
 
-DAMAGES = {
-    "cut to nothing": lambda data, rng: data.clear(),
-    "cut": lambda data, rng: data.__delitem__(slice(int(rng.integers(1, len(data))), None)),
-    "longer": lambda data, rng: data.extend(bytes(PAGE)),
-    "noise": lambda data, rng: data.__setitem__(slice(None), rng.bytes(len(data))),
-    "zeros": lambda data, rng: data.__setitem__(slice(None), bytes(len(data))),
-    "a flipped bit of the header": lambda data, rng: flip(
-        data, int(rng.integers(0, 200)), int(rng.integers(8))
-    ),
-    "a header that is no UTF-8": lambda data, rng: data.__setitem__(slice(0, 4), b"\xff\xfe\xff\xff"),
-    "a header that is a list": lambda data, rng: data.__setitem__(slice(0, PAGE), b"[1]".ljust(PAGE)),
-}
+def test_hashes_that_begin_alike_are_merged_too(path):
+    """More than may lie near one home: in memory they have no order."""
+    pairs = [((7 << 40) + n * 7919 % 5000, n) for n in range(3 * probing.FAR)] + [
+        (n << 50, n) for n in range(99)
+    ]
+    with small((10**6, 10**6), part_bits=6, bucket_bits=2):
+        index = new_index(path)
+        add(index, pairs[:2000])
+        add(index, pairs[2000:])
+        assert index._slots.salt
+        assert_holds(index, pairs)
+        index.merge(Coverage())
+        assert not index._slots.salt
+        add(index, pairs[:5])
+        assert_holds(index, pairs)
+        assert len(index) == len(set(pairs)) + 5
+        assert index.check()
+        assert_holds(taken_up(path), pairs)
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("mode", ["a", "r"])
-def test_a_file_that_is_not_what_it_was_is_not_taken_up(path, damage, mode):
-    file = fill(path)
-    sound = file.read_bytes()
-    for seed in range(10 if damage in ("cut", "noise", "a flipped bit of the header") else 1):
-        data = bytearray(sound)
-        DAMAGES[damage](data, np.random.default_rng(seed))
-        file.write_bytes(data)
-        assert found(path, mode) == KEYS.size
+def test_parts_side_by_side_write_what_they_write_one_by_one(path, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    pairs = [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(3000)]
+    with small((10**6, 10**6), part_bits=4), ThreadPoolExecutor(2) as pool:
+        for where, how in (
+            (path, run),
+            (tmp_path / "other", lambda functions: list(pool.map(lambda f: f(), functions))),
+        ):
+            index = KeyIndex(where, NAME, how, writable=True)
+            add(index, pairs)
+            index.merge(Coverage())
+    assert path.read_bytes() == (tmp_path / "other").read_bytes()
 
 
-def header_of(file):
-    return json.loads(file.read_bytes()[:PAGE])
+def test_the_file_is_what_its_docstring_says(path):
+    pairs = sorted([(n << 57, n) for n in range(100)] + [(3 << 57, 7)])
+    with small((1000, 1000), part_bits=4, bucket_bits=1):
+        index = new_index(path)
+        add(index, pairs)
+        index.merge(Coverage(1, 2, 3))
+    data = path.read_bytes()
+    header = json.loads(data[:PAGE])
+    assert (header["entries"], header["bits"], header["parts"], header["uuid"]) == (101, 6, 3, NAME)
+    directory = np.frombuffer(data, np.int64, 65, PAGE)
+    assert directory.tolist() == [sum(value >> 58 < bucket for value, _ in pairs) for bucket in range(65)]
+    assert np.frombuffer(data, np.uint64, 202, 2 * PAGE).reshape(-1, 2).tolist() == [
+        list(pair) for pair in pairs
+    ]
+    assert len(data) == 3 * PAGE + 8 * (1 + 8)
 
 
-def write_header(file, header):
-    """A header that is believed as far as its checksum goes."""
-    header["crc32"] = crc32(header)
-    file.write_bytes(json.dumps(header).encode().ljust(PAGE) + file.read_bytes()[PAGE:])
+@pytest.mark.parametrize("sample", [1, 32])
+def test_asking_for_pages_changes_nothing(path, sample, monkeypatch):
+    monkeypatch.setattr(keyindex, "SAMPLES", sample)
+    pairs = [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(3000)]
+    with small((10**6, 10**6)):
+        index = new_index(path)
+        index.read_ahead(np.arange(3, dtype=np.uint64))
+        add(index, pairs)
+        index.merge(Coverage())
+    monkeypatch.setattr(keyindex, "_are_resident", lambda array, places: False)
+    index.read_ahead(np.array([value for value, _ in pairs] + [0, LAST], np.uint64))
+    index.read_ahead(np.empty(0, np.uint64))
+    assert_holds(index, pairs)
+
+
+# ---- taking up a file -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(path):
+    """A file of some parts, and its pairs."""
+    pairs = [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(300)]
+    with small((1000, 1000), part_bits=6, bucket_bits=2):
+        index = new_index(path)
+        add(index, pairs)
+        index.merge(Coverage(5, 300, 7))
+    return path, pairs
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("now", "is_taken"),
     [
-        {"uuid": UUID},
-        {"format_version": 99},
-        {"entries": 10**9},
-        {"entries": -1},
-        {"bits": 47},
-        {"bits": 4000},
-        {"parts": 9},
-        {"coverage": {"commit": 2, "rows": 1, "head": 0}},
-        {"coverage": {"commit": 1, "rows": 301, "head": 0}},
-        {"coverage": {"commit": 1, "rows": 300, "head": 1}},
-        {"coverage": {"commit": 1}},
-        {"coverage": None},
+        (Coverage(5, 300, 7), True),
+        (Coverage(6, 400, 8), True),
+        (Coverage(4, 300, 7), False),
+        (Coverage(5, 299, 7), False),
+        (Coverage(5, 300, 6), False),
     ],
 )
-def test_a_header_that_cannot_be_true_is_not_believed(path, change):
-    file = fill(path)
-    write_header(file, header_of(file) | change)
-    assert found(path) == KEYS.size
+def test_a_file_that_knows_more_than_the_commit_is_refused(written, now, is_taken):
+    path, pairs = written
+    index = taken_up(path, now)
+    assert index.has_file == is_taken
+    assert index.coverage == (Coverage(5, 300, 7) if is_taken else Coverage())
+    assert_holds(index, pairs if is_taken else [])
+    assert path.exists()
+    taken_up(path, now, writable=True)
+    assert path.exists() == is_taken  # or a later commit might believe it
 
 
-def test_the_file_of_another_vocabulary_is_not_taken_up(path, tmp_path):
-    file = fill(path)
-    other = fill(tmp_path / "other", KEYS[::-1].copy())
-    file.write_bytes(other.read_bytes())
-    assert found(path) == KEYS.size
+def test_the_file_of_another_vocabulary_is_refused(written):
+    path, _ = written
+    index = KeyIndex(path, OTHER, run, writable=False)
+    index.take_up(Coverage(10, ANY, ANY))
+    assert (index.has_file, len(index)) == (False, 0)
 
 
-@pytest.mark.parametrize("times", [1, 2, 3])
-def test_a_missing_file_is_made_anew_and_is_whole_then(path, times):
-    # Learning merges on the way; the file that it leaves must not say that it knows what came after.
-    fill(path).unlink()
-    for _ in range(times):
-        assert found(path) == KEYS.size
-    assert index_of(path).exists()
+def test_no_file_and_a_folder_in_its_place_are_no_index(path):
+    assert len(taken_up(path)) == 0
+    path.mkdir(parents=True)
+    assert len(taken_up(path)) == 0
 
 
-def test_a_file_that_knows_less_is_completed(path):
-    old = fill(path, KEYS[:160]).read_bytes()
-    with shardemb.open(path) as store:
-        words = store.vocabularies["v"]
-        words.remove(KEYS[10:30])
-        store.commit()
-        words.add(KEYS[10:30])  # in rows that the file knows as those of the same keys, one after the other
-        words.remove(KEYS[40:60])
-        store.commit()
-        words.add(KEYS[:300])
-        store.commit()
-        rows = words.lookup(KEYS)
-    for _ in range(2):
-        index_of(path).write_bytes(old)
-        with shardemb.open(path) as store:
-            assert store.vocabularies["v"].lookup(KEYS).tolist() == rows.tolist()
+def test_a_file_cut_short_or_longer_is_refused(written):
+    path, _ = written
+    data = path.read_bytes()
+    cuts = {*range(0, len(data), 61), *range(PAGE - 2, PAGE + 2), *range(len(data) - 80, len(data))}
+    for length in sorted(cuts):
+        path.write_bytes(data[:length])
+        assert not taken_up(path).has_file, length
+    path.write_bytes(data + b"\0")
+    assert not taken_up(path).has_file
 
 
-def test_a_file_that_cannot_be_read_is_not_needed(path):
-    file = fill(path)
-    file.unlink()
-    file.mkdir()
-    with shardemb.open(path, "r") as store:
-        assert (store.vocabularies["v"].lookup(KEYS) >= 0).all()
+def test_a_flip_in_the_header_is_refused(written):
+    """Of each bit of each byte, and some of those behind the JSON."""
+    path, _ = written
+    data = path.read_bytes()
+    end = len(data[:PAGE].rstrip())
+    with path.open("r+b") as file:
+        for at in [*range(end + 3), PAGE - 1]:
+            for bit in range(8):
+                os.pwrite(file.fileno(), bytes([data[at] ^ 1 << bit]), at)
+                assert not taken_up(path).has_file, (at, bit)
+            os.pwrite(file.fileno(), data[at : at + 1], at)
+    assert taken_up(path).has_file
 
 
-@pytest.mark.parametrize("which", ["directory", "entries", "sums"])
-def test_a_flipped_bit_is_told(path, which):
-    file = fill(path)
-    header = header_of(file)
-    sound = file.read_bytes()
-    entries = PAGE + -(-(2 ** header["bits"] + 1) * 8 // PAGE) * PAGE
-    begin, end = {
-        "directory": (PAGE, PAGE + (2 ** header["bits"] + 1) * 8),
-        "entries": (entries, entries + 16 * header["entries"]),
-        "sums": (len(sound) - 8 * (1 + 2 ** header["parts"]), len(sound)),
-    }[which]
-    rng = np.random.default_rng(0)
-    with shardemb.open(path, "r") as store:
-        assert store.vocabularies["v"].check_index()
-    for at in [begin, end - 1, *rng.integers(begin, end, 30).tolist()]:
-        data = bytearray(sound)
-        flip(data, at, int(rng.integers(8)))
-        file.write_bytes(data)
-        # Not even opened for lookups: where the entries lie is not known any more.
-        index = KeyIndex(file, header["uuid"], run, writable=False)
-        index.take_up(Coverage(1, 300, 0))
-        assert len(index) == header["entries"]
-        assert not index.check()
+@pytest.mark.parametrize("name", ["format_version", "uuid", "entries", "bits", "parts", "coverage", "crc32"])
+def test_a_header_that_lies_under_a_right_checksum_is_refused(written, name):
+    path, _ = written
+    data = path.read_bytes()
+    sound = json.loads(data[:PAGE])
+    for value in HOSTILE:
+        lying = sound | {name: value}
+        if name != "crc32":
+            lying["crc32"] = spec.crc32(lying)
+        head = json.dumps(lying).encode()
+        if len(head) <= PAGE and not (name == "format_version" and value is not True and value == 1):
+            path.write_bytes(head.ljust(PAGE) + data[PAGE:])
+            assert not taken_up(path).has_file, value
 
 
-def test_a_file_that_is_replaced_while_it_is_opened_is_one_of_both(tmp_path, monkeypatch):
-    """A reader beside a writer: the header is one file's, and what is mapped then must be of the same."""
-    path = tmp_path / "index"
-    hashes = np.random.default_rng(1).integers(0, 2**64, 200, np.uint64)
-    writer = new_index(path)
-    writer.add(hashes[:50], np.arange(50), Coverage(1, 50, 0))
-    writer.add(hashes[50:90], np.arange(50, 90), Coverage(2, 50, 0))
-    real = files.AddressRange
-
-    def late(nbytes):
-        monkeypatch.setattr(files, "AddressRange", real)
-        writer.merge(Coverage(3, 90, 0))
-        return real(nbytes)
-
-    reader = new_index(path, writable=False)
-    monkeypatch.setattr(files, "AddressRange", late)
-    reader.take_up(Coverage(9, 1000, 0))
-    assert writer.coverage == Coverage(3, 90, 0)
-    assert (reader.coverage, len(reader)) in [
-        (Coverage(), 0),
-        (Coverage(1, 50, 0), 50),
-        (Coverage(3, 90, 0), 90),
-    ]
-    assert reader.check()
+# ---- damage that shows later ------------------------------------------------------------------------------------
 
 
-# ---- pairs ------------------------------------------------------------------------------------------------------
+def flips(data, start, stop, step=1):
+    """Files with a bit flipped, each at another place."""
+    for n, at in enumerate(range(start, stop, step)):
+        yield at, data[:at] + bytes([data[at] ^ 1 << n % 8]) + data[at + 1 :]
 
 
-def probe(index, hashes, skip=0, end=2**40):
-    out = np.empty(hashes.size, np.int64)
-    index.probe(hashes, skip, end, out, 0, hashes.size)
-    return out.tolist()
+def test_flips_in_the_directory_and_the_entries_are_found_by_check_and_lead_nowhere(written):
+    """Whoever looks something up may miss it, but reads nothing beyond the file and is told no row that is none."""
+    path, pairs = written
+    data = path.read_bytes()
+    directory, entries = np.frombuffer(data, np.int64, 129, PAGE), 2 * PAGE
+    assert directory[-1] == 300
+    values = [value for value, _ in pairs] + [0, LAST]
+    for at, damaged in (
+        *flips(data, PAGE, PAGE + 8 * 129),
+        *flips(data, entries, entries + 16 * 300, 7),
+        *flips(data, len(data) - 8 * 9, len(data)),
+    ):
+        path.write_bytes(damaged)
+        index = taken_up(path)
+        assert index.has_file, at
+        assert not index.check(), at
+        for rows in rows_of(index, values, 1000):
+            assert all(0 <= row < 1000 for row in rows)
+        index.read_ahead(np.array(values, np.uint64))
 
 
-def all_of(index, value, end=2**40):
-    """All rows that an index names for a hash."""
-    rows = []
-    while (row := probe(index, np.array([value], np.uint64), len(rows), end)[0]) >= 0:
-        rows.append(row)
-    return rows
+def test_a_damaged_file_is_not_merged_into_a_sound_one(written):
+    """Where it leaves out a key, so would the next one, under checksums that are right."""
+    path, _ = written
+    with path.open("r+b") as file:
+        os.pwrite(file.fileno(), b"\xff", 2 * PAGE + 5)
+    damaged = path.read_bytes()
+    more = [(n << 40, 1000 + n) for n in range(500)]
+    with small((100, 100)):
+        index = taken_up(path, writable=True)
+        assert not index.is_stale(300)
+        add(index, more)
+        assert path.read_bytes() == damaged
+        assert index.is_stale(300)
+        assert {row for rows in rows_of(index, [value for value, _ in more]) for row in rows} >= set(
+            range(1000, 1500)
+        )
 
 
-@settings(max_examples=50)
-@given(
-    st.lists(
-        st.lists(
-            st.tuples(
-                st.sampled_from([0, 1, 2**32, 2**63, 2**64 - 1, *range(5 << 60, (5 << 60) + 20)]),
-                st.integers(0, 9),
-            ),
-            max_size=40,
-        ),
-        max_size=8,
-    ),
-    st.sampled_from([(1, 1), (4, 30), (64, 64)]),
-    st.sampled_from([1, 64]),
-    st.integers(0, 12),
-)
-def test_an_index_names_every_row_that_a_hash_was_added_with(tmp_path_factory, batches, limits, first, end):
-    path = tmp_path_factory.mktemp("index") / "file"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keyindex, "OPEN_PAIRS", limits)
-        patch.setattr(keyindex, "_FIRST_SLOTS", first)
-        patch.setattr(keyindex, "PART_BITS", 3)
-        patch.setattr(keyindex, "BUCKET_BITS", 1)
+# ---- trouble while merging --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["full", "error", "short"])
+def test_where_the_next_file_has_no_room_all_is_as_it_was(written, kind):
+    path, pairs = written
+    before, more = path.read_bytes(), [(n << 50, 1000 + n) for n in range(60)]
+    with small((1000, 1000), part_bits=6, bucket_bits=2):
+        index = taken_up(path, writable=True)
+        add(index, more)
+        for at in range(1, 100):
+            failing = Failing(at, kind)
+            try:
+                with failing.on():
+                    index.merge(Coverage(6, 301, 7))
+                break
+            except (DiskFullError, OSError) as error:
+                assert kind != "full" or error.errno == errno.ENOSPC
+            assert_holds(index, pairs + more)
+            if path.read_bytes() == before:  # else only what comes after it failed
+                assert index.coverage == Coverage(5, 300, 7)
+                assert len(index) == len(pairs) + len(more)
+            assert os.listdir(path.parent) == [NAME]
+        assert at > 10
+        assert failing.failed is None
+        assert index.coverage == Coverage(6, 301, 7)
+        assert_holds(index, pairs + more)
+        assert len(index) == len(pairs) + len(more)
+        assert_holds(taken_up(path), pairs + more)
+
+
+def test_pairs_that_had_no_room_come_with_the_next(path, monkeypatch):
+    def full(*given):
+        raise DiskFullError(errno.ENOSPC, "no room left on the disk")
+
+    with small((100, 100)):
         index = new_index(path)
-        expected, count = {}, 0
-        for number, pairs in enumerate(batches):
-            hashes = np.array([value for value, _ in pairs], np.uint64)
-            index.add(hashes, np.array([row for _, row in pairs], np.int64), Coverage(number, number, 0))
-            count += len(pairs)
-            for value, row in pairs:
-                expected.setdefault(value, set()).add(row)
-        assert sum(map(len, expected.values())) <= len(index) <= count
-        for value in [*expected, 7, 2**64 - 2]:
-            wanted = expected.get(value, set())
-            assert set(all_of(index, value)) == wanted
-            assert set(all_of(index, value, end)) == {row for row in wanted if row < end}
-        index.merge(Coverage(99, 99, 0))
-        assert len(index) == sum(map(len, expected.values()))  # each once
-        assert index.check()
-        again = new_index(path)
-        again.take_up(Coverage(99, 99, 0))
-        assert again.coverage == Coverage(99, 99, 0)
-        for value, wanted in expected.items():
-            assert sorted(all_of(again, value)) == sorted(wanted)
-        again = new_index(path)  # of an older commit: the file is too new
-        again.take_up(Coverage(98, 99, 0))
-        assert (len(again), again.coverage, again.nbytes[1]) == (0, Coverage(), 0)
-        assert not path.exists()
+        pairs = [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(250)]
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "write", full)
+            for _ in range(3):
+                with pytest.raises(DiskFullError):
+                    add(index, pairs)
+        assert len(index) == 100
+        add(index, pairs)
+        assert_holds(index, pairs)
 
 
-def test_many_pairs(tmp_path, monkeypatch):
-    monkeypatch.setattr(keyindex, "OPEN_PAIRS", (500, 5000))
-    rng = np.random.default_rng(3)
-    hashes = rng.integers(0, 2**64, 20_000, np.uint64)
-    hashes[::7] >>= np.uint64(20)  # crowded at the beginning
-    index = new_index(tmp_path / "file")
-    for start in range(0, hashes.size, 999):
-        index.add(hashes[start : start + 999], np.arange(start, min(start + 999, hashes.size)), Coverage())
-    assert probe(index, hashes) == list(range(hashes.size))
-    assert probe(index, ~hashes).count(-1) == hashes.size
-    index.read_ahead(hashes)
-    assert index.check()
+# ---- when to make it anew ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call", ["write", "sync", "publish", "sync_directory", "make_directory", "opened"])
-def test_a_merge_that_fails_leaves_everything_as_it_was(path, monkeypatch, call):
-    with shardemb.open(path) as store:
-        words = store.create_vocabulary("v", key_type="int64")
-        words.add(KEYS[:160])
-        store.commit()
-        real = getattr(files, call)
-
-        def fail(*arguments, **options):
-            if any("vocabularies" in str(each) for each in arguments):
-                raise DiskFullError("no room")
-            return real(*arguments, **options)
-
-        monkeypatch.setattr(files, call, fail)
-        for _ in range(3):
-            with pytest.raises(DiskFullError):
-                words.add(KEYS[160:])
-            assert len(words) == 160
-            assert words.lookup(KEYS).tolist() == [*range(160), *[-1] * 140]
-            assert not store.has_changes
-        monkeypatch.setattr(files, call, real)
-        assert words.add(KEYS).tolist() == list(range(300))
-        assert not list(index_of(path).parent.glob("*.tmp"))
-        store.commit()
-    assert found(path) == KEYS.size
-
-
-def test_an_index_that_cannot_be_made_anew_stays(path, monkeypatch):
+def test_it_is_stale_when_more_than_half_is_of_no_use(path, monkeypatch):
     monkeypatch.setattr(keyindex, "_STALE", 10)
-    with shardemb.open(path) as store:
-        words = store.create_vocabulary("v", key_type="int64")
-        words.add(KEYS)
-        store.commit()
-        words.remove(KEYS[:200])
-        real = files.publish
-
-        def fail(target):
-            if target.parent.name == "vocabularies":
-                raise DiskFullError("no room")
-            real(target)
-
-        monkeypatch.setattr(files, "publish", fail)
-        store.commit()
-        assert len(words._index) == 300
-        monkeypatch.setattr(files, "publish", real)
-        store.commit()
-        assert len(words._index) == 100
-        assert words.lookup(KEYS).tolist() == [*[-1] * 200, *range(200, 300)]
-        assert words.add(KEYS[:10]).tolist() == list(range(10))
-        store.commit()
-    with shardemb.open(path) as store:
-        assert store.vocabularies["v"].lookup(KEYS).tolist() == [*range(10), *[-1] * 190, *range(200, 300)]
-
-
-def test_the_ring_of_freed_rows_stays_as_long_as_it_has_to_be(path, monkeypatch):
-    monkeypatch.setattr(keyindex, "OPEN_PAIRS", (2**20, 2**20))  # no file at all
-    shapes = keystore.table_shapes
-    monkeypatch.setattr(vocabularies, "table_shapes", lambda record: shapes(record) | {"freed": (100, 2, 64)})
-    with shardemb.open(path) as store:
-        words = store.create_vocabulary("v", key_type="int64")
-        for turn in range(60):
-            words.add(KEYS[:100] + turn)
-            store.commit()
-            words.remove(KEYS[:100] + turn)
-            store.commit()
-        assert store._tables.now["v@freed"].num_embeddings < 2000
-        assert words.num_rows == 100
-        words.add(KEYS)
-        store.commit()
-    with shardemb.open(path) as store:
-        assert (np.sort(store.vocabularies["v"].lookup(KEYS)) == np.arange(300)).all()
-
-
-def test_files_of_vocabularies_that_are_gone_go_with_the_next_opening(path):
-    file = fill(path)
-    stray = file.with_name("stray")
-    stray.write_bytes(b"")
-    with shardemb.open(path) as store:
-        assert not stray.exists()
-        store.drop_vocabulary("v")
-        store.commit()
-    with shardemb.open(path) as store:
-        assert list(file.parent.iterdir()) == []
-        assert sorted(os.listdir(path)) == [".shardemb", "zarr.json"]
-
-
-def test_a_full_table_of_slots_is_searched_to_its_end():
-    slots = np.zeros((4, 2), np.uint64)
-    hashes = np.full(4, 2**64 - 1, np.uint64)
-    probing.insert(slots, hashes, np.arange(4))
-    out = np.empty(1, np.int64)
-    none = keyindex.NOTHING
-    for skip in range(6):
-        probing.probe(slots, none.directory, none.entries, 0, hashes[:1], skip, 99, out, 0, 1)
-        assert out[0] == (skip if skip < 4 else -1)
-    assert probing.count_between(slots, np.uint64(0), np.uint64(2**64 - 1)) == 4
+    index = new_index(path)
+    add(index, [(n, n) for n in range(30)])
+    assert [index.is_stale(live) for live in (0, 9, 10, 30)] == [True, True, False, False]

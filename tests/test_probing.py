@@ -149,6 +149,15 @@ def test_lower_bound_is_bisect(pairs, bits, value):
     assert probing.lower_bound(*level(pairs, bits), np.uint64(value)) == expected
 
 
+def test_a_bucket_of_many_is_searched_by_halves():
+    """And nobody falls between them: each hash, and those beside it."""
+    pairs = [(3 * row, row) for row in range(100)]
+    found = [probing.lower_bound(*level(pairs, 0), np.uint64(value)) for value in range(300)]
+    assert found == [-(-value // 3) for value in range(300)]
+    found = probe(np.zeros((16, 2), np.uint64), range(300), level=level(pairs, 0))
+    assert found == [-1 if value % 3 else value // 3 for value in range(300)]
+
+
 @given(pairs_, st.integers(0, 3), st.data())
 def test_a_damaged_directory_leads_nowhere_but_to_the_entries(pairs, bits, data):
     """Beyond them lies what can be told from them, and what cannot be read at all."""

@@ -12,9 +12,11 @@ import shardemb
 from shardemb import initializers, optim, text
 
 NAMES = [
+    "Admission",
     "Commit",
     "DiskFullError",
     "FormatError",
+    "KeyedTable",
     "LogDamagedError",
     "PoisonedError",
     "ReadOnlyError",
@@ -29,6 +31,10 @@ NAMES = [
     "Table",
     "TableExistsError",
     "TableNotFoundError",
+    "UnknownKeyError",
+    "Vocabulary",
+    "VocabularyExistsError",
+    "VocabularyNotFoundError",
     "__version__",
     "initializers",
     "open",
@@ -46,10 +52,12 @@ checkpoint(self) -> None
 close(self) -> None
 commit(self, step: int | None = None, metadata: Mapping[str, Any] | None = None) -> Commit
 copy(self, path: str | os.PathLike[str], *, progress: Progress = None) -> None
-create_table(self, name: str, *, num_embeddings: int, embedding_dim: int, \
-initializer: initializers.Initial | None = None, optimizer: Optimizer | None = None, \
-rows_per_shard: int | None = None, progress: Progress = None) -> Table
+create_table(self, name: str, *, num_embeddings: int | None = None, embedding_dim: int, \
+vocabulary: str | None = None, counters: bool = False, initializer: initializers.Initial | None = None, \
+optimizer: Optimizer | None = None, rows_per_shard: int | None = None, progress: Progress = None) -> Table | KeyedTable
+create_vocabulary(self, name: str, *, key_type: KeyType, admission: Admission | None = None, reserved: int = 0) -> Vocabulary
 drop_table(self, name: str) -> None
+drop_vocabulary(self, name: str) -> None
 has_changes: bool
 info(self) -> report.StoreInfo
 last_commit: Commit | None
@@ -79,6 +87,7 @@ nbytes: int
 num_embeddings: int
 optimizer: Optimizer | None
 prefetch(self, ids: ArrayLike, *, for_update: bool = False) -> None
+reset_rows(self, ids: ArrayLike) -> None
 resize(self, num_embeddings: int, *, drop_rows: bool = False) -> None
 rows_per_shard: int
 set_optimizer(self, optimizer: Optimizer) -> None

@@ -152,8 +152,8 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         self,
         name: str,
         *,
-        embedding_dim: int,
         num_embeddings: int | None = None,
+        embedding_dim: int,
         vocabulary: str | None = None,
         counters: bool = False,
         initializer: initializers.Initial | None = None,
@@ -167,8 +167,8 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         ----------
         name : str
             Letters, digits, ``_``, ``-`` and ``.``; the table's folder in the store.
-        embedding_dim, num_embeddings : int
-            Values in a row, and rows; not with a vocabulary, with which the table grows.
+        num_embeddings, embedding_dim : int
+            Rows, and values in a row. No number of rows with a vocabulary, with which the table grows.
         vocabulary : str, optional
             One of the store's vocabularies, which gives out the rows: the table is used by keys, a `KeyedTable`.
         counters : bool
