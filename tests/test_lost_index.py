@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardemb
-from shardemb import files, keyindex, keystore, probing, vocabularies, vocabulary
+from shardemb import files, keyindex, keystore, vocabularies, vocabulary
 from shardemb.errors import DiskFullError
 from shardemb.keyindex import Coverage, KeyIndex
 from shardemb.spec import PAGE, crc32
@@ -51,7 +51,7 @@ def found(path, mode="a"):
     """How many keys a store finds, which knows all of them."""
     with shardemb.open(path, mode) as store:
         words = store.vocabularies["v"]
-        assert words.check_index()
+        assert words._check_index()
         rows = words.lookup(KEYS)
         assert set(rows.tolist()) <= {-1, *range(KEYS.size)}
         if mode == "a":
@@ -181,7 +181,7 @@ def test_a_flipped_bit_is_told(path, which):
     }[which]
     rng = np.random.default_rng(0)
     with shardemb.open(path, "r") as store:
-        assert store.vocabularies["v"].check_index()
+        assert store.vocabularies["v"]._check_index()
     for at in [begin, end - 1, *rng.integers(begin, end, 30).tolist()]:
         data = bytearray(sound)
         flip(data, at, int(rng.integers(8)))
@@ -384,15 +384,3 @@ def test_files_of_vocabularies_that_are_gone_go_with_the_next_opening(path):
     with shardemb.open(path) as store:
         assert list(file.parent.iterdir()) == []
         assert sorted(os.listdir(path)) == [".shardemb", "zarr.json"]
-
-
-def test_a_full_table_of_slots_is_searched_to_its_end():
-    slots = np.zeros((4, 2), np.uint64)
-    hashes = np.full(4, 2**64 - 1, np.uint64)
-    probing.insert(slots, hashes, np.arange(4))
-    out = np.empty(1, np.int64)
-    none = keyindex.NOTHING
-    for skip in range(6):
-        probing.probe(slots, none.directory, none.entries, 0, hashes[:1], skip, 99, out, 0, 1)
-        assert out[0] == (skip if skip < 4 else -1)
-    assert probing.count_between(slots, np.uint64(0), np.uint64(2**64 - 1)) == 4

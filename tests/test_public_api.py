@@ -42,6 +42,46 @@ NAMES = [
     "text",
 ]
 
+VOCABULARY = """
+add(self, keys: KeysLike) -> NDArray[np.int64]
+admission: Admission | None
+key_type: KeyType
+keys(self, row_ids: ArrayLike) -> NDArray[Any]
+lookup(self, keys: KeysLike, *, missing: int = -1) -> NDArray[np.int64]
+name: str
+num_rows: int
+remove(self, keys: KeysLike) -> NDArray[np.int64]
+reserved: int
+stats(self) -> dict[str, int]
+to_arrow_batches(self) -> Iterator[pa.RecordBatch]
+"""
+
+KEYED_TABLE = """
+embedding_dim: int
+evict(self, *, older_than: int | None = None, keep: int | None = None, \
+by: "Literal['lru', 'lfu']" = 'lru') -> NDArray[Any]
+export_parquet(self, path: str | os.PathLike[str], *, columns: Sequence[str] = (), \
+rows: tuple[int, int] | None = None, parts: int | None = None, progress: Progress = None) -> ExportReport
+initializer: Initializer
+lookup(self, keys: KeysLike, *, missing: Missing = 'error', create: bool = False, \
+out: NDArray[np.float32] | None = None) -> NDArray[np.float32]
+name: str
+num_embeddings: int
+optimizer: Optimizer | None
+prefetch(self, keys: KeysLike, *, for_update: bool = False) -> None
+rows: Table
+shape: tuple[int, int]
+state(self, column: str, keys: KeysLike) -> NDArray[np.float32]
+stats(self) -> dict[str, Any]
+step: int
+to_arrow_batches(self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None) -> pa.RecordBatchReader
+update(self, keys: KeysLike, grads: ArrayLike, *, missing: "Literal['error', 'skip'] | int" = 'error', \
+check_finite: bool = True) -> None
+vocabulary: Vocabulary
+write(self, keys: KeysLike, rows: ArrayLike, *, missing: "Literal['error', 'skip'] | int" = 'error', \
+check_finite: bool = True) -> None
+"""
+
 FUNCTIONS = """
 open(path: str | os.PathLike[str], mode: Mode = 'a', *, memory_budget: int | None = None, \
 log_bytes: int = 1073741824, threads: int | None = None) -> Store
@@ -54,8 +94,10 @@ commit(self, step: int | None = None, metadata: Mapping[str, Any] | None = None)
 copy(self, path: str | os.PathLike[str], *, progress: Progress = None) -> None
 create_table(self, name: str, *, num_embeddings: int | None = None, embedding_dim: int, \
 vocabulary: str | None = None, counters: bool = False, initializer: initializers.Initial | None = None, \
-optimizer: Optimizer | None = None, rows_per_shard: int | None = None, progress: Progress = None) -> Table | KeyedTable
-create_vocabulary(self, name: str, *, key_type: KeyType, admission: Admission | None = None, reserved: int = 0) -> Vocabulary
+optimizer: Optimizer | None = None, rows_per_shard: int | None = None, progress: Progress = None) \
+-> Table | KeyedTable
+create_vocabulary(self, name: str, *, key_type: KeyType, admission: Admission | None = None, \
+reserved: int = 0) -> Vocabulary
 drop_table(self, name: str) -> None
 drop_vocabulary(self, name: str) -> None
 has_changes: bool
@@ -71,6 +113,7 @@ rollback(self) -> None
 stats(self) -> dict[str, int]
 update(self, batches: Mapping[str, tuple[ArrayLike, ArrayLike]], *, check_finite: bool = True) -> None
 verify(self, tables: Sequence[str] | None = None, *, progress: Progress = None) -> list[report.Damage]
+vocabularies: Mapping[str, Vocabulary]
 """
 
 TABLE = """
@@ -196,12 +239,24 @@ def test_types_come_with_the_package():
         ({"open": shardemb.open}, FUNCTIONS),
         (public_members(shardemb.Store), STORE),
         (public_members(shardemb.Table), TABLE),
+        (public_members(shardemb.Vocabulary), VOCABULARY),
+        (public_members(shardemb.KeyedTable), KEYED_TABLE),
         ({name: getattr(optim, name) for name in optim.__all__}, OPTIMIZERS),
         ({name: getattr(initializers, name) for name in initializers.__all__}, INITIALIZERS),
         ({name: getattr(text, name) for name in ("Encoder", "read_lines", "words")}, TEXT),
         ({name: getattr(text.Encoder, name) for name in ("batches", "decode", "encode")}, ENCODER),
     ],
-    ids=["functions", "Store", "Table", "optim", "initializers", "text", "Encoder"],
+    ids=[
+        "functions",
+        "Store",
+        "Table",
+        "Vocabulary",
+        "KeyedTable",
+        "optim",
+        "initializers",
+        "text",
+        "Encoder",
+    ],
 )
 def test_signatures_are_pinned(members, pinned):
     assert signatures(members) == sorted(pinned.strip().split("\n"))

@@ -10,7 +10,7 @@ import numpy as np
 
 from shardemb import arrays, batch, keys, report, scheduler
 from shardemb.errors import UnknownKeyError
-from shardemb.spec import COUNT, LAST_STEP, MAX_DIM, MAX_ROWS, SHARD_BYTES
+from shardemb.spec import COUNT, LAST_STEP, MAX_ROWS, SHARD_BYTES, check_shape
 from shardemb.table import Source
 
 if TYPE_CHECKING:
@@ -316,7 +316,7 @@ class KeyedTable:
                 f'evict: give older_than or keep, and by "lru" or "lfu"; got {older_than}, {keep} and {by!r}'
             )
             raise ValueError(msg)
-        with self._vocabulary.changing():
+        with self._vocabulary._changing():
             if older_than is not None:
                 oldest = self.step - arrays.count(older_than, "older_than", minimum=0)
                 rows = self._choose(LAST_STEP, lambda values: values <= oldest)
@@ -324,7 +324,7 @@ class KeyedTable:
                 rows = self._all_but(
                     arrays.count(keep, "keep", minimum=0), LAST_STEP if by == "lru" else COUNT
                 )
-            found = self._vocabulary.free_rows(rows)
+            found = self._vocabulary._free_rows(rows)
         return keys.restored(found, self._vocabulary.key_type)
 
     # ---- leaving
@@ -466,14 +466,14 @@ class KeyedTable:
         raise UnknownKeyError(msg)
 
     def _initial(self, given: KeysLike, unknown: NDArray[np.bool_]) -> Float32Array:
-        rows = self._vocabulary.rows_to_be(given, np.flatnonzero(unknown.reshape(-1)))
+        rows = self._vocabulary._rows_to_be(given, np.flatnonzero(unknown.reshape(-1)))
         return self._rows._live().first_records(rows)[:, : self.embedding_dim]
 
     def _scan(self, column: str) -> Any:  # noqa: ANN401
         """Iterate over the rows that have keys, and their values of a column, piece by piece."""
         vocabulary = self._vocabulary
         for start in range(vocabulary.reserved, vocabulary.num_rows, SCANNED_ROWS):
-            rows = vocabulary.live_rows(start, min(start + SCANNED_ROWS, vocabulary.num_rows))
+            rows = vocabulary._live_rows(start, min(start + SCANNED_ROWS, vocabulary.num_rows))
             yield rows, self._rows.state(column, rows)
 
     def _choose(self, column: str, choose: Callable[[Float32Array], NDArray[np.bool_]]) -> Int64Array:
@@ -502,13 +502,26 @@ class _Source(Source):
         super().__init__(table.rows)
         self.num_embeddings = table.num_embeddings
         vocabulary = table.vocabulary
-        self.keys = RowKeys(keys.arrow_type(vocabulary.key_type), vocabulary.arrow_keys)
+        self.keys = RowKeys(keys.arrow_type(vocabulary.key_type), vocabulary._arrow_keys)
 
 
-def first_size(vocabulary: Vocabulary, embedding_dim: int, rows_per_shard: int | None) -> tuple[int, int]:
-    """Choose how many rows a table begins with that grows with its vocabulary, and how many are in a shard."""
+def first_shape(
+    vocabulary: Vocabulary | None, num_embeddings: object, embedding_dim: object, rows_per_shard: int | None
+) -> tuple[tuple[int, int], int | None]:
+    """Check the shape of a new table; choose how many rows one begins with that grows with a vocabulary, by shards.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A number that cannot be; not exactly one of rows and vocabulary.
+    """
+    if (vocabulary is None) == (num_embeddings is None):
+        msg = "give either num_embeddings or the vocabulary that gives out the table's rows"
+        raise ValueError(msg)
+    if vocabulary is None:
+        return check_shape(num_embeddings, embedding_dim), rows_per_shard
+    rows, dim = check_shape(max(1, vocabulary.num_rows), embedding_dim)
     if rows_per_shard is None:
-        dim = arrays.count(embedding_dim, "embedding_dim", maximum=MAX_DIM)
         rows_per_shard = max(1, SHARD_BYTES[0] // (4 * dim))
     rows_per_shard = arrays.count(rows_per_shard, "rows_per_shard", maximum=MAX_ROWS)
-    return max(1, -(-vocabulary.num_rows // rows_per_shard)) * rows_per_shard, rows_per_shard
+    return (-(-rows // rows_per_shard) * rows_per_shard, dim), rows_per_shard

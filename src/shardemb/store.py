@@ -38,7 +38,7 @@ from shardemb.errors import (
 from shardemb.journal import Journal
 from shardemb.manifest import Commit, Manifest, TableRecord, check_metadata, new_record
 from shardemb.runtime import Runtime, signals_deferred
-from shardemb.spec import check_name, check_shape, is_internal, new_spec
+from shardemb.spec import check_name, is_internal, new_spec
 from shardemb.table import Table
 from shardemb.tables import Tables
 from shardemb.vocabularies import Vocabularies
@@ -214,12 +214,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
             self._runtime.check_sound()
             self._tables.require_free(check_name(name), self.path)
             bound = None if vocabulary is None else self._vocabularies.find(vocabulary)
-            if (bound is None) == (num_embeddings is None):
-                msg = f"table {name!r}: give either num_embeddings or the vocabulary that gives out its rows"
-                raise ValueError(msg)
-            if bound is not None:
-                num_embeddings, rows_per_shard = keyed.first_size(bound, embedding_dim, rows_per_shard)
-            shape = check_shape(num_embeddings, embedding_dim)
+            shape, rows_per_shard = keyed.first_shape(bound, num_embeddings, embedding_dim, rows_per_shard)
             kind, rows = initializers.resolve(initializer, shape)
             spec = new_spec(
                 self._tables.free_stream(name),
@@ -230,7 +225,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
                 rows_per_shard=rows_per_shard,
                 max_shards=files.MAX_MAPPINGS - files.counters.mappings,
             )
-            identity = None if bound is None else bound.record().uuid
+            identity = None if bound is None else bound._record().uuid
             made = self._tables.create(
                 self._runtime, name, spec, rows=rows, progress=progress, vocabulary=identity
             )

@@ -46,9 +46,9 @@ class Vocabularies:
         number = manifest.commit.id if manifest.commit else 0
         for record in manifest.vocabularies:
             opened = self._join(record)
-            opened.settle(number)
-            opened.take_up(number)
-        self._committed = {each.record().uuid: each for each in self.now.values()}
+            opened._settle(number)
+            opened._take_up(number)
+        self._committed = {each._record().uuid: each for each in self.now.values()}
         if self._runtime.writable:
             folders.keep_indexes(self._runtime.path, self._committed)
 
@@ -59,7 +59,7 @@ class Vocabularies:
             those = self._all()
             with contextlib.ExitStack() as stack:
                 for each in those:
-                    stack.enter_context(each.lock)
+                    stack.enter_context(each._lock)
                 stack.enter_context(self._runtime.changing())
                 if self._all() == those:
                     yield
@@ -93,13 +93,13 @@ class Vocabularies:
     def drop(self, name: str) -> None:
         """Take a vocabulary out of those of now, to which no table is bound."""
         vocabulary = self.find(name)
-        bound = [table.name for table in self._bound(vocabulary.record().uuid)]
+        bound = [table.name for table in self._bound(vocabulary._record().uuid)]
         if bound:
             msg = f"tables {', '.join(map(repr, bound))} are bound to vocabulary {name!r}; drop them first"
             raise ShardEmbError(msg)
-        vocabulary.drop()
+        vocabulary._drop()
         del self.now[name]
-        for what in table_shapes(vocabulary.record()):
+        for what in table_shapes(vocabulary._record()):
             self._tables.drop(f"{name}@{what}")
 
     def find(self, name: str) -> Vocabulary:
@@ -121,7 +121,7 @@ class Vocabularies:
         if table._vocabulary is None:
             return table
         if table not in self._keyed:
-            found = next(each for each in self.now.values() if each.record().uuid == table._vocabulary)
+            found = next(each for each in self.now.values() if each._record().uuid == table._vocabulary)
             self._keyed[table] = KeyedTable(table, found)
         return self._keyed[table]
 
@@ -129,17 +129,17 @@ class Vocabularies:
         """Tell whose index is not what was written, of all or those whose tables are named."""
         return [
             Damage(
-                name, None, None, str(folders.index(self._runtime.path, each.record().uuid)), INDEX_IS_WRONG
+                name, None, None, str(folders.index(self._runtime.path, each._record().uuid)), INDEX_IS_WRONG
             )
             for name, each in ((f"{name}@keys", each) for name, each in self.now.items())
-            if (tables is None or name in tables) and not each.check_index()
+            if (tables is None or name in tables) and not each._check_index()
         ]
 
     def facts(self) -> tuple[VocabularyFacts, ...]:
         """Return what is told about them."""
         facts = []
         for name, each in self.now.items():
-            stats, tables = each.stats(), self._bound(each.record().uuid)
+            stats, tables = each.stats(), self._bound(each._record().uuid)
             facts.append(
                 VocabularyFacts(
                     name=name,
@@ -154,46 +154,46 @@ class Vocabularies:
 
     def records(self) -> tuple[VocabularyRecord, ...]:
         """Return what a commit would say about them."""
-        return tuple(each.record() for each in self.now.values())
+        return tuple(each._record() for each in self.now.values())
 
     def settle(self, commit: int) -> None:
         """Take those of now as those of a commit."""
         for each in self.now.values():
-            each.settle(commit)
-        self._committed = {each.record().uuid: each for each in self.now.values()}
+            each._settle(commit)
+        self._committed = {each._record().uuid: each for each in self.now.values()}
 
     def restore(self, records: Sequence[VocabularyRecord]) -> None:
         """Go back to those of the last commit."""
         kept = {record.uuid for record in records}
         for each in self.now.values():
-            if each.record().uuid not in kept:  # lookups of the others go on
-                each.drop()
+            if each._record().uuid not in kept:  # lookups of the others go on
+                each._drop()
         self.now = {record.name: self._committed[record.uuid] for record in records}
         for record in records:
-            self.now[record.name].restore(record)
+            self.now[record.name]._restore(record)
 
     def adopt(self, fresh: Vocabularies) -> None:
         """Become those of a newer opening; those that were here already stay the same objects."""
         known = dict(self._committed)
         self.now = {}
         for each in fresh.now.values():
-            here = known.pop(each.record().uuid, None)
-            self.now[each.name] = here = each if here is None else here.adopt(each)
-            here.join(self._runtime, self._bound)
+            here = known.pop(each._record().uuid, None)
+            self.now[each.name] = here = each if here is None else here._adopt(each)
+            here._join(self._runtime, self._bound)
         for gone in known.values():
-            gone.drop()
-        self._committed = {each.record().uuid: each for each in self.now.values()}
+            gone._drop()
+        self._committed = {each._record().uuid: each for each in self.now.values()}
 
     def _all(self) -> list[Vocabulary]:
         """List them, also those that were dropped since the last commit, in an order that all threads have."""
-        found = {each.record().uuid: each for each in (*self._committed.values(), *self.now.values())}
+        found = {each._record().uuid: each for each in (*self._committed.values(), *self.now.values())}
         return [found[uuid] for uuid in sorted(found)]
 
     def _join(self, record: VocabularyRecord) -> Vocabulary:
         tables = {what: self._tables.now[f"{record.name}@{what}"] for what in table_shapes(record)}
         path = folders.index(self._runtime.path, record.uuid)
         vocabulary = Vocabulary(self._runtime, record, tables, path)
-        vocabulary.join(self._runtime, self._bound)
+        vocabulary._join(self._runtime, self._bound)
         self.now[record.name] = vocabulary
         return vocabulary
 

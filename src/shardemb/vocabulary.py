@@ -79,7 +79,7 @@ class Vocabulary:
         self._path = path
         self._secret = hashing.secret_of(record.uuid)
         # Taken before the store's, which others may have while a fold makes room for a change.
-        self.lock = threading.RLock()
+        self._lock = threading.RLock()
         self._commit = 0
         self._index = self._new_index()
         self._dropped = False
@@ -238,7 +238,7 @@ class Vocabulary:
 
         for start in range(self._state.reserved, self._state.rows, BATCH_ROWS):
             stop = min(start + BATCH_ROWS, self._state.rows)
-            live, found = self.arrow_keys(start, stop)
+            live, found = self._arrow_keys(start, stop)
             if live.any():
                 yield pa.record_batch([pa.array(np.arange(start, stop)[live]), found], ["row", "key"])
 
@@ -275,7 +275,7 @@ class Vocabulary:
         array([4, 5])
         """
         checked, hashes = self._checked(keys)
-        with self.changing():
+        with self._changing():
             rows = self._find(checked, hashes)
             new = np.flatnonzero(rows < 0)
             if new.size:
@@ -309,21 +309,21 @@ class Vocabulary:
         array([ 3, -1])
         """
         checked, hashes = self._checked(keys)
-        with self.changing():
+        with self._changing():
             rows = self._find(checked, hashes)
-            self.free_rows(np.unique(rows[rows >= 0]))
+            self._free_rows(np.unique(rows[rows >= 0]))
         return rows.reshape(checked.shape)
 
     # ---- for tables that are bound to it
 
     @contextlib.contextmanager
-    def changing(self) -> Iterator[None]:
+    def _changing(self) -> Iterator[None]:
         """Hold what keeps others from changing the vocabulary, in a store that is sound and may be written."""
-        with self.lock, self._runtime.writing():
+        with self._lock, self._runtime.writing():
             self._live()
             yield
 
-    def free_rows(self, rows: Int64Array) -> Keys:
+    def _free_rows(self, rows: Int64Array) -> Keys:
         """Take rows that have keys, ascending, away from them; return the keys. While `changing`."""
         known, state = self._index.coverage, self._state
         low = min(known.head, self._committed.head) if known.rows else self._committed.head
@@ -341,39 +341,39 @@ class Vocabulary:
                 self._state = replace(state, tail=state.tail + rows.size)
         return found
 
-    def rows_to_be(self, given: KeysLike, which: Int64Array) -> Int64Array:
+    def _rows_to_be(self, given: KeysLike, which: Int64Array) -> Int64Array:
         """Tell which rows some keys of a batch would get, none of which has one."""
         checked, hashes = self._checked(given)
         firsts, inverse = _first_of_each(checked.take(which), hashes[which])
         return self._next_rows(firsts.size)[inverse]
 
-    def live_rows(self, start: int, stop: int) -> Int64Array:
+    def _live_rows(self, start: int, stop: int) -> Int64Array:
         """List which of rows ``start:stop`` have a key."""
         rows = np.arange(start, stop)
         return rows[records.are_live(self._stored.records(rows))]
 
-    def arrow_keys(self, start: int, stop: int) -> tuple[NDArray[np.bool_], pa.Array]:
+    def _arrow_keys(self, start: int, stop: int) -> tuple[NDArray[np.bool_], pa.Array]:
         """Tell which of rows ``start:stop`` have a key, and the keys of those."""
         self._live()
         words = self._stored.records(np.arange(start, stop))
         live = records.are_live(words)
         return live, keys.as_arrow(self._stored.keys_in(words[live]), self.key_type)
 
-    def join(self, runtime: Runtime, bound_to: Callable[[str], Sequence[Table]]) -> None:
+    def _join(self, runtime: Runtime, bound_to: Callable[[str], Sequence[Table]]) -> None:
         """Be one of a store's; it tells, by the vocabulary's uuid, the tables whose rows this gives out."""
         self._runtime, self._bound_to = runtime, bound_to
         self._stored.join(runtime)
 
     # ---- for the store
 
-    def record(self) -> VocabularyRecord:
+    def _record(self) -> VocabularyRecord:
         """Return what a commit would say about it."""
         return self._state
 
-    def settle(self, commit: int) -> None:
+    def _settle(self, commit: int) -> None:
         """Take its state as that of the last commit."""
         self._committed, self._commit = self._state, commit
-        if not self._index.is_stale(len(self)) or not self.lock.acquire(blocking=False):
+        if not self._index.is_stale(len(self)) or not self._lock.acquire(blocking=False):
             return  # some thread is about to add pairs to this index
         try:
             fresh = self._new_index()
@@ -384,30 +384,30 @@ class Vocabulary:
         except OSError:
             pass  # no room for its file: the old one is as good
         finally:
-            self.lock.release()
+            self._lock.release()
 
-    def restore(self, record: VocabularyRecord) -> None:
+    def _restore(self, record: VocabularyRecord) -> None:
         """Go back to the last commit. The index may go on to know more."""
         self._state = self._committed = record
         self._dropped = False
 
-    def adopt(self, newer: Vocabulary) -> Vocabulary:
+    def _adopt(self, newer: Vocabulary) -> Vocabulary:
         """Become what a newer opening of the same vocabulary is."""
         self._state, self._committed, self._commit = newer._state, newer._committed, newer._commit
         self._index, self._dropped = newer._index, False
         return self
 
-    def take_up(self, commit: int) -> None:
+    def _take_up(self, commit: int) -> None:
         """Take up the index's file, and learn what it does not know of the last commit."""
         self._commit = commit
         self._index.take_up(self._coverage())
         self._learn(self._index, self._index.coverage)
 
-    def drop(self) -> None:
+    def _drop(self) -> None:
         """Refuse every use from now on, unless a rollback brings it back."""
         self._dropped = True
 
-    def check_index(self) -> bool:
+    def _check_index(self) -> bool:
         """Whether the file of the index is what was written."""
         return self._index.check()
 
