@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shardemb import batch, keys, matching, plan, records
-from shardemb.spec import INTERNAL
+from shardemb.spec import BYTES, FREED, KEYS, SKETCH, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 SLICE_BYTES = 2**25
 """Bytes of strings that are compared at once."""
-
-KEYS, BYTES, FREED, SKETCH = INTERNAL
 
 
 class KeyStore:
@@ -203,13 +201,15 @@ class KeyStore:
 def table_shapes(record: VocabularyRecord) -> dict[str, tuple[int, int, int]]:
     """Rows, values and rows of a shard of the tables that a new vocabulary needs, by what they are for."""
     words = records.INTEGER_WORDS if record.key_type == "int64" else records.STRING_WORDS
-    shapes = {KEYS: (2**24, words, 2**24), FREED: (2**20, 2, 2**20)}
-    if record.key_type != "int64":
-        shapes[BYTES] = (2**22, records.CELL_BYTES // 4, 2**22)
-    if record.admission is not None:
-        cells = record.admission.width * record.admission.depth // records.CELL_COUNTERS
-        shapes[SKETCH] = (cells, records.CELL_COUNTERS, cells)
-    return shapes
+    admission = record.admission
+    cells = admission.width * admission.depth // records.CELL_COUNTERS if admission else 0
+    shapes = {
+        KEYS: (2**24, words, 2**24),
+        BYTES: (2**22, records.CELL_BYTES // 4, 2**22),
+        FREED: (2**20, 2, 2**20),
+        SKETCH: (cells, records.CELL_COUNTERS, cells),
+    }
+    return {part: shapes[part] for part in record.parts}
 
 
 def grow(table: Table, rows: int) -> None:

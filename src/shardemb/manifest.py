@@ -18,8 +18,11 @@ from shardemb import arrays, optim, persisted
 from shardemb.admission import ADMISSIONS, Admission
 from shardemb.errors import FormatError
 from shardemb.spec import (
+    BYTES,
     FORMAT_VERSION,
+    INTERNAL,
     KEY_TYPES,
+    SKETCH,
     check_stored_name,
     crc32,
     field,
@@ -117,6 +120,12 @@ class VocabularyRecord:
     tail: int = 0
     text_bytes: int = 0
     sightings: int = 0
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What its tables are for, each called ``NAME@part``."""
+        has = {BYTES: self.key_type != "int64", SKETCH: self.admission is not None}
+        return tuple(part for part in INTERNAL if has.get(part, True))
 
     def to_json(self) -> dict[str, object]:
         """Return the record as JSON values."""
@@ -245,10 +254,9 @@ class Manifest:
             raise FormatError(msg)
         commit = field(document, "commit", (dict, type(None)))
         tables = tuple(_record_from_json(entry) for entry in field(document, "tables", list))
-        for what in ("name", "uuid"):
-            if len({getattr(table, what) for table in tables}) < len(tables):
-                msg = f"two tables have the same {what}"
-                raise FormatError(msg)
+        records = field(document, "vocabularies", list) if "vocabularies" in document else []
+        vocabularies = tuple(VocabularyRecord.from_json(record) for record in records)
+        _check_together(tables, vocabularies)
         return Manifest(
             uuid=uuid_field(document),
             epoch=int_field(document, "epoch", 2**62, minimum=0),
@@ -258,10 +266,7 @@ class Manifest:
             attempt=int_field(document, "attempt", 2**62),
             commit=None if commit is None else _commit_from_json(commit),
             tables=tables,
-            vocabularies=tuple(
-                VocabularyRecord.from_json(each)
-                for each in (field(document, "vocabularies", list) if "vocabularies" in document else ())
-            ),
+            vocabularies=vocabularies,
             dropped=tuple(_record_from_json(entry) for entry in field(document, "dropped", list)),
         )
 
@@ -305,6 +310,23 @@ def _depth(value: object) -> int:
         depth += 1
         level = [inner for each in level for inner in (each.values() if isinstance(each, Mapping) else each)]
     return depth
+
+
+def _check_together(tables: tuple[TableRecord, ...], vocabularies: tuple[VocabularyRecord, ...]) -> None:
+    """Raise `FormatError` if records of a commit cannot be those of one store."""
+    for kind, records in ("tables", tables), ("vocabularies", vocabularies):
+        for what in ("name", "uuid"):
+            if len({getattr(record, what) for record in records}) < len(records):
+                msg = f"two {kind} have the same {what}"
+                raise FormatError(msg)
+    names, known = {table.name for table in tables}, {each.uuid for each in vocabularies}
+    missing = [
+        name for each in vocabularies for part in each.parts if (name := f"{each.name}@{part}") not in names
+    ]
+    missing += [f"the vocabulary of {each.name}" for each in tables if each.vocabulary not in {None, *known}]
+    if missing:
+        msg = f"{missing[0]} is missing"
+        raise FormatError(msg)
 
 
 def _commit_from_json(document: Mapping[str, Any]) -> Commit:

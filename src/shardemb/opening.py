@@ -282,7 +282,7 @@ def _clear(path: Path) -> None:
     except FormatError:
         old = Manifest(uuid=str(uuid.uuid4()))
     dropped = (*old.tables, *old.dropped)
-    empty = replace(old, clean=True, commit=None, tables=(), dropped=dropped)
+    empty = replace(old, clean=True, commit=None, tables=(), vocabularies=(), dropped=dropped)
     files.replace(folders.manifest(path), empty.to_bytes())
     folders.arrange(path, (), dropped)
     for entry in path.iterdir():

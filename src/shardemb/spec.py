@@ -52,7 +52,7 @@ COUNTERS = COUNT, LAST_STEP = "count", "last_step"
 KEY_TYPES = "int64", "string", "bytes"
 """What the keys of a vocabulary may be."""
 
-INTERNAL = "keys", "bytes", "freed", "sketch"
+INTERNAL = KEYS, BYTES, FREED, SKETCH = "keys", "bytes", "freed", "sketch"
 """What the tables of a vocabulary are for; they are called ``VOCABULARY@keys`` and so on, and are not shown."""
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
