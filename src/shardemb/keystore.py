@@ -131,9 +131,10 @@ class KeyStore:
         """Have room for `more` rows behind the freed ones ``low:tail``, which stay."""
         table = self._tables[FREED]
         if tail + more - low > table.num_embeddings:
-            rows = self.freed(low, tail)
-            grow(table, 2 * (tail + more - low))
-            batch.change(self._runtime, [self.free(low, rows)])
+            rows, size = self.freed(low, tail), whole_shards(table, 2 * (tail + more - low))
+            # Where they lie follows from the size: it changes together with that, or a commit might come in between.
+            places = np.arange(low, tail) % size
+            table._grow(size, places, rows.view(np.float32).reshape(-1, 2))
 
     def _places(self, start: int, stop: int) -> Int64Array:
         """Where in the ring they lie."""
@@ -215,8 +216,12 @@ def table_shapes(record: VocabularyRecord) -> dict[str, tuple[int, int, int]]:
 def grow(table: Table, rows: int) -> None:
     """Have a table hold at least so many rows: twice as many as now, in whole shards."""
     if rows > table.num_embeddings:
-        wanted = max(rows, 2 * table.num_embeddings)
-        table.resize(-(-wanted // table.rows_per_shard) * table.rows_per_shard)
+        table.resize(whole_shards(table, max(rows, 2 * table.num_embeddings)))
+
+
+def whole_shards(table: Table, rows: int) -> int:
+    """Return how many rows the shards have that so many rows take."""
+    return round_up(rows, table.rows_per_shard)
 
 
 def _cells_of(begins: Int64Array, lengths: Int64Array) -> tuple[Int64Array, Int64Array]:

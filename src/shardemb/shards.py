@@ -263,10 +263,16 @@ class Shards:
             ids = rows[start : start + PAGED_ROWS]
             records = np.empty((ids.size, self.spec.width), np.float32)
             other.pack(ids, 0, ids.size, records.ctypes.data)
-            addresses = records.ctypes.data + np.arange(ids.size) * self.spec.record_bytes
-            self.place(Images(ids, addresses), room)
-            self.overlay.bring_back(ids)  # what another part of the batch may have sent out
-            self.change(self.overlay.places(ids))
+            self.take(ids, records, room)
+
+    def take(self, ids: Int64Array, records: Float32Array, room: Room) -> None:
+        """Take over records that differ from the last commit; as `take_changes`."""
+        for start in range(0, ids.size, PAGED_ROWS):
+            some, given = ids[start : start + PAGED_ROWS], records[start : start + PAGED_ROWS]
+            addresses = given.ctypes.data + np.arange(some.size) * self.spec.record_bytes
+            self.place(Images(some, addresses), room)
+            self.overlay.bring_back(some)  # what another part of the batch may have sent out
+            self.change(self.overlay.places(some))
 
     def never_written(self, start: int, stop: int) -> Int64Array:
         """List those of rows ``start:stop`` that the files have no record of, nor is one on its way to them."""

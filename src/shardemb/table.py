@@ -501,13 +501,23 @@ class Table:
             if count != self.num_embeddings:
                 self._become(self._resized(old, count), self._training)
 
-    def _resized(self, old: Shards, count: int) -> Shards:
+    def _grow(self, count: int, ids: Int64Array, records: Float32Array) -> None:
+        """Have more rows, and other records in some of them: both or neither. For vocabularies."""
+        with self._runtime.writing():
+            self._runtime.room.drain()
+            self._become(self._resized(self._live(), count, ids, records), self._training)
+
+    def _resized(
+        self, old: Shards, count: int, ids: Int64Array | None = None, records: Float32Array | None = None
+    ) -> Shards:
         spec = rebuild.resized(old.spec, count)
         directory = folders.parked(self._runtime.path, spec.uuid)
         rebuild.resize(rebuild.Place(old.spec, old.directory), rebuild.Place(spec, directory))
         try:
             new = Shards(spec, directory)
             new.take_changes(old, self._runtime.room)
+            if ids is not None and records is not None:
+                new.take(ids, records, self._runtime.room)
         except BaseException:
             files.remove_tree(directory)
             raise
