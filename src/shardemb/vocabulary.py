@@ -534,7 +534,7 @@ class Vocabulary:
         now = self._coverage()
         # On the way the index may be merged into a file, which must say no more than it knows by then.
         known = replace(known, commit=now.commit, head=known.head if known.rows else now.head)
-        for start in range(known.rows, now.rows, SLICE_ROWS):
+        for start in range(max(known.rows, self.reserved), now.rows, SLICE_ROWS):
             stop = min(start + SLICE_ROWS, now.rows)
             self._learn_rows(index, np.arange(start, stop), replace(known, rows=start))
         for start in range(known.head, now.head, SLICE_ROWS):
