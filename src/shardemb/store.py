@@ -777,7 +777,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
                 finally:
                     if self._journal is not None:
                         self._journal.release()
-                    self._tables.release()
+                    self._vocabularies.release()
                     if self._lock is not None:
                         files.close(self._lock)
 

@@ -183,6 +183,13 @@ class Vocabularies:
         for gone in known.values():
             gone._drop()
         self._committed = {each._record().uuid: each for each in self.now.values()}
+        fresh.now, fresh._committed = {}, {}  # they stay open when that is closed
+
+    def release(self) -> None:
+        """Let go of the memory of all of them, and of all tables."""
+        for each in self._all():
+            each._release()
+        self._tables.release()
 
     def _all(self) -> list[Vocabulary]:
         """List them, also those that were dropped since the last commit, in an order that all threads have."""

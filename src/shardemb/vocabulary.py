@@ -407,6 +407,10 @@ class Vocabulary:
         """Refuse every use from now on, unless a rollback brings it back."""
         self._dropped = True
 
+    def _release(self) -> None:
+        """Let go of the index and its file; lookups that still run have theirs."""
+        self._index = self._new_index()
+
     def _check_index(self) -> bool:
         """Whether the file of the index is what was written."""
         return self._index.check()
