@@ -73,7 +73,7 @@ def rows_of(index, values, end=ANY):
     found = [[] for _ in range(values.size)]
     for skip in range(1000):
         out = np.full(values.size, -7, np.int64)
-        index.probe(values, skip, end, out, 0, values.size)
+        index.view.probe(values, skip, end, out, 0, values.size)
         for rows, row in zip(found, out.tolist(), strict=True):
             if row >= 0:
                 assert len(rows) == skip
@@ -214,12 +214,12 @@ def test_asking_for_pages_changes_nothing(path, sample, monkeypatch):
     pairs = [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(3000)]
     with small((10**6, 10**6)):
         index = new_index(path)
-        index.read_ahead(np.arange(3, dtype=np.uint64))
+        index.view.read_ahead(np.arange(3, dtype=np.uint64))
         add(index, pairs)
         index.merge(Coverage())
     monkeypatch.setattr(keyindex, "_are_resident", lambda array, places: False)
-    index.read_ahead(np.array([value for value, _ in pairs] + [0, LAST], np.uint64))
-    index.read_ahead(np.empty(0, np.uint64))
+    index.view.read_ahead(np.array([value for value, _ in pairs] + [0, LAST], np.uint64))
+    index.view.read_ahead(np.empty(0, np.uint64))
     assert_holds(index, pairs)
 
 
@@ -338,7 +338,7 @@ def test_flips_in_the_directory_and_the_entries_are_found_by_check_and_lead_nowh
         assert not index.check(), at
         for rows in rows_of(index, values, 1000):
             assert all(0 <= row < 1000 for row in rows)
-        index.read_ahead(np.array(values, np.uint64))
+        index.view.read_ahead(np.array(values, np.uint64))
 
 
 def test_a_damaged_file_is_not_merged_into_a_sound_one(written):

@@ -111,6 +111,38 @@ class Level(NamedTuple):
 NOTHING = Level(np.zeros(2, np.int64), np.empty((0, 2), np.uint64), 0, 0, np.empty(0, np.uint64))
 
 
+class View(NamedTuple):
+    """What an index holds: all that it held when this was taken, in an order that stays."""
+
+    slots: Slots
+    level: Level
+
+    def probe(
+        self, hashes: NDArray[np.uint64], skip: int, end: int, out: Int64Array, start: int, stop: int
+    ) -> None:
+        """Set ``out[i]`` to a row below `end` that may hold the key of ``hashes[i]``, the `skip`-th of them, or -1."""
+        slots, level = self
+        probing.probe(*slots, level.directory, level.entries, level.bits, hashes, skip, end, out, start, stop)
+
+    def read_ahead(self, hashes: NDArray[np.uint64]) -> None:
+        """Ask for the pages of the file in which hashes are looked for, unless a sample finds them in memory."""
+        level = self.level
+        if level is NOTHING or not level.bits or not hashes.size:
+            return
+
+        def buckets(some: NDArray[np.uint64]) -> Int64Array:
+            return (some >> np.uint64(64 - level.bits)).astype(np.int64)
+
+        def entries(some: NDArray[np.uint64]) -> Int64Array:
+            found: Int64Array = np.clip(level.directory[buckets(some)], 0, level.entries.shape[0] - 1)
+            return found
+
+        for array, places in (level.directory, buckets), (level.entries, entries):
+            sample = places(hashes[:: max(1, hashes.size // SAMPLES)])
+            if not _are_resident(array, sample):
+                _ask(array, np.sort(places(hashes)))
+
+
 class KeyIndex:
     """The index of one vocabulary. Reading needs no lock; everything else is under the store's.
 
@@ -150,8 +182,9 @@ class KeyIndex:
     # ---- reading
 
     def __len__(self) -> int:
-        """Return the number of pairs, those of no use included."""
-        return int(self._level.entries.shape[0]) + self._open
+        """Return the number of pairs, those of no use included; at least that, while they are added."""
+        opened = self._open  # before the level, which takes them over
+        return int(self._level.entries.shape[0]) + opened
 
     @property
     def has_file(self) -> bool:
@@ -163,30 +196,11 @@ class KeyIndex:
         """Bytes in memory and on disk."""
         return self._slots.pairs.nbytes, files.allocated(self._path) if self.has_file else 0
 
-    def probe(
-        self, hashes: NDArray[np.uint64], skip: int, end: int, out: Int64Array, start: int, stop: int
-    ) -> None:
-        """Set ``out[i]`` to a row below `end` that may hold the key of ``hashes[i]``, the `skip`-th of them, or -1."""
-        slots, level = self._slots, self._level
-        probing.probe(*slots, level.directory, level.entries, level.bits, hashes, skip, end, out, start, stop)
-
-    def read_ahead(self, hashes: NDArray[np.uint64]) -> None:
-        """Ask for the pages of the file in which hashes are looked for, unless a sample finds them in memory."""
-        level = self._level
-        if level is NOTHING or not level.bits or not hashes.size:
-            return
-
-        def buckets(some: NDArray[np.uint64]) -> Int64Array:
-            return (some >> np.uint64(64 - level.bits)).astype(np.int64)
-
-        def entries(some: NDArray[np.uint64]) -> Int64Array:
-            found: Int64Array = np.clip(level.directory[buckets(some)], 0, level.entries.shape[0] - 1)
-            return found
-
-        for array, places in (level.directory, buckets), (level.entries, entries):
-            sample = places(hashes[:: max(1, hashes.size // SAMPLES)])
-            if not _are_resident(array, sample):
-                _ask(array, np.sort(places(hashes)))
+    @property
+    def view(self) -> View:
+        """What to look for hashes in."""
+        slots = self._slots  # first: what is merged meanwhile is in both then, and not in none
+        return View(slots, self._level)
 
     # ---- changing
 
@@ -205,8 +219,10 @@ class KeyIndex:
         while start < hashes.size:
             stop = min(start + most - self._open, hashes.size)
             self._reserve(self._open + stop - start)
+            self._open += stop - start  # before they are there, for those who count meanwhile
             done = probing.insert(*self._slots, hashes[start:stop], rows[start:stop])
-            self._open, start = self._open + done, start + done
+            self._open -= stop - start - done
+            start += done
             if start < stop:
                 self._move(self._slots.pairs.shape[0], new_salt())
             if self._open >= most:

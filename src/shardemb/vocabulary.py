@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from shardemb.admission import Admission
     from shardemb.arrays import Int64Array
+    from shardemb.keyindex import View
     from shardemb.keys import Keys, KeysLike, KeyType
     from shardemb.manifest import VocabularyRecord
     from shardemb.runtime import Runtime
@@ -437,14 +438,16 @@ class Vocabulary:
 
     def _find(self, checked: Keys, hashes: NDArray[np.uint64]) -> Int64Array:
         """Return the rows of keys, -1 where there is none."""
-        # Pairs as many as keys are those of the keys, and different integers have different hashes.
-        exact = checked.integers is not None and len(self._index) == len(self)
-        rows = self._candidates(hashes, 0)
-        if exact:
+        # Before the index, which knows of every row by the time that the counts do; and one view of it for all.
+        end, index = self._state.rows, self._index
+        view = index.view
+        self._live()  # or it is that of no file any more
+        rows = self._candidates(view, hashes, 0, end)
+        if checked.integers is not None and self._is_exact(index):
             return rows
         which: Int64Array | None = None
         for skip in count(1):
-            some = rows if which is None else self._candidates(hashes[which], skip - 1)
+            some = rows if which is None else self._candidates(view, hashes[which], skip - 1, end)
             if which is None:
                 others = self._stored.drop_others(checked, hashes, some)
             else:
@@ -456,11 +459,18 @@ class Vocabulary:
             which = left if which is None else which[left]
         raise AssertionError
 
-    def _candidates(self, hashes: NDArray[np.uint64], skip: int) -> Int64Array:
-        index, end, rows = self._index, self._state.rows, np.empty(hashes.size, np.int64)
-        index.read_ahead(hashes)
-        self._run(lambda start, stop: index.probe(hashes, skip, end, rows, start, stop), hashes.size)
+    def _candidates(self, view: View, hashes: NDArray[np.uint64], skip: int, end: int) -> Int64Array:
+        rows = np.empty(hashes.size, np.int64)
+        view.read_ahead(hashes)
+        self._run(lambda start, stop: view.probe(hashes, skip, end, rows, start, stop), hashes.size)
         return rows
+
+    def _is_exact(self, index: KeyIndex) -> bool:
+        """Whether all pairs that were found in an index by now are those of keys; other integers have other hashes."""
+        keys = len(
+            self
+        )  # first: pairs that are added meanwhile must not make up for those that are of no use
+        return len(index) == keys and index is self._index
 
     # ---- within: giving rows out
 
