@@ -209,7 +209,6 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> table.shape
         (1000000, 16)
         """
-        # Or keys that are just being added would have rows that the table has not.
         with self._vocabularies.at_rest() if vocabulary else self._runtime.changing():
             self._runtime.check_sound()
             self._tables.require_free(check_name(name), self.path)

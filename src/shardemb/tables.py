@@ -108,9 +108,8 @@ class Tables:
         for table in before:
             if table not in self.now.values():
                 self.abandon(table)
-            elif (
-                table._spec.uuid not in self.committed
-            ):  # lookups go on in its memory until it has that of before
+            elif table._spec.uuid not in self.committed:
+                # Lookups go on in its memory until it has that of before.
                 files.remove_tree(table._mapped.directory)
         for record in manifest.tables:
             table, mapped = self.committed[record.uuid]

@@ -54,7 +54,10 @@ class Vocabularies:
 
     @contextlib.contextmanager
     def at_rest(self) -> Iterator[None]:
-        """Hold the store's lock while no vocabulary is being changed, not even by one that waits for room."""
+        """Hold the store's lock while no vocabulary is being changed, not even by one that waits for room.
+
+        Keys that were being added could otherwise have rows that are gone, or that a table bound meanwhile has not.
+        """
         while True:
             those = self._all()
             with contextlib.ExitStack() as stack:
