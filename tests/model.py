@@ -208,3 +208,120 @@ class StoreModel:
             assert last is None
         else:
             assert (last.id, last.step, last.metadata) == (self.commit_id, self.commit_step, self.metadata)
+
+
+# ---- keys -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class VocabularyModel:
+    """Keys by row in a dict; rows without a key wait in `freed` for the commit, and then in `free` for their turn."""
+
+    reserved: int = 0
+    after: int = 1  # sightings that earn a row
+    rows: dict = field(default_factory=dict)
+    num_rows: int = 0
+    free: list = field(default_factory=list)
+    freed: list = field(default_factory=list)
+    seen: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.num_rows = max(self.num_rows, self.reserved)
+
+    def lookup(self, keys):
+        return [self.rows.get(key, -1) for key in keys]
+
+    def add(self, keys):
+        new = [key for key in keys if key not in self.rows]
+        for key in new:
+            self.seen[key] = self.seen.get(key, 0) + 1
+        for key in dict.fromkeys(new):
+            if self.seen[key] >= self.after:
+                self.rows[key] = self.next_row()
+        return self.lookup(keys)
+
+    def next_row(self):
+        if self.free:
+            return self.free.pop(0)
+        self.num_rows += 1
+        return self.num_rows - 1
+
+    def next_rows(self, number):
+        """The rows that so many new keys would get."""
+        return [*self.free, *range(self.num_rows, self.num_rows + number)][:number]
+
+    def remove(self, keys):
+        found = self.lookup(keys)
+        gone = {key for key in keys if key in self.rows}
+        self.freed += sorted(self.rows.pop(key) for key in gone)
+        return found
+
+    def commit(self):
+        self.free, self.freed = self.free + self.freed, []
+
+    def by_row(self):
+        """Rows that have a key, ascending, and their keys."""
+        return {row: key for key, row in sorted(self.rows.items(), key=lambda item: item[1])}
+
+    def assert_matches(self, vocabulary):
+        by_row = self.by_row()
+        assert len(vocabulary) == len(by_row)
+        assert vocabulary.num_rows == self.num_rows
+        batches = [batch.to_pydict() for batch in vocabulary.to_arrow_batches()]
+        assert [row for batch in batches for row in batch["row"]] == list(by_row)
+        assert [key for batch in batches for key in batch["key"]] == list(by_row.values())
+        assert list(vocabulary) == list(by_row.values())
+        assert vocabulary.keys(list(by_row)).tolist() == list(by_row.values())
+        assert vocabulary.lookup(list(by_row.values())).tolist() == list(by_row)
+
+
+@dataclass
+class KeyedModel(TableModel):
+    """A table that is bound to a vocabulary, with more rows than it will ever have; and its counters."""
+
+    counts: np.ndarray | None = None
+    last_steps: np.ndarray | None = None
+    fresh: TableModel | None = None
+
+    @classmethod
+    def new(cls, stream, *, num_embeddings, counters=False, **arguments):
+        model = super().new(stream, num_embeddings=num_embeddings, **arguments)
+        if counters:
+            model.counts, model.last_steps = np.zeros((2, num_embeddings), F)
+        model.fresh = copy.deepcopy(model)
+        return model
+
+    def update(self, ids, gradients):
+        super().update(ids, gradients)
+        if self.counts is not None:
+            np.add.at(self.counts, np.ravel(ids).astype(np.int64), 1)
+            self.last_steps[np.ravel(ids).astype(np.int64)] = self.step
+
+    def reset(self, ids):
+        """Rows are as new."""
+        ids = np.asarray(ids, np.int64)
+        self.weights[ids] = self.fresh.weights[ids]
+        for name, values in self.state.items():
+            values[ids] = self.fresh.state[name][ids]
+        if self.counts is not None:
+            self.counts[ids] = self.last_steps[ids] = 0
+
+    def evicted(self, rows, *, older_than=None, keep=None, by="lru"):
+        """Those of the rows, ascending, that are of little use."""
+        if older_than is not None:
+            return [row for row in rows if self.last_steps[row] <= self.step - older_than]
+        worth = self.last_steps if by == "lru" else self.counts
+        best = sorted(rows, key=lambda row: (-worth[row], row))
+        return sorted(best[keep:])
+
+    def assert_matches(self, table):
+        """Assert that a table by row holds the same, in every row that it has and every bit."""
+        ids = np.arange(table.num_embeddings)
+        assert_same_bits(table.lookup(ids), self.weights[: ids.size])
+        for name, values in self.state.items():
+            assert_same_bits(table.state(name, ids).reshape(ids.size, -1), values[: ids.size])
+        if self.counts is not None:
+            assert_same_bits(table.state("count", ids), self.counts[: ids.size])
+            assert_same_bits(table.state("last_step", ids), self.last_steps[: ids.size])
+        assert table.step == self.step
+        assert table.optimizer == self.optimizer
