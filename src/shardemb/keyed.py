@@ -180,11 +180,11 @@ class KeyedTable:
         >>> table.lookup([[-5], [7]], missing="initial").shape
         (2, 1, 2)
         """
-        ids = self._vocabulary.add(keys) if create else self._vocabulary.lookup(keys)
-        unknown = ids < 0
         if isinstance(missing, str) and missing not in ("error", "initial", "zeros"):
             msg = f'missing must be "error", "initial", "zeros" or a row id, got {missing!r}'
             raise ValueError(msg)
+        ids = self._vocabulary.add(keys) if create else self._vocabulary.lookup(keys)
+        unknown = ids < 0
         if not unknown.any():
             return self._rows.lookup(ids, out=out)
         if missing == "error":
