@@ -115,7 +115,7 @@ class VocabularyMachine(RuleBasedStateMachine):
         self.store = shardemb.open(self.path, **self.options)
         self.reader = None
         # So large that no two of these keys share all their counters.
-        admission = shardemb.Admission(after=2, width=4096, depth=8) if how == "admission" else None
+        admission = shardemb.Admission(after=2, width=2**16, depth=4) if how == "admission" else None
         self.store.create_vocabulary("v", key_type=key_type, admission=admission, reserved=reserved)
         self.model = VocabularyModel(reserved=reserved, after=2 if admission else 1)
         self.tables, self.made = {}, {}

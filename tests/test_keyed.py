@@ -1,0 +1,405 @@
+"""Tables by key: what unknown keys get, which keys are evicted, and that the rest is as by row id."""
+
+import numpy as np
+import pytest
+from model import KeyedModel, assert_same_bits
+
+import shardemb
+from shardemb.errors import (
+    ReadOnlyError,
+    RowIdError,
+    StoreClosedError,
+    TableNotFoundError,
+    UnknownKeyError,
+)
+from shardemb.initializers import Constant, Normal, Uniform
+from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
+
+DIM = 4
+OPTIMIZERS = [
+    SGD(lr=0.5),
+    Adagrad(lr=0.1, initial_accumulator_value=0.5),
+    RowWiseAdagrad(lr=0.1),
+    Adam(lr=0.1),
+]
+WORDS = ["to", "be", "or", "not"]
+
+
+def new_table(store, *, key_type="string", reserved=0, admission=None, **arguments):
+    store.create_vocabulary("v", key_type=key_type, reserved=reserved, admission=admission)
+    return store.create_table(
+        "t", **({"vocabulary": "v", "embedding_dim": DIM, "rows_per_shard": 64} | arguments)
+    )
+
+
+def ones(*shape):
+    return np.ones((*shape, DIM), np.float32)
+
+
+# ---- rows by key ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda each: type(each).__name__)
+@pytest.mark.parametrize("counters", [False, True])
+@pytest.mark.parametrize("initializer", [Constant(0.0), Uniform(-1, 1, seed=2)], ids=["zeros", "drawn"])
+def test_updates_by_key_are_those_by_row(store, optimizer, counters, initializer):
+    """Counters lie behind the optimizer's state, and must not be taken for it."""
+    arguments = {"optimizer": optimizer, "initializer": initializer, "counters": counters}
+    table = new_table(store, key_type="int64", **arguments)
+    model = KeyedModel.new("t", num_embeddings=200, embedding_dim=DIM, **arguments)
+    rng = np.random.default_rng(0)
+    table.vocabulary.add(np.arange(1000, 1150))
+    for turn in range(6):
+        rows = rng.zipf(1.3, 60) % 150
+        rows = rows[~np.isin(rows, [3, 7])] if turn > 3 else rows
+        gradients = rng.normal(size=(rows.size, DIM)).astype(np.float32)
+        table.update(rows + 1000, gradients)
+        model.update(rows, gradients)
+        table.write([1001, 1001], np.stack([gradients[0], gradients[1]]))
+        model.write([1, 1], gradients[:2])
+        if turn == 3:
+            store.commit()
+            table.vocabulary.remove([1007, 1003])
+            model.reset([7, 3])
+    keys, rows = np.array([1000, 1149, 1001]), [0, 149, 1]
+    assert_same_bits(table.lookup(keys), model.lookup(rows))
+    for name, values in model.state.items():
+        assert_same_bits(table.state(name, keys).reshape(3, -1), values[rows])
+    if counters:
+        assert_same_bits(table.state("count", keys), model.counts[rows])
+        assert_same_bits(table.state("last_step", [[1000], [1149]]), model.last_steps[[[0], [149]]])
+        assert table.stats()["updates"] == int(model.counts.sum())
+
+
+def test_what_a_table_tells(store):
+    table = new_table(store, optimizer=SGD(lr=0.5), initializer=Constant(1.0), counters=True)
+    assert (table.name, table.embedding_dim, table.optimizer) == ("t", DIM, SGD(lr=0.5))
+    assert (table.num_embeddings, table.shape, len(table)) == (0, (0, DIM), 0)
+    assert table.initializer == Constant(1.0)
+    table.vocabulary.add(WORDS)
+    table.vocabulary.remove(["be"])
+    assert (table.num_embeddings, table.shape, len(table)) == (4, (4, DIM), 3)
+    table.update(["to", "to"], ones(2))
+    assert table.step == table.rows.step == 1
+    assert repr(table) == "KeyedTable 't': 3 string keys x 4 float32, SGD(lr=0.5), step 1"
+    stats = table.stats()
+    assert (stats["vocabulary"]["keys"], stats["updates"]) == (3, 2)
+    assert "KeyedTable 't'" in repr(store)
+
+
+def test_unknown_keys_are_an_error_that_names_the_first(store):
+    table = new_table(store, optimizer=SGD(lr=1.0))
+    table.lookup(WORDS, create=True)
+    message = (
+        r"key 'that' at position \(1, 0\) has no row in vocabulary 'v' \(1 more have none either\): say what"
+    )
+    asked = [["to", "be"], ["that", "is"]]
+    for call in (
+        lambda: table.lookup(asked),
+        lambda: table.update(asked, ones(2, 2)),
+        lambda: table.write(asked, ones(2, 2)),
+        lambda: store.lookup({"t": asked}),
+        lambda: store.update({"t": (asked, ones(2, 2))}),
+    ):
+        with pytest.raises(UnknownKeyError, match=message):
+            call()
+    with pytest.raises(UnknownKeyError, match="key 'x' at position 0 has no row in vocabulary 'v': say"):
+        table.lookup(["x"])
+    with pytest.raises(UnknownKeyError, match="key 'x' at position"):
+        table.lookup("x")
+    with pytest.raises(ValueError, match="no state column"):
+        table.state("count", WORDS)
+    assert table.step == 0
+    assert table.lookup([]).shape == (0, DIM)
+
+
+@pytest.mark.parametrize("initializer", [Constant(3.0), Normal(seed=4)], ids=["constant", "drawn"])
+def test_what_unknown_keys_get(store, initializer):
+    table = new_table(store, reserved=2, initializer=initializer, optimizer=SGD(lr=1.0))
+    fresh = KeyedModel.new("t", num_embeddings=100, embedding_dim=DIM, initializer=initializer).weights
+    assert_same_bits(table.lookup(["x"], missing="initial"), fresh[[2]])
+    table.vocabulary.add(WORDS)
+    table.update(WORDS, ones(4))
+    asked = ["new", "be", "other", "new", "to"]
+    known = table.lookup(["be", "to"])
+    zeros = table.lookup(asked, missing="zeros")
+    assert_same_bits(zeros[[1, 4]], known)
+    assert not zeros[[0, 2, 3]].any()
+    # The rows that they would get, one after the other, in the order of first appearance.
+    assert_same_bits(
+        table.lookup(asked, missing="initial"), np.stack([fresh[6], known[0], fresh[7], fresh[6], known[1]])
+    )
+    table.rows.write([1], 7 * ones(1))
+    assert_same_bits(table.lookup(asked, missing=1)[[0, 2, 3]], 7 * ones(3))
+    out = np.empty((5, DIM), np.float32)
+    assert table.lookup(asked, missing="zeros", out=out) is out
+    assert_same_bits(out, zeros)
+    assert_same_bits(table.lookup("new", missing="initial"), fresh[6])
+    assert table.lookup("new", missing="zeros").tolist() == [0] * DIM
+    # After a commit, rows that became free are the next.
+    store.commit()
+    table.vocabulary.remove(["not", "to"])
+    assert_same_bits(table.lookup(["new"], missing="initial"), fresh[[6]])
+    store.commit()
+    assert_same_bits(table.lookup(["a", "b", "c"], missing="initial"), fresh[[2, 5, 6]])
+    assert table.vocabulary.lookup(["a"]) == -1
+    assert_same_bits(table.lookup(["a", "b", "c"], create=True), fresh[[2, 5, 6]])
+
+
+def test_what_missing_cannot_be(store):
+    table = new_table(store, optimizer=SGD(lr=1.0))
+    table.vocabulary.add(["a"])
+    store.commit()
+    with pytest.raises(
+        ValueError, match='missing must be "error", "initial", "zeros" or a row id, got \'skip\''
+    ):
+        table.lookup(["b"], missing="skip", create=True)
+    for row, error in ((1, RowIdError), (-1, RowIdError), (0.5, TypeError), (None, TypeError)):
+        with pytest.raises(error):
+            table.lookup(["b"], missing=row)
+        with pytest.raises(error):
+            table.update(["b"], ones(1), missing=row)
+    with pytest.raises((TypeError, ValueError)):
+        table.update(["b"], ones(1), missing="zeros")
+    assert not store.has_changes
+
+
+def test_keys_that_are_looked_up_may_be_created(store):
+    table = new_table(store, initializer=Uniform(-1, 1, seed=1))
+    fresh = KeyedModel.new(
+        "t", num_embeddings=100, embedding_dim=DIM, initializer=Uniform(-1, 1, seed=1)
+    ).weights
+    found = table.lookup([["be", "to"], ["be", "or"]], create=True)
+    assert_same_bits(found, fresh[[[0, 1], [0, 2]]])
+    assert list(table.vocabulary) == ["be", "to", "or"]
+    for _ in range(3):  # the table grows in whole shards
+        table.lookup([f"{i}" for i in range(200)], create=True)
+        assert table.rows.num_embeddings >= table.num_embeddings
+    assert table.num_embeddings == 203
+
+
+def test_keys_that_are_not_admitted_yet_get_what_missing_says(store):
+    table = new_table(store, admission=shardemb.Admission(after=2, width=64))
+    with pytest.raises(UnknownKeyError):
+        table.lookup(["a"], create=True)
+    assert table.lookup(["b", "a"], create=True, missing="zeros").tolist() == [[0] * DIM] * 2
+    assert list(table.vocabulary) == ["a"]
+    assert table.lookup(["b"], create=True).shape == (1, DIM)
+
+
+def test_unknown_keys_are_left_out_of_updates_or_stand_for_a_row(store):
+    table = new_table(store, reserved=1, optimizer=SGD(lr=1.0), counters=True)
+    table.vocabulary.add(["a", "b"])
+    gradients = np.arange(12, dtype=np.float32).reshape(3, DIM)
+    table.update(["x", "b", "y"], gradients, missing="skip")
+    assert_same_bits(table.lookup(["a", "b"]), np.stack([np.zeros(DIM, np.float32), -gradients[1]]))
+    assert table.rows.lookup([0]).tolist() == [[0] * DIM]
+    table.update([["x"], ["b"], ["x"]], gradients.reshape(3, 1, DIM), missing=0)
+    assert_same_bits(table.rows.lookup([0]), -(gradients[0] + gradients[2])[None])
+    assert table.rows.state("count", [0, 1, 2]).tolist() == [2, 0, 2]
+    table.write(["x", "a"], gradients[:2], missing="skip")
+    assert_same_bits(table.lookup(["a"]), gradients[[1]])
+    table.update(["x"], gradients[:1], missing="skip")
+    assert table.step == 3
+    with pytest.raises(ValueError, match="shape"):
+        table.update(["x", "b"], gradients, missing="skip")
+    with pytest.raises(ValueError):
+        table.update(["b"], np.full((1, DIM), np.nan, np.float32), missing="skip")
+    table.update("b", gradients[0], missing="skip")
+    table.update("z", gradients[0], missing="skip")
+    assert table.step == 5
+
+
+def test_a_prefetch_takes_unknown_keys(store):
+    table = new_table(store)
+    table.vocabulary.add(["a"])
+    table.prefetch(["a", "b"], for_update=True)
+    table.prefetch([])
+    with pytest.raises(TypeError):
+        table.prefetch([1])
+
+
+def test_rows_are_reset(store):
+    table = new_table(store, key_type="int64", optimizer=Adam(), initializer=Normal(seed=1), counters=True)
+    table.vocabulary.add(np.arange(6))
+    before = table.lookup(np.arange(6))
+    table.update(np.arange(6), ones(6))
+    after = table.lookup(np.arange(6))
+    table.rows.reset_rows([[4], [2], [4]])
+    assert_same_bits(table.lookup([2, 4]), before[[2, 4]])
+    assert_same_bits(table.lookup([0, 1, 3, 5]), after[[0, 1, 3, 5]])
+    for column in "exp_avg", "exp_avg_sq", "count", "last_step":
+        assert (table.state(column, np.arange(6)).reshape(6, -1).any(axis=1) == [1, 1, 0, 1, 0, 1]).all()
+    for wrong, error in (([table.rows.num_embeddings], RowIdError), ([-1], RowIdError), ([0.5], TypeError)):
+        with pytest.raises(error):
+            table.rows.reset_rows(wrong)
+    table.rows.reset_rows([])
+    store.commit()
+    table.rows.reset_rows([2, 4])  # they have records by now
+    assert store.has_changes
+
+
+def test_rows_of_a_table_that_was_never_written_are_reset_for_nothing(store):
+    table = new_table(store, key_type="int64", initializer=Normal(seed=1))
+    table.vocabulary.add(np.arange(6))
+    store.commit()
+    table.rows.reset_rows([1, 2])
+    assert not store.has_changes
+
+
+# ---- eviction ---------------------------------------------------------------------------------------------------
+
+
+def counted(store, **more):
+    table = new_table(store, key_type="int64", optimizer=SGD(lr=1.0), counters=True, **more)
+    table.vocabulary.add(np.arange(10, 20))
+    for keys in [10, 11, 12], [11, 11, 13], [10, 14], [15]:  # steps 1 to 4
+        table.update(keys, ones(len(keys)))
+    return table
+
+
+@pytest.mark.parametrize(
+    ("how", "gone"),
+    [
+        ({"older_than": 0}, [*range(10, 20)]),
+        ({"older_than": 1}, [10, 11, 12, 13, 14, 16, 17, 18, 19]),
+        ({"older_than": 2}, [11, 12, 13, 16, 17, 18, 19]),
+        ({"older_than": 3}, [12, 16, 17, 18, 19]),
+        ({"older_than": 4}, [16, 17, 18, 19]),
+        ({"older_than": 5}, []),
+        ({"keep": 10}, []),
+        ({"keep": 100}, []),
+        ({"keep": 0}, [*range(10, 20)]),
+        ({"keep": 3}, [11, 12, 13, 16, 17, 18, 19]),
+        ({"keep": 2, "by": "lru"}, [11, 12, 13, 14, 16, 17, 18, 19]),
+        ({"keep": 1, "by": "lfu"}, [10, *range(12, 20)]),
+        ({"keep": 3, "by": "lfu"}, [*range(13, 20)]),
+        ({"keep": 7, "by": "lfu"}, [17, 18, 19]),
+    ],
+)
+def test_which_keys_are_evicted(store, how, gone):
+    table = counted(store)
+    other = store.create_table("u", vocabulary="v", embedding_dim=2, initializer=Constant(1.0))
+    other.write(np.arange(10, 20), np.zeros((10, 2), np.float32))
+    rows = table.vocabulary.lookup(gone)
+    assert table.evict(**how).tolist() == gone
+    assert table.vocabulary.lookup(gone).tolist() == [-1] * len(gone)
+    assert len(table) == 10 - len(gone)
+    assert (other.rows.lookup(rows) == 1).all()
+    assert not table.rows.lookup(rows).any()
+    assert not table.rows.state("count", rows).any()
+    assert table.evict(**how).tolist() == []
+
+
+def test_eviction_knows_nothing_of_reserved_and_freed_rows(store):
+    table = counted(store, reserved=3)
+    table.vocabulary.remove([10, 19])
+    table.rows.update([0, 1], ones(2))
+    assert table.evict(keep=2).tolist() == [11, 12, 13, 16, 17, 18]
+    assert table.rows.state("count", [0, 1]).tolist() == [1, 1]
+    store.commit()
+    assert table.vocabulary.add([50]).tolist() == [3]
+    assert table.evict(older_than=1).tolist() == [50, 14, 15]  # by their rows
+
+
+@pytest.mark.parametrize("how", [{}, {"keep": 1, "older_than": 1}, {"keep": 1, "by": "age"}, {"by": "lru"}])
+def test_evictions_that_say_nothing_clear(store, how):
+    table = counted(store)
+    with pytest.raises(ValueError, match="give older_than or keep"):
+        table.evict(**how)
+
+
+def test_evictions_that_cannot_be(store):
+    table = counted(store)
+    for how, error in (
+        ({"keep": -1}, ValueError),
+        ({"older_than": -1}, ValueError),
+        ({"keep": 1.5}, TypeError),
+        ({"older_than": "x"}, TypeError),
+    ):
+        with pytest.raises(error):
+            table.evict(**how)
+    plain = store.create_table("plain", vocabulary="v", embedding_dim=2)
+    with pytest.raises(ValueError, match="table 'plain' does not count: give create_table counters=True"):
+        plain.evict(keep=1)
+    assert len(table) == 10
+
+
+def test_counters_stay_where_float32_ends(store):
+    table = counted(store)
+    table.rows.write([0], ones(1))  # a slot
+    shards = table.rows._mapped
+    last = shards.spec.columns["count"][0]
+    shards.records[shards.overlay.places(np.array([0]))[0], last] = 2**24
+    table.update([10], ones(1))
+    assert table.state("count", [10]) == 2**24
+
+
+# ---- where it ends ----------------------------------------------------------------------------------------------
+
+
+def test_a_dropped_or_closed_table_says_so(path):
+    store = shardemb.open(path)
+    table = new_table(store, optimizer=SGD(lr=1.0), counters=True)
+    table.vocabulary.add(WORDS)
+    store.commit()
+    store.drop_table("t")
+    calls = (
+        lambda: table.lookup(WORDS),
+        lambda: table.lookup(WORDS, missing="initial"),
+        lambda: table.update(WORDS, ones(4)),
+        lambda: table.write(WORDS, ones(4)),
+        lambda: table.state("count", WORDS),
+        lambda: table.prefetch(WORDS),
+        lambda: table.evict(keep=1),
+        lambda: table.to_arrow_batches(),
+    )
+    for call in calls:
+        with pytest.raises(TableNotFoundError, match="table 't' is no longer in the store"):
+            call()
+    assert len(table.vocabulary) == 4
+    store.rollback()
+    assert store["t"] is table
+    assert table.lookup(WORDS).shape == (4, DIM)
+    store.close()
+    for call in calls:
+        with pytest.raises(StoreClosedError):
+            call()
+
+
+def test_a_reader_looks_keys_up_and_changes_none(path):
+    with shardemb.open(path) as store:
+        table = new_table(store, optimizer=SGD(lr=1.0), initializer=Constant(2.0), counters=True)
+        table.vocabulary.add(WORDS)
+        table.update(["to"], ones(1))
+        store.commit()
+    with shardemb.open(path, "r") as store:
+        table = store["t"]
+        assert table.lookup(["to", "x"], missing="initial").tolist() == [[1] * DIM, [2] * DIM]
+        for call in (
+            lambda: table.update(["to"], ones(1)),
+            lambda: table.update(["x"], ones(1), missing="skip"),
+            lambda: table.evict(older_than=0),
+            lambda: table.lookup(["x"], create=True),
+        ):
+            with pytest.raises(ReadOnlyError):
+                call()
+
+
+def test_resharding_keeps_keys_and_counters(path):
+    with shardemb.open(path) as store:
+        table = counted(store)
+        store.commit()
+        before = table.lookup(np.arange(10, 20))
+        store.reshard("t", rows_per_shard=128)
+        assert_same_bits(table.lookup(np.arange(10, 20)), before)
+        assert table.state("count", [11, 19]).tolist() == [3, 0]
+        store.reshard("t", optimizer=Adam())
+        assert_same_bits(table.lookup(np.arange(10, 20)), before)
+        assert table.step == 0
+        assert not table.state("exp_avg", np.arange(10, 20)).any()
+        assert table.vocabulary.add([99]).tolist() == [10]
+        store.commit()
+    with shardemb.open(path) as store:
+        assert store["t"].lookup([99]).shape == (1, DIM)
+        assert store.verify() == []
