@@ -24,7 +24,8 @@ ANY = 2**62  # an end below which all rows lie
 
 few = st.sampled_from([0, 1, 5 << 60, (5 << 60) + 1, LAST - 1, LAST])
 crowded = st.integers(5 << 60, (5 << 60) + 50)
-hashes_ = few | crowded | st.integers(LAST - 2**40, LAST) | st.integers(0, LAST)
+edges = st.integers(1, 64).map(lambda n: (n << 58) - 1)  # the last of a part
+hashes_ = few | crowded | edges | st.integers(LAST - 2**40, LAST) | st.integers(0, LAST)
 batches_ = st.lists(st.lists(st.tuples(hashes_, st.integers(0, 30)), max_size=40), max_size=6)
 
 
@@ -158,9 +159,8 @@ def test_an_index_that_may_not_write_keeps_all_in_memory(path):
 
 def test_hashes_that_begin_alike_are_merged_too(path):
     """More than may lie near one home: in memory they have no order."""
-    pairs = [((7 << 40) + n * 7919 % 5000, n) for n in range(3 * probing.FAR)] + [
-        (n << 50, n) for n in range(99)
-    ]
+    pairs = [((7 << 40) + n * 7919 % 5000, n) for n in range(3 * probing.FAR)]
+    pairs += [(n << 50, n) for n in range(99)] + [((n << 58) - 1, n) for n in range(1, 65)]
     with small((10**6, 10**6), part_bits=6, bucket_bits=2):
         index = new_index(path)
         add(index, pairs[:2000])
@@ -174,6 +174,11 @@ def test_hashes_that_begin_alike_are_merged_too(path):
         assert len(index) == len(set(pairs)) + 5
         assert index.check()
         assert_holds(taken_up(path), pairs)
+
+
+def test_a_salt_is_drawn_anew_and_never_none():
+    assert 0 not in {int(keyindex.new_salt()) for _ in range(10)}
+    assert len({int(keyindex.new_salt()) for _ in range(10)}) == 10
 
 
 def test_parts_side_by_side_write_what_they_write_one_by_one(path, tmp_path):
