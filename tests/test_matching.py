@@ -51,7 +51,7 @@ def test_integers_are_compared_whole(batch):
 
 
 def weak_hash(text):
-    return (text[0] % 16 if text else 7) << 60
+    return (text[0] % 16 if text else 0) << 60
 
 
 @given(candidates(texts))
