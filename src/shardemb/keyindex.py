@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from shardemb.arrays import Int64Array
 
+    Finder = Callable[[NDArray[np.uint64], int, int, Int64Array, int, int], None]
     Between = Callable[[np.uint64, np.uint64], NDArray[np.uint64]]
     Run = Callable[[Sequence[Callable[[], None]]], None]
 
@@ -163,12 +164,14 @@ class KeyIndex:
         """Bytes in memory and on disk."""
         return self._slots.pairs.nbytes, files.allocated(self._path) if self.has_file else 0
 
-    def probe(
-        self, hashes: NDArray[np.uint64], skip: int, end: int, out: Int64Array, start: int, stop: int
-    ) -> None:
-        """Set ``out[i]`` to a row below `end` that may hold the key of ``hashes[i]``, the `skip`-th of them, or -1."""
+    def finder(self) -> Finder:
+        """Return a function of hashes, a number to skip, an end, an array `out`, and a range of these.
+
+        It sets ``out[i]`` to a row below the end that may hold the key of ``hashes[i]``: the first that is not to be
+        skipped, or -1. Whoever goes on to the next asks the same finder. Another one may know them in another order.
+        """
         slots, level = self._slots, self._level
-        probing.probe(*slots, level.directory, level.entries, level.bits, hashes, skip, end, out, start, stop)
+        return partial(probing.probe, *slots, level.directory, level.entries, level.bits)
 
     def read_ahead(self, hashes: NDArray[np.uint64]) -> None:
         """Ask for the pages of the file in which hashes are looked for, unless a sample finds them in memory."""

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from shardemb.admission import Admission
     from shardemb.arrays import Int64Array
+    from shardemb.keyindex import Finder
     from shardemb.keys import Keys, KeysLike, KeyType
     from shardemb.manifest import VocabularyRecord
     from shardemb.runtime import Runtime
@@ -435,12 +436,13 @@ class Vocabulary:
         """Return the rows of keys, -1 where there is none."""
         # Pairs as many as keys are those of the keys, and different integers have different hashes.
         exact = checked.integers is not None and len(self._index) == len(self)
-        rows = self._candidates(hashes, 0)
+        find, end = self._index.finder(), self._state.rows
+        rows = self._candidates(find, hashes, 0, end)
         if exact:
             return rows
         which: Int64Array | None = None
         for skip in count(1):
-            some = rows if which is None else self._candidates(hashes[which], skip - 1)
+            some = rows if which is None else self._candidates(find, hashes[which], skip - 1, end)
             if which is None:
                 others = self._stored.drop_others(checked, hashes, some)
             else:
@@ -452,10 +454,10 @@ class Vocabulary:
             which = left if which is None else which[left]
         raise AssertionError
 
-    def _candidates(self, hashes: NDArray[np.uint64], skip: int) -> Int64Array:
-        index, end, rows = self._index, self._state.rows, np.empty(hashes.size, np.int64)
-        index.read_ahead(hashes)
-        self._run(lambda start, stop: index.probe(hashes, skip, end, rows, start, stop), hashes.size)
+    def _candidates(self, find: Finder, hashes: NDArray[np.uint64], skip: int, end: int) -> Int64Array:
+        rows = np.empty(hashes.size, np.int64)
+        self._index.read_ahead(hashes)
+        self._run(lambda start, stop: find(hashes, skip, end, rows, start, stop), hashes.size)
         return rows
 
     # ---- within: giving rows out
