@@ -308,6 +308,18 @@ def test_lone_surrogates_have_no_utf8(given):
         checked(given, "string")
 
 
+def test_strings_of_two_gibibytes_are_refused(monkeypatch):
+    """Only their bounds are looked at: these zeros are no memory."""
+    zeros = pa.py_buffer(np.zeros(2**31, np.uint8))
+    array = pa.Array.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(np.array([0, 2**31])), zeros])
+    with pytest.raises(ValueError, match="'words': a key has 2147483648 bytes, more than 2147483647"):
+        checked(array, "bytes")
+    monkeypatch.setattr(keys, "MOST_BYTES", 5)
+    assert checked(["12345"] * 3, "string").size == 3  # together they may have more
+    with pytest.raises(ValueError, match="a key has 6 bytes, more than 5"):
+        checked(["1", "123456"], "string")
+
+
 @pytest.mark.parametrize("key_type", ["int64", "string"])
 def test_ragged_lists_are_refused(key_type):
     ragged = [["a"], ["b", "c"]] if key_type == "string" else [[1], [2, 3]]

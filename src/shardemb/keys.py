@@ -26,6 +26,10 @@ KeysLike: TypeAlias = Any
 """Integers, str or bytes, by the type of the vocabulary: one, a (nested) list, a NumPy or Arrow array of them."""
 
 
+MOST_BYTES = 2**31 - 1
+"""Bytes of a string. Records of keys have 32 bits for them, and for twice as many that a row may keep."""
+
+
 @dataclass(frozen=True)
 class Keys:
     """Checked keys, in C order.
@@ -86,7 +90,7 @@ def checked(keys: KeysLike, key_type: KeyType, vocabulary: str) -> Keys:
     TypeError
         They are not of the vocabulary's type; the message names the first that is not.
     ValueError
-        One is missing (null), or a string has no UTF-8.
+        One is missing (null), or a string has no UTF-8 or 2 GiB.
     """
     return _integers(keys, vocabulary) if key_type == "int64" else _strings(keys, key_type, vocabulary)
 
@@ -143,6 +147,11 @@ def _strings(keys: KeysLike, key_type: KeyType, vocabulary: str) -> Keys:
         bounds = np.zeros(1, np.int64)
     content = np.frombuffer(data, np.uint8) if data is not None and data.size else np.empty(0, np.uint8)
     first, last = int(bounds[0]), int(bounds[-1])
+    if last - first > MOST_BYTES and int(np.diff(bounds).max()) > MOST_BYTES:
+        msg = (
+            f"vocabulary {vocabulary!r}: a key has {int(np.diff(bounds).max())} bytes, more than {MOST_BYTES}"
+        )
+        raise ValueError(msg)
     return Keys(
         (len(array),) if shape is None else shape,
         None,

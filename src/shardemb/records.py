@@ -76,6 +76,6 @@ def hashes_of(words: Words) -> NDArray[np.uint64]:
 
 def spans_of(words: Words) -> tuple[Int64Array, Int64Array, Int64Array]:
     """Read out of records where the bytes of strings begin, how many there are, and for how many there is room."""
-    begins = np.ascontiguousarray(words[:, 2:4])
+    begins = words[:, 2:4].copy()  # that of a single record is contiguous as it is
     begins[:, 1] &= ~LIVE
     return begins.view(np.int64).reshape(-1), words[:, 4].astype(np.int64), words[:, 5].astype(np.int64)

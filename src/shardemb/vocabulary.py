@@ -467,9 +467,7 @@ class Vocabulary:
 
     def _is_exact(self, index: KeyIndex) -> bool:
         """Whether all pairs that were found in an index by now are those of keys; other integers have other hashes."""
-        keys = len(
-            self
-        )  # first: pairs that are added meanwhile must not make up for those that are of no use
+        keys = len(self)  # first: pairs added meanwhile must not make up for those of no use
         return len(index) == keys and index is self._index
 
     # ---- within: giving rows out
