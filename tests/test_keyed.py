@@ -330,9 +330,11 @@ def test_counters_stay_where_float32_ends(store):
     table.rows.write([0], ones(1))  # a slot
     shards = table.rows._mapped
     last = shards.spec.columns["count"][0]
-    shards.records[shards.overlay.places(np.array([0]))[0], last] = 2**24
-    table.update([10], ones(1))
-    assert table.state("count", [10]) == 2**24
+    for keys in [10], [10, 10, 10]:
+        shards.records[shards.overlay.places(np.array([0]))[0], last] = 2**24 - 1
+        for _ in range(2):
+            table.update(keys, ones(len(keys)))
+            assert table.state("count", [10]) == 2**24
 
 
 # ---- where it ends ----------------------------------------------------------------------------------------------

@@ -97,6 +97,9 @@ _CACHE_LINE = 64
 _AHEAD = 8
 """How many rows ahead a step asks for: makes it two to three times as fast on rows that are not in the cache."""
 
+_MOST_COUNTED = np.float32(2**24)
+"""Where the count of a row's updates stays: float32 knows no next whole number."""
+
 NODE_BITS = 4
 """Entries of a node of the index of rows in memory, as a power of two: a node is one cache line."""
 
@@ -381,7 +384,7 @@ def _step(
         record = records[places[u]]
         first, last = starts[u], starts[u + 1]
         if counting:
-            record[record.size - 2] += np.float32(last - first)
+            record[record.size - 2] = min(record[record.size - 2] + np.float32(last - first), _MOST_COUNTED)
             record[record.size - 1] = np.float32(counting)
         if last - first == 1:
             _row_step(record[:dim], record[dim:], gradients[order[first]], scalars)
