@@ -778,6 +778,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
                     if self._journal is not None:
                         self._journal.release()
                     self._tables.release()
+                    self._vocabularies.release()
                     if self._lock is not None:
                         files.close(self._lock)
 

@@ -102,6 +102,11 @@ class Vocabularies:
         for what in table_shapes(vocabulary._record()):
             self._tables.drop(f"{name}@{what}")
 
+    def release(self) -> None:
+        """Let go of the memory of all of them."""
+        for each in self._all():
+            each._release()
+
     def find(self, name: str) -> Vocabulary:
         """Return the vocabulary of a name.
 

@@ -404,6 +404,10 @@ class Vocabulary:
         self._index.take_up(self._coverage())
         self._learn(self._index, self._index.coverage)
 
+    def _release(self) -> None:
+        """Let go of the index; whoever looks something up still has what it needs of it."""
+        self._index = self._new_index()
+
     def _drop(self) -> None:
         """Refuse every use from now on, unless a rollback brings it back."""
         self._dropped = True
@@ -437,6 +441,7 @@ class Vocabulary:
         # Pairs as many as keys are those of the keys, and different integers have different hashes.
         exact = checked.integers is not None and len(self._index) == len(self)
         find, end = self._index.finder(), self._state.rows
+        self._live()  # else this may be the empty index of a store that was closed meanwhile
         rows = self._candidates(find, hashes, 0, end)
         if exact:
             return rows
