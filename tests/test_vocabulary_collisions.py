@@ -1,5 +1,6 @@
 """Keys that nobody would wish for: with hashes that collide, at the limits of their type, and made to fall together."""
 
+import errno
 import time
 from contextlib import contextmanager
 
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from references import unsplitmix
 
 import shardemb
-from shardemb import hashing, keyindex
+from shardemb import batch, hashing, keyindex, vocabulary
+from shardemb.errors import DiskFullError
 
 strings_ = st.text("ab\0é", max_size=3)
 KINDS = {
@@ -197,7 +199,29 @@ def test_bytes_that_are_no_numbers_as_floats(store):
 
 def test_the_limits_of_integers(store):
     limits = [0, -1, 1, 2**63 - 1, -(2**63), 2**63 - 2, -(2**63) + 1, 2**31, -(2**31), 2**32, -(2**32)]
-    comes_back(store, "int64", [limits, list(range(100, 200))])
+    words = comes_back(store, "int64", [limits, list(range(100, 200))])
+    words.remove([0, -1])
+    assert words.lookup(limits).tolist() == [-1, -1, *range(2, len(limits))]  # a record without a key is no 0
+
+
+def test_strings_that_were_not_added_after_all_leave_no_room_to_their_rows(store, monkeypatch):
+    """Rows that an addition wrote before it broke off: their bytes are still everybody's."""
+    words, change, left = store.create_vocabulary("words", key_type="string"), batch.change, [1]
+
+    def break_off(*given):
+        if not left:
+            raise DiskFullError(errno.ENOSPC, "no room left on the disk")
+        left.pop()
+        change(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vocabulary, "SLICE_ROWS", 10)
+        patch.setattr(batch, "change", break_off)
+        with pytest.raises(DiskFullError):
+            words.add([f"never added {n}" for n in range(20)])
+    keys = [f"{n}" for n in range(5)] + [f"longer than all of those {n}" for n in range(15)]
+    assert words.add(keys).tolist() == list(range(20))
+    assert words.keys(np.arange(20)).tolist() == keys
 
 
 # ---- keys that were made to fall together -----------------------------------------------------------------------
