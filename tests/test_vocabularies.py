@@ -7,8 +7,8 @@ import shutil
 import numpy as np
 import pytest
 from conftest import close_quietly
+from small import make_small
 from test_power_loss import Recording
-from test_vocabulary_model import make_small
 
 import shardemb
 from shardemb import files, folders

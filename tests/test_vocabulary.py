@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from conftest import close_quietly
 from model import VocabularyModel
-from test_vocabulary_model import make_small, pool_of
+from small import make_small, pool_of
 
 import shardemb
 from shardemb import batch, keyindex, keystore, vocabulary

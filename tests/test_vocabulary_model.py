@@ -20,10 +20,11 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from model import KeyedModel, VocabularyModel, assert_same_bits
+from small import KEY_TYPES, let_hashes_collide, make_small, pool_of
 from test_power_loss import scratch
 
 import shardemb
-from shardemb import folders, hashing, keyed, keyindex, keystore, plan, vocabularies, vocabulary
+from shardemb import folders, plan
 from shardemb.errors import RowIdError, UnknownKeyError
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import SGD, Adam, RowWiseAdagrad
@@ -32,61 +33,7 @@ EXAMPLES = int(os.environ.get("SHARDEMB_EXAMPLES", "40"))
 STEPS = int(os.environ.get("SHARDEMB_EXAMPLE_STEPS", "30"))
 SEEDS = st.integers(0, 2**32 - 1)
 DIM, MOST_ROWS = 4, 8192
-KEY_TYPES = ["int64", "string", "bytes"]
 MISSING = object()
-
-
-def pool_of(key_type, rng):
-    """Keys that a test draws from, none of them twice."""
-    whole = [0, -1, 1, 2**63 - 1, -(2**63), *rng.integers(-(2**63), 2**63 - 1, 500).tolist(), *range(2, 500)]
-    if key_type == "int64":
-        return whole
-    lengths = rng.choice(
-        [1, 8, 9, 63, 64, 65, 130, 700], len(whole), p=[0.1, 0.2, 0.2, 0.1, 0.1, 0.1, 0.1, 0.1]
-    )
-    texts = [
-        "",
-        "\0",
-        "\0\0",
-        "ä",
-        *(f"{key:x}"[:63] * (int(n) // 8 + 1) for key, n in zip(whole, lengths, strict=True)),
-    ]
-    texts = list(dict.fromkeys(texts))
-    return texts if key_type == "string" else [text.encode() + b"\xff" for text in texts]
-
-
-def make_small(patch, chance):
-    """Let what takes millions of keys happen with dozens."""
-    shapes = keystore.table_shapes
-
-    def small_shapes(record):
-        rows = {"keys": 30, "freed": 5, "bytes": 3}
-        return {what: (rows.get(what, n), width, 64) for what, (n, width, _) in shapes(record).items()}
-
-    patch.setattr(vocabularies, "table_shapes", small_shapes)
-    patch.setattr(vocabulary, "SLICE_ROWS", chance.choice([7, 100]))
-    patch.setattr(keystore, "SLICE_BYTES", chance.choice([200, 5000]))
-    patch.setattr(vocabulary, "BATCH_ROWS", chance.choice([11, 1000]))
-    patch.setattr(keyed, "SCANNED_ROWS", chance.choice([13, 1000]))
-    patch.setattr(keyindex, "OPEN_PAIRS", chance.choice([(1, 1), (5, 50), (64, 64), (2**20, 2**23)]))
-    patch.setattr(keyindex, "_STALE", chance.choice([0, 20, 2**16]))
-    patch.setattr(keyindex, "_FIRST_SLOTS", chance.choice([2, 64]))
-    patch.setattr(keyindex, "BUCKET_BITS", 1)
-    patch.setattr(keyindex, "PART_BITS", chance.choice([2, 5]))
-    # The same from one run to the next.
-    patch.setattr(hashing, "secret_of", lambda identity: hashing.Secret(np.uint64(1), np.uint64(2)))
-
-
-def let_hashes_collide(patch):
-    """Leave strings so few hashes that almost none has one of its own."""
-    real = hashing.hash_strings
-
-    def few(*arguments):
-        real(*arguments)
-        *_, out, start, stop = arguments
-        out[start:stop] &= np.uint64(31 << 59)
-
-    patch.setattr(hashing, "hash_strings", few)
 
 
 class VocabularyMachine(RuleBasedStateMachine):

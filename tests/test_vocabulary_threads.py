@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from conftest import close_quietly
+from small import make_small, pool_of
 from test_threads import Threads
-from test_vocabulary_model import make_small, pool_of
 
 import shardemb
 from shardemb import keyindex, plan, records
