@@ -682,13 +682,6 @@ MUTATED = {
 
 # What may be left out without a wrong state after a loss of power, and why it is there.
 OTHER_REASONS = {
-    "keyindex.take_up:sync_directory": "an index is a hint: tests/test_keyindex.py and test_lost_index.py take it away",
-    "keyindex.merge:publish": "the same",
-    "keyindex.merge:sync": "the same",
-    "keyindex._write_next:write": "the same",
-    "keyindex._write_next:write:2": "the same",
-    "keyindex._write_next:write:3": "the same",
-    "keyindex._write_next:write:4": "the same",
     "log._next_segment:write": "END: a segment that somebody removes is noticed",
     "log._next_segment:sync_data": "END",
     "log._fill:write": "zeros, so that later commits need one cheap sync; speed",
@@ -764,7 +757,7 @@ def found_without_call(site, **more):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "site", [each for each in SITES if each not in OTHER_REASONS and "keyindex" not in each]
-)
+)  # those of keyindex: tests/test_vocabulary_power_loss.py
 def test_every_call_is_needed(site, side_by_side):
     """Left out, as if the disk never got it, some state does not open at the last commit."""
     assert side_by_side(found_without_call)
