@@ -138,7 +138,7 @@ def test_same_bits_for_any_shard_size(path, tasks_run, rows_per_shard):
     train(path, KINDS["Adam, with presence"] | {"rows_per_shard": rows_per_shard})
 
 
-@pytest.mark.parametrize(("task_bytes", "most"), [(1, 10), (1000, 10), (30_000, 4), (2**20, 1)])
+@pytest.mark.parametrize(("task_bytes", "most"), [(1, 10), (1000, 10), (90_000, 4), (2**20, 1)])
 def test_same_bits_for_any_task_size(path, tasks_run, monkeypatch, task_bytes, most):
     monkeypatch.setattr(plan, "TASK_BYTES", task_bytes)
     monkeypatch.setattr(

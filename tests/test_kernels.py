@@ -140,7 +140,7 @@ USE_EVERYTHING = """
             list(table.to_arrow_batches())
     modules = kernels, grouping, bitmaps, hashing, probing, matching, slots, overlay
     inner = hashing._turn, hashing._turn_round, probing._in_slots, probing._in_entries, probing._first_not_below
-    inner += probing.home, probing.bucket_of
+    inner += probing.home, probing.bucket_of, probing._edge, probing._free_place
     inner += kernels.entry_of, kernels.place_of, kernels._advise_pages, overlay._take_node, overlay._give_if_empty
     found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
     found += [kernels.step(Adam), kernels.gather_or_fill(Uniform), kernels.copy_or_fill(Uniform)]

@@ -292,6 +292,23 @@ def test_a_lookup_that_runs_while_the_store_closes_reads_on(store, monkeypatch):
         assert_same_bits(future.result(), expected)
 
 
+def test_a_lookup_of_keys_that_meets_a_close_finds_them_or_is_told(store, monkeypatch):
+    """Never that there are none."""
+    words = store.create_vocabulary("words", key_type="int64")
+    words.add(np.arange(100))
+    store.commit()
+    hashes = words._hashes
+
+    def close_meanwhile(checked):
+        found = hashes(checked)
+        store.close()
+        return found
+
+    monkeypatch.setattr(words, "_hashes", close_meanwhile)
+    with pytest.raises(StoreClosedError):
+        words.lookup(np.arange(100))
+
+
 def test_stores_in_several_threads(tmp_path):
     arguments = {
         "num_embeddings": 500,

@@ -61,22 +61,27 @@ class RowIdError(ShardEmbError, IndexError):
     """A row id lies outside the table. Nothing wraps around: negative ids are refused too."""
 
 
-class _NotFoundError(ShardEmbError, KeyError):
-    def __str__(self) -> str:
-        # KeyError prints the repr of its argument, which would put the whole message in quotes.
-        return str(self.args[0]) if self.args else ""
+def _message(error: BaseException) -> str:
+    # KeyError prints the repr of its argument, which would put the whole message in quotes.
+    return str(error.args[0]) if error.args else ""
 
 
-class TableNotFoundError(_NotFoundError):
+class TableNotFoundError(ShardEmbError, KeyError):
     """The store holds no table of that name."""
 
+    __str__ = _message
 
-class VocabularyNotFoundError(_NotFoundError):
+
+class VocabularyNotFoundError(ShardEmbError, KeyError):
     """The store holds no vocabulary of that name."""
 
+    __str__ = _message
 
-class UnknownKeyError(_NotFoundError):
+
+class UnknownKeyError(ShardEmbError, KeyError):
     """A key has no row in the vocabulary."""
+
+    __str__ = _message
 
 
 class TableExistsError(ShardEmbError, FileExistsError):

