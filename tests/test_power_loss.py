@@ -613,7 +613,7 @@ def keys_that_are_wrong(store, *, more):
         if sorted(rows + freed) != list(range(record.reserved, record.rows)):
             return f"rows of {words.name!r} are lost, or in use twice"
         if more and words.admission is None:
-            kinds = {"int64": lambda n: -1 - n, "string": "new {}".format, "bytes": lambda n: b"new %d" % n}
+            kinds = {"int64": (10**15).__add__, "string": "new {}".format, "bytes": lambda n: b"new %d" % n}
             new = list(map(kinds[words.key_type], range(len(freed) + 3)))
             if words.add(new).tolist() != [*freed, *range(record.rows, record.rows + 3)]:
                 return f"new keys of {words.name!r} get other rows"

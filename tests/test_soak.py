@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import test_vocabulary_power_loss as of_keys
 from test_power_loss import LEFT_OUT, OTHER_REASONS, SITES, found_without_barrier, found_without_call
 
 SCALE = float(os.environ.get("SHARDEMB_SOAK", "1.0"))
@@ -25,14 +26,16 @@ def announce(what, seed, count):
 
 
 @pytest.mark.parametrize("piece", range(PIECES))
-def test_loss_of_power(piece):
-    from test_power_loss import explore
+@pytest.mark.parametrize("of", ["rows", "keys"])
+def test_loss_of_power(piece, of):
+    from test_power_loss import explore, work
 
-    seed, states = FIRST_SEED + piece, int(1_000_000 * SCALE / PIECES)
-    announce("loss of power", seed, f"{states} different states")
+    seed, states = FIRST_SEED + piece, int((1_000_000 if of == "rows" else 200_000) * SCALE / PIECES)
+    announce(f"loss of power, {of}", seed, f"{states} different states")
     found, workloads = 0, 0  # the states of two workloads differ: their stores have different uuids
+    work = work if of == "rows" else of_keys.work
     while found < states:
-        found += len(explore(seed * 10_000 + workloads, min(states, 400)))
+        found += len(explore(seed * 10_000 + workloads, min(states, 400), work=work))
         workloads += 1
     print(f"{found} different states of {workloads} workloads")
 
@@ -73,7 +76,12 @@ def test_full_disks(piece, new_disk):
 def mutants():
     """Each call site and each barrier that is left out, and the function that finds a state without it."""
     return [
-        *((found_without_call, site) for site in SITES if site not in OTHER_REASONS),
+        *(
+            (found_without_call, site)
+            for site in SITES
+            if site not in OTHER_REASONS and "keyindex" not in site
+        ),
+        *((of_keys.found_without_call, site) for site in of_keys.NEEDED),
         *((found_without_barrier, what) for what in LEFT_OUT),
     ]
 
@@ -94,6 +102,10 @@ def test_mutants(found_without, what):
         ("test_killed_training.py", {"SHARDEMB_KILLS": 2000}),
         ("test_fuzz.py", {"SHARDEMB_FUZZ_S": 3600}),
         ("test_stateful.py", {"SHARDEMB_EXAMPLES": 5000, "SHARDEMB_EXAMPLE_STEPS": 100 / min(SCALE, 1.0)}),
+        (
+            "test_vocabulary_model.py",
+            {"SHARDEMB_EXAMPLES": 2000, "SHARDEMB_EXAMPLE_STEPS": 60 / min(SCALE, 1.0)},
+        ),
     ],
 )
 def test_others_for_longer(test, counts):

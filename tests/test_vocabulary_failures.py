@@ -1,0 +1,150 @@
+"""Operations on files fail once while keys are added and removed: no key is lost, and none gets two rows."""
+
+import os
+import random
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import close_quietly
+from small import make_small, pool_of
+from test_failures import KINDS, Failing
+from test_power_loss import NOTHING, contents, keys_that_are_wrong, scratch
+
+import shardemb
+from shardemb import keyindex, log
+from shardemb.errors import PoisonedError, ShardEmbError
+from shardemb.optim import SGD
+
+MOST = int(os.environ.get("SHARDEMB_FAILING_OPERATIONS", "150"))
+DIM = 4
+
+
+def train(path, seed, failing):
+    """Add, remove and evict keys, commit, fold, roll back, drop; return what may be found afterwards."""
+    chance, rng = random.Random(seed), np.random.default_rng(seed)
+    allowed, poisoned = [NOTHING], False
+    options = {
+        "memory_budget": chance.choice([0, 2**30]),
+        "log_bytes": chance.choice([1, 10**9]),
+        "threads": 1,
+    }
+    key_type = ["int64", "string"][seed % 2]
+    pool = pool_of(key_type, rng)[:300]
+    store = shardemb.open(path, **options)
+
+    def attempt(call, *arguments, **more):
+        nonlocal poisoned
+        before = store._runtime.poisoned
+        try:
+            call(*arguments, **more)
+        except PoisonedError:
+            poisoned = True
+        except (ShardEmbError, OSError) as error:
+            assert str(error), repr(error)
+            if not (before or store._runtime.closed or store._runtime.poisoned or store._runtime.half_done):
+                with failing.off():
+                    assert keys_that_are_wrong(store, more=False) is None, (
+                        f"after {call} failed with {error!r}"
+                    )
+            return False
+        return not poisoned
+
+    def commit(step):
+        nonlocal allowed
+        with failing.off():
+            if poisoned or store._runtime.poisoned:
+                return
+            last = store.last_commit
+            future = ((last.id if last else 0) + 1, step, ()), contents(store)[1]
+        allowed = [future] if attempt(store.commit, step=step) else [*allowed, future]
+
+    def some(most):
+        return [pool[i] for i in rng.integers(0, len(pool), most).tolist()]
+
+    attempt(store.create_vocabulary, "v", key_type=key_type)
+    if "v" in store.vocabularies:
+        attempt(
+            store.create_table,
+            "t",
+            vocabulary="v",
+            embedding_dim=DIM,
+            rows_per_shard=64,
+            optimizer=SGD(lr=1.0),
+            counters=True,
+        )
+    for step in range(1, 5):
+        words = store.vocabularies.get("v")
+        if words is not None:
+            attempt(words.add, some(120))
+            attempt(words.lookup, some(50))
+            attempt(words.keys, [0])
+            attempt(words.remove, some(80))
+        if "t" in store:
+            attempt(store["t"].update, some(60), np.ones((60, DIM), np.float32), missing="skip")
+            attempt(store["t"].evict, keep=chance.randrange(20, 100))
+        commit(10 * step)
+        if words is not None and step == 2:
+            attempt(words.add, some(30))
+            attempt(chance.choice([store.rollback, store.checkpoint]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        attempt(store.close)
+        with failing.off():
+            close_quietly(store)
+    return allowed
+
+
+def check(path, allowed, what):
+    for _ in range(2):  # the first may have made an index that the second takes up
+        try:
+            store = shardemb.open(path)
+        except ShardEmbError as error:
+            raise AssertionError(f"{what}: does not open") from error
+        with store:
+            found = contents(store)
+            assert found in allowed, f"{what}: opens at {found[0]}, not at {[each[0] for each in allowed]}"
+            assert store.verify() == [], what
+            assert (keys_that_are_wrong(store, more=True), what) == (None, what)
+            store.rollback()
+
+
+def fail(seed, most=MOST):
+    """Return which operations failed, one after the other: up to so many, all over the workload."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch, random.Random(seed))
+        patch.setattr(keyindex, "OPEN_PAIRS", (40, 40))
+        patch.setattr(keyindex, "_STALE", 30)
+        patch.setattr(log, "FIRST_SEGMENT", 32_768)
+        patch.setattr(log, "STAGE_BYTES", 65_536)
+        with scratch() as folder:
+            failing = Failing()
+            with failing.on():
+                allowed = train(Path(folder) / "store", seed, failing)
+            assert len(allowed) == 1
+            check(Path(folder) / "store", allowed, "nothing failed")
+        failed = set()
+        positions = range(1, failing.count + 1)
+        for position in sorted(random.Random(seed).sample(positions, min(most, failing.count))):
+            with scratch() as folder:
+                one = Failing(position, KINDS[(position + seed) % 3])
+                path = Path(folder) / "store"
+                with one.on():
+                    try:
+                        allowed = train(path, seed, one)
+                    except (ShardEmbError, OSError):
+                        allowed = [NOTHING]  # the first opening
+                check(path, allowed, f"seed {seed}, call {position}, {one.kind}, {one.failed}")
+                failed.add(str(one.failed).split()[0])
+        return failed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_operations_fail_once(seed, side_by_side):
+    assert {"write", "sync", "rename", "opened"} <= side_by_side(fail)
+
+
+def test_some_operations_fail_once():
+    assert len(fail(4, most=12)) > 2
