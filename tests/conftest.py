@@ -249,14 +249,14 @@ def _pool():
 def side_by_side(request, _pool):
     """Run a function for all parameters of this test at once, when the first asks; return the result for this one."""
     pool, begun = _pool
-    name = request.node.originalname
+    test = request.function  # not its name, which may be that of a test of another module too
 
     def result(function):
-        if name not in begun:
-            items = [item for item in request.session.items if getattr(item, "originalname", None) == name]
+        if test not in begun:
+            items = [item for item in request.session.items if getattr(item, "function", None) is test]
             parameters = [next(iter(item.callspec.params.values())) for item in items]
-            begun[name] = {each: pool.submit(function, each) for each in parameters}
-        return begun[name][next(iter(request.node.callspec.params.values()))].result()
+            begun[test] = {each: pool.submit(function, each) for each in parameters}
+        return begun[test][next(iter(request.node.callspec.params.values()))].result()
 
     return result
 
