@@ -103,7 +103,22 @@ _MOST_COUNTED = np.float32(2**24)
 NODE_BITS = 4
 """Entries of a node of the index of rows in memory, as a power of two: a node is one cache line."""
 
+_WITHIN = (1 << NODE_BITS) - 1
+"""The bits of a row that tell its place within a node."""
+
 # ---- reading --------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _branch_of(directory: NDArray[np.int32], row: int) -> int:
+    """Return where among the branches the leaf of a row is named."""
+    return (int(directory[row >> 2 * NODE_BITS]) << NODE_BITS) | ((row >> NODE_BITS) & _WITHIN)
+
+
+@kernel
+def _leaf_of(directory: NDArray[np.int32], branches: NDArray[np.int32], row: int) -> int:
+    """Return where among the leaves the entry of a row is."""
+    return (int(branches[_branch_of(directory, row)]) << NODE_BITS) | (row & _WITHIN)
 
 
 @kernel
@@ -114,9 +129,7 @@ def entry_of(
 
     Branch 0 and leaf 0 are never used and all zeros, so that nothing has to be asked on the way down.
     """
-    branch = int(directory[row >> 2 * NODE_BITS]) << NODE_BITS
-    leaf = int(branches[branch | ((row >> NODE_BITS) & ((1 << NODE_BITS) - 1))]) << NODE_BITS
-    return int(leaves[leaf | (row & ((1 << NODE_BITS) - 1))])
+    return int(leaves[_leaf_of(directory, branches, row)])
 
 
 @kernel
@@ -133,6 +146,35 @@ def place_of(
         if entry > 0:
             return first + entry - 1
     return row
+
+
+@kernel
+def _places_of(
+    directory: NDArray[np.int32],
+    branches: NDArray[np.int32],
+    leaves: NDArray[np.int32],
+    first: int,
+    ids: Int64Array,
+    start: int,
+    stop: int,
+) -> Int64Array:
+    """`place_of` each of ``ids[start:stop]``.
+
+    No level of a large table's index is in the cache: each is asked for some rows before the next one needs it.
+    """
+    places = np.empty(stop - start, np.int64)
+    if directory.size == 0:
+        places[:] = ids[start:stop]
+        return places
+    for i in range(start, stop):
+        if i + 3 * _AHEAD < stop:
+            prefetch(directory.ctypes.data + 4 * (ids[i + 3 * _AHEAD] >> 2 * NODE_BITS))
+        if i + 2 * _AHEAD < stop:
+            prefetch(branches.ctypes.data + 4 * _branch_of(directory, ids[i + 2 * _AHEAD]))
+        if i + _AHEAD < stop:
+            prefetch(leaves.ctypes.data + 4 * _leaf_of(directory, branches, ids[i + _AHEAD]))
+        places[i - start] = place_of(directory, branches, leaves, first, ids[i])
+    return places
 
 
 @kernel
@@ -159,9 +201,7 @@ def gather(
         for i in range(start, stop):
             _copy(target + i * row_bytes, source + ids[i] * record_bytes, row_bytes)
         return
-    places = np.empty(stop - start, np.int64)
-    for i in range(start, stop):
-        places[i - start] = place_of(directory, branches, leaves, slots, ids[i])
+    places = _places_of(directory, branches, leaves, slots, ids, start, stop)
     for i in range(start, stop):
         _copy(target + i * row_bytes, source + places[i - start] * record_bytes, row_bytes)
 
@@ -196,19 +236,14 @@ def _gather_or_fill(
     """
     source, target = records.ctypes.data + 4 * column, out.ctypes.data
     row_bytes, record_bytes = 4 * out.shape[1], 4 * records.shape[1]
-    places = np.empty(stop - start, np.int64)
+    places = _places_of(directory, branches, leaves, slots, ids, start, stop)
     room = _room_for(out.shape[1])
     for i in range(start, stop):
-        row = ids[i]
-        if (
-            i + _AHEAD < stop
-        ):  # of a large table neither is in the cache: 5.9 ms become 3.7 for 16,384 of 1e9 rows
-            prefetch(present.ctypes.data + (ids[i + _AHEAD] >> 3))
-            if directory.size:
-                prefetch(directory.ctypes.data + 4 * (ids[i + _AHEAD] >> 2 * NODE_BITS))
-        place = place_of(directory, branches, leaves, slots, row)
-        is_there = place != row or (present[row >> 3] >> (row & 7)) & 1
-        places[i - start] = place if is_there else -1
+        row, ahead = ids[i], min(i + 2 * _AHEAD, stop - 1)
+        if places[ahead - start] == ids[ahead]:
+            prefetch(present.ctypes.data + (ids[ahead] >> 3))
+        if places[i - start] == row and not (present[row >> 3] >> (row & 7)) & 1:
+            places[i - start] = -1
     for i in range(start, stop):
         if places[i - start] >= 0:
             _copy(target + i * row_bytes, source + places[i - start] * record_bytes, row_bytes)
