@@ -27,7 +27,6 @@ from shardemb.initializers import (
     normal_cdf,
     normal_quantile,
     philox,
-    room_for,
     stream_key,
     trailing_zeros,
     unit,
@@ -61,9 +60,8 @@ def rows(initializer, num_rows, dim, *, key=None, first=0):
 def plain_rows(initializer, ids, dim, key):
     """The same by the plain Python function."""
     out = np.empty((len(ids), dim), np.float32)
-    parameters, room = np.array(initializer.parameters(), np.float64), room_for(dim)
-    for row, row_id in zip(out, ids, strict=True):
-        initializer.fill_row(row, np.uint64(row_id), np.uint64(key), parameters, room)
+    parameters = np.array(initializer.parameters(), np.float64)
+    initializer.fill_rows(out, np.arange(len(ids)), np.asarray(ids, np.int64), np.uint64(key), parameters)
     return out
 
 
@@ -218,9 +216,9 @@ def test_words_on_both_sides_of_a_tail_are_told_apart(initializer):
         initializers.fill_normal,
         "fill_normal",
         draw=lambda out, row, key: out.__setitem__(slice(None), words),
-        fill_tails=lambda out, count, parameters, room: seen.extend(room[0].view(np.uint64)[:count].tolist()),
+        fill_tails=lambda out, count, parameters, room: seen.extend(room[1].view(np.uint64)[:count].tolist()),
     )
-    fixed(np.empty(words.size, np.float32), np.uint64(0), np.uint64(0), parameters, room_for(words.size))
+    fixed(np.empty((1, words.size), np.float32), np.zeros(1, int), np.zeros(1, int), np.uint64(0), parameters)
     p = [start + width * unit(word) for word in words]
     assert seen == [j for j in range(words.size) if abs(p[j] - 0.5) > 0.425]
 
@@ -523,12 +521,12 @@ def test_uniform_values_lie_between_low_and_high_but_never_at_high(low, high):
     """Even the largest word, which float32 rounds up to high."""
     initializer = Uniform(low, high)
     parameters = np.array(initializer.parameters())
-    out = np.empty(4, np.float32)
+    out = np.empty((1, 4), np.float32)
     for word in (0, 1, WORDS // 2, WORDS - 2, WORDS - 1):
         fixed = kernels._specialise(
-            Uniform.fill_row, "fill_row", draw=lambda words, row, key, w=word: words.fill(w)
+            Uniform.fill_rows, "fill_rows", draw=lambda words, row, key, w=word: words.fill(w)
         )
-        fixed(out, np.uint64(0), np.uint64(0), parameters, room_for(4))
+        fixed(out, np.zeros(1, int), np.zeros(1, int), np.uint64(0), parameters)
         assert (np.float32(low) <= out).all(), word
         assert (out < np.float32(high)).all(), word
 

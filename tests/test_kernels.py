@@ -141,6 +141,7 @@ USE_EVERYTHING = """
     modules = kernels, grouping, bitmaps, hashing, probing, matching, slots, overlay
     inner = hashing._turn, hashing._turn_round, probing._in_slots, probing._in_entries, probing._first_not_below
     inner += probing.home, probing.bucket_of, probing._edge, probing._free_place
+    inner += kernels._branch_of, kernels._leaf_of, kernels._places_of
     inner += kernels.entry_of, kernels.place_of, kernels._advise_pages, overlay._take_node, overlay._give_if_empty
     found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
     found += [kernels.step(Adam), kernels.gather_or_fill(Uniform), kernels.copy_or_fill(Uniform)]
@@ -186,7 +187,7 @@ LOOK_UP = """
         parameters = np.array(each.parameters(), np.float64)
         kernels.gather_or_fill(type(each))(
             got, *no_index, np.zeros(1, np.uint8), 0, np.zeros(1, np.int64), got, np.uint64(5), parameters, 0, 1)
-        each.fill_row(expected[0], np.uint64(0), np.uint64(5), parameters, initializers.room_for(3))
+        each.fill_rows(expected, np.zeros(1, int), np.zeros(1, int), np.uint64(5), parameters)
         assert (got == expected).all(), (name, got, expected)
 """
 

@@ -4,12 +4,13 @@ The value never depends on the shard size, the batch, the threads or the machine
 ones come from a counter-based generator, Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
 1, 2, 3", 2011): the counter is (row, block of four columns), the key is `stream_key` of the seed and the table.
 
-Each initializer is a frozen dataclass with its `parameters` and `fill_row`, a plain function that writes one row.
+Each initializer is a frozen dataclass with its `parameters` and `fill_rows`, a plain function that writes rows.
 ``kernels.py`` compiles it. Only operations that IEEE 754 rounds correctly are used (no call into libm), so every
 machine gets the same bits.
 
 Their loops are written so that a compiler does many columns at a time: each takes one step of the way for all columns
-of a row, has a body without branches, and passes what it made on in memory.
+of a row, has a body without branches, and passes what it made on in memory. What few columns need is put off until
+many rows have some.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-    from shardemb.arrays import Float32Array
+    from shardemb.arrays import Float32Array, Int64Array
 
 __all__ = [
     "Constant",
@@ -150,55 +151,79 @@ def normal_cdf(x: float) -> float:
     return above
 
 
+_PUT_OFF = 128
+"""How many values in the tails, at least, are worked out together: steps of one wait for each other, not for others."""
+
+
 def fill_normal(
     out: Float32Array,
-    row: np.uint64,
+    places: Int64Array,
+    rows: Int64Array,
     key: np.uint64,
+    start: float,
+    width: float,
     parameters: NDArray[np.float64],
-    room: NDArray[np.float64],
 ) -> None:
-    """Write one row of ``mean + std * normal_quantile(start + width * u)``, nothing of it outside ``[low, high]``.
+    """Write rows of ``mean + std * normal_quantile(start + width * u)``, nothing of it outside ``[low, high]``.
 
     All columns as if they were in the middle of the distribution, as most are; then those in its tails, which need a
-    logarithm, again. `room` keeps of each of these the column, its probability from the end it is near, and whether
-    to add or subtract.
+    logarithm, again. `notes` keeps of each of these the row in `out`, the column and the word.
     """
-    start, width, mean, std = parameters[0], parameters[1], parameters[2], parameters[3]
-    low, high = np.float32(parameters[4]), np.float32(parameters[5])
-    first, span = np.int64(parameters[6]), np.int64(parameters[7])
-    # An unsigned index is not looked at for counting from the end.
-    words, columns, ends, factors = out.view(np.uint32), room[0].view(np.uint64), room[1], room[2]
-    draw(words, row, key)
+    mean, std, low, high = parameters[2], parameters[3], np.float32(parameters[4]), np.float32(parameters[5])
+    first, span = np.uint32(parameters[6]), np.uint32(parameters[7])
+    notes = np.empty((3, _PUT_OFF + out.shape[1] + 8), np.uint64)
+    room = np.empty((4, notes.shape[1]))
     count = 0
-    for begin in range(0, out.size, 64):
-        mask, part = np.uint64(0), words[begin : begin + 64]
-        for j in range(part.size):
-            is_tail = (np.int64(part[j]) - first) & _POSITIVE > span
-            mask |= np.uint64(is_tail) << np.uint64(j)
-        while mask:
-            column = np.uint64(begin + trailing_zeros(mask))
-            mask &= mask - _1
-            p = start + width * unit(words[column])
-            columns[count], ends[count] = column, p if p < 0.5 else 1.0 - p
-            factors[count] = -std if p < 0.5 else std
-            count += 1
-    for j in range(out.size):
-        value = np.float32(mean + std * middle_quantile(start + width * unit(words[j]) - 0.5))
-        value = value if value > low else low
-        out[j] = value if value < high else high
-    fill_tails(out, count, parameters, room)
+    for k in range(places.size):
+        if count >= _PUT_OFF:
+            fill_tails(out, notes, count, start, width, parameters, room)
+            count = 0
+        line = out[places[k]]
+        words = line.view(np.uint32)
+        draw(words, np.uint64(rows[k]), key)
+        for begin in range(0, line.size, 64):
+            mask, part = np.uint64(0), words[begin : begin + 64]
+            for j in range(part.size):
+                is_tail = np.uint32(part[j] - first) > span
+                mask |= np.uint64(is_tail) << np.uint64(j)
+            while mask:
+                column = np.uint64(begin + trailing_zeros(mask))
+                mask &= mask - _1
+                # An unsigned index is not looked at for counting from the end.
+                notes[0, count], notes[1, count], notes[2, count] = (
+                    np.uint64(places[k]),
+                    column,
+                    words[column],
+                )
+                count += 1
+        for j in range(line.size):
+            value = np.float32(mean + std * middle_quantile(start + width * unit(words[j]) - 0.5))
+            value = value if value > low else low
+            line[j] = value if value < high else high
+    fill_tails(out, notes, count, start, width, parameters, room)
 
 
 def fill_tails(
-    out: Float32Array, count: int, parameters: NDArray[np.float64], room: NDArray[np.float64]
+    out: Float32Array,
+    notes: NDArray[np.uint64],
+    count: int,
+    start: float,
+    width: float,
+    parameters: NDArray[np.float64],
+    room: NDArray[np.float64],
 ) -> None:
     """Write the `count` values in the tails of which `fill_normal` has taken note."""
-    mean, low, high = parameters[2], np.float32(parameters[4]), np.float32(parameters[5])
-    columns, ends, factors, exponents = room[0].view(np.uint64), room[1], room[2], room[3]
-    bits, values = ends.view(np.int64), room[4].view(np.float32)
+    mean, std, low, high = parameters[2], parameters[3], np.float32(parameters[4]), np.float32(parameters[5])
+    lines, columns, words = notes[0], notes[1], notes[2]
+    ends, factors, exponents, values = room[0], room[1], room[2], room[3].view(np.float32)
+    bits = ends.view(np.int64)
     padded = (count + 7) // 8 * 8  # whole vectors
     for k in range(count, padded):
-        ends[k], factors[k] = 0.01, 0.0
+        words[k] = 0
+    for k in range(padded):
+        p = start + width * unit(words[k])
+        ends[k] = p if p < 0.5 else 1.0 - p  # the probability from the end it is near
+        factors[k] = -std if p < 0.5 else std
     for k in range(padded):  # as `log` does, but by the bits: a number in [1/2, 1) and its exponent
         exponents[k] = (bits[k] >> 52) - 1022
         bits[k] = (bits[k] & _FRACTION) | _ONE_HALF
@@ -210,10 +235,10 @@ def fill_tails(
         value = value if value > low else low
         values[k] = value if value < high else high
     for k in range(count):
-        out[columns[k]] = values[k]
+        out[lines[k], columns[k]] = values[k]
 
 
-_1, _POSITIVE = np.uint64(1), np.int64(2**63 - 1)
+_1 = np.uint64(1)
 _FRACTION, _ONE_HALF = np.int64(2**52 - 1), np.int64(1022 << 52)
 
 
@@ -237,11 +262,6 @@ def middle_words(start: float, width: float) -> tuple[float, float]:
     return float(first), float(behind - 1 - first)
 
 
-def room_for(dim: int) -> NDArray[np.float64]:
-    """Make the room that `Initializer.fill_row` works in."""
-    return np.empty((5, dim + 8))
-
-
 @dataclass(frozen=True)
 class Initializer(ABC):
     """What every initializer has; use one of its subclasses."""
@@ -259,18 +279,18 @@ class Initializer(ABC):
 
     @abstractmethod
     def parameters(self) -> tuple[float, ...]:
-        """Return the numbers that `fill_row` reads."""
+        """Return the numbers that `fill_rows` reads."""
 
     @staticmethod
     @abstractmethod
-    def fill_row(
+    def fill_rows(
         out: Float32Array,
-        row: np.uint64,
+        places: Int64Array,
+        rows: Int64Array,
         key: np.uint64,
         parameters: NDArray[np.float64],
-        room: NDArray[np.float64],
     ) -> None:
-        """Write one row, with the memory of `room_for` to work in."""
+        """``out[places[k]]`` becomes the weight of row ``rows[k]``, for each k."""
 
 
 @dataclass(frozen=True)
@@ -295,17 +315,19 @@ class Constant(Initializer):
         return (self.value,)
 
     @staticmethod
-    def fill_row(
+    def fill_rows(
         out: Float32Array,
-        row: np.uint64,
+        places: Int64Array,
+        rows: Int64Array,
         key: np.uint64,
         parameters: NDArray[np.float64],
-        room: NDArray[np.float64],
     ) -> None:
-        """Write one row."""
+        """Write rows."""
         value = np.float32(parameters[0])
-        for j in range(out.size):
-            out[j] = value
+        for k in range(places.size):
+            line = out[places[k]]
+            for j in range(line.size):
+                line[j] = value
 
 
 @dataclass(frozen=True)
@@ -343,20 +365,22 @@ class Uniform(Initializer):
         return (self.low, self.high - self.low, float(last))
 
     @staticmethod
-    def fill_row(
+    def fill_rows(
         out: Float32Array,
-        row: np.uint64,
+        places: Int64Array,
+        rows: Int64Array,
         key: np.uint64,
         parameters: NDArray[np.float64],
-        room: NDArray[np.float64],
     ) -> None:
-        """Write one row."""
+        """Write rows."""
         low, width, last = parameters[0], parameters[1], np.float32(parameters[2])
-        words = out.view(np.uint32)
-        draw(words, row, key)
-        for j in range(out.size):
-            value = np.float32(low + width * unit(words[j]))
-            out[j] = value if value < last else last
+        for k in range(places.size):
+            line = out[places[k]]
+            words = line.view(np.uint32)
+            draw(words, np.uint64(rows[k]), key)
+            for j in range(line.size):
+                value = np.float32(low + width * unit(words[j]))
+                line[j] = value if value < last else last
 
 
 def _check_normal(given: Normal | TruncatedNormal) -> None:
@@ -401,15 +425,16 @@ class Normal(Initializer):
         return (0.0, 1.0, self.mean, self.std, -math.inf, math.inf, *middle_words(0.0, 1.0))
 
     @staticmethod
-    def fill_row(
+    def fill_rows(
         out: Float32Array,
-        row: np.uint64,
+        places: Int64Array,
+        rows: Int64Array,
         key: np.uint64,
         parameters: NDArray[np.float64],
-        room: NDArray[np.float64],
     ) -> None:
-        """Write one row."""
-        fill_normal(out, row, key, parameters, room)
+        """Write rows."""
+        # Constants that a compiler sees through; what is added to -0.0 stays what it is, as not with 0.0.
+        fill_normal(out, places, rows, key, -0.0, 1.0, parameters)
 
 
 @dataclass(frozen=True)
@@ -468,15 +493,15 @@ class TruncatedNormal(Initializer):
         return (start, width, self.mean, sign * self.std, *bounds, *middle_words(start, width))
 
     @staticmethod
-    def fill_row(
+    def fill_rows(
         out: Float32Array,
-        row: np.uint64,
+        places: Int64Array,
+        rows: Int64Array,
         key: np.uint64,
         parameters: NDArray[np.float64],
-        room: NDArray[np.float64],
     ) -> None:
-        """Write one row."""
-        fill_normal(out, row, key, parameters, room)
+        """Write rows."""
+        fill_normal(out, places, rows, key, parameters[0], parameters[1], parameters)
 
     def _bounds(self) -> tuple[float, float]:
         assert self.low is not None

@@ -206,12 +206,8 @@ def gather(
         _copy(target + i * row_bytes, source + places[i - start] * record_bytes, row_bytes)
 
 
-def _fill_row(out: Float32Array, row: Any, key: Any, parameters: Any, room: Any) -> None:  # noqa: ANN401
+def _fill_rows(out: Float32Array, places: Any, rows: Any, key: Any, parameters: Any) -> None:  # noqa: ANN401
     """Stand for an initializer's function in the kernels below."""
-
-
-def _room_for(dim: int) -> Any:  # noqa: ANN401
-    """Stand for `initializers.room_for`."""
 
 
 def _gather_or_fill(
@@ -237,19 +233,19 @@ def _gather_or_fill(
     source, target = records.ctypes.data + 4 * column, out.ctypes.data
     row_bytes, record_bytes = 4 * out.shape[1], 4 * records.shape[1]
     places = _places_of(directory, branches, leaves, slots, ids, start, stop)
-    room = _room_for(out.shape[1])
+    fresh, count = np.empty(stop - start, np.int64), 0
     for i in range(start, stop):
         row, ahead = ids[i], min(i + 2 * _AHEAD, stop - 1)
         if places[ahead - start] == ids[ahead]:
             prefetch(present.ctypes.data + (ids[ahead] >> 3))
         if places[i - start] == row and not (present[row >> 3] >> (row & 7)) & 1:
             places[i - start] = -1
+            fresh[count] = i
+            count += 1
     for i in range(start, stop):
         if places[i - start] >= 0:
             _copy(target + i * row_bytes, source + places[i - start] * record_bytes, row_bytes)
-    for i in range(start, stop):
-        if places[i - start] < 0:
-            _fill_row(out[i], np.uint64(ids[i]), key, parameters, room)
+    _fill_rows(out, fresh[:count], ids[fresh[:count]], key, parameters)
 
 
 @kernel
@@ -336,9 +332,7 @@ def _fill(
     stop: int,
 ) -> None:
     """``out[i]`` becomes the initial weight of row ``ids[i]``, which need not be in any file."""
-    room = _room_for(out.shape[1])
-    for i in range(start, stop):
-        _fill_row(out[i], np.uint64(ids[i]), key, parameters, room)
+    _fill_rows(out, np.arange(start, stop), ids[start:stop], key, parameters)
 
 
 # ---- changing -------------------------------------------------------------------------------------------------
@@ -358,15 +352,17 @@ def _copy_or_fill(
     """As `copy_rows`; rows never written get their initial record."""
     base, record_bytes = records.ctypes.data, 4 * records.shape[1]
     dim = records.shape[1] - initial_state.size
-    room = _room_for(dim)
+    fresh, count = np.empty(stop - start, np.int64), 0
     for i in range(start, stop):
         row = ids[i]
         if (present[row >> 3] >> (row & 7)) & 1:
             _copy(base + places[i] * record_bytes, base + row * record_bytes, record_bytes)
             continue
-        _fill_row(records[places[i], :dim], np.uint64(row), key, parameters, room)
         for j in range(initial_state.size):
             records[places[i], dim + j] = initial_state[j]
+        fresh[count] = i
+        count += 1
+    _fill_rows(records[:, :dim], places[fresh[:count]], ids[fresh[:count]], key, parameters)
 
 
 @kernel
@@ -535,10 +531,9 @@ def _fill_helpers(initializer: type[initializers.Initializer]) -> dict[str, Call
         unit=unit,
         trailing_zeros=trailing_zeros,
         middle_quantile=_helper(initializers.middle_quantile),
-        fill_tails=_helper(initializers.fill_tails, log_scaled=scaled, tail_quantile=tail),
+        fill_tails=_helper(initializers.fill_tails, unit=unit, log_scaled=scaled, tail_quantile=tail),
     )
-    fill_row = _helper(initializer.fill_row, draw=draw, unit=unit, fill_normal=normal)
-    return {"_fill_row": fill_row, "_room_for": _helper(initializers.room_for)}
+    return {"_fill_rows": _helper(initializer.fill_rows, draw=draw, unit=unit, fill_normal=normal)}
 
 
 @_once
