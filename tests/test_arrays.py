@@ -332,12 +332,6 @@ def test_initial_rows_are_finite(value):
 # ---- out --------------------------------------------------------------------------------------------------------
 
 
-def test_without_out_the_caller_gets_an_array_of_its_own():
-    got = arrays.output(None, (2, 3))
-    assert got.shape == (2, 3)
-    assert fits_kernels(got, np.float32)
-
-
 def test_out_that_fits_is_the_result():
     out = np.empty((2, 3), np.float32)
     assert arrays.output(out, (2, 3)) is out

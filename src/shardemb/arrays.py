@@ -278,8 +278,8 @@ def _require_real_numbers(array: NDArray[Any], what: str) -> None:
         raise TypeError(msg)
 
 
-def output(out: NDArray[Any] | None, shape: tuple[int, ...]) -> Float32Array:
-    """Return `out` if it can take the result as it is, or a new array.
+def output(out: NDArray[Any], shape: tuple[int, ...]) -> Float32Array:
+    """Return `out` if it can take the result as it is.
 
     Raises
     ------
@@ -288,8 +288,6 @@ def output(out: NDArray[Any] | None, shape: tuple[int, ...]) -> Float32Array:
     ValueError
         Another shape, not C-contiguous, or read-only.
     """
-    if out is None:
-        return np.empty(shape, np.float32)
     if not isinstance(out, np.ndarray) or out.dtype != np.float32:
         got = f"dtype {out.dtype}" if isinstance(out, np.ndarray) else type(out).__name__
         msg = f"out must be a NumPy array of float32, got {got}"

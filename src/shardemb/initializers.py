@@ -170,7 +170,7 @@ def fill_normal(
     logarithm, again. `notes` keeps of each of these the row in `out`, the column and the word.
     """
     mean, std, low, high = parameters[2], parameters[3], np.float32(parameters[4]), np.float32(parameters[5])
-    first, span = np.uint32(parameters[6]), np.uint32(parameters[7])
+    first, span = np.int64(parameters[6]), np.int64(parameters[7])
     notes = np.empty((3, _PUT_OFF + out.shape[1] + 8), np.uint64)
     room = np.empty((4, notes.shape[1]))
     count = 0
@@ -184,7 +184,7 @@ def fill_normal(
         for begin in range(0, line.size, 64):
             mask, part = np.uint64(0), words[begin : begin + 64]
             for j in range(part.size):
-                is_tail = np.uint32(part[j] - first) > span
+                is_tail = (np.int64(part[j]) - first) & _WORD > span
                 mask |= np.uint64(is_tail) << np.uint64(j)
             while mask:
                 column = np.uint64(begin + trailing_zeros(mask))
@@ -218,8 +218,7 @@ def fill_tails(
     ends, factors, exponents, values = room[0], room[1], room[2], room[3].view(np.float32)
     bits = ends.view(np.int64)
     padded = (count + 7) // 8 * 8  # whole vectors
-    for k in range(count, padded):
-        words[k] = 0
+    words[count:padded] = 0
     for k in range(padded):
         p = start + width * unit(words[k])
         ends[k] = p if p < 0.5 else 1.0 - p  # the probability from the end it is near
@@ -238,7 +237,7 @@ def fill_tails(
         out[lines[k], columns[k]] = values[k]
 
 
-_1 = np.uint64(1)
+_1, _WORD = np.uint64(1), np.int64(2**32 - 1)
 _FRACTION, _ONE_HALF = np.int64(2**52 - 1), np.int64(1022 << 52)
 
 
@@ -325,9 +324,7 @@ class Constant(Initializer):
         """Write rows."""
         value = np.float32(parameters[0])
         for k in range(places.size):
-            line = out[places[k]]
-            for j in range(line.size):
-                line[j] = value
+            out[places[k], :] = value
 
 
 @dataclass(frozen=True)

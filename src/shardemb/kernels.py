@@ -97,6 +97,9 @@ _CACHE_LINE = 64
 _AHEAD = 8
 """How many rows ahead a step asks for: makes it two to three times as fast on rows that are not in the cache."""
 
+_ASKED_BYTES = 512
+"""How much of a row a copy asks for; the processor finds out about the rest by itself."""
+
 _MOST_COUNTED = np.float32(2**24)
 """Where the count of a row's updates stays: float32 knows no next whole number."""
 
@@ -178,6 +181,22 @@ def _places_of(
 
 
 @kernel
+def _copy_from(source: int, record_bytes: int, places: Int64Array, target: int, row_bytes: int) -> None:
+    """Copy the first `row_bytes` of the records at places, one behind the other; a place below 0 leaves a gap.
+
+    Asked for ahead, 40,960 random rows of 256 bytes take 1.0 ms instead of 1.25.
+    """
+    asked = min(row_bytes, _ASKED_BYTES)
+    for i in range(places.size):
+        if i + _AHEAD < places.size:
+            ahead = source + places[i + _AHEAD] * record_bytes
+            for line in range(0, asked, _CACHE_LINE):
+                prefetch(ahead + line)
+        if places[i] >= 0:
+            _copy(target + i * row_bytes, source + places[i] * record_bytes, row_bytes)
+
+
+@kernel
 def gather(
     records: Float32Array,
     directory: NDArray[np.int32],
@@ -195,15 +214,13 @@ def gather(
     All places first, then the rows: in one loop the reads of the index hold those of the rows up (65,536 random rows of
     256 bytes: 8.0 ms instead of 4.3).
     """
-    source, target = records.ctypes.data + 4 * column, out.ctypes.data
     row_bytes, record_bytes = 4 * out.shape[1], 4 * records.shape[1]
+    source, target = records.ctypes.data + 4 * column, out.ctypes.data + start * row_bytes
     if directory.size == 0:
-        for i in range(start, stop):
-            _copy(target + i * row_bytes, source + ids[i] * record_bytes, row_bytes)
-        return
-    places = _places_of(directory, branches, leaves, slots, ids, start, stop)
-    for i in range(start, stop):
-        _copy(target + i * row_bytes, source + places[i - start] * record_bytes, row_bytes)
+        _copy_from(source, record_bytes, ids[start:stop], target, row_bytes)
+    else:
+        places = _places_of(directory, branches, leaves, slots, ids, start, stop)
+        _copy_from(source, record_bytes, places, target, row_bytes)
 
 
 def _fill_rows(out: Float32Array, places: Any, rows: Any, key: Any, parameters: Any) -> None:  # noqa: ANN401
@@ -230,8 +247,6 @@ def _gather_or_fill(
     Of each row the place first: what lies in a slot is there, whatever its bit says. The files' bit follows when they
     hold the record, and the slot goes after that.
     """
-    source, target = records.ctypes.data + 4 * column, out.ctypes.data
-    row_bytes, record_bytes = 4 * out.shape[1], 4 * records.shape[1]
     places = _places_of(directory, branches, leaves, slots, ids, start, stop)
     fresh, count = np.empty(stop - start, np.int64), 0
     for i in range(start, stop):
@@ -242,9 +257,9 @@ def _gather_or_fill(
             places[i - start] = -1
             fresh[count] = i
             count += 1
-    for i in range(start, stop):
-        if places[i - start] >= 0:
-            _copy(target + i * row_bytes, source + places[i - start] * record_bytes, row_bytes)
+    row_bytes, record_bytes = 4 * out.shape[1], 4 * records.shape[1]
+    source, target = records.ctypes.data + 4 * column, out.ctypes.data + start * row_bytes
+    _copy_from(source, record_bytes, places, target, row_bytes)
     _fill_rows(out, fresh[:count], ids[fresh[:count]], key, parameters)
 
 
@@ -435,10 +450,8 @@ def _step(
 @kernel
 def pack(records: Float32Array, places: Int64Array, target: int) -> None:
     """Copy the records at places, one behind the other, to an address; a place below 0 leaves a gap."""
-    source, record_bytes = records.ctypes.data, 4 * records.shape[1]
-    for i in range(places.size):
-        if places[i] >= 0:
-            _copy(target + i * record_bytes, source + places[i] * record_bytes, record_bytes)
+    record_bytes = 4 * records.shape[1]
+    _copy_from(records.ctypes.data, record_bytes, places, target, record_bytes)
 
 
 @kernel

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from shardemb.errors import PoisonedError, ReadOnlyError, StaleReaderError, StoreClosedError
 from shardemb.overlay import Unlimited
+from shardemb.results import Results
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -47,6 +48,8 @@ class Runtime:
         In a reader that was opened beside a writer: whether that writer is still the last one.
     room : Room
         Who keeps changed rows within the memory budget.
+    results : Results
+        Where lookups get the arrays that they return.
     """
 
     path: Path
@@ -57,6 +60,7 @@ class Runtime:
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
     fresh: Callable[[], bool] | None = None
     room: Room = field(default_factory=Unlimited, repr=False)
+    results: Results = field(default_factory=Results, repr=False)
     closed: bool = False
     poisoned: str | None = None
     half_done: str | None = None
@@ -129,6 +133,7 @@ class Runtime:
             background, self._background = self._background, None
         if background is not None:
             background.shutdown(cancel_futures=True)
+        self.results.close()
 
     @contextlib.contextmanager
     def all_or_nothing(self, what: str) -> Iterator[None]:

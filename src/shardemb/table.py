@@ -773,7 +773,8 @@ class Table:
         shards = self._live()
         checked = arrays.row_ids(ids, shards.spec.num_embeddings, self.name)
         first, last = shards.spec.columns[column]
-        result = arrays.output(out, (*checked.shape, last - first))
+        shape = (*checked.shape, last - first)
+        result = self._runtime.results.empty(shape) if out is None else arrays.output(out, shape)
         # A subclass of ndarray, such as a memmap, would be another type to the kernels.
         flat = result.view(np.ndarray).reshape(-1, last - first)
         return batch.Read(shards, column, checked.flat, flat), result

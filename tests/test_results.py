@@ -1,0 +1,148 @@
+"""Memory of results: used again when nobody has it any more, and not before."""
+
+import gc
+import threading
+
+import numpy as np
+import pytest
+
+from shardemb import results
+from shardemb.results import LEAST_BYTES, MOST_BYTES, Results
+
+ROWS = LEAST_BYTES // 256
+SHAPE = ROWS, 64
+
+
+def address(array):
+    return array.__array_interface__["data"][0]
+
+
+def test_an_array_is_what_np_empty_makes():
+    for shape in (0, 64), (3, 5), SHAPE, (2, ROWS, 64), (ROWS * 64,):
+        got = Results().empty(shape)
+        assert (got.shape, got.dtype, type(got)) == (shape, np.float32, np.ndarray)
+        assert got.flags.c_contiguous
+        assert got.flags.writeable
+        assert got.flags.aligned
+        got[...] = 1.0
+        assert got.sum() == got.size
+
+
+def test_memory_is_used_again_once_the_last_view_is_gone():
+    made = Results()
+    first = made.empty(SHAPE)
+    where, view = address(first), first[5:, ::2].T
+    del first
+    assert made.nbytes == 0
+    assert address(made.empty(SHAPE)) != where
+    del view
+    assert address(made.empty(SHAPE)) == where
+
+
+@pytest.mark.parametrize(
+    "alive", [np.asarray, memoryview, lambda a: a.view(np.int32), lambda a: a.reshape(-1)]
+)
+def test_whatever_stands_for_the_array_keeps_its_memory(alive):
+    made = Results()
+    array = made.empty(SHAPE)
+    array[:] = 7.0
+    kept = alive(array)
+    del array
+    for _ in range(3):
+        made.empty(SHAPE)[:] = 9.0
+    assert (np.asarray(kept).view(np.float32) == 7.0).all()
+
+
+def test_a_tensor_keeps_its_memory():
+    torch = pytest.importorskip("torch")
+    made = Results()
+    tensor = torch.from_numpy(made.empty(SHAPE)).fill_(7.0)
+    for _ in range(3):
+        made.empty(SHAPE)[:] = 9.0
+    assert (tensor == 7.0).all()
+
+
+def test_two_arrays_never_share_memory():
+    made = Results()
+    for _ in range(3):
+        some = [made.empty(SHAPE) for _ in range(4)]
+        for i, each in enumerate(some):
+            each[:] = i
+        assert [each.min() == each.max() == i for i, each in enumerate(some)] == [True] * 4
+
+
+def test_the_smallest_that_is_large_enough_is_taken():
+    made = Results()
+    large, small = made.empty((8 * ROWS, 64)), made.empty((3 * ROWS, 64))
+    expected = address(small)
+    del large, small
+    assert address(made.empty(SHAPE)) == expected
+
+
+def test_no_more_is_kept_than_the_most():
+    made = Results()
+    some = [made.empty((MOST_BYTES // 4 // 64, 64)) for _ in range(6)]
+    last = address(some[-1])
+    while some:
+        some.pop(0)
+        assert made.nbytes <= MOST_BYTES
+    assert made.nbytes == MOST_BYTES
+    assert last in [each.address for each in made._kept]  # the oldest went
+
+
+def test_small_and_huge_results_are_not_kept():
+    made = Results()
+    made.empty((ROWS - 1, 64))
+    made.empty((MOST_BYTES // 256 + 1, 64))
+    assert made.nbytes == 0
+
+
+def test_nothing_is_kept_once_it_is_closed():
+    made = Results()
+    alive, _gone = made.empty(SHAPE), made.empty(SHAPE)
+    del _gone
+    made.close()
+    assert made.nbytes == 0
+    alive[:] = 1.0
+    del alive
+    assert made.nbytes == 0
+
+
+def test_it_may_be_collected_as_part_of_a_cycle():
+    made = Results()
+    cycle = [made.empty(SHAPE)]
+    cycle.append(cycle)
+    del cycle
+    gc.collect()
+    assert made.nbytes > 0
+
+
+def test_threads_never_get_the_same_memory(monkeypatch):
+    monkeypatch.setattr(results, "LEAST_BYTES", 1)
+    made, wrong = Results(), []
+
+    def work(number):
+        for _ in range(300):
+            some = [made.empty((64, 64)) for _ in range(3)]
+            for k, each in enumerate(some):
+                each[:] = 10 * number + k
+            wrong.extend(each for k, each in enumerate(some) if (each != 10 * number + k).any())
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert wrong == []
+
+
+def test_lookups_use_it(store):
+    table = store.create_table("t", num_embeddings=2 * ROWS, embedding_dim=64)
+    first = table.lookup(np.arange(ROWS))
+    where = address(first)
+    assert address(table.lookup(np.arange(ROWS))) != where  # the first is still here
+    del first
+    assert address(table.lookup(np.arange(ROWS))) == where
+    later = table.lookup(np.arange(ROWS))
+    store.close()
+    assert (later == 0).all()
