@@ -216,9 +216,10 @@ def test_words_on_both_sides_of_a_tail_are_told_apart(initializer):
         initializers.fill_normal,
         "fill_normal",
         draw=lambda out, row, key: out.__setitem__(slice(None), words),
-        fill_tails=lambda out, count, parameters, room: seen.extend(room[1].view(np.uint64)[:count].tolist()),
+        fill_tails=lambda out, notes, count, *_: seen.extend(notes[1, :count].tolist()),
     )
-    fixed(np.empty((1, words.size), np.float32), np.zeros(1, int), np.zeros(1, int), np.uint64(0), parameters)
+    one = np.zeros(1, int)
+    fixed(np.empty((1, words.size), np.float32), one, one, np.uint64(0), start, width, parameters)
     p = [start + width * unit(word) for word in words]
     assert seen == [j for j in range(words.size) if abs(p[j] - 0.5) > 0.425]
 

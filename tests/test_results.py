@@ -144,5 +144,6 @@ def test_lookups_use_it(store):
     del first
     assert address(table.lookup(np.arange(ROWS))) == where
     later = table.lookup(np.arange(ROWS))
+    store.commit()
     store.close()
     assert (later == 0).all()

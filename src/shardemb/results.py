@@ -53,8 +53,8 @@ class Results:
         return sum(each.nbytes for each in self._kept[:])
 
     def _take(self, nbytes: int) -> files.AddressRange | None:
-        # Of equally large ones the last, which may be in the processor's cache.
-        for memory in sorted(self._kept[::-1], key=lambda each: each.nbytes):
+        newest_first = self._kept[::-1]  # whose memory may still be in the processor's cache
+        for memory in sorted(newest_first, key=lambda each: each.nbytes):
             if memory.nbytes >= nbytes:
                 try:
                     self._kept.remove(memory)
