@@ -57,8 +57,9 @@ def race(contenders, make_input, size, repetitions, *, between=lambda: None, kee
                 continue
             given = make_input(each.size or size)
             each.prepare()
-            touch_memory()
+            memory = touched_memory()
             time.sleep(SETTLE_S)
+            let_go(memory)
             start = time.perf_counter()
             result = each.call(given)
             seconds[each.name].append(time.perf_counter() - start)
@@ -70,13 +71,27 @@ def race(contenders, make_input, size, repetitions, *, between=lambda: None, kee
     }
 
 
-def touch_memory():
-    """Write to free memory and let it go again.
+def touched_memory():
+    """Return memory that was written to, for `let_go` when the call begins.
 
     A virtual machine gives free memory back to its host within seconds, and then a page's first touch takes ten times
     as long as any other. Without this, arms that make much memory would be slower for no reason of theirs.
     """
-    np.empty(TOUCHED, np.uint8)[::4096] = 1
+    memory = [np.empty(TOUCHED, np.uint8) for _ in os.sched_getaffinity(0)]
+    for each in memory:
+        each[::4096] = 1
+    return memory
+
+
+def let_go(memory):
+    """Free a part of the memory on each core: the kernel keeps it there, for what this core asks for next."""
+    cores = os.sched_getaffinity(0)
+    try:
+        for core in cores:
+            os.sched_setaffinity(0, {core})  # of this thread
+            memory.pop()
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def all_equal(contenders, make_input, size, expected):
