@@ -59,7 +59,7 @@ PART_BITS = 18
 """Entries of a part, on average, as a power of two: 4 MiB are merged and written at once."""
 
 OPEN_PAIRS = 2**20, 2**23
-"""Pairs that slots hold before they are merged: a quarter of those in the file, within these."""
+"""Pairs that slots hold before they are merged: half of those in the file, within these."""
 
 _FIRST_SLOTS = 1024
 _FULL = 0.75
@@ -273,12 +273,13 @@ class KeyIndex:
                 done[number - part] = self._merged(number, parts, bits, counts, between)
 
             self._run([partial(merge_one, number) for number in pair])
-            for number, entries in zip(pair, done, strict=True):
-                sums[1 + number] = replay.checksum(entries.data.cast("B")) if entries.size else 0
-                if entries.size:
-                    files.write(descriptor, entries.data.cast("B"), begins + 16 * total, path)
-                    files.begin_write_back(descriptor, begins + 16 * total, entries.nbytes)
-                total += entries.shape[0]
+            places = begins + 16 * (total + np.cumsum([0, *(each.shape[0] for each in done)]))
+            puts = [
+                partial(_put, descriptor, path, entries, int(place), sums[1 + number : 2 + number])
+                for number, entries, place in zip(pair, done, places[:-1], strict=True)
+            ]
+            self._run(puts)
+            total += sum(each.shape[0] for each in done)
         directory = np.concatenate([[0], np.cumsum(counts)])
         sums[0] = replay.checksum(directory.data.cast("B"))
         files.write(descriptor, directory.data.cast("B"), PAGE, path)
@@ -329,7 +330,7 @@ class KeyIndex:
         if not self._writable or self._damaged:
             return 2**62
         least, most = OPEN_PAIRS
-        return max(least, min(int(self._level.entries.shape[0]) // 4, most))
+        return max(least, min(int(self._level.entries.shape[0]) // 2, most))
 
     def _reserve(self, pairs: int) -> None:
         size = self._slots.pairs.shape[0]
@@ -352,6 +353,17 @@ class KeyIndex:
 def new_salt() -> np.uint64:
     """Draw a number, not 0, that nobody else knows."""
     return np.uint64(secrets.randbits(64) | 1)
+
+
+def _put(
+    descriptor: int, path: Path, entries: NDArray[np.uint64], place: int, into: NDArray[np.uint64]
+) -> None:
+    """Write entries, and keep their checksum."""
+    if entries.size:
+        data = entries.data.cast("B")
+        into[0] = replay.checksum(data)
+        files.write(descriptor, data, place, path)
+        files.begin_write_back(descriptor, place, entries.nbytes)
 
 
 def _no_pairs() -> Slots:
