@@ -141,6 +141,7 @@ USE_EVERYTHING = """
     modules = kernels, grouping, bitmaps, hashing, probing, matching, slots, overlay
     inner = hashing._turn, hashing._turn_round, probing._in_slots, probing._in_entries, probing._first_not_below
     inner += probing.home, probing.bucket_of, probing._edge, probing._free_place
+    inner += grouping._bits_of, grouping._sort_words
     inner += kernels._branch_of, kernels._leaf_of, kernels._places_of, kernels._copy_from
     inner += kernels.entry_of, kernels.place_of, kernels._advise_pages, overlay._take_node, overlay._give_if_empty
     found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
@@ -211,8 +212,8 @@ def batches(draw):
 
 
 def sort_rows(ids, num_bits):
-    keys, order = ids.copy(), np.arange(ids.size)
-    grouping.sort_rows(keys, order, np.empty_like(keys), np.empty_like(order), num_bits)
+    keys, order = ids.copy(), np.full(ids.size, -1)
+    assert grouping.sort_rows(keys, order, np.empty_like(keys), num_bits)
     return keys, order
 
 
@@ -225,12 +226,22 @@ def test_sort_rows_is_a_stable_argsort(batch):
     np.testing.assert_array_equal(keys, ids[expected])
 
 
-@pytest.mark.parametrize("num_rows", [1_000, 400_000, 2**30])  # one, two and three passes
-def test_sort_rows_on_a_large_batch(num_rows):
-    ids = np.random.default_rng(0).zipf(1.2, 200_000) % num_rows
+@pytest.mark.parametrize("num_rows", [1, 1_000, 400_000, 2**30, 2**45])  # none to five passes
+@pytest.mark.parametrize("size", [200_000, 2**17, 2**17 + 1])
+def test_sort_rows_on_a_large_batch(num_rows, size):
+    ids = np.random.default_rng(0).zipf(1.2, size) % num_rows
     keys, order = sort_rows(ids, (num_rows - 1).bit_length())
     np.testing.assert_array_equal(order, np.argsort(ids, kind="stable"))
     np.testing.assert_array_equal(keys, np.sort(ids))
+
+
+def test_sort_rows_changes_nothing_where_a_word_has_no_room_for_key_and_position():
+    ids, order = int64([2**48 - 1, 0, 5]), int64([7, 7, 7])
+    assert not grouping.sort_rows(ids, order, np.empty_like(ids), 62)
+    assert ids.tolist() == [2**48 - 1, 0, 5]
+    assert order.tolist() == [7, 7, 7]
+    assert grouping.sort_rows(ids, order, np.empty_like(ids), 61)
+    assert order.tolist() == [1, 2, 0]
 
 
 @given(batches())

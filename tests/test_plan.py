@@ -123,3 +123,11 @@ def test_a_small_batch_is_one_task_and_no_batch_more_than_two_a_core():
 @pytest.mark.parametrize("count", [0, 1, 10**6])
 def test_a_plan_of_any_size_has_no_more_parts_than_tasks(count):
     assert len(cut([count], 8)) <= 8
+
+
+def test_group_goes_without_one_word_for_row_and_position_where_there_is_no_room_for_both():
+    ids = np.array([2**62 - 1, 5, 2**62 - 1, 0], np.int64)
+    grouped = group(ids, 2**62)
+    assert grouped.rows.tolist() == [0, 5, 2**62 - 1]
+    assert grouped.starts.tolist() == [0, 1, 2, 4]
+    assert grouped.order.tolist() == [3, 1, 0, 2]

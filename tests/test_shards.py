@@ -349,6 +349,71 @@ def test_a_batch_is_cold_when_its_pages_are_not_in_memory(tmp_path):
     assert not table.is_cold(rows, 32)
 
 
+HUGE = make(40_960, 64, rows_per_shard=16_384)  # two shards of 4 MiB, and one of which half is rows
+
+
+@pytest.fixture
+def parts_read(monkeypatch):
+    """List the parts of files that are read in huge pages."""
+    parts = []
+
+    def spy(path, start, nbytes):
+        parts.append((path.name, start / files.HUGE_PAGE, nbytes / files.HUGE_PAGE))
+        read(path, start, nbytes)
+
+    read = files.read_in_huge_pages
+    monkeypatch.setattr(files, "read_in_huge_pages", spy)
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "expected"),
+    [
+        (0, 40_960, [("c.0.0", 0, 2), ("c.1.0", 0, 2), ("c.2.0", 0, 1)]),
+        (1, 40_959, [("c.0.0", 1, 1), ("c.1.0", 0, 2)]),
+        (8_192, 16_384, [("c.0.0", 1, 1)]),
+        (8_191, 24_577, [("c.0.0", 1, 1), ("c.1.0", 0, 1)]),
+        (8_193, 24_575, []),
+        (5, 5, []),
+    ],
+)
+def test_rows_in_a_row_are_read_in_huge_pages(tmp_path, parts_read, start, stop, expected):
+    values = np.random.default_rng(0).random((40_960, 64), np.float32)
+    table = create(tmp_path, HUGE, values)
+    rows = np.arange(start, stop)
+    table.read_ahead(rows, 0, rows.size)
+    assert parts_read == expected
+    np.testing.assert_array_equal(look_up(table, rows), values[rows])
+    assert not table.is_cold(rows, 32)
+
+
+@pytest.mark.parametrize(
+    "rows", [np.delete(np.arange(40_960), 20_000), np.arange(0, 40_960, 2), np.arange(8_000)]
+)
+def test_no_more_is_read_than_is_asked_for(tmp_path, parts_read, rows):
+    table = create(tmp_path, HUGE, np.ones((40_960, 64), np.float32))
+    table.read_ahead(rows, 0, rows.size)
+    assert parts_read == []
+
+
+def test_rows_that_were_never_written_are_not_read(tmp_path, parts_read):
+    table = create(tmp_path, make(16_384, 64, None, Uniform(-1, 1, seed=3), rows_per_shard=16_384))
+    rows = np.arange(16_384)
+    table.read_ahead(rows, 0, rows.size)
+    assert parts_read == []
+
+
+def test_reading_ahead_fails_quietly(tmp_path, monkeypatch):
+    def fail(path, start, nbytes):
+        raise OSError(path)
+
+    monkeypatch.setattr(files, "read_in_huge_pages", fail)
+    table = create(tmp_path, HUGE, np.ones((40_960, 64), np.float32))
+    rows = np.arange(40_960)
+    table.read_ahead(rows, 0, rows.size)
+    assert (look_up(table, rows) == 1).all()
+
+
 def test_rows_never_written_are_not_cold(tmp_path):
     table = create(tmp_path, PRESENCE)
     assert not table.is_cold(int64(range(0, ROWS, 400)), 32)

@@ -489,10 +489,10 @@ class AddressRange:
         self._files = [0]
         weakref.finalize(self, _unmap, start, length, self._files).atexit = False
 
-    def map_file(self, offset: int, path: Path, nbytes: int) -> None:
-        """Map a file's first `nbytes` at `offset`: reads see the file, writes stay in this process."""
+    def map_file(self, offset: int, path: Path, nbytes: int, start: int = 0) -> None:
+        """Map `nbytes` of a file, from `start` on, at `offset`: reads see the file, writes stay in this process."""
         with opened(path, os.O_RDONLY) as descriptor:
-            _mmap(self.address + offset, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, descriptor)
+            _mmap(self.address + offset, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, descriptor, start)
         self._files[0] += 1
         counters.add(mappings=1)
 
@@ -551,11 +551,29 @@ def zeros(dtype: DTypeLike, count: int) -> NDArray[Any]:
     return memory.array(dtype, (count,))
 
 
-def _mmap(address: int, nbytes: int, protection: int, descriptor: int) -> int:
+def read_in_huge_pages(path: Path, start: int, nbytes: int) -> None:
+    """Read a part of a file into the page cache in pages of 2 MiB, if the kernel and the file system have them.
+
+    What is advised page by page lies in small ones, for each of which a lookup has to walk the page table.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    start, nbytes : int
+        Multiples of `HUGE_PAGE`, within the file.
+    """
+    memory = AddressRange(nbytes)
+    memory.map_file(0, path, nbytes, start)
+    memory.prefer_huge_pages(0, nbytes)
+    memory.advise(0, nbytes, MADV_POPULATE_READ)
+
+
+def _mmap(address: int, nbytes: int, protection: int, descriptor: int, start: int = 0) -> int:
     flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
     flags |= mmap.MAP_ANONYMOUS if descriptor < 0 else 0
     flags |= _MAP_FIXED if address else 0
-    result = _libc.mmap(address, nbytes, protection, flags, descriptor, 0)
+    result = _libc.mmap(address, nbytes, protection, flags, descriptor, start)
     if result == _FAILED:
         code = ctypes.get_errno()
         msg = (

@@ -13,35 +13,55 @@ if TYPE_CHECKING:
 
 _RADIX_BITS = 11
 _RADIX = 1 << _RADIX_BITS
+_WORD_BITS = 63
 
 
 @kernel
-def sort_rows(
-    keys: Int64Array, order: Int64Array, other_keys: Int64Array, other_order: Int64Array, num_bits: int
-) -> None:
-    """Sort `keys` in place, stably, and `order` along with them: LSD radix sort of `num_bits` significant bits.
+def _bits_of(number: int) -> int:
+    """How many bits a number takes."""
+    bits = 0
+    while number >> bits:
+        bits += 1
+    return bits
 
-    The others are room to work in, of the same size.
-    """
-    n = keys.size
-    swapped = False
-    for shift in range(0, num_bits, _RADIX_BITS):
-        place = np.zeros(_RADIX + 1, np.int64)
-        for i in range(n):
-            place[((keys[i] >> shift) & (_RADIX - 1)) + 1] += 1
+
+@kernel
+def _sort_words(words: Int64Array, others: Int64Array, first_bit: int, num_bits: int) -> bool:
+    """Sort by some bits, stably: LSD radix sort. Return whether the result stands in `others`."""
+    passes = -(-num_bits // _RADIX_BITS)
+    places = np.zeros((passes, _RADIX + 1), np.int64)
+    for i in range(words.size):
+        for k in range(passes):
+            places[k, ((words[i] >> (first_bit + k * _RADIX_BITS)) & (_RADIX - 1)) + 1] += 1
+    for k in range(passes):
+        place = places[k]
         for digit in range(_RADIX):
             place[digit + 1] += place[digit]
-        for i in range(n):
-            digit = (keys[i] >> shift) & (_RADIX - 1)
-            at = place[digit]
-            place[digit] = at + 1
-            other_keys[at], other_order[at] = keys[i], order[i]
-        keys, other_keys = other_keys, keys
-        order, other_order = other_order, order
-        swapped = not swapped
-    if swapped:  # the result stands in what was room to work in
-        other_keys[:] = keys
-        other_order[:] = order
+        for i in range(words.size):
+            digit = (words[i] >> (first_bit + k * _RADIX_BITS)) & (_RADIX - 1)
+            others[place[digit]] = words[i]
+            place[digit] += 1
+        words, others = others, words
+    return passes % 2 == 1
+
+
+@kernel
+def sort_rows(keys: Int64Array, order: Int64Array, other_keys: Int64Array, num_bits: int) -> bool:
+    """Sort `keys` of `num_bits` significant bits, stably; ``order[i]`` becomes where the i-th of them stood.
+
+    Key and position are sorted as one word, which takes half as long as two; `other_keys`, of the same size, is room.
+    Return False, with nothing changed, where that has no room for both.
+    """
+    low = _bits_of(keys.size - 1) if keys.size else 0
+    if low + num_bits > _WORD_BITS:
+        return False
+    for i in range(keys.size):
+        keys[i] = (keys[i] << low) | i
+    found = other_keys if _sort_words(keys, other_keys, low, num_bits) else keys
+    for i in range(keys.size):
+        order[i] = found[i] & ((1 << low) - 1)
+        keys[i] = found[i] >> low
+    return True
 
 
 @kernel

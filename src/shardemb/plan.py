@@ -67,10 +67,10 @@ class Piece(NamedTuple):
 
 def group(ids: Int64Array, num_embeddings: int) -> Grouped:
     """Bring equal ids together; O(n) for any table."""
-    keys, order = ids.copy(), np.arange(ids.size)
-    grouping.sort_rows(
-        keys, order, np.empty_like(keys), np.empty_like(order), (num_embeddings - 1).bit_length()
-    )
+    keys, order = ids.copy(), np.empty_like(ids)
+    if not grouping.sort_rows(keys, order, np.empty_like(keys), (num_embeddings - 1).bit_length()):
+        order = np.argsort(ids, kind="stable")
+        keys = ids[order]
     starts = grouping.group_starts(keys)
     return Grouped(keys[starts[:-1]], starts, order)
 
