@@ -140,7 +140,7 @@ USE_EVERYTHING = """
             list(table.to_arrow_batches())
     modules = kernels, grouping, bitmaps, hashing, probing, matching, slots, overlay
     inner = hashing._turn, hashing._turn_round, probing._in_slots, probing._in_entries, probing._first_not_below
-    inner += probing.home, probing.bucket_of, probing._edge, probing._free_place
+    inner += probing.home, probing._mark, probing.bucket_of, probing._edge, probing._free_place
     inner += grouping._bits_of, grouping._sort_words
     inner += kernels._branch_of, kernels._leaf_of, kernels._places_of, kernels._copy_from
     inner += kernels.entry_of, kernels.place_of, kernels._advise_pages, overlay._take_node, overlay._give_if_empty

@@ -24,10 +24,15 @@ def uint64(values):
     return np.array(values, np.uint64).reshape(-1)
 
 
+def empty(capacity):
+    """Slots and their marks."""
+    return np.zeros((capacity, 2), np.uint64), np.zeros(capacity, np.uint8)
+
+
 def filled(pairs, capacity=64, salt=PLAIN):
-    slots = np.zeros((capacity, 2), np.uint64)
+    slots = empty(capacity)
     rows = np.array([row for _, row in pairs], np.int64)
-    assert probing.insert(slots, salt, uint64([value for value, _ in pairs]), rows) == len(pairs)
+    assert probing.insert(*slots, salt, uint64([value for value, _ in pairs]), rows) == len(pairs)
     return slots
 
 
@@ -41,7 +46,7 @@ def level(pairs, bits):
 def probe(slots, hashes, skip=0, end=2**62, salt=PLAIN, level=NO_LEVEL, start=0, stop=None):
     out = np.full(len(hashes), -7, np.int64)
     stop = len(hashes) if stop is None else stop
-    probing.probe(slots, salt, *level, uint64(hashes), skip, end, out, start, stop)
+    probing.probe(*slots, salt, *level, uint64(hashes), skip, end, out, start, stop)
     return out.tolist()
 
 
@@ -87,8 +92,8 @@ def test_probe_lists_the_pairs_in_slots_as_they_came(pairs, salt, end):
 
 @given(pairs_, salts, st.integers(49, 300))
 def test_other_slots_hold_the_same_pairs(pairs, salt, capacity):
-    moved = np.zeros((capacity, 2), np.uint64)
-    assert probing.insert_all(moved, salt, filled(pairs))
+    moved = empty(capacity)
+    assert probing.insert_all(*moved, salt, filled(pairs)[0])
     for value in {value for value, _ in pairs}:
         assert sorted(all_rows(moved, value, salt=salt)) == sorted(
             row for each, row in pairs if each == value
@@ -111,22 +116,38 @@ def test_only_a_part_of_the_hashes_is_looked_up():
 def test_where_a_pair_would_lie_too_far_nothing_is_put_without_a_salt():
     far, capacity = probing.FAR, 8 * probing.FAR
     values, rows = uint64(range(2 * far)), np.arange(2 * far)
-    slots = np.zeros((capacity, 2), np.uint64)
-    assert probing.insert(slots, PLAIN, values, rows) == far
+    slots = empty(capacity)
+    assert probing.insert(*slots, PLAIN, values, rows) == far
     assert probe(slots, values.tolist()) == [*range(far), *[-1] * far]
-    assert probing.insert(slots, PLAIN, values[far:], rows[far:]) == 0
-    salted = np.zeros((capacity, 2), np.uint64)
-    assert probing.insert_all(salted, SALTED, slots)
-    assert probing.insert(salted, SALTED, values[far:], rows[far:]) == far
+    assert probing.insert(*slots, PLAIN, values[far:], rows[far:]) == 0
+    salted = empty(capacity)
+    assert probing.insert_all(*salted, SALTED, slots[0])
+    assert probing.insert(*salted, SALTED, values[far:], rows[far:]) == far
     assert probe(salted, values.tolist(), salt=SALTED) == rows.tolist()
-    assert not probing.insert_all(np.zeros((capacity, 2), np.uint64), PLAIN, salted)
+    assert not probing.insert_all(*empty(capacity), PLAIN, salted[0])
 
 
 def test_random_hashes_never_come_too_far():
     rng = np.random.default_rng(0)
     values = rng.integers(0, LAST, 1_500_000, np.uint64)
-    slots = np.zeros((2_000_000, 2), np.uint64)
-    assert probing.insert(slots, PLAIN, values, np.arange(values.size)) == values.size
+    slots = empty(2_000_000)
+    assert probing.insert(*slots, PLAIN, values, np.arange(values.size)) == values.size
+
+
+@given(pairs_, salts, st.lists(hashes_, max_size=20))
+def test_a_hash_without_its_mark_is_in_no_slot(pairs, salt, others):
+    _, marks = filled(pairs, salt=salt)
+    for value in uint64([value for value, _ in pairs] + others):
+        marked = marks[probing.home(value, marks.size, salt)] & probing._mark(value) != 0
+        assert marked >= (int(value) in [each for each, _ in pairs])
+
+
+def test_few_hashes_have_a_mark_that_is_not_theirs():
+    rng = np.random.default_rng(0)
+    values, others = rng.integers(0, LAST, (2, 40_000), np.uint64)
+    _, marks = filled([(int(value), 0) for value in values], capacity=64_000)
+    marked = [marks[probing.home(value, marks.size, PLAIN)] & probing._mark(value) != 0 for value in others]
+    assert 0.05 < np.mean(marked) < 0.1
 
 
 # ---- slots over entries -----------------------------------------------------------------------------------------
@@ -154,7 +175,7 @@ def test_a_bucket_of_many_is_searched_by_halves():
     pairs = [(3 * row, row) for row in range(100)]
     found = [probing.lower_bound(*level(pairs, 0), np.uint64(value)) for value in range(300)]
     assert found == [-(-value // 3) for value in range(300)]
-    found = probe(np.zeros((16, 2), np.uint64), range(300), level=level(pairs, 0))
+    found = probe(empty(16), range(300), level=level(pairs, 0))
     assert found == [-1 if value % 3 else value // 3 for value in range(300)]
 
 
@@ -167,9 +188,7 @@ def test_a_damaged_directory_leads_nowhere_but_to_the_entries(pairs, bits, data)
     anywhere = st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 50)
     at = data.draw(st.integers(0, directory.size - 1))
     directory[at] = data.draw(anywhere)
-    found = probe(
-        np.zeros((16, 2), np.uint64), [77, *range(0, 2**64, 2**61)], level=(directory, around[1:-1], bits)
-    )
+    found = probe(empty(16), [77, *range(0, 2**64, 2**61)], level=(directory, around[1:-1], bits))
     assert found[0] == -1 or 77 in entries[:, 0]
     assert set(found) <= {-1, *entries[:, 1].tolist()}
     for value in range(0, 2**64, 2**61):
@@ -179,7 +198,7 @@ def test_a_damaged_directory_leads_nowhere_but_to_the_entries(pairs, bits, data)
 def test_rows_that_are_none_do_not_count():
     """As damage in the file could make them."""
     entries = np.array([[9, LAST], [9, 2**63], [9, 4]], np.uint64)
-    assert all_rows(np.zeros((16, 2), np.uint64), 9, level=(np.array([0, 3]), entries, 0)) == [4]
+    assert all_rows(empty(16), 9, level=(np.array([0, 3]), entries, 0)) == [4]
 
 
 # ---- merging ----------------------------------------------------------------------------------------------------
@@ -190,7 +209,7 @@ def test_rows_that_are_none_do_not_count():
 @example([(LAST, row) for row in range(10)], 0, 5)  # those at the beginning belong to the end
 def test_take_between_sorts_the_pairs_of_a_range(pairs, first, last):
     first, last = sorted([first, last])
-    slots, bounds = filled(pairs), (np.uint64(first), np.uint64(last))
+    (slots, _), bounds = filled(pairs), (np.uint64(first), np.uint64(last))
     expected = [pair for pair in pairs if first <= pair[0] <= last]
     assert probing.count_between(slots, *bounds) == len(expected)
     out = np.empty((len(expected), 2), np.uint64)
@@ -201,7 +220,7 @@ def test_take_between_sorts_the_pairs_of_a_range(pairs, first, last):
 
 @given(pairs_, st.integers(0, 6))
 def test_ranges_side_by_side_share_out_all_pairs(pairs, bits):
-    slots = filled(pairs)
+    slots, _ = filled(pairs)
     found = [
         probing.count_between(
             slots, np.uint64(part << (64 - bits)), np.uint64(((part + 1) << (64 - bits)) - 1)

@@ -95,6 +95,7 @@ class Slots(NamedTuple):
     """What lies in memory, as `probing` has it."""
 
     pairs: NDArray[np.uint64]
+    marks: NDArray[np.uint8]
     salt: np.uint64
 
 
@@ -167,7 +168,7 @@ class KeyIndex:
         self._path, self._identity, self._run, self._writable = path, identity, run, writable
         self.coverage = Coverage()
         self._level, self._damaged = NOTHING, False
-        self._slots, self._open = _no_pairs(), 0
+        self._slots, self._open = _no_pairs(_FIRST_SLOTS, np.uint64(0)), 0
 
     def take_up(self, now: Coverage) -> None:
         """Take up the file, if it is one of this vocabulary and knows no more than the commit `now`."""
@@ -194,7 +195,8 @@ class KeyIndex:
     @property
     def nbytes(self) -> tuple[int, int]:
         """Bytes in memory and on disk."""
-        return self._slots.pairs.nbytes, files.allocated(self._path) if self.has_file else 0
+        slots = self._slots
+        return slots.pairs.nbytes + slots.marks.nbytes, files.allocated(self._path) if self.has_file else 0
 
     @property
     def view(self) -> View:
@@ -255,7 +257,7 @@ class KeyIndex:
             files.remove(staged)
             raise
         self._level, self.coverage = _read(self._path, self._identity)
-        self._slots, self._open = _no_pairs(), 0
+        self._slots, self._open = _no_pairs(_FIRST_SLOTS, np.uint64(0)), 0
 
     def _write_next(self, descriptor: int, path: Path, coverage: Coverage) -> None:
         most = len(self)
@@ -343,7 +345,7 @@ class KeyIndex:
 
     def _move(self, capacity: int, salt: np.uint64) -> None:
         """Have the pairs in other slots, by a new salt if they lie too far from their homes there."""
-        moved = Slots(np.zeros((capacity, 2), np.uint64), salt)
+        moved = _no_pairs(capacity, salt)
         if probing.insert_all(*moved, self._slots.pairs):
             self._slots = moved
         else:
@@ -366,8 +368,8 @@ def _put(
         files.begin_write_back(descriptor, place, entries.nbytes)
 
 
-def _no_pairs() -> Slots:
-    return Slots(np.zeros((_FIRST_SLOTS, 2), np.uint64), np.uint64(0))
+def _no_pairs(capacity: int, salt: np.uint64) -> Slots:
+    return Slots(np.zeros((capacity, 2), np.uint64), np.zeros(capacity, np.uint8), salt)
 
 
 def _between(slots: Slots) -> Between:

@@ -4,7 +4,8 @@
 *Slots* are an open hash table of ``(hash, row + 1)`` with zeros where it is empty, in which a pair lies at its home or
 behind it; homes ascend with hashes, so that slots in their order are nearly sorted. Whoever knows the secret can make
 keys whose homes are the same. Where a pair would lie too far from its home for that, homes are drawn anew, by a *salt*
-that nobody knows, and have no order.
+that nobody knows, and have no order. *Marks*, a byte for each home, tell in a sixteenth of the memory which hashes are
+in no slot: of those that are in the file alone, nine of ten need no look at the slots.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from shardemb.arrays import Int64Array
 
-_0, _1, _32, _64 = np.uint64(0), np.uint64(1), np.uint64(32), np.uint64(64)
+_0, _1, _7, _32, _64 = np.uint64(0), np.uint64(1), np.uint64(7), np.uint64(32), np.uint64(64)
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _AT_ONCE = 32
 """Hashes whose memory is asked for together, before the first of them is looked at."""
@@ -92,28 +93,44 @@ def _free_place(slots: Any, salt: Any, value: Any) -> Any:  # noqa: ANN401
 
 
 @kernel
-def insert(slots: NDArray[np.uint64], salt: np.uint64, hashes: NDArray[np.uint64], rows: Int64Array) -> int:
+def _mark(value: Any) -> Any:  # noqa: ANN401
+    """Return the bit of a hash in the byte of its home."""
+    return np.uint8(_1 << (value & _7))
+
+
+@kernel
+def insert(
+    slots: NDArray[np.uint64],
+    marks: NDArray[np.uint8],
+    salt: np.uint64,
+    hashes: NDArray[np.uint64],
+    rows: Int64Array,
+) -> int:
     """Put pairs into slots that have room for them, up to one that would lie too far; return how many.
 
-    Readers may look on: a row comes after its hash.
+    Readers may look on: a row comes after its hash, and after its mark.
     """
     for i in range(hashes.size):
         at = _free_place(slots, salt, hashes[i])
         if at < 0:
             return i
+        marks[home(hashes[i], marks.size, salt)] |= _mark(hashes[i])
         slots[at, 0] = hashes[i]
         slots[at, 1] = np.uint64(rows[i] + 1)
     return hashes.size
 
 
 @kernel
-def insert_all(slots: NDArray[np.uint64], salt: np.uint64, old: NDArray[np.uint64]) -> bool:
+def insert_all(
+    slots: NDArray[np.uint64], marks: NDArray[np.uint8], salt: np.uint64, old: NDArray[np.uint64]
+) -> bool:
     """Put what lies in other slots into empty ones; return whether nothing would lie too far."""
     for i in range(old.shape[0]):
         if old[i, 1] != 0:
             at = _free_place(slots, salt, old[i, 0])
             if at < 0:
                 return False
+            marks[home(old[i, 0], marks.size, salt)] |= _mark(old[i, 0])
             slots[at, 0], slots[at, 1] = old[i, 0], old[i, 1]
     return True
 
@@ -154,6 +171,7 @@ def _in_entries(entries: Any, low: Any, high: Any, value: Any, skip: Any, end: A
 @kernel
 def probe(
     slots: NDArray[np.uint64],
+    marks: NDArray[np.uint8],
     salt: np.uint64,
     directory: Int64Array,
     entries: NDArray[np.uint64],
@@ -170,18 +188,22 @@ def probe(
     Those in memory, newer, come first. Pairs whose row is not below `end` do not count.
     """
     capacity = slots.shape[0]
-    lows = np.empty(_AT_ONCE, np.int64)
+    lows, in_slots = np.empty(_AT_ONCE, np.int64), np.empty(_AT_ONCE, np.bool_)
     for first in range(start, stop, _AT_ONCE):
         last = min(first + _AT_ONCE, stop)
         for i in range(first, last):
             prefetch(directory.ctypes.data + 8 * bucket_of(hashes[i], bits))
-            prefetch(slots.ctypes.data + 16 * home(hashes[i], capacity, salt))
+            prefetch(marks.ctypes.data + home(hashes[i], capacity, salt))
         for i in range(first, last):
+            at = home(hashes[i], capacity, salt)
+            in_slots[i - first] = marks[at] & _mark(hashes[i]) != 0
+            if in_slots[i - first]:
+                prefetch(slots.ctypes.data + 16 * at)
             lows[i - first] = _edge(directory, entries, bucket_of(hashes[i], bits))
             prefetch(entries.ctypes.data + 16 * lows[i - first])
             prefetch(entries.ctypes.data + 16 * lows[i - first] + 64)
         for i in range(first, last):
-            row = _in_slots(slots, salt, hashes[i], skip, end)
+            row = _in_slots(slots, salt, hashes[i], skip, end) if in_slots[i - first] else -1 - skip
             if row < 0:
                 high = _edge(directory, entries, bucket_of(hashes[i], bits) + 1)
                 row = _in_entries(entries, lows[i - first], high, hashes[i], -1 - row, end)
