@@ -113,18 +113,6 @@ _WITHIN = (1 << NODE_BITS) - 1
 
 
 @kernel
-def _branch_of(directory: NDArray[np.int32], row: int) -> int:
-    """Return where among the branches the leaf of a row is named."""
-    return (int(directory[row >> 2 * NODE_BITS]) << NODE_BITS) | ((row >> NODE_BITS) & _WITHIN)
-
-
-@kernel
-def _leaf_of(directory: NDArray[np.int32], branches: NDArray[np.int32], row: int) -> int:
-    """Return where among the leaves the entry of a row is."""
-    return (int(branches[_branch_of(directory, row)]) << NODE_BITS) | (row & _WITHIN)
-
-
-@kernel
 def entry_of(
     directory: NDArray[np.int32], branches: NDArray[np.int32], leaves: NDArray[np.int32], row: int
 ) -> int:
@@ -132,7 +120,9 @@ def entry_of(
 
     Branch 0 and leaf 0 are never used and all zeros, so that nothing has to be asked on the way down.
     """
-    return int(leaves[_leaf_of(directory, branches, row)])
+    branch = int(directory[row >> 2 * NODE_BITS]) << NODE_BITS
+    leaf = int(branches[branch | ((row >> NODE_BITS) & _WITHIN)]) << NODE_BITS
+    return int(leaves[leaf | (row & _WITHIN)])
 
 
 @kernel
@@ -167,15 +157,20 @@ def _places_of(
     """
     places = np.empty(stop - start, np.int64)
     if directory.size == 0:
-        places[:] = ids[start:stop]
+        for i in range(start, stop):  # numba takes 1.7 s to compile what would copy a slice
+            places[i - start] = ids[i]
         return places
     for i in range(start, stop):
         if i + 3 * _AHEAD < stop:
             prefetch(directory.ctypes.data + 4 * (ids[i + 3 * _AHEAD] >> 2 * NODE_BITS))
         if i + 2 * _AHEAD < stop:
-            prefetch(branches.ctypes.data + 4 * _branch_of(directory, ids[i + 2 * _AHEAD]))
+            branch = int(directory[ids[i + 2 * _AHEAD] >> 2 * NODE_BITS]) << NODE_BITS
+            prefetch(branches.ctypes.data + 4 * branch)
         if i + _AHEAD < stop:
-            prefetch(leaves.ctypes.data + 4 * _leaf_of(directory, branches, ids[i + _AHEAD]))
+            row = ids[i + _AHEAD]
+            branch = int(directory[row >> 2 * NODE_BITS]) << NODE_BITS
+            leaf = int(branches[branch | ((row >> NODE_BITS) & _WITHIN)]) << NODE_BITS
+            prefetch(leaves.ctypes.data + 4 * leaf)
         places[i - start] = place_of(directory, branches, leaves, first, ids[i])
     return places
 
@@ -248,19 +243,19 @@ def _gather_or_fill(
     hold the record, and the slot goes after that.
     """
     places = _places_of(directory, branches, leaves, slots, ids, start, stop)
-    fresh, count = np.empty(stop - start, np.int64), 0
+    fresh, rows, count = np.empty(stop - start, np.int64), np.empty(stop - start, np.int64), 0
     for i in range(start, stop):
         row, ahead = ids[i], min(i + 2 * _AHEAD, stop - 1)
         if places[ahead - start] == ids[ahead]:
             prefetch(present.ctypes.data + (ids[ahead] >> 3))
         if places[i - start] == row and not (present[row >> 3] >> (row & 7)) & 1:
             places[i - start] = -1
-            fresh[count] = i
+            fresh[count], rows[count] = i, row
             count += 1
     row_bytes, record_bytes = 4 * out.shape[1], 4 * records.shape[1]
     source, target = records.ctypes.data + 4 * column, out.ctypes.data + start * row_bytes
     _copy_from(source, record_bytes, places, target, row_bytes)
-    _fill_rows(out, fresh[:count], ids[fresh[:count]], key, parameters)
+    _fill_rows(out, fresh[:count], rows[:count], key, parameters)
 
 
 @kernel
@@ -347,7 +342,7 @@ def _fill(
     stop: int,
 ) -> None:
     """``out[i]`` becomes the initial weight of row ``ids[i]``, which need not be in any file."""
-    _fill_rows(out, np.arange(start, stop), ids[start:stop], key, parameters)
+    _fill_rows(out[start:stop], np.arange(stop - start), ids[start:stop], key, parameters)
 
 
 # ---- changing -------------------------------------------------------------------------------------------------
@@ -367,7 +362,7 @@ def _copy_or_fill(
     """As `copy_rows`; rows never written get their initial record."""
     base, record_bytes = records.ctypes.data, 4 * records.shape[1]
     dim = records.shape[1] - initial_state.size
-    fresh, count = np.empty(stop - start, np.int64), 0
+    fresh, rows, count = np.empty(stop - start, np.int64), np.empty(stop - start, np.int64), 0
     for i in range(start, stop):
         row = ids[i]
         if (present[row >> 3] >> (row & 7)) & 1:
@@ -375,9 +370,9 @@ def _copy_or_fill(
             continue
         for j in range(initial_state.size):
             records[places[i], dim + j] = initial_state[j]
-        fresh[count] = i
+        fresh[count], rows[count] = places[i], row
         count += 1
-    _fill_rows(records[:, :dim], places[fresh[:count]], ids[fresh[:count]], key, parameters)
+    _fill_rows(records[:, :dim], fresh[:count], rows[:count], key, parameters)
 
 
 @kernel
