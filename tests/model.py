@@ -53,7 +53,7 @@ def _random_weights(initializer, stream, num_embeddings, embedding_dim):
             values < F(initializer.high), values, np.nextafter(F(initializer.high), F(initializer.low))
         )
     quantiles = [initializers.normal_quantile(unit) for unit in units.reshape(-1).tolist()]
-    return (initializer.mean + initializer.std * np.array(quantiles)).astype(F).reshape(units.shape)
+    return F(initializer.mean) + F(initializer.std) * np.array(quantiles, F).reshape(units.shape)
 
 
 def _uniform_words(seed, stream, num_rows, num_columns):

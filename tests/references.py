@@ -178,33 +178,37 @@ def philox(rows, dim, key, *, rounds=10, block_of=lambda j: j // 4, high_word=Tr
     return np.choose((j % np.uint64(4)).astype(np.intp), [c0, c1, c2, c3])
 
 
+F = np.float32
+
+
 def polynomial(x, *coefficients):
-    """Horner's rule, the highest power first."""
-    total = coefficients[0] * np.ones_like(x)
+    """Horner's rule, the highest power first, in float32."""
+    total = F(coefficients[0]) * np.ones_like(x)
     for coefficient in coefficients[1:]:
-        total = total * x + coefficient
+        total = total * x + F(coefficient)
     return total
 
 
 def natural_log(x):
-    """Of an array of numbers in (0, 1)."""
+    """Of an array of float32 in (0, 1)."""
     e = np.zeros_like(x)
-    while (low := x < 0.7071067811865476).any():
-        x, e = np.where(low, 2 * x, x), np.where(low, e - 1, e)
-    z = (x - 1) / (x + 1)
-    return e * 0.6931471805599453 + 2 * z * polynomial(z * z, *(1 / k for k in range(21, 0, -2)))
+    while (low := x < F(0.7071067811865476)).any():
+        x, e = np.where(low, F(2) * x, x), np.where(low, e - F(1), e)
+    z = (x - F(1)) / (x + F(1))
+    return e * F(0.6931471805599453) + F(2) * z * polynomial(z * z, 1 / 9, 1 / 7, 1 / 5, 1 / 3, 1)
 
 
 def normal_quantile(p):
-    """AS 241, PPND7, of an array."""
-    q = p - 0.5
-    r = 0.180625 - q * q
+    """AS 241, PPND7, of an array of float64; from p on in float32."""
+    near, below = abs(p - 0.5) <= 0.425, p < 0.5
+    q = (p - 0.5).astype(F)
+    r = F(0.180625) - q * q
     top = polynomial(r, 59.10937472, 159.29113202, 50.434271938, 3.3871327179)
     middle = q * top / polynomial(r, 67.187563600, 78.757757664, 17.895169469, 1.0)
-    r = np.sqrt(-natural_log(np.where(q < 0, p, 1 - p))) - 1.6
+    r = np.sqrt(-natural_log(np.where(below, p, 1 - p).astype(F))) - F(1.6)
     top = polynomial(r, 0.17023821103, 1.3067284816, 2.7568153900, 1.4234372777)
     tail = top / polynomial(r, 0.12021132975, 0.73700164250, 1.0)
-    return np.where(abs(q) <= 0.425, middle, np.where(q < 0, -tail, tail))
+    return np.where(near, middle, np.where(below, -tail, tail))
 
 
 def normal_probability(x):
@@ -225,16 +229,15 @@ def truncated_normal(words, mean, std, low, high):
         a, b, sign = -b, -a, -1.0
     start = normal_probability(a)
     stop = normal_probability(b) if b <= 0 else 1 - normal_probability(-b)
-    values = mean + sign * std * normal_quantile(start + (stop - start) * units(words))
-    inside = values.astype(np.float32)
+    values = F(mean) + F(sign * std) * normal_quantile(start + (stop - start) * units(words))
     smallest, largest = np.float32(low), np.float32(high)
     smallest = smallest if float(smallest) >= low else np.nextafter(smallest, np.float32(np.inf))
     largest = largest if float(largest) <= high else np.nextafter(largest, np.float32(-np.inf))
-    return np.clip(inside, smallest, largest)
+    return np.clip(values, smallest, largest)
 
 
 def normal(words, mean, std):
-    return (mean + std * normal_quantile(units(words))).astype(np.float32)
+    return F(mean) + F(std) * normal_quantile(units(words))
 
 
 def uniform(words, low, high):

@@ -193,6 +193,7 @@ TOUCHES = {
 # Who calls such a thing all the same: module and call, with the reason.
 EXCEPTIONS = {
     ("kernels", "read_bytes"): "its own source, whose checksum is part of the name of a compiled kernel",
+    ("kernels", "load"): "from memory",
     ("opening", "read_text"): "the memory limit of the machine, below /sys",
     ("text", "open"): "text files of the caller's, to read; no part of a store",
     ("results", "remove"): "of a list",

@@ -186,6 +186,18 @@ def test_a_batch_is_cut_into_at_most_two_tasks_a_core_and_a_small_one_runs_inlin
     assert max(counts) == max(6, 2 * scheduler.CORES)
 
 
+def test_rows_that_have_to_be_drawn_are_more_work(store):
+    """So a batch of them is cut into more tasks, until they are written."""
+    table = store.create_table(
+        "t", num_embeddings=10**6, embedding_dim=64, initializer=Uniform(-1, 1, seed=0)
+    )
+    ids = np.arange(plan.TASK_BYTES * 3 // 2 // 256)  # half as many again as one task copies
+    assert table.explain(ids).tasks == min(4, 2 * scheduler.CORES)
+    assert table.explain(ids[: ids.size // 3]).tasks == 1
+    table.write(ids, table.lookup(ids))
+    assert table.explain(ids).tasks == 1
+
+
 def test_many_tables_are_one_plan(store, tasks_run):
     arguments = {"num_embeddings": ROWS, "embedding_dim": DIM, "optimizer": Adam()}
     tables = {name: store.create_table(name, **arguments) for name in "abc"}

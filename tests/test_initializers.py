@@ -1,9 +1,11 @@
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 from statistics import NormalDist
 
+import numba
 import numpy as np
 import pytest
 import references
@@ -28,7 +30,6 @@ from shardemb.initializers import (
     normal_quantile,
     philox,
     stream_key,
-    trailing_zeros,
     unit,
 )  # fmt: skip
 
@@ -115,27 +116,28 @@ def test_unit_is_symmetric_and_within_the_open_interval(word):
     assert unit(np.uint64(WORDS - 1 - word)) == 1 - x
 
 
-@given(st.floats(2.0**-33, 1, exclude_max=True))
+@given(st.floats(2.0**-33, 1, exclude_max=True, width=32))
 def test_log_is_the_logarithm(x):
-    assert log(x) == pytest.approx(math.log(x), rel=1e-14, abs=1e-15)
+    assert log(np.float32(x)) == pytest.approx(math.log(x), rel=3e-7)
 
 
-@given(st.integers(1, 1000))
+@given(st.integers(1, 126))
 def test_log_of_powers_of_two(k):
-    assert log(2.0**-k) == pytest.approx(-k * math.log(2), rel=1e-15)
+    assert log(np.float32(2.0**-k)) == np.float32(-k) * np.float32(math.log(2))
 
 
 @given(st.integers(0, WORDS - 1))
 def test_the_quantile_is_that_of_the_normal_distribution(word):
     p = unit(np.uint64(word))
-    assert normal_quantile(p) == pytest.approx(NormalDist().inv_cdf(p), rel=2e-7, abs=1e-8)
+    assert normal_quantile(p) == pytest.approx(NormalDist().inv_cdf(p), rel=5e-7)
+    assert normal_quantile(p).dtype == np.float32
 
 
 @pytest.mark.parametrize(
     "p", [0.5 / WORDS, 1e-9, math.exp(-25), 0.0749999, 0.075, 0.0750001, 0.5, 0.925, 0.99]
 )
 def test_the_quantile_on_both_sides_of_every_branch(p):
-    assert normal_quantile(p) == pytest.approx(NormalDist().inv_cdf(p), rel=2e-7, abs=1e-8)
+    assert normal_quantile(p) == pytest.approx(NormalDist().inv_cdf(p), rel=5e-7)
 
 
 def test_the_quantile_is_antisymmetric_and_rises():
@@ -206,17 +208,22 @@ def test_the_reference_draws_the_same_words():
 
 @pytest.mark.parametrize("initializer", INITIALIZERS[4:], ids=str)
 def test_words_on_both_sides_of_a_tail_are_told_apart(initializer):
-    """There the two formulas differ, in float32 too for some; and of 2**32 words no sample meets them."""
+    """There the two formulas differ for some; and of 2**32 words no sample meets them."""
     parameters = np.array(initializer.parameters())
     start, width, *_, first, more = parameters.tolist()
     edges = {word for edge in (first, first + more) for word in (edge - 1, edge, edge + 1)}
     words = np.array([*sorted(word for word in edges if 0 <= word < WORDS), 0, WORDS - 1], np.uint32)
     seen = []
+
+    def nonzero(flags, places):
+        seen.extend(np.flatnonzero(flags).tolist())
+        return initializers.nonzero(flags, places)
+
     fixed = kernels._specialise(
         initializers.fill_normal,
         "fill_normal",
         draw=lambda out, row, key: out.__setitem__(slice(None), words),
-        fill_tails=lambda out, notes, count, *_: seen.extend(notes[1, :count].tolist()),
+        nonzero=nonzero,
     )
     one = np.zeros(1, int)
     fixed(np.empty((1, words.size), np.float32), one, one, np.uint64(0), start, width, parameters)
@@ -224,10 +231,18 @@ def test_words_on_both_sides_of_a_tail_are_told_apart(initializer):
     assert seen == [j for j in range(words.size) if abs(p[j] - 0.5) > 0.425]
 
 
-@given(st.integers(1, 2**64 - 1))
-def test_trailing_zeros_are_counted(word):
-    expected = len(f"{word:b}") - len(f"{word:b}".rstrip("0"))
-    assert trailing_zeros(np.uint64(word)) == expected
+@given(st.lists(st.integers(0, 1), max_size=100))
+def test_the_places_of_ones_are_found(ones):
+    flags = np.array([*ones, *[0] * (-len(ones) % 8)], np.uint8)
+    for found in (initializers.nonzero, compiled_nonzero()):
+        places = np.full(flags.size + 8, 77, np.uint32)
+        assert found(flags, places) == sum(ones)
+        assert places[: sum(ones)].tolist() == [k for k, one in enumerate(ones) if one]
+
+
+@functools.cache
+def compiled_nonzero():
+    return numba.njit(kernels.nonzero)
 
 
 PINNED = [
@@ -238,8 +253,8 @@ PINNED = [
     ),
     (
         Normal(seed=1),
-        "3f036f1d 3f2ad940 3f95f3b2 3f254095 403b56e7",
-        "beb24383 3dc6c80d 3f3bcafb 3f3ed7e9 3f51bd19",
+        "3f036f1d 3f2ad93f 3f95f3b3 3f254094 403b56e6",
+        "beb24383 3dc6c80c 3f3bcafa 3f3ed7e8 3f51bd18",
     ),
     (
         Normal(0.5, 0.02, seed=2**63),
@@ -248,13 +263,13 @@ PINNED = [
     ),
     (
         TruncatedNormal(seed=1),
-        "3ef9e1ee 3f21ea08 3f8b7622 3f1cb01c 3ffc3de9",
-        "bea9d733 3dbdb5d6 3f31aeaf 3f3482f9 3f45f6dd",
+        "3ef9e1ee 3f21ea08 3f8b7622 3f1cb01b 3ffc3dea",
+        "bea9d733 3dbdb5d5 3f31aeaf 3f3482f8 3f45f6de",
     ),
     (
         TruncatedNormal(0.1, 2.0, 0.7, 60.0, seed=2),
-        "3fac1378 40510117 3f971293 3f8e65b1 400abca2",
-        "3fe5aa9d 40249d19 4008c9e1 4094d5ee 4006d298",
+        "3fac1378 40510116 3f971293 3f8e65b2 400abca1",
+        "3fe5aa9e 40249d18 4008c9e0 4094d5ec 4006d298",
     ),
 ]
 
@@ -575,7 +590,9 @@ def test_the_outermost_words_are_within_the_domain_of_the_quantile(initializer, 
 @given(truncated())
 def test_the_outermost_words_come_close_to_the_bounds(initializer):
     start, width, mean, factor, *_ = initializer.parameters()
-    ends = sorted(mean + factor * normal_quantile(start + width * unit(np.uint64(w))) for w in (0, WORDS - 1))
+    ends = sorted(
+        mean + factor * float(normal_quantile(start + width * unit(np.uint64(w)))) for w in (0, WORDS - 1)
+    )
     for end, bound in zip(ends, (initializer.low, initializer.high), strict=True):
         reach = min(max((bound - mean) / initializer.std, -6.33), 6.33)  # no probability is below 2**-33
         assert (end - mean) / initializer.std == pytest.approx(reach, abs=0.1)

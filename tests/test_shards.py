@@ -339,6 +339,22 @@ def test_a_row_that_was_never_written_comes_into_its_slot_as_it_was_seen(tmp_pat
     np.testing.assert_array_equal(look_up(table, range(500)), fresh)
 
 
+def test_the_share_of_rows_that_have_to_be_drawn(tmp_path):
+    table = create(tmp_path, make(500, 4, RowWiseAdagrad(), Uniform(-1, 1, seed=3)))
+    rows = int64(range(64))
+    assert table.share_drawn("weight", rows, 32) == 1
+    assert table.share_drawn("sum", rows, 32) == 0  # state starts from one value
+    take_in(table, rows[:32])  # rows in slots are there, whatever their bit says
+    assert table.share_drawn("weight", rows, 32) == 0.5
+    assert table.share_drawn("weight", rows[40:41], 32) == 1
+
+
+@pytest.mark.parametrize("initializer", [Constant(0.0), Constant(0.5)], ids=str)
+def test_constant_rows_are_not_drawn(tmp_path, initializer):
+    table = create(tmp_path, make(500, 4, RowWiseAdagrad(), initializer))
+    assert table.share_drawn("weight", int64(range(64)), 32) == 0
+
+
 def test_a_batch_is_cold_when_its_pages_are_not_in_memory(tmp_path):
     table = create(tmp_path, values=np.ones((ROWS, 5), np.float32))  # written, synced and dropped
     rows = int64(range(0, ROWS, 400))

@@ -38,6 +38,9 @@ SAMPLES = 32
 LEAST_ROW_BYTES = 128
 """What a row that is looked up costs at least, however short it is: two cache lines, its own and one of the index."""
 
+DRAWN_WORK = 3
+"""How many times as long it takes to draw a row's initial values as to copy the row: 1.3 (uniform) to 4 (normal)."""
+
 PREFETCH_ROWS = 4096
 """Rows that a prefetch copies into slots while it holds the lock once."""
 
@@ -116,7 +119,7 @@ def explain(runtime: Runtime, shards: Shards, ids: Int64Array) -> report.Explana
         bytes_useful=read.size * row_bytes,
         bytes_read=(pages.size - resident) * PAGE,
         path=path,
-        tasks=len(_cut(runtime, [ids.size], [row_bytes])),
+        tasks=len(_cut(runtime, [ids.size], [_row_bytes(shards, "weight", ids)])),
     )
 
 
@@ -153,7 +156,7 @@ def _gather(runtime: Runtime, reads: Sequence[Read]) -> None:
         runtime,
         gathers,
         [read.ids.size for read in reads],
-        [max(4 * read.out.shape[1], LEAST_ROW_BYTES) for read in reads],
+        [_row_bytes(read.shards, read.column, read.ids) for read in reads],
     )
 
 
@@ -323,6 +326,15 @@ def _work(change: Change, places: Int64Array) -> Callable[[int, int], None]:
 def _samples(tables: int) -> int:
     """How many rows of each of several tables are looked for in memory, at 2 us each."""
     return max(SAMPLES // 4, SAMPLES // tables) if tables else 0
+
+
+def _row_bytes(shards: Shards, column: str, ids: Int64Array) -> int:
+    """Return what it costs to look up a row of a batch, as bytes that are copied."""
+    first, last = shards.spec.columns[column]
+    copied = max(4 * (last - first), LEAST_ROW_BYTES)
+    if ids.size * copied * DRAWN_WORK < 2 * plan.TASK_BYTES:  # one task in any case
+        return copied
+    return round(copied * (1 + (DRAWN_WORK - 1) * shards.share_drawn(column, ids, SAMPLES)))
 
 
 def _read_ahead(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> None:

@@ -1,4 +1,4 @@
-"""Kernels over the blocks that a fold writes: bits of the presence bitmap, and how much of a block records cover.
+"""Kernels over the blocks that a fold writes: bits of the presence bitmap, records, and how much of a block they cover.
 
 Bit r of the bitmap, in little bit order, says whether the files hold a record of row r.
 """
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb.kernels import kernel
+from shardemb.kernels import copy, kernel
 from shardemb.spec import PAGE
 
 if TYPE_CHECKING:
@@ -43,4 +43,25 @@ def count_bytes(ids: Int64Array, record_bytes: int, blocks: Int64Array, counts: 
                 k += 1
             stop = min(end, (block + 1) * PAGE)
             counts[k] += stop - begin
+            begin = stop
+
+
+@kernel
+def patch(
+    addresses: Int64Array, ids: Int64Array, record_bytes: int, blocks: Int64Array, target: NDArray[np.uint8]
+) -> None:
+    """Copy records of ascending rows into blocks, which lie one behind the other in memory; others are left out."""
+    k, first = 0, target.ctypes.data
+    for i in range(np.searchsorted(ids, blocks[0] * PAGE // record_bytes), ids.size):
+        begin, end, source = ids[i] * record_bytes, (ids[i] + 1) * record_bytes, addresses[i]
+        while begin < end:
+            block = begin // PAGE
+            while k < blocks.size and blocks[k] < block:
+                k += 1
+            if k == blocks.size:
+                return
+            stop = min(end, (block + 1) * PAGE)
+            if blocks[k] == block:
+                copy(first + k * PAGE + begin - block * PAGE, source, stop - begin)
+            source += stop - begin
             begin = stop

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from shardemb import bitmaps, checks, files, kernels, plan, scheduler
+from shardemb import bitmaps, checks, files, plan, scheduler
 from shardemb.spec import PAGE
 
 if TYPE_CHECKING:
@@ -182,8 +182,8 @@ def parts(spec: TableSpec, directory: Path, images: Images) -> Iterator[Part]:
             checks.shard(spec, directory, number),
             blocks,
             covered == PAGE,
-            partial(kernels.patch, some.addresses, ids, spec.record_bytes),
-            partial(_mark, ones, partial(kernels.patch, same, ids, spec.record_bytes)),
+            partial(bitmaps.patch, some.addresses, ids, spec.record_bytes),
+            partial(_mark, ones, partial(bitmaps.patch, same, ids, spec.record_bytes)),
         )
     if spec.has_presence:
         for number, some in _by_file(images, 8 * spec.presence_chunk_bytes):

@@ -150,6 +150,14 @@ class Shards:
         )
         return bool(0 <= resident < (1 - COLD_SHARE) * samples)
 
+    def share_drawn(self, column: str, ids: Int64Array, most: int) -> float:
+        """Share of a batch of which random initial values have to be drawn, by a sample of up to `most` rows."""
+        if column != "weight" or not self.spec.has_presence or isinstance(self.spec.initializer, Constant):
+            return 0.0
+        sample = ids[:: -(-ids.size // most)]
+        in_files = self.overlay.places(sample) == sample
+        return float(np.mean(in_files & ~self.were_written(sample)))
+
     def were_written(self, rows: Int64Array) -> NDArray[np.bool_]:
         """Tell which rows have a record."""
         if not self.spec.has_presence:
