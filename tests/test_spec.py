@@ -121,7 +121,7 @@ def test_the_multiple_is_the_smallest_that_will_do(record_bytes):
         (10, 256, 30_000, 64),  # a small table has one small shard
         (400_000, 512, 30_000, 64 * MiB // 512),
         (10**8, 512, 30_000, 64 * MiB // 512),  # 48 GB: still the smallest
-        (2**31, 128, 30_000, 128 * MiB // 128),  # 256 GB: 2048 shards
+        (2**31, 128, 30_000, 256 * MiB // 128),  # 256 GB: 1024 shards
         (2**40, 512, 2**30, 512 * MiB // 512),  # 512 TB: the largest
         (2**40, 512, 1000, 2**40 // 1000 + 1),  # as large as the mappings that are left ask for
     ],

@@ -37,8 +37,8 @@ ROWS_PER_WORD = 64
 """Shards begin at multiples of this, so two of them never share a word of the presence bitmap."""
 
 SHARD_BYTES = 64 * 2**20, 512 * 2**20
-MAX_SHARDS = 2048
-"""The automatic size lets a shard grow within `SHARD_BYTES` to keep a table below `MAX_SHARDS`."""
+MAX_SHARDS = 1024
+"""The automatic size lets a shard grow within `SHARD_BYTES` to keep a table below `MAX_SHARDS`: to make a file can take a millisecond."""
 
 PRESENCE_BYTES = 4 * 2**20
 """Largest chunk of the presence bitmap."""
