@@ -560,7 +560,10 @@ class Vocabulary:
             hashes = self._hashes(self._stored.keys_in(words[live]))
         else:
             hashes = records.hashes_of(words[live])
-        index.add(hashes, rows[live], known)
+        rows = rows[live]
+        # The file may have them: it was written with pairs that were not committed yet. Twice, none would be exact.
+        new = self._candidates(index.view, hashes, 0, self._state.rows) != rows
+        index.add(hashes[new], rows[new], known)
 
 
 def _no_tables(identity: str) -> tuple[Table, ...]:
