@@ -339,7 +339,7 @@ class KeyIndex:
         if pairs <= _FULL * size:
             return
         while pairs > _FULL * size:
-            size *= 2
+            size *= 4  # to move the pairs costs more than the memory, which is not touched before
         limit = int(self._limit() / _FULL) + 1  # no more than can ever be in use
         self._move(max(min(size, limit), int(pairs / _FULL) + 1), self._slots.salt)
 

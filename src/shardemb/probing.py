@@ -111,6 +111,9 @@ def insert(
     Readers may look on: a row comes after its hash, and after its mark.
     """
     for i in range(hashes.size):
+        ahead = home(hashes[min(i + _AT_ONCE, hashes.size - 1)], marks.size, salt)
+        prefetch(slots.ctypes.data + 16 * ahead)
+        prefetch(marks.ctypes.data + ahead)
         at = _free_place(slots, salt, hashes[i])
         if at < 0:
             return i
