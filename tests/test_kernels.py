@@ -109,6 +109,10 @@ USE_EVERYTHING = """
             table.write([5], np.full((1, 3), value, np.float32))
             value == 1 and store.commit()
         store.rollback()
+        words = store.create_vocabulary("words", key_type="int64")
+        for count in (500, 2000):  # the second do not find room in the slots of the first
+            words.add(np.arange(count))
+        store.rollback()
     keyindex.OPEN_PAIRS = 2, 4
     with shardemb.open(path + "3") as store:
         given = {"int64": list(range(3000)), "string": ["", "a", "bc" * 9], "bytes": [b"", b"x" * 99]}
@@ -140,7 +144,7 @@ USE_EVERYTHING = """
             list(table.to_arrow_batches())
     modules = kernels, grouping, bitmaps, hashing, probing, matching, slots, overlay
     inner = hashing._turn, hashing._turn_round, probing._in_slots, probing._in_entries, probing._first_not_below
-    inner += probing.home, probing._mark, probing.bucket_of, probing._edge, probing._free_place
+    inner += probing.home, probing._mark, probing.part_of, probing.entry_home, probing._free_place
     inner += grouping._bits_of, grouping._sort_words
     inner += kernels._places_of, kernels._copy_from
     inner += kernels.entry_of, kernels.place_of, kernels._advise_pages, overlay._take_node, overlay._give_if_empty

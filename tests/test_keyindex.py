@@ -35,12 +35,11 @@ def run(functions):
 
 
 @contextmanager
-def small(open_pairs=(8, 32), part_bits=3, bucket_bits=1):
+def small(open_pairs=(8, 32), part_bits=3):
     """Merge a few pairs already, into parts of a few entries."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(keyindex, "OPEN_PAIRS", open_pairs)
         patch.setattr(keyindex, "PART_BITS", part_bits)
-        patch.setattr(keyindex, "BUCKET_BITS", bucket_bits)
         patch.setattr(keyindex, "_FIRST_SLOTS", 4)
         yield
 
@@ -103,17 +102,17 @@ def assert_holds(index, pairs, end=ANY):
 @given(
     batches_,
     st.sampled_from([2, 8, 1000]),
-    st.sampled_from([(1, 1), (3, 1), (4, 3), (30, 3)]),
+    st.sampled_from([1, 3, 4, 30]),
     st.integers(0, 31),
 )
-@example([[(LAST, row) for row in range(30)]] * 3, 8, (3, 1), 31)
-@example([[(5 << 60, row) for row in range(31)], [(0, 1)]], 8, (1, 1), 20)
-@example([[(n, n) for n in range(40)]], 8, (3, 1), 31)  # all in the first part
-@example([[(n << 58, n) for n in range(31)]], 8, (3, 1), 31)
+@example([[(LAST, row) for row in range(30)]] * 3, 8, 3, 31)
+@example([[(5 << 60, row) for row in range(31)], [(0, 1)]], 8, 1, 20)
+@example([[(n, n) for n in range(40)]], 8, 3, 31)  # all in the first part
+@example([[(n << 58, n) for n in range(31)]], 8, 3, 31)
 def test_it_names_the_rows_that_a_dict_has(tmp_path_factory, batches, most, bits, end):
     path = tmp_path_factory.mktemp("index") / NAME
     pairs = []
-    with small((most, 4 * most), *bits):
+    with small((most, 4 * most), bits):
         index = new_index(path)
         for batch in batches:
             add(index, batch)
@@ -161,7 +160,7 @@ def test_hashes_that_begin_alike_are_merged_too(path):
     """More than may lie near one home: in memory they have no order."""
     pairs = [((7 << 40) + n * 7919 % 5000, n) for n in range(3 * probing.FAR)]
     pairs += [(n << 50, n) for n in range(99)] + [((n << 58) - 1, n) for n in range(1, 65)]
-    with small((10**6, 10**6), part_bits=6, bucket_bits=2):
+    with small((10**6, 10**6), part_bits=6):
         index = new_index(path)
         add(index, pairs[:2000])
         add(index, pairs[2000:])
@@ -198,18 +197,37 @@ def test_parts_side_by_side_write_what_they_write_one_by_one(path, tmp_path):
 
 def test_the_file_is_what_its_docstring_says(path):
     pairs = sorted([(n << 57, n) for n in range(100)] + [(3 << 57, 7)])
-    with small((1000, 1000), part_bits=4, bucket_bits=1):
+    with small((1000, 1000), part_bits=4):
         index = new_index(path)
         add(index, pairs)
         index.merge(Coverage(1, 2, 3))
     data = path.read_bytes()
     header = json.loads(data[:PAGE])
-    assert (header["entries"], header["bits"], header["parts"], header["uuid"]) == (101, 6, 3, NAME)
-    directory = np.frombuffer(data, np.int64, 65, PAGE)
-    assert directory.tolist() == [sum(value >> 58 < bucket for value, _ in pairs) for bucket in range(65)]
-    assert np.frombuffer(data, np.uint64, 202, 2 * PAGE).reshape(-1, 2).tolist() == [
-        list(pair) for pair in pairs
-    ]
+    spans, entries = [], []
+    for part in range(8):
+        own = [pair for pair in pairs if pair[0] >> 61 == part]
+        begin, homes, before = len(entries), int(len(own) / 0.75), part << 61
+        spans.append([begin, homes])
+        for value, row in own:
+            home = begin + (((value << 3) % 2**64 >> 32) * homes >> 32)
+            entries += [[before, LAST]] * (home - len(entries))
+            entries.append([value, row])
+            before = value
+    spans.append([len(entries), 0])
+    assert len(entries) > 110
+    assert header == {
+        "format_version": 1,
+        "uuid": NAME,
+        "pairs": 101,
+        "entries": len(entries),
+        "parts": 3,
+        "coverage": {"commit": 1, "rows": 2, "head": 3},
+        "crc32": spec.crc32(header),
+    }
+    assert np.frombuffer(data, np.int64, 18, PAGE).reshape(-1, 2).tolist() == spans
+    found = np.frombuffer(data, np.uint64, 2 * len(entries), 2 * PAGE).reshape(-1, 2)
+    assert found.tolist() == entries
+    assert found[:, 0].tolist() == sorted(found[:, 0].tolist())
     assert len(data) == 3 * PAGE + 8 * (1 + 8)
 
 
@@ -250,7 +268,7 @@ def test_a_view_keeps_the_order_in_which_it_knows_rows(path):
 def written(path):
     """A file of some parts, and its pairs."""
     pairs = [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(300)]
-    with small((1000, 1000), part_bits=6, bucket_bits=2):
+    with small((1000, 1000), part_bits=6):
         index = new_index(path)
         add(index, pairs)
         index.merge(Coverage(5, 300, 7))
@@ -316,7 +334,7 @@ def test_a_flip_in_the_header_is_refused(written):
     assert taken_up(path).has_file
 
 
-@pytest.mark.parametrize("name", ["format_version", "uuid", "entries", "bits", "parts", "coverage", "crc32"])
+@pytest.mark.parametrize("name", ["format_version", "uuid", "entries", "parts", "coverage", "crc32"])
 def test_a_header_that_lies_under_a_right_checksum_is_refused(written, name):
     path, _ = written
     data = path.read_bytes()
@@ -340,16 +358,27 @@ def flips(data, start, stop, step=1):
         yield at, data[:at] + bytes([data[at] ^ 1 << n % 8]) + data[at + 1 :]
 
 
-def test_flips_in_the_directory_and_the_entries_are_found_by_check_and_lead_nowhere(written):
+def test_more_pairs_than_entries_are_refused(written):
+    path, _ = written
+    data = path.read_bytes()
+    lying = json.loads(data[:PAGE])
+    for value in (lying["entries"] + 1, -1, 2**62, "9", None):
+        lying["pairs"] = value
+        lying["crc32"] = spec.crc32(lying)
+        path.write_bytes(json.dumps(lying).encode().ljust(PAGE) + data[PAGE:])
+        assert not taken_up(path).has_file, value
+
+
+def test_flips_in_the_spans_and_the_entries_are_found_by_check_and_lead_nowhere(written):
     """Whoever looks something up may miss it, but reads nothing beyond the file and is told no row that is none."""
     path, pairs = written
     data = path.read_bytes()
-    directory, entries = np.frombuffer(data, np.int64, 129, PAGE), 2 * PAGE
-    assert directory[-1] == 300
+    entries, last = 2 * PAGE, json.loads(data[:PAGE])["entries"]
+    assert np.frombuffer(data, np.int64, 18, PAGE)[-2] == last
     values = [value for value, _ in pairs] + [0, LAST]
     for at, damaged in (
-        *flips(data, PAGE, PAGE + 8 * 129),
-        *flips(data, entries, entries + 16 * 300, 7),
+        *flips(data, PAGE, PAGE + 16 * 9),
+        *flips(data, entries, entries + 16 * last, 7),
         *flips(data, len(data) - 8 * 9, len(data)),
     ):
         path.write_bytes(damaged)
@@ -386,7 +415,7 @@ def test_a_damaged_file_is_not_merged_into_a_sound_one(written):
 def test_where_the_next_file_has_no_room_all_is_as_it_was(written, kind):
     path, pairs = written
     before, more = path.read_bytes(), [(n << 50, 1000 + n) for n in range(60)]
-    with small((1000, 1000), part_bits=6, bucket_bits=2):
+    with small((1000, 1000), part_bits=6):
         index = taken_up(path, writable=True)
         add(index, more)
         for at in range(1, 100):

@@ -11,7 +11,8 @@ from shardemb import probing
 
 LAST = 2**64 - 1
 PLAIN, SALTED = np.uint64(0), np.uint64(0x123456789ABCDEF1)
-NO_LEVEL = np.zeros(2, np.int64), np.empty((0, 2), np.uint64), 0
+NO_LEVEL = np.zeros((2, 2), np.int64), np.empty((0, 2), np.uint64), 0
+NO_ROW = LAST
 
 few = st.sampled_from([0, 1, 5 << 60, (5 << 60) + 1, LAST - 1, LAST])
 at_the_end = st.integers(LAST - 2**40, LAST)  # their homes are the last slots, so that they go round
@@ -36,11 +37,24 @@ def filled(pairs, capacity=64, salt=PLAIN):
     return slots
 
 
-def level(pairs, bits):
-    """Directory, entries and bits of pairs."""
-    entries = np.array(sorted(pairs), np.uint64).reshape(-1, 2)
-    firsts = [value >> (64 - bits) if bits else 0 for value, _ in sorted(pairs)]
-    return np.array([bisect_left(firsts, bucket) for bucket in range(2**bits + 1)], np.int64), entries, bits
+def level(pairs, parts, share=0.75):
+    """Spans, entries and parts of pairs."""
+    spans, entries = [], []
+    for part in range(2**parts):
+        own = [pair for pair in sorted(pairs) if (pair[0] >> (64 - parts) if parts else 0) == part]
+        begin, homes, before = len(entries), int(len(own) / share), part << (64 - parts) if parts else 0
+        spans.append((begin, homes))
+        for value, row in own:
+            entries += [(before, NO_ROW)] * (begin + home_in(value, parts, homes) - len(entries))
+            entries.append((value, row))
+            before = value
+    spans.append((len(entries), 0))
+    return np.array(spans), np.array(entries, np.uint64).reshape(-1, 2), parts
+
+
+def home_in(value, parts, homes):
+    """Of a part."""
+    return ((value << parts) % 2**64 >> 32) * homes >> 32
 
 
 def probe(slots, hashes, skip=0, end=2**62, salt=PLAIN, level=NO_LEVEL, start=0, stop=None):
@@ -154,7 +168,7 @@ def test_few_hashes_have_a_mark_that_is_not_theirs():
 
 
 @given(pairs_, pairs_, st.integers(0, 6), st.integers(0, 10))
-@example([], [(3, row) for row in range(40)], 4, 30)  # a bucket that is searched by halves
+@example([], [(3, row) for row in range(40)], 4, 30)  # more at one home than are looked at one by one
 @example([(3, 1)], [(LAST, row) for row in range(40)], 0, 40)
 def test_pairs_in_memory_come_before_those_in_the_file(new, old, bits, end):
     slots, old = filled(new), sorted(set(old))
@@ -163,42 +177,65 @@ def test_pairs_in_memory_come_before_those_in_the_file(new, old, bits, end):
         assert all_rows(slots, value, end=end, level=level(old, bits)) == expected[0] + expected[1]
 
 
-@given(pairs_, st.integers(0, 6), hashes_)
-def test_lower_bound_is_bisect(pairs, bits, value):
-    pairs = sorted(pairs)
-    expected = bisect_left([each for each, _ in pairs], value)
-    assert probing.lower_bound(*level(pairs, bits), np.uint64(value)) == expected
+@given(pairs_, st.integers(0, 6), hashes_, st.floats(0.1, 1))
+def test_lower_bound_is_bisect(pairs, parts, value, share):
+    spans, entries, _ = level(pairs, parts, share)
+    expected = bisect_left(entries[:, 0].tolist(), value)
+    assert probing.lower_bound(spans, entries, parts, np.uint64(value)) == expected
 
 
-def test_a_bucket_of_many_is_searched_by_halves():
+@pytest.mark.parametrize("many", [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100, 1000])
+def test_hashes_that_fall_together_are_searched_by_halves(many):
     """And nobody falls between them: each hash, and those beside it."""
-    pairs = [(3 * row, row) for row in range(100)]
-    found = [probing.lower_bound(*level(pairs, 0), np.uint64(value)) for value in range(300)]
-    assert found == [-(-value // 3) for value in range(300)]
-    found = probe(empty(16), range(300), level=level(pairs, 0))
-    assert found == [-1 if value % 3 else value // 3 for value in range(300)]
+    pairs = [(3 * row, row) for row in range(many)]
+    spans, entries, _ = level(pairs, 0)
+    found = [probing.lower_bound(spans, entries, 0, np.uint64(value)) for value in range(3 * many)]
+    assert found == [-(-value // 3) for value in range(3 * many)]
+    found = probe(empty(16), range(3 * many), level=(spans, entries, 0))
+    assert found == [-1 if value % 3 else value // 3 for value in range(3 * many)]
 
 
 @given(pairs_, st.integers(0, 3), st.data())
-def test_a_damaged_directory_leads_nowhere_but_to_the_entries(pairs, bits, data):
+def test_damaged_spans_lead_nowhere_but_to_the_entries(pairs, parts, data):
     """Beyond them lies what can be told from them, and what cannot be read at all."""
-    directory, entries, _ = level(pairs, bits)
+    spans, entries, _ = level(pairs, parts)
     around = np.full((entries.shape[0] + 2, 2), 77, np.uint64)
     around[1:-1] = entries
     anywhere = st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 50)
-    at = data.draw(st.integers(0, directory.size - 1))
-    directory[at] = data.draw(anywhere)
-    found = probe(empty(16), [77, *range(0, 2**64, 2**61)], level=(directory, around[1:-1], bits))
+    at = data.draw(st.integers(0, spans.size - 1))
+    spans.reshape(-1)[at] = data.draw(anywhere)
+    found = probe(empty(16), [77, *range(0, 2**64, 2**61)], level=(spans, around[1:-1], parts))
     assert found[0] == -1 or 77 in entries[:, 0]
     assert set(found) <= {-1, *entries[:, 1].tolist()}
     for value in range(0, 2**64, 2**61):
-        assert 0 <= probing.lower_bound(directory, around[1:-1], bits, np.uint64(value)) <= entries.shape[0]
+        assert 0 <= probing.lower_bound(spans, around[1:-1], parts, np.uint64(value)) <= entries.shape[0]
 
 
 def test_rows_that_are_none_do_not_count():
-    """As damage in the file could make them."""
+    """Room between pairs, and damage in the file."""
     entries = np.array([[9, LAST], [9, 2**63], [9, 4]], np.uint64)
-    assert all_rows(empty(16), 9, level=(np.array([0, 3]), entries, 0)) == [4]
+    assert all_rows(empty(16), 9, level=(np.array([[0, 3], [3, 0]]), entries, 0)) == [4]
+
+
+@given(st.lists(hashes_, max_size=200), st.integers(0, 4))
+def test_homes_among_entries_are_those_of_the_parts(values, parts):
+    spans, entries, _ = level([(value, 1) for value in values], parts)
+    found = np.empty(len(values), np.int64)
+    probing.entry_homes(spans, entries, parts, uint64(values), found)
+    for value, at in zip(values, found.tolist(), strict=True):
+        begin, homes = spans[value >> (64 - parts) if parts else 0].tolist()
+        assert at == begin + home_in(value, parts, homes)
+
+
+def test_few_pairs_lie_far_from_their_homes():
+    values = np.sort(np.random.default_rng(0).integers(0, LAST, 100_000, np.uint64))
+    spans, entries, _ = level([(int(value), 1) for value in values], 3)
+    homes = np.empty(values.size, np.int64)
+    probing.entry_homes(spans, entries, 3, values, homes)
+    far = np.flatnonzero(entries[:, 1] == 1) - homes
+    assert far.min() == 0
+    assert far.mean() < 2
+    assert np.mean(far < probing._NEAR) > 0.97
 
 
 # ---- merging ----------------------------------------------------------------------------------------------------
@@ -230,22 +267,28 @@ def test_ranges_side_by_side_share_out_all_pairs(pairs, bits):
     assert sum(found) == len(pairs)
 
 
-@given(pairs_, pairs_, st.integers(1, 6), st.data())
-def test_merge_takes_each_pair_once_and_counts_buckets(new, old, bits, data):
-    """Of one half of the hashes, as of a part."""
-    half = data.draw(st.integers(0, 1))
-    new, old = ([pair for pair in pairs if pair[0] >> 63 == half] for pairs in (new, old))
+@given(pairs_, pairs_, st.integers(0, 6))
+def test_merge_takes_each_pair_once_and_no_room_between_them(new, old, parts):
     new, old = sorted(new, key=lambda pair: pair[0]), sorted(set(old))
-    base = half << (bits - 1)
-    counts, out = np.zeros(2 ** (bits - 1), np.int64), np.empty((len(new) + len(old), 2), np.uint64)
-    made = [np.array(pairs, np.uint64).reshape(-1, 2) for pairs in (new, old)]
-    total = probing.merge(*made, base, bits, counts, out)
+    _, entries, _ = level(old, parts)
+    out = np.empty((len(new) + entries.shape[0], 2), np.uint64)
+    total = probing.merge(np.array(new, np.uint64).reshape(-1, 2), entries, out)
     found = list(map(tuple, out[:total].tolist()))
     assert sorted(found) == sorted(set(new + old))
     assert [value for value, _ in found] == sorted(value for value, _ in found)
-    assert counts.tolist() == [
-        sum(value >> (64 - bits) == base + bucket for value, _ in found) for bucket in range(counts.size)
-    ]
+
+
+@given(pairs_, st.integers(0, 6), st.data())
+def test_pairs_are_spread_over_their_homes(pairs, parts, data):
+    part = data.draw(st.integers(0, 2**parts - 1))
+    width = 64 - parts
+    own = sorted((part << width | value & 2**width - 1, row) for value, row in pairs)
+    homes = int(len(own) / 0.75)
+    out = np.empty((homes + len(own), 2), np.uint64)
+    end = probing.spread(np.array(own, np.uint64).reshape(-1, 2), np.uint64(part << width), parts, homes, out)
+    spans, entries, _ = level(own, parts)
+    begin = int(spans[part, 0])
+    assert out[:end].tolist() == entries[begin : int(spans[part + 1, 0])].tolist()
 
 
 # ---- equal keys of a batch --------------------------------------------------------------------------------------

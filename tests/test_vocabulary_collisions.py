@@ -42,7 +42,6 @@ def colliding(*, merge_at=(16, 64)):
         patch.setattr(hashing, "hash_integers", weak_integers)
         patch.setattr(keyindex, "OPEN_PAIRS", merge_at)
         patch.setattr(keyindex, "PART_BITS", 3)
-        patch.setattr(keyindex, "BUCKET_BITS", 1)
         patch.setattr(keyindex, "_STALE", 20)
         yield
 

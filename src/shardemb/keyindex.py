@@ -8,10 +8,10 @@ Most of it is a file that never changes, sorted by hash (``probing.py``). New pa
 are many, file and slots are merged into the next file, one part of the hashes after the other. The file says which
 commit it knows the rows of: opening adds those that came later. ::
 
-    page 0      JSON, padded with blanks: format_version, uuid, entries, bits, parts, coverage, crc32
-    directory   int64 (2**bits + 1): the first entry whose hash begins with these bits
-    entries     uint64 (entries, 2): hash, row
-    sums        uint64 (1 + 2**parts): checksums of the directory, and of the entries of each part
+    page 0      JSON, padded with blanks: format_version, uuid, pairs, entries, parts, coverage, crc32
+    spans       int64 (2**parts + 1, 2): the first entry of each part, and how many homes it has
+    entries     uint64 (entries, 2): hash, row; -1 where there is none
+    sums        uint64 (1 + 2**parts): checksums of the spans, and of the entries of each part
 """
 
 from __future__ import annotations
@@ -52,18 +52,15 @@ if TYPE_CHECKING:
     Between = Callable[[np.uint64, np.uint64], NDArray[np.uint64]]
     Run = Callable[[Sequence[Callable[[], None]]], None]
 
-BUCKET_BITS = 3
-"""Entries of a bucket, on average, as a power of two: one or two cache lines."""
-
 PART_BITS = 18
-"""Entries of a part, on average, as a power of two: 4 MiB are merged and written at once."""
+"""Pairs of a part, on average, as a power of two: 5 MiB are merged and written at once."""
 
 OPEN_PAIRS = 2**20, 2**23
 """Pairs that slots hold before they are merged: half of those in the file, within these."""
 
 _FIRST_SLOTS = 1024
 _FULL = 0.75
-"""Share of the slots that may be taken."""
+"""Share of the slots that may be taken, and share of the homes of a part that are."""
 
 SAMPLES = 32
 """Hashes of a batch whose pages are looked for in memory, to tell whether to ask for all of them."""
@@ -102,14 +99,20 @@ class Slots(NamedTuple):
 class Level(NamedTuple):
     """What lies in the file, mapped."""
 
-    directory: Int64Array
+    spans: Int64Array
     entries: NDArray[np.uint64]
-    bits: int
     parts: int
+    pairs: int
     sums: NDArray[np.uint64]
 
+    def homes(self, hashes: NDArray[np.uint64]) -> Int64Array:
+        """Where among the entries hashes belong."""
+        found = np.empty(hashes.size, np.int64)
+        probing.entry_homes(self.spans, self.entries, self.parts, np.ascontiguousarray(hashes), found)
+        return found
 
-NOTHING = Level(np.zeros(2, np.int64), np.empty((0, 2), np.uint64), 0, 0, np.empty(0, np.uint64))
+
+NOTHING = Level(np.zeros((2, 2), np.int64), np.empty((0, 2), np.uint64), 0, 0, np.empty(0, np.uint64))
 
 
 class View(NamedTuple):
@@ -123,25 +126,18 @@ class View(NamedTuple):
     ) -> None:
         """Set ``out[i]`` to a row below `end` that may hold the key of ``hashes[i]``, the `skip`-th of them, or -1."""
         slots, level = self
-        probing.probe(*slots, level.directory, level.entries, level.bits, hashes, skip, end, out, start, stop)
+        probing.probe(*slots, level.spans, level.entries, level.parts, hashes, skip, end, out, start, stop)
 
     def read_ahead(self, hashes: NDArray[np.uint64]) -> None:
         """Ask for the pages of the file in which hashes are looked for, unless a sample finds them in memory."""
         level = self.level
-        if level is NOTHING or not level.bits or not hashes.size:
+        if not level.entries.size or not hashes.size:
             return
-
-        def buckets(some: NDArray[np.uint64]) -> Int64Array:
-            return (some >> np.uint64(64 - level.bits)).astype(np.int64)
-
-        def entries(some: NDArray[np.uint64]) -> Int64Array:
-            found: Int64Array = np.clip(level.directory[buckets(some)], 0, level.entries.shape[0] - 1)
-            return found
-
-        for array, places in (level.directory, buckets), (level.entries, entries):
-            sample = places(hashes[:: max(1, hashes.size // SAMPLES)])
-            if not _are_resident(array, sample):
-                _ask(array, np.sort(places(hashes)))
+        last = level.entries.shape[0] - 1
+        if not _are_resident(
+            level.entries, np.minimum(level.homes(hashes[:: max(1, hashes.size // SAMPLES)]), last)
+        ):
+            _ask(level.entries, np.sort(np.minimum(level.homes(hashes), last)))
 
 
 class KeyIndex:
@@ -185,7 +181,7 @@ class KeyIndex:
     def __len__(self) -> int:
         """Return the number of pairs, those of no use included; at least that, while they are added."""
         opened = self._open  # before the level, which takes them over
-        return int(self._level.entries.shape[0]) + opened
+        return self._level.pairs + opened
 
     @property
     def has_file(self) -> bool:
@@ -260,68 +256,66 @@ class KeyIndex:
         self._slots, self._open = _no_pairs(_FIRST_SLOTS, np.uint64(0)), 0
 
     def _write_next(self, descriptor: int, path: Path, coverage: Coverage) -> None:
-        most = len(self)
-        bits = max(0, (max(most, 1) - 1).bit_length() - BUCKET_BITS)
-        parts = max(0, (max(most, 1) - 1).bit_length() - PART_BITS)
-        counts = np.zeros(2**bits, np.int64)
-        begins = PAGE + round_up((2**bits + 1) * 8, PAGE)
-        sums, total = np.zeros(1 + 2**parts, np.uint64), 0
+        parts = max(0, (max(len(self), 1) - 1).bit_length() - PART_BITS)
+        spans, pairs = np.zeros((2**parts + 1, 2), np.int64), np.zeros(2**parts, np.int64)
+        begin, sums = PAGE + round_up(spans.nbytes, PAGE), np.zeros(1 + 2**parts, np.uint64)
         between = _between(self._slots)
         for part in range(0, 2**parts, 2):  # two at a time, side by side
-            pair = range(part, min(part + 2, 2**parts))
-            done: list[NDArray[np.uint64]] = [np.empty((0, 2), np.uint64)] * len(pair)
+            both = range(part, min(part + 2, 2**parts))
+            done: list[NDArray[np.uint64]] = [np.empty((0, 2), np.uint64)] * len(both)
 
             def merge_one(number: int, done: list[NDArray[np.uint64]] = done, part: int = part) -> None:
-                done[number - part] = self._merged(number, parts, bits, counts, between)
+                run = self._merged(number, parts, between)
+                pairs[number] = run.shape[0]
+                spans[number, 1] = homes = int(run.shape[0] / _FULL)
+                done[number - part] = _spread(run, number, parts, homes)
 
-            self._run([partial(merge_one, number) for number in pair])
-            places = begins + 16 * (total + np.cumsum([0, *(each.shape[0] for each in done)]))
+            self._run([partial(merge_one, number) for number in both])
+            for number, each in zip(both, done, strict=True):
+                spans[number + 1, 0] = spans[number, 0] + each.shape[0]
+            places = begin + 16 * spans[both.start : both.stop, 0]
             puts = [
-                partial(_put, descriptor, path, entries, int(place), sums[1 + number : 2 + number])
-                for number, entries, place in zip(pair, done, places[:-1], strict=True)
+                partial(_put, descriptor, path, each, int(place), sums[1 + number : 2 + number])
+                for number, each, place in zip(both, done, places, strict=True)
             ]
             self._run(puts)
-            total += sum(each.shape[0] for each in done)
-        directory = np.concatenate([[0], np.cumsum(counts)])
-        sums[0] = replay.checksum(directory.data.cast("B"))
-        files.write(descriptor, directory.data.cast("B"), PAGE, path)
-        files.write(descriptor, sums.data.cast("B"), begins + round_up(16 * total, PAGE), path)
+        entries = int(spans[-1, 0])
+        sums[0] = replay.checksum(spans.data.cast("B"))
+        files.write(descriptor, spans.data.cast("B"), PAGE, path)
+        files.write(descriptor, sums.data.cast("B"), begin + round_up(16 * entries, PAGE), path)
         header: dict[str, object] = {
             "format_version": FORMAT_VERSION,
             "uuid": self._identity,
-            "entries": total,
-            "bits": bits,
+            "pairs": int(pairs.sum()),
+            "entries": entries,
             "parts": parts,
             "coverage": asdict(coverage),
         }
         header["crc32"] = crc32(header)
         files.write(descriptor, json.dumps(header).encode().ljust(PAGE), 0, path)
 
-    def _merged(
-        self, part: int, parts: int, bits: int, counts: Int64Array, between: Between
-    ) -> NDArray[np.uint64]:
-        """Merge the pairs of one part, and count them by bucket."""
+    def _merged(self, part: int, parts: int, between: Between) -> NDArray[np.uint64]:
+        """Merge the pairs of one part."""
         level, width = self._level, 64 - parts
         first, last = np.uint64(part << width), np.uint64(((part + 1) << width) - 1)
-        begin = probing.lower_bound(level.directory, level.entries, level.bits, first)
+        begin = probing.lower_bound(level.spans, level.entries, level.parts, first)
         end = (
             level.entries.shape[0]
             if part + 1 == 2**parts
-            else probing.lower_bound(level.directory, level.entries, level.bits, last + np.uint64(1))
+            else probing.lower_bound(level.spans, level.entries, level.parts, last + np.uint64(1))
         )
         old, new = level.entries[begin:end], between(first, last)
         out = np.empty((old.shape[0] + new.shape[0], 2), np.uint64)
-        base, stop = part << (bits - parts), (part + 1) << (bits - parts)
-        return out[: probing.merge(new, old, base, bits, counts[base:stop], out)]
+        return out[: probing.merge(new, old, out)]
 
     def check(self) -> bool:
         """Whether the file is what was written."""
         level = self._level
         if level is NOTHING:
             return True
-        if replay.checksum(level.directory.data.cast("B")) != int(level.sums[0]):
+        if replay.checksum(level.spans.data.cast("B")) != int(level.sums[0]):
             return False  # and where the parts begin is not known
-        edges = level.directory[:: 2 ** (level.bits - level.parts)].tolist()
+        edges = level.spans[:, 0].tolist()
         stretches = [level.entries[begin:end] for begin, end in pairwise(edges)]
         found = [replay.checksum(each.data.cast("B")) if each.size else 0 for each in stretches]
         return bool(found == level.sums[1:].tolist())
@@ -332,7 +326,7 @@ class KeyIndex:
         if not self._writable or self._damaged:
             return 2**62
         least, most = OPEN_PAIRS
-        return max(least, min(int(self._level.entries.shape[0]) // 2, most))
+        return max(least, min(self._level.pairs // 2, most))
 
     def _reserve(self, pairs: int) -> None:
         size = self._slots.pairs.shape[0]
@@ -355,6 +349,12 @@ class KeyIndex:
 def new_salt() -> np.uint64:
     """Draw a number, not 0, that nobody else knows."""
     return np.uint64(secrets.randbits(64) | 1)
+
+
+def _spread(run: NDArray[np.uint64], part: int, parts: int, homes: int) -> NDArray[np.uint64]:
+    """Lay out the entries of a part."""
+    out = np.empty((homes + run.shape[0], 2), np.uint64)
+    return out[: probing.spread(run, np.uint64(part << (64 - parts)), parts, homes, out)]
 
 
 def _put(
@@ -432,16 +432,16 @@ def _read(path: Path, identity: str) -> tuple[Level, Coverage]:
     if header.get("crc32") != crc32(header) or uuid_field(header) != identity:
         msg = f"{path}: it is not the index of this vocabulary"
         raise FormatError(msg)
-    entries = int_field(header, "entries", 2**48, minimum=0)
-    bits, parts = int_field(header, "bits", 48, minimum=0), int_field(header, "parts", 48, minimum=0)
+    pairs, entries = (int_field(header, name, 2**48, minimum=0) for name in ("pairs", "entries"))
+    parts = int_field(header, "parts", 48, minimum=0)
     coverage = field(header, "coverage", dict)
     known = Coverage(
         **{name: int_field(coverage, name, 2**62, minimum=0) for name in ("commit", "rows", "head")}
     )
-    begins = PAGE + round_up((2**bits + 1) * 8, PAGE)
+    begins = PAGE + round_up((2**parts + 1) * 16, PAGE)
     ends = begins + round_up(16 * entries, PAGE)
     nbytes = ends + 8 * (1 + 2**parts)
-    if files.size(path) != nbytes or parts > bits:
+    if files.size(path) != nbytes or pairs > entries:
         msg = f"{path}: it has {files.size(path)} bytes instead of {nbytes}"
         raise FormatError(msg)
     memory = files.AddressRange(round_up(nbytes, PAGE))
@@ -452,10 +452,10 @@ def _read(path: Path, identity: str) -> tuple[Level, Coverage]:
         msg = f"{path}: it was replaced while it was opened"  # by a writer beside this reader
         raise FormatError(msg)
     level = Level(
-        words[PAGE // 8 :][: 2**bits + 1].view(np.int64),
+        words[PAGE // 8 :][: 2 * (2**parts + 1)].view(np.int64).reshape(-1, 2),
         words[begins // 8 :][: 2 * entries].reshape(-1, 2),
-        bits,
         parts,
+        pairs,
         words[ends // 8 :][: 1 + 2**parts],
     )
     return level, known

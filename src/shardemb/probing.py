@@ -1,6 +1,10 @@
 """The hot loops of the index from hashes to rows (``keyindex.py``): a sorted level on disk, and an open one in memory.
 
-*Entries* are pairs ``(hash, row)``, ascending by hash; a directory tells by the hash's first bits where to look.
+*Entries* are pairs ``(hash, row)``, ascending by hash, with room between them: each lies at its home, or as little
+behind it as the pairs before it allow. So a hash is found in the cache line of its home or in the next, and nothing
+else is looked at. What fills the room has the hash before it, so that all ascends, and the row -1. By their first
+bits, hashes belong to *parts*, each with homes in proportion to its pairs; *spans* tell where a part begins, and how
+many homes it has.
 *Slots* are an open hash table of ``(hash, row + 1)`` with zeros where it is empty, in which a pair lies at its home or
 behind it; homes ascend with hashes, so that slots in their order are nearly sorted. Whoever knows the secret can make
 keys whose homes are the same. Where a pair would lie too far from its home for that, homes are drawn anew, by a *salt*
@@ -22,15 +26,16 @@ if TYPE_CHECKING:
     from shardemb.arrays import Int64Array
 
 _0, _1, _7, _32, _64 = np.uint64(0), np.uint64(1), np.uint64(7), np.uint64(32), np.uint64(64)
+_NO_ROW = np.uint64(2**64 - 1)
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_AT_ONCE = 32
-"""Hashes whose memory is asked for together, before the first of them is looked at."""
+_AHEAD, _RING = 24, 32
+"""How many hashes ahead their memory is asked for: as many as a processor waits for at once."""
 
 FAR = 1024
 """Slots from its home within which a pair lies, where there is no salt; random hashes never come so far."""
 
-_SEARCHED = 16
-"""A bucket with more entries is searched by halves; only hashes that fall together make one."""
+_NEAR = 8
+"""Entries that are looked at one by one; only where hashes fall together one lies farther from its home."""
 
 
 @kernel
@@ -43,38 +48,55 @@ def home(value: Any, capacity: Any, salt: Any) -> Any:  # noqa: ANN401
 
 
 @kernel
-def bucket_of(value: Any, bits: Any) -> Any:  # noqa: ANN401
+def part_of(value: Any, bits: Any) -> Any:  # noqa: ANN401
     """First bits of a hash."""
     return np.int64(value >> (_64 - np.uint64(bits))) if bits else np.int64(0)
 
 
 @kernel
-def _first_not_below(entries: Any, low: Any, high: Any, value: Any) -> Any:  # noqa: ANN401
-    """Return the number of the first of entries ``low:high`` whose hash is at least `value`."""
-    while high - low > _SEARCHED:
+def entry_home(spans: Any, entries: Any, parts: Any, value: Any) -> Any:  # noqa: ANN401
+    """Where among the entries a hash belongs; what is damaged leads nowhere but to them, or just behind."""
+    part = part_of(value, parts)
+    within = (value << np.uint64(parts)) >> _32
+    at = spans[part, 0] + np.int64((within * np.uint64(spans[part, 1])) >> _32)
+    return min(max(min(at, spans[part + 1, 0]), 0), entries.shape[0])
+
+
+@kernel
+def entry_homes(
+    spans: Int64Array, entries: NDArray[np.uint64], parts: int, hashes: NDArray[np.uint64], out: Int64Array
+) -> None:
+    """``out[i]`` becomes the home of ``hashes[i]`` among the entries."""
+    for i in range(hashes.size):
+        out[i] = entry_home(spans, entries, parts, hashes[i])
+
+
+@kernel
+def _first_not_below(entries: Any, low: Any, value: Any) -> Any:  # noqa: ANN401
+    """Return the number of the first of the entries from `low` on whose hash is at least `value`."""
+    end = entries.shape[0]
+    for _ in range(_NEAR):
+        if low == end or entries[low, 0] >= value:
+            return low
+        low += 1
+    step = _NEAR
+    while low + step < end and entries[low + step, 0] < value:
+        low += step
+        step *= 2
+    high = min(low + step, end)
+    while low < high:
         middle = (low + high) >> 1
         if entries[middle, 0] < value:
             low = middle + 1
         else:
             high = middle
-    while low < high and entries[low, 0] < value:
-        low += 1
     return low
 
 
 @kernel
-def _edge(directory: Any, entries: Any, bucket: Any) -> Any:  # noqa: ANN401
-    """Where a bucket begins; what is damaged leads nowhere but to entries."""
-    return min(max(directory[bucket], 0), entries.shape[0])
-
-
-@kernel
-def lower_bound(directory: Any, entries: Any, bits: Any, value: Any) -> Any:  # noqa: ANN401
+def lower_bound(spans: Any, entries: Any, parts: Any, value: Any) -> Any:  # noqa: ANN401
     """Return the number of the first entry whose hash is at least `value`."""
-    bucket = bucket_of(value, bits)
-    return _first_not_below(
-        entries, _edge(directory, entries, bucket), _edge(directory, entries, bucket + 1), value
-    )
+    return _first_not_below(entries, entry_home(spans, entries, parts, value), value)
 
 
 @kernel
@@ -111,7 +133,7 @@ def insert(
     Readers may look on: a row comes after its hash, and after its mark.
     """
     for i in range(hashes.size):
-        ahead = home(hashes[min(i + _AT_ONCE, hashes.size - 1)], marks.size, salt)
+        ahead = home(hashes[min(i + _AHEAD, hashes.size - 1)], marks.size, salt)
         prefetch(slots.ctypes.data + 16 * ahead)
         prefetch(marks.ctypes.data + ahead)
         at = _free_place(slots, salt, hashes[i])
@@ -158,10 +180,10 @@ def _in_slots(slots: Any, salt: Any, value: Any, skip: Any, end: Any) -> Any:  #
 
 
 @kernel
-def _in_entries(entries: Any, low: Any, high: Any, value: Any, skip: Any, end: Any) -> Any:  # noqa: ANN401
-    """As `_in_slots`, of entries ``low:high``."""
-    low = _first_not_below(entries, low, high, value)
-    while low < high and entries[low, 0] == value:
+def _in_entries(entries: Any, low: Any, value: Any, skip: Any, end: Any) -> Any:  # noqa: ANN401
+    """As `_in_slots`, of the entries from `low` on."""
+    low = _first_not_below(entries, low, value)
+    while low < entries.shape[0] and entries[low, 0] == value:
         row = np.int64(entries[low, 1])
         if 0 <= row < end:
             if skip == 0:
@@ -176,9 +198,9 @@ def probe(
     slots: NDArray[np.uint64],
     marks: NDArray[np.uint8],
     salt: np.uint64,
-    directory: Int64Array,
+    spans: Int64Array,
     entries: NDArray[np.uint64],
-    bits: int,
+    parts: int,
     hashes: NDArray[np.uint64],
     skip: int,
     end: int,
@@ -191,25 +213,28 @@ def probe(
     Those in memory, newer, come first. Pairs whose row is not below `end` do not count.
     """
     capacity = slots.shape[0]
-    lows, in_slots = np.empty(_AT_ONCE, np.int64), np.empty(_AT_ONCE, np.bool_)
-    for first in range(start, stop, _AT_ONCE):
-        last = min(first + _AT_ONCE, stop)
-        for i in range(first, last):
-            prefetch(directory.ctypes.data + 8 * bucket_of(hashes[i], bits))
-            prefetch(marks.ctypes.data + home(hashes[i], capacity, salt))
-        for i in range(first, last):
-            at = home(hashes[i], capacity, salt)
-            in_slots[i - first] = marks[at] & _mark(hashes[i]) != 0
-            if in_slots[i - first]:
-                prefetch(slots.ctypes.data + 16 * at)
-            lows[i - first] = _edge(directory, entries, bucket_of(hashes[i], bits))
-            prefetch(entries.ctypes.data + 16 * lows[i - first])
-            prefetch(entries.ctypes.data + 16 * lows[i - first] + 64)
-        for i in range(first, last):
-            row = _in_slots(slots, salt, hashes[i], skip, end) if in_slots[i - first] else -1 - skip
+    lows, ats, in_slots = np.empty(_RING, np.int64), np.empty(_RING, np.int64), np.empty(_RING, np.bool_)
+    # A hash's memory is asked for a while before it is looked at: of its mark and its entry first, then of its slot.
+    for asked in range(start, stop + _AHEAD):
+        if asked < stop:
+            k = asked & _RING - 1
+            lows[k] = entry_home(spans, entries, parts, hashes[asked])
+            ats[k] = home(hashes[asked], capacity, salt)
+            prefetch(entries.ctypes.data + 16 * lows[k])
+            prefetch(entries.ctypes.data + 16 * lows[k] + 48)
+            prefetch(marks.ctypes.data + ats[k])
+        i = asked - _AHEAD // 2
+        if start <= i < stop:
+            k = i & _RING - 1
+            in_slots[k] = marks[ats[k]] & _mark(hashes[i]) != 0
+            if in_slots[k]:
+                prefetch(slots.ctypes.data + 16 * ats[k])
+        i = asked - _AHEAD
+        if i >= start:
+            k = i & _RING - 1
+            row = _in_slots(slots, salt, hashes[i], skip, end) if in_slots[k] else -1 - skip
             if row < 0:
-                high = _edge(directory, entries, bucket_of(hashes[i], bits) + 1)
-                row = _in_entries(entries, lows[i - first], high, hashes[i], -1 - row, end)
+                row = _in_entries(entries, lows[k], hashes[i], -1 - row, end)
             out[i] = max(row, -1)
 
 
@@ -251,18 +276,8 @@ def take_between(
 
 
 @kernel
-def merge(
-    new: NDArray[np.uint64],
-    old: NDArray[np.uint64],
-    base: int,
-    bits: int,
-    counts: Int64Array,
-    out: NDArray[np.uint64],
-) -> int:
-    """Merge pairs ``(hash, row)`` with others, both ascending by hash, each once; return how many there are.
-
-    ``counts[b - base]`` becomes the number of those whose hash begins with the `bits` bits b.
-    """
+def merge(new: NDArray[np.uint64], old: NDArray[np.uint64], out: NDArray[np.uint64]) -> int:
+    """Merge pairs ``(hash, row)`` with entries, both ascending by hash, each once; return how many there are."""
     i, j, total = 0, 0, 0
     while i < new.shape[0] or j < old.shape[0]:
         if i < new.shape[0] and (j == old.shape[0] or new[i, 0] <= old[j, 0]):
@@ -271,15 +286,36 @@ def merge(
         else:
             value, row = old[j, 0], old[j, 1]
             j += 1
+            if np.int64(row) < 0:
+                continue
         k = total  # a pair that is there already came twice
         while k > 0 and out[k - 1, 0] == value and out[k - 1, 1] != row:
             k -= 1
         if k > 0 and out[k - 1, 0] == value:
             continue
         out[total, 0], out[total, 1] = value, row
-        counts[bucket_of(value, bits) - base] += 1
         total += 1
     return total
+
+
+@kernel
+def spread(
+    pairs: NDArray[np.uint64], first: np.uint64, parts: int, homes: int, out: NDArray[np.uint64]
+) -> int:
+    """Put all pairs of a part, ascending by hash, at their homes or behind; return where they end.
+
+    `first` is the least hash of the part.
+    """
+    at, before = 0, first
+    for i in range(pairs.shape[0]):
+        value = pairs[i, 0]
+        place = np.int64((((value << np.uint64(parts)) >> _32) * np.uint64(homes)) >> _32)
+        while at < place:
+            out[at, 0], out[at, 1] = before, _NO_ROW
+            at += 1
+        out[at, 0], out[at, 1] = value, pairs[i, 1]
+        at, before = at + 1, value
+    return at
 
 
 @kernel

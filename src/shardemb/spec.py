@@ -38,7 +38,10 @@ ROWS_PER_WORD = 64
 
 SHARD_BYTES = 64 * 2**20, 512 * 2**20
 MAX_SHARDS = 1024
-"""The automatic size lets a shard grow within `SHARD_BYTES` to keep a table below `MAX_SHARDS`: to make a file can take a millisecond."""
+"""The automatic size lets a shard grow within `SHARD_BYTES` to keep a table below `MAX_SHARDS`.
+
+To make a file takes 30 us, and a millisecond where many were removed just before.
+"""
 
 PRESENCE_BYTES = 4 * 2**20
 """Largest chunk of the presence bitmap."""
