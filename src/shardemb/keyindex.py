@@ -260,25 +260,27 @@ class KeyIndex:
         spans, pairs = np.zeros((2**parts + 1, 2), np.int64), np.zeros(2**parts, np.int64)
         begin, sums = PAGE + round_up(spans.nbytes, PAGE), np.zeros(1 + 2**parts, np.uint64)
         between = _between(self._slots)
+        rest, at = np.empty((0, 2), np.uint64), begin
         for part in range(0, 2**parts, 2):  # two at a time, side by side
             both = range(part, min(part + 2, 2**parts))
-            done: list[NDArray[np.uint64]] = [np.empty((0, 2), np.uint64)] * len(both)
+            done = [rest] * len(both)
 
             def merge_one(number: int, done: list[NDArray[np.uint64]] = done, part: int = part) -> None:
                 run = self._merged(number, parts, between)
                 pairs[number] = run.shape[0]
                 spans[number, 1] = homes = int(run.shape[0] / _FULL)
-                done[number - part] = _spread(run, number, parts, homes)
+                done[number - part] = entries = _spread(run, number, parts, homes)
+                sums[1 + number] = replay.checksum(entries.data.cast("B")) if entries.size else 0
 
             self._run([partial(merge_one, number) for number in both])
             for number, each in zip(both, done, strict=True):
                 spans[number + 1, 0] = spans[number, 0] + each.shape[0]
-            places = begin + 16 * spans[both.start : both.stop, 0]
-            puts = [
-                partial(_put, descriptor, path, each, int(place), sums[1 + number : 2 + number])
-                for number, each, place in zip(both, done, places, strict=True)
-            ]
-            self._run(puts)
+            whole = np.concatenate([rest, *done])
+            # What is written in whole huge pages lies in such in memory, where a lookup finds it sooner.
+            size = (at + whole.nbytes) // files.HUGE_PAGE * files.HUGE_PAGE - at
+            size = whole.nbytes if both.stop == 2**parts else max(size, 0)
+            self._put(descriptor, path, whole[: size // 16], at)
+            rest, at = whole[size // 16 :], at + size
         entries = int(spans[-1, 0])
         sums[0] = replay.checksum(spans.data.cast("B"))
         files.write(descriptor, spans.data.cast("B"), PAGE, path)
@@ -307,6 +309,18 @@ class KeyIndex:
         old, new = level.entries[begin:end], between(first, last)
         out = np.empty((old.shape[0] + new.shape[0], 2), np.uint64)
         return out[: probing.merge(new, old, out)]
+
+    def _put(self, descriptor: int, path: Path, entries: NDArray[np.uint64], at: int) -> None:
+        """Write entries at a place in the file, on both cores."""
+        data = entries.data.cast("B") if entries.size else memoryview(b"")
+        middle = min((at + len(data) // 2) // files.HUGE_PAGE * files.HUGE_PAGE, at + len(data))
+
+        def put(start: int, stop: int) -> None:
+            files.write(descriptor, data[start - at : stop - at], start, path)
+            files.begin_write_back(descriptor, start, stop - start)
+
+        halves = [(at, max(middle, at)), (max(middle, at), at + len(data))]
+        self._run([partial(put, start, stop) for start, stop in halves if start < stop])
 
     def check(self) -> bool:
         """Whether the file is what was written."""
@@ -355,17 +369,6 @@ def _spread(run: NDArray[np.uint64], part: int, parts: int, homes: int) -> NDArr
     """Lay out the entries of a part."""
     out = np.empty((homes + run.shape[0], 2), np.uint64)
     return out[: probing.spread(run, np.uint64(part << (64 - parts)), parts, homes, out)]
-
-
-def _put(
-    descriptor: int, path: Path, entries: NDArray[np.uint64], place: int, into: NDArray[np.uint64]
-) -> None:
-    """Write entries, and keep their checksum."""
-    if entries.size:
-        data = entries.data.cast("B")
-        into[0] = replay.checksum(data)
-        files.write(descriptor, data, place, path)
-        files.begin_write_back(descriptor, place, entries.nbytes)
 
 
 def _no_pairs(capacity: int, salt: np.uint64) -> Slots:
