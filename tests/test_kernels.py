@@ -65,9 +65,11 @@ USE_EVERYTHING = """
     import sys
     import numpy as np
     import shardemb
-    from shardemb import bitmaps, grouping, hashing, kernels, keyindex, matching, overlay, probing, slots
+    from shardemb import bitmaps, grouping, hashing, kernels, keyindex, matching, overlay, plan, probing, slots
     from shardemb.initializers import Uniform
     from shardemb.optim import Adam
+
+    plan.TASK_BYTES = 1000  # small batches are cut into tasks too
 
     def batches():
         ids = np.arange(6, dtype=np.int64)
@@ -107,6 +109,7 @@ USE_EVERYTHING = """
         store.commit()
         for value in (1, 2):
             table.write([5], np.full((1, 3), value, np.float32))
+            table.lookup(np.arange(100) % 10)
             value == 1 and store.commit()
         store.rollback()
         words = store.create_vocabulary("words", key_type="int64")

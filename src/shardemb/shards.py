@@ -154,7 +154,7 @@ class Shards:
         """Share of a batch of which random initial values have to be drawn, by a sample of up to `most` rows."""
         if column != "weight" or not self.spec.has_presence or isinstance(self.spec.initializer, Constant):
             return 0.0
-        sample = ids[:: -(-ids.size // most)]
+        sample = ids[:: -(-ids.size // most)].copy()  # kernels take what lies together
         in_files = self.overlay.places(sample) == sample
         return float(np.mean(in_files & ~self.were_written(sample)))
 
