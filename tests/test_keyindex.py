@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from references import HOSTILE
 from test_failures import Failing
+from test_probing import level
 
 from shardemb import files, keyindex, probing, spec
 from shardemb.errors import DiskFullError
@@ -203,17 +204,7 @@ def test_the_file_is_what_its_docstring_says(path):
         index.merge(Coverage(1, 2, 3))
     data = path.read_bytes()
     header = json.loads(data[:PAGE])
-    spans, entries = [], []
-    for part in range(8):
-        own = [pair for pair in pairs if pair[0] >> 61 == part]
-        begin, homes, before = len(entries), int(len(own) / 0.75), part << 61
-        spans.append([begin, homes])
-        for value, row in own:
-            home = begin + (((value << 3) % 2**64 >> 32) * homes >> 32)
-            entries += [[before, LAST]] * (home - len(entries))
-            entries.append([value, row])
-            before = value
-    spans.append([len(entries), 0])
+    spans, entries = (each.tolist() for each in level(pairs, 3)[:2])
     assert len(entries) > 110
     assert header == {
         "format_version": 1,

@@ -313,13 +313,13 @@ class KeyIndex:
     def _put(self, descriptor: int, path: Path, entries: NDArray[np.uint64], at: int) -> None:
         """Write entries at a place in the file, on both cores."""
         data = entries.data.cast("B") if entries.size else memoryview(b"")
-        middle = min((at + len(data) // 2) // files.HUGE_PAGE * files.HUGE_PAGE, at + len(data))
+        middle = max(at, (at + len(data) // 2) // files.HUGE_PAGE * files.HUGE_PAGE)
 
         def put(start: int, stop: int) -> None:
             files.write(descriptor, data[start - at : stop - at], start, path)
             files.begin_write_back(descriptor, start, stop - start)
 
-        halves = [(at, max(middle, at)), (max(middle, at), at + len(data))]
+        halves = (at, middle), (middle, at + len(data))
         self._run([partial(put, start, stop) for start, stop in halves if start < stop])
 
     def check(self) -> bool:

@@ -54,11 +54,16 @@ def part_of(value: Any, bits: Any) -> Any:  # noqa: ANN401
 
 
 @kernel
+def _home_in_part(value: Any, parts: Any, homes: Any) -> Any:  # noqa: ANN401
+    """Which of the homes of its part is that of a hash."""
+    return np.int64((((value << np.uint64(parts)) >> _32) * np.uint64(homes)) >> _32)
+
+
+@kernel
 def entry_home(spans: Any, entries: Any, parts: Any, value: Any) -> Any:  # noqa: ANN401
     """Where among the entries a hash belongs; what is damaged leads nowhere but to them, or just behind."""
     part = part_of(value, parts)
-    within = (value << np.uint64(parts)) >> _32
-    at = spans[part, 0] + np.int64((within * np.uint64(spans[part, 1])) >> _32)
+    at = spans[part, 0] + _home_in_part(value, parts, spans[part, 1])
     return min(max(min(at, spans[part + 1, 0]), 0), entries.shape[0])
 
 
@@ -309,7 +314,7 @@ def spread(
     at, before = 0, first
     for i in range(pairs.shape[0]):
         value = pairs[i, 0]
-        place = np.int64((((value << np.uint64(parts)) >> _32) * np.uint64(homes)) >> _32)
+        place = _home_in_part(value, parts, homes)
         while at < place:
             out[at, 0], out[at, 1] = before, _NO_ROW
             at += 1
