@@ -52,6 +52,7 @@ ROOMS = [
     "usage",
     "rebuild",
     "batch",
+    "keyparts",
     "keyindex",
     "journal",
     "verify",

@@ -269,7 +269,7 @@ def export_parquet(
             files.rename(temporary, target)
             files.sync_directory(target.parent)
     except BaseException:
-        (files.remove_tree if temporary.is_dir() else files.remove)(temporary)
+        files.remove_tree(temporary)
         raise
     written = tuple(target / name for name in names) or (target,)
     num_rows = chosen.num_rows

@@ -137,7 +137,10 @@ def remove(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder and all in it; a missing one is fine. Links are removed, not followed."""
+    """Remove a folder and all in it, or a file; a missing one is fine. Links are removed, not followed."""
+    if not path.is_dir() or path.is_symlink():
+        remove(path)
+        return
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(path)
 

@@ -54,16 +54,16 @@ def parked(store: Path, uuid: str) -> Path:
 
 
 def index(store: Path, uuid: str) -> Path:
-    """File of a vocabulary's index, which can be made anew."""
+    """Folder of a vocabulary's index, which can be made anew."""
     return private(store) / "vocabularies" / uuid
 
 
 def keep_indexes(store: Path, uuids: Collection[str]) -> None:
-    """Remove the files of indexes of other vocabularies."""
+    """Remove the indexes of other vocabularies."""
     folder = private(store) / "vocabularies"
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.name not in uuids:
-            files.remove(path)
+            files.remove_tree(path)
 
 
 def rebuilt(store: Path) -> Path:

@@ -4,42 +4,24 @@ What a vocabulary *says* lies in its tables, which commits protect: the key of e
 look. It may name rows that hold another key, or none, by now: whoever asks compares. It never leaves out a row that
 holds the key. So nothing is taken out of it, by removals or rollbacks, until it is made anew.
 
-Most of it is a file that never changes, sorted by hash (``probing.py``). New pairs go into slots in memory; when those
-are many, file and slots are merged into the next file, one part of the hashes after the other. The file says which
-commit it knows the rows of: opening adds those that came later. ::
-
-    page 0      JSON, padded with blanks: format_version, uuid, pairs, entries, parts, coverage, crc32
-    spans       int64 (2**parts + 1, 2): the first entry of each part, and how many homes it has
-    entries     uint64 (entries, 2): hash, row; -1 where there is none
-    sums        uint64 (1 + 2**parts): checksums of the spans, and of the entries of each part
+Most of it lies in files that never change (``keyparts.py``). New pairs go into slots in memory; when those are many,
+files and slots are merged into the next files, a few parts of the hashes after the others. A file says which commit it
+knows the rows of: opening adds those that came later.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import secrets
-from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from shardemb import files, kernels, probing, replay
+from shardemb import files, kernels, keyparts, probing
 from shardemb.errors import FormatError
-from shardemb.spec import (
-    FORMAT_VERSION,
-    PAGE,
-    crc32,
-    field,
-    int_field,
-    parse_json,
-    require_version,
-    round_up,
-    uuid_field,
-)
+from shardemb.keyparts import NOTHING, PAGE_ENTRIES, Coverage, Part
+from shardemb.spec import PAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,15 +30,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shardemb.arrays import Int64Array
+    from shardemb.keyparts import Level
 
     Between = Callable[[np.uint64, np.uint64], NDArray[np.uint64]]
     Run = Callable[[Sequence[Callable[[], None]]], None]
 
-PART_BITS = 18
-"""Pairs of a part, on average, as a power of two: 5 MiB are merged and written at once."""
+PART_BITS = 19
+"""Pairs of a part, at most, as a power of two: 11 MiB are merged and written at once, by each core."""
 
-OPEN_PAIRS = 2**20, 2**23
-"""Pairs that slots hold before they are merged: half of those in the file, within these."""
+TOGETHER = 8
+"""Parts that are merged while those before them reach the disk, and take the place of older ones. The memory of these
+is that of the next: where the kernel has to find other, a virtual machine may have given it back to its host."""
+
+OPEN_PAIRS = 2**20, 12 * 2**20
+"""Pairs that slots hold before they are merged: half of those in the files, within these."""
 
 _FIRST_SLOTS = 1024
 _FULL = 0.75
@@ -65,27 +52,11 @@ _FULL = 0.75
 SAMPLES = 32
 """Hashes of a batch whose pages are looked for in memory, to tell whether to ask for all of them."""
 
+_TRIES = 10
+"""How often files are looked for that a writer beside this reader may be replacing."""
+
 _STALE = 2**16
 """Pairs of no use that an index may have beside as many as those of use."""
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """What an index knows for certain: every live row below `rows` of a commit, but those given away anew since.
-
-    Attributes
-    ----------
-    commit : int
-        Number of the commit; 0 before the first.
-    rows : int
-        Rows that the vocabulary had ever given out by then.
-    head : int
-        How many freed rows it had given out again.
-    """
-
-    commit: int = 0
-    rows: int = 0
-    head: int = 0
 
 
 class Slots(NamedTuple):
@@ -94,25 +65,6 @@ class Slots(NamedTuple):
     pairs: NDArray[np.uint64]
     marks: NDArray[np.uint8]
     salt: np.uint64
-
-
-class Level(NamedTuple):
-    """What lies in the file, mapped."""
-
-    spans: Int64Array
-    entries: NDArray[np.uint64]
-    parts: int
-    pairs: int
-    sums: NDArray[np.uint64]
-
-    def homes(self, hashes: NDArray[np.uint64]) -> Int64Array:
-        """Where among the entries hashes belong."""
-        found = np.empty(hashes.size, np.int64)
-        probing.entry_homes(self.spans, self.entries, self.parts, np.ascontiguousarray(hashes), found)
-        return found
-
-
-NOTHING = Level(np.zeros((2, 2), np.int64), np.empty((0, 2), np.uint64), 0, 0, np.empty(0, np.uint64))
 
 
 class View(NamedTuple):
@@ -126,18 +78,30 @@ class View(NamedTuple):
     ) -> None:
         """Set ``out[i]`` to a row below `end` that may hold the key of ``hashes[i]``, the `skip`-th of them, or -1."""
         slots, level = self
-        probing.probe(*slots, level.spans, level.entries, level.parts, hashes, skip, end, out, start, stop)
+        probing.probe(*slots, level.spans, level.entries, level.bits, hashes, skip, end, out, start, stop)
 
     def read_ahead(self, hashes: NDArray[np.uint64]) -> None:
-        """Ask for the pages of the file in which hashes are looked for, unless a sample finds them in memory."""
+        """Ask for the pages of the files in which hashes are looked for, unless a sample finds them in memory."""
         level = self.level
         if not level.entries.size or not hashes.size:
             return
-        last = level.entries.shape[0] - 1
-        if not _are_resident(
-            level.entries, np.minimum(level.homes(hashes[:: max(1, hashes.size // SAMPLES)]), last)
-        ):
-            _ask(level.entries, np.sort(np.minimum(level.homes(hashes), last)))
+        if not _are_resident(level.entries, level.homes(hashes[:: max(1, hashes.size // SAMPLES)])):
+            _ask(level.entries, np.sort(level.homes(hashes)))
+
+
+class _Merging(NamedTuple):
+    """What all parts that are merged have in common."""
+
+    bits: int
+    between: Between
+    coverage: Coverage
+    rooms: list[NDArray[np.uint64]]
+
+    def room(self, entries: int) -> NDArray[np.uint64]:
+        """Take room for a header and entries, used again: its first touch would cost more than the merging."""
+        entries += PAGE_ENTRIES
+        room = self.rooms.pop() if self.rooms else np.empty((0, 2), np.uint64)
+        return room if room.shape[0] >= entries else np.empty((entries + entries // 8, 2), np.uint64)
 
 
 class KeyIndex:
@@ -145,36 +109,66 @@ class KeyIndex:
 
     Parameters
     ----------
-    path : Path
-        Its file, which need not exist.
+    folder : Path
+        Of its files, which need not exist.
     identity : str
         The vocabulary's uuid.
     run : callable
         Runs functions side by side.
     writable : bool
-        Whether the file may be replaced; otherwise all that it does not hold stays in memory.
+        Whether the files may be replaced; otherwise all that they do not hold stays in memory.
 
     Attributes
     ----------
     coverage : Coverage
-        Of the file.
+        Of the files.
     """
 
-    def __init__(self, path: Path, identity: str, run: Run, *, writable: bool) -> None:
-        self._path, self._identity, self._run, self._writable = path, identity, run, writable
+    def __init__(self, folder: Path, identity: str, run: Run, *, writable: bool) -> None:
+        self._folder, self._identity, self._run, self._writable = folder, identity, run, writable
         self.coverage = Coverage()
         self._level, self._damaged = NOTHING, False
+        self._files: dict[str, Part] = {}
         self._slots, self._open = _no_pairs(_FIRST_SLOTS, np.uint64(0)), 0
 
     def take_up(self, now: Coverage) -> None:
-        """Take up the file, if it is one of this vocabulary and knows no more than the commit `now`."""
-        with contextlib.suppress(FormatError, OSError):
-            level, coverage = _read(self._path, self._identity)
-            if coverage.commit <= now.commit and coverage.rows <= now.rows and coverage.head <= now.head:
-                self._level, self.coverage = level, coverage
-        if self._writable and not self.has_file and files.size(self._path) is not None:
-            files.remove(self._path)  # or a later commit might believe it
-            files.sync_directory(self._path.parent)
+        """Take up the files, if they are those of this vocabulary and know no more than the commit `now`."""
+        for _ in range(_TRIES):
+            with contextlib.suppress(FormatError, OSError):
+                self._level = keyparts.read(self._folder, self._identity, now)
+                break
+        if self.has_files:
+            self.coverage = self._level.coverage
+            self._files = {part.name: part for part in self._level.parts}
+        if self._writable and not self.has_files and self._folder.exists():
+            files.remove_tree(self._folder)  # or a later commit might believe it
+            files.sync_directory(self._folder.parent)
+        elif self._writable and self.has_files:
+            keyparts.keep(self._folder, self._files)
+
+    def anew(self) -> KeyIndex:
+        """Return an index of the same vocabulary that knows nothing yet, with a folder of its own."""
+        folder = self._folder.with_name(self._folder.name + ".new")
+        return KeyIndex(folder, self._identity, self._run, writable=self._writable)
+
+    def take_place_of(self, old: KeyIndex) -> None:
+        """Have the folder of another index, whose files go.
+
+        Raises
+        ------
+        OSError
+            The other must be made anew some time: its files may be gone, and it will not write others.
+        """
+        old._damaged = True
+        files.remove_tree(old._folder)
+        if self.has_files:
+            files.rename(self._folder, old._folder)
+        self._folder = old._folder
+
+    def remove_files(self) -> None:
+        """Remove its files, if that can be; it is not used any more."""
+        with contextlib.suppress(OSError):
+            files.remove_tree(self._folder)
 
     # ---- reading
 
@@ -184,15 +178,15 @@ class KeyIndex:
         return self._level.pairs + opened
 
     @property
-    def has_file(self) -> bool:
-        """Whether there is a file that it has taken up, or written."""
+    def has_files(self) -> bool:
+        """Whether there are files that it has taken up, or written."""
         return self._level is not NOTHING
 
     @property
     def nbytes(self) -> tuple[int, int]:
         """Bytes in memory and on disk."""
         slots = self._slots
-        return slots.pairs.nbytes + slots.marks.nbytes, files.allocated(self._path) if self.has_file else 0
+        return slots.pairs.nbytes + slots.marks.nbytes, files.allocated(self._folder) if self.has_files else 0
 
     @property
     def view(self) -> View:
@@ -205,12 +199,12 @@ class KeyIndex:
     def add(self, hashes: NDArray[np.uint64], rows: Int64Array, coverage: Coverage) -> None:
         """Add pairs. `coverage` is what is known without them.
 
-        Where the file is damaged, there is no next one: it would be sound, and say less than it knows.
+        Where a file is damaged, there is no next one: it would be sound, and say less than it knows.
 
         Raises
         ------
         DiskFullError, OSError
-            There is no room for the next file. Some of the pairs are there, which does no harm.
+            There is no room for the next files. Some of the pairs are there, which does no harm.
         """
         most = self._limit()
         start = 0
@@ -224,9 +218,10 @@ class KeyIndex:
             if start < stop:
                 self._move(self._slots.pairs.shape[0], new_salt())
             if self._open >= most:
-                self._damaged = not self.check()
-                if not self._damaged:
+                try:
                     self.merge(coverage)
+                except FormatError:
+                    self._damaged = True
                 most = self._limit()
 
     def is_stale(self, live: int) -> bool:
@@ -234,105 +229,77 @@ class KeyIndex:
         return self._damaged or len(self) > 2 * live + _STALE
 
     def merge(self, coverage: Coverage) -> None:
-        """Write the next file: that of now, and the slots.
+        """Write the next files: what those of now hold, and the slots.
 
         Raises
         ------
         DiskFullError, OSError
-            There is no room; nothing has changed.
+            There is no room. Some files may be the next ones, and others those of before: all that was known is.
+        FormatError
+            A file is damaged; as before.
         """
-        staged = files.staged(self._path)
-        files.make_directory(self._path.parent)
-        files.remove(staged)
+        if not self.has_files:
+            files.remove_tree(self._folder)
+            self._files = {}
+        files.make_directory(self._folder)
+        bits = max(self._level.bits, (max(len(self), 1) - 1).bit_length() - PART_BITS)
+        merging = _Merging(bits, _between(self._slots), coverage, [])
+        written: list[Part] = []
         try:
-            with files.opened(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
-                self._write_next(descriptor, staged, coverage)
-                files.sync(descriptor, staged)
-            files.publish(self._path)
+            for start in range(0, 2**bits + TOGETHER, TOGETHER):
+                numbers = range(start, min(start + TOGETHER, 2**bits))
+                before, written = written, []
+                writing = [partial(self._write, merging, number, written) for number in numbers]
+                self._run([partial(self._publish, before), *writing])
         except BaseException:
-            files.remove(staged)
+            keyparts.keep(self._folder, self._files)
             raise
-        self._level, self.coverage = _read(self._path, self._identity)
+        self.coverage = coverage
         self._slots, self._open = _no_pairs(_FIRST_SLOTS, np.uint64(0)), 0
 
-    def _write_next(self, descriptor: int, path: Path, coverage: Coverage) -> None:
-        parts = max(0, (max(len(self), 1) - 1).bit_length() - PART_BITS)
-        spans, pairs = np.zeros((2**parts + 1, 2), np.int64), np.zeros(2**parts, np.int64)
-        begin, sums = PAGE + round_up(spans.nbytes, PAGE), np.zeros(1 + 2**parts, np.uint64)
-        between = _between(self._slots)
-        rest, at = np.empty((0, 2), np.uint64), begin
-        for part in range(0, 2**parts, 2):  # two at a time, side by side
-            both = range(part, min(part + 2, 2**parts))
-            done = [rest] * len(both)
-
-            def merge_one(number: int, done: list[NDArray[np.uint64]] = done, part: int = part) -> None:
-                run = self._merged(number, parts, between)
-                pairs[number] = run.shape[0]
-                spans[number, 1] = homes = int(run.shape[0] / _FULL)
-                done[number - part] = entries = _spread(run, number, parts, homes)
-                sums[1 + number] = replay.checksum(entries.data.cast("B")) if entries.size else 0
-
-            self._run([partial(merge_one, number) for number in both])
-            for number, each in zip(both, done, strict=True):
-                spans[number + 1, 0] = spans[number, 0] + each.shape[0]
-            whole = np.concatenate([rest, *done])
-            # What is written in whole huge pages lies in such in memory, where a lookup finds it sooner.
-            size = (at + whole.nbytes) // files.HUGE_PAGE * files.HUGE_PAGE - at
-            size = whole.nbytes if both.stop == 2**parts else max(size, 0)
-            self._put(descriptor, path, whole[: size // 16], at)
-            rest, at = whole[size // 16 :], at + size
-        entries = int(spans[-1, 0])
-        sums[0] = replay.checksum(spans.data.cast("B"))
-        files.write(descriptor, spans.data.cast("B"), PAGE, path)
-        files.write(descriptor, sums.data.cast("B"), begin + round_up(16 * entries, PAGE), path)
-        header: dict[str, object] = {
-            "format_version": FORMAT_VERSION,
-            "uuid": self._identity,
-            "pairs": int(pairs.sum()),
-            "entries": entries,
-            "parts": parts,
-            "coverage": asdict(coverage),
-        }
-        header["crc32"] = crc32(header)
-        files.write(descriptor, json.dumps(header).encode().ljust(PAGE), 0, path)
-
-    def _merged(self, part: int, parts: int, between: Between) -> NDArray[np.uint64]:
+    def _write(self, merging: _Merging, number: int, written: list[Part]) -> None:
         """Merge the pairs of one part."""
-        level, width = self._level, 64 - parts
-        first, last = np.uint64(part << width), np.uint64(((part + 1) << width) - 1)
-        begin = probing.lower_bound(level.spans, level.entries, level.parts, first)
-        end = (
-            level.entries.shape[0]
-            if part + 1 == 2**parts
-            else probing.lower_bound(level.spans, level.entries, level.parts, last + np.uint64(1))
-        )
-        old, new = level.entries[begin:end], between(first, last)
-        out = np.empty((old.shape[0] + new.shape[0], 2), np.uint64)
-        return out[: probing.merge(new, old, out)]
+        level, bits = self._level, merging.bits
+        first, last = (np.uint64(n) for n in (number << 64 - bits, (number + 1 << 64 - bits) - 1))
+        new, old = merging.between(first, last), NOTHING.entries
+        pairs = new.shape[0]
+        if level.owners:
+            source = level.owners[number >> (bits - level.bits)]
+            keyparts.expect(self._folder, source)
+            if source.numbers(bits)[0] == number and not level.is_sound(source, self._identity):
+                msg = f"{self._folder / source.name} is not what was written"
+                raise FormatError(msg)
+            old = level.between(first, last)
+            pairs += (
+                source.pairs if source.bits == bits else int(np.count_nonzero(old[:, 1] != probing.NO_ROW))
+            )
+        homes = int(pairs / _FULL)
+        room = merging.room(homes + pairs)
+        entries = room[PAGE_ENTRIES:]
+        stop, pairs = probing.merge(new, old, first, bits, homes, entries)
+        total = keyparts.checksum(entries[:stop])
+        part = Part(bits, number, pairs, homes, stop, merging.coverage, total)
+        keyparts.stage(self._folder, self._identity, part, room[: PAGE_ENTRIES + stop])
+        merging.rooms.append(room)
+        written.append(part)
 
-    def _put(self, descriptor: int, path: Path, entries: NDArray[np.uint64], at: int) -> None:
-        """Write entries at a place in the file, on both cores."""
-        data = entries.data.cast("B") if entries.size else memoryview(b"")
-        middle = max(at, (at + len(data) // 2) // files.HUGE_PAGE * files.HUGE_PAGE)
-
-        def put(start: int, stop: int) -> None:
-            files.write(descriptor, data[start - at : stop - at], start, path)
-            files.begin_write_back(descriptor, start, stop - start)
-
-        halves = (at, middle), (middle, at + len(data))
-        self._run([partial(put, start, stop) for start, stop in halves if start < stop])
+    def _publish(self, parts: Sequence[Part]) -> None:
+        """Let parts that are staged take the place of older ones."""
+        for part in parts:
+            files.sync_file(files.staged(self._folder / part.name))
+        for part in parts:
+            files.publish(self._folder / part.name)
+            self._files[part.name] = part
+        owners = keyparts.owners(self._files.values())
+        if parts and owners:
+            self._level = keyparts.mapped(self._folder, self._identity, owners)
+            for name in self._files.keys() - {part.name for part in owners}:
+                files.remove(self._folder / name)
+                del self._files[name]
 
     def check(self) -> bool:
-        """Whether the file is what was written."""
-        level = self._level
-        if level is NOTHING:
-            return True
-        if replay.checksum(level.spans.data.cast("B")) != int(level.sums[0]):
-            return False  # and where the parts begin is not known
-        edges = level.spans[:, 0].tolist()
-        stretches = [level.entries[begin:end] for begin, end in pairwise(edges)]
-        found = [replay.checksum(each.data.cast("B")) if each.size else 0 for each in stretches]
-        return bool(found == level.sums[1:].tolist())
+        """Whether the files are what was written."""
+        return all(self._level.is_sound(part, self._identity) for part in self._level.parts)
 
     # ---- within
 
@@ -347,7 +314,7 @@ class KeyIndex:
         if pairs <= _FULL * size:
             return
         while pairs > _FULL * size:
-            size *= 4  # to move the pairs costs more than the memory, which is not touched before
+            size *= 8  # to move the pairs costs more than the memory, which is not touched before
         limit = int(self._limit() / _FULL) + 1  # no more than can ever be in use
         self._move(max(min(size, limit), int(pairs / _FULL) + 1), self._slots.salt)
 
@@ -363,12 +330,6 @@ class KeyIndex:
 def new_salt() -> np.uint64:
     """Draw a number, not 0, that nobody else knows."""
     return np.uint64(secrets.randbits(64) | 1)
-
-
-def _spread(run: NDArray[np.uint64], part: int, parts: int, homes: int) -> NDArray[np.uint64]:
-    """Lay out the entries of a part."""
-    out = np.empty((homes + run.shape[0], 2), np.uint64)
-    return out[: probing.spread(run, np.uint64(part << (64 - parts)), parts, homes, out)]
 
 
 def _no_pairs(capacity: int, salt: np.uint64) -> Slots:
@@ -418,47 +379,3 @@ def _ask(array: NDArray[Any], places: Int64Array) -> None:
         0,
         places.size,
     )
-
-
-def _read(path: Path, identity: str) -> tuple[Level, Coverage]:
-    """Map an index's file, believing nothing of what it says about itself.
-
-    Raises
-    ------
-    FormatError, OSError
-        It is not that.
-    """
-    with files.opened(path, os.O_RDONLY) as descriptor:
-        page = bytes(files.read_at(descriptor, PAGE, 0, path))
-    header = parse_json(page.rstrip())
-    require_version(header)
-    if header.get("crc32") != crc32(header) or uuid_field(header) != identity:
-        msg = f"{path}: it is not the index of this vocabulary"
-        raise FormatError(msg)
-    pairs, entries = (int_field(header, name, 2**48, minimum=0) for name in ("pairs", "entries"))
-    parts = int_field(header, "parts", 48, minimum=0)
-    coverage = field(header, "coverage", dict)
-    known = Coverage(
-        **{name: int_field(coverage, name, 2**62, minimum=0) for name in ("commit", "rows", "head")}
-    )
-    begins = PAGE + round_up((2**parts + 1) * 16, PAGE)
-    ends = begins + round_up(16 * entries, PAGE)
-    nbytes = ends + 8 * (1 + 2**parts)
-    if files.size(path) != nbytes or pairs > entries:
-        msg = f"{path}: it has {files.size(path)} bytes instead of {nbytes}"
-        raise FormatError(msg)
-    memory = files.AddressRange(round_up(nbytes, PAGE))
-    memory.map_file(0, path, memory.nbytes)
-    memory.advise(0, memory.nbytes, files.MADV_RANDOM)
-    words = memory.array(np.uint64, (memory.nbytes // 8,))
-    if words[: PAGE // 8].tobytes() != page:
-        msg = f"{path}: it was replaced while it was opened"  # by a writer beside this reader
-        raise FormatError(msg)
-    level = Level(
-        words[PAGE // 8 :][: 2 * (2**parts + 1)].view(np.int64).reshape(-1, 2),
-        words[begins // 8 :][: 2 * entries].reshape(-1, 2),
-        parts,
-        pairs,
-        words[ends // 8 :][: 1 + 2**parts],
-    )
-    return level, known

@@ -287,7 +287,7 @@ def _clear(path: Path) -> None:
     folders.arrange(path, (), dropped)
     for entry in path.iterdir():
         if entry not in (folders.private(path), path / layout.DOCUMENT):
-            (files.remove_tree if entry.is_dir() and not entry.is_symlink() else files.remove)(entry)
+            files.remove_tree(entry)
     files.remove_tree(folders.private(path) / "tables")
     files.remove_tree(folders.rebuilt(path))
     files.remove_tree(folders.log(path))

@@ -2,9 +2,9 @@
 
 *Entries* are pairs ``(hash, row)``, ascending by hash, with room between them: each lies at its home, or as little
 behind it as the pairs before it allow. So a hash is found in the cache line of its home or in the next, and nothing
-else is looked at. What fills the room has the hash before it, so that all ascends, and the row -1. By their first
-bits, hashes belong to *parts*, each with homes in proportion to its pairs; *spans* tell where a part begins, and how
-many homes it has.
+else is looked at. What fills the room has the hash before it, so that all ascends, and the row -1. They lie in *parts*,
+each of the hashes that begin with the same bits, with homes in proportion to its pairs. *Spans* tell, by a hash's first
+bits, of its part: where it begins, how many homes it has, where it ends, and how many bits its hashes have in common.
 *Slots* are an open hash table of ``(hash, row + 1)`` with zeros where it is empty, in which a pair lies at its home or
 behind it; homes ascend with hashes, so that slots in their order are nearly sorted. Whoever knows the secret can make
 keys whose homes are the same. Where a pair would lie too far from its home for that, homes are drawn anew, by a *salt*
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from shardemb.arrays import Int64Array
 
 _0, _1, _7, _32, _64 = np.uint64(0), np.uint64(1), np.uint64(7), np.uint64(32), np.uint64(64)
-_NO_ROW = np.uint64(2**64 - 1)
+NO_ROW = np.uint64(2**64 - 1)
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _AHEAD, _RING = 24, 32
 """How many hashes ahead their memory is asked for: as many as a processor waits for at once."""
@@ -48,38 +48,34 @@ def home(value: Any, capacity: Any, salt: Any) -> Any:  # noqa: ANN401
 
 
 @kernel
-def part_of(value: Any, bits: Any) -> Any:  # noqa: ANN401
+def first_bits(value: Any, bits: Any) -> Any:  # noqa: ANN401
     """First bits of a hash."""
     return np.int64(value >> (_64 - np.uint64(bits))) if bits else np.int64(0)
 
 
 @kernel
-def _home_in_part(value: Any, parts: Any, homes: Any) -> Any:  # noqa: ANN401
+def _home_in_part(value: Any, bits: Any, homes: Any) -> Any:  # noqa: ANN401
     """Which of the homes of its part is that of a hash."""
-    return np.int64((((value << np.uint64(parts)) >> _32) * np.uint64(homes)) >> _32)
+    return np.int64((((value << np.uint64(bits)) >> _32) * np.uint64(homes)) >> _32)
 
 
 @kernel
-def entry_home(spans: Any, entries: Any, parts: Any, value: Any) -> Any:  # noqa: ANN401
-    """Where among the entries a hash belongs; what is damaged leads nowhere but to them, or just behind."""
-    part = part_of(value, parts)
-    at = spans[part, 0] + _home_in_part(value, parts, spans[part, 1])
-    return min(max(min(at, spans[part + 1, 0]), 0), entries.shape[0])
+def entry_home(spans: Any, span: Any, value: Any) -> Any:  # noqa: ANN401
+    """Where among the entries a hash belongs, by the span of its part."""
+    return min(spans[span, 0] + _home_in_part(value, spans[span, 3], spans[span, 1]), spans[span, 2])
 
 
 @kernel
-def entry_homes(
-    spans: Int64Array, entries: NDArray[np.uint64], parts: int, hashes: NDArray[np.uint64], out: Int64Array
-) -> None:
-    """``out[i]`` becomes the home of ``hashes[i]`` among the entries."""
+def entry_homes(spans: Int64Array, bits: int, hashes: NDArray[np.uint64], out: Int64Array) -> None:
+    """``out[i]`` becomes the home of ``hashes[i]``, or what lies before the end of its part."""
     for i in range(hashes.size):
-        out[i] = entry_home(spans, entries, parts, hashes[i])
+        span = first_bits(hashes[i], bits)
+        out[i] = min(entry_home(spans, span, hashes[i]), spans[span, 2] - 1)
 
 
 @kernel
-def _first_not_below(entries: Any, low: Any, value: Any) -> Any:  # noqa: ANN401
-    """Return the number of the first of the entries from `low` on whose hash is at least `value`."""
-    end = entries.shape[0]
+def _first_not_below(entries: Any, low: Any, end: Any, value: Any) -> Any:  # noqa: ANN401
+    """Return the number of the first of the entries ``low:end`` whose hash is at least `value`."""
     for _ in range(_NEAR):
         if low == end or entries[low, 0] >= value:
             return low
@@ -99,9 +95,16 @@ def _first_not_below(entries: Any, low: Any, value: Any) -> Any:  # noqa: ANN401
 
 
 @kernel
-def lower_bound(spans: Any, entries: Any, parts: Any, value: Any) -> Any:  # noqa: ANN401
-    """Return the number of the first entry whose hash is at least `value`."""
-    return _first_not_below(entries, entry_home(spans, entries, parts, value), value)
+def entries_between(
+    spans: Int64Array, entries: NDArray[np.uint64], bits: int, first: np.uint64, last: np.uint64
+) -> tuple[int, int]:
+    """Tell where the entries of two hashes of one part, and of all between them, begin and end."""
+    span = first_bits(first, bits)
+    end = spans[span, 2]
+    begin = _first_not_below(entries, entry_home(spans, span, first), end, first)
+    if end > begin and entries[end - 1, 0] > last:
+        end = _first_not_below(entries, entry_home(spans, span, last), end, last + _1)
+    return begin, end
 
 
 @kernel
@@ -185,10 +188,10 @@ def _in_slots(slots: Any, salt: Any, value: Any, skip: Any, end: Any) -> Any:  #
 
 
 @kernel
-def _in_entries(entries: Any, low: Any, value: Any, skip: Any, end: Any) -> Any:  # noqa: ANN401
-    """As `_in_slots`, of the entries from `low` on."""
-    low = _first_not_below(entries, low, value)
-    while low < entries.shape[0] and entries[low, 0] == value:
+def _in_entries(entries: Any, low: Any, last: Any, value: Any, skip: Any, end: Any) -> Any:  # noqa: ANN401
+    """As `_in_slots`, of the entries ``low:last``."""
+    low = _first_not_below(entries, low, last, value)
+    while low < last and entries[low, 0] == value:
         row = np.int64(entries[low, 1])
         if 0 <= row < end:
             if skip == 0:
@@ -205,7 +208,7 @@ def probe(
     salt: np.uint64,
     spans: Int64Array,
     entries: NDArray[np.uint64],
-    parts: int,
+    bits: int,
     hashes: NDArray[np.uint64],
     skip: int,
     end: int,
@@ -218,12 +221,14 @@ def probe(
     Those in memory, newer, come first. Pairs whose row is not below `end` do not count.
     """
     capacity = slots.shape[0]
-    lows, ats, in_slots = np.empty(_RING, np.int64), np.empty(_RING, np.int64), np.empty(_RING, np.bool_)
+    lows, lasts = np.empty(_RING, np.int64), np.empty(_RING, np.int64)
+    ats, in_slots = np.empty(_RING, np.int64), np.empty(_RING, np.bool_)
     # A hash's memory is asked for a while before it is looked at: of its mark and its entry first, then of its slot.
     for asked in range(start, stop + _AHEAD):
         if asked < stop:
             k = asked & _RING - 1
-            lows[k] = entry_home(spans, entries, parts, hashes[asked])
+            span = first_bits(hashes[asked], bits)
+            lows[k], lasts[k] = entry_home(spans, span, hashes[asked]), spans[span, 2]
             ats[k] = home(hashes[asked], capacity, salt)
             prefetch(entries.ctypes.data + 16 * lows[k])
             prefetch(entries.ctypes.data + 16 * lows[k] + 48)
@@ -239,7 +244,7 @@ def probe(
             k = i & _RING - 1
             row = _in_slots(slots, salt, hashes[i], skip, end) if in_slots[k] else -1 - skip
             if row < 0:
-                row = _in_entries(entries, lows[k], hashes[i], -1 - row, end)
+                row = _in_entries(entries, lows[k], lasts[k], hashes[i], -1 - row, end)
             out[i] = max(row, -1)
 
 
@@ -281,9 +286,31 @@ def take_between(
 
 
 @kernel
-def merge(new: NDArray[np.uint64], old: NDArray[np.uint64], out: NDArray[np.uint64]) -> int:
-    """Merge pairs ``(hash, row)`` with entries, both ascending by hash, each once; return how many there are."""
-    i, j, total = 0, 0, 0
+def merge(
+    new: NDArray[np.uint64],
+    old: NDArray[np.uint64],
+    first: np.uint64,
+    bits: int,
+    homes: int,
+    out: NDArray[np.uint64],
+) -> tuple[int, int]:
+    """Merge pairs ``(hash, row)`` with entries, both ascending by hash, into the entries of a part, each pair once.
+
+    Parameters
+    ----------
+    first, bits : uint64, int
+        The least hash that belongs to the part, and how many bits all of them have in common.
+    homes : int
+        How many it gets.
+    out : ndarray of uint64, shape (n, 2)
+        Room for as many entries as there are pairs and homes.
+
+    Returns
+    -------
+    tuple of int
+        How many entries there are, and how many of them are pairs.
+    """
+    i, j, at, pairs, before = 0, 0, 0, 0, first
     while i < new.shape[0] or j < old.shape[0]:
         if i < new.shape[0] and (j == old.shape[0] or new[i, 0] <= old[j, 0]):
             value, row = new[i, 0], new[i, 1]
@@ -293,34 +320,18 @@ def merge(new: NDArray[np.uint64], old: NDArray[np.uint64], out: NDArray[np.uint
             j += 1
             if np.int64(row) < 0:
                 continue
-        k = total  # a pair that is there already came twice
+        k = at  # a pair that is there already came twice
         while k > 0 and out[k - 1, 0] == value and out[k - 1, 1] != row:
             k -= 1
         if k > 0 and out[k - 1, 0] == value:
             continue
-        out[total, 0], out[total, 1] = value, row
-        total += 1
-    return total
-
-
-@kernel
-def spread(
-    pairs: NDArray[np.uint64], first: np.uint64, parts: int, homes: int, out: NDArray[np.uint64]
-) -> int:
-    """Put all pairs of a part, ascending by hash, at their homes or behind; return where they end.
-
-    `first` is the least hash of the part.
-    """
-    at, before = 0, first
-    for i in range(pairs.shape[0]):
-        value = pairs[i, 0]
-        place = _home_in_part(value, parts, homes)
+        place = _home_in_part(value, bits, homes)
         while at < place:
-            out[at, 0], out[at, 1] = before, _NO_ROW
+            out[at, 0], out[at, 1] = before, NO_ROW
             at += 1
-        out[at, 0], out[at, 1] = value, pairs[i, 1]
-        at, before = at + 1, value
-    return at
+        out[at, 0], out[at, 1] = value, row
+        at, pairs, before = at + 1, pairs + 1, value
+    return at, pairs
 
 
 @kernel

@@ -62,7 +62,9 @@ class Slots:
     def take(self, rows: Int64Array) -> Int64Array:
         """Take slots for rows; return them, ascending."""
         left = max(0, self._free.size - rows.size)
-        slots = np.concatenate([np.sort(self._free[left:]), np.arange(self.end, self.next_end(rows.size))])
+        slots = np.concatenate(
+            [np.sort(self._free[left:], kind="stable"), np.arange(self.end, self.next_end(rows.size))]
+        )
         self.end, self._free = self.next_end(rows.size), self._free[:left]
         self.owner[slots], self.state[slots] = rows, USED | TOUCHED
         self.count += slots.size
@@ -149,7 +151,7 @@ class Slots:
         self.state[chosen] &= ~_CHOSEN
         if chosen.size:
             self._hand = int(chosen[-1]) + 1
-        chosen.sort()
+        chosen.sort(kind="stable")  # few runs that ascend: these it merges
         return chosen
 
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shardemb import arrays, batch, hashing, keys, matching, probing, records
-from shardemb.errors import RowIdError, VocabularyNotFoundError
-from shardemb.keyindex import Coverage, KeyIndex, new_salt
+from shardemb.errors import FormatError, RowIdError, VocabularyNotFoundError
+from shardemb.keyindex import KeyIndex, new_salt
+from shardemb.keyparts import Coverage
 from shardemb.keystore import KeyStore, grow
 from shardemb.runtime import signals_deferred
 
@@ -376,14 +377,15 @@ class Vocabulary:
         self._committed, self._commit = self._state, commit
         if not self._index.is_stale(len(self)) or not self._lock.acquire(blocking=False):
             return  # some thread is about to add pairs to this index
+        fresh = self._index.anew()
         try:
-            fresh = self._new_index()
             self._learn(fresh, Coverage())
-            if self._index.has_file:  # it must not be taken up again: it knows less by now than it says
+            if self._index.has_files:  # they must not be taken up again: they know less by now than they say
                 fresh.merge(self._coverage())
+            fresh.take_place_of(self._index)
             self._index = fresh
-        except OSError:
-            pass  # no room for its file: the old one is as good
+        except (OSError, FormatError):  # no room for its files: the old one is as good
+            fresh.remove_files()
         finally:
             self._lock.release()
 
@@ -399,7 +401,7 @@ class Vocabulary:
         return self
 
     def _take_up(self, commit: int) -> None:
-        """Take up the index's file, and learn what it does not know of the last commit."""
+        """Take up the index's files, and learn what it does not know of the last commit."""
         self._commit = commit
         self._index.take_up(self._coverage())
         self._learn(self._index, self._index.coverage)
@@ -409,11 +411,11 @@ class Vocabulary:
         self._dropped = True
 
     def _release(self) -> None:
-        """Let go of the index and its file; lookups that still run have theirs."""
+        """Let go of the index and its files; lookups that still run have theirs."""
         self._index = self._new_index()
 
     def _check_index(self) -> bool:
-        """Whether the file of the index is what was written."""
+        """Whether the files of the index are what was written."""
         return self._index.check()
 
     # ---- within: finding
@@ -534,7 +536,7 @@ class Vocabulary:
     # ---- within: the index
 
     def _new_index(self) -> KeyIndex:
-        run = partial(batch.run_side_by_side, self._runtime)
+        run = partial(batch.run_side_by_side, self._runtime, waiting=1)
         return KeyIndex(self._path, self._state.uuid, run, writable=self._runtime.writable)
 
     def _coverage(self) -> Coverage:
@@ -544,7 +546,7 @@ class Vocabulary:
     def _learn(self, index: KeyIndex, known: Coverage) -> None:
         """Add what an index does not know: keys of rows that came later, and of rows that were given out anew."""
         now = self._coverage()
-        # On the way the index may be merged into a file, which must say no more than it knows by then.
+        # On the way the index may be merged into files, which must say no more than it knows by then.
         known = replace(known, commit=now.commit, head=known.head if known.rows else now.head)
         for start in range(max(known.rows, self.reserved), now.rows, SLICE_ROWS):
             stop = min(start + SLICE_ROWS, now.rows)
@@ -561,7 +563,7 @@ class Vocabulary:
         else:
             hashes = records.hashes_of(words[live])
         rows = rows[live]
-        # The file may have them: it was written with pairs that were not committed yet. Twice, none would be exact.
+        # The files may have them: they were written with pairs that were not committed yet. Twice, none would be exact.
         new = self._candidates(index.view, hashes, 0, self._state.rows) != rows
         index.add(hashes[new], rows[new], known)
 
