@@ -147,7 +147,7 @@ USE_EVERYTHING = """
             list(table.to_arrow_batches())
     modules = kernels, grouping, bitmaps, hashing, probing, matching, slots, overlay
     inner = hashing._turn, hashing._turn_round, probing._in_slots, probing._in_entries, probing._first_not_below
-    inner += probing.home, probing._mark, probing.part_of, probing._home_in_part, probing.entry_home
+    inner += probing.home, probing._mark, probing.first_bits, probing._home_in_part, probing.entry_home
     inner += (probing._free_place,)
     inner += grouping._bits_of, grouping._sort_words
     inner += kernels._places_of, kernels._copy_from

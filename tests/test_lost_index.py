@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import pytest
 import shardemb
 from shardemb import files, keyindex, keystore, vocabularies, vocabulary
 from shardemb.errors import DiskFullError
-from shardemb.keyindex import Coverage, KeyIndex
+from shardemb.keyindex import KeyIndex
+from shardemb.keyparts import Coverage
 from shardemb.spec import PAGE, crc32
 
 KEYS = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 300)
@@ -19,7 +21,7 @@ UUID = "00000000-0000-4000-8000-000000000000"
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     monkeypatch.setattr(keyindex, "OPEN_PAIRS", (70, 70))  # of 300, so that some are in no file
-    monkeypatch.setattr(keyindex, "PART_BITS", 5)
+    monkeypatch.setattr(keyindex, "PART_BITS", 6)
     monkeypatch.setattr(vocabulary, "SLICE_ROWS", 7)
 
 
@@ -38,11 +40,12 @@ def index_of(path):
 
 
 def fill(path, keys=KEYS):
+    """Return one of the parts of the index of a new store."""
     with shardemb.open(path) as store:
         words = store.create_vocabulary("v", key_type="int64")
         words.add(keys)
         store.commit()
-    return index_of(path)
+    return sorted(index_of(path).iterdir())[1]
 
 
 def found(path, mode="a"):
@@ -109,8 +112,9 @@ def write_header(file, header):
         {"entries": 10**9},
         {"entries": -1},
         {"pairs": 10**9},
-        {"parts": 4000},
-        {"parts": 9},
+        {"bits": 4000},
+        {"bits": 9},
+        {"number": 0},
         {"coverage": {"commit": 2, "rows": 1, "head": 0}},
         {"coverage": {"commit": 1, "rows": 301, "head": 0}},
         {"coverage": {"commit": 1, "rows": 300, "head": 1}},
@@ -141,7 +145,8 @@ def test_a_missing_file_is_made_anew_and_is_whole_then(path, times):
 
 
 def test_a_file_that_knows_less_is_completed(path):
-    old = fill(path, KEYS[:160]).read_bytes()
+    fill(path, KEYS[:160])
+    old = {file.name: file.read_bytes() for file in index_of(path).iterdir()}
     with shardemb.open(path) as store:
         words = store.vocabularies["v"]
         words.remove(KEYS[10:30])
@@ -152,8 +157,12 @@ def test_a_file_that_knows_less_is_completed(path):
         words.add(KEYS[:300])
         store.commit()
         rows = words.lookup(KEYS)
+    index_of_old = index_of(path)
     for _ in range(2):
-        index_of(path).write_bytes(old)
+        shutil.rmtree(index_of_old)
+        index_of_old.mkdir()
+        for name, data in old.items():
+            (index_of_old / name).write_bytes(data)
         with shardemb.open(path) as store:
             assert store.vocabularies["v"].lookup(KEYS).tolist() == rows.tolist()
 
@@ -217,7 +226,7 @@ def test_pairs_that_are_merged_while_they_are_counted_are_not_missed(tmp_path, f
     assert len(index) == 20
 
 
-@pytest.mark.parametrize("call", ["write", "sync", "publish", "sync_directory", "make_directory", "opened"])
+@pytest.mark.parametrize("call", ["write", "sync", "rename", "sync_directory", "make_directory", "opened"])
 def test_a_merge_that_fails_leaves_everything_as_it_was(path, monkeypatch, call):
     with shardemb.open(path) as store:
         words = store.create_vocabulary("v", key_type="int64")
@@ -244,24 +253,25 @@ def test_a_merge_that_fails_leaves_everything_as_it_was(path, monkeypatch, call)
     assert found(path) == KEYS.size
 
 
-def test_an_index_that_cannot_be_made_anew_stays(path, monkeypatch):
+@pytest.mark.parametrize("call", ["write", "rename", "remove_tree"])
+def test_an_index_that_cannot_be_made_anew_stays(path, monkeypatch, call):
     monkeypatch.setattr(keyindex, "_STALE", 10)
     with shardemb.open(path) as store:
         words = store.create_vocabulary("v", key_type="int64")
         words.add(KEYS)
         store.commit()
         words.remove(KEYS[:200])
-        real = files.publish
+        real = getattr(files, call)
 
-        def fail(target):
-            if target.parent.name == "vocabularies":
+        def fail(*arguments):
+            if any("vocabularies" in str(each) for each in arguments):
                 raise DiskFullError("no room")
-            real(target)
+            return real(*arguments)
 
-        monkeypatch.setattr(files, "publish", fail)
+        monkeypatch.setattr(files, call, fail)
         store.commit()
         assert len(words._index) == 300
-        monkeypatch.setattr(files, "publish", real)
+        monkeypatch.setattr(files, call, real)
         store.commit()
         assert len(words._index) == 100
         assert words.lookup(KEYS).tolist() == [*[-1] * 200, *range(200, 300)]
@@ -299,5 +309,5 @@ def test_files_of_vocabularies_that_are_gone_go_with_the_next_opening(path):
         store.drop_vocabulary("v")
         store.commit()
     with shardemb.open(path) as store:
-        assert list(file.parent.iterdir()) == []
+        assert list(file.parent.parent.iterdir()) == []
         assert sorted(os.listdir(path)) == [".shardemb", "zarr.json"]

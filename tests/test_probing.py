@@ -1,6 +1,6 @@
 """The loops of the index against lists and dicts: with hashes at random, all alike, at both ends, and far too close."""
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from shardemb import probing
 
 LAST = 2**64 - 1
 PLAIN, SALTED = np.uint64(0), np.uint64(0x123456789ABCDEF1)
-NO_LEVEL = np.zeros((2, 2), np.int64), np.empty((0, 2), np.uint64), 0
+NO_LEVEL = np.zeros((1, 4), np.int64), np.empty((0, 2), np.uint64), 0
 NO_ROW = LAST
 
 few = st.sampled_from([0, 1, 5 << 60, (5 << 60) + 1, LAST - 1, LAST])
@@ -37,24 +37,30 @@ def filled(pairs, capacity=64, salt=PLAIN):
     return slots
 
 
-def level(pairs, parts, share=0.75):
-    """Spans, entries and parts of pairs."""
-    spans, entries = [], []
-    for part in range(2**parts):
-        own = [pair for pair in sorted(pairs) if (pair[0] >> (64 - parts) if parts else 0) == part]
-        begin, homes, before = len(entries), int(len(own) / share), part << (64 - parts) if parts else 0
-        spans.append((begin, homes))
+def level(pairs, bits, share=0.75, deep=()):
+    """Spans, entries and bits of pairs; parts with numbers in `deep` of one bit less are two parts of as many bits."""
+    spans, entries, number = [], [], 0
+    while number < 2**bits:
+        own_bits = bits if bits == 0 or number // 2 in deep else bits - 1
+        own_number = number >> (bits - own_bits)
+        own = [pair for pair in sorted(pairs) if first_bits(pair[0], own_bits) == own_number]
+        begin, homes, before = len(entries), int(len(own) / share), own_number << (64 - own_bits)
         for value, row in own:
-            entries += [(before, NO_ROW)] * (begin + home_in(value, parts, homes) - len(entries))
+            entries += [(before, NO_ROW)] * (begin + home_in(value, own_bits, homes) - len(entries))
             entries.append((value, row))
             before = value
-    spans.append((len(entries), 0))
-    return np.array(spans), np.array(entries, np.uint64).reshape(-1, 2), parts
+        spans += [(begin, homes, len(entries), own_bits)] * 2 ** (bits - own_bits)
+        number = len(spans)
+    return np.array(spans), np.array(entries, np.uint64).reshape(-1, 2), bits
 
 
-def home_in(value, parts, homes):
+def first_bits(value, bits):
+    return value >> (64 - bits)
+
+
+def home_in(value, bits, homes):
     """Of a part."""
-    return ((value << parts) % 2**64 >> 32) * homes >> 32
+    return ((value << bits) % 2**64 >> 32) * homes >> 32
 
 
 def probe(slots, hashes, skip=0, end=2**62, salt=PLAIN, level=NO_LEVEL, start=0, stop=None):
@@ -62,6 +68,12 @@ def probe(slots, hashes, skip=0, end=2**62, salt=PLAIN, level=NO_LEVEL, start=0,
     stop = len(hashes) if stop is None else stop
     probing.probe(*slots, salt, *level, uint64(hashes), skip, end, out, start, stop)
     return out.tolist()
+
+
+def between(spans, entries, bits, first, last):
+    out = np.full(2, -7)
+    probing.entries_between(spans, entries, bits, np.uint64(first), np.uint64(last), out)
+    return tuple(out.tolist())
 
 
 def all_rows(slots, value, **options):
@@ -167,21 +179,29 @@ def test_few_hashes_have_a_mark_that_is_not_theirs():
 # ---- slots over entries -----------------------------------------------------------------------------------------
 
 
-@given(pairs_, pairs_, st.integers(0, 6), st.integers(0, 10))
-@example([], [(3, row) for row in range(40)], 4, 30)  # more at one home than are looked at one by one
-@example([(3, 1)], [(LAST, row) for row in range(40)], 0, 40)
-def test_pairs_in_memory_come_before_those_in_the_file(new, old, bits, end):
+deep_ = st.sets(st.integers(0, 31))
+
+
+@given(pairs_, pairs_, st.integers(0, 6), st.integers(0, 10), deep_)
+@example([], [(3, row) for row in range(40)], 4, 30, set())  # more at one home than are looked at one by one
+@example([(3, 1)], [(LAST, row) for row in range(40)], 0, 40, set())
+def test_pairs_in_memory_come_before_those_in_the_file(new, old, bits, end, deep):
     slots, old = filled(new), sorted(set(old))
+    found = level(old, bits, deep=deep)
     for value in {value for value, _ in new + old} | {0, 2, LAST}:
         expected = [[row for each, row in pairs if each == value and row < end] for pairs in (new, old)]
-        assert all_rows(slots, value, end=end, level=level(old, bits)) == expected[0] + expected[1]
+        assert all_rows(slots, value, end=end, level=found) == expected[0] + expected[1]
 
 
-@given(pairs_, st.integers(0, 6), hashes_, st.floats(0.1, 1))
-def test_lower_bound_is_bisect(pairs, parts, value, share):
-    spans, entries, _ = level(pairs, parts, share)
-    expected = bisect_left(entries[:, 0].tolist(), value)
-    assert probing.lower_bound(spans, entries, parts, np.uint64(value)) == expected
+@given(pairs_, st.integers(0, 6), hashes_, hashes_, st.floats(0.1, 1), deep_)
+def test_entries_between_two_hashes_are_those_that_bisect_finds(pairs, bits, first, last, share, deep):
+    spans, entries, _ = level(pairs, bits, share, deep)
+    begin, _, end, own = spans[first_bits(first, bits)].tolist()
+    low = first_bits(first, own) << 64 - own
+    first, last = sorted([first, low | last % 2 ** (64 - own)])  # of one part
+    values = entries[begin:end, 0].tolist()
+    found = between(spans, entries, bits, first, last)
+    assert found == (begin + bisect_left(values, first), begin + bisect_right(values, last))
 
 
 @pytest.mark.parametrize("many", [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100, 1000])
@@ -189,49 +209,50 @@ def test_hashes_that_fall_together_are_searched_by_halves(many):
     """And nobody falls between them: each hash, and those beside it."""
     pairs = [(3 * row, row) for row in range(many)]
     spans, entries, _ = level(pairs, 0)
-    found = [probing.lower_bound(spans, entries, 0, np.uint64(value)) for value in range(3 * many)]
-    assert found == [-(-value // 3) for value in range(3 * many)]
+    bounds = [between(spans, entries, 0, value, value) for value in range(3 * many)]
+    assert bounds == [(-(-value // 3), value // 3 + 1) for value in range(3 * many)]
     found = probe(empty(16), range(3 * many), level=(spans, entries, 0))
     assert found == [-1 if value % 3 else value // 3 for value in range(3 * many)]
 
 
 @given(pairs_, st.integers(0, 3), st.data())
-def test_damaged_spans_lead_nowhere_but_to_the_entries(pairs, parts, data):
-    """Beyond them lies what can be told from them, and what cannot be read at all."""
-    spans, entries, _ = level(pairs, parts)
-    around = np.full((entries.shape[0] + 2, 2), 77, np.uint64)
-    around[1:-1] = entries
-    anywhere = st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 50)
-    at = data.draw(st.integers(0, spans.size - 1))
-    spans.reshape(-1)[at] = data.draw(anywhere)
-    found = probe(empty(16), [77, *range(0, 2**64, 2**61)], level=(spans, around[1:-1], parts))
-    assert found[0] == -1 or 77 in entries[:, 0]
-    assert set(found) <= {-1, *entries[:, 1].tolist()}
+def test_damaged_entries_lead_nowhere_but_to_those_of_the_part(pairs, bits, data):
+    """Beyond them lies what belongs to others, and what cannot be read at all."""
+    spans, entries, _ = level(pairs, bits, deep=range(8))
+    anywhere = st.integers(0, LAST)
+    if entries.size:
+        at = data.draw(st.integers(0, entries.size - 1))
+        entries.reshape(-1)[at] = data.draw(anywhere)
     for value in range(0, 2**64, 2**61):
-        assert 0 <= probing.lower_bound(spans, around[1:-1], parts, np.uint64(value)) <= entries.shape[0]
+        begin, _, end, _ = spans[first_bits(value, bits)].tolist()
+        own = entries[begin:end, 1].tolist()
+        assert set(probe(empty(16), [value], level=(spans, entries, bits))) <= {-1, *own}
+        low, high = between(spans, entries, bits, value, value)
+        assert begin <= low <= end
+        assert begin <= high <= end
 
 
 def test_rows_that_are_none_do_not_count():
     """Room between pairs, and damage in the file."""
     entries = np.array([[9, LAST], [9, 2**63], [9, 4]], np.uint64)
-    assert all_rows(empty(16), 9, level=(np.array([[0, 3], [3, 0]]), entries, 0)) == [4]
+    assert all_rows(empty(16), 9, level=(np.array([[0, 3, 3, 0]]), entries, 0)) == [4]
 
 
-@given(st.lists(hashes_, max_size=200), st.integers(0, 4))
-def test_homes_among_entries_are_those_of_the_parts(values, parts):
-    spans, entries, _ = level([(value, 1) for value in values], parts)
+@given(st.lists(hashes_, max_size=200), st.integers(0, 4), deep_)
+def test_homes_among_entries_are_those_of_the_parts(values, bits, deep):
+    spans = level([(value, 1) for value in values], bits, deep=deep)[0]
     found = np.empty(len(values), np.int64)
-    probing.entry_homes(spans, entries, parts, uint64(values), found)
+    probing.entry_homes(spans, bits, uint64(values), found)
     for value, at in zip(values, found.tolist(), strict=True):
-        begin, homes = spans[value >> (64 - parts) if parts else 0].tolist()
-        assert at == begin + home_in(value, parts, homes)
+        begin, homes, end, own = spans[first_bits(value, bits)].tolist()
+        assert at == min(begin + home_in(value, own, homes), end - 1)
 
 
 def test_few_pairs_lie_far_from_their_homes():
     values = np.sort(np.random.default_rng(0).integers(0, LAST, 100_000, np.uint64))
     spans, entries, _ = level([(int(value), 1) for value in values], 3)
     homes = np.empty(values.size, np.int64)
-    probing.entry_homes(spans, entries, 3, values, homes)
+    probing.entry_homes(spans, 3, values, homes)
     far = np.flatnonzero(entries[:, 1] == 1) - homes
     assert far.min() == 0
     assert far.mean() < 2
@@ -267,28 +288,27 @@ def test_ranges_side_by_side_share_out_all_pairs(pairs, bits):
     assert sum(found) == len(pairs)
 
 
-@given(pairs_, pairs_, st.integers(0, 6))
-def test_merge_takes_each_pair_once_and_no_room_between_them(new, old, parts):
-    new, old = sorted(new, key=lambda pair: pair[0]), sorted(set(old))
-    _, entries, _ = level(old, parts)
-    out = np.empty((len(new) + entries.shape[0], 2), np.uint64)
-    total = probing.merge(np.array(new, np.uint64).reshape(-1, 2), entries, out)
-    found = list(map(tuple, out[:total].tolist()))
-    assert sorted(found) == sorted(set(new + old))
-    assert [value for value, _ in found] == sorted(value for value, _ in found)
-
-
-@given(pairs_, st.integers(0, 6), st.data())
-def test_pairs_are_spread_over_their_homes(pairs, parts, data):
-    part = data.draw(st.integers(0, 2**parts - 1))
-    width = 64 - parts
-    own = sorted((part << width | value & 2**width - 1, row) for value, row in pairs)
-    homes = int(len(own) / 0.75)
-    out = np.empty((homes + len(own), 2), np.uint64)
-    end = probing.spread(np.array(own, np.uint64).reshape(-1, 2), np.uint64(part << width), parts, homes, out)
-    spans, entries, _ = level(own, parts)
-    begin = int(spans[part, 0])
-    assert out[:end].tolist() == entries[begin : int(spans[part + 1, 0])].tolist()
+@given(pairs_, pairs_, st.integers(0, 6), st.data())
+def test_merge_makes_a_part_of_pairs_and_entries_each_pair_once(new, old, bits, data):
+    number, old_bits = data.draw(st.integers(0, 2**bits - 1)), data.draw(st.integers(0, bits))
+    new = sorted(new, key=lambda pair: pair[0])  # rows as they came
+    _, old_entries, _ = level(set(old), old_bits)
+    first, last = number << (64 - bits), (number + 1 << 64 - bits) - 1
+    own, others = (
+        np.array([pair for pair in pairs if first <= pair[0] <= last], np.uint64).reshape(-1, 2)
+        for pairs in (new, old_entries.tolist())
+    )
+    expected = {pair for pair in [*new, *old] if first <= pair[0] <= last}
+    homes = int(len(expected) / 0.75)
+    out = np.empty((homes + own.shape[0] + others.shape[0], 2), np.uint64)
+    counts = np.full(2, -7)
+    probing.merge(own, others, np.uint64(first), bits, homes, out, counts)
+    stop, pairs = counts.tolist()
+    spans, entries, _ = level(expected, bits, deep=range(64))
+    begin, _, end, _ = spans[number].tolist()
+    assert pairs == len(expected)
+    assert out[:stop, 0].tolist() == entries[begin:end, 0].tolist()
+    assert sorted(map(tuple, out[:stop].tolist())) == sorted(map(tuple, entries[begin:end].tolist()))
 
 
 # ---- equal keys of a batch --------------------------------------------------------------------------------------

@@ -266,7 +266,8 @@ class KeyIndex:
         if level.owners:
             source = level.owners[number >> (bits - level.bits)]
             keyparts.expect(self._folder, source)
-            if source.numbers(bits)[0] == number and not level.is_sound(source, self._identity):
+            is_first = level.first(source) << (bits - level.bits) == number
+            if is_first and not level.is_sound(source, self._identity):
                 msg = f"{self._folder / source.name} is not what was written"
                 raise FormatError(msg)
             old = level.between(first, last)
@@ -276,7 +277,9 @@ class KeyIndex:
         homes = int(pairs / _FULL)
         room = merging.room(homes + pairs)
         entries = room[PAGE_ENTRIES:]
-        stop, pairs = probing.merge(new, old, first, bits, homes, entries)
+        counts = np.empty(2, np.int64)
+        probing.merge(new, old, first, bits, homes, entries, counts)
+        stop, pairs = counts.tolist()
         total = keyparts.checksum(entries[:stop])
         part = Part(bits, number, pairs, homes, stop, merging.coverage, total)
         keyparts.stage(self._folder, self._identity, part, room[: PAGE_ENTRIES + stop])
@@ -285,13 +288,16 @@ class KeyIndex:
 
     def _publish(self, parts: Sequence[Part]) -> None:
         """Let parts that are staged take the place of older ones."""
+        if not parts:
+            return
         for part in parts:
             files.sync_file(files.staged(self._folder / part.name))
         for part in parts:
-            files.publish(self._folder / part.name)
+            files.rename(files.staged(self._folder / part.name), self._folder / part.name)
             self._files[part.name] = part
+        files.sync_directory(self._folder)
         owners = keyparts.owners(self._files.values())
-        if parts and owners:
+        if owners:
             self._level = keyparts.mapped(self._folder, self._identity, owners)
             for name in self._files.keys() - {part.name for part in owners}:
                 files.remove(self._folder / name)

@@ -10,6 +10,7 @@ counts, wherever that is interrupted. ::
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -151,12 +152,17 @@ class Level(NamedTuple):
 
     def between(self, first: np.uint64, last: np.uint64) -> NDArray[np.uint64]:
         """Return the entries of two hashes of one part, and all between them."""
-        begin, end = probing.entries_between(self.spans, self.entries, self.bits, first, last)
-        return self.entries[begin:end]
+        bounds = np.empty(2, np.int64)
+        probing.entries_between(self.spans, self.entries, self.bits, first, last, bounds)
+        return self.entries[slice(*bounds.tolist())]
+
+    def first(self, part: Part) -> int:
+        """Tell with which bits the first hashes begin that lie in a part; newer ones may hold others of its own."""
+        return next(n for n in part.numbers(self.bits) if self.owners[n] is part)
 
     def is_sound(self, part: Part, identity: str) -> bool:
         """Whether the file of a part is what was written."""
-        begin, _, end, _ = self.spans[part.numbers(self.bits)[0]].tolist()
+        begin, _, end, _ = self.spans[self.first(part)].tolist()
         header = self.entries[begin - PAGE_ENTRIES : begin].tobytes()
         return header == part.header(identity) and checksum(self.entries[begin:end]) == part.checksum
 
@@ -201,10 +207,13 @@ def read(folder: Path, identity: str, now: Coverage) -> Level:
     Raises
     ------
     FormatError, OSError
-        They do not hold all hashes, one is not what it says, or gone meanwhile.
+        They do not hold all hashes, or one is gone meanwhile.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.suffix != ".tmp")
-    parts = [part for name in names if (part := _read(folder / name, identity)).coverage.is_within(now)]
+    parts = []
+    for path in sorted(folder.iterdir()):
+        with contextlib.suppress(FormatError, OSError):  # what is no part counts for nothing
+            parts.append(_read(path, identity))
+    parts = [part for part in parts if part.coverage.is_within(now)]
     found = owners(parts)
     if found is None:
         msg = f"{folder}: parts of the index are missing"

@@ -96,15 +96,20 @@ def _first_not_below(entries: Any, low: Any, end: Any, value: Any) -> Any:  # no
 
 @kernel
 def entries_between(
-    spans: Int64Array, entries: NDArray[np.uint64], bits: int, first: np.uint64, last: np.uint64
-) -> tuple[int, int]:
-    """Tell where the entries of two hashes of one part, and of all between them, begin and end."""
+    spans: Int64Array,
+    entries: NDArray[np.uint64],
+    bits: int,
+    first: np.uint64,
+    last: np.uint64,
+    out: Int64Array,
+) -> None:
+    """``out[0]`` and ``out[1]`` become begin and end of the entries of two hashes of one part, and all between."""
     span = first_bits(first, bits)
     end = spans[span, 2]
     begin = _first_not_below(entries, entry_home(spans, span, first), end, first)
     if end > begin and entries[end - 1, 0] > last:
         end = _first_not_below(entries, entry_home(spans, span, last), end, last + _1)
-    return begin, end
+    out[0], out[1] = begin, end
 
 
 @kernel
@@ -293,7 +298,8 @@ def merge(
     bits: int,
     homes: int,
     out: NDArray[np.uint64],
-) -> tuple[int, int]:
+    counts: Int64Array,
+) -> None:
     """Merge pairs ``(hash, row)`` with entries, both ascending by hash, into the entries of a part, each pair once.
 
     Parameters
@@ -304,11 +310,8 @@ def merge(
         How many it gets.
     out : ndarray of uint64, shape (n, 2)
         Room for as many entries as there are pairs and homes.
-
-    Returns
-    -------
-    tuple of int
-        How many entries there are, and how many of them are pairs.
+    counts : ndarray of int64, shape (2,)
+        Becomes how many entries there are, and how many of them are pairs.
     """
     i, j, at, pairs, before = 0, 0, 0, 0, first
     while i < new.shape[0] or j < old.shape[0]:
@@ -331,7 +334,7 @@ def merge(
             at += 1
         out[at, 0], out[at, 1] = value, row
         at, pairs, before = at + 1, pairs + 1, value
-    return at, pairs
+    counts[0], counts[1] = at, pairs
 
 
 @kernel
