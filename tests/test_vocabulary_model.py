@@ -372,7 +372,9 @@ def _with(weights, rows, other):
     return np.where(rows[:, None] >= 0, weights[rows], other).reshape(-1, DIM)
 
 
-def damage_index(path, damage, rng):
+def damage_index(folder, damage, rng):
+    """Damage one of its files."""
+    path = folder / str(rng.choice(sorted(os.listdir(folder))))
     data = bytearray(path.read_bytes())
     if damage == "missing":
         path.unlink()

@@ -101,14 +101,15 @@ def test_some_states_open_with_the_keys_of_a_commit():
 
 # What may be left out without a wrong state after a loss of power, and why it is there.
 OTHER_REASONS = {
-    "keyindex.merge:publish": "the next file in the place of the last, which is as right as that",
-    "keyindex._write_next:write:2": "checksums, at the end: a file that is too short is none, and made anew",
-    "keyindex._write_next:write:3": "the header: without it, a file is none either",
-    "keyindex.take_up:sync_directory": "a file that knows more than the last commit, as where a store is put together",
+    "keyparts.stage:write": "header and all: without it, a file is no part, and the index is made anew",
+    "keyindex._publish:rename": "the next part in the place of the last, which is as right as that",
+    "keyindex._publish:sync_directory": "those before go after it: without either, the index is made anew",
+    "keyindex.take_place_of:rename": "without a folder, the index is made anew",
+    "keyindex.take_up:sync_directory": "files that know more than the last commit, as where a store is put together",
 }
 
 
-NEEDED = [each for each in SITES if "keyindex" in each and each not in OTHER_REASONS]
+NEEDED = [each for each in SITES if each.startswith("key") and each not in OTHER_REASONS]
 
 
 def found_without_call(site, **more):

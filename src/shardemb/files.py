@@ -139,7 +139,7 @@ def remove(path: Path) -> None:
 def remove_tree(path: Path) -> None:
     """Remove a folder and all in it, or a file; a missing one is fine. Links are removed, not followed."""
     if not path.is_dir() or path.is_symlink():
-        remove(path)
+        path.unlink(missing_ok=True)
         return
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(path)
