@@ -352,8 +352,10 @@ def _as_float32(array: NDArray[Any]) -> Float32Array:
 
 
 def _require_finite(array: Float32Array, what: str, way_out: str, *, first_row: int = 0) -> None:
-    # A sum would overflow for large finite values; min and max do not, and they carry NaN along.
-    if array.size == 0 or (np.isfinite(array.min()) and np.isfinite(array.max())):
+    # A sum of squares reads the values once, and is not finite if one is not; it overflows for large ones, where min
+    # and max, which carry NaN along, tell.
+    flat = array.reshape(-1)
+    if np.isfinite(np.dot(flat, flat)) or (np.isfinite(flat.min()) and np.isfinite(flat.max())):
         return
     first = int(np.flatnonzero(~np.isfinite(array.reshape(-1)))[0])
     at = tuple(int(i) for i in np.unravel_index(first, array.shape))

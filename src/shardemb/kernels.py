@@ -157,18 +157,18 @@ def place_of(
 ) -> int:
     """Return the place of a row among the records: its own, in the files, or its slot's, which lie from `first` on.
 
-    An empty directory says that all rows are in the files. The entry of a row that is in neither is negative, and its
-    own place as good as any other.
+    An empty directory says that all rows are in the files. A row that is in neither has a negative entry, and no place:
+    -1.
     """
     if directory.size:
         entry = entry_of(directory, branches, leaves, row)
-        if entry > 0:
-            return first + entry - 1
+        if entry != 0:
+            return first + entry - 1 if entry > 0 else -1
     return row
 
 
 @kernel
-def _places_of(
+def places_of(
     directory: NDArray[np.int32],
     branches: NDArray[np.int32],
     leaves: NDArray[np.int32],
@@ -240,7 +240,7 @@ def gather(
     if directory.size == 0:
         _copy_from(source, record_bytes, ids[start:stop], target, row_bytes)
     else:
-        places = _places_of(directory, branches, leaves, slots, ids, start, stop)
+        places = places_of(directory, branches, leaves, slots, ids, start, stop)
         _copy_from(source, record_bytes, places, target, row_bytes)
 
 
@@ -268,7 +268,7 @@ def _gather_or_fill(
     Of each row the place first: what lies in a slot is there, whatever its bit says. The files' bit follows when they
     hold the record, and the slot goes after that.
     """
-    places = _places_of(directory, branches, leaves, slots, ids, start, stop)
+    places = places_of(directory, branches, leaves, slots, ids, start, stop)
     fresh, rows, count = np.empty(stop - start, np.int64), np.empty(stop - start, np.int64), 0
     for i in range(start, stop):
         row, ahead = ids[i], min(i + 2 * _AHEAD, stop - 1)

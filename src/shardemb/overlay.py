@@ -180,10 +180,9 @@ class Overlay:
 
     def places(self, rows: Int64Array) -> Int64Array:
         """Return the places of rows among all records: their own for rows of the files, -1 for those that are out."""
-        places = rows.copy()
-        if self.slots.count or self.out:
-            _places(self._directory, self._branches.entries, self._leaves.entries, self.first, rows, places)
-        return places
+        return kernels.places_of(
+            self._directory, self._branches.entries, self._leaves.entries, self.first, rows, 0, rows.size
+        )
 
     # ---- into memory
 
@@ -447,20 +446,6 @@ def _entries(
 ) -> None:
     for i in range(rows.size):
         entries[i] = kernels.entry_of(directory, branches, leaves, rows[i])
-
-
-@kernel
-def _places(
-    directory: NDArray[np.int32],
-    branches: NDArray[np.int32],
-    leaves: NDArray[np.int32],
-    first: int,
-    rows: Int64Array,
-    places: Int64Array,
-) -> None:
-    for i in range(rows.size):
-        entry = kernels.entry_of(directory, branches, leaves, rows[i])
-        places[i] = first + entry - 1 if entry > 0 else rows[i] if entry == 0 else -1
 
 
 @kernel

@@ -23,6 +23,8 @@ USED, NEWER, FOLDING, CHANGED, TOUCHED, _CHOSEN = (np.uint8(1 << bit) for bit in
 KEPT = NEWER | FOLDING
 """What the files do not hold, or may not hold yet."""
 
+_EACH_BYTE = np.uint64(0x0101010101010101)
+
 
 class Slots:
     """Slots of one table. Everything is under the store's lock.
@@ -47,7 +49,8 @@ class Slots:
 
     def __init__(self, most: int) -> None:
         self.owner: NDArray[np.int64] = files.zeros(np.int64, most)
-        self.state: NDArray[np.uint8] = files.zeros(np.uint8, most)
+        self._words: NDArray[np.uint64] = files.zeros(np.uint64, -(-most // 8))
+        self.state: NDArray[np.uint8] = self._words.view(np.uint8)[:most]
         self._free = np.empty(0, np.int64)
         self.end: int = 0
         self.count: int = 0
@@ -104,13 +107,11 @@ class Slots:
 
     def changed_slots(self) -> Int64Array:
         """List the slots that differ from the last commit, ascending."""
-        slots: Int64Array = _with_bits(self.state[: self.end], CHANGED, self.changed)
-        return slots
+        return self._with_bits(CHANGED, self.changed)
 
     def kept_slots(self) -> Int64Array:
         """List the slots that hold what the files do not, or may not yet, ascending."""
-        slots: Int64Array = _with_bits(self.state[: self.end], KEPT, self.kept)
-        return slots
+        return self._with_bits(KEPT, self.kept)
 
     def clear_changes(self) -> None:
         """Let no slot differ from the last commit any more."""
@@ -155,6 +156,12 @@ class Slots:
         return chosen
 
 
+    def _with_bits(self, bits: np.uint8, count: int) -> Int64Array:
+        """List the slots, of which there are so many, that have any of the bits, ascending."""
+        slots: Int64Array = _with_bits(self.state, self._words[: -(-self.end // 8)], np.uint64(bits), count)
+        return slots
+
+
 @kernel
 def _set_bits(state: NDArray[np.uint8], slots: Int64Array, bits: np.uint8, counted: np.uint8) -> int:
     """Set bits of slots; return how many had none of those that are counted."""
@@ -166,14 +173,16 @@ def _set_bits(state: NDArray[np.uint8], slots: Int64Array, bits: np.uint8, count
 
 
 @kernel
-def _with_bits(state: NDArray[np.uint8], bits: np.uint8, count: int) -> Int64Array:
-    """List the slots, of which there are so many, that have any of the bits."""
+def _with_bits(state: NDArray[np.uint8], words: NDArray[np.uint64], bits: np.uint64, count: int) -> Int64Array:
+    """List the slots, of which there are so many, that have any of the bits; `words` is their state, 8 at a time."""
     slots = np.empty(count, np.int64)
-    k = 0
-    for slot in range(state.size):
-        if k < count and state[slot] & bits:
-            slots[k] = slot
-            k += 1
+    k, mask = 0, bits * _EACH_BYTE
+    for word in range(words.size):
+        if words[word] & mask:  # of few slots among many, most words have none
+            for slot in range(8 * word, 8 * word + 8):
+                if k < count and state[slot] & bits:
+                    slots[k] = slot
+                    k += 1
     return slots
 
 
