@@ -300,7 +300,7 @@ def test_merge_makes_a_part_of_pairs_and_entries_each_pair_once(new, old, bits, 
     )
     expected = {pair for pair in [*new, *old] if first <= pair[0] <= last}
     homes = int(len(expected) / 0.75)
-    out = np.empty((homes + own.shape[0] + others.shape[0], 2), np.uint64)
+    out = np.full((homes + own.shape[0] + others.shape[0] + probing.SLACK, 2), 7, np.uint64)
     counts = np.full(2, -7)
     probing.merge(own, others, np.uint64(first), bits, homes, out, counts)
     stop, pairs = counts.tolist()

@@ -355,7 +355,9 @@ def _require_finite(array: Float32Array, what: str, way_out: str, *, first_row: 
     # A sum of squares reads the values once, and is not finite if one is not; it overflows for large ones, where min
     # and max, which carry NaN along, tell.
     flat = array.reshape(-1)
-    if np.isfinite(np.dot(flat, flat)) or (np.isfinite(flat.min()) and np.isfinite(flat.max())):
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.dot(flat, flat)
+    if np.isfinite(squares) or (np.isfinite(flat.min()) and np.isfinite(flat.max())):
         return
     first = int(np.flatnonzero(~np.isfinite(array.reshape(-1)))[0])
     at = tuple(int(i) for i in np.unravel_index(first, array.shape))

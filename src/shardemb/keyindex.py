@@ -275,7 +275,7 @@ class KeyIndex:
                 source.pairs if source.bits == bits else int(np.count_nonzero(old[:, 1] != probing.NO_ROW))
             )
         homes = int(pairs / _FULL)
-        room = merging.room(homes + pairs)
+        room = merging.room(homes + pairs + probing.SLACK)
         entries = room[PAGE_ENTRIES:]
         counts = np.empty(2, np.int64)
         probing.merge(new, old, first, bits, homes, entries, counts)

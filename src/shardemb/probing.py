@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shardemb.kernels import kernel, prefetch
+from shardemb.kernels import inlined, kernel, prefetch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,6 +33,9 @@ _AHEAD, _RING = 24, 32
 
 FAR = 1024
 """Slots from its home within which a pair lies, where there is no salt; random hashes never come so far."""
+
+SLACK = 2
+"""Entries behind the last that `merge` may write, which mean nothing; few gaps between pairs are longer."""
 
 _NEAR = 8
 """Entries that are looked at one by one; only where hashes fall together one lies farther from its home."""
@@ -59,7 +62,7 @@ def _home_in_part(value: Any, bits: Any, homes: Any) -> Any:  # noqa: ANN401
     return np.int64((((value << np.uint64(bits)) >> _32) * np.uint64(homes)) >> _32)
 
 
-@kernel
+@inlined
 def entry_home(spans: Any, span: Any, value: Any) -> Any:  # noqa: ANN401
     """Where among the entries a hash belongs, by the span of its part."""
     return min(spans[span, 0] + _home_in_part(value, spans[span, 3], spans[span, 1]), spans[span, 2])
@@ -73,7 +76,7 @@ def entry_homes(spans: Int64Array, bits: int, hashes: NDArray[np.uint64], out: I
         out[i] = min(entry_home(spans, span, hashes[i]), spans[span, 2] - 1)
 
 
-@kernel
+@inlined
 def _first_not_below(entries: Any, low: Any, end: Any, value: Any) -> Any:  # noqa: ANN401
     """Return the number of the first of the entries ``low:end`` whose hash is at least `value`."""
     for _ in range(_NEAR):
@@ -112,7 +115,7 @@ def entries_between(
     out[0], out[1] = begin, end
 
 
-@kernel
+@inlined
 def _free_place(slots: Any, salt: Any, value: Any) -> Any:  # noqa: ANN401
     """Return the first empty slot from the home of a hash on; -1 where it is too far."""
     capacity = slots.shape[0]
@@ -173,7 +176,7 @@ def insert_all(
     return True
 
 
-@kernel
+@inlined
 def _in_slots(slots: Any, salt: Any, value: Any, skip: Any, end: Any) -> Any:  # noqa: ANN401
     """Return the row of the ``skip + 1``-th pair in slots; -1, less what is left to skip, where there is none."""
     capacity = slots.shape[0]
@@ -192,7 +195,7 @@ def _in_slots(slots: Any, salt: Any, value: Any, skip: Any, end: Any) -> Any:  #
     return -1 - skip
 
 
-@kernel
+@inlined
 def _in_entries(entries: Any, low: Any, last: Any, value: Any, skip: Any, end: Any) -> Any:  # noqa: ANN401
     """As `_in_slots`, of the entries ``low:last``."""
     low = _first_not_below(entries, low, last, value)
@@ -290,6 +293,28 @@ def take_between(
             at = 0
 
 
+@inlined
+def _is_there(out: Any, at: Any, value: Any, row: Any) -> Any:  # noqa: ANN401
+    """Whether a pair is among the entries before some place, which ascend and have no hash above."""
+    while at > 0 and out[at - 1, 0] == value:
+        at -= 1
+        if out[at, 1] == row:
+            return True
+    return False
+
+
+@inlined
+def _put(out: Any, at: Any, home: Any, before: Any, value: Any, row: Any) -> Any:  # noqa: ANN401
+    """Put a pair at its home, or at `at` if that lies behind it; return where it is."""
+    for k in range(SLACK):  # needed or not: a branch would go as often one way as the other
+        out[at + k, 0], out[at + k, 1] = before, NO_ROW
+    for k in range(at + SLACK, home):
+        out[k, 0], out[k, 1] = before, NO_ROW
+    at = max(at, home)
+    out[at, 0], out[at, 1] = value, row
+    return at
+
+
 @kernel
 def merge(
     new: NDArray[np.uint64],
@@ -309,31 +334,27 @@ def merge(
     homes : int
         How many it gets.
     out : ndarray of uint64, shape (n, 2)
-        Room for as many entries as there are pairs and homes.
+        Room for as many entries as there are pairs and homes, and `SLACK` more.
     counts : ndarray of int64, shape (2,)
         Becomes how many entries there are, and how many of them are pairs.
     """
-    i, j, at, pairs, before = 0, 0, 0, 0, first
-    while i < new.shape[0] or j < old.shape[0]:
-        if i < new.shape[0] and (j == old.shape[0] or new[i, 0] <= old[j, 0]):
-            value, row = new[i, 0], new[i, 1]
+    i, at, pairs, before, recent = 0, 0, 0, first, _0
+    for j in range(old.shape[0] + 1):
+        rest = j == old.shape[0]
+        value, row = (_0, _0) if rest else (old[j, 0], old[j, 1])
+        while i < new.shape[0] and (rest or new[i, 0] <= value):
+            recent = new[i, 0]
+            if not _is_there(out, at, recent, new[i, 1]):
+                at = 1 + _put(out, at, _home_in_part(recent, bits, homes), before, recent, new[i, 1])
+                pairs, before = pairs + 1, recent
             i += 1
-        else:
-            value, row = old[j, 0], old[j, 1]
-            j += 1
-            if np.int64(row) < 0:
-                continue
-        k = at  # a pair that is there already came twice
-        while k > 0 and out[k - 1, 0] == value and out[k - 1, 1] != row:
-            k -= 1
-        if k > 0 and out[k - 1, 0] == value:
+        if rest or (value == recent and _is_there(out, at, value, row)):
             continue
-        place = _home_in_part(value, bits, homes)
-        while at < place:
-            out[at, 0], out[at, 1] = before, NO_ROW
-            at += 1
-        out[at, 0], out[at, 1] = value, row
-        at, pairs, before = at + 1, pairs + 1, value
+        # What is no pair is put too, and overwritten by the next: no branch for it either.
+        is_pair = int(np.int64(row) >= 0)
+        place = _put(out, at, _home_in_part(value, bits, homes), before, value, row)
+        at += int(place + 1 - at) * is_pair
+        pairs, before = pairs + is_pair, max(before, value)
     counts[0], counts[1] = at, pairs
 
 

@@ -155,7 +155,6 @@ class Slots:
         chosen.sort(kind="stable")  # few runs that ascend: these it merges
         return chosen
 
-
     def _with_bits(self, bits: np.uint8, count: int) -> Int64Array:
         """List the slots, of which there are so many, that have any of the bits, ascending."""
         slots: Int64Array = _with_bits(self.state, self._words[: -(-self.end // 8)], np.uint64(bits), count)
@@ -173,7 +172,9 @@ def _set_bits(state: NDArray[np.uint8], slots: Int64Array, bits: np.uint8, count
 
 
 @kernel
-def _with_bits(state: NDArray[np.uint8], words: NDArray[np.uint64], bits: np.uint64, count: int) -> Int64Array:
+def _with_bits(
+    state: NDArray[np.uint8], words: NDArray[np.uint64], bits: np.uint64, count: int
+) -> Int64Array:
     """List the slots, of which there are so many, that have any of the bits; `words` is their state, 8 at a time."""
     slots = np.empty(count, np.int64)
     k, mask = 0, bits * _EACH_BYTE
