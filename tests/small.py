@@ -41,6 +41,7 @@ def make_small(patch, chance):
     patch.setattr(keyed, "SCANNED_ROWS", chance.choice([13, 1000]))
     patch.setattr(keyindex, "OPEN_PAIRS", chance.choice([(1, 1), (5, 50), (64, 64), (2**20, 2**23)]))
     patch.setattr(keyindex, "_STALE", chance.choice([0, 20, 2**16]))
+    patch.setattr(keyindex, "SHARED", chance.choice([1, 2**13]))
     patch.setattr(keyindex, "_FIRST_SLOTS", chance.choice([2, 64]))
     patch.setattr(keyindex, "PART_BITS", chance.choice([6, 9]))
     # The same from one run to the next.

@@ -39,8 +39,9 @@ def run(functions):
 
 @contextmanager
 def small(open_pairs=(8, 32), part_bits=6):
-    """Merge a few pairs already, into parts of a few entries."""
+    """Merge a few pairs already, into parts of a few entries; put some into slots by halves."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keyindex, "SHARED", 5)
         patch.setattr(keyindex, "OPEN_PAIRS", open_pairs)
         patch.setattr(keyindex, "PART_BITS", part_bits)
         patch.setattr(keyindex, "_FIRST_SLOTS", 4)

@@ -33,8 +33,14 @@ def empty(capacity):
 def filled(pairs, capacity=64, salt=PLAIN):
     slots = empty(capacity)
     rows = np.array([row for _, row in pairs], np.int64)
-    assert probing.insert(*slots, salt, uint64([value for value, _ in pairs]), rows) == len(pairs)
+    assert not insert(slots, salt, uint64([value for value, _ in pairs]), rows).any()
     return slots
+
+
+def insert(slots, salt, values, rows, first=0, last=None):
+    left = np.zeros(values.size, np.bool_)
+    probing.insert(*slots, salt, values, rows, left, first, slots[1].size if last is None else last)
+    return left
 
 
 def level(pairs, bits, share=0.75, deep=()):
@@ -143,12 +149,12 @@ def test_where_a_pair_would_lie_too_far_nothing_is_put_without_a_salt():
     far, capacity = probing.FAR, 8 * probing.FAR
     values, rows = uint64(range(2 * far)), np.arange(2 * far)
     slots = empty(capacity)
-    assert probing.insert(*slots, PLAIN, values, rows) == far
+    assert np.flatnonzero(insert(slots, PLAIN, values, rows)).tolist() == list(range(far, 2 * far))
     assert probe(slots, values.tolist()) == [*range(far), *[-1] * far]
-    assert probing.insert(*slots, PLAIN, values[far:], rows[far:]) == 0
+    assert insert(slots, PLAIN, values[far:], rows[far:]).all()
     salted = empty(capacity)
     assert probing.insert_all(*salted, SALTED, slots[0])
-    assert probing.insert(*salted, SALTED, values[far:], rows[far:]) == far
+    assert not insert(salted, SALTED, values[far:], rows[far:]).any()
     assert probe(salted, values.tolist(), salt=SALTED) == rows.tolist()
     assert not probing.insert_all(*empty(capacity), PLAIN, salted[0])
 
@@ -157,7 +163,31 @@ def test_random_hashes_never_come_too_far():
     rng = np.random.default_rng(0)
     values = rng.integers(0, LAST, 1_500_000, np.uint64)
     slots = empty(2_000_000)
-    assert probing.insert(*slots, PLAIN, values, np.arange(values.size)) == values.size
+    assert not insert(slots, PLAIN, values, np.arange(values.size)).any()
+
+
+@given(pairs_, salts, st.integers(48, 80), st.data())
+@example([(LAST, row) for row in range(9)] + [(LAST // 2, 3)] * 9, PLAIN, 48, None)
+def test_pairs_are_put_into_stretches_of_slots_whoever_comes_first(pairs, salt, capacity, data):
+    """What does not belong there, or would lie beyond, is left; all together are as if one had put them."""
+    middle = capacity // 2 if data is None else data.draw(st.integers(0, capacity))
+    slots, rows = empty(capacity), np.array([row for _, row in pairs], np.int64)
+    values = uint64([value for value, _ in pairs])
+    homes = np.array([probing.home(value, capacity, salt) for value in values], np.int64)
+    beyond = np.zeros(len(pairs), np.bool_)
+    for first, last in ((middle, capacity), (0, middle)):
+        before = [each.copy() for each in slots]
+        left = insert(slots, salt, values, rows, first, last)
+        own = (homes >= first) & (homes < last)
+        assert not left[~own].any()
+        changed = np.flatnonzero((slots[0] != before[0]).any(axis=1) | (slots[1] != before[1]))
+        assert ((changed >= first) & (changed < last)).all()
+        assert np.count_nonzero(slots[0][:, 1]) - np.count_nonzero(before[0][:, 1]) == (own & ~left).sum()
+        beyond |= left
+    assert not insert(slots, salt, values[beyond], rows[beyond]).any()
+    for value in {value for value, _ in pairs}:
+        found = all_rows(slots, value, salt=salt)
+        assert sorted(found) == sorted(row for each, row in pairs if each == value)
 
 
 @given(pairs_, salts, st.lists(hashes_, max_size=20))

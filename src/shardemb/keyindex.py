@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 PART_BITS = 19
 """Pairs of a part, at most, as a power of two: 11 MiB are merged and written at once, by each core."""
 
-TOGETHER = 8
+TOGETHER = 16
 """Parts that are merged while those before them reach the disk, and take the place of older ones. The memory of these
 is that of the next: where the kernel has to find other, a virtual machine may have given it back to its host."""
 
@@ -48,6 +48,9 @@ OPEN_PAIRS = 2**20, 12 * 2**20
 _FIRST_SLOTS = 1024
 _FULL = 0.75
 """Share of the slots that may be taken, and share of the homes of a part that are."""
+
+SHARED = 2**13
+"""Pairs that are put into slots by two threads, each in half of them; fewer are not worth waking one."""
 
 SAMPLES = 32
 """Hashes of a batch whose pages are looked for in memory, to tell whether to ask for all of them."""
@@ -212,11 +215,8 @@ class KeyIndex:
             stop = min(start + most - self._open, hashes.size)
             self._reserve(self._open + stop - start)
             self._open += stop - start  # before they are there, for those who count meanwhile
-            done = probing.insert(*self._slots, hashes[start:stop], rows[start:stop])
-            self._open -= stop - start - done
-            start += done
-            if start < stop:
-                self._move(self._slots.pairs.shape[0], new_salt())
+            self._insert(hashes[start:stop], rows[start:stop])
+            start = stop
             if self._open >= most:
                 try:
                     self.merge(coverage)
@@ -298,7 +298,7 @@ class KeyIndex:
         files.sync_directory(self._folder)
         owners = keyparts.owners(self._files.values())
         if owners:
-            self._level = keyparts.mapped(self._folder, self._identity, owners)
+            self._level = keyparts.mapped(self._folder, owners)
             for name in self._files.keys() - {part.name for part in owners}:
                 files.remove(self._folder / name)
                 del self._files[name]
@@ -308,6 +308,22 @@ class KeyIndex:
         return all(self._level.is_sound(part, self._identity) for part in self._level.parts)
 
     # ---- within
+
+    def _insert(self, hashes: NDArray[np.uint64], rows: Int64Array) -> None:
+        """Put pairs into slots, which have room for them."""
+        left = np.zeros(hashes.size, np.bool_)
+        capacity = self._slots.marks.size
+        middle = capacity // 2 if hashes.size >= SHARED else capacity
+        insert = partial(probing.insert, *self._slots, hashes, rows, left)
+        self._run(
+            [partial(insert, *slots) for slots in ((0, middle), (middle, capacity)) if slots[0] < capacity]
+        )
+        while left.any():
+            hashes, rows = hashes[left], rows[left]
+            left = np.zeros(hashes.size, np.bool_)
+            probing.insert(*self._slots, hashes, rows, left, 0, capacity)
+            if left.any():
+                self._move(capacity, new_salt())
 
     def _limit(self) -> int:
         if not self._writable or self._damaged:

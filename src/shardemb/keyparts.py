@@ -160,11 +160,15 @@ class Level(NamedTuple):
         """Tell with which bits the first hashes begin that lie in a part; newer ones may hold others of its own."""
         return next(n for n in part.numbers(self.bits) if self.owners[n] is part)
 
+    def is_headed(self, part: Part, identity: str) -> bool:
+        """Whether the file of a part says that it is that."""
+        begin = self.spans[self.first(part), 0]
+        return self.entries[begin - PAGE_ENTRIES : begin].tobytes() == part.header(identity)
+
     def is_sound(self, part: Part, identity: str) -> bool:
         """Whether the file of a part is what was written."""
         begin, _, end, _ = self.spans[self.first(part)].tolist()
-        header = self.entries[begin - PAGE_ENTRIES : begin].tobytes()
-        return header == part.header(identity) and checksum(self.entries[begin:end]) == part.checksum
+        return self.is_headed(part, identity) and checksum(self.entries[begin:end]) == part.checksum
 
 
 NOTHING = Level(np.zeros((1, 4), np.int64), np.empty((0, 2), np.uint64), 0, 0, ())
@@ -218,7 +222,11 @@ def read(folder: Path, identity: str, now: Coverage) -> Level:
     if found is None:
         msg = f"{folder}: parts of the index are missing"
         raise FormatError(msg)
-    return mapped(folder, identity, found)
+    level = mapped(folder, found)
+    if not all(level.is_headed(part, identity) for part in level.parts):
+        msg = f"{folder}: a part was replaced while it was opened"  # by a writer beside this reader
+        raise FormatError(msg)
+    return level
 
 
 def owners(parts: Iterable[Part]) -> tuple[Part, ...] | None:
@@ -232,13 +240,13 @@ def owners(parts: Iterable[Part]) -> tuple[Part, ...] | None:
     return whole if len(whole) == len(found) else None
 
 
-def mapped(folder: Path, identity: str, found: tuple[Part, ...]) -> Level:
+def mapped(folder: Path, found: tuple[Part, ...]) -> Level:
     """Map parts, those of each of the bits with which hashes can begin.
 
     Raises
     ------
-    FormatError, OSError
-        A file is not what it was, or gone.
+    OSError
+        A file is gone.
     """
     begins, nbytes = {}, 0
     for part in dict.fromkeys(found):
@@ -246,11 +254,6 @@ def mapped(folder: Path, identity: str, found: tuple[Part, ...]) -> Level:
     memory = files.AddressRange(nbytes)
     for part, begin in begins.items():
         memory.map_file(begin, folder / part.name, round_up(part.nbytes, PAGE))
-        if memory.bytes(begin, PAGE) != part.header(identity):
-            msg = (
-                f"{folder / part.name}: it was replaced while it was opened"  # by a writer beside this reader
-            )
-            raise FormatError(msg)
     memory.advise(0, nbytes, files.MADV_RANDOM)
     firsts = {part: begin // 16 + PAGE_ENTRIES for part, begin in begins.items()}
     spans = [(firsts[part], part.homes, firsts[part] + part.entries, part.bits) for part in found]

@@ -116,17 +116,17 @@ def entries_between(
 
 
 @inlined
-def _free_place(slots: Any, salt: Any, value: Any) -> Any:  # noqa: ANN401
-    """Return the first empty slot from the home of a hash on; -1 where it is too far."""
+def _free_place(slots: Any, salt: Any, value: Any, first: Any, last: Any) -> Any:  # noqa: ANN401
+    """Return the first empty slot from the home of a hash on; -1 where it is too far, or not among ``first:last``."""
     capacity = slots.shape[0]
     at, steps = home(value, capacity, salt), 0
     while slots[at, 1] != 0:
         steps += 1
-        if steps == FAR and not salt:
-            return -1
         at += 1
-        if at == capacity:
+        if at == last and last - first == capacity:
             at = 0
+        if at == last or (steps == FAR and not salt):
+            return -1
     return at
 
 
@@ -143,22 +143,29 @@ def insert(
     salt: np.uint64,
     hashes: NDArray[np.uint64],
     rows: Int64Array,
-) -> int:
-    """Put pairs into slots that have room for them, up to one that would lie too far; return how many.
+    left: NDArray[np.bool_],
+    first: int,
+    last: int,
+) -> None:
+    """Put pairs into slots that have room for them, those whose homes are among ``first:last``.
 
-    Readers may look on: a row comes after its hash, and after its mark.
+    ``left[i]`` becomes true for one that would lie too far, or beyond. Others may do the same with other slots
+    meanwhile, and readers look on: a row comes after its hash, and after its mark.
     """
     for i in range(hashes.size):
         ahead = home(hashes[min(i + _AHEAD, hashes.size - 1)], marks.size, salt)
-        prefetch(slots.ctypes.data + 16 * ahead)
-        prefetch(marks.ctypes.data + ahead)
-        at = _free_place(slots, salt, hashes[i])
-        if at < 0:
-            return i
-        marks[home(hashes[i], marks.size, salt)] |= _mark(hashes[i])
-        slots[at, 0] = hashes[i]
-        slots[at, 1] = np.uint64(rows[i] + 1)
-    return hashes.size
+        if first <= ahead < last:
+            prefetch(slots.ctypes.data + 16 * ahead)
+            prefetch(marks.ctypes.data + ahead)
+        own = home(hashes[i], marks.size, salt)
+        if first <= own < last:
+            at = _free_place(slots, salt, hashes[i], first, last)
+            if at < 0:
+                left[i] = True
+                continue
+            marks[own] |= _mark(hashes[i])
+            slots[at, 0] = hashes[i]
+            slots[at, 1] = np.uint64(rows[i] + 1)
 
 
 @kernel
@@ -168,7 +175,7 @@ def insert_all(
     """Put what lies in other slots into empty ones; return whether nothing would lie too far."""
     for i in range(old.shape[0]):
         if old[i, 1] != 0:
-            at = _free_place(slots, salt, old[i, 0])
+            at = _free_place(slots, salt, old[i, 0], 0, slots.shape[0])
             if at < 0:
                 return False
             marks[home(old[i, 0], marks.size, salt)] |= _mark(old[i, 0])
