@@ -382,6 +382,7 @@ def test_what_a_crash_left_behind_goes(written):
     path, pairs = written
     (path / "03-1.tmp").write_bytes(b"half")
     (path / ".nfs000").write_bytes(b"")
+    (path / "03-9").mkdir()
     assert_holds(taken_up(path), pairs)
     assert (path / "03-1.tmp").exists()
     assert_holds(taken_up(path, writable=True), pairs)

@@ -103,7 +103,10 @@ class _Merging(NamedTuple):
     def room(self, entries: int) -> NDArray[np.uint64]:
         """Take room for a header and entries, used again: its first touch would cost more than the merging."""
         entries += PAGE_ENTRIES
-        room = self.rooms.pop() if self.rooms else np.empty((0, 2), np.uint64)
+        try:
+            room = self.rooms.pop()
+        except IndexError:
+            room = NOTHING.entries
         return room if room.shape[0] >= entries else np.empty((entries + entries // 8, 2), np.uint64)
 
 
@@ -136,7 +139,7 @@ class KeyIndex:
 
     def take_up(self, now: Coverage) -> None:
         """Take up the files, if they are those of this vocabulary and know no more than the commit `now`."""
-        for _ in range(_TRIES):
+        for _ in range(1 if self._writable else _TRIES):
             with contextlib.suppress(FormatError, OSError):
                 self._level = keyparts.read(self._folder, self._identity, now)
                 break

@@ -197,10 +197,10 @@ def expect(folder: Path, part: Part) -> None:
 
 
 def keep(folder: Path, names: Collection[str]) -> None:
-    """Remove the other files of a folder."""
+    """Remove whatever else is in a folder."""
     for path in folder.iterdir():
         if path.name not in names:
-            files.remove(path)
+            files.remove_tree(path)
 
 
 def read(folder: Path, identity: str, now: Coverage) -> Level:
