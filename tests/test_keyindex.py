@@ -150,6 +150,30 @@ def test_what_is_in_memory_is_a_share_of_what_is_on_disk(path):
         assert_holds(index, [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(20_000)])
 
 
+def test_a_checkpoint_writes_down_what_would_take_long_to_learn(path, monkeypatch):
+    monkeypatch.setattr(keyindex, "_SOON_LEARNT", 20)
+    pairs = [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(700)]
+    with small((10**6, 10**6), part_bits=8):
+        index, written = new_index(path), []
+        for start, stop in ((0, 20), (20, 21), (21, 600), (600, 637), (637, 638)):
+            add(index, pairs[start:stop])
+            index.checkpoint(Coverage(1, stop, 0))
+            written.append(index.coverage.rows)
+            assert_holds(index, pairs[:stop])
+        assert written == [0, 21, 600, 600, 638]
+        reader = taken_up(path)
+        add(reader, pairs)
+        reader.checkpoint(Coverage(2, 700, 0))
+        assert reader.coverage.rows == 638
+        with (path / "02-1").open("r+b") as file:
+            os.pwrite(file.fileno(), b"\xff", PAGE + 5)
+        add(index, pairs[638:])
+        for _ in range(2):
+            index.checkpoint(Coverage(2, 700, 0))
+            assert index.coverage.rows == 638
+        assert index.is_stale(700)
+
+
 def test_an_index_that_may_not_write_keeps_all_in_memory(path):
     with small():
         index = new_index(path, writable=False)

@@ -397,6 +397,28 @@ def test_a_lookup_beside_a_rollback_does_not_take_old_pairs_for_new_ones(store, 
     assert words.lookup([1, 4, 5]).tolist() == [0, -1, 3]
 
 
+def test_after_a_checkpoint_an_opening_learns_few_keys(path, monkeypatch):
+    monkeypatch.setattr(keyindex, "_SOON_LEARNT", 100)
+    with shardemb.open(path) as store:
+        words = store.create_vocabulary("v", key_type="int64")
+        words.add(np.arange(500))
+        store.commit()
+        words.add(np.arange(500, 600))  # not committed, and in the files all the same
+        store.checkpoint()
+        assert store.has_changes
+        assert words.stats()["index_bytes_on_disk"] > 0
+        with pytest.warns(RuntimeWarning, match="are lost"):
+            store.close()
+    with shardemb.open(path) as store:
+        words = store.vocabularies["v"]
+        assert words._index._open == 0
+        assert words.lookup(np.arange(600)).tolist() == [*range(500), *[-1] * 100]
+        assert words.add(np.arange(400, 700)).tolist() == list(range(400, 700))
+        store.commit()
+    with shardemb.open(path) as store:
+        assert store.vocabularies["v"].lookup(np.arange(700)).tolist() == list(range(700))
+
+
 def test_a_lookup_beside_a_merge_finds_keys_behind_many_others(store, monkeypatch):
     """Pairs that are in the index twice are there once after a merge: to be counted in one view of it."""
     words = store.create_vocabulary("v", key_type="string")

@@ -55,6 +55,9 @@ SHARED = 2**13
 SAMPLES = 32
 """Hashes of a batch whose pages are looked for in memory, to tell whether to ask for all of them."""
 
+_SOON_LEARNT = 2**16
+"""Pairs that an opening learns in no time."""
+
 _TRIES = 10
 """How often files are looked for that a writer beside this reader may be replacing."""
 
@@ -221,11 +224,19 @@ class KeyIndex:
             self._insert(hashes[start:stop], rows[start:stop])
             start = stop
             if self._open >= most:
-                try:
-                    self.merge(coverage)
-                except FormatError:
-                    self._damaged = True
+                self._try_to_merge(coverage)
                 most = self._limit()
+
+    def checkpoint(self, coverage: Coverage) -> None:
+        """Merge already what would take as long to be learnt at an opening; raises as `add`."""
+        if self._writable and not self._damaged and self._open > max(_SOON_LEARNT, self._level.pairs // 16):
+            self._try_to_merge(coverage)
+
+    def _try_to_merge(self, coverage: Coverage) -> None:
+        try:
+            self.merge(coverage)
+        except FormatError:
+            self._damaged = True
 
     def is_stale(self, live: int) -> bool:
         """Whether the index should be made anew: it is damaged, or so many pairs are of no use."""

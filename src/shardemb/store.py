@@ -598,7 +598,8 @@ class Store(Mapping[str, "Table | KeyedTable"]):
     def checkpoint(self) -> None:
         """Bring what is committed into the shards, where other readers of zarr see it, and wait for it.
 
-        Commits nothing. Other threads may go on meanwhile.
+        Commits nothing. Other threads may go on meanwhile. The next opening has less to do: nothing of the log is to be
+        read, and few keys of vocabularies are to be learnt again.
 
         Raises
         ------
@@ -617,6 +618,8 @@ class Store(Mapping[str, "Table | KeyedTable"]):
             problem = self._writing().settle()
         if problem is not None:
             raise problem
+        for vocabulary in list(self._vocabularies.now.values()):
+            vocabulary._checkpoint()
 
     def refresh(self) -> None:
         """Move a store that was opened for reading on to the newest commit. Its tables stay the same objects.

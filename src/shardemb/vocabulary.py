@@ -410,6 +410,12 @@ class Vocabulary:
         """Refuse every use from now on, unless a rollback brings it back."""
         self._dropped = True
 
+    def _checkpoint(self) -> None:
+        """Write down what only the memory of the index knows, where an opening would take long to learn it again."""
+        with self._lock, self._runtime.writing():
+            if not self._dropped:
+                self._index.checkpoint(self._coverage())
+
     def _release(self) -> None:
         """Let go of the index and its files; lookups that still run have theirs."""
         self._index = self._new_index()
