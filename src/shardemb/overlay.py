@@ -180,9 +180,10 @@ class Overlay:
 
     def places(self, rows: Int64Array) -> Int64Array:
         """Return the places of rows among all records: their own for rows of the files, -1 for those that are out."""
-        return kernels.places_of(
-            self._directory, self._branches.entries, self._leaves.entries, self.first, rows, 0, rows.size
-        )
+        if not self.slots.count and not self.out:
+            return rows.copy()
+        directory, branches, leaves = self._directory, self._branches.entries, self._leaves.entries
+        return kernels.places_of(directory, branches, leaves, self.first, rows, 0, rows.size)
 
     # ---- into memory
 
