@@ -152,7 +152,8 @@ USE_EVERYTHING = """
             list(table.to_arrow_batches())
     modules = kernels, grouping, bitmaps, hashing, probing, matching, slots, overlay
     inner = hashing._turn, hashing._turn_round, probing.home, probing._mark, probing.first_bits, probing._home_in_part
-    inner += grouping._bits_of, grouping._sort_words, kernels._copy_from, overlay._take_node, overlay._give_if_empty
+    inner += grouping._bits_of, grouping._sort_words, overlay._take_node, overlay._give_if_empty
+    inner += kernels._copy_from, kernels._advise_pages
     found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
     found = [each for each in found if each.targetoptions.get("inline") != "always"]
     found += [kernels.step(Adam), kernels.gather_or_fill(Uniform), kernels.copy_or_fill(Uniform)]

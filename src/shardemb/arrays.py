@@ -359,7 +359,7 @@ def _require_finite(array: Float32Array, what: str, way_out: str, *, first_row: 
         squares = np.dot(flat, flat)
     if np.isfinite(squares) or (np.isfinite(flat.min()) and np.isfinite(flat.max())):
         return
-    first = int(np.flatnonzero(~np.isfinite(array.reshape(-1)))[0])
+    first = int(np.flatnonzero(~np.isfinite(flat))[0])
     at = tuple(int(i) for i in np.unravel_index(first, array.shape))
     place = (at[0] + first_row, *at[1:])
     msg = f"{what} hold {array[at]} at position {place}, as float32; nothing was changed{way_out}"

@@ -359,9 +359,9 @@ def run_pieces(
     scheduler.run([partial(run, task) for task in _cut(runtime, lengths, row_bytes)], runtime.threads)
 
 
-def run_side_by_side(runtime: Runtime, functions: Sequence[Callable[[], None]], *, waiting: int = 0) -> None:
-    """Call functions on as many threads as a batch may use, and on more for some that wait for the disk meanwhile."""
-    scheduler.run(functions, runtime.threads + waiting if runtime.threads > 1 else 1)
+def run_side_by_side(runtime: Runtime, functions: Sequence[Callable[[], None]]) -> None:
+    """Call functions on as many threads as a batch may use, and one more, as one waits for the disk meanwhile."""
+    scheduler.run(functions, runtime.threads + 1 if runtime.threads > 1 else 1)
 
 
 def _cut(runtime: Runtime, lengths: Sequence[int], row_bytes: Sequence[int]) -> list[list[Piece]]:

@@ -325,7 +325,7 @@ def sample_resident(
     return resident
 
 
-@inlined
+@kernel
 def _advise_pages(base: int, start: int, stop: int, advice: int, most_pages: int) -> int:
     failed = 0
     for first in range(start, stop, most_pages):

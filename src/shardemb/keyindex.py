@@ -127,15 +127,10 @@ class KeyIndex:
     writable : bool
         Whether the files may be replaced; otherwise all that they do not hold stays in memory.
 
-    Attributes
-    ----------
-    coverage : Coverage
-        Of the files.
     """
 
     def __init__(self, folder: Path, identity: str, run: Run, *, writable: bool) -> None:
         self._folder, self._identity, self._run, self._writable = folder, identity, run, writable
-        self.coverage = Coverage()
         self._level, self._damaged = NOTHING, False
         self._files: dict[str, Part] = {}
         self._slots, self._open = _no_pairs(_FIRST_SLOTS, np.uint64(0)), 0
@@ -146,14 +141,14 @@ class KeyIndex:
             with contextlib.suppress(FormatError, OSError):
                 self._level = keyparts.read(self._folder, self._identity, now)
                 break
+        if not self._writable:
+            return
         if self.has_files:
-            self.coverage = self._level.coverage
             self._files = {part.name: part for part in self._level.parts}
-        if self._writable and not self.has_files and self._folder.exists():
+            keyparts.keep(self._folder, self._files)
+        elif self._folder.exists():
             files.remove_tree(self._folder)  # or a later commit might believe it
             files.sync_directory(self._folder.parent)
-        elif self._writable and self.has_files:
-            keyparts.keep(self._folder, self._files)
 
     def anew(self) -> KeyIndex:
         """Return an index of the same vocabulary that knows nothing yet, with a folder of its own."""
@@ -190,6 +185,11 @@ class KeyIndex:
     def has_files(self) -> bool:
         """Whether there are files that it has taken up, or written."""
         return self._level is not NOTHING
+
+    @property
+    def coverage(self) -> Coverage:
+        """What the files know."""
+        return self._level.coverage
 
     @property
     def nbytes(self) -> tuple[int, int]:
@@ -268,7 +268,6 @@ class KeyIndex:
         except BaseException:
             keyparts.keep(self._folder, self._files)
             raise
-        self.coverage = coverage
         self._slots, self._open = _no_pairs(_FIRST_SLOTS, np.uint64(0)), 0
 
     def _write(self, merging: _Merging, number: int, written: list[Part]) -> None:
@@ -327,11 +326,10 @@ class KeyIndex:
         """Put pairs into slots, which have room for them."""
         left = np.zeros(hashes.size, np.bool_)
         capacity = self._slots.marks.size
-        middle = capacity // 2 if hashes.size >= SHARED else capacity
+        middle = capacity // 2
+        parts = ((0, middle), (middle, capacity)) if hashes.size >= SHARED else ((0, capacity),)
         insert = partial(probing.insert, *self._slots, hashes, rows, left)
-        self._run(
-            [partial(insert, *slots) for slots in ((0, middle), (middle, capacity)) if slots[0] < capacity]
-        )
+        self._run([partial(insert, *part) for part in parts])
         while left.any():
             hashes, rows = hashes[left], rows[left]
             left = np.zeros(hashes.size, np.bool_)

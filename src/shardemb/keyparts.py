@@ -141,7 +141,7 @@ class Level(NamedTuple):
     @property
     def coverage(self) -> Coverage:
         """What all parts know."""
-        known = [part.coverage for part in self.parts]
+        known = [part.coverage for part in self.parts] or [Coverage()]
         return Coverage(*(min(getattr(each, name) for each in known) for name in ("commit", "rows", "head")))
 
     def homes(self, hashes: NDArray[np.uint64]) -> Int64Array:

@@ -618,8 +618,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
             problem = self._writing().settle()
         if problem is not None:
             raise problem
-        for vocabulary in list(self._vocabularies.now.values()):
-            vocabulary._checkpoint()
+        self._vocabularies.checkpoint()
 
     def refresh(self) -> None:
         """Move a store that was opened for reading on to the newest commit. Its tables stay the same objects.

@@ -165,6 +165,11 @@ class Vocabularies:
             each._settle(commit)
         self._committed = {each._record().uuid: each for each in self.now.values()}
 
+    def checkpoint(self) -> None:
+        """Write down what an opening would take long to learn again; not under the store's lock."""
+        for each in list(self.now.values()):
+            each._checkpoint()
+
     def restore(self, records: Sequence[VocabularyRecord]) -> None:
         """Go back to those of the last commit."""
         kept = {record.uuid for record in records}

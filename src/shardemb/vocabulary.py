@@ -542,7 +542,7 @@ class Vocabulary:
     # ---- within: the index
 
     def _new_index(self) -> KeyIndex:
-        run = partial(batch.run_side_by_side, self._runtime, waiting=1)
+        run = partial(batch.run_side_by_side, self._runtime)
         return KeyIndex(self._path, self._state.uuid, run, writable=self._runtime.writable)
 
     def _coverage(self) -> Coverage:
