@@ -136,6 +136,47 @@ def test_threads_never_get_the_same_memory(monkeypatch):
     assert wrong == []
 
 
+SHAPES = [(3, 64), (0, 64), (ROWS // 2, 64), (64,), (2, 5, 7), (ROWS, 64)]
+
+
+@pytest.mark.parametrize("shapes", [[], SHAPES[:2], SHAPES, [(MOST_BYTES // 256, 64), SHAPE]], ids=len)
+def test_arrays_that_are_made_together_are_what_np_empty_makes(shapes):
+    arrays = Results().empty_together(shapes)
+    assert [each.shape for each in arrays] == shapes
+    for number, each in enumerate(arrays):
+        assert (each.dtype, type(each)) == (np.float32, np.ndarray)
+        assert each.flags.c_contiguous
+        assert each.flags.writeable
+        each[...] = number
+    assert [(each == number).all() for number, each in enumerate(arrays)] == [True] * len(shapes)
+
+
+def test_arrays_that_are_made_together_lie_side_by_side_until_the_last_is_gone():
+    made = Results()
+    arrays = made.empty_together(SHAPES)
+    first = address(arrays[0])
+    ends = [address(each) + each.nbytes - first for each in arrays]
+    assert [(address(each) - first) % 64 for each in arrays] == [0] * len(arrays)
+    assert max(ends) < sum(each.nbytes for each in arrays) + 64 * len(arrays)
+    arrays[1:-1] = []
+    del arrays[0]
+    assert made.nbytes == 0
+    arrays.clear()
+    assert address(made.empty((ends[-1] // 4,))) == first
+
+
+def test_lookups_of_several_tables_use_it(store):
+    for name in "abc":
+        store.create_table(name, num_embeddings=ROWS, embedding_dim=64)
+    ids = dict.fromkeys("abc", np.arange(ROWS // 2))
+    rows = store.lookup(ids)
+    where, nbytes = address(rows["a"]), rows["a"].nbytes
+    assert [address(each) for each in rows.values()] == [where, where + nbytes, where + 2 * nbytes]
+    assert address(store.lookup(ids)["a"]) != where
+    del rows
+    assert address(store.lookup(ids)["a"]) == where
+
+
 def test_lookups_use_it(store):
     table = store.create_table("t", num_embeddings=2 * ROWS, embedding_dim=64)
     first = table.lookup(np.arange(ROWS))

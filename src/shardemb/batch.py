@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -59,6 +59,21 @@ class Training:
 
     optimizer: Optimizer | None
     step: int
+
+
+class Wanted(NamedTuple):
+    """A lookup in one table that was checked: what it asks for, and the shape of the result."""
+
+    shards: Shards
+    column: str
+    ids: Int64Array
+    shape: tuple[int, ...]
+
+    def into(self, result: Float32Array) -> Read:
+        """Say where it goes: an array of that shape, C-contiguous."""
+        # A subclass of ndarray, such as a memmap, would be another type to the kernels.
+        flat = result.view(np.ndarray).reshape(-1, self.shape[-1])
+        return Read(self.shards, self.column, self.ids, flat)
 
 
 @dataclass(frozen=True)

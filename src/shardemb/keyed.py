@@ -420,7 +420,7 @@ class KeyedTable:
         facts, rows = self._rows._facts(measured=measured), self.num_embeddings
         return replace(facts, num_embeddings=rows, nbytes=rows * self._rows._spec.record_bytes)
 
-    def _plan_read(self, column: str, keys: KeysLike) -> tuple[batch.Read, Float32Array]:
+    def _plan_read(self, column: str, keys: KeysLike) -> batch.Wanted:
         return self._rows._plan_read(column, self._known(keys))
 
     def _plan_change(

@@ -9,6 +9,7 @@ memory.
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,10 +18,15 @@ from shardemb import files
 from shardemb.spec import round_up
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from shardemb.arrays import Float32Array
 
 LEAST_BYTES, MOST_BYTES = 2**20, 2**26
 """A result of fewer bytes is left to the C library; of all the others, so many bytes are kept."""
+
+ALIGNED = 16
+"""Arrays in one block of memory begin at whole cache lines of so many numbers."""
 
 
 class Results:
@@ -41,6 +47,18 @@ class Results:
             return np.empty(shape, np.float32)
         memory = self._take(nbytes) or _new(nbytes)
         return np.asarray(_Lease(self, memory, shape))
+
+    def empty_together(self, shapes: Sequence[tuple[int, ...]]) -> list[Float32Array]:
+        """Make several arrays as `empty` does, in one block of memory: alone, each would take whole huge pages."""
+        sizes = [math.prod(shape) for shape in shapes]
+        ends = list(accumulate(round_up(size, ALIGNED) for size in sizes))
+        if not ends or not LEAST_BYTES <= 4 * ends[-1] <= MOST_BYTES:
+            return [self.empty(shape) for shape in shapes]
+        block = self.empty((ends[-1],))
+        return [
+            block[start : start + size].reshape(shape)
+            for start, size, shape in zip([0, *ends], sizes, shapes, strict=False)
+        ]
 
     def close(self) -> None:
         """Keep nothing any more."""

@@ -457,7 +457,8 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         Returns
         -------
         dict of str to ndarray of float32, shape ``ids.shape + (embedding_dim,)``
-            The caller's own memory.
+            The caller's own memory. Results of one call may share a block of it, which goes with the last of them:
+            copy what is to be kept for long.
 
         Raises
         ------
@@ -470,9 +471,11 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> rows["tokens"].shape
         (2, 4)
         """
-        planned = {name: self[name]._plan_read("weight", each) for name, each in ids.items()}
-        batch.read(self._runtime, [read for read, _ in planned.values()])
-        return {name: result for name, (_, result) in planned.items()}
+        wanted = {name: self[name]._plan_read("weight", each) for name, each in ids.items()}
+        results = self._runtime.results.empty_together([each.shape for each in wanted.values()])
+        reads = [each.into(rows) for each, rows in zip(wanted.values(), results, strict=True)]
+        batch.read(self._runtime, reads)
+        return dict(zip(wanted, results, strict=True))
 
     def update(
         self, batches: Mapping[str, tuple[ArrayLike, ArrayLike]], *, check_finite: bool = True

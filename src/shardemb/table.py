@@ -765,19 +765,13 @@ class Table:
 
     # ---- the way down
 
-    def _plan_read(
-        self, column: str, ids: ArrayLike, out: NDArray[np.float32] | None = None
-    ) -> tuple[batch.Read, Float32Array]:
-        """Check a lookup; return what is to be done, and the array that will hold the result. For `Store`."""
+    def _plan_read(self, column: str, ids: ArrayLike) -> batch.Wanted:
+        """Check a lookup. For `Store`."""
         # Of what is read, and not of what the table may become meanwhile: ids past its end would be read from nowhere.
         shards = self._live()
         checked = arrays.row_ids(ids, shards.spec.num_embeddings, self.name)
         first, last = shards.spec.columns[column]
-        shape = (*checked.shape, last - first)
-        result = self._runtime.results.empty(shape) if out is None else arrays.output(out, shape)
-        # A subclass of ndarray, such as a memmap, would be another type to the kernels.
-        flat = result.view(np.ndarray).reshape(-1, last - first)
-        return batch.Read(shards, column, checked.flat, flat), result
+        return batch.Wanted(shards, column, checked.flat, (*checked.shape, last - first))
 
     def _plan_change(
         self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool
@@ -836,8 +830,10 @@ class Table:
         return self._shards
 
     def _read(self, column: str, ids: ArrayLike, out: NDArray[np.float32] | None) -> Float32Array:
-        read, result = self._plan_read(column, ids, out)
-        batch.read(self._runtime, [read])
+        wanted = self._plan_read(column, ids)
+        made, shape = self._runtime.results, wanted.shape
+        result = made.empty(shape) if out is None else arrays.output(out, shape)
+        batch.read(self._runtime, [wanted.into(result)])
         return result
 
 
