@@ -1,11 +1,15 @@
 """Into how many tasks for dask a batch is cut: none for a small one, a few for a large one, never one a shard."""
 
+import time
+
+import numpy as np
 from dask.callbacks import Callback
 
 import shardemb
+from shardemb import plan
 
 from . import common
-from .common import LARGE, MEDIUM, ROWS, SMALL
+from .common import DIM, LARGE, MEDIUM, ROW_BYTES, ROWS, SMALL, Timed
 
 CORES = 2
 NUM_SHARDS = 64
@@ -46,6 +50,31 @@ class Tasks:
         return counter.tasks
 
     track_lookup_tasks.unit = track_update_tasks.unit = "tasks"
+
+
+class Rested(Timed):
+    """From which size on a lookup in memory is worth two tasks, where `plan.TASK_BYTES` comes from."""
+
+    params = [[2, 4, 8, 16], [1, 2], [0.0, 0.02]]
+    param_names = ["MiB", "tasks", "seconds of sleep before"]
+
+    def setup_cache(self):
+        rows = {"num_embeddings": ROWS, "optimizer": common.optimizer("SGD")}
+        return common.build("rested.zarr", rows=rows)
+
+    def setup(self, path, mib, tasks, rest_s):
+        self.table = common.warm_table(path, "rows")
+        self.least, plan.TASK_BYTES = plan.TASK_BYTES, mib * 2**20 // tasks
+        size = mib * 2**20 // ROW_BYTES
+        self.ids, self.out = common.make_ids("uniform", ROWS, size), np.zeros((size, DIM), np.float32)
+        self.table.lookup(self.ids, out=self.out)
+        time.sleep(rest_s)
+
+    def teardown(self, *_):
+        plan.TASK_BYTES = self.least
+
+    def time_lookup(self, *_):
+        self.table.lookup(self.ids, out=self.out)
 
 
 class _Counter(Callback):

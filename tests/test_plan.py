@@ -120,6 +120,13 @@ def test_a_small_batch_is_one_task_and_no_batch_more_than_two_a_core():
     assert num_tasks(2**60, 1) == 2
 
 
+@pytest.mark.parametrize("cores", [1, 2, 3, 8])
+def test_cores_share_a_batch_evenly(cores):
+    found = [num_tasks(k * plan.TASK_BYTES, cores) for k in range(5 * cores)]
+    assert set(found) == {*range(1, cores + 1), 2 * cores}
+    assert found == sorted(found)
+
+
 @pytest.mark.parametrize("count", [0, 1, 10**6])
 def test_a_plan_of_any_size_has_no_more_parts_than_tasks(count):
     assert len(cut([count], 8)) <= 8

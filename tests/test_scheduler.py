@@ -106,6 +106,62 @@ def test_the_helpers_of_a_thread_end_after_it():
         assert not helper.is_alive()
 
 
+@pytest.fixture
+def kept_to(monkeypatch):
+    """What helpers were told: (thread, cores, the core that this is said on)."""
+    calls, keep_to, here = [], scheduler._keep_to, scheduler._getcpu
+
+    def note(thread, cores):
+        calls.append((thread, cores, here()))
+        keep_to(thread, cores)
+
+    monkeypatch.setattr(scheduler, "_keep_to", note)
+    return calls
+
+
+def meet():
+    """Have the caller and one helper run a task each; return the cores that they may use then."""
+    meeting = threading.Barrier(2, timeout=60)
+    return run([lambda: meeting.wait() >= 0 and os.sched_getaffinity(0)] * 2, 2)
+
+
+several_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+
+
+@several_cores
+def test_helpers_that_slept_wake_on_another_core_than_the_callers(kept_to, monkeypatch):
+    meet()
+    for core in sorted(os.sched_getaffinity(0))[:2] * 3:
+        monkeypatch.setattr(scheduler, "_getcpu", lambda core=core: core)
+        time.sleep(5 * scheduler.REST_S)
+        kept_to.clear()
+        assert meet() == [os.sched_getaffinity(0)] * 2  # once it runs, it may run anywhere
+        (helper, others, _), (itself, cores, begun_on) = kept_to
+        assert (helper != threading.get_native_id(), itself) == (True, 0)
+        assert (others, cores) == (os.sched_getaffinity(0) - {core}, os.sched_getaffinity(0))
+        assert begun_on != core
+
+
+def test_helpers_that_are_awake_stay_where_they_are(kept_to, monkeypatch):
+    meet()
+    monkeypatch.setattr(scheduler, "REST_S", 3600)
+    kept_to.clear()
+    meet()
+    assert kept_to == []
+
+
+@several_cores
+def test_a_thread_that_may_use_one_core_has_helpers_all_the_same():
+    allowed, one = os.sched_getaffinity(0), {min(os.sched_getaffinity(0))}
+    try:
+        for cores in one, allowed, one:
+            os.sched_setaffinity(0, cores)
+            time.sleep(5 * scheduler.REST_S)
+            assert meet() == [cores, cores]
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
 @pytest.mark.parametrize("choice", ["sync", "synchronous", "single-threaded", "SYNC", dask.get], ids=str)
 def test_the_calling_thread_runs_them_where_the_configuration_says_so(choice):
     with dask.config.set(scheduler=choice):

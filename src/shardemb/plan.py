@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
     from shardemb.arrays import Int64Array
 
-TASK_BYTES = 8 * 2**20
+TASK_BYTES = 4 * 2**20
 """Least work of a task in bytes of records, so a batch of less than two runs in the calling thread.
 
-Gathering this much from memory takes about a millisecond, and handing two tasks to dask 0.2-0.4 ms.
+Gathering this much from memory takes half a millisecond to two. Handing two tasks to dask takes 0.2-0.4 ms, and up to
+another where the second core has to wake from its sleep. ``benchmarks/tasks.py`` has both sides of it.
 """
 
 WINDOW_BLOCKS = 64
@@ -131,8 +132,18 @@ def along(blocks: Int64Array, has_data: NDArray[np.bool_]) -> Int64Array:
 
 
 def num_tasks(nbytes: int, cores: int) -> int:
-    """How many tasks a batch of so many bytes of records is worth: 1 to 2 x cores."""
-    return max(1, min(2 * cores, nbytes // TASK_BYTES))
+    """How many tasks a batch of so many bytes of records is worth: up to one a core, or two a core.
+
+    None between these, with which some cores would do twice as much as others; two, so that a core that is held up has
+    part of its work done by others, only where that is much work.
+
+    Examples
+    --------
+    >>> [num_tasks(nbytes * 2**20, cores=2) for nbytes in (1, 8, 16, 32)]
+    [1, 2, 2, 4]
+    """
+    worth = max(1, nbytes // TASK_BYTES)
+    return 2 * cores if worth >= 4 * cores else min(worth, cores)
 
 
 def cut(lengths: Sequence[int], tasks: int) -> list[list[Piece]]:

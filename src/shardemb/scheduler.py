@@ -7,8 +7,11 @@ the calling thread and on others that wait for it, or by what ``dask.config`` as
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import threading
+import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
@@ -29,6 +32,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _PID = os.getpid()
+_THIS_THREAD = 0
+_getcpu = ctypes.CDLL(None).sched_getcpu
+
+REST_S = 0.001
+"""Helpers that had nothing to do for so long may be asleep, and their cores too."""
 
 CORES: int = dask.system.CPU_COUNT
 """Cores that this process may use, as dask counts them (affinity and cgroup limits included)."""
@@ -121,19 +129,62 @@ def _get(tasks: int, threads: int) -> Callable[..., Any]:
     return partial(dask.local.get_async, _Shared(tasks, threads).submit, tasks, chunksize=1)
 
 
+class _Helpers:
+    """Threads that work for one other, on other cores than its own."""
+
+    def __init__(self, threads: int) -> None:
+        self._ids: list[int] = []
+        note = partial(_note_thread, self._ids)  # no method: threads that hold this object would never end
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="helper", initializer=note)
+        self._idle_since = 0.0
+        self._cores: set[int] = set()
+
+    def keep_off(self) -> None:
+        """Let those that sleep wake on other cores than that of the calling thread, which is going to work too.
+
+        Linux wakes a thread on the core of its waker if it sees none that is idle, and moves it milliseconds later. A
+        core of a virtual machine that sleeps does not count as idle (``vcpu_is_preempted``): after a rest, all of a
+        batch would run on one core. Once awake, a thread may go wherever the calling thread may.
+        """
+        rested = time.monotonic() - self._idle_since > REST_S
+        self._cores = os.sched_getaffinity(0) if rested else set()
+        for thread in self._ids if rested else ():
+            _keep_to(thread, self._cores - {_getcpu()})
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Let one of them do some work."""
+        self._pool.submit(self._do, work, self._cores)
+
+    def _do(self, work: Callable[[], None], cores: set[int]) -> None:
+        if cores:
+            _keep_to(_THIS_THREAD, cores)
+        work()
+        self._idle_since = time.monotonic()
+
+
 class _Workers(threading.local):
     """Threads that work for this one, and end after it. A pool for all could be full of somebody's long tasks."""
 
     def __init__(self) -> None:
-        self.pools: dict[int, ThreadPoolExecutor] = {}
+        self._helpers: dict[int, _Helpers] = {}
 
-    def pool(self, threads: int) -> ThreadPoolExecutor:
-        if threads not in self.pools:
-            self.pools[threads] = ThreadPoolExecutor(threads, thread_name_prefix="helper")
-        return self.pools[threads]
+    def helpers(self, threads: int) -> _Helpers:
+        if threads not in self._helpers:
+            self._helpers[threads] = _Helpers(threads)
+        self._helpers[threads].keep_off()
+        return self._helpers[threads]
 
 
 _workers = _Workers()
+
+
+def _note_thread(ids: list[int]) -> None:
+    ids.append(threading.get_native_id())
+
+
+def _keep_to(thread: int, cores: set[int]) -> None:
+    with contextlib.suppress(OSError):  # no core, or none that it may use by now: as before, then
+        os.sched_setaffinity(thread, cores)
 
 
 class _Shared:
@@ -152,16 +203,16 @@ class _Shared:
     def __init__(self, tasks: int, threads: int) -> None:
         self._to_come = tasks
         self._others = min(threads, tasks) - 1
-        self._pool = _workers.pool(threads - 1) if self._others else None
+        self._helpers = _workers.helpers(threads - 1) if self._others else None
         self._waiting: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:  # noqa: ANN401
         future: Future[Any] = Future()
         self._waiting.append((future, partial(function, *arguments)))
         self._to_come -= 1
-        if self._pool is not None and self._others:
+        if self._helpers is not None and self._others:
             self._others -= 1
-            self._pool.submit(self._work)
+            self._helpers.submit(self._work)
         if self._to_come == 0:
             self._work()
         return future
