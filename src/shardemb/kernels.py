@@ -130,7 +130,10 @@ def nonzero(flags: NDArray[np.uint8], places: NDArray[np.uint32]) -> int:
 
 _CACHE_LINE = 64
 _AHEAD = 8
-"""How many rows ahead a step asks for: makes it two to three times as fast on rows that are not in the cache."""
+"""How many rows ahead a step asks for: makes it two to three times as fast on rows that are not in the cache.
+
+Of gradients, which are three times as short as a record of Adam's, twice as many.
+"""
 
 _ASKED_BYTES = 512
 """How much of a row a copy asks for; the processor finds out about the rest by itself."""
@@ -143,6 +146,14 @@ NODE_BITS = 4
 
 _WITHIN = (1 << NODE_BITS) - 1
 """The bits of a row that tell its place within a node."""
+
+
+@inlined
+def _ask(address: int, nbytes: int) -> None:
+    """Ask for so many bytes, from the beginning of a cache line on."""
+    for line in range(0, nbytes, _CACHE_LINE):
+        prefetch(address + line)
+
 
 # ---- reading --------------------------------------------------------------------------------------------------
 
@@ -216,12 +227,9 @@ def _copy_from(source: int, record_bytes: int, places: Int64Array, target: int, 
 
     Asked for ahead, 40,960 random rows of 256 bytes take 1.0 ms instead of 1.25.
     """
-    asked = min(row_bytes, _ASKED_BYTES)
     for i in range(places.size):
         if i + _AHEAD < places.size:
-            ahead = source + places[i + _AHEAD] * record_bytes
-            for line in range(0, asked, _CACHE_LINE):
-                prefetch(ahead + line)
+            _ask(source + places[i + _AHEAD] * record_bytes, min(row_bytes, _ASKED_BYTES))
         if places[i] >= 0:
             copy(target + i * row_bytes, source + places[i] * record_bytes, row_bytes)
 
@@ -450,15 +458,13 @@ def _step(
     """
     dim = gradients.shape[1]
     row_bytes, record_bytes = 4 * dim, 4 * records.shape[1]
-    source, target = gradients.ctypes.data, records.ctypes.data
+    source, target, end = gradients.ctypes.data, records.ctypes.data, order.size - 1
     for u in range(start, stop):
-        if u + _AHEAD < stop:
-            for line in range(0, record_bytes, _CACHE_LINE):
-                prefetch(target + places[u + _AHEAD] * record_bytes + line)
-            for line in range(0, row_bytes, _CACHE_LINE):
-                prefetch(source + order[starts[u + _AHEAD]] * row_bytes + line)
-        record = records[places[u]]
         first, last = starts[u], starts[u + 1]
+        if u + _AHEAD < stop:
+            _ask(target + places[u + _AHEAD] * record_bytes, record_bytes)
+        _ask(source + order[min(first + 2 * _AHEAD, end)] * row_bytes, row_bytes)
+        record = records[places[u]]
         if counting:
             record[record.size - 2] = min(record[record.size - 2] + np.float32(last - first), _MOST_COUNTED)
             record[record.size - 1] = np.float32(counting)
@@ -468,6 +474,7 @@ def _step(
         for j in range(dim):
             scratch[j] = gradients[order[first], j]
         for k in range(first + 1, last):
+            _ask(source + order[min(k + 2 * _AHEAD, end)] * row_bytes, row_bytes)
             gradient = gradients[order[k]]
             for j in range(dim):
                 scratch[j] += gradient[j]
