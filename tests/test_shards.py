@@ -365,6 +365,18 @@ def test_a_batch_is_cold_when_its_pages_are_not_in_memory(tmp_path):
     assert not table.is_cold(rows, 32)
 
 
+def test_one_row_of_a_sample_makes_a_batch_cold(tmp_path):
+    """The disk takes 100 us for a page that is waited for: a tenth of a batch of 65,536 would take a second."""
+    table = create(tmp_path, values=np.ones((ROWS, 5), np.float32))
+    rows = int64(range(0, ROWS, 400))
+    if not table.is_cold(rows, 32):
+        pytest.skip("this file system keeps its files in memory")
+    table.read_ahead(rows, 1, rows.size)
+    look_up(table, rows[1:])
+    assert table.is_cold(rows, 32)
+    assert not table.is_cold(rows[1:], 32)
+
+
 HUGE = make(40_960, 64, rows_per_shard=16_384)  # two shards of 4 MiB, and one of which half is rows
 
 
