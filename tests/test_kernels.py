@@ -153,7 +153,7 @@ USE_EVERYTHING = """
     modules = kernels, grouping, bitmaps, hashing, probing, matching, slots, overlay
     inner = hashing._turn, hashing._turn_round, probing.home, probing._mark, probing.first_bits, probing._home_in_part
     inner += grouping._bits_of, grouping._sort_words, overlay._take_node, overlay._give_if_empty
-    inner += kernels._copy_from, kernels._advise_pages
+    inner += kernels._copy_from, kernels._stream_from, kernels._advise_pages
     found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
     found = [each for each in found if each.targetoptions.get("inline") != "always"]
     found += [kernels.step(Adam), kernels.gather_or_fill(Uniform), kernels.copy_or_fill(Uniform)]
@@ -275,9 +275,7 @@ def test_no_kernel_returns_a_tuple():
     returns = {
         name: each.__annotations__["return"]
         for name, each in functions.items()
-        if inspect.isfunction(each)
-        and each.__module__ in [module.__name__ for module in WITH_KERNELS]
-        and each is not kernels.copy
+        if inspect.isfunction(each) and each.__module__ in [module.__name__ for module in WITH_KERNELS]
     }
     assert {"sort_rows", "_step", "_gather_or_fill"} <= set(returns)
     assert [name for name, kind in returns.items() if "tuple" in kind] == []
@@ -303,6 +301,35 @@ def test_gather_copies_the_column_of_its_part_of_the_batch(column, width):
     kernels.gather(records, *NO_INDEX, column, ids, out, 1, 4)
     np.testing.assert_array_equal(out[1:4], records[ids[1:4], column : column + width])
     assert (out[[0, 4]] == -1).all()
+
+
+def aligned(shape, offset):
+    """An array of -1 that begins so many bytes past the beginning of a cache line."""
+    memory = np.full(np.prod(shape) + 32, -1, np.float32)
+    first = ((offset - memory.ctypes.data) % 64) // 4
+    return memory[first : first + np.prod(shape)].reshape(shape)
+
+
+@pytest.mark.parametrize("offset", [0, 32, 16, 4])
+@pytest.mark.parametrize(("width", "column"), [(64, 0), (64, 1), (8, 3), (72, 2), (7, 0)])
+def test_a_large_result_is_the_same_past_the_caches(width, column, offset):
+    count = kernels._STREAMED_BYTES // (4 * width) + 2
+    records, ids = table(3000, 75), np.random.default_rng(0).integers(0, 3000, count)
+    out = aligned((count, width), offset)
+    kernels.gather(records, *NO_INDEX, column, ids, out, 0, count)
+    np.testing.assert_array_equal(out, records[ids, column : column + width])
+
+
+def test_a_large_result_has_the_gaps_of_a_small_one():
+    """Rows that are nowhere keep what the caller had there, until they are looked for again."""
+    count = kernels._STREAMED_BYTES // 256 + 2
+    records, places = table(3000, 64), np.random.default_rng(0).integers(0, 3000, count)
+    places[[0, 7, count - 1]] = -1
+    out = aligned((count, 64), 0)
+    kernels._copy_from(records.ctypes.data, 256, places, out.ctypes.data, 256)
+    gaps = places < 0
+    np.testing.assert_array_equal(out[~gaps], records[places[~gaps]])
+    assert (out[gaps] == -1).all()
 
 
 def test_gather_or_fill_reads_only_rows_that_are_present():

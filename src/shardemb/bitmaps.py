@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb.kernels import copy, kernel
+from shardemb.intrinsics import copy
+from shardemb.kernels import kernel
 from shardemb.spec import PAGE
 
 if TYPE_CHECKING:

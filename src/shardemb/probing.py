@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shardemb.kernels import inlined, kernel, prefetch
+from shardemb.intrinsics import prefetch
+from shardemb.kernels import inlined, kernel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

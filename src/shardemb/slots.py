@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shardemb import files
-from shardemb.kernels import kernel, prefetch
+from shardemb.intrinsics import prefetch
+from shardemb.kernels import kernel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
