@@ -366,7 +366,7 @@ def test_a_batch_is_cold_when_its_pages_are_not_in_memory(tmp_path):
 
 
 def test_one_row_of_a_sample_makes_a_batch_cold(tmp_path):
-    """The disk takes 100 us for a page that is waited for: a tenth of a batch of 65,536 would take a second."""
+    """A page that is waited for takes the disk 100 us: a tenth of 65,536 take two cores a third of a second."""
     table = create(tmp_path, values=np.ones((ROWS, 5), np.float32))
     rows = int64(range(0, ROWS, 400))
     if not table.is_cold(rows, 32):

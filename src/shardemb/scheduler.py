@@ -146,10 +146,12 @@ class _Helpers:
         core of a virtual machine that sleeps does not count as idle (``vcpu_is_preempted``): after a rest, all of a
         batch would run on one core. Once awake, a thread may go wherever the calling thread may.
         """
-        rested = time.monotonic() - self._idle_since > REST_S
-        self._cores = os.sched_getaffinity(0) if rested else set()
-        for thread in self._ids if rested else ():
-            _keep_to(thread, self._cores - {_getcpu()})
+        self._cores = set()
+        if time.monotonic() - self._idle_since > REST_S:
+            self._cores = os.sched_getaffinity(0)
+            others = self._cores - {_getcpu()}
+            for thread in self._ids:
+                _keep_to(thread, others)
 
     def submit(self, work: Callable[[], None]) -> None:
         """Let one of them do some work."""
