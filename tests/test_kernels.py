@@ -152,7 +152,7 @@ USE_EVERYTHING = """
             list(table.to_arrow_batches())
     modules = kernels, grouping, bitmaps, hashing, probing, matching, slots, overlay
     inner = hashing._turn, hashing._turn_round, probing.home, probing._mark, probing.first_bits, probing._home_in_part
-    inner += grouping._bits_of, grouping._sort_words, overlay._take_node, overlay._give_if_empty
+    inner += overlay._take_node, overlay._give_if_empty
     inner += kernels._copy_from, kernels._stream_from, kernels._advise_pages
     found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
     found = [each for each in found if each.targetoptions.get("inline") != "always"]
@@ -175,8 +175,8 @@ COUNT_CACHE_HITS = """
     step = kernels.step(optim.Adam)
     record, scalars = np.zeros((1, 3), np.float32), np.ones(4, np.float32)
     step(record, none, np.array([0, 1]), none, one, scalars, one[0].copy(), 0, 0, 1)
-    grouping.group_starts(none)
-    for kernel in (step, grouping.group_starts):
+    grouping.sort_rows(none, 1, 1)
+    for kernel in (step, grouping.sort_rows):
         print(sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))
 """
 
@@ -222,49 +222,50 @@ def batches(draw):
     return num_rows, int64(ids)
 
 
-def sort_rows(ids, num_bits):
-    keys, order = ids.copy(), np.full(ids.size, -1)
-    assert grouping.sort_rows(keys, order, np.empty_like(keys), num_bits)
-    return keys, order
+def sort_rows(ids, num_rows):
+    """Sort as `plan.group` does; return the ids, and where each stood."""
+    bits = max(ids.size - 1, 0).bit_length()
+    words = grouping.sort_rows(ids, bits, (num_rows - 1).bit_length())
+    assert words.dtype == np.uint64
+    return (words >> np.uint64(bits)).astype(np.int64), (words & np.uint64(2**bits - 1)).astype(np.int64)
 
 
 @given(batches())
+@example((2**64, int64([0, 2**62, 2**63 - 1, 5])[3:]))  # one id of all bits that there are
 def test_sort_rows_is_a_stable_argsort(batch):
     num_rows, ids = batch
-    keys, order = sort_rows(ids, (num_rows - 1).bit_length())
+    sorted_ids, order = sort_rows(ids, num_rows)
     expected = np.argsort(ids, kind="stable")
     np.testing.assert_array_equal(order, expected)
-    np.testing.assert_array_equal(keys, ids[expected])
+    np.testing.assert_array_equal(sorted_ids, ids[expected])
 
 
-@pytest.mark.parametrize("num_rows", [1, 1_000, 400_000, 2**30, 2**45])  # none to five passes
+@pytest.mark.parametrize(
+    "num_rows", [1, 1_000, 2**12, 2**12 + 1, 400_000, 2**30, 2**45]
+)  # one to four passes
 @pytest.mark.parametrize("size", [200_000, 2**17, 2**17 + 1])
 def test_sort_rows_on_a_large_batch(num_rows, size):
     ids = np.random.default_rng(0).zipf(1.2, size) % num_rows
-    keys, order = sort_rows(ids, (num_rows - 1).bit_length())
+    sorted_ids, order = sort_rows(ids, num_rows)
     np.testing.assert_array_equal(order, np.argsort(ids, kind="stable"))
-    np.testing.assert_array_equal(keys, np.sort(ids))
-
-
-def test_sort_rows_changes_nothing_where_a_word_has_no_room_for_key_and_position():
-    ids, order = int64([2**48 - 1, 0, 5]), int64([7, 7, 7])
-    assert not grouping.sort_rows(ids, order, np.empty_like(ids), 62)
-    assert ids.tolist() == [2**48 - 1, 0, 5]
-    assert order.tolist() == [7, 7, 7]
-    assert grouping.sort_rows(ids, order, np.empty_like(ids), 61)
-    assert order.tolist() == [1, 2, 0]
+    np.testing.assert_array_equal(sorted_ids, np.sort(ids))
 
 
 @given(batches())
 @example((5, int64([])))
-def test_group_starts_and_invert_are_np_unique(batch):
+def test_what_is_read_off_sorted_words_is_np_unique(batch):
     num_rows, ids = batch
-    keys, order = sort_rows(ids, (num_rows - 1).bit_length())
-    starts = grouping.group_starts(keys)
-    expected, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
-    np.testing.assert_array_equal(keys[starts[:-1]], expected)
-    np.testing.assert_array_equal(starts, np.concatenate([[0], np.cumsum(counts)]))
-    np.testing.assert_array_equal(grouping.invert(order, starts), inverse)
+    bits, n = max(ids.size - 1, 0).bit_length(), ids.size
+    words = grouping.sort_rows(ids, bits, (num_rows - 1).bit_length())
+    rows, starts, order, again, inverse = (np.full(size, -1) for size in (n, n + 1, n, n, n))
+    expected, places, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    assert grouping.list_groups(words, bits, rows, starts, order) == expected.size
+    assert grouping.list_inverse(words, bits, again, inverse) == expected.size
+    np.testing.assert_array_equal(rows[: expected.size], expected)
+    np.testing.assert_array_equal(again[: expected.size], expected)
+    np.testing.assert_array_equal(starts[: expected.size + 1], np.concatenate([[0], np.cumsum(counts)]))
+    np.testing.assert_array_equal(order, np.argsort(ids, kind="stable"))
+    np.testing.assert_array_equal(inverse, places)
 
 
 def test_no_kernel_returns_a_tuple():

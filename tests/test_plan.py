@@ -5,14 +5,14 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shardemb import plan
-from shardemb.plan import Piece, align, cut, group, num_tasks
+from shardemb import grouping, plan
+from shardemb.plan import Piece, align, cut, distinct, group, num_tasks
 
 
 @st.composite
 def batches(draw):
     """Ids in a table: hot rows, neighbours in one word, and rows far apart."""
-    num_rows = draw(st.sampled_from([1, 64, 65, 1000, 10**6]))
+    num_rows = draw(st.sampled_from([1, 64, 65, 1000, 10**6, 2**62]))  # the last has no room for positions
     row = st.integers(0, num_rows - 1)
     near = st.integers(0, min(num_rows - 1, 200))
     hot = st.just(draw(row))
@@ -26,15 +26,37 @@ tasks = st.integers(1, 12)
 
 
 @given(batches())
+@example((np.array([], np.int64), 2**62))
 def test_group_brings_equal_ids_together(batch):
     ids, num_rows = batch
     grouped = group(ids, num_rows)
-    rows, inverse = np.unique(ids, return_inverse=True)
+    rows = np.unique(ids)
     np.testing.assert_array_equal(grouped.rows, rows)
-    np.testing.assert_array_equal(grouped.inverse(), inverse)
+    assert grouped.starts.tolist()[-1] == ids.size
     for k, row in enumerate(rows):
         positions = grouped.order[grouped.starts[k] : grouped.starts[k + 1]]
         np.testing.assert_array_equal(positions, np.flatnonzero(ids == row))
+    assert {each.dtype for each in (grouped.rows, grouped.starts, grouped.order)} == {np.dtype(np.int64)}
+
+
+@given(batches())
+def test_distinct_is_np_unique(batch):
+    ids, num_rows = batch
+    for found, expected in zip(distinct(ids, num_rows), np.unique(ids, return_inverse=True), strict=True):
+        np.testing.assert_array_equal(found, expected)
+        assert found.dtype == np.int64
+        assert found.base is None or found.base.nbytes == found.nbytes  # no more than the caller may keep
+
+
+@pytest.mark.parametrize("num_rows", [2**51, 2**51 + 1])  # 51 bits or 52, and 13 for the positions
+def test_words_are_taken_where_64_bits_hold_id_and_position(num_rows, monkeypatch):
+    sort_rows, sorted_by_words = grouping.sort_rows, []
+    monkeypatch.setattr(grouping, "sort_rows", lambda *args: sorted_by_words.append(1) or sort_rows(*args))
+    ids = np.array([2**51 - 1, 0, 2**51 - 1, 7] * 2**11)
+    grouped = group(ids, num_rows)
+    assert grouped.rows.tolist() == [0, 7, 2**51 - 1]
+    assert grouped.order[:3].tolist() == [1, 5, 9]
+    assert bool(sorted_by_words) == (num_rows == 2**51)
 
 
 # ---- cut --------------------------------------------------------------------------------------------------------

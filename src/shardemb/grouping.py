@@ -1,4 +1,8 @@
-"""The hot loops that bring equal ids together."""
+"""The hot loops that bring equal ids together.
+
+A batch is sorted as *words*: an id in the upper bits of 64, its position in the lower ones. Sorting one word takes half
+as long as sorting two numbers, and one more pass over the words reads off all that is asked of the groups.
+"""
 
 from __future__ import annotations
 
@@ -9,83 +13,85 @@ import numpy as np
 from shardemb.kernels import kernel
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from shardemb.arrays import Int64Array
 
-_RADIX_BITS = 11
-_RADIX = 1 << _RADIX_BITS
-_WORD_BITS = 63
+WORD_BITS, POSITION_BITS = 64, 32
+"""Bits that an id and a position have together, and a position alone."""
+
+_DIGIT_BITS = 12
+"""Bits sorted by in one pass, at most: the counters of a pass are to stay in the processor's first cache."""
 
 
 @kernel
-def _bits_of(number: int) -> int:
-    """How many bits a number takes."""
-    bits = 0
-    while number >> bits:
-        bits += 1
-    return bits
+def sort_rows(ids: Int64Array, position_bits: int, id_bits: int) -> NDArray[np.uint64]:
+    """Return the ascending words of a batch: LSD radix sort, which counts a digit while it sorts by the one before.
 
-
-@kernel
-def _sort_words(words: Int64Array, others: Int64Array, first_bit: int, num_bits: int) -> bool:
-    """Sort by some bits, stably: LSD radix sort. Return whether the result stands in `others`."""
-    passes = -(-num_bits // _RADIX_BITS)
-    places = np.zeros((passes, _RADIX + 1), np.int64)
-    for i in range(words.size):
-        for k in range(passes):
-            places[k, ((words[i] >> (first_bit + k * _RADIX_BITS)) & (_RADIX - 1)) + 1] += 1
-    for k in range(passes):
-        place = places[k]
-        for digit in range(_RADIX):
-            place[digit + 1] += place[digit]
-        for i in range(words.size):
-            digit = (words[i] >> (first_bit + k * _RADIX_BITS)) & (_RADIX - 1)
-            others[place[digit]] = words[i]
-            place[digit] += 1
-        words, others = others, words
-    return passes % 2 == 1
-
-
-@kernel
-def sort_rows(keys: Int64Array, order: Int64Array, other_keys: Int64Array, num_bits: int) -> bool:
-    """Sort `keys` of `num_bits` significant bits, stably; ``order[i]`` becomes where the i-th of them stood.
-
-    Key and position are sorted as one word, which takes half as long as two; `other_keys`, of the same size, is room.
-    Return False, with nothing changed, where that has no room for both.
+    All numbers are unsigned: of a signed index numba asks each time whether it is negative.
     """
-    low = _bits_of(keys.size - 1) if keys.size else 0
-    if low + num_bits > _WORD_BITS:
-        return False
-    for i in range(keys.size):
-        keys[i] = (keys[i] << low) | i
-    found = other_keys if _sort_words(keys, other_keys, low, num_bits) else keys
-    for i in range(keys.size):
-        order[i] = found[i] & ((1 << low) - 1)
-        keys[i] = found[i] >> low
-    return True
+    passes = max(1, -(-id_bits // _DIGIT_BITS))
+    bits, low = np.uint64(-(-id_bits // passes)), np.uint64(position_bits)
+    mask, one = (np.uint64(1) << bits) - np.uint64(1), np.uint32(1)
+    places = np.zeros((passes, np.int64(mask) + 1), np.uint32)
+    words, others = np.empty(ids.size, np.uint64), np.empty(ids.size, np.uint64)
+    place = places[0]
+    for i in range(ids.size):
+        number = np.uint64(ids[i])
+        words[i] = (number << low) | np.uint64(i)
+        place[number & mask] += one
+    for k in range(passes):
+        place, following, total = places[k], places[min(k + 1, passes - 1)], np.uint32(0)
+        for digit in range(place.size):
+            count = place[digit]
+            place[digit] = total
+            total += count
+        for i in range(words.size):
+            digit = (words[i] >> low) & mask
+            others[np.uint64(place[digit])] = words[i]
+            place[digit] += one
+            if k + 1 < passes:
+                following[(words[i] >> low + bits) & mask] += one
+        low += bits
+        words, others = others, words
+    return words
 
 
 @kernel
-def group_starts(sorted_ids: Int64Array) -> Int64Array:
-    """Return where the run of each distinct id begins, with the length at the end."""
-    n = sorted_ids.size
-    count = 0
-    for i in range(n):
-        count += i == 0 or sorted_ids[i] != sorted_ids[i - 1]
-    starts = np.empty(count + 1, np.int64)
-    u = 0
-    for i in range(n):
-        if i == 0 or sorted_ids[i] != sorted_ids[i - 1]:
-            starts[u] = i
-            u += 1
-    starts[count] = n
-    return starts
+def list_groups(
+    words: NDArray[np.uint64], position_bits: int, rows: Int64Array, starts: Int64Array, order: Int64Array
+) -> int:
+    """Read off ``plan.Grouped`` from sorted words; return how many distinct rows there are.
+
+    Without a branch: each word writes its row and the end of its group, over those that its predecessor wrote if they
+    are of the same group.
+    """
+    low, one = np.uint64(position_bits), np.uint64(1)
+    starts[0] = 0
+    if words.size == 0:
+        return 0
+    group, last = np.uint64(0), words[0] >> low
+    for i in range(words.size):
+        row = words[i] >> low
+        group += np.uint64(row != last)
+        last = row
+        rows[group] = row
+        starts[group + one] = i + 1
+        order[i] = words[i] & ((one << low) - one)
+    return int(np.int64(group)) + 1
 
 
 @kernel
-def invert(order: Int64Array, starts: Int64Array) -> Int64Array:
-    """For each position of the batch, which distinct id it holds."""
-    inverse = np.empty(order.size, np.int64)
-    for u in range(starts.size - 1):
-        for k in range(starts[u], starts[u + 1]):
-            inverse[order[k]] = u
-    return inverse
+def list_inverse(words: NDArray[np.uint64], position_bits: int, rows: Int64Array, inverse: Int64Array) -> int:
+    """Read off the distinct rows, and for each position which of them it holds; return how many there are."""
+    low, one = np.uint64(position_bits), np.uint64(1)
+    if words.size == 0:
+        return 0
+    group, last = np.uint64(0), words[0] >> low
+    for i in range(words.size):
+        row = words[i] >> low
+        group += np.uint64(row != last)
+        last = row
+        rows[group] = row
+        inverse[words[i] & ((one << low) - one)] = group
+    return int(np.int64(group)) + 1

@@ -52,11 +52,6 @@ class Grouped:
     starts: Int64Array
     order: Int64Array
 
-    def inverse(self) -> Int64Array:
-        """Index into `rows` for each position of the batch, int64, shape (n,)."""
-        inverse: Int64Array = grouping.invert(self.order, self.starts)
-        return inverse
-
 
 class Piece(NamedTuple):
     """A half-open range of one of the sequences that `cut` was given."""
@@ -68,12 +63,37 @@ class Piece(NamedTuple):
 
 def group(ids: Int64Array, num_embeddings: int) -> Grouped:
     """Bring equal ids together; O(n) for any table."""
-    keys, order = ids.copy(), np.empty_like(ids)
-    if not grouping.sort_rows(keys, order, np.empty_like(keys), (num_embeddings - 1).bit_length()):
+    words = _sort(ids, num_embeddings)
+    if words is None:
         order = np.argsort(ids, kind="stable")
-        keys = ids[order]
-    starts = grouping.group_starts(keys)
-    return Grouped(keys[starts[:-1]], starts, order)
+        rows, starts = np.unique(ids[order], return_index=True)
+        return Grouped(rows, np.append(starts, ids.size), order)
+    rows, starts, order = np.empty_like(ids), np.empty(ids.size + 1, np.int64), np.empty_like(ids)
+    count = grouping.list_groups(words, _position_bits(ids), rows, starts, order)
+    return Grouped(rows[:count], starts[: count + 1], order)
+
+
+def distinct(ids: Int64Array, num_embeddings: int) -> tuple[Int64Array, Int64Array]:
+    """Return the distinct ids, ascending, and the index into these for each position of the batch; O(n) as well."""
+    words = _sort(ids, num_embeddings)
+    if words is None:
+        return np.unique(ids, return_inverse=True)
+    rows, inverse = np.empty_like(ids), np.empty_like(ids)
+    count = grouping.list_inverse(words, _position_bits(ids), rows, inverse)
+    return rows[:count].copy(), inverse  # memory of its own: the caller may keep it
+
+
+def _position_bits(ids: Int64Array) -> int:
+    return max(ids.size - 1, 0).bit_length()
+
+
+def _sort(ids: Int64Array, num_embeddings: int) -> NDArray[np.uint64] | None:
+    """Return a batch as sorted words, or None where these have no room for both id and position."""
+    low, high = _position_bits(ids), (num_embeddings - 1).bit_length()
+    if low > grouping.POSITION_BITS or low + high > grouping.WORD_BITS:
+        return None
+    words: NDArray[np.uint64] = grouping.sort_rows(ids, low, high)
+    return words
 
 
 def runs(numbers: Int64Array) -> Iterator[tuple[int, int]]:

@@ -195,9 +195,9 @@ class Table:
         """
         count = self._live().spec.num_embeddings
         checked = arrays.row_ids(ids, count, self.name)
-        grouped = plan.group(checked.flat, count)
-        rows = self._read("weight", grouped.rows, None)
-        return rows, grouped.rows, grouped.inverse().reshape(checked.shape)
+        unique_ids, inverse = plan.distinct(checked.flat, count)
+        rows = self._read("weight", unique_ids, None)
+        return rows, unique_ids, inverse.reshape(checked.shape)
 
     def state(self, column: str, ids: ArrayLike) -> NDArray[np.float32]:
         """Copy optimizer state of rows.
