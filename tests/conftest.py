@@ -239,24 +239,17 @@ def _mappings():
 
 
 @pytest.fixture(scope="session")
-def _pool():
-    """Processes of their own: what they run replaces functions of the package."""
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield pool, {}
+def _elsewhere():
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
 
 
 @pytest.fixture
-def side_by_side(request, _pool):
-    """Run a function for all parameters of this test at once, when the first asks; return the result for this one."""
-    pool, begun = _pool
-    test = request.function  # not its name, which may be that of a test of another module too
+def elsewhere(request, _elsewhere):
+    """Run a function for the parameter of this test in another process, as it replaces functions of the package."""
 
     def result(function):
-        if test not in begun:
-            items = [item for item in request.session.items if getattr(item, "function", None) is test]
-            parameters = [next(iter(item.callspec.params.values())) for item in items]
-            begun[test] = {each: pool.submit(function, each) for each in parameters}
-        return begun[test][next(iter(request.node.callspec.params.values()))].result()
+        return _elsewhere.submit(function, *request.node.callspec.params.values()).result()
 
     return result
 

@@ -360,7 +360,17 @@ def read_only():
         (misaligned(), ValueError, "aligned"),
         (read_only(), ValueError, "writable"),
     ],
-    ids=lambda value: str(value)[:20],
+    ids=[
+        "float64",
+        "big-endian",
+        "list",
+        "shape",
+        "dimensions",
+        "strided",
+        "fortran",
+        "misaligned",
+        "read-only",
+    ],
 )
 def test_out_is_refused_unless_the_result_can_be_written_there(out, error, message):
     with pytest.raises(error, match=message):

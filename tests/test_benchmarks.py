@@ -140,6 +140,7 @@ ARMS = {
     "W5": {"write + commit", "zarr"},
     "W8": {"commit", "np.save + fsync"},
     "W11": {"1 shards", "64 shards", "1,024 shards", "8,192 shards"},
+    "W12": {"26 tables", "one table"},
 }
 PEERS = {
     "W1": {"torch": "torch embedding in RAM", "lmdb": "lmdb", "rocksdict": "RocksDB", "lance": "Lance"},

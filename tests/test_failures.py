@@ -217,8 +217,8 @@ def fail_everywhere(seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(WORKLOADS))
-def test_every_operation_fails_once(seed, side_by_side):
-    assert {"write", "sync", "sync_data", "rename", "opened"} <= side_by_side(fail_everywhere)
+def test_every_operation_fails_once(seed, elsewhere):
+    assert {"write", "sync", "sync_data", "rename", "opened"} <= elsewhere(fail_everywhere)
 
 
 # ---- tables of another form, and a store elsewhere --------------------------------------------------------------
@@ -398,8 +398,8 @@ def change_everywhere(what):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", CHANGES)
-def test_what_failed_once_succeeds_when_it_is_called_again(what, side_by_side):
-    assert {"write", "opened", *THEIRS.get(what, ())} <= side_by_side(change_everywhere)
+def test_what_failed_once_succeeds_when_it_is_called_again(what, elsewhere):
+    assert {"write", "opened", *THEIRS.get(what, ())} <= elsewhere(change_everywhere)
 
 
 @pytest.mark.filterwarnings("ignore:the changes of")

@@ -313,6 +313,6 @@ def fill_disks(seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(DISKS))
-def test_a_store_lives_on_a_full_disk(seed, new_disk, side_by_side):
+def test_a_store_lives_on_a_full_disk(seed, new_disk, elsewhere):
     new_disk("tmpfs", 2**20)  # or skip
-    assert side_by_side(fill_disks)
+    assert elsewhere(fill_disks)

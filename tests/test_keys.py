@@ -251,7 +251,7 @@ def test_the_first_that_is_none_is_named():
         [np.array("to")],
         np.array([1, 2]),
         np.array([True]),
-        {"to", "be"},
+        {"to"},
         {"to": 1},
         {"to": 1}.keys(),
         (each for each in ["to"]),

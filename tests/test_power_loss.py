@@ -629,8 +629,8 @@ def explore_all(seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(WORKLOADS))
-def test_every_state_opens_at_the_last_commit(seed, side_by_side):
-    seen = side_by_side(explore_all)
+def test_every_state_opens_at_the_last_commit(seed, elsewhere):
+    seen = elsewhere(explore_all)
     assert len(seen) > min(50, STATES // WORKLOADS // 2)  # a short workload has few states that differ
 
 
@@ -667,9 +667,9 @@ def found_without_barrier(what, **more):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", LEFT_OUT)
-def test_what_is_left_out_is_noticed(what, side_by_side):
+def test_what_is_left_out_is_noticed(what, elsewhere):
     """Each barrier is there for a reason: without it, some state does not open at the last commit."""
-    assert side_by_side(found_without_barrier)
+    assert elsewhere(found_without_barrier)
 
 
 # ---- every call site --------------------------------------------------------------------------------------------
@@ -758,6 +758,6 @@ def found_without_call(site, **more):
 @pytest.mark.parametrize(
     "site", [each for each in SITES if each not in OTHER_REASONS and not each.startswith("key")]
 )  # those of the index of keys: tests/test_vocabulary_power_loss.py
-def test_every_call_is_needed(site, side_by_side):
+def test_every_call_is_needed(site, elsewhere):
     """Left out, as if the disk never got it, some state does not open at the last commit."""
-    assert side_by_side(found_without_call)
+    assert elsewhere(found_without_call)

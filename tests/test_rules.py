@@ -422,8 +422,8 @@ def noticed(rule):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", UNDONE)
-def test_rule_undone_is_noticed(rule, side_by_side):
-    assert side_by_side(noticed)
+def test_rule_undone_is_noticed(rule, elsewhere):
+    assert elsewhere(noticed)
 
 
 @pytest.mark.parametrize("witness", sorted({each for _, each in UNDONE.values()} - {power}, key=str))

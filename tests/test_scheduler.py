@@ -31,10 +31,14 @@ def where(tasks=5):
     return {thread for _, _, thread in results}
 
 
+def named(choice):
+    return getattr(choice, "__name__", str(choice))  # no address: a test is called the same in every process
+
+
 # ---- who runs them ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("choice", [None, "threads", "threading", "Threads", dask.threaded.get], ids=str)
+@pytest.mark.parametrize("choice", [None, "threads", "threading", "Threads", dask.threaded.get], ids=named)
 def test_the_calling_thread_and_others_run_them_by_default(choice):
     meeting = threading.Barrier(2, timeout=60)
 
@@ -162,7 +166,7 @@ def test_a_thread_that_may_use_one_core_has_helpers_all_the_same():
         os.sched_setaffinity(0, allowed)
 
 
-@pytest.mark.parametrize("choice", ["sync", "synchronous", "single-threaded", "SYNC", dask.get], ids=str)
+@pytest.mark.parametrize("choice", ["sync", "synchronous", "single-threaded", "SYNC", dask.get], ids=named)
 def test_the_calling_thread_runs_them_where_the_configuration_says_so(choice):
     with dask.config.set(scheduler=choice):
         assert where() == {threading.get_ident()}

@@ -1,4 +1,4 @@
-"""The tests of durability, for hours: ``pytest -m soak -s``. Sizes are those of ``SHARDEMB_SOAK`` (1.0: all of it).
+"""The tests of durability, for hours: ``pytest -n 0 -m soak -s``. ``SHARDEMB_SOAK`` has their sizes (1.0: all of it).
 
 Every seed is printed, and a seed alone repeats the workload (its folds run in a thread, so not always every state).
 """
@@ -111,6 +111,16 @@ def test_mutants(found_without, what):
 def test_others_for_longer(test, counts):
     settings = {name: str(max(1, round(count * SCALE))) for name, count in counts.items()}
     announce(test, FIRST_SEED, settings)
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "timeout=0", f"--hypothesis-seed={FIRST_SEED}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n",
+        "0",
+        "-q",
+        "-o",
+        "timeout=0",
+        f"--hypothesis-seed={FIRST_SEED}",
+    ]
     command += [str(Path(__file__).with_name(test))]
     subprocess.run(command, env=os.environ | settings | {"SHARDEMB_SEED": str(FIRST_SEED)}, check=True)

@@ -331,7 +331,7 @@ def damage_many(part):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
-def test_damage_is_refused_or_reported_or_changes_nothing(part, side_by_side):
+def test_damage_is_refused_or_reported_or_changes_nothing(part, elsewhere):
     """Never a silently wrong row."""
-    counts = side_by_side(damage_many)
+    counts = elsewhere(damage_many)
     assert all(count > DAMAGES // 100 for count in counts.values()), counts

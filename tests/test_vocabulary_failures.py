@@ -142,8 +142,8 @@ def fail(seed, most=MOST):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
-def test_operations_fail_once(seed, side_by_side):
-    assert {"write", "sync", "rename", "opened"} <= side_by_side(fail)
+def test_operations_fail_once(seed, elsewhere):
+    assert {"write", "sync", "rename", "opened"} <= elsewhere(fail)
 
 
 def test_some_operations_fail_once():

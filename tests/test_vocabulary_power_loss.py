@@ -91,8 +91,8 @@ def explore_keys(seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(WORKLOADS))
-def test_every_state_opens_with_the_keys_of_a_commit(seed, side_by_side):
-    assert len(side_by_side(explore_keys)) > min(50, STATES // WORKLOADS // 2)
+def test_every_state_opens_with_the_keys_of_a_commit(seed, elsewhere):
+    assert len(elsewhere(explore_keys)) > min(50, STATES // WORKLOADS // 2)
 
 
 def test_some_states_open_with_the_keys_of_a_commit():
@@ -118,6 +118,6 @@ def found_without_call(site, **more):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("site", NEEDED)
-def test_every_call_is_needed(site, side_by_side):
+def test_every_call_is_needed(site, elsewhere):
     """Left out, as if the disk never got it, some state does not open with all keys."""
-    assert side_by_side(found_without_call)
+    assert elsewhere(found_without_call)
