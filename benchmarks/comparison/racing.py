@@ -126,6 +126,18 @@ def drop_caches(*paths):
         raise CannotRun(f"pages stay in the page cache: {warm}")
 
 
+def read_files(path):
+    """Read a file, or all files of a folder, into the page cache.
+
+    A virtual machine may page out what nobody used for seconds, so that who comes after slow arms would not be warm.
+    """
+    buffer = bytearray(4 * 2**20)
+    for each in _files(Path(path)):
+        with each.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
 def _files(path):
     return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
 

@@ -4,6 +4,7 @@ import mmap
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from benchmarks.common import DIM, ROW_BYTES
 
 from . import machine, memory, peers, torches
 from .data import batches, ids_of, make_values, warm
-from .racing import Contender, all_equal, drop_caches, race, same_bytes
+from .racing import Contender, all_equal, drop_caches, race, read_files, same_bytes
 from .results import Arm, Bar, Case, at_most, faster
 
 FULL, LARGE = 4_000_000, 16_000_000
@@ -64,10 +65,10 @@ def _warm(settings, workload, distribution, full_batch):
 
 
 def _ours(table, batch):
-    out = np.zeros((batch, DIM), np.float32)
+    out, prepare = np.zeros((batch, DIM), np.float32), partial(warm, table)
     return [
-        Contender("lookup", table.lookup),
-        Contender("lookup(out=)", lambda ids: table.lookup(ids, out=out)),
+        Contender("lookup", table.lookup, prepare=prepare),
+        Contender("lookup(out=)", lambda ids: table.lookup(ids, out=out), prepare=prepare),
     ]
 
 
@@ -92,7 +93,8 @@ def _engines(data, batch, stack):
             peer = peers.ENGINES[name](data)
             peer.open()
             stack.callback(peer.close)
-            found.append(Contender(name, peer.read, min(size or batch, batch), repetitions))
+            prepare = partial(read_files, peer.path)
+            found.append(Contender(name, peer.read, min(size or batch, batch), repetitions, prepare))
     return found
 
 
@@ -117,7 +119,8 @@ def _unique(table, data, make_ids, batch, settings):
         unique, inverse = np.unique(ids, return_inverse=True)
         return np.take(array, unique, axis=0), unique, inverse
 
-    contenders = [Contender("lookup_unique", table.lookup_unique), Contender("numpy unique + take", theirs)]
+    ours = Contender("lookup_unique", table.lookup_unique, prepare=partial(warm, table))
+    contenders = [ours, Contender("numpy unique + take", theirs)]
     ids = make_ids(batch)
     pairs = zip(table.lookup_unique(ids), theirs(ids), strict=True)
     equal = all(np.array_equal(one, other) for one, other in pairs)
