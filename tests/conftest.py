@@ -255,8 +255,12 @@ def elsewhere(request, _elsewhere):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave the tests out that take hours, unless they are asked for."""
+    """Leave the tests out that take hours, unless they are asked for; begin with those that take minutes.
+
+    Whatever core is done early takes over what is left of another's, which should be what is short.
+    """
     if "soak" not in (config.option.markexpr or ""):
         left_out = [item for item in items if item.get_closest_marker("soak")]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
