@@ -80,16 +80,14 @@ class FbgemmAdagrad:
         return self.weights[self.torch.from_numpy(ids)].numpy()
 
 
-def embedding(array):
-    """Make the lookups of torch on an array in memory: into new memory, and into memory that is there."""
+def embedding(array, out):
+    """Make the lookups of torch on an array in memory: into new memory, and into an array of that many rows."""
     import torch
 
-    table = torch.from_numpy(array)
-    out = torch.zeros(0, DIM)
+    table, target = torch.from_numpy(array), torch.from_numpy(out)
 
     def into(ids):
-        out.resize_(ids.size, DIM)
-        return torch.index_select(table, 0, torch.from_numpy(ids), out=out).numpy()
+        return torch.index_select(table, 0, torch.from_numpy(ids), out=target).numpy()
 
     def fresh(ids):
         return torch.nn.functional.embedding(torch.from_numpy(ids), table).numpy()
