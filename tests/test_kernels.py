@@ -231,7 +231,7 @@ def sort_rows(ids, num_rows):
 
 
 @given(batches())
-@example((2**64, int64([0, 2**62, 2**63 - 1, 5])[3:]))  # one id of all bits that there are
+@example((2**63, int64([2**63 - 1])))  # one id of all bits that there are
 def test_sort_rows_is_a_stable_argsort(batch):
     num_rows, ids = batch
     sorted_ids, order = sort_rows(ids, num_rows)
