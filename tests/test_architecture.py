@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import shardemb
+from shardemb.initializers import Uniform
 
 SOURCE = Path(shardemb.__file__).parent
 
@@ -175,9 +176,23 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_public_names_come_when_they_are_asked_for():
-    code = "import sys, shardemb; shardemb.open; print('zarr' in sys.modules, shardemb.Store.__name__)"
+    code = "import sys, shardemb; shardemb.open; print('numba' in sys.modules, shardemb.Store.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "Store"]
+
+
+def test_reading_a_store_does_not_load_zarr(tmp_path):
+    """It takes a quarter of the second in which a process has its first rows."""
+    with shardemb.open(tmp_path / "s.zarr") as store:
+        store.create_table("t", num_embeddings=10, embedding_dim=4, initializer=Uniform(0, 1))
+        store.commit()
+    code = (
+        "import sys, shardemb; sys.modules['zarr'] = None; store = shardemb.open(sys.argv[1], mode='r'); "
+        "print(store['t'].lookup([1, 2]).shape)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "s.zarr")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "(2, 4)\n"
 
 
 # ---- who touches the disk ---------------------------------------------------------------------------------------

@@ -118,7 +118,10 @@ def test_zarr_opens_the_documents(table):
     assert group["rows"].shape == (table.num_embeddings, table.width)
     assert group["rows"].dtype == np.float32
     assert not group["rows"][:3].any()
-    assert group.attrs["shardemb"] == json.loads(json.dumps(table.to_json()))
+    attributes = dict(group.attrs["shardemb"])
+    assert attributes.pop("crc32") == spec.crc32(attributes)
+    assert attributes.pop("arrays_crc32") > 0
+    assert attributes | {"crc32": spec.crc32(attributes)} == json.loads(json.dumps(table.to_json()))
 
 
 def test_files_are_where_zarr_looks_for_them(tmp_path):
@@ -189,6 +192,26 @@ def test_an_array_that_is_not_what_the_table_asks_for_is_a_format_error(path, ch
     documents[path] |= change
     with pytest.raises(FormatError, match=message):
         layout.table_spec(as_bytes(documents))
+
+
+@TABLES
+def test_documents_that_are_as_they_were_written_are_not_checked_again(table, monkeypatch):
+    documents = layout.table_documents(table)
+    monkeypatch.setattr(layout, "_check_arrays", lambda *_: pytest.fail("asked zarr"))
+    assert layout.table_spec(documents) == table
+
+
+@pytest.mark.parametrize("recorded", [0, None, "no number"])
+def test_documents_without_a_right_checksum_are_checked_by_zarr(recorded, monkeypatch):
+    """Such as those of the first stores, which recorded none."""
+    asked = []
+    monkeypatch.setattr(layout, "_check_arrays", lambda table, _: asked.append(table))
+    documents = as_json(layout.table_documents(PLAIN))
+    attributes = documents["zarr.json"]["attributes"]["shardemb"]
+    attributes["arrays_crc32"] = recorded
+    attributes["crc32"] = spec.crc32(attributes)
+    assert layout.table_spec(as_bytes(documents)) == PLAIN
+    assert asked == [PLAIN]
 
 
 def test_attributes_that_others_add_do_no_harm():

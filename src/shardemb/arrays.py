@@ -83,12 +83,17 @@ def row_ids(ids: ArrayLike, num_embeddings: int, table: str) -> Ids:
             f"convert them first, for example with ids.astype('int64')"
         )
         raise TypeError(msg)
-    # One pass instead of two: as uint64 a negative id is larger than any table.
-    unsigned = array.astype(np.int64, copy=False).view(np.uint64) if array.dtype.kind == "i" else array
-    if array.size and int(unsigned.max()) >= num_embeddings:
+    unsigned = array
+    if array.dtype.kind == "i":  # one pass instead of two: as uint64 a negative id is larger than any table
+        array = array.astype(np.int64, copy=False)
+        unsigned = array.view(np.uint64)
+    # Half of what `max` takes, and of a small batch checks are much of the time.
+    if array.size and unsigned.item(unsigned.argmax()) >= num_embeddings:
         _refuse_ids(array, num_embeddings, table)
-    flat = np.require(array, np.int64, ["C", "A", "W"]).reshape(-1)
-    return Ids(flat, array.shape)
+    flat = array.astype(np.int64, copy=False)
+    if not flat.flags.carray:  # C-contiguous, aligned and writable
+        flat = flat.copy()
+    return Ids(flat.reshape(-1), array.shape)
 
 
 def _refuse_ids(array: NDArray[Any], num_embeddings: int, table: str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import mul
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -72,12 +73,11 @@ class Wanted(NamedTuple):
     def into(self, result: Float32Array) -> Read:
         """Say where it goes: an array of that shape, C-contiguous."""
         # A subclass of ndarray, such as a memmap, would be another type to the kernels.
-        flat = result.view(np.ndarray).reshape(-1, self.shape[-1])
+        flat = np.asarray(result).reshape(-1, self.shape[-1])
         return Read(self.shards, self.column, self.ids, flat)
 
 
-@dataclass(frozen=True)
-class Read:
+class Read(NamedTuple):
     """A lookup in one table: ``out[i]`` becomes the column of row ``ids[i]``."""
 
     shards: Shards
@@ -165,7 +165,8 @@ def _gather(runtime: Runtime, reads: Sequence[Read]) -> None:
     cold = [each for each in reads if each.shards.is_cold(each.ids, samples)]
     for each in cold:
         each.shards.totals.add_cold()
-    _read_ahead(runtime, [(c.shards, plan.group(c.ids, c.shards.spec.num_embeddings).rows) for c in cold])
+    if cold:
+        _read_ahead(runtime, [(c.shards, plan.group(c.ids, c.shards.spec.num_embeddings).rows) for c in cold])
     gathers = [partial(read.shards.gather, read.column, read.ids, read.out) for read in reads]
     run_pieces(
         runtime,
@@ -380,5 +381,5 @@ def run_side_by_side(runtime: Runtime, functions: Sequence[Callable[[], None]]) 
 
 
 def _cut(runtime: Runtime, lengths: Sequence[int], row_bytes: Sequence[int]) -> list[list[Piece]]:
-    nbytes = sum(length * width for length, width in zip(lengths, row_bytes, strict=True))
+    nbytes = sum(map(mul, lengths, row_bytes))
     return plan.cut(lengths, plan.num_tasks(nbytes, runtime.threads))

@@ -2,11 +2,12 @@
 
 zarr writes and reads the metadata documents in memory; where they lie on disk is somebody else's concern. So every
 byte that reaches the disk passes ``files.py``, and a table's documents can be checked before anything is mapped.
+Documents that are still those that zarr wrote need no second judgement, so opening a store does not import zarr.
 
 ::
 
     zarr.json                 group: attributes.shardemb = {format_version, uuid}
-    NAME/zarr.json            group: attributes.shardemb = TableSpec
+    NAME/zarr.json            group: attributes.shardemb = TableSpec, and a checksum of the documents below
     NAME/rows/zarr.json       float32 (num_embeddings, width), chunks (rows_per_shard, width), keys "c.17.0"
     NAME/present/zarr.json    uint8, one bit a row; only where a fresh record is not all zero bytes
     NAME/checks/zarr.json     uint64, one checksum a block of 4,096 bytes of the files above
@@ -14,17 +15,16 @@ byte that reaches the disk passes ``files.py``, and a table's documents can be c
 
 from __future__ import annotations
 
+import zlib
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
-
-import zarr
-from zarr.storage import MemoryStore
 
 from shardemb.errors import FormatError
 from shardemb.spec import (
     FORMAT_VERSION,
     PAGE,
     TableSpec,
+    crc32,
     field,
     parse_json,
     require_version,
@@ -54,19 +54,30 @@ def presence_key(chunk: int) -> str:
 
 def store_documents(uuid: str) -> dict[str, bytes]:
     """Return the documents of an empty store, by their path within it."""
-    memory: dict[str, Any] = {}
-    zarr.create_group(
-        MemoryStore(memory),
-        zarr_format=3,
-        attributes={ATTRIBUTE: {"format_version": FORMAT_VERSION, "uuid": uuid}},
-    )
-    return _as_bytes(memory)
+    return _group_document({"format_version": FORMAT_VERSION, "uuid": uuid})
 
 
 def table_documents(spec: TableSpec) -> dict[str, bytes]:
     """Return the documents of a table, by their path within its folder."""
+    documents = _array_documents(spec)
+    attributes = spec.to_json() | {"arrays_crc32": _arrays_crc32(documents)}
+    return _group_document(attributes | {"crc32": crc32(attributes)}) | documents
+
+
+def _group_document(attributes: Mapping[str, object]) -> dict[str, bytes]:
+    import zarr
+    from zarr.storage import MemoryStore
+
     memory: dict[str, Any] = {}
-    group = zarr.create_group(MemoryStore(memory), zarr_format=3, attributes={ATTRIBUTE: spec.to_json()})
+    zarr.create_group(MemoryStore(memory), zarr_format=3, attributes={ATTRIBUTE: dict(attributes)})
+    return _as_bytes(memory)
+
+
+def _array_documents(spec: TableSpec) -> dict[str, bytes]:
+    import zarr
+    from zarr.storage import MemoryStore
+
+    memory: dict[str, Any] = {}
     arrays = {
         ROWS: (
             "float32",
@@ -80,8 +91,9 @@ def table_documents(spec: TableSpec) -> dict[str, bytes]:
     if not spec.has_presence:
         del arrays[PRESENT]
     for name, (dtype, shape, chunks, dimensions) in arrays.items():
-        group.create_array(
-            name,
+        zarr.create_array(
+            MemoryStore(memory),
+            name=name,
             shape=shape,
             chunks=chunks,
             dtype=dtype,
@@ -90,8 +102,10 @@ def table_documents(spec: TableSpec) -> dict[str, bytes]:
             compressors=None,
             chunk_key_encoding={"name": "default", "separator": "."},
             dimension_names=dimensions,
+            zarr_format=3,
             attributes={ATTRIBUTE: {"uuid": spec.uuid}},  # a folder put together from two tables is noticed
         )
+    memory.pop(DOCUMENT, None)  # zarr makes a group around them
     return _as_bytes(memory)
 
 
@@ -131,10 +145,16 @@ def table_spec(documents: Mapping[str, bytes]) -> TableSpec:
 @lru_cache(maxsize=1024)  # zarr takes milliseconds for it, and an opening asks several times
 def _table_spec(items: tuple[tuple[str, bytes], ...]) -> TableSpec:
     documents = dict(items)
-    spec = TableSpec.from_json(_attributes(documents.get(DOCUMENT, b"")))
-    for path, document in table_documents(spec).items():
-        if path == DOCUMENT:
-            continue
+    attributes = _attributes(documents.get(DOCUMENT, b""))
+    spec = TableSpec.from_json(attributes)
+    if attributes.get("arrays_crc32") != _arrays_crc32(documents):
+        # Somebody else has written one of them, or they are as old as the first stores.
+        _check_arrays(spec, documents)
+    return spec
+
+
+def _check_arrays(spec: TableSpec, documents: Mapping[str, bytes]) -> None:
+    for path, document in _array_documents(spec).items():
         name = path.removesuffix("/" + DOCUMENT)
         expected, found = _metadata(document), _metadata(documents.get(path, b""))
         for what in ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs", "fill_value"):
@@ -145,7 +165,11 @@ def _table_spec(items: tuple[tuple[str, bytes], ...]) -> TableSpec:
         if not isinstance(found.attributes, dict) or found.attributes.get(ATTRIBUTE) != {"uuid": spec.uuid}:
             msg = f"array {name!r} belongs to another table, or to none"
             raise FormatError(msg)
-    return spec
+
+
+def _arrays_crc32(documents: Mapping[str, bytes]) -> int:
+    """Return the checksum of the documents of a table's arrays, as they lie in files."""
+    return zlib.crc32(b"".join(documents[path] for path in sorted(documents) if path != DOCUMENT))
 
 
 def _attributes(document: bytes) -> dict[str, Any]:
