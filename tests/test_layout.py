@@ -214,6 +214,15 @@ def test_documents_without_a_right_checksum_are_checked_by_zarr(recorded, monkey
     assert asked == [PLAIN]
 
 
+def test_attributes_that_others_changed_are_checked_against_the_arrays():
+    documents = as_json(layout.table_documents(PLAIN))
+    attributes = documents["zarr.json"]["attributes"]["shardemb"]
+    attributes["num_embeddings"] += 1
+    attributes["crc32"] = spec.crc32(attributes)
+    with pytest.raises(FormatError, match="array 'rows' has shape"):
+        layout.table_spec(as_bytes(documents))
+
+
 def test_attributes_that_others_add_do_no_harm():
     documents = as_json(layout.table_documents(PLAIN))
     documents["zarr.json"]["attributes"]["theirs"] = {"a": 1}

@@ -60,7 +60,8 @@ def store_documents(uuid: str) -> dict[str, bytes]:
 def table_documents(spec: TableSpec) -> dict[str, bytes]:
     """Return the documents of a table, by their path within its folder."""
     documents = _array_documents(spec)
-    attributes = spec.to_json() | {"arrays_crc32": _arrays_crc32(documents)}
+    attributes = spec.to_json()
+    attributes["arrays_crc32"] = _arrays_crc32(attributes, documents)
     return _group_document(attributes | {"crc32": crc32(attributes)}) | documents
 
 
@@ -147,7 +148,7 @@ def _table_spec(items: tuple[tuple[str, bytes], ...]) -> TableSpec:
     documents = dict(items)
     attributes = _attributes(documents.get(DOCUMENT, b""))
     spec = TableSpec.from_json(attributes)
-    if attributes.get("arrays_crc32") != _arrays_crc32(documents):
+    if attributes.get("arrays_crc32") != _arrays_crc32(attributes, documents):
         # Somebody else has written one of them, or they are as old as the first stores.
         _check_arrays(spec, documents)
     return spec
@@ -167,9 +168,11 @@ def _check_arrays(spec: TableSpec, documents: Mapping[str, bytes]) -> None:
             raise FormatError(msg)
 
 
-def _arrays_crc32(documents: Mapping[str, bytes]) -> int:
-    """Return the checksum of the documents of a table's arrays, as they lie in files."""
-    return zlib.crc32(b"".join(documents[path] for path in sorted(documents) if path != DOCUMENT))
+def _arrays_crc32(attributes: Mapping[str, object], documents: Mapping[str, bytes]) -> int:
+    """Return the checksum of the documents of a table's arrays, begun with that of the attributes they go with."""
+    described = {name: value for name, value in attributes.items() if name != "arrays_crc32"}
+    arrays = b"".join(documents[path] for path in sorted(documents) if path != DOCUMENT)
+    return zlib.crc32(arrays, crc32(described))
 
 
 def _attributes(document: bytes) -> dict[str, Any]:
