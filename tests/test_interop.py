@@ -165,6 +165,11 @@ def test_the_metadata_are_those_of_the_design(path):
     found = table["attributes"]["shardemb"]
     crc = found.pop("crc32")
     assert crc == zlib.crc32(json.dumps(found, sort_keys=True).encode())
+    arrays_crc = found.pop("arrays_crc32")
+    described = zlib.crc32(json.dumps(found, sort_keys=True).encode())
+    for name in ("checks", "present", "rows"):
+        described = zlib.crc32((path / "t" / name / "zarr.json").read_bytes(), described)
+    assert arrays_crc == described
     uuid = found.pop("uuid")
     assert uuid != group["attributes"]["shardemb"]["uuid"]
     assert found == {
