@@ -182,7 +182,7 @@ def test_public_names_come_when_they_are_asked_for():
 
 
 def test_reading_a_store_does_not_load_zarr(tmp_path):
-    """It takes a quarter of the second in which a process has its first rows."""
+    """The import takes 0.2 s, of about one until a process has its first rows."""
     with shardemb.open(tmp_path / "s.zarr") as store:
         store.create_table("t", num_embeddings=10, embedding_dim=4, initializer=Uniform(0, 1))
         store.commit()

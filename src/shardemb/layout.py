@@ -7,7 +7,7 @@ Documents that are still those that zarr wrote need no second judgement, so open
 ::
 
     zarr.json                 group: attributes.shardemb = {format_version, uuid}
-    NAME/zarr.json            group: attributes.shardemb = TableSpec, and a checksum of the documents below
+    NAME/zarr.json            group: attributes.shardemb = TableSpec, and a checksum of it and the documents below
     NAME/rows/zarr.json       float32 (num_embeddings, width), chunks (rows_per_shard, width), keys "c.17.0"
     NAME/present/zarr.json    uint8, one bit a row; only where a fresh record is not all zero bytes
     NAME/checks/zarr.json     uint64, one checksum a block of 4,096 bytes of the files above
