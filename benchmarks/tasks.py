@@ -6,7 +6,7 @@ import numpy as np
 from dask.callbacks import Callback
 
 import shardemb
-from shardemb import plan
+from shardemb.compute import plan
 
 from . import common
 from .common import DIM, LARGE, MEDIUM, ROW_BYTES, ROWS, SMALL, Timed

@@ -41,12 +41,12 @@ from shardemb.errors import (
 
 if TYPE_CHECKING:
     from shardemb import text
-    from shardemb.keyed import KeyedTable
-    from shardemb.manifest import Commit
-    from shardemb.opening import open
-    from shardemb.store import Store
-    from shardemb.table import Table
-    from shardemb.vocabulary import Vocabulary
+    from shardemb.format.manifest import Commit
+    from shardemb.store.keyed_table import KeyedTable
+    from shardemb.store.opening import open
+    from shardemb.store.store import Store
+    from shardemb.store.table import Table
+    from shardemb.store.vocabulary import Vocabulary
 
 __version__ = _version("shardemb")
 
@@ -82,12 +82,12 @@ __all__ = [
 ]
 
 _LAZY = {
-    "open": "opening",
-    "Store": "store",
-    "Table": "table",
-    "Commit": "manifest",
-    "KeyedTable": "keyed",
-    "Vocabulary": "vocabulary",
+    "open": "store.opening",
+    "Store": "store.store",
+    "Table": "store.table",
+    "Commit": "format.manifest",
+    "KeyedTable": "store.keyed_table",
+    "Vocabulary": "store.vocabulary",
 }
 
 

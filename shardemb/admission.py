@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb import arrays
+from shardemb.base import validation
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,7 +48,7 @@ class Admission:
     def __post_init__(self) -> None:
         limits = {"after": 2**31, "width": 2**36, "depth": 16}
         for name, maximum in limits.items():
-            value = arrays.count(getattr(self, name), name, maximum=maximum)
+            value = validation.count(getattr(self, name), name, maximum=maximum)
             object.__setattr__(self, name, -(-value // 16) * 16 if name == "width" else value)
 
     @property

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 import shardemb
-from shardemb import report
+from shardemb.base import formatting
+from shardemb.store import display
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +60,7 @@ def quickstart(folder: Path, **given: int | None) -> None:
     Example:
       shardemb quickstart --folder /tmp/words --steps 500
     """
-    from shardemb.quickstart import Options, run
+    from shardemb.quickstart.training import Options, run
 
     with _refusals():
         run(Options(folder=folder, **{name: value for name, value in given.items() if value is not None}))
@@ -85,11 +86,11 @@ def info(store: Path, as_json: bool, plot: str | None) -> None:
     if as_json:
         click.echo(json.dumps(asdict(facts), indent=2))
     else:
-        click.echo(report.describe(facts))
+        click.echo(display.describe(facts))
     if plot == "-":
         for name, each in shares.items():
             click.echo(f"\nRows written of {name!r}, a character a shard, none to all: ' ·░▒▓█'")
-            for line in report.heat_map(each):
+            for line in display.heat_map(each):
                 click.echo(f"|{line}|")
     elif plot:
         with _refusals():
@@ -149,7 +150,7 @@ def verify(store: Path, tables: tuple[str, ...], as_json: bool, quiet: bool) -> 
     else:
         for each in damage:
             click.echo(str(each))
-        click.echo(f"{report.plural(len(damage), 'problem')} found" if damage else "nothing is wrong")
+        click.echo(f"{formatting.plural(len(damage), 'problem')} found" if damage else "nothing is wrong")
     if damage:
         raise click.exceptions.Exit(1)
 
@@ -184,7 +185,9 @@ def export(
         written = opened[table].export_parquet(
             output, columns=columns, rows=rows, parts=parts, progress=not quiet
         )
-    click.echo(f"{written.path}: {report.plural(written.num_rows, 'row')}, {report.size(written.nbytes)}")
+    click.echo(
+        f"{written.path}: {formatting.plural(written.num_rows, 'row')}, {formatting.size(written.nbytes)}"
+    )
 
 
 @main.command()

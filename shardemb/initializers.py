@@ -15,16 +15,15 @@ many rows have some.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
-from bisect import bisect_left
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
-from shardemb import arrays, persisted
+from shardemb.base import serialization, validation
+from shardemb.base.sampling import draw, fill_normal, middle_words, normal_cdf, unit
 from shardemb.errors import FormatError
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-    from shardemb.arrays import Float32Array, Int64Array
+    from shardemb.base.validation import Float32Array, Int64Array
 
 __all__ = [
     "Constant",
@@ -47,225 +46,6 @@ __all__ = [
     "VarianceScaling",
 ]
 
-_MASK = np.uint64(0xFFFFFFFF)
-_32 = np.uint64(32)
-_MULTIPLY_0, _MULTIPLY_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-_BUMP_0, _BUMP_1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
-
-
-def philox(
-    row: np.uint64, block: np.uint64, key: np.uint64
-) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
-    """Philox4x32-10: four random 32-bit words for the counter (row, block) under a 64-bit key."""
-    c0, c1, c2, c3 = row & _MASK, row >> _32, block & _MASK, block >> _32
-    k0, k1 = key & _MASK, key >> _32
-    for _ in range(10):
-        p0, p1 = _MULTIPLY_0 * c0, _MULTIPLY_1 * c2
-        c0, c1, c2, c3 = (p1 >> _32) ^ c1 ^ k0, p1 & _MASK, (p0 >> _32) ^ c3 ^ k1, p0 & _MASK
-        k0, k1 = (k0 + _BUMP_0) & _MASK, (k1 + _BUMP_1) & _MASK
-    return c0, c1, c2, c3
-
-
-def draw(words: NDArray[np.uint32], row: np.uint64, key: np.uint64) -> None:
-    """Fill `words` with the random words of a row, one for each column."""
-    whole = words.size // 4
-    for block in range(whole):
-        four = philox(row, np.uint64(block), key)
-        words[4 * block], words[4 * block + 1], words[4 * block + 2], words[4 * block + 3] = four
-    if words.size % 4:
-        four = philox(row, np.uint64(whole), key)
-        for j in range(4 * whole, words.size):
-            words[j] = four[j % 4]
-
-
-def unit(word: np.uint64 | np.uint32) -> float:
-    """Map a 32-bit word to the middle of its cell in (0, 1): never 0, never 1, symmetric about 1/2."""
-    return (np.float64(word) + 0.5) * 2.0**-32
-
-
-_ONE, _ROOT_HALF, _LOG_2 = np.float32(1.0), np.float32(0.7071067811865476), np.float32(0.6931471805599453)
-_SERIES = tuple(np.float32(1 / k) for k in (9, 7, 5, 3, 1))
-
-
-def log(x: np.float32) -> np.float32:
-    """Natural logarithm of a normal positive float32 below 1, by + - * / alone (relative error below 3e-7)."""
-    exponent = np.float32(0.0)
-    while x < _ROOT_HALF:  # doubling is exact
-        x += x
-        exponent -= _ONE
-    return log_scaled(x, exponent)
-
-
-def log_scaled(x: np.float32, exponent: np.float32) -> np.float32:
-    """Natural logarithm of x times two to the power of `exponent`, for x from sqrt(1/2) to sqrt(2)."""
-    z = (x - _ONE) / (x + _ONE)
-    w = z * z
-    # log(x) = 2 atanh(z) with |z| < 0.172: five terms of its series reach float32.
-    series = (((_SERIES[0] * w + _SERIES[1]) * w + _SERIES[2]) * w + _SERIES[3]) * w + _SERIES[4]
-    return exponent * _LOG_2 + (z + z) * series
-
-
-_SQUARE, _SHIFT = np.float32(0.180625), np.float32(1.6)
-_A = tuple(map(np.float32, (59.10937472, 159.29113202, 50.434271938, 3.3871327179)))
-_B = tuple(map(np.float32, (67.187563600, 78.757757664, 17.895169469, 1.0)))
-_C = tuple(map(np.float32, (0.17023821103, 1.3067284816, 2.7568153900, 1.4234372777)))
-_D = tuple(map(np.float32, (0.12021132975, 0.73700164250, 1.0)))
-
-
-def middle_quantile(q: np.float32) -> np.float32:
-    """`normal_quantile` of 1/2 + q, for q from -0.425 to 0.425."""
-    r = _SQUARE - q * q
-    top = ((_A[0] * r + _A[1]) * r + _A[2]) * r + _A[3]
-    bottom = ((_B[0] * r + _B[1]) * r + _B[2]) * r + _B[3]
-    return q * top / bottom
-
-
-def tail_quantile(log_p: np.float32) -> np.float32:
-    """`normal_quantile` of p below 0.075 with its sign turned, from the logarithm of p."""
-    r = np.sqrt(-log_p) - _SHIFT
-    top = ((_C[0] * r + _C[1]) * r + _C[2]) * r + _C[3]
-    quantile: np.float32 = top / ((_D[0] * r + _D[1]) * r + _D[2])
-    return quantile
-
-
-def normal_quantile(p: float) -> np.float32:
-    """Inverse of the standard normal distribution (M. J. Wichura, algorithm AS 241, PPND7: about 5e-7).
-
-    For p from 1e-10 to 1 - 1e-10, which no value of `unit` leaves: the algorithm's third interval is not needed. It is
-    made for float32, in which a processor works out twice as many values at once as in float64; the probability itself,
-    or what is missing to 1, needs float64 before it is rounded.
-    """
-    q = p - 0.5
-    if abs(q) <= 0.425:
-        return middle_quantile(np.float32(q))
-    return -tail_quantile(log(np.float32(p))) if q < 0 else tail_quantile(log(np.float32(1.0 - p)))
-
-
-_SMALLEST = 2.0**-33
-"""The smallest value of `unit`."""
-
-
-def normal_cdf(x: float) -> float:
-    """Distribution function of the standard normal one at x <= 0, by `normal_quantile`, not below `_SMALLEST`.
-
-    By bisection, because the same steps give the same bits everywhere, as ``math.erf`` does not.
-    """
-    below, above = _SMALLEST, 0.5
-    if normal_quantile(below) >= x:
-        return below
-    for _ in range(64):  # from some step on the middle is one of the two
-        middle = 0.5 * (below + above)
-        if normal_quantile(middle) < x:
-            below = middle
-        else:
-            above = middle
-    return above
-
-
-_TOGETHER = 2048
-"""How many values, about, are worked out together: steps of one wait for each other, not for others."""
-
-
-def fill_normal(
-    out: Float32Array,
-    places: Int64Array,
-    rows: Int64Array,
-    key: np.uint64,
-    start: float,
-    width: float,
-    parameters: NDArray[np.float64],
-) -> None:
-    """Write rows of ``mean + std * normal_quantile(start + width * u)``, nothing of it outside ``[low, high]``.
-
-    All values as if they were in the middle of the distribution, as most are; then those in its tails, which need a
-    logarithm, again.
-    """
-    mean, std = np.float32(parameters[2]), np.float32(parameters[3])
-    low, high = np.float32(parameters[4]), np.float32(parameters[5])
-    offset, span = np.uint64(2**32 - int(parameters[6])), np.uint32(parameters[7])
-    dim = out.shape[1]
-    together = max(1, min(_TOGETHER // dim, places.size))
-    size = (together * dim + 7) // 8 * 8
-    words, flags, tails = np.zeros(size, np.uint32), np.zeros(size, np.uint8), np.zeros(size + 8, np.uint32)
-    values, of_tails = words.view(np.float32), np.empty(size, np.float32)
-    for begin in range(0, places.size, together):
-        some = min(together, places.size - begin)
-        for k in range(some):
-            draw(words[k * dim : (k + 1) * dim], np.uint64(rows[begin + k]), key)
-        for j in range(some * dim):
-            flags[j] = np.uint32((np.uint64(words[j]) + offset) & _MASK) > span
-        flags[some * dim :] = 0
-        count = nonzero(flags, tails)
-        # Whole vectors: items behind the last mean nothing.
-        fill_tails(of_tails, words, tails[: (count + 7) // 8 * 8], start, width, parameters)
-        for j in range(some * dim):
-            value = mean + std * middle_quantile(np.float32(start + width * unit(words[j]) - 0.5))
-            value = value if value > low else low
-            values[j] = value if value < high else high
-        for k in range(count):
-            values[tails[k]] = of_tails[k]
-        for k in range(some):
-            line, first = out[places[begin + k]], k * dim
-            for j in range(dim):
-                line[j] = values[first + j]
-
-
-def nonzero(flags: NDArray[np.uint8], places: NDArray[np.uint32]) -> int:
-    """Write the places of the ones among `flags`, which are all 0 or 1, and return how many there are.
-
-    Whole eights of `flags`; up to eight items of `places` behind those written mean nothing.
-    """
-    found = np.flatnonzero(flags)
-    places[: found.size] = found
-    return int(found.size)
-
-
-def fill_tails(
-    out: Float32Array,
-    words: NDArray[np.uint32],
-    tails: NDArray[np.uint32],
-    start: float,
-    width: float,
-    parameters: NDArray[np.float64],
-) -> None:
-    """``out[k]`` becomes the value of ``words[tails[k]]``, which lies in a tail."""
-    mean, std = np.float32(parameters[2]), np.float32(parameters[3])
-    low, high = np.float32(parameters[4]), np.float32(parameters[5])
-    ends, factors, exponents = np.empty((3, tails.size), np.float32)
-    bits = ends.view(np.int32)
-    for k in range(tails.size):
-        p = start + width * unit(words[tails[k]])
-        ends[k] = np.float32(p if p < 0.5 else 1.0 - p)  # the probability from the end it is near
-        factors[k] = -std if p < 0.5 else std
-    for k in range(tails.size):  # as `log` does, but by the bits: a number in [1/2, 1) and its exponent
-        exponents[k] = (bits[k] >> 23) - 126
-        bits[k] = (bits[k] & _FRACTION) | _ONE_HALF
-    for k in range(tails.size):
-        small = ends[k] < _ROOT_HALF
-        x = ends[k] + ends[k] if small else ends[k]
-        exponent = exponents[k] - _ONE if small else exponents[k]
-        value = mean + factors[k] * tail_quantile(log_scaled(x, exponent))
-        value = value if value > low else low
-        out[k] = value if value < high else high
-
-
-_FRACTION, _ONE_HALF = np.int32(2**23 - 1), np.int32(126 << 23)
-
-
-def middle_words(start: float, width: float) -> tuple[float, float]:
-    """Return the first word for which ``start + width * u`` lies in no tail, and how many more there are behind it.
-
-    There are such words: at least a tenth of the distribution is drawn from, and no tail has as much.
-    """
-
-    def q(word: int) -> float:
-        return start + width * unit(np.uint64(word)) - 0.5
-
-    # Both conditions turn true once as the word grows.
-    first = bisect_left(range(2**32), True, key=lambda word: q(word) >= -0.425)
-    behind = bisect_left(range(2**32), True, key=lambda word: q(word) > 0.425)
-    return float(first), float(behind - 1 - first)
-
 
 @dataclass(frozen=True)
 class Initializer(ABC):
@@ -276,10 +56,10 @@ class Initializer(ABC):
             value = getattr(self, each.name)
             # NumPy's scalars become what JSON can hold.
             if each.type in ("float", "float | None"):
-                object.__setattr__(self, each.name, arrays.number(value, each.name))
+                object.__setattr__(self, each.name, validation.number(value, each.name))
             else:
                 object.__setattr__(
-                    self, each.name, arrays.count(value, each.name, minimum=0, maximum=2**64 - 1)
+                    self, each.name, validation.count(value, each.name, minimum=0, maximum=2**64 - 1)
                 )
 
     @abstractmethod
@@ -357,7 +137,7 @@ class Uniform(Initializer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        arrays.number(self.high - self.low, "high - low")
+        validation.number(self.high - self.low, "high - low")
         if not np.float32(self.low) < np.float32(self.high):
             msg = f"Uniform: low must be less than high in float32, got {self.low} and {self.high}"
             raise ValueError(msg)
@@ -387,8 +167,8 @@ class Uniform(Initializer):
 
 
 def _check_normal(given: Normal | TruncatedNormal) -> None:
-    mean, std = arrays.number(given.mean, "mean"), arrays.number(given.std, "std")
-    arrays.number(abs(mean) + 7 * std, "abs(mean) + 7 * std")
+    mean, std = validation.number(given.mean, "mean"), validation.number(given.std, "std")
+    validation.number(abs(mean) + 7 * std, "abs(mean) + 7 * std")
     if not std > 0:
         msg = f"{type(given).__name__}: std must be greater than 0, got {std}"
         raise ValueError(msg)
@@ -587,8 +367,8 @@ class VarianceScaling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scale", arrays.number(self.scale, "scale"))
-        object.__setattr__(self, "seed", arrays.count(self.seed, "seed", minimum=0, maximum=2**64 - 1))
+        object.__setattr__(self, "scale", validation.number(self.scale, "scale"))
+        object.__setattr__(self, "seed", validation.count(self.seed, "seed", minimum=0, maximum=2**64 - 1))
         if not self.scale > 0:
             msg = f"VarianceScaling: scale must be greater than 0, got {self.scale}"
             raise ValueError(msg)
@@ -694,12 +474,12 @@ def HeNormal(seed: int = 0) -> VarianceScaling:  # noqa: N802
 
 
 Initial: TypeAlias = (
-    "Initializer | VarianceScaling | ArrayLike | arrays.Sliceable | Callable[[int, int], ArrayLike]"
+    "Initializer | VarianceScaling | ArrayLike | validation.Sliceable | Callable[[int, int], ArrayLike]"
 )
 """What a table can be created with."""
 
 
-def resolve(given: object, shape: tuple[int, int]) -> tuple[Initializer, arrays.Rows | None]:
+def resolve(given: object, shape: tuple[int, int]) -> tuple[Initializer, validation.Rows | None]:
     """Tell what fresh rows of a new table hold from the rows that it is filled with at once.
 
     Raises
@@ -714,17 +494,7 @@ def resolve(given: object, shape: tuple[int, int]) -> tuple[Initializer, arrays.
         return given.for_shape(*shape), None
     if isinstance(given, Initializer):
         return given, None
-    return Constant(0.0), arrays.initial_rows(given, shape)
-
-
-def stream_key(seed: int, stream: str) -> int:
-    """Key of a table's generator: the first 8 bytes (little-endian) of BLAKE2b over the seed and the stream.
-
-    The stream is the name under which the table was created, fixed from then on: two tables with one seed differ,
-    a renamed table keeps its values, and the same program gives the same values in every store it makes.
-    """
-    message = seed.to_bytes(8, "little") + stream.encode()
-    return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little")
+    return Constant(0.0), validation.initial_rows(given, shape)
 
 
 def from_json(document: Mapping[str, object]) -> Initializer:
@@ -738,4 +508,4 @@ def from_json(document: Mapping[str, object]) -> Initializer:
     if None in document.values():  # for `TruncatedNormal` that is a default, and a file has none
         msg = f"initializer {document.get('name')!r} has a field without a value"
         raise FormatError(msg)
-    return persisted.from_json("initializer", INITIALIZERS, document)
+    return serialization.from_json("initializer", INITIALIZERS, document)

@@ -37,14 +37,14 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from shardemb import arrays
+from shardemb.base import validation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
-    from shardemb.vocabulary import Vocabulary
+    from shardemb.store.vocabulary import Vocabulary
 
 __all__ = ["UNKNOWN", "Encoder", "Tokenizer", "read_lines", "words"]
 
@@ -182,7 +182,7 @@ class Encoder:
             raise TypeError(msg)
         _require_split(self.split)
         for name in ("padding_row", "unknown_row"):
-            row = arrays.count(getattr(self, name), name, minimum=0)
+            row = validation.count(getattr(self, name), name, minimum=0)
             if row >= vocabulary.reserved:
                 msg = (
                     f"{name} is {row}, but vocabulary {vocabulary.name!r} reserves {vocabulary.reserved} rows: "
@@ -190,7 +190,7 @@ class Encoder:
                 )
                 raise ValueError(msg)
         if self.max_length is not None:
-            arrays.count(self.max_length, "max_length")
+            validation.count(self.max_length, "max_length")
 
     def encode(self, sentences: Iterable[str], *, create: bool = False) -> NDArray[np.int64]:
         """Find the rows of all tokens of some sentences, in one call to the vocabulary.
@@ -262,7 +262,7 @@ class Encoder:
         >>> [ids.shape for ids in encoder.batches(["To be", "or not", "to be"], 2, create=True)]
         [(2, 2), (1, 2)]
         """
-        size, stream = arrays.count(size, "size"), _several(sentences)
+        size, stream = validation.count(size, "size"), _several(sentences)
         return (self.encode(some, create=create) for some in iter(lambda: list(islice(stream, size)), []))
 
     def decode(self, ids: ArrayLike) -> list[list[str]]:
@@ -293,7 +293,7 @@ class Encoder:
         [['to', 'be'], ['or']]
         """
         vocabulary = self.vocabulary
-        checked = arrays.row_ids(ids, max(vocabulary.num_rows, 1), vocabulary.name)
+        checked = validation.row_ids(ids, max(vocabulary.num_rows, 1), vocabulary.name)
         if len(checked.shape) != 2:
             msg = f"ids must have the two dimensions of what encode returns, got shape {checked.shape}"
             raise ValueError(msg)

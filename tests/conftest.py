@@ -115,7 +115,7 @@ class SmallDisk:
     """
 
     def __init__(self, kind, folder, nbytes):
-        from shardemb import files
+        from shardemb.storage import files
 
         self.place = Path(folder) / kind
         self.place.mkdir()

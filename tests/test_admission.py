@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardemb
-from shardemb import Admission, hashing, matching
+from shardemb import Admission
 from shardemb.errors import DiskFullError
+from shardemb.vocabulary import hashing, key_kernels
 
 SECRET = hashing.secret_of("00000000-0000-4000-8000-000000000000")
 
@@ -30,7 +31,7 @@ def counted(admission, stream):
     for batch in stream:
         keys, inverse = np.unique(batch, return_inverse=True)
         told = np.zeros(keys.size, np.uint32)
-        matching.count_seen(counters, places[keys], inverse.reshape(-1), told)
+        key_kernels.count_seen(counters, places[keys], inverse.reshape(-1), told)
         np.add.at(true, batch, np.uint32(1))
         # What is told is of the key's own last sighting; others may have raised all its counters since.
         assert (true[keys] <= told).all()
@@ -84,7 +85,7 @@ def test_counts_are_too_high_as_rarely_as_promised(width, depth):
 def test_a_counter_stays_at_its_end():
     counters = np.full(32, 2**32 - 1, np.uint32)
     told = np.zeros(1, np.uint32)
-    matching.count_seen(counters, np.array([[0, 16]]), np.array([0, 0]), told)
+    key_kernels.count_seen(counters, np.array([[0, 16]]), np.array([0, 0]), told)
     assert told[0] == counters[0] == 2**32 - 1
 
 

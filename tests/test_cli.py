@@ -112,25 +112,25 @@ def test_help_shows_an_example(command):
 
 
 def test_quickstart_passes_its_options_on(tmp_path, monkeypatch):
-    from shardemb import quickstart
+    from shardemb.quickstart import training
 
     seen = []
-    monkeypatch.setattr(quickstart, "run", seen.append)
+    monkeypatch.setattr(training, "run", seen.append)
     result = run("quickstart", "--folder", tmp_path, "--vocabulary", 10, "--dim", 3, "--steps", 2, "--seed", 5,
                  "--commit-every", 1)  # fmt: skip
     assert result.exit_code == 0, result.output
     assert seen == [
-        quickstart.Options(folder=tmp_path, vocabulary=10, dim=3, steps=2, seed=5, commit_every=1)
+        training.Options(folder=tmp_path, vocabulary=10, dim=3, steps=2, seed=5, commit_every=1)
     ]
 
 
 def test_quickstart_defaults_are_the_librarys(tmp_path, monkeypatch):
-    from shardemb import quickstart
+    from shardemb.quickstart import training
 
     seen = []
-    monkeypatch.setattr(quickstart, "run", seen.append)
+    monkeypatch.setattr(training, "run", seen.append)
     assert run("quickstart").exit_code == 0
-    assert seen == [quickstart.Options()]
+    assert seen == [training.Options()]
 
 
 def test_the_installed_command_and_its_version():

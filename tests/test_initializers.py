@@ -13,7 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shardemb
-from shardemb import initializers, kernels, persisted
+from shardemb import initializers
+from shardemb.base import sampling, serialization
+from shardemb.base.sampling import log, normal_cdf, normal_quantile, philox, stream_key, unit
+from shardemb.compute import (
+    compiler,  # fmt: skip
+    row_kernels,
+)
 from shardemb.errors import FormatError
 from shardemb.initializers import (
     Constant,
@@ -25,13 +31,7 @@ from shardemb.initializers import (
     TruncatedNormal,
     Uniform,
     VarianceScaling,
-    log,
-    normal_cdf,
-    normal_quantile,
-    philox,
-    stream_key,
-    unit,
-)  # fmt: skip
+)
 
 WORDS = 2**32
 
@@ -42,7 +42,7 @@ def rows(initializer, num_rows, dim, *, key=None, first=0):
     ids = np.arange(first, first + num_rows)
     never_written = np.zeros((first + num_rows) // 8 + 1, np.uint8)
     key = stream_key(getattr(initializer, "seed", 0), "tokens") if key is None else key
-    kernels.gather_or_fill(type(initializer))(
+    row_kernels.gather_or_fill(type(initializer))(
         np.empty((0, dim), np.float32),
         *[np.empty(0, np.int32)] * 3,
         0,
@@ -217,10 +217,10 @@ def test_words_on_both_sides_of_a_tail_are_told_apart(initializer):
 
     def nonzero(flags, places):
         seen.extend(np.flatnonzero(flags).tolist())
-        return initializers.nonzero(flags, places)
+        return sampling.nonzero(flags, places)
 
-    fixed = kernels._specialise(
-        initializers.fill_normal,
+    fixed = compiler._specialise(
+        sampling.fill_normal,
         "fill_normal",
         draw=lambda out, row, key: out.__setitem__(slice(None), words),
         nonzero=nonzero,
@@ -234,7 +234,7 @@ def test_words_on_both_sides_of_a_tail_are_told_apart(initializer):
 @given(st.lists(st.integers(0, 1), max_size=100))
 def test_the_places_of_ones_are_found(ones):
     flags = np.array([*ones, *[0] * (-len(ones) % 8)], np.uint8)
-    for found in (initializers.nonzero, compiled_nonzero()):
+    for found in (sampling.nonzero, compiled_nonzero()):
         places = np.full(flags.size + 8, 77, np.uint32)
         assert found(flags, places) == sum(ones)
         assert places[: sum(ones)].tolist() == [k for k, one in enumerate(ones) if one]
@@ -242,7 +242,7 @@ def test_the_places_of_ones_are_found(ones):
 
 @functools.cache
 def compiled_nonzero():
-    return numba.njit(kernels.nonzero)
+    return numba.njit(row_kernels.nonzero)
 
 
 PINNED = [
@@ -457,7 +457,7 @@ def flaws(draw):
 def compiled_words(ids, dim, key):
     """Words of the compiled generator, from its values: a float64 of 32 bits tells all of them but float32 does not."""
     out = np.empty((len(ids), dim), np.uint32)
-    draw = kernels._helper(initializers.draw, philox=kernels._helper(initializers.philox))
+    draw = compiler._helper(sampling.draw, philox=compiler._helper(sampling.philox))
     for row, row_id in zip(out, ids, strict=True):
         draw(row, np.uint64(row_id), np.uint64(key))
     return out.astype(np.uint64)
@@ -539,7 +539,7 @@ def test_uniform_values_lie_between_low_and_high_but_never_at_high(low, high):
     parameters = np.array(initializer.parameters())
     out = np.empty((1, 4), np.float32)
     for word in (0, 1, WORDS // 2, WORDS - 2, WORDS - 1):
-        fixed = kernels._specialise(
+        fixed = compiler._specialise(
             Uniform.fill_rows, "fill_rows", draw=lambda words, row, key, w=word: words.fill(w)
         )
         fixed(out, np.zeros(1, int), np.zeros(1, int), np.uint64(0), parameters)
@@ -577,7 +577,7 @@ def truncated(draw):
 def test_truncated_values_lie_within_their_bounds(initializer):
     values = rows(initializer, 50, 7).astype(np.float64)
     assert initializer.low <= values.min() <= values.max() <= initializer.high
-    assert initializers.from_json(json.loads(json.dumps(persisted.to_json(initializer)))) == initializer
+    assert initializers.from_json(json.loads(json.dumps(serialization.to_json(initializer)))) == initializer
 
 
 @given(truncated(), st.sampled_from([0, 1, WORDS // 2, WORDS - 2, WORDS - 1]))
@@ -734,7 +734,7 @@ def test_shards_threads_batches_and_updates_do_not_matter(tmp_path, initializer)
 
 @pytest.mark.parametrize("initializer", INITIALIZERS, ids=str)
 def test_json_gives_back_the_same_initializer(initializer):
-    document = json.loads(json.dumps(persisted.to_json(initializer)))
+    document = json.loads(json.dumps(serialization.to_json(initializer)))
     assert initializers.from_json(document) == initializer
 
 
@@ -742,7 +742,7 @@ def test_numbers_of_numpy_are_parameters_like_any_other():
     initializer = Uniform(np.float32(-0.5), np.float64(0.5), seed=np.int64(7))
     assert initializer == Uniform(-0.5, 0.5, seed=7)
     assert repr(initializer) == "Uniform(low=-0.5, high=0.5, seed=7)"
-    assert initializers.from_json(json.loads(json.dumps(persisted.to_json(initializer)))) == initializer
+    assert initializers.from_json(json.loads(json.dumps(serialization.to_json(initializer)))) == initializer
 
 
 @pytest.mark.parametrize(

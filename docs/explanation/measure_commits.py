@@ -13,7 +13,8 @@ from statistics import median
 import numpy as np
 
 import shardemb
-from shardemb import plan
+from shardemb.compute import plan
+from shardemb.compute import file_blocks
 
 ROWS, DIM, BATCH, STEPS = 4_000_000, 64, 65_536, 200
 LOG_BYTES = [2**28, 2**29, 2**30, 2**31]
@@ -64,7 +65,7 @@ def zipf():
 
 def folds(folder):
     """Fold rows that lie scattered over a table of 3 GB, block by block and in long stretches."""
-    along = plan.along
+    along = file_blocks.along
     with shardemb.open(folder / "folds.zarr", log_bytes=2**34, memory_budget=2**34) as store:
         table = store.create_table("t", num_embeddings=ROWS, embedding_dim=DIM, optimizer=adam)
         table.write(np.arange(ROWS), np.zeros((ROWS, DIM), np.float32))
@@ -80,12 +81,12 @@ def folds(folder):
                     ids = random.permutation(ROWS)[:rows]
                     table.update(ids, random.standard_normal((rows, DIM), np.float32))
                     store.commit()
-                    plan.along, before, start = blocks, store.stats()["bytes_written"], time.process_time()
+                    file_blocks.along, before, start = blocks, store.stats()["bytes_written"], time.process_time()
                     with timed(times):
                         store.checkpoint()
                     cores.append(time.process_time() - start)
                     written.append(store.stats()["bytes_written"] - before)
-                plan.along = along
+                file_blocks.along = along
                 print(
                     f"fold of {rows:>9,} rows {what:<16}{median(times):>7.2f} s, of a core {median(cores):>6.2f} s,"
                     f" {median(written) / 2**20:>6.0f} MiB written"

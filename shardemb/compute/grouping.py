@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb.kernels import kernel
+from shardemb.compute.compiler import kernel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from shardemb.arrays import Int64Array
+    from shardemb.base.validation import Int64Array
 
 WORD_BITS, POSITION_BITS = 64, 32
 """Bits that an id and a position have together, and a position alone."""

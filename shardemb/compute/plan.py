@@ -8,20 +8,18 @@ the cuts of a grouped batch so that two tasks never share a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from shardemb import grouping
-from shardemb.spec import PAGE, round_up
+from shardemb.compute import grouping
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
-    from shardemb.arrays import Int64Array
+    from shardemb.base.validation import Int64Array
 
 TASK_BYTES = 4 * 2**20
 """Least work of a task in bytes of records, so a batch of less than two runs in the calling thread.
@@ -29,9 +27,6 @@ TASK_BYTES = 4 * 2**20
 Gathering this much from memory takes half a millisecond to two. Handing two tasks to dask takes 0.2-0.4 ms, and up to
 another where the second core has to wake from its sleep. ``benchmarks/tasks.py`` has both sides of it.
 """
-
-WINDOW_BLOCKS = 64
-"""Blocks of a file of which some or all are written."""
 
 
 @dataclass(frozen=True)
@@ -94,61 +89,6 @@ def _sort(ids: Int64Array, num_embeddings: int) -> NDArray[np.uint64] | None:
         return None
     words: NDArray[np.uint64] = grouping.sort_rows(ids, low, high)
     return words
-
-
-def runs(numbers: Int64Array) -> Iterator[tuple[int, int]]:
-    """List where runs of consecutive numbers begin and end.
-
-    Examples
-    --------
-    >>> list(runs(np.array([3, 4, 5, 9])))
-    [(0, 3), (3, 4)]
-    """
-    cuts = (np.flatnonzero(np.diff(numbers) != 1) + 1).tolist()
-    yield from pairwise([0, *cuts, numbers.size] if numbers.size else [])
-
-
-def pages(rows: Int64Array, record_bytes: int) -> Int64Array:
-    """List the pages that the records of ascending rows lie on, ascending, each once.
-
-    Examples
-    --------
-    >>> pages(np.array([0, 1, 2, 100]), 3000).tolist()
-    [0, 1, 2, 73]
-    """
-    low, high = rows * record_bytes // PAGE, ((rows + 1) * record_bytes - 1) // PAGE
-    counts = high - low + 1
-    ends = np.cumsum(counts)
-    all_of_each: Int64Array = np.repeat(low - ends + counts, counts) + np.arange(ends[-1] if ends.size else 0)
-    return all_of_each[np.diff(all_of_each, prepend=-1) > 0]
-
-
-def along(blocks: Int64Array, has_data: NDArray[np.bool_]) -> Int64Array:
-    """Add to the blocks of a file that change those that are written along, because long stretches cost less.
-
-    All of a window is written where a quarter of it changes; but not where that would take twice the disk space.
-
-    Parameters
-    ----------
-    blocks : ndarray of int64, shape (n,)
-        Ascending.
-    has_data : ndarray of bool
-        Of every block of the file, whether it takes disk.
-
-    Examples
-    --------
-    >>> along(np.arange(0, 64, 4), np.ones(100, np.bool_)).size
-    64
-    >>> along(np.arange(0, 64, 4), np.zeros(100, np.bool_)).size
-    16
-    """
-    changed, taken = np.zeros((2, round_up(has_data.size, WINDOW_BLOCKS)), np.bool_)
-    changed[blocks], taken[: has_data.size] = True, has_data
-    taken |= changed
-    changes, takes = (each.reshape(-1, WINDOW_BLOCKS).sum(axis=1) for each in (changed, taken))
-    dense = (4 * changes >= WINDOW_BLOCKS) & (2 * takes >= WINDOW_BLOCKS)
-    every: Int64Array = np.flatnonzero((changed | np.repeat(dense, WINDOW_BLOCKS))[: has_data.size])
-    return every
 
 
 def num_tasks(nbytes: int, cores: int) -> int:

@@ -18,20 +18,26 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from shardemb import kernels, plan, report, scheduler
+from shardemb.base.formatting import plural, size
+from shardemb.base.interrupts import signals_deferred
+from shardemb.base.sizes import PAGE
+from shardemb.compute import file_blocks, plan, row_kernels, scheduler
+from shardemb.engine import batch
+from shardemb.engine.shards import PAGED_ROWS
 from shardemb.errors import ShardEmbError
-from shardemb.runtime import signals_deferred
-from shardemb.shards import PAGED_ROWS
-from shardemb.spec import PAGE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from shardemb.arrays import Float32Array, Int64Array
+    from shardemb.base.validation import Float32Array, Int64Array
+    from shardemb.compute.plan import Grouped, Piece
+    from shardemb.engine.runtime import Runtime
+    from shardemb.engine.shards import Shards
     from shardemb.optim import Optimizer
-    from shardemb.plan import Grouped, Piece
-    from shardemb.runtime import Runtime
-    from shardemb.shards import Shards
 
 SAMPLES = 32
 """Rows of a batch that are looked for in memory, to tell whether it is cold."""
@@ -112,17 +118,17 @@ def read(runtime: Runtime, reads: Sequence[Read]) -> None:
         each.shards.totals.add_lookup(each.ids.size)
 
 
-def explain(runtime: Runtime, shards: Shards, ids: Int64Array) -> report.Explanation:
+def explain(runtime: Runtime, shards: Shards, ids: Int64Array) -> batch.Explanation:
     """Tell what a lookup of the weights of a batch meets."""
     rows = plan.group(ids, shards.spec.num_embeddings).rows
     with runtime.lock:
         places = shards.overlay.places(rows)
-        path = "paged" if shards.overlay.out else "cold" if shards.is_cold(ids, SAMPLES) else "warm"
+        path = "paged" if shards.overlay.spilled else "cold" if shards.is_cold(ids, SAMPLES) else "warm"
     in_files, written = places == rows, shards.were_written(rows)
     read = rows[in_files & written]
-    pages = plan.pages(read, shards.spec.record_bytes)
+    pages = file_blocks.pages(read, shards.spec.record_bytes)
     resident, row_bytes = shards.count_resident(pages), 4 * shards.spec.embedding_dim
-    return report.Explanation(
+    return batch.Explanation(
         ids=ids.size,
         rows=rows.size,
         rows_in_memory=int(np.count_nonzero(places > rows)),
@@ -190,9 +196,9 @@ def _gather_paged(runtime: Runtime, read: Read) -> None:
         stop = min(start + PAGED_ROWS, read.ids.size)
         rows = np.unique(read.ids[start:stop])
         with runtime.changing():
-            runtime.room.make_room(shards.overlay.count_out(rows) * shards.overlay.row_bytes)
+            runtime.budget.make_room(shards.overlay.count_spilled(rows) * shards.overlay.row_bytes)
             with signals_deferred():
-                shards.overlay.bring_back(rows)
+                shards.overlay.reload(rows)
             if shards.is_cold(rows, SAMPLES):
                 shards.read_ahead(rows, 0, rows.size)
             shards.gather(read.column, read.ids, read.out, start, stop)
@@ -206,7 +212,7 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
     """
     with runtime.changing():
         changes = [_latest(each) for each in changes]
-        places = _take_in(runtime, [(each.shards, each.batch.rows) for each in changes])
+        places = _load(runtime, [(each.shards, each.batch.rows) for each in changes])
         runtime.check_sound()
         work = [_work(*each) for each in zip(changes, places, strict=True)]
 
@@ -257,12 +263,12 @@ def prefetch(runtime: Runtime, shards: Shards, rows: Int64Array, *, for_update: 
             if runtime.closed:
                 return
             some = rows[start : start + PREFETCH_ROWS]
-            if not runtime.room.spare(shards.overlay.count_new(some) * shards.overlay.row_bytes):
+            if not runtime.budget.evict(shards.overlay.count_new(some) * shards.overlay.row_bytes):
                 return  # a guess is not worth a fold, nor that others go out
             _fill_slots(runtime, [(shards, some)])
 
 
-def _take_in(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> list[Int64Array]:
+def _load(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> list[Int64Array]:
     """Bring ascending rows of tables into slots, with the records that they have; return their places.
 
     The lock may be let go at first, while a fold makes room; not once the first row is here.
@@ -282,7 +288,7 @@ def _take_in(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> 
 
 def _fill_slots(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> list[Int64Array]:
     for shards, rows in batches:
-        shards.overlay.bring_back(rows)
+        shards.overlay.reload(rows)
     places = [shards.overlay.places(rows) for shards, rows in batches]
     in_files = [found == rows for found, (_, rows) in zip(places, batches, strict=True)]
     new = [(shards, rows[which]) for (shards, rows), which in zip(batches, in_files, strict=True)]
@@ -308,12 +314,14 @@ def _fill_slots(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) 
 
 
 def _make_room(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> None:
-    room = runtime.room
-    if room.has_room(sum(rows.size * shards.overlay.row_bytes for shards, rows in batches)):
+    budget = runtime.budget
+    if budget.has_room(sum(rows.size * shards.overlay.row_bytes for shards, rows in batches)):
         return  # spares the counting
     for shards, rows in batches:
         shards.overlay.note_use(rows)
-    room.make_room(sum(shards.overlay.count_new(rows) * shards.overlay.row_bytes for shards, rows in batches))
+    budget.make_room(
+        sum(shards.overlay.count_new(rows) * shards.overlay.row_bytes for shards, rows in batches)
+    )
 
 
 def _work(change: Change, places: Int64Array) -> Callable[[int, int], None]:
@@ -321,11 +329,11 @@ def _work(change: Change, places: Int64Array) -> Callable[[int, int], None]:
     shards, batch, values = change.shards, change.batch, change.values
 
     def overwrite(start: int, stop: int) -> None:
-        kernels.scatter(shards.records, places, batch.starts, batch.order, values, start, stop)
+        row_kernels.scatter(shards.records, places, batch.starts, batch.order, values, start, stop)
 
     if change.training is None or change.training.optimizer is None:
         return overwrite
-    step = kernels.step(type(change.training.optimizer))
+    step = row_kernels.step(type(change.training.optimizer))
     number = change.training.step + 1
     scalars = np.array(change.training.optimizer.scalars(number), np.float32)
     counting = number if shards.spec.counters else 0
@@ -383,3 +391,53 @@ def run_side_by_side(runtime: Runtime, functions: Sequence[Callable[[], None]]) 
 def _cut(runtime: Runtime, lengths: Sequence[int], row_bytes: Sequence[int]) -> list[list[Piece]]:
     nbytes = sum(map(mul, lengths, row_bytes))
     return plan.cut(lengths, plan.num_tasks(nbytes, runtime.threads))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a lookup of a batch meets, see `Table.explain`; prints as a few lines.
+
+    Attributes
+    ----------
+    ids, rows : int
+        Ids of the batch, and the distinct rows among them.
+    rows_in_memory, rows_out, rows_never_written : int
+        Of these, rows that changed and lie in memory; that changed and are in the scratch file; and that get their
+        initial value without a look at the disk.
+    shards, pages, pages_resident : int
+        All others are read from so many shards, on so many pages of 4,096 bytes, of which so many are in memory now.
+    bytes_useful, bytes_read : int
+        Bytes of the result that come from these pages, each row once; and bytes that the disk has to read for them.
+    path : {"warm", "cold", "paged"}
+        Gathered as it is; sorted, and all pages asked for ahead; or brought back from the scratch file part by part.
+    tasks : int
+        Pieces that the gathering is cut into.
+    """
+
+    ids: int
+    rows: int
+    rows_in_memory: int
+    rows_out: int
+    rows_never_written: int
+    shards: int
+    pages: int
+    pages_resident: int
+    bytes_useful: int
+    bytes_read: int
+    path: str
+    tasks: int
+
+    def __str__(self) -> str:
+        read = (
+            f"{self.bytes_read / self.bytes_useful:.1f} x as much" if self.bytes_useful else "nothing to read"
+        )
+        lines = [
+            f"{plural(self.ids, 'id')}, {plural(self.rows, 'distinct row')}: "
+            f"{self.rows_in_memory:,} changed and in memory, {self.rows_out:,} in the scratch file, "
+            f"{self.rows_never_written:,} never written",
+            f"the rest lies in {plural(self.shards, 'shard')}, on {plural(self.pages, 'page')}, "
+            f"{self.pages_resident:,} of them in memory",
+            f"{size(self.bytes_useful)} of them are asked for; to read {size(self.bytes_read)} ({read})",
+            f"{self.path}, in {plural(self.tasks, 'task')}",
+        ]
+        return "\n".join(lines)

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb import checks, files
-from shardemb.spec import PAGE
+from shardemb.base.sizes import PAGE
+from shardemb.format import table_files
+from shardemb.storage import checksums, files
 
 if TYPE_CHECKING:
-    from shardemb.arrays import Int64Array
-    from shardemb.checks import File
-    from shardemb.shards import Shards
+    from shardemb.base.validation import Int64Array
+    from shardemb.engine.shards import Shards
+    from shardemb.format.table_files import File
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Usage:
 def measure(shards: Shards) -> Usage:
     """Look at every file of a table. Under the store's lock."""
     spec = shards.spec
-    every = [checks.shard(spec, shards.directory, number) for number in range(spec.num_shards)]
+    every = [table_files.shard(spec, shards.directory, number) for number in range(spec.num_shards)]
     count = _rows_with_bit if spec.has_presence else _rows_of_blocks
     rows = np.array([count(shards, file) for file in every], np.int64)
     newer = shards.overlay.kept_rows()
@@ -49,7 +50,7 @@ def measure(shards: Shards) -> Usage:
 
 def _rows_with_bit(shards: Shards, file: File) -> int:
     total = 0
-    for chunk, start, stop in checks.presence_of(shards.spec, shards.directory, file.rows):
+    for chunk, start, stop in table_files.presence_of(shards.spec, shards.directory, file.rows):
         with files.opened(chunk.path, os.O_RDONLY) as descriptor:
             for begin, end in files.data(descriptor, start, stop):
                 data = files.read_at(descriptor, end - begin, begin, chunk.path)
@@ -59,10 +60,10 @@ def _rows_with_bit(shards: Shards, file: File) -> int:
 
 def _rows_of_blocks(shards: Shards, file: File) -> int:
     """Count the rows of blocks that were ever written, where no bitmap says which of them were."""
-    path, start = checks.path_of(shards.directory), 8 * file.first
+    path, start = table_files.path_of(shards.directory), 8 * file.first
     written = 0
     with files.opened(path, os.O_RDONLY) as descriptor:
         for begin, end in files.data(descriptor, start, start + 8 * file.nbytes // PAGE):
             sums = np.frombuffer(files.read_at(descriptor, end - begin, begin, path), np.uint64)
-            written += int(np.count_nonzero(sums != checks.NEVER_WRITTEN))
+            written += int(np.count_nonzero(sums != checksums.NEVER_WRITTEN))
     return written * PAGE // shards.spec.record_bytes

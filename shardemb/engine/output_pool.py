@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb import files
-from shardemb.spec import round_up
+from shardemb.base.sizes import round_up
+from shardemb.storage import address_space
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from shardemb.arrays import Float32Array
+    from shardemb.base.validation import Float32Array
 
 LEAST_BYTES, MOST_BYTES = 2**20, 2**26
 """A result of fewer bytes is left to the C library; of all the others, so many bytes are kept."""
@@ -29,7 +29,7 @@ ALIGNED = 16
 """Arrays in one block of memory begin at whole cache lines of so many numbers."""
 
 
-class Results:
+class OutputPool:
     """Makes the arrays that lookups return; safe from any thread.
 
     It has no lock: an array may go wherever Python collects garbage, within this class too. Each step is one operation
@@ -37,7 +37,7 @@ class Results:
     """
 
     def __init__(self) -> None:
-        self._kept: list[files.AddressRange] = []
+        self._kept: list[address_space.AddressRange] = []
         self._closed = False
 
     def empty(self, shape: tuple[int, ...]) -> Float32Array:
@@ -70,7 +70,7 @@ class Results:
         """Bytes that are kept, and in no array."""
         return sum(each.nbytes for each in self._kept[:])
 
-    def _take(self, nbytes: int) -> files.AddressRange | None:
+    def _take(self, nbytes: int) -> address_space.AddressRange | None:
         newest_first = self._kept[::-1]  # whose memory may still be in the processor's cache
         for memory in sorted(newest_first, key=lambda each: each.nbytes):
             if memory.nbytes >= nbytes:
@@ -81,7 +81,8 @@ class Results:
                 return memory
         return None
 
-    def _give(self, memory: files.AddressRange) -> None:
+    def give(self, memory: address_space.AddressRange) -> None:
+        """Keep memory for a later array, unless enough is kept."""
         self._kept.append(memory)
         while self.nbytes > MOST_BYTES or (self._closed and self._kept):
             del self._kept[:1]
@@ -90,8 +91,8 @@ class Results:
 class _Lease:
     """What NumPy needs to know to make an array over memory, which goes back with the last of its arrays."""
 
-    def __init__(self, results: Results, memory: files.AddressRange, shape: tuple[int, ...]) -> None:
-        self._results, self._memory = results, memory
+    def __init__(self, pool: OutputPool, memory: address_space.AddressRange, shape: tuple[int, ...]) -> None:
+        self._pool, self._memory = pool, memory
         self.__array_interface__ = {
             "data": (memory.address, False),
             "typestr": np.dtype(np.float32).str,
@@ -100,11 +101,11 @@ class _Lease:
         }
 
     def __del__(self) -> None:
-        self._results._give(self._memory)
+        self._pool.give(self._memory)
 
 
-def _new(nbytes: int) -> files.AddressRange:
-    memory = files.AddressRange(round_up(nbytes, files.HUGE_PAGE))
+def _new(nbytes: int) -> address_space.AddressRange:
+    memory = address_space.AddressRange(round_up(nbytes, address_space.HUGE_PAGE))
     memory.map_zeros(0, memory.nbytes)
     memory.prefer_huge_pages(0, memory.nbytes)
     return memory

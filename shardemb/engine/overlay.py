@@ -12,98 +12,31 @@ entry is set; where one has left before its slot is used again, `Overlay.version
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb import files, kernels
-from shardemb.kernels import NODE_BITS, kernel
-from shardemb.scratch import Scratch
-from shardemb.slots import KEPT, Slots
-from shardemb.spec import PAGE, round_up
+from shardemb.base.sizes import PAGE, round_up
+from shardemb.compute import row_index, row_kernels
+from shardemb.compute.row_index import NODE
+from shardemb.engine.slots import KEPT, Slots
+from shardemb.engine.spill_file import SpillFile
+from shardemb.storage import address_space
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from shardemb.arrays import Float32Array, Int64Array
-    from shardemb.spec import TableSpec
+    from shardemb.base.validation import Float32Array, Int64Array
 
 SLOT_BYTES, NODE_BYTES = 16, 64
 """What a slot takes besides its record, and what the index takes for a branch or a leaf."""
 
-_NODE = 1 << NODE_BITS
 _MOST = 2**31 - 2
 _NO_ROWS = np.empty(0, np.int64)
 _NO_INDEX = np.empty(0, np.int32)
-
-
-class Room(Protocol):
-    """Who keeps the rows in memory of all tables of a store within its memory budget."""
-
-    def has_room(self, nbytes: int) -> bool:
-        """Whether so many more bytes are within the budget."""
-
-    def make_room(self, nbytes: int) -> None:
-        """Make room for so many bytes; may let go of the store's lock to wait for a fold.
-
-        Raises
-        ------
-        DiskFullError, OSError
-            There is none, nor in the scratch file.
-        """
-
-    def spare(self, nbytes: int) -> bool:
-        """Let go of copies of what the files hold; return whether so many bytes have room then."""
-
-    def spill(self, nbytes: int) -> None:
-        """As `make_room`, without a fold: the lock stays held."""
-
-    def drain(self) -> None:
-        """Fold until the files hold the last commit of all tables; lets go of the store's lock to wait for that.
-
-        Raises
-        ------
-        DiskFullError, OSError, PoisonedError
-            They cannot.
-        """
-
-    def supplement(self, spec: TableSpec, ids: Int64Array, pack: Callable[[int, int, int], None]) -> None:
-        """Bring records into the files that say no more than the last commit did; as `drain`, once they are logged.
-
-        Raises
-        ------
-        ShardEmbError
-            The table is not part of the last commit.
-        DiskFullError, OSError, PoisonedError
-            They cannot.
-        """
-
-
-class Unlimited(Room):
-    """Room for all, in a store that holds no rows but committed ones."""
-
-    def has_room(self, nbytes: int) -> bool:
-        """There always is."""
-        return True
-
-    def make_room(self, nbytes: int) -> None:
-        """Nothing has to be done."""
-
-    def spare(self, nbytes: int) -> bool:
-        """There always is."""
-        return True
-
-    def spill(self, nbytes: int) -> None:
-        """Nothing has to be done."""
-
-    def drain(self) -> None:
-        """Nothing has to be done."""
-
-    def supplement(self, spec: TableSpec, ids: Int64Array, pack: Callable[[int, int, int], None]) -> None:
-        """Nobody asks for it."""
 
 
 class Overlay:
@@ -120,13 +53,13 @@ class Overlay:
     ----------
     slots : Slots
         Slots in memory.
-    out : int
+    spilled : int
         Rows that are in the scratch file.
     slot_bytes, row_bytes : int
         What a row takes in memory at least and at most.
     """
 
-    def __init__(self, memory: files.AddressRange, records: Float32Array) -> None:
+    def __init__(self, memory: address_space.AddressRange, records: Float32Array) -> None:
         self._memory = memory
         self._records = records
         self.first = len(records) // 2
@@ -135,20 +68,20 @@ class Overlay:
         self.row_bytes: int = self.slot_bytes + 2 * NODE_BYTES
         self._most = min(self.first, _MOST)
         self.slots = Slots(self._most)
-        leaves = -(-self.first // _NODE)
-        branches = -(-leaves // _NODE)
-        self._directory: NDArray[np.int32] = files.zeros(np.int32, branches)
+        leaves = -(-self.first // NODE)
+        branches = -(-leaves // NODE)
+        self._directory: NDArray[np.int32] = address_space.zeros(np.int32, branches)
         self._branches = _Nodes(min(branches, _MOST))
         self._leaves = _Nodes(min(leaves, _MOST))
-        self._scratch: Scratch | None = None
+        self._spill_file: SpillFile | None = None
         self._mapped = 0
         self._changes = 0
         self._rewinding = False
 
     @property
-    def out(self) -> int:
+    def spilled(self) -> int:
         """Rows that are in the scratch file."""
-        return 0 if self._scratch is None else self._scratch.slots.count
+        return 0 if self._spill_file is None else self._spill_file.slots.count
 
     @property
     def nbytes(self) -> int:
@@ -167,7 +100,7 @@ class Overlay:
 
         A lookup without the store's lock compares it before and after.
         """
-        return None if self.out or self._rewinding else self._changes
+        return None if self.spilled or self._rewinding else self._changes
 
     # ---- where rows are; needs no lock
 
@@ -180,10 +113,10 @@ class Overlay:
 
     def places(self, rows: Int64Array) -> Int64Array:
         """Return the places of rows among all records: their own for rows of the files, -1 for those that are out."""
-        if not self.slots.count and not self.out:
+        if not self.slots.count and not self.spilled:
             return rows.copy()
         directory, branches, leaves = self._directory, self._branches.entries, self._leaves.entries
-        return kernels.places_of(directory, branches, leaves, self.first, rows, 0, rows.size)
+        return row_index.places_of(directory, branches, leaves, self.first, rows, 0, rows.size)
 
     # ---- into memory
 
@@ -191,7 +124,7 @@ class Overlay:
         """Count the rows that are not in a slot."""
         return int(np.count_nonzero(self._entries(rows) <= 0))
 
-    def count_out(self, rows: Int64Array) -> int:
+    def count_spilled(self, rows: Int64Array) -> int:
         """Count the rows that are out."""
         return int(np.count_nonzero(self._entries(rows) < 0))
 
@@ -276,8 +209,8 @@ class Overlay:
         """
         for slots in self._all_slots():
             slots.end_fold(folded=folded)
-        if self._scratch is not None:
-            slots = self._scratch.slots
+        if self._spill_file is not None:
+            slots = self._spill_file.slots
             self._release(slots.choose(slots.count, but=KEPT))
 
     # ---- out of memory
@@ -297,14 +230,14 @@ class Overlay:
         DiskFullError, OSError
             They stay in memory.
         """
-        if self._scratch is None:
-            self._scratch = Scratch(folder, self._record_bytes, self._most)
+        if self._spill_file is None:
+            self._spill_file = SpillFile(folder, self._record_bytes, self._most)
         slots = self.slots.choose(count, but=np.uint8(0))
         if slots.size == 0:
             return
         rows = self.slots.owner[slots]
-        kept = self._scratch.write(rows, self._addresses(slots))
-        self._scratch.slots.enter(kept, self.slots.books_of(slots))
+        kept = self._spill_file.write(rows, self._addresses(slots))
+        self._spill_file.slots.enter(kept, self.slots.books_of(slots))
         self._set(rows, -(kept + 1))
         self._give(slots)
 
@@ -312,13 +245,13 @@ class Overlay:
         """Move rows into slots that are free, so that those in use lie side by side, and give the other memory back."""
         source, target = self.slots.compact()
         if source.size:
-            kernels.copy_rows(self._records, self.first + source, self.first + target, 0, source.size)
+            row_kernels.copy_rows(self._records, self.first + source, self.first + target, 0, source.size)
             self._set(self.slots.owner[target], target + 1)
             self._changes += 1  # as in `_give`
         used = round_up(self.slots.end * self._record_bytes, PAGE)
         self._memory.give_back(self._start + used, self._mapped - used)
 
-    def bring_back(self, rows: Int64Array) -> None:
+    def reload(self, rows: Int64Array) -> None:
         """Bring those of the rows, distinct, into memory that are out.
 
         Raises
@@ -326,7 +259,7 @@ class Overlay:
         OSError
             The scratch file cannot be read. They stay out.
         """
-        if self._scratch is None or not self.out:
+        if self._spill_file is None or not self.spilled:
             return
         entries = self._entries(rows)
         rows, kept = rows[entries < 0], -entries[entries < 0].astype(np.int64) - 1
@@ -335,19 +268,19 @@ class Overlay:
         places = self.reserve(rows)
         slots = places - self.first
         try:
-            self._scratch.read(kept, self._addresses(slots))
+            self._spill_file.read(kept, self._addresses(slots))
         except BaseException:
             self.unreserve(places)
             raise
-        self.slots.enter(slots, self._scratch.slots.books_of(kept))
+        self.slots.enter(slots, self._spill_file.slots.books_of(kept))
         self.publish(rows, places)
-        self._scratch.release(kept)
+        self._spill_file.release(kept)
 
     def forget(self, rows: Int64Array) -> None:
         """Let the files hold the newest record of rows."""
         entries = self._entries(rows)
         self._leave(entries[entries > 0].astype(np.int64) - 1)
-        if self._scratch is not None:
+        if self._spill_file is not None:
             self._release(-entries[entries < 0].astype(np.int64) - 1)
 
     @contextlib.contextmanager
@@ -358,7 +291,7 @@ class Overlay:
         yield
         self._rewinding = False  # unless it broke off
 
-    def read_out(self, rows: Int64Array, target: int) -> None:
+    def read_spilled(self, rows: Int64Array, target: int) -> None:
         """Copy the records of those rows that are out to where they belong in a row of records at an address.
 
         Raises
@@ -366,15 +299,15 @@ class Overlay:
         OSError
             The scratch file cannot be read.
         """
-        if self._scratch is not None and self.out:
+        if self._spill_file is not None and self.spilled:
             entries = self._entries(rows)
             at = np.flatnonzero(entries < 0)
-            self._scratch.read(-entries[at].astype(np.int64) - 1, target + at * self._record_bytes)
+            self._spill_file.read(-entries[at].astype(np.int64) - 1, target + at * self._record_bytes)
 
     # ---- within
 
     def _all_slots(self) -> list[Slots]:
-        return [self.slots] if self._scratch is None else [self.slots, self._scratch.slots]
+        return [self.slots] if self._spill_file is None else [self.slots, self._spill_file.slots]
 
     def _addresses(self, slots: Int64Array) -> Int64Array:
         addresses: Int64Array = self._records.ctypes.data + (self.first + slots) * self._record_bytes
@@ -382,13 +315,15 @@ class Overlay:
 
     def _entries(self, rows: Int64Array) -> NDArray[np.int32]:
         entries = np.zeros(rows.size, np.int32)
-        if self.slots.count or self.out:
-            _entries(self._directory, self._branches.entries, self._leaves.entries, rows, entries)
+        if self.slots.count or self.spilled:
+            row_index.entries_of(self._directory, self._branches.entries, self._leaves.entries, rows, entries)
         return entries
 
     def _set(self, rows: Int64Array, entries: Int64Array) -> None:
         branches, leaves = self._branches, self._leaves
-        _set(self._directory, branches.entries, branches.books, leaves.entries, leaves.books, rows, entries)
+        row_index.set_entries(
+            self._directory, branches.entries, branches.books, leaves.entries, leaves.books, rows, entries
+        )
 
     def _leave(self, slots: Int64Array) -> None:
         """Give up slots, of whose rows the files shall hold the newest."""
@@ -405,9 +340,9 @@ class Overlay:
 
     def _release(self, kept: Int64Array) -> None:
         """Give up what the scratch file keeps, of which the files hold the same."""
-        assert self._scratch is not None
-        self._set(self._scratch.slots.owner[kept], np.zeros(kept.size, np.int64))
-        self._scratch.release(kept)
+        assert self._spill_file is not None
+        self._set(self._spill_file.slots.owner[kept], np.zeros(kept.size, np.int64))
+        self._spill_file.release(kept)
 
     @property
     def _start(self) -> int:
@@ -417,7 +352,7 @@ class Overlay:
         """Map memory for slots, at least so many bytes in all."""
         if nbytes <= self._mapped:
             return
-        wanted = min(round_up(max(nbytes, 2 * self._mapped), files.HUGE_PAGE), self._start)
+        wanted = min(round_up(max(nbytes, 2 * self._mapped), address_space.HUGE_PAGE), self._start)
         self._memory.map_zeros(self._start + self._mapped, wanted - self._mapped)
         if self._mapped:  # few rows shall not take a huge page
             self._memory.prefer_huge_pages(self._start + self._mapped, wanted - self._mapped)
@@ -428,75 +363,10 @@ class _Nodes:
     """Branches or leaves: entries, 16 a node; and how many were ever used, how many of them are free now, and which."""
 
     def __init__(self, most: int) -> None:
-        self.entries: NDArray[np.int32] = files.zeros(np.int32, (most + 1) * _NODE)
-        self.books: NDArray[np.int32] = files.zeros(np.int32, most + 2)
+        self.entries: NDArray[np.int32] = address_space.zeros(np.int32, (most + 1) * NODE)
+        self.books: NDArray[np.int32] = address_space.zeros(np.int32, most + 2)
 
     @property
     def used(self) -> int:
         """How many are in use."""
         return int(self.books[0] - self.books[1])
-
-
-@kernel
-def _entries(
-    directory: NDArray[np.int32],
-    branches: NDArray[np.int32],
-    leaves: NDArray[np.int32],
-    rows: Int64Array,
-    entries: NDArray[np.int32],
-) -> None:
-    for i in range(rows.size):
-        entries[i] = kernels.entry_of(directory, branches, leaves, rows[i])
-
-
-@kernel
-def _take_node(books: NDArray[np.int32]) -> int:
-    if books[1]:
-        books[1] -= 1
-        return int(books[2 + books[1]])
-    books[0] += 1
-    return int(books[0])
-
-
-@kernel
-def _give_if_empty(node: int, entries: NDArray[np.int32], books: NDArray[np.int32]) -> bool:
-    if entries[node << NODE_BITS : (node + 1) << NODE_BITS].any():
-        return False
-    books[2 + books[1]] = node
-    books[1] += 1
-    return True
-
-
-@kernel
-def _set(
-    directory: NDArray[np.int32],
-    branches: NDArray[np.int32],
-    branch_books: NDArray[np.int32],
-    leaves: NDArray[np.int32],
-    leaf_books: NDArray[np.int32],
-    rows: Int64Array,
-    entries: Int64Array,
-) -> None:
-    """Set the entries of rows, 0 to forget them. Branches and leaves that are empty then are free.
-
-    From below, so that a lookup without the lock never follows a number before there is something behind it. One that
-    meets a node which is used for other rows by now reads what is none of its own, and `Overlay.version` tells.
-    """
-    for i in range(rows.size):
-        row, low = rows[i], _NODE - 1
-        branch = int(directory[row >> 2 * NODE_BITS])
-        at = (row >> NODE_BITS) & low
-        leaf = int(branches[(branch << NODE_BITS) | at])
-        if entries[i] == 0 and leaf == 0:
-            continue
-        if leaf == 0:
-            leaf = _take_node(leaf_books)
-        leaves[(leaf << NODE_BITS) | (row & low)] = entries[i]
-        if branch == 0:
-            branch = _take_node(branch_books)
-        branches[(branch << NODE_BITS) | at] = leaf
-        directory[row >> 2 * NODE_BITS] = branch
-        if entries[i] == 0 and _give_if_empty(leaf, leaves, leaf_books):
-            branches[(branch << NODE_BITS) | at] = 0
-            if _give_if_empty(branch, branches, branch_books):
-                directory[row >> 2 * NODE_BITS] = 0

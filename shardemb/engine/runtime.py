@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from shardemb.base.interrupts import signals_deferred
+from shardemb.engine.memory_budget import MemoryBudget, NoFolds
+from shardemb.engine.output_pool import OutputPool
 from shardemb.errors import PoisonedError, ReadOnlyError, StaleReaderError, StoreClosedError
-from shardemb.overlay import Unlimited
-from shardemb.results import Results
+from shardemb.format import store_paths
+from shardemb.format.manifest import Manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
-    from types import FrameType
 
-    from shardemb.overlay import Room
+    from shardemb.engine.memory_budget import Folds
+    from shardemb.engine.overlay import Overlay
 
 
 @dataclass
@@ -46,9 +48,13 @@ class Runtime:
         Held by everything that changes rows, moves rows or changes the set of tables. Lookups do without.
     fresh : callable, optional
         In a reader that was opened beside a writer: whether that writer is still the last one.
-    room : Room
-        Who keeps changed rows within the memory budget.
-    results : Results
+    committed : Manifest
+        As of the last commit: the one place that says which that is.
+    budget : MemoryBudget
+        Keeps changed rows within `memory_budget`.
+    folds : Folds
+        Moves committed rows into the files.
+    outputs : OutputPool
         Where lookups get the arrays that they return.
     """
 
@@ -59,14 +65,21 @@ class Runtime:
     log_bytes: int
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
     fresh: Callable[[], bool] | None = None
-    room: Room = field(default_factory=Unlimited, repr=False)
-    results: Results = field(default_factory=Results, repr=False)
+    committed: Manifest = field(default=Manifest(uuid=""), repr=False)
+    budget: MemoryBudget = field(default_factory=MemoryBudget, repr=False)
+    folds: Folds = field(default_factory=NoFolds, repr=False)
+    outputs: OutputPool = field(default_factory=OutputPool, repr=False)
     closed: bool = False
     poisoned: str | None = None
     half_done: str | None = None
     pid: int = field(default_factory=os.getpid)
     _background: ThreadPoolExecutor | None = field(default=None, repr=False)
     _background_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def become_writer(self, folds: Folds, overlays: Callable[[], Sequence[Overlay]]) -> None:
+        """Keep the rows in memory of all tables within the memory budget from now on."""
+        self.folds = folds
+        self.budget = MemoryBudget(self.memory_budget, overlays, folds, store_paths.private(self.path))
 
     def check_open(self) -> None:
         """Raise `StoreClosedError` once the store is closed."""
@@ -133,7 +146,7 @@ class Runtime:
             background, self._background = self._background, None
         if background is not None:
             background.shutdown(cancel_futures=True)
-        self.results.close()
+        self.outputs.close()
 
     @contextlib.contextmanager
     def all_or_nothing(self, what: str) -> Iterator[None]:
@@ -147,44 +160,3 @@ class Runtime:
             except BaseException:
                 self.half_done = what
                 raise
-
-
-_deferring = False  # in the main thread: a block within a block has nothing to do
-
-
-@contextlib.contextmanager
-def signals_deferred() -> Iterator[None]:
-    """Let SIGINT and SIGTERM, where Python handles them, take effect at the end of the block and not within it."""
-    global _deferring  # noqa: PLW0603 signal handlers are those of the process
-    if _deferring or threading.current_thread() is not threading.main_thread():
-        yield  # Python delivers signals to the main thread only
-        return
-    received: list[tuple[int, FrameType | None]] = []
-    previous = {
-        number: handler
-        for number in (signal.SIGINT, signal.SIGTERM)
-        if callable(handler := signal.getsignal(number))
-    }
-    try:
-        for number in previous:
-            signal.signal(number, lambda number, frame: received.append((number, frame)))
-        _deferring = True
-        yield
-    finally:
-        _deferring = False
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        _deliver(received, previous)
-
-
-def _deliver(
-    received: list[tuple[int, FrameType | None]],
-    handlers: dict[signal.Signals, Callable[[int, FrameType | None], object]],
-) -> None:
-    if not received:
-        return
-    number, frame = received[0]
-    try:
-        handlers[signal.Signals(number)](number, frame)
-    finally:  # the first may raise, and the second is due all the same
-        _deliver(received[1:], handlers)

@@ -8,34 +8,33 @@ process (`Overlay`), and forgetting a change is giving its slot up.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb import checks, files, folders, kernels, layout
-from shardemb.errors import FormatError, ShardEmbError
-from shardemb.initializers import Constant, stream_key
-from shardemb.overlay import Overlay
-from shardemb.progress import track
-from shardemb.replay import Images
-from shardemb.spec import PAGE, TableSpec, round_up
+from shardemb.base.sampling import stream_key
+from shardemb.base.sizes import PAGE, round_up
+from shardemb.compute import residency, row_kernels
+from shardemb.engine.overlay import Overlay
+from shardemb.format import table_files
+from shardemb.format.spec import TableSpec
+from shardemb.initializers import Constant
+from shardemb.storage import address_space, files, table_folder
+from shardemb.storage.log_reader import Images
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from shardemb.arrays import Float32Array, Int64Array, Rows
-    from shardemb.overlay import Room
-    from shardemb.progress import Advance, Progress
+    from shardemb.base.progress import Progress
+    from shardemb.base.validation import Float32Array, Int64Array, Rows
+    from shardemb.engine.memory_budget import MemoryBudget
 
 PAGED_ROWS = 4096
 """Rows that are brought into memory together where not all of them have room."""
-
-_BLOCK_BYTES = 4 * 2**20
 
 
 class Totals:
@@ -100,16 +99,16 @@ class Shards:
     def __init__(self, spec: TableSpec, directory: Path, missing: Collection[Path] = ()) -> None:
         self.spec = spec
         self.directory = directory
-        check_mappings(spec)
+        table_folder.check_mappings(spec)
         shards = map(self.shard_path, range(spec.num_shards))
         files_bytes = spec.num_shards * spec.shard_bytes
-        self._rows = files.AddressRange(2 * files_bytes)
+        self._rows = address_space.AddressRange(2 * files_bytes)
         _map(self._rows, shards, spec.shard_bytes, missing)
         chunks = map(self.presence_path, range(spec.num_presence_chunks))
-        self._present = files.AddressRange(spec.num_presence_chunks * spec.presence_chunk_bytes)
+        self._present = address_space.AddressRange(spec.num_presence_chunks * spec.presence_chunk_bytes)
         _map(self._present, chunks, spec.presence_chunk_bytes, missing)
         # The default read-ahead would read whole megabytes for a row.
-        self._rows.advise(0, files_bytes, files.MADV_RANDOM)
+        self._rows.advise(0, files_bytes, address_space.MADV_RANDOM)
         self.records: Float32Array = self._rows.array(
             np.float32, (2 * spec.num_shards * spec.rows_per_shard, spec.width)
         )
@@ -127,13 +126,13 @@ class Shards:
         """Copy a column of rows ``ids[start:stop]`` into ``out[start:stop]``, initial values for rows never written."""
         first = self.spec.columns[column][0]
         if not self.spec.has_presence:
-            kernels.gather(self.records, *self.overlay.index, first, ids, out, start, stop)
+            row_kernels.gather(self.records, *self.overlay.index, first, ids, out, start, stop)
             return
         initializer, key, parameters = type(self.spec.initializer), self._key, self._parameters
         if column != "weight":
             initializer = Constant  # a state column starts from one value
             parameters = self.spec.initial_state[first - self.spec.embedding_dim :][:1].astype(np.float64)
-        kernels.gather_or_fill(initializer)(
+        row_kernels.gather_or_fill(initializer)(
             self.records, *self.overlay.index, self.present, first, ids, out, key, parameters, start, stop
         )
 
@@ -146,7 +145,7 @@ class Shards:
         samples = min(most, -(-ids.size // 8))
         if samples == 0:
             return False
-        resident = kernels.sample_resident(
+        resident = residency.sample_resident(
             self._rows.address, self.spec.record_bytes, *self.overlay.index, self.present, ids, samples
         )
         return bool(0 <= resident < samples)
@@ -169,7 +168,7 @@ class Shards:
     def count_resident(self, pages: Int64Array) -> int:
         """Count the pages of the files that are in memory; none if the kernel won't tell."""
         nothing, none = np.empty(0, np.uint8), np.empty(0, np.int32)
-        found = kernels.sample_resident(
+        found = residency.sample_resident(
             self._rows.address, PAGE, none, none, none, 0, nothing, pages, pages.size
         )
         return max(0, int(found))
@@ -179,14 +178,14 @@ class Shards:
         # Advice that fails costs time and nothing else: the gather reads the page all the same.
         for number, first, last in self._huge_pages(rows[start:stop]):
             with contextlib.suppress(OSError):
-                files.read_in_huge_pages(self.shard_path(number), first, last - first)
-        kernels.advise(
+                address_space.read_in_huge_pages(self.shard_path(number), first, last - first)
+        residency.advise(
             self._rows.address,
             self.spec.record_bytes,
             *self.overlay.index,
             self.present,
             rows,
-            files.MADV_WILLNEED,
+            address_space.MADV_WILLNEED,
             files.ADVISED // PAGE,
             start,
             stop,
@@ -195,14 +194,18 @@ class Shards:
     def _huge_pages(self, rows: Int64Array) -> Iterator[tuple[int, int, int]]:
         """List the parts of files, in whole pages of 2 MiB, of which ascending rows ask for everything."""
         shard_bytes, record_bytes = self.spec.shard_bytes, self.spec.record_bytes
-        if shard_bytes % files.HUGE_PAGE or not rows.size or rows[-1] - rows[0] >= rows.size:
+        if shard_bytes % address_space.HUGE_PAGE or not rows.size or rows[-1] - rows[0] >= rows.size:
             return
         begin, end = int(rows[0]) * record_bytes, (int(rows[-1]) + 1) * record_bytes
-        if end - begin < files.HUGE_PAGE or not self.were_written(rows).all():
+        if end - begin < address_space.HUGE_PAGE or not self.were_written(rows).all():
             return
         for number in range(begin // shard_bytes, -(-end // shard_bytes)):
-            first = round_up(max(begin - number * shard_bytes, 0), files.HUGE_PAGE)
-            last = min(end - number * shard_bytes, shard_bytes) // files.HUGE_PAGE * files.HUGE_PAGE
+            first = round_up(max(begin - number * shard_bytes, 0), address_space.HUGE_PAGE)
+            last = (
+                min(end - number * shard_bytes, shard_bytes)
+                // address_space.HUGE_PAGE
+                * address_space.HUGE_PAGE
+            )
             if first < last:
                 yield number, first, last
 
@@ -211,9 +214,9 @@ class Shards:
     def copy(self, rows: Int64Array, places: Int64Array, start: int, stop: int) -> None:
         """Copy the records of ``rows[start:stop]``, of the files or first ones, to slots reserved for them."""
         if not self.spec.has_presence:
-            kernels.copy_rows(self.records, rows, places, start, stop)
+            row_kernels.copy_rows(self.records, rows, places, start, stop)
             return
-        kernels.copy_or_fill(type(self.spec.initializer))(
+        row_kernels.copy_or_fill(type(self.spec.initializer))(
             self.records,
             self.present,
             rows,
@@ -243,10 +246,10 @@ class Shards:
     def pack(self, ids: Int64Array, start: int, stop: int, address: int) -> None:
         """Copy the records of ``ids[start:stop]``, one behind the other, to an address."""
         ids = ids[start:stop]
-        kernels.pack(self.records, self.overlay.places(ids), address)
-        self.overlay.read_out(ids, address)
+        row_kernels.pack(self.records, self.overlay.places(ids), address)
+        self.overlay.read_spilled(ids, address)
 
-    def forget_changes(self, images: Images, room: Room) -> None:
+    def forget_changes(self, images: Images, budget: MemoryBudget) -> None:
         """Go back to the last commit: to the files, and to the images that are newer than they.
 
         Raises
@@ -258,24 +261,24 @@ class Shards:
             rows = self.changed_rows()
             again = np.isin(images.ids, rows)
             self.overlay.forget(rows[~np.isin(rows, images.ids)])
-            self.place(Images(images.ids[again], images.addresses[again]), room)
+            self.place(Images(images.ids[again], images.addresses[again]), budget)
             self.clear_changes()  # last: whoever calls again after an error has all of it done again
 
-    def place(self, images: Images, room: Room) -> None:
+    def place(self, images: Images, budget: MemoryBudget) -> None:
         """Put committed images, which the files do not hold yet, into memory, making room for them if need be."""
         overlay = self.overlay
         for start in range(0, images.ids.size, PAGED_ROWS):
             ids, addresses = (each[start : start + PAGED_ROWS] for each in images)
-            room.spill(overlay.count_new(ids) * overlay.row_bytes)
-            overlay.bring_back(ids)
+            budget.spill(overlay.count_new(ids) * overlay.row_bytes)
+            overlay.reload(ids)
             places = overlay.places(ids)
             new = places == ids
             places[new] = overlay.reserve(ids[new])
             overlay.publish(ids[new], places[new])
-            kernels.place_images(self.records, places, addresses)
+            row_kernels.place_images(self.records, places, addresses)
             overlay.mark(places)
 
-    def take_changes(self, other: Shards, room: Room) -> None:
+    def take_changes(self, other: Shards, budget: MemoryBudget) -> None:
         """Take over what differs from the last commit in a table with other rows; those that it has more stay behind.
 
         Raises
@@ -289,15 +292,15 @@ class Shards:
             ids = rows[start : start + PAGED_ROWS]
             records = np.empty((ids.size, self.spec.width), np.float32)
             other.pack(ids, 0, ids.size, records.ctypes.data)
-            self.take(ids, records, room)
+            self.take(ids, records, budget)
 
-    def take(self, ids: Int64Array, records: Float32Array, room: Room) -> None:
+    def take(self, ids: Int64Array, records: Float32Array, budget: MemoryBudget) -> None:
         """Take over records that differ from the last commit; as `take_changes`."""
         for start in range(0, ids.size, PAGED_ROWS):
             some, given = ids[start : start + PAGED_ROWS], records[start : start + PAGED_ROWS]
             addresses = given.ctypes.data + np.arange(some.size) * self.spec.record_bytes
-            self.place(Images(some, addresses), room)
-            self.overlay.bring_back(some)  # what another part of the batch may have sent out
+            self.place(Images(some, addresses), budget)
+            self.overlay.reload(some)  # what another part of the batch may have sent out
             self.change(self.overlay.places(some))
 
     def never_written(self, start: int, stop: int) -> Int64Array:
@@ -308,12 +311,12 @@ class Shards:
 
     def pack_first(self, ids: Int64Array, start: int, stop: int, address: int) -> None:
         """As `pack`, of rows that were never written: what they start from."""
-        kernels.pack(self.first_records(ids[start:stop]), np.arange(stop - start), address)
+        row_kernels.pack(self.first_records(ids[start:stop]), np.arange(stop - start), address)
 
     def first_records(self, ids: Int64Array) -> Float32Array:
         """Compute what rows start from, shape (ids.size, width); they need not be rows of the table yet."""
         weights = np.empty((ids.size, self.spec.embedding_dim), np.float32)
-        fill = kernels.fill(type(self.spec.initializer))
+        fill = row_kernels.fill(type(self.spec.initializer))
         fill(ids, weights, self._key, self._parameters, 0, ids.size)
         return np.hstack([weights, np.tile(self.spec.initial_state, (ids.size, 1))])
 
@@ -328,182 +331,40 @@ class Shards:
     def give_back(self, start: int, stop: int) -> None:
         """Let what memory holds of the files of rows ``start:stop`` go; what lies in slots stays."""
         first, last = start * self.spec.record_bytes // PAGE, -(-stop * self.spec.record_bytes // PAGE)
-        self._rows.advise(first * PAGE, (last - first) * PAGE, files.MADV_DONTNEED)
+        self._rows.advise(first * PAGE, (last - first) * PAGE, address_space.MADV_DONTNEED)
 
     # ---- files
 
     def shard_path(self, shard: int) -> Path:
         """File of a row-shard, where the table lies now."""
-        return checks.shard(self.spec, self.directory, shard).path
+        return table_files.shard(self.spec, self.directory, shard).path
 
     def presence_path(self, chunk: int) -> Path:
         """File of a chunk of the presence bitmap, where the table lies now."""
-        return checks.presence_chunk(self.spec, self.directory, chunk).path
-
-
-def check_mappings(spec: TableSpec) -> None:
-    """Raise `ShardEmbError` if the files of one more table cannot all be mapped."""
-    more, used = spec.num_shards + spec.num_presence_chunks, files.counters.mappings
-    if used + more > files.MAX_MAPPINGS:
-        msg = (
-            f"the table takes {more} files of {spec.shard_bytes} bytes, and the tables open in this process {used} "
-            f"more, but a process maps at most {files.MAX_MAPPINGS}: use larger shards or close a store"
-        )
-        raise ShardEmbError(msg)
-
-
-def _map(
-    memory: files.AddressRange, paths: Iterable[Path], file_bytes: int, missing: Collection[Path]
-) -> None:
-    for number, path in enumerate(paths):
-        if path in missing:
-            memory.map_zeros(number * file_bytes, file_bytes)
-        else:
-            memory.map_file(number * file_bytes, path, file_bytes)
+        return table_files.presence_chunk(self.spec, self.directory, chunk).path
 
 
 def create(spec: TableSpec, directory: Path, rows: Rows | None, progress: Progress = None) -> Shards:
-    """Create a table's folder, its zarr documents and all its files, sparse; with `rows`, every row of it.
-
-    They are asked for in consecutive ranges of a few MiB; `progress` is told of rows when they are written.
-    Nothing is durable yet (`files.sync_tree` makes it so).
-
-    Raises
-    ------
-    ShardEmbError, OSError
-        It cannot be mapped, or there is no room; nothing is left behind.
-    """
-    check_mappings(spec)
+    """Create a table's folder, see `table_folder.create`, and map it; nothing is left of one that cannot be."""
+    table_folder.create(spec, directory, rows, progress)
     try:
-        write_documents(directory, layout.table_documents(spec))
-        for path, nbytes in expected_files(spec, directory):
-            files.create_sparse(path, nbytes)
-        total = 0 if rows is None else spec.num_embeddings
-        with track(total, f"copying rows into {spec.stream!r}", progress=progress) as advance:
-            if rows is not None:
-                _write_rows(spec, directory, rows, advance)
         return Shards(spec, directory)
     except BaseException:
         files.remove_tree(directory)
         raise
 
 
-def write_documents(directory: Path, documents: Mapping[str, bytes]) -> None:
-    """Make a table's folder with its zarr documents. Not synced."""
-    for name, document in documents.items():
-        files.make_directory((directory / name).parent)
-        files.write_new(directory / name, document)
-
-
 def open_existing(directory: Path, *, may_miss: bool, may_create: bool) -> Shards:
-    """Map a table that exists, believing nothing that its metadata say before it is checked.
-
-    Parameters
-    ----------
-    directory : Path
-        The table's folder.
-    may_miss : bool
-        Whether a file of a table that starts from zeros may be missing: zarr deletes a chunk that it is asked to
-        fill with zeros.
-    may_create : bool
-        Whether such a file is made anew, or only read as zeros.
-
-    Raises
-    ------
-    FormatError
-        The documents are not those of a table; a file is missing or has another size.
-    """
-    spec = spec_of(directory, may_miss=may_miss)
-    missing = dict(find_missing(spec, directory))
-    if may_create and missing:
-        for path, nbytes in missing.items():  # under its name a file has its size
-            files.remove(files.staged(path))
-            files.create_sparse(files.staged(path), nbytes)
-            files.sync_file(files.staged(path))
-            files.publish(path)
-        missing = {}
+    """Check a table's folder, see `table_folder.open_existing`, and map it."""
+    spec, missing = table_folder.open_existing(directory, may_miss=may_miss, may_create=may_create)
     return Shards(spec, directory, missing)
 
 
-@contextlib.contextmanager
-def naming(name: str, directory: Path) -> Iterator[None]:
-    """Say of which table it is that something is wrong with the files."""
-    try:
-        yield
-    except FormatError as error:
-        msg = f"table {name!r} in {directory}: {error}"
-        raise type(error)(msg) from error
-
-
-def spec_of(directory: Path, *, may_miss: bool) -> TableSpec:
-    """Read what a table is, and check that its files are there.
-
-    Raises
-    ------
-    FormatError
-        As `open_existing`.
-    """
-    spec = layout.table_spec(folders.documents(directory))
-    check_mappings(spec)  # before so many files are looked for
-    missing = find_missing(spec, directory)
-    fatal = [
-        path for path, _ in missing if spec.has_presence or not may_miss or path == checks.path_of(directory)
-    ]
-    if fatal:
-        msg = f"{fatal[0]} is missing ({len(missing)} in all); restore it from a copy of the store"
-        raise FormatError(msg)
-    return spec
-
-
-def find_missing(spec: TableSpec, directory: Path) -> list[tuple[Path, int]]:
-    """List the files of a table that are not there, with the size that they should have.
-
-    Raises
-    ------
-    FormatError
-        A file has another size than the metadata says.
-    """
-    missing = []
-    for path, nbytes in expected_files(spec, directory):
-        found = files.size(path)
-        if found is None:
-            missing.append((path, nbytes))
-        elif found != nbytes:
-            msg = (
-                f"{path} has {found} bytes instead of {nbytes}: it was cut short or replaced; "
-                f"restore it from a copy of the store"
-            )
-            raise FormatError(msg)
-    return missing
-
-
-def expected_files(spec: TableSpec, directory: Path) -> Iterator[tuple[Path, int]]:
-    """List the files of a table besides its documents, with their sizes."""
-    for file in checks.all_files(spec, directory):
-        yield file.path, file.nbytes
-    yield checks.path_of(directory), round_up(8 * spec.num_blocks, PAGE)
-
-
-def _write_rows(spec: TableSpec, directory: Path, rows: Rows, advance: Advance) -> None:
-    """Write all rows straight into new files: bulk data never becomes private memory."""
-    block_rows = max(1, _BLOCK_BYTES // spec.record_bytes)
-    for shard in range(spec.num_shards):
-        file = checks.shard(spec, directory, shard)
-        begin, end = file.rows
-        with files.opened(file.path, os.O_WRONLY) as descriptor:
-            for start in range(begin, end, block_rows):
-                stop = min(start + block_rows, end)
-                records = np.empty((stop - start, spec.width), np.float32)
-                records[:, : spec.embedding_dim] = rows(start, stop)
-                records[:, spec.embedding_dim :] = spec.initial_state
-                files.write(descriptor, records.data, (start - begin) * spec.record_bytes, file.path)
-                advance(stop - start)
-            checks.note_whole_file(file, directory)
-            files.sync(descriptor, file.path)
-            files.forget(descriptor)
-    for chunk in range(spec.num_presence_chunks):
-        file = checks.presence_chunk(spec, directory, chunk)
-        bits = np.packbits(np.ones(file.rows[1] - file.rows[0], np.bool_), bitorder="little")
-        with files.opened(file.path, os.O_WRONLY) as descriptor:
-            files.write(descriptor, bits.data, 0, file.path)
-        checks.note_whole_file(file, directory)
+def _map(
+    memory: address_space.AddressRange, paths: Iterable[Path], file_bytes: int, missing: Collection[Path]
+) -> None:
+    for number, path in enumerate(paths):
+        if path in missing:
+            memory.map_zeros(number * file_bytes, file_bytes)
+        else:
+            memory.map_file(number * file_bytes, path, file_bytes)

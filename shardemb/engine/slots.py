@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb import files
-from shardemb.intrinsics import prefetch
-from shardemb.kernels import kernel
+from shardemb.compute.compiler import kernel
+from shardemb.compute.intrinsics import prefetch
+from shardemb.storage import address_space
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from shardemb.arrays import Int64Array
+    from shardemb.base.validation import Int64Array
 
 USED, NEWER, FOLDING, CHANGED, TOUCHED, _CHOSEN = (np.uint8(1 << bit) for bit in range(6))
 KEPT = NEWER | FOLDING
@@ -54,8 +54,8 @@ class Slots:
     """
 
     def __init__(self, most: int) -> None:
-        self.owner: NDArray[np.int64] = files.zeros(np.int64, most)
-        self._words: NDArray[np.uint64] = files.zeros(np.uint64, -(-most // 8))
+        self.owner: NDArray[np.int64] = address_space.zeros(np.int64, most)
+        self._words: NDArray[np.uint64] = address_space.zeros(np.uint64, -(-most // 8))
         self.state: NDArray[np.uint8] = self._words.view(np.uint8)[:most]
         self._free = np.empty(0, np.int64)
         self.end: int = 0

@@ -12,23 +12,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb import files, kernels, plan
-from shardemb.replay import checksum
-from shardemb.slots import Slots
-from shardemb.spec import PAGE, round_up
+from shardemb.base.sizes import PAGE, round_up
+from shardemb.compute import file_blocks, row_kernels
+from shardemb.engine.slots import Slots
+from shardemb.format.documents import checksum
+from shardemb.storage import address_space, files
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from shardemb.arrays import Int64Array
+    from shardemb.base.validation import Int64Array
 
 STAGE_BYTES = 4 * 2**20
 """Bytes that are put together in memory before they are written."""
 
 
-class Scratch:
+class SpillFile:
     """Records of one table, kept in a file.
 
     Parameters
@@ -50,9 +51,9 @@ class Scratch:
         self._descriptor = files.open_scratch(folder)
         weakref.finalize(self, files.close, self._descriptor).atexit = False
         self.slots = Slots(most)
-        self._checksums: NDArray[np.uint64] = files.zeros(np.uint64, most)
+        self._checksums: NDArray[np.uint64] = address_space.zeros(np.uint64, most)
         self._step = max(1, STAGE_BYTES // record_bytes)
-        self._stage = files.AddressRange(round_up(self._step * record_bytes, PAGE))
+        self._stage = address_space.AddressRange(round_up(self._step * record_bytes, PAGE))
         self._stage.map_zeros(0, self._stage.nbytes)
 
     def write(self, rows: Int64Array, addresses: Int64Array) -> Int64Array:
@@ -68,9 +69,9 @@ class Scratch:
         try:
             for start in range(0, slots.size, self._step):
                 some = slots[start : start + self._step]
-                kernels.gather_images(addresses, size, self._stage.address, start, start + some.size)
+                row_kernels.gather_images(addresses, size, self._stage.address, start, start + some.size)
                 stage = self._stage.bytes(0, some.size * size)
-                for first, last in plan.runs(some):
+                for first, last in file_blocks.runs(some):
                     files.write(
                         self._descriptor,
                         stage[first * size : last * size],
@@ -96,7 +97,7 @@ class Scratch:
         slots, addresses = slots[order], addresses[order]
         runs = [
             (first + part, min(first + part + self._step, last))
-            for first, last in plan.runs(slots)
+            for first, last in file_blocks.runs(slots)
             for part in range(0, last - first, self._step)
         ]
         for first, last in runs:
@@ -108,7 +109,7 @@ class Scratch:
                 if checksum(view[i * size : (i + 1) * size]) != self._checksums[slots[first + i]]:
                     msg = f"{self._path} does not hold what was written to it; call store.rollback()"
                     raise OSError(errno.EIO, msg)
-            kernels.scatter_images(self._stage.address, size, addresses, first, last)
+            row_kernels.scatter_images(self._stage.address, size, addresses, first, last)
 
     def release(self, slots: Int64Array) -> None:
         """Give up slots."""

@@ -1,6 +1,6 @@
 """What a commit says about everything but the rows.
 
-A `TableRecord` is what a commit can change about a table (its name, its step count, the optimizer's
+A `TableEntry` is what a commit can change about a table (its name, its step count, the optimizer's
 hyper-parameters); a `Manifest` holds those of all tables together with the commit they belong to. Every commit record
 of the log carries one, and the file ``manifest.json``, always replaced whole, is the *base*: the shards hold
 everything up to its commit, and the log is replayed from its segment.
@@ -12,18 +12,15 @@ import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from shardemb import arrays, optim, persisted
+from shardemb import optim
 from shardemb.admission import ADMISSIONS, Admission
+from shardemb.base import serialization, validation
 from shardemb.errors import FormatError
-from shardemb.spec import (
-    BYTES,
+from shardemb.format.documents import (
     FORMAT_VERSION,
-    INTERNAL,
-    KEY_TYPES,
-    SKETCH,
-    check_stored_name,
     crc32,
     field,
     int_field,
@@ -31,6 +28,7 @@ from shardemb.spec import (
     require_version,
     uuid_field,
 )
+from shardemb.format.spec import BYTES, INTERNAL, KEY_TYPES, SKETCH, check_stored_name
 
 MAX_DEPTH = 64
 """Levels of a commit's metadata, so that it can be read back from any depth of the reader's stack."""
@@ -56,7 +54,7 @@ class Commit:
 
 
 @dataclass(frozen=True)
-class TableRecord:
+class TableEntry:
     """What a commit says about one table.
 
     Attributes
@@ -84,12 +82,12 @@ class TableRecord:
             "uuid": self.uuid,
             "name": self.name,
             "step": self.step,
-            "optimizer": persisted.to_json(self.optimizer) if self.optimizer else None,
+            "optimizer": serialization.to_json(self.optimizer) if self.optimizer else None,
         } | bound
 
 
 @dataclass(frozen=True)
-class VocabularyRecord:
+class VocabularyEntry:
     """What a commit says about one vocabulary; its keys lie in tables.
 
     Attributes
@@ -129,10 +127,10 @@ class VocabularyRecord:
 
     def to_json(self) -> dict[str, object]:
         """Return the record as JSON values."""
-        return vars(self) | {"admission": persisted.to_json(self.admission) if self.admission else None}
+        return vars(self) | {"admission": serialization.to_json(self.admission) if self.admission else None}
 
     @staticmethod
-    def from_json(document: object) -> VocabularyRecord:
+    def from_json(document: object) -> VocabularyEntry:
         """Read what `to_json` wrote, believing nothing.
 
         Raises
@@ -145,11 +143,13 @@ class VocabularyRecord:
             raise FormatError(msg)
         admission = field(document, "admission", (dict, type(None)))
         counts = ("reserved", "rows", "head", "tail", "text_bytes", "sightings")
-        record = VocabularyRecord(
+        record = VocabularyEntry(
             uuid=uuid_field(document),
             name=check_stored_name(document.get("name")),
             key_type=field(document, "key_type", str),
-            admission=None if admission is None else persisted.from_json("admission", ADMISSIONS, admission),
+            admission=None
+            if admission is None
+            else serialization.from_json("admission", ADMISSIONS, admission),
             **{name: int_field(document, name, 2**62, minimum=0) for name in counts},
         )
         if (
@@ -162,7 +162,7 @@ class VocabularyRecord:
         return record
 
 
-def new_record(name: str, key_type: object, admission: object, reserved: object) -> VocabularyRecord:
+def new_entry(name: str, key_type: object, admission: object, reserved: object) -> VocabularyEntry:
     """Make the record of a vocabulary of a checked name that has no key yet.
 
     Raises
@@ -176,8 +176,8 @@ def new_record(name: str, key_type: object, admission: object, reserved: object)
     if not isinstance(admission, Admission | None):
         msg = f"admission must be a shardemb.Admission, for example shardemb.Admission(after=3), got {admission!r}"
         raise TypeError(msg)
-    rows = arrays.count(reserved, "reserved", minimum=0, maximum=2**31)
-    return VocabularyRecord(
+    rows = validation.count(reserved, "reserved", minimum=0, maximum=2**31)
+    return VocabularyEntry(
         str(uuid.uuid4()), name, str(key_type), reserved=rows, admission=admission, rows=rows
     )
 
@@ -200,11 +200,11 @@ class Manifest:
         to commit. None of them ever starts again.
     commit : Commit or None
         None before the first.
-    tables : tuple of TableRecord
+    tables : tuple of TableEntry
         The tables of that commit.
-    vocabularies : tuple of VocabularyRecord
+    vocabularies : tuple of VocabularyEntry
         Its vocabularies.
-    dropped : tuple of TableRecord
+    dropped : tuple of TableEntry
         Tables of the commit before that this one dropped, and whose folders may still be there.
     """
 
@@ -215,9 +215,17 @@ class Manifest:
     sequence: int = 1
     attempt: int = 1
     commit: Commit | None = None
-    tables: tuple[TableRecord, ...] = ()
-    vocabularies: tuple[VocabularyRecord, ...] = ()
-    dropped: tuple[TableRecord, ...] = ()
+    tables: tuple[TableEntry, ...] = ()
+    vocabularies: tuple[VocabularyEntry, ...] = ()
+    dropped: tuple[TableEntry, ...] = ()
+
+    def vocabulary(self, identity: str) -> VocabularyEntry | None:
+        """Return what is said about the vocabulary of a uuid."""
+        return self._vocabularies_by_uuid.get(identity)
+
+    @cached_property
+    def _vocabularies_by_uuid(self) -> dict[str, VocabularyEntry]:
+        return {entry.uuid: entry for entry in self.vocabularies}
 
     def to_bytes(self) -> bytes:
         """Serialise, with a checksum over everything else."""
@@ -253,9 +261,9 @@ class Manifest:
             msg = "its checksum does not match its content"
             raise FormatError(msg)
         commit = field(document, "commit", (dict, type(None)))
-        tables = tuple(_record_from_json(entry) for entry in field(document, "tables", list))
+        tables = tuple(_entry_from_json(entry) for entry in field(document, "tables", list))
         records = field(document, "vocabularies", list) if "vocabularies" in document else []
-        vocabularies = tuple(VocabularyRecord.from_json(record) for record in records)
+        vocabularies = tuple(VocabularyEntry.from_json(record) for record in records)
         _check_together(tables, vocabularies)
         return Manifest(
             uuid=uuid_field(document),
@@ -267,7 +275,7 @@ class Manifest:
             commit=None if commit is None else _commit_from_json(commit),
             tables=tables,
             vocabularies=vocabularies,
-            dropped=tuple(_record_from_json(entry) for entry in field(document, "dropped", list)),
+            dropped=tuple(_entry_from_json(entry) for entry in field(document, "dropped", list)),
         )
 
 
@@ -312,7 +320,7 @@ def _depth(value: object) -> int:
     return depth
 
 
-def _check_together(tables: tuple[TableRecord, ...], vocabularies: tuple[VocabularyRecord, ...]) -> None:
+def _check_together(tables: tuple[TableEntry, ...], vocabularies: tuple[VocabularyEntry, ...]) -> None:
     """Raise `FormatError` if records of a commit cannot be those of one store."""
     for kind, records in ("tables", tables), ("vocabularies", vocabularies):
         for what in ("name", "uuid"):
@@ -337,12 +345,12 @@ def _commit_from_json(document: Mapping[str, Any]) -> Commit:
     )
 
 
-def _record_from_json(document: object) -> TableRecord:
+def _entry_from_json(document: object) -> TableEntry:
     if not isinstance(document, dict):
         msg = f"a table's record is {document!r}"
         raise FormatError(msg)
     optimizer = field(document, "optimizer", (dict, type(None)))
-    return TableRecord(
+    return TableEntry(
         uuid=uuid_field(document),
         name=check_stored_name(document.get("name")),
         step=int_field(document, "step", 2**62, minimum=0),

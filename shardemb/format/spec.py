@@ -9,29 +9,26 @@ One row is one **record**: the weight, then each state column, side by side, as 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import uuid
-import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shardemb import arrays, initializers, optim, persisted
+from shardemb import initializers, optim
+from shardemb.base import serialization, validation
+from shardemb.base.sizes import PAGE, round_up
 from shardemb.errors import FormatError
+from shardemb.format.documents import FORMAT_VERSION, crc32, field, int_field, require_version, uuid_field
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from shardemb.arrays import Float32Array
+    from shardemb.base.validation import Float32Array
 
-FORMAT_VERSION = 1
-
-PAGE = 4096
-"""Bytes of a page: the unit in which the kernel reads, copies and drops, and to which shards are aligned."""
 
 ROWS_PER_WORD = 64
 """Shards begin at multiples of this, so two of them never share a word of the presence bitmap."""
@@ -58,14 +55,8 @@ KEY_TYPES = "int64", "string", "bytes"
 INTERNAL = KEYS, BYTES, FREED, SKETCH = "keys", "bytes", "freed", "sketch"
 """What the tables of a vocabulary are for; they are called ``VOCABULARY@keys`` and so on, and are not shown."""
 
-_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _INTERNAL_NAME = re.compile(_NAME.pattern + rf"@({'|'.join(INTERNAL)})")
-
-
-def round_up(value: int, multiple: int) -> int:
-    """Round `value` up to a multiple of `multiple`."""
-    return -(-value // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -84,7 +75,7 @@ class TableSpec:
     rows_per_shard : int
         A multiple of `shard_rows_multiple`.
     optimizer : Optimizer or None
-        As of creation: decides the state columns. The hyper-parameters of today are in the `TableRecord`.
+        As of creation: decides the state columns. The hyper-parameters of today are in the `TableEntry`.
     initializer : Initializer
         Weights of rows never written.
     counters : bool
@@ -184,8 +175,8 @@ class TableSpec:
             "embedding_dim": self.embedding_dim,
             "rows_per_shard": self.rows_per_shard,
             "columns": {name: list(bounds) for name, bounds in self.columns.items()},
-            "optimizer": persisted.to_json(self.optimizer) if self.optimizer else None,
-            "initializer": persisted.to_json(self.initializer),
+            "optimizer": serialization.to_json(self.optimizer) if self.optimizer else None,
+            "initializer": serialization.to_json(self.initializer),
         }
         if self.counters:
             document["counters"] = True
@@ -281,7 +272,7 @@ def _checked(
         msg = f"optimizer must be one of shardemb.optim, for example shardemb.optim.Adam(), got {optimizer!r}"
         raise TypeError(msg)
     if rows_per_shard is not None:
-        rows_per_shard = arrays.count(rows_per_shard, "rows_per_shard", maximum=MAX_ROWS)
+        rows_per_shard = validation.count(rows_per_shard, "rows_per_shard", maximum=MAX_ROWS)
     width = max(stop for _, stop in record_columns(shape[1], optimizer, counters=counters).values())
     return optimizer, choose_rows_per_shard(shape[0], 4 * width, rows_per_shard, max_shards)
 
@@ -370,93 +361,6 @@ def check_shape(num_embeddings: object, embedding_dim: object) -> tuple[int, int
         Not integers, or out of the limits.
     """
     return (
-        arrays.count(num_embeddings, "num_embeddings", maximum=MAX_ROWS),
-        arrays.count(embedding_dim, "embedding_dim", maximum=MAX_DIM),
+        validation.count(num_embeddings, "num_embeddings", maximum=MAX_ROWS),
+        validation.count(embedding_dim, "embedding_dim", maximum=MAX_DIM),
     )
-
-
-def parse_json(data: bytes) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises
-    ------
-    FormatError
-        Not a JSON object.
-    """
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        msg = f"it is not JSON ({error})"
-        raise FormatError(msg) from error
-    if not isinstance(document, dict):
-        msg = "it is not a JSON object"
-        raise FormatError(msg)
-    return document
-
-
-def crc32(document: Mapping[str, object]) -> int:
-    """Return the checksum of a JSON object, however it is laid out, over all but its own ``crc32``."""
-    rest = {name: value for name, value in document.items() if name != "crc32"}
-    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
-
-
-def require_version(document: Mapping[str, Any]) -> None:
-    """Refuse what a newer shardemb wrote.
-
-    Raises
-    ------
-    FormatError
-        No version, or a newer one.
-    """
-    version = int_field(document, "format_version", 2**31)
-    if version > FORMAT_VERSION:
-        msg = (
-            f"format version {version} is newer than {FORMAT_VERSION}, the newest that this shardemb reads; "
-            f"upgrade shardemb"
-        )
-        raise FormatError(msg)
-
-
-def field(document: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:  # noqa: ANN401
-    """Take a value of a JSON object, of the given type.
-
-    Raises
-    ------
-    FormatError
-        It is missing or of another type.
-    """
-    value = document.get(name)
-    if name not in document or not isinstance(value, kind):
-        msg = f"{name} is {value!r}"
-        raise FormatError(msg)
-    return value
-
-
-def uuid_field(document: Mapping[str, Any], name: str = "uuid") -> str:
-    """Take the uuid of a JSON object, which names folders too.
-
-    Raises
-    ------
-    FormatError
-        It is missing or not a uuid.
-    """
-    text = field(document, name, str)
-    if not _UUID.fullmatch(text):
-        msg = f"{name} is {text!r}"
-        raise FormatError(msg)
-    return str(text)
-
-
-def int_field(document: Mapping[str, Any], name: str, maximum: int, *, minimum: int = 1) -> int:
-    """Take an integer of a JSON object, within its limits.
-
-    Raises
-    ------
-    FormatError
-        It is missing, not an integer, or out of the limits.
-    """
-    value = field(document, name, int)
-    if isinstance(value, bool) or not minimum <= value <= maximum:
-        msg = f"{name} is {value!r}"
-        raise FormatError(msg)
-    return int(value)

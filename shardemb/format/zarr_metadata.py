@@ -19,18 +19,10 @@ import zlib
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from shardemb.base.sizes import PAGE, round_up
 from shardemb.errors import FormatError
-from shardemb.spec import (
-    FORMAT_VERSION,
-    PAGE,
-    TableSpec,
-    crc32,
-    field,
-    parse_json,
-    require_version,
-    round_up,
-    uuid_field,
-)
+from shardemb.format.documents import FORMAT_VERSION, crc32, field, parse_json, require_version, uuid_field
+from shardemb.format.spec import TableSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -35,7 +35,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from shardemb.arrays import Float32Array, Int64Array
+    from shardemb.base.validation import Float32Array, Int64Array
 
 __all__ = [
     "Batch",

@@ -34,14 +34,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import shardemb
-from shardemb import corpus
-from shardemb.report import size
+from shardemb.base.formatting import size
+from shardemb.quickstart import corpus
 from shardemb.text import Encoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from shardemb.arrays import Float32Array
+    from shardemb.base.validation import Float32Array
 
 __all__ = ["OptionError", "Options", "Result", "encode", "gradients", "nearest", "run"]
 

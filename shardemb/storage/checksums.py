@@ -9,22 +9,23 @@ blocks *in flux*, never a false alarm, and recovery writes those again.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb import files, layout, plan
-from shardemb.replay import checksum
-from shardemb.spec import PAGE
+from shardemb.base.sizes import PAGE
+from shardemb.compute import file_blocks
+from shardemb.format.documents import checksum
+from shardemb.format.table_files import File, path_of
+from shardemb.storage import address_space, files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from shardemb.arrays import Int64Array
-    from shardemb.spec import TableSpec
+    from shardemb.base.validation import Int64Array
 
 NEVER_WRITTEN, IN_FLUX, DAMAGED = 0, 1, 2
 """Checksums are even and larger than these. `IN_FLUX` is added to that of a block which is being written;
@@ -32,88 +33,6 @@ NEVER_WRITTEN, IN_FLUX, DAMAGED = 0, 1, 2
 
 WINDOW_BYTES = 4 * 2**20
 _PER_PAGE = PAGE // 8
-
-
-class File(NamedTuple):
-    """A shard or a chunk of the presence bitmap.
-
-    Attributes
-    ----------
-    path : Path
-    nbytes : int
-        Size that it should have.
-    first : int
-        Number of its first block among those of the table.
-    rows : tuple of int
-        Half-open range of the rows that it is about.
-    row_bits : int
-        Bits that each of them takes.
-    number : int
-        Of the shard or chunk.
-    """
-
-    path: Path
-    nbytes: int
-    first: int
-    rows: tuple[int, int]
-    row_bits: int
-    number: int
-
-    def rows_of(self, block: int) -> tuple[int, int]:
-        """Rows, half-open, that lie in a block of the table, or partly; none where no row does."""
-        begin = (block - self.first) * PAGE * 8
-        start, stop = self.rows
-        return (
-            min(start + begin // self.row_bits, stop),
-            min(start - (-(begin + PAGE * 8) // self.row_bits), stop),
-        )
-
-
-def path_of(directory: Path) -> Path:
-    """File of a table's checksums."""
-    return directory / layout.CHECKS / layout.presence_key(0)
-
-
-def shard(spec: TableSpec, directory: Path, number: int) -> File:
-    """Describe a row-shard."""
-    start = number * spec.rows_per_shard
-    return File(
-        directory.joinpath(layout.ROWS, layout.shard_key(number)),  # half of what two steps take
-        spec.shard_bytes,
-        number * spec.shard_bytes // PAGE,
-        (start, min(start + spec.rows_per_shard, spec.num_embeddings)),
-        8 * spec.record_bytes,
-        number,
-    )
-
-
-def presence_chunk(spec: TableSpec, directory: Path, number: int) -> File:
-    """Describe a chunk of the presence bitmap."""
-    rows = 8 * spec.presence_chunk_bytes
-    return File(
-        directory.joinpath(layout.PRESENT, layout.presence_key(number)),
-        spec.presence_chunk_bytes,
-        (spec.num_shards * spec.shard_bytes + number * spec.presence_chunk_bytes) // PAGE,
-        (number * rows, min((number + 1) * rows, spec.num_embeddings)),
-        1,
-        number,
-    )
-
-
-def presence_of(spec: TableSpec, directory: Path, rows: tuple[int, int]) -> Iterator[tuple[File, int, int]]:
-    """Describe the chunks that hold the bits of a half-open range of rows; and which bytes of each, half-open."""
-    start, stop, nbytes = rows[0] // 8, -(-rows[1] // 8), spec.presence_chunk_bytes
-    for number in range(start // nbytes, -(-stop // nbytes)):
-        first = number * nbytes
-        yield presence_chunk(spec, directory, number), max(start - first, 0), min(stop - first, nbytes)
-
-
-def all_files(spec: TableSpec, directory: Path) -> Iterator[File]:
-    """Describe all files of a table that have blocks."""
-    for number in range(spec.num_shards):
-        yield shard(spec, directory, number)
-    for number in range(spec.num_presence_chunks):
-        yield presence_chunk(spec, directory, number)
 
 
 def block_sums(data: memoryview, which: Int64Array | None = None) -> NDArray[np.uint64]:
@@ -200,7 +119,7 @@ def _change(
     edges = [*starts.tolist(), blocks.size]
     with files.opened(path, os.O_RDWR) as descriptor:
         # Runs of neighbouring pages at once, but not more than a window.
-        for first, last in plan.runs(pages[starts]):
+        for first, last in file_blocks.runs(pages[starts]):
             for some in range(first, last, WINDOW_BYTES // PAGE):
                 end = min(some + WINDOW_BYTES // PAGE, last)
                 offset = int(pages[edges[some]]) * PAGE
@@ -227,7 +146,7 @@ def note_whole_file(file: File, directory: Path) -> None:
 
 
 def wrong_blocks(
-    file: File, directory: Path, start: int, stop: int, memory: files.AddressRange
+    file: File, directory: Path, start: int, stop: int, memory: address_space.AddressRange
 ) -> Int64Array:
     """Compare a stretch of a file with its checksums; return the numbers of the blocks that differ.
 

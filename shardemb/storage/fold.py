@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from shardemb import bitmaps, checks, files, plan, scheduler
-from shardemb.spec import PAGE
+from shardemb.base.sizes import PAGE
+from shardemb.compute import file_blocks, scheduler
+from shardemb.format import table_files
+from shardemb.storage import address_space, checksums, files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -33,9 +35,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shardemb.arrays import Int64Array
-    from shardemb.replay import Images
-    from shardemb.spec import TableSpec
+    from shardemb.base.validation import Int64Array
+    from shardemb.format.spec import TableSpec
+    from shardemb.storage.log_reader import Images
 
 BUFFER_BLOCKS = 2048
 """Blocks that a task holds in memory."""
@@ -59,7 +61,7 @@ class Part(NamedTuple):
         all that is new instead.
     """
 
-    file: checks.File
+    file: table_files.File
     blocks: Int64Array
     whole: NDArray[np.bool_]
     change: Callable[[Int64Array, NDArray[np.uint8]], None]
@@ -85,9 +87,11 @@ class _Task:
     def run(self) -> None:
         """Write the blocks, and what is worth to be written along with them, and sync the file."""
         file = self.part.file
-        has_data = checks.known_sums(self.checks, file.first, file.nbytes // PAGE) != checks.NEVER_WRITTEN
-        blocks = plan.along(self.part.blocks, has_data)
-        memory = files.AddressRange(min(BUFFER_BLOCKS, blocks.size) * PAGE)
+        has_data = (
+            checksums.known_sums(self.checks, file.first, file.nbytes // PAGE) != checksums.NEVER_WRITTEN
+        )
+        blocks = file_blocks.along(self.part.blocks, has_data)
+        memory = address_space.AddressRange(min(BUFFER_BLOCKS, blocks.size) * PAGE)
         memory.map_zeros(0, memory.nbytes)
         with (
             files.opened(file.path, os.O_RDWR) as cached,
@@ -97,7 +101,9 @@ class _Task:
                 self._write(blocks[start : start + BUFFER_BLOCKS], cached, direct, memory)
             files.sync_data(cached, file.path)
 
-    def _write(self, blocks: Int64Array, cached: int, direct: int, memory: files.AddressRange) -> None:
+    def _write(
+        self, blocks: Int64Array, cached: int, direct: int, memory: address_space.AddressRange
+    ) -> None:
         path, offsets = self.part.file.path, (blocks * PAGE).tolist()
         some = slice(*np.searchsorted(self.part.blocks, [blocks[0], blocks[-1] + 1]).tolist())
         new, whole, known = self.part.blocks[some], self.part.whole[some], self.known[some]
@@ -106,11 +112,11 @@ class _Task:
         complete[at] = whole
         view = memory.bytes(0, blocks.size * PAGE)
         stretches = []
-        for first, last in plan.runs(blocks):
+        for first, last in file_blocks.runs(blocks):
             place, offset = slice(first * PAGE, last * PAGE), offsets[first]
             is_long = last - first >= DIRECT_BLOCKS
             # What is in the page cache is read and written there: a table that is warm stays so.
-            past = is_long and files.cached_share(cached, offset, place.stop - place.start) < 0.5
+            past = is_long and address_space.cached_share(cached, offset, place.stop - place.start) < 0.5
             stretches.append((direct if past else cached, place, offset))
         read = [
             each for each in stretches if not complete[each[1].start // PAGE : each[1].stop // PAGE].all()
@@ -124,9 +130,11 @@ class _Task:
         content = memory.array(np.uint8, (blocks.size, PAGE))
         kept = np.flatnonzero(~whole)
         damaged = np.zeros(new.size, np.bool_)
-        damaged[kept] = checks.wrong(known[kept], content, at[kept], lambda i: self.part.anew(new[kept[i]]))
+        damaged[kept] = checksums.wrong(
+            known[kept], content, at[kept], lambda i: self.part.anew(new[kept[i]])
+        )
         self.part.change(blocks, content.reshape(-1))
-        self.sums[some] = np.where(damaged, np.uint64(checks.DAMAGED), checks.block_sums(view, at))
+        self.sums[some] = np.where(damaged, np.uint64(checksums.DAMAGED), checksums.block_sums(view, at))
         for descriptor, place, offset in stretches:
             files.write(descriptor, view[place], offset, path)
 
@@ -147,17 +155,17 @@ def write(tables: Sequence[tuple[TableSpec, Path, Images]], threads: int) -> Non
         if not changed:
             continue
         blocks = np.concatenate([part.file.first + part.blocks for part in changed])
-        known, new = checks.begin(checks.path_of(directory), blocks), np.empty(blocks.size, np.uint64)
+        known, new = checksums.begin(table_files.path_of(directory), blocks), np.empty(blocks.size, np.uint64)
         sums.append((directory, blocks, new))
         stop = 0
         for part in changed:
             start, stop = stop, stop + part.blocks.size
-            task = _Task(part, checks.path_of(directory), known[start:stop], new[start:stop])
+            task = _Task(part, table_files.path_of(directory), known[start:stop], new[start:stop])
             (bits if part.file.row_bits == 1 else records).append(task)
     for tasks in (records, bits):
         _run(tasks, threads)
     for directory, blocks, new in sums:
-        checks.note(checks.path_of(directory), blocks, new)
+        checksums.note(table_files.path_of(directory), blocks, new)
 
 
 def _run(tasks: Sequence[_Task], threads: int) -> None:
@@ -174,24 +182,24 @@ def parts(spec: TableSpec, directory: Path, images: Images) -> Iterator[Part]:
     ones = np.full(spec.record_bytes, 255, np.uint8)
     for number, some in _by_file(images, spec.rows_per_shard):
         ids = some.ids - number * spec.rows_per_shard
-        blocks = plan.pages(ids, spec.record_bytes)
+        blocks = file_blocks.pages(ids, spec.record_bytes)
         covered = np.zeros(blocks.size, np.int64)
-        bitmaps.count_bytes(ids, spec.record_bytes, blocks, covered)
+        file_blocks.count_bytes(ids, spec.record_bytes, blocks, covered)
         same = np.full(ids.size, ones.ctypes.data)
         yield Part(
-            checks.shard(spec, directory, number),
+            table_files.shard(spec, directory, number),
             blocks,
             covered == PAGE,
-            partial(bitmaps.patch, some.addresses, ids, spec.record_bytes),
-            partial(_mark, ones, partial(bitmaps.patch, same, ids, spec.record_bytes)),
+            partial(file_blocks.patch, some.addresses, ids, spec.record_bytes),
+            partial(_mark, ones, partial(file_blocks.patch, same, ids, spec.record_bytes)),
         )
     if spec.has_presence:
         for number, some in _by_file(images, 8 * spec.presence_chunk_bytes):
             bits = some.ids - number * 8 * spec.presence_chunk_bytes
-            blocks = plan.pages(bits // 8, 1)
-            change = partial(bitmaps.patch_bits, bits)
+            blocks = file_blocks.pages(bits // 8, 1)
+            change = partial(file_blocks.patch_bits, bits)
             whole = np.zeros(blocks.size, np.bool_)
-            yield Part(checks.presence_chunk(spec, directory, number), blocks, whole, change, change)
+            yield Part(table_files.presence_chunk(spec, directory, number), blocks, whole, change, change)
 
 
 def _mark(

@@ -11,51 +11,16 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
-from shardemb import files, layout
 from shardemb.errors import FormatError
+from shardemb.format import zarr_metadata
+from shardemb.format.store_paths import PRIVATE, parked, private, rebuilt
+from shardemb.storage import files
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
     from pathlib import Path
 
-    from shardemb.manifest import TableRecord
-
-_PRIVATE = ".shardemb"
-
-
-def private(store: Path) -> Path:
-    """Folder of what is not zarr."""
-    return store / _PRIVATE
-
-
-def manifest(store: Path) -> Path:
-    """File that says what the others mean."""
-    return private(store) / "manifest.json"
-
-
-def lock(store: Path) -> Path:
-    """File whose lock the writer holds."""
-    return private(store) / "lock"
-
-
-def log(store: Path) -> Path:
-    """Folder of the log's segments."""
-    return private(store) / "log"
-
-
-def epoch(store: Path) -> Path:
-    """File that tells readers when another writer has come; nothing else relies on it."""
-    return private(store) / "epoch"
-
-
-def parked(store: Path, uuid: str) -> Path:
-    """Folder of a table that is not, or no longer, part of the store."""
-    return private(store) / "tables" / uuid
-
-
-def index(store: Path, uuid: str) -> Path:
-    """Folder of a vocabulary's index, which can be made anew."""
-    return private(store) / "vocabularies" / uuid
+    from shardemb.format.manifest import TableEntry
 
 
 def keep_indexes(store: Path, uuids: Collection[str]) -> None:
@@ -66,16 +31,11 @@ def keep_indexes(store: Path, uuids: Collection[str]) -> None:
             files.remove_tree(path)
 
 
-def rebuilt(store: Path) -> Path:
-    """Folder of tables that are being made anew, which may take long and be cut short."""
-    return private(store) / "rebuilt"
-
-
 def keep_rebuilt(store: Path, uuid: str) -> None:
     """Remove what was begun to be made anew, but for one table."""
     for path in _children(rebuilt(store)):
         if path.name != uuid:
-            files.remove(path / layout.DOCUMENT)  # first: where that is, all but the shards is whole
+            files.remove(path / zarr_metadata.DOCUMENT)  # first: where that is, all but the shards is whole
             files.sync_directory(path)
             files.remove_tree(path)
 
@@ -84,21 +44,21 @@ def foreign(store: Path) -> list[str]:
     """Names in a folder that would not be there if it were empty, or a store whose creation was cut short."""
     if not store.exists():
         return []
-    group = store / layout.DOCUMENT
-    own = {_PRIVATE, files.staged(group).name}
+    group = store / zarr_metadata.DOCUMENT
+    own = {PRIVATE, files.staged(group).name}
     with contextlib.suppress(FormatError):
-        layout.store_uuid(_read(group) or b"")
+        zarr_metadata.store_uuid(_read(group) or b"")
         own.add(group.name)
     return sorted(entry.name for entry in store.iterdir() if entry.name not in own)
 
 
 def documents(directory: Path) -> dict[str, bytes]:
     """Read a table's zarr documents, those that are there."""
-    paths = (layout.DOCUMENT, *(f"{name}/{layout.DOCUMENT}" for name in layout.ARRAYS))
+    paths = (zarr_metadata.DOCUMENT, *(f"{name}/{zarr_metadata.DOCUMENT}" for name in zarr_metadata.ARRAYS))
     return {path: data for path in paths if (data := _read(directory / path)) is not None}
 
 
-def locate(store: Path, tables: Iterable[TableRecord]) -> dict[str, Path]:
+def locate(store: Path, tables: Iterable[TableEntry]) -> dict[str, Path]:
     """Find each table's folder: under its name, parked, or under the name that it had before.
 
     Raises
@@ -125,7 +85,7 @@ def locate(store: Path, tables: Iterable[TableRecord]) -> dict[str, Path]:
 
 
 def require_places(
-    store: Path, tables: Collection[TableRecord], dropped: Iterable[TableRecord] = ()
+    store: Path, tables: Collection[TableEntry], dropped: Iterable[TableEntry] = ()
 ) -> dict[str, Path]:
     """Find each table's folder, as `locate`, and check that nothing foreign stands where it belongs.
 
@@ -149,8 +109,8 @@ def require_places(
 
 def arrange(
     store: Path,
-    tables: Iterable[TableRecord],
-    dropped: Iterable[TableRecord] = (),
+    tables: Iterable[TableEntry],
+    dropped: Iterable[TableEntry] = (),
     keep: Collection[str] = (),
 ) -> dict[str, Path]:
     """Put the folders of all tables under their names and remove those of dropped ones; return where they are.
@@ -195,13 +155,13 @@ def _children(directory: Path) -> list[Path]:
     return sorted(
         path
         for path in directory.iterdir()
-        if path.name != _PRIVATE and path.is_dir() and not path.is_symlink()
+        if path.name != PRIVATE and path.is_dir() and not path.is_symlink()
     )
 
 
 def _uuid(directory: Path) -> str | None:
-    document = _read(directory / layout.DOCUMENT)
-    return None if document is None else layout.table_uuid(document)
+    document = _read(directory / zarr_metadata.DOCUMENT)
+    return None if document is None else zarr_metadata.table_uuid(document)
 
 
 def _read(path: Path) -> bytes | None:

@@ -17,30 +17,25 @@ read any more is damage. Nothing is believed, and nothing is allocated from a nu
 from __future__ import annotations
 
 import errno
-import struct
 import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
-import xxhash
 
-from shardemb import files, plan
+from shardemb.base.sizes import PAGE, round_up
+from shardemb.compute import plan
 from shardemb.errors import FormatError, LogDamagedError
-from shardemb.manifest import Manifest
-from shardemb.spec import FORMAT_VERSION, PAGE, TableSpec, round_up
+from shardemb.format.documents import FORMAT_VERSION, checksum
+from shardemb.format.log_records import COMMIT, END, HEADER, IMAGES, MAGIC, RECORD, RECORD_MAGIC, SUFFIX
+from shardemb.format.manifest import Manifest
+from shardemb.format.spec import TableSpec
+from shardemb.storage import address_space, files
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from shardemb.arrays import Int64Array
-
-MAGIC, RECORD_MAGIC = b"shardlog", b"srec"
-HEADER = struct.Struct("<8sQQQQQ16s16sQ")
-RECORD = struct.Struct("<4sIQQQQQQ16sQQ")
-IMAGES, COMMIT, END = 1, 2, 3
-NO_TABLE = bytes(16)
-SUFFIX = ".log"
+    from shardemb.base.validation import Int64Array
 
 
 class Images(NamedTuple):
@@ -80,7 +75,7 @@ class Replay:
     sequence: int
     attempt: int
     _runs: dict[str, list[_Run]] = field(default_factory=dict)
-    _memory: list[files.AddressRange] = field(default_factory=list)  # what the images lie in
+    _memory: list[address_space.AddressRange] = field(default_factory=list)  # what the images lie in
 
     def images(self, spec: TableSpec) -> Images:
         """Return the images of a table, which are there as long as this object.
@@ -117,11 +112,6 @@ def sync(folder: Path, base: Manifest) -> None:
     for number in segments(folder):
         if number >= base.segment:
             files.sync_file(folder / f"{number:08d}{SUFFIX}")
-
-
-def checksum(data: bytes | memoryview) -> int:
-    """Checksum of headers and payloads: XXH3, 64 bits."""
-    return xxhash.xxh3_64_intdigest(data)
 
 
 def read(folder: Path, base: Manifest, end: tuple[int, int] | None = None) -> Replay:
@@ -179,7 +169,7 @@ class _Reader:
     def read_segment(self, path: Path, number: int, end: int | None) -> bool:
         """Read a segment; return whether those after it belong to the same log."""
         nbytes = files.size(path) or 0
-        memory = files.AddressRange(max(round_up(nbytes, PAGE), PAGE))
+        memory = address_space.AddressRange(max(round_up(nbytes, PAGE), PAGE))
         if nbytes < PAGE:
             self._damaged(path, "it has no header")
         memory.map_file(0, path, nbytes)
@@ -210,7 +200,9 @@ class _Reader:
             )
             raise LogDamagedError(msg)
 
-    def _header(self, path: Path, memory: files.AddressRange, number: int, nbytes: int) -> tuple[bytes, int]:
+    def _header(
+        self, path: Path, memory: address_space.AddressRange, number: int, nbytes: int
+    ) -> tuple[bytes, int]:
         _populate(memory, 0, PAGE)
         block = bytes(memory.bytes(0, HEADER.size))
         magic, version, epoch, own, first, size, store, salt, found = HEADER.unpack(block)
@@ -229,7 +221,9 @@ class _Reader:
             self._damaged(path, f"record {self.replay.sequence} before it is missing")
         return salt, size
 
-    def _record(self, path: Path, memory: files.AddressRange, position: int, stop: int, salt: bytes) -> int:
+    def _record(
+        self, path: Path, memory: address_space.AddressRange, position: int, stop: int, salt: bytes
+    ) -> int:
         """Take a record in; return the bytes that it fills, 0 where there is none."""
         head = self._record_header(memory, position, salt)
         if head is None:
@@ -256,7 +250,7 @@ class _Reader:
         return filled
 
     def _record_header(
-        self, memory: files.AddressRange, position: int, salt: bytes
+        self, memory: address_space.AddressRange, position: int, salt: bytes
     ) -> tuple[bytes, int, int, int, int, int, int, int, bytes, int, int] | None:
         _populate(memory, position, PAGE)
         block = bytes(memory.bytes(position, RECORD.size))
@@ -268,7 +262,7 @@ class _Reader:
     def _take_images(
         self,
         path: Path,
-        memory: files.AddressRange,
+        memory: address_space.AddressRange,
         offset: int,
         length: int,
         count: int,
@@ -297,7 +291,7 @@ class _Reader:
         self._pending = []
 
     def _require_torn(
-        self, path: Path, memory: files.AddressRange, position: int, stop: int, salt: bytes
+        self, path: Path, memory: address_space.AddressRange, position: int, stop: int, salt: bytes
     ) -> None:
         """Check that nothing behind a bad record says that it had been synced."""
         _populate(memory, 0, stop)
@@ -313,11 +307,11 @@ class _Reader:
         raise LogDamagedError(msg)
 
 
-def _populate(memory: files.AddressRange, offset: int, nbytes: int) -> None:
+def _populate(memory: address_space.AddressRange, offset: int, nbytes: int) -> None:
     """Read pages so that a bad sector is an error and not the end of the process."""
     first = offset // PAGE * PAGE
     try:
-        memory.advise(first, round_up(offset + nbytes, PAGE) - first, files.MADV_POPULATE_READ)
+        memory.advise(first, round_up(offset + nbytes, PAGE) - first, address_space.MADV_POPULATE_READ)
     except OSError as error:
         if error.errno != errno.EINVAL:  # kernels before 5.14
             raise

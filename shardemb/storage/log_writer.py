@@ -11,8 +11,10 @@ import errno
 import uuid
 from typing import TYPE_CHECKING
 
-from shardemb import files
-from shardemb.replay import (
+from shardemb.base.interrupts import signals_deferred
+from shardemb.base.sizes import PAGE, round_up
+from shardemb.format.documents import FORMAT_VERSION, checksum
+from shardemb.format.log_records import (
     COMMIT,
     END,
     HEADER,
@@ -22,18 +24,16 @@ from shardemb.replay import (
     RECORD,
     RECORD_MAGIC,
     SUFFIX,
-    checksum,
-    segments,
 )
-from shardemb.runtime import signals_deferred
-from shardemb.spec import FORMAT_VERSION, PAGE, round_up
+from shardemb.storage import address_space, files
+from shardemb.storage.log_reader import segments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from shardemb.arrays import Int64Array
-    from shardemb.manifest import Manifest
+    from shardemb.base.validation import Int64Array
+    from shardemb.format.manifest import Manifest
 
 FIRST_SEGMENT = 64 * 2**10
 """Bytes of a store's first segment, so that opening writes little; one that is full is followed by a larger one."""
@@ -79,7 +79,7 @@ class Log:
         self._next_on_disk = manifest.sequence
         self._synced = manifest.sequence - 1
         self._count = 0
-        self._stage = files.AddressRange(STAGE_BYTES)
+        self._stage = address_space.AddressRange(STAGE_BYTES)
         self._stage.map_zeros(0, STAGE_BYTES)
         self._staged = 0
         self._descriptor: int | None = None
@@ -242,7 +242,7 @@ class Log:
         if self._staged + length > self._stage.nbytes:
             self._flush()
         if length > self._stage.nbytes:
-            self._stage = files.AddressRange(length)
+            self._stage = address_space.AddressRange(length)
             self._stage.map_zeros(0, length)
         offset = self._staged
         self._stage.bytes(offset, length)[nbytes:] = bytes(length - nbytes)
@@ -320,7 +320,7 @@ def _images_bytes(rows: int, record_bytes: int) -> int:
     return RECORD.size + rows * (8 + record_bytes)
 
 
-def _zeros(memory: files.AddressRange, nbytes: int) -> memoryview:
+def _zeros(memory: address_space.AddressRange, nbytes: int) -> memoryview:
     view = memory.bytes(0, nbytes)
     view[:] = bytes(nbytes)
     return view

@@ -10,15 +10,19 @@ from __future__ import annotations
 import os
 import uuid
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb import checks, files, folders, layout, plan, shards
+from shardemb.base.progress import track
+from shardemb.base.sizes import PAGE
+from shardemb.compute import file_blocks
 from shardemb.errors import FormatError, StoreExistsError
-from shardemb.manifest import Manifest
-from shardemb.progress import track
-from shardemb.spec import PAGE, shard_rows_multiple
+from shardemb.format import store_paths, table_files, zarr_metadata
+from shardemb.format.manifest import Manifest
+from shardemb.format.spec import shard_rows_multiple
+from shardemb.format.table_files import TableLocation
+from shardemb.storage import checksums, files, folders, table_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,20 +30,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shardemb.arrays import Float32Array
-    from shardemb.checks import File
-    from shardemb.progress import Advance, Progress
-    from shardemb.spec import TableSpec
+    from shardemb.base.progress import Advance, Progress
+    from shardemb.base.validation import Float32Array
+    from shardemb.format.spec import TableSpec
+    from shardemb.format.table_files import File
 
 WINDOW_BYTES = 4 * 2**20
 """Bytes that are copied at once."""
-
-
-class Place(NamedTuple):
-    """A table, and the folder in which it lies."""
-
-    spec: TableSpec
-    directory: Path
 
 
 # ---- other numbers of rows ------------------------------------------------------------------------------------
@@ -50,7 +47,7 @@ def resized(spec: TableSpec, num_embeddings: int) -> TableSpec:
     return replace(spec, uuid=str(uuid.uuid4()), num_embeddings=num_embeddings)
 
 
-def resize(old: Place, new: Place) -> None:
+def resize(old: TableLocation, new: TableLocation) -> None:
     """Make the folder of `new`, which has another number of rows, and otherwise what `old` has.
 
     Shards whose rows all stay are the same files under a second name. Nothing is durable yet.
@@ -64,11 +61,11 @@ def resize(old: Place, new: Place) -> None:
     """
     spec, rows = new.spec, min(old.spec.num_embeddings, new.spec.num_embeddings)
     whole = old.spec.num_shards if rows == old.spec.num_embeddings else rows // spec.rows_per_shard
-    shards.check_mappings(spec)
+    table_folder.check_mappings(spec)
     try:
-        shards.write_documents(new.directory, layout.table_documents(spec))
+        table_folder.write_documents(new.directory, zarr_metadata.table_documents(spec))
         linked = {_shard(new, number).path for number in range(whole)}
-        for path, nbytes in shards.expected_files(spec, new.directory):
+        for path, nbytes in table_files.expected_files(spec, new.directory):
             if path not in linked:
                 files.create_sparse(path, nbytes)
         for number in range(whole):
@@ -77,29 +74,29 @@ def resize(old: Place, new: Place) -> None:
                 files.create_sparse(target.path, spec.shard_bytes)
                 copy_data(source.path, target.path, spec.shard_bytes)
         sums = whole * spec.shard_bytes // PAGE * 8
-        copy_data(checks.path_of(old.directory), checks.path_of(new.directory), sums)
+        copy_data(table_files.path_of(old.directory), table_files.path_of(new.directory), sums)
         if whole < spec.num_shards and rows < old.spec.num_embeddings:
             cut = (rows - whole * spec.rows_per_shard) * spec.record_bytes
             _copy_checked(old, _shard(old, whole), _shard(new, whole), cut)
-            checks.note_whole_file(_shard(new, whole), new.directory)
+            checksums.note_whole_file(_shard(new, whole), new.directory)
         _copy_presence(old, new, rows)
     except BaseException:
         files.remove_tree(new.directory)
         raise
 
 
-def _copy_presence(old: Place, new: Place, rows: int) -> None:
+def _copy_presence(old: TableLocation, new: TableLocation, rows: int) -> None:
     for number in range(min(old.spec.num_presence_chunks, new.spec.num_presence_chunks)):
-        source = checks.presence_chunk(old.spec, old.directory, number)
-        target = checks.presence_chunk(new.spec, new.directory, number)
+        source = table_files.presence_chunk(old.spec, old.directory, number)
+        target = table_files.presence_chunk(new.spec, new.directory, number)
         bits = min(8 * min(source.nbytes, target.nbytes), rows - target.rows[0])
         _copy_checked(old, source, target, -(-bits // 8))
         if bits % 8:
             _clear_behind(target.path, bits)
-        checks.note_whole_file(target, new.directory)
+        checksums.note_whole_file(target, new.directory)
 
 
-def _copy_checked(old: Place, source: File, target: File, nbytes: int) -> None:
+def _copy_checked(old: TableLocation, source: File, target: File, nbytes: int) -> None:
     """Copy the beginning of a file that its checksums say is sound; those of the copy are not noted yet."""
     with files.opened(source.path, os.O_RDONLY) as descriptor:
         for start, stop in _windows(descriptor, -(-nbytes // PAGE) * PAGE):
@@ -119,23 +116,26 @@ def _clear_behind(path: Path, bits: int) -> None:
 
 
 def reshaped(
-    store: Path, old: shards.Shards, spec: TableSpec, *, keep_state: bool, progress: Progress
-) -> shards.Shards:
-    """Copy a table as `reshape` does, into a folder of a store that waits for the next commit."""
-    shards.check_mappings(spec)
-    place, parked = Place(spec, folders.rebuilt(store) / spec.uuid), folders.parked(store, spec.uuid)
+    store: Path, old: TableLocation, spec: TableSpec, *, keep_state: bool, progress: Progress
+) -> Path:
+    """Copy a table as `reshape` does, into a folder of a store that waits for the next commit; return the folder."""
+    table_folder.check_mappings(spec)
+    new, parked = (
+        TableLocation(spec, store_paths.rebuilt(store) / spec.uuid),
+        store_paths.parked(store, spec.uuid),
+    )
     folders.keep_rebuilt(store, spec.uuid)
     if parked.exists():  # all of it was done before, and not committed
-        files.make_directory(place.directory.parent)
-        files.rename(parked, place.directory)
+        files.make_directory(new.directory.parent)
+        files.rename(parked, new.directory)
     with track(spec.num_embeddings, "resharding", progress=progress) as advance:
-        reshape(Place(old.spec, old.directory), place, keep_state=keep_state, advance=advance)
+        reshape(old, new, keep_state=keep_state, advance=advance)
     files.make_directory(parked.parent)
-    files.rename(place.directory, parked)
-    return shards.Shards(spec, parked)
+    files.rename(new.directory, parked)
+    return parked
 
 
-def reshape(old: Place, new: Place, *, keep_state: bool, advance: Advance) -> None:
+def reshape(old: TableLocation, new: TableLocation, *, keep_state: bool, advance: Advance) -> None:
     """Copy a table's written rows into the folder of `new`, shard by shard.
 
     Called again after it was cut short, it goes on with the first shard that was not finished: a shard has its name
@@ -143,7 +143,7 @@ def reshape(old: Place, new: Place, *, keep_state: bool, advance: Advance) -> No
 
     Parameters
     ----------
-    old, new : Place
+    old, new : TableLocation
         `old` must not change meanwhile.
     keep_state : bool
         Whether the state of the optimizer is copied too; otherwise it starts anew.
@@ -168,32 +168,32 @@ def reshape(old: Place, new: Place, *, keep_state: bool, advance: Advance) -> No
             files.publish(file.path)
         advance(file.rows[1] - file.rows[0])
     for number in range(new.spec.num_presence_chunks):
-        checks.note_whole_file(checks.presence_chunk(new.spec, new.directory, number), new.directory)
+        checksums.note_whole_file(table_files.presence_chunk(new.spec, new.directory, number), new.directory)
 
 
-def _begin(new: Place) -> None:
+def _begin(new: TableLocation) -> None:
     """Make all files but the shards, and the table's document last: where that is, the others are whole."""
-    document = new.directory / layout.DOCUMENT
+    document = new.directory / zarr_metadata.DOCUMENT
     if files.size(document) is not None:
         return
     files.remove_tree(new.directory)
-    documents = layout.table_documents(new.spec)
-    shards.write_documents(
-        new.directory, {name: each for name, each in documents.items() if name != layout.DOCUMENT}
+    documents = zarr_metadata.table_documents(new.spec)
+    table_folder.write_documents(
+        new.directory, {name: each for name, each in documents.items() if name != zarr_metadata.DOCUMENT}
     )
-    for path, nbytes in shards.expected_files(new.spec, new.directory):
-        if path.parent.name != layout.ROWS:
+    for path, nbytes in table_files.expected_files(new.spec, new.directory):
+        if path.parent.name != zarr_metadata.ROWS:
             files.create_sparse(path, nbytes)
     files.sync_tree(new.directory)
-    files.replace(document, documents[layout.DOCUMENT])
+    files.replace(document, documents[zarr_metadata.DOCUMENT])
 
 
-def _fill(old: Place, new: Place, file: File, staged: Path, *, keep_state: bool) -> None:
+def _fill(old: TableLocation, new: TableLocation, file: File, staged: Path, *, keep_state: bool) -> None:
     """Write a shard, the bits of its rows and its checksums, and make them durable."""
     spec, (begin, end) = new.spec, file.rows
     multiple = shard_rows_multiple(spec.record_bytes)
     step = max(1, WINDOW_BYTES // (multiple * spec.record_bytes)) * multiple
-    sums_path = checks.path_of(new.directory)
+    sums_path = table_files.path_of(new.directory)
     with (
         files.opened(staged, os.O_WRONLY) as target,
         files.opened(sums_path, os.O_WRONLY) as sums,
@@ -210,11 +210,11 @@ def _fill(old: Place, new: Place, file: File, staged: Path, *, keep_state: bool)
             blocks = memory.reshape(-1).view(np.uint64).reshape(-1, PAGE // 8)
             offset = (start - begin) * spec.record_bytes
             filled = np.flatnonzero(blocks.any(axis=1))
-            for begins, ends in plan.runs(filled):
+            for begins, ends in file_blocks.runs(filled):
                 first, last = int(filled[begins]), int(filled[ends - 1]) + 1
                 stretch = memory.reshape(-1).view(np.uint8)[first * PAGE : last * PAGE]
                 files.write(target, stretch.data, offset + first * PAGE, staged)
-                noted = checks.block_sums(stretch.data)
+                noted = checksums.block_sums(stretch.data)
                 files.write(sums, noted.data, (file.first + offset // PAGE + first) * 8, sums_path)
             if spec.has_presence:
                 _note_written(new, start, written)
@@ -223,17 +223,17 @@ def _fill(old: Place, new: Place, file: File, staged: Path, *, keep_state: bool)
         files.sync_data(sums, sums_path)
 
 
-def _note_written(new: Place, start: int, written: NDArray[np.bool_]) -> None:
+def _note_written(new: TableLocation, start: int, written: NDArray[np.bool_]) -> None:
     """Set the bits of rows from `start` on, a multiple of 8, in the presence bitmap, durably."""
     bits, done = np.packbits(written, bitorder="little").data, 0
-    for file, begin, end in checks.presence_of(new.spec, new.directory, (start, start + written.size)):
+    for file, begin, end in table_files.presence_of(new.spec, new.directory, (start, start + written.size)):
         with files.opened(file.path, os.O_WRONLY) as descriptor:
             files.write(descriptor, bits[done : done + end - begin], begin, file.path)
             files.sync_data(descriptor, file.path)
         done += end - begin
 
 
-def _read(old: Place, start: int, stop: int) -> tuple[Float32Array, NDArray[np.bool_]]:
+def _read(old: TableLocation, start: int, stop: int) -> tuple[Float32Array, NDArray[np.bool_]]:
     """Read the records of rows ``start:stop``, and which of them were ever written."""
     spec = old.spec
     records = np.zeros((stop - start, spec.width), np.float32)
@@ -251,10 +251,10 @@ def _read(old: Place, start: int, stop: int) -> tuple[Float32Array, NDArray[np.b
     return records, _written(old, start, stop)
 
 
-def _written(old: Place, start: int, stop: int) -> NDArray[np.bool_]:
+def _written(old: TableLocation, start: int, stop: int) -> NDArray[np.bool_]:
     """Read the presence bits of rows ``start:stop``."""
     parts = []
-    for file, begin, end in checks.presence_of(old.spec, old.directory, (start, stop)):
+    for file, begin, end in table_files.presence_of(old.spec, old.directory, (start, stop)):
         low, high = begin // PAGE * PAGE, -(-end // PAGE) * PAGE
         with files.opened(file.path, os.O_RDONLY) as descriptor:
             data = _read_sound(old, file, descriptor, low, high)
@@ -274,21 +274,23 @@ def require_nothing(path: Path) -> None:
         raise StoreExistsError(msg)
 
 
-def copy_store(manifest: Manifest, tables: Mapping[str, Place], path: Path, progress: Progress) -> None:
+def copy_store(
+    manifest: Manifest, tables: Mapping[str, TableLocation], path: Path, progress: Progress
+) -> None:
     """Make a new store that holds what `manifest` says of tables, by their uuids, which must not change meanwhile.
 
     Holes stay holes. Until the last moment it is no store, and what is there when that does not come is removed.
     """
     total = sum(_bytes_of(tables[record.uuid]) for record in manifest.tables)
     try:
-        files.make_directory(folders.private(path))
+        files.make_directory(store_paths.private(path))
         with track(total, "copying", progress=progress) as advance:
             for record in manifest.tables:
                 _copy_table(tables[record.uuid], path / record.name, advance)
         identity = str(uuid.uuid4())
-        for name, document in layout.store_documents(identity).items():
+        for name, document in zarr_metadata.store_documents(identity).items():
             files.write_new(path / name, document)
-        files.write_new(folders.lock(path), b"")
+        files.write_new(store_paths.lock(path), b"")
         files.sync_tree(path)
         fresh = Manifest(
             uuid=identity,
@@ -297,21 +299,21 @@ def copy_store(manifest: Manifest, tables: Mapping[str, Place], path: Path, prog
             tables=manifest.tables,
             vocabularies=manifest.vocabularies,
         )
-        files.replace(folders.manifest(path), fresh.to_bytes())
+        files.replace(store_paths.manifest(path), fresh.to_bytes())
         files.sync_directory(path.parent)
     except BaseException:
         files.remove_tree(path)
         raise
 
 
-def _bytes_of(place: Place) -> int:
+def _bytes_of(place: TableLocation) -> int:
     """Bytes of the files of a table, holes included."""
-    return sum(nbytes for _, nbytes in shards.expected_files(place.spec, place.directory))
+    return sum(nbytes for _, nbytes in table_files.expected_files(place.spec, place.directory))
 
 
-def _copy_table(place: Place, directory: Path, advance: Advance) -> None:
-    shards.write_documents(directory, layout.table_documents(place.spec))
-    for path, nbytes in shards.expected_files(place.spec, place.directory):
+def _copy_table(place: TableLocation, directory: Path, advance: Advance) -> None:
+    table_folder.write_documents(directory, zarr_metadata.table_documents(place.spec))
+    for path, nbytes in table_files.expected_files(place.spec, place.directory):
         target = directory / path.relative_to(place.directory)
         files.create_sparse(target, nbytes)
         copy_data(path, target, nbytes)
@@ -329,8 +331,8 @@ def copy_data(source: Path, target: Path, nbytes: int) -> None:
 # ---- within ---------------------------------------------------------------------------------------------------
 
 
-def _shard(place: Place, number: int) -> File:
-    return checks.shard(place.spec, place.directory, number)
+def _shard(place: TableLocation, number: int) -> File:
+    return table_files.shard(place.spec, place.directory, number)
 
 
 def _windows(descriptor: int, nbytes: int) -> list[tuple[int, int]]:
@@ -342,7 +344,7 @@ def _windows(descriptor: int, nbytes: int) -> list[tuple[int, int]]:
     ]
 
 
-def _read_sound(place: Place, file: File, descriptor: int, start: int, stop: int) -> bytearray:
+def _read_sound(place: TableLocation, file: File, descriptor: int, start: int, stop: int) -> bytearray:
     """Read whole blocks of a file that are what their checksums say.
 
     Raises
@@ -351,7 +353,7 @@ def _read_sound(place: Place, file: File, descriptor: int, start: int, stop: int
         One is not.
     """
     data = files.read_at(descriptor, stop - start, start, file.path)
-    if not checks.are_sound(file, place.directory, start, memoryview(data)):
+    if not checksums.are_sound(file, place.directory, start, memoryview(data)):
         msg = (
             f"{file.path} is damaged; store.verify() tells which rows, restore them from a copy of the store"
         )

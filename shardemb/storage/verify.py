@@ -10,15 +10,23 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from shardemb import checks, files, fold, folders, layout, plan, progress, scheduler, shards
+from shardemb.base import progress
+from shardemb.base.sizes import PAGE
+from shardemb.compute import file_blocks, scheduler
 from shardemb.errors import FormatError
-from shardemb.report import Damage
-from shardemb.spec import PAGE
+from shardemb.format import table_files, zarr_metadata
+from shardemb.storage import address_space, checksums, files, fold, folders
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,10 +36,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shardemb.arrays import Int64Array
-    from shardemb.progress import Progress
-    from shardemb.replay import Replay
-    from shardemb.spec import TableSpec
+    from shardemb.base.progress import Progress
+    from shardemb.base.validation import Int64Array
+    from shardemb.format.spec import TableSpec
+    from shardemb.storage.log_reader import Replay
 
     Steady: TypeAlias = Callable[
         [bool], AbstractContextManager[tuple[Mapping[str, Path], Callable[[], Replay]]]
@@ -54,7 +62,7 @@ class Suspect(NamedTuple):
     """Blocks of a file that are not what they should be, unless somebody writes them just now."""
 
     target: Target
-    file: checks.File
+    file: table_files.File
     blocks: Int64Array
 
 
@@ -89,10 +97,10 @@ def scan(targets: Sequence[Target], threads: int, shown: Progress) -> tuple[list
         found = list(_structure(target))
         damage += found
         names = {each.path for each in found}
-        if not names & {str(target.directory), str(checks.path_of(target.directory))}:
+        if not names & {str(target.directory), str(table_files.path_of(target.directory))}:
             sound += [
                 (target, file)
-                for file in checks.all_files(target.spec, target.directory)
+                for file in table_files.all_files(target.spec, target.directory)
                 if str(file.path) not in names
             ]
     stretches = [
@@ -106,7 +114,7 @@ def scan(targets: Sequence[Target], threads: int, shown: Progress) -> tuple[list
     with progress.track(total, "verifying, bytes", progress=shown) as advance:
 
         def some(task: int) -> list[Suspect]:
-            memory, suspects = files.AddressRange(STRETCH_BYTES), []
+            memory, suspects = address_space.AddressRange(STRETCH_BYTES), []
             memory.map_zeros(0, STRETCH_BYTES)
             for target, file, begin, end in stretches[task::number]:
                 if stop.is_set():
@@ -133,7 +141,7 @@ def _still_wrong(suspect: Suspect, newer: Replay) -> Int64Array:
     target, file, blocks = suspect
     written = fold.parts(target.spec, target.directory, newer.images(target.spec))
     part = next((part for part in written if part.file.path == file.path), None)
-    memory = files.AddressRange(PAGE)
+    memory = address_space.AddressRange(PAGE)
     memory.map_zeros(0, PAGE)
     wrong = [block for block in blocks.tolist() if _is_wrong(target, file, block, part, memory)]
     return np.array(wrong, np.int64)
@@ -141,7 +149,7 @@ def _still_wrong(suspect: Suspect, newer: Replay) -> Int64Array:
 
 def _damage(suspect: Suspect) -> Iterator[Damage]:
     target, file, blocks = suspect
-    for first, last in plan.runs(blocks):
+    for first, last in file_blocks.runs(blocks):
         start, stop = file.rows_of(int(blocks[first]))[0], file.rows_of(int(blocks[last - 1]))[1]
         if start < stop:  # and not behind the last row
             begin, end = ((int(blocks[each]) - file.first) * PAGE for each in (first, last - 1))
@@ -150,33 +158,37 @@ def _damage(suspect: Suspect) -> Iterator[Damage]:
 
 
 def _is_wrong(
-    target: Target, file: checks.File, block: int, part: fold.Part | None, memory: files.AddressRange
+    target: Target,
+    file: table_files.File,
+    block: int,
+    part: fold.Part | None,
+    memory: address_space.AddressRange,
 ) -> bool:
-    content, path = memory.array(np.uint8, (1, PAGE)), checks.path_of(target.directory)
+    content, path = memory.array(np.uint8, (1, PAGE)), table_files.path_of(target.directory)
     inside = np.array([block - file.first])
     try:
-        known = checks.known_sums(path, block, 1)
+        known = checksums.known_sums(path, block, 1)
         with files.opened_direct(file.path) as descriptor:
             files.read_into(descriptor, memory.bytes(0, PAGE), int(inside[0]) * PAGE, file.path)
-        steady = known == checks.known_sums(path, block, 1)
+        steady = known == checksums.known_sums(path, block, 1)
     except OSError:
         return True
 
     def anew(which: Int64Array) -> NDArray[np.uint8]:
         return np.zeros((which.size, PAGE), np.uint8) if part is None else part.anew(inside[which])
 
-    return bool(steady[0] and checks.wrong(known, content, np.zeros(1, np.int64), anew)[0])
+    return bool(steady[0] and checksums.wrong(known, content, np.zeros(1, np.int64), anew)[0])
 
 
 def _structure(target: Target) -> Iterator[Damage]:
     name, spec, directory = target
     try:
-        layout.table_spec(folders.documents(directory))
+        zarr_metadata.table_spec(folders.documents(directory))
     except FormatError as error:
         yield Damage(name, None, None, str(directory), str(error))
         return
-    of_path = {file.path: file for file in checks.all_files(spec, directory)}
-    for path, nbytes in shards.expected_files(spec, directory):
+    of_path = {file.path: file for file in table_files.all_files(spec, directory)}
+    for path, nbytes in table_files.expected_files(spec, directory):
         found = files.size(path)
         if found != nbytes:
             what = "is missing" if found is None else f"has {found} bytes instead of {nbytes}"
@@ -186,9 +198,36 @@ def _structure(target: Target) -> Iterator[Damage]:
 
 
 def _wrong(
-    target: Target, file: checks.File, start: int, stop: int, memory: files.AddressRange
+    target: Target, file: table_files.File, start: int, stop: int, memory: address_space.AddressRange
 ) -> Int64Array:
     try:
-        return checks.wrong_blocks(file, target.directory, start, stop, memory)
+        return checksums.wrong_blocks(file, target.directory, start, stop, memory)
     except OSError:  # a sector that cannot be read, or the file has gone meanwhile
         return file.first + np.arange(start // PAGE, stop // PAGE)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something that `Store.verify` found; prints as one line.
+
+    Attributes
+    ----------
+    table : str
+    shard : int or None
+        The shard, or the chunk of the presence bitmap; None where it is about the whole table.
+    rows : tuple of int or None
+        ``(start, stop)``, half-open: the rows that may be wrong; None where nothing of the table can be trusted.
+    path : str
+        The file, or the table's folder.
+    problem : str
+    """
+
+    table: str
+    shard: int | None
+    rows: tuple[int, int] | None
+    path: str
+    problem: str
+
+    def __str__(self) -> str:
+        rows = f"rows {self.rows[0]} to {self.rows[1]}" if self.rows else "all rows"
+        return f"table {self.table!r}, {rows}: {self.path} {self.problem}"

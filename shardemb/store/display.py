@@ -7,11 +7,15 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from shardemb.base.formatting import plural, size
+from shardemb.storage import files
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from shardemb.manifest import Commit
+    from shardemb.engine.table_state import TableState
+    from shardemb.format.manifest import Commit
 
 
 @dataclass(frozen=True)
@@ -100,81 +104,23 @@ class StoreInfo:
     vocabularies: tuple[VocabularyFacts, ...] = ()
 
 
-@dataclass(frozen=True)
-class Damage:
-    """Something that `Store.verify` found; prints as one line.
-
-    Attributes
-    ----------
-    table : str
-    shard : int or None
-        The shard, or the chunk of the presence bitmap; None where it is about the whole table.
-    rows : tuple of int or None
-        ``(start, stop)``, half-open: the rows that may be wrong; None where nothing of the table can be trusted.
-    path : str
-        The file, or the table's folder.
-    problem : str
-    """
-
-    table: str
-    shard: int | None
-    rows: tuple[int, int] | None
-    path: str
-    problem: str
-
-    def __str__(self) -> str:
-        rows = f"rows {self.rows[0]} to {self.rows[1]}" if self.rows else "all rows"
-        return f"table {self.table!r}, {rows}: {self.path} {self.problem}"
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What a lookup of a batch meets, see `Table.explain`; prints as a few lines.
-
-    Attributes
-    ----------
-    ids, rows : int
-        Ids of the batch, and the distinct rows among them.
-    rows_in_memory, rows_out, rows_never_written : int
-        Of these, rows that changed and lie in memory; that changed and are in the scratch file; and that get their
-        initial value without a look at the disk.
-    shards, pages, pages_resident : int
-        All others are read from so many shards, on so many pages of 4,096 bytes, of which so many are in memory now.
-    bytes_useful, bytes_read : int
-        Bytes of the result that come from these pages, each row once; and bytes that the disk has to read for them.
-    path : {"warm", "cold", "paged"}
-        Gathered as it is; sorted, and all pages asked for ahead; or brought back from the scratch file part by part.
-    tasks : int
-        Pieces that the gathering is cut into.
-    """
-
-    ids: int
-    rows: int
-    rows_in_memory: int
-    rows_out: int
-    rows_never_written: int
-    shards: int
-    pages: int
-    pages_resident: int
-    bytes_useful: int
-    bytes_read: int
-    path: str
-    tasks: int
-
-    def __str__(self) -> str:
-        read = (
-            f"{self.bytes_read / self.bytes_useful:.1f} x as much" if self.bytes_useful else "nothing to read"
-        )
-        lines = [
-            f"{plural(self.ids, 'id')}, {plural(self.rows, 'distinct row')}: "
-            f"{self.rows_in_memory:,} changed and in memory, {self.rows_out:,} in the scratch file, "
-            f"{self.rows_never_written:,} never written",
-            f"the rest lies in {plural(self.shards, 'shard')}, on {plural(self.pages, 'page')}, "
-            f"{self.pages_resident:,} of them in memory",
-            f"{size(self.bytes_useful)} of them are asked for; to read {size(self.bytes_read)} ({read})",
-            f"{self.path}, in {plural(self.tasks, 'task')}",
-        ]
-        return "\n".join(lines)
+def facts(table: TableState, *, measured: bool = False) -> Facts:
+    """Return what is shown about a table at a glance; the disk space that it takes only if that is to be measured."""
+    spec, training = table.spec, table.training
+    return Facts(
+        name=table.name,
+        num_embeddings=spec.num_embeddings,
+        embedding_dim=spec.embedding_dim,
+        optimizer=repr(training.optimizer) if training.optimizer else "no optimizer",
+        initializer=repr(spec.initializer),
+        step=training.step,
+        state_columns=tuple(spec.columns)[1:],
+        rows_per_shard=spec.rows_per_shard,
+        num_shards=spec.num_shards,
+        nbytes=spec.nbytes,
+        changed_rows=table.changed_rows,
+        bytes_on_disk=files.allocated(table.shards.directory) if measured else None,
+    )
 
 
 def not_folded(path: Path, problem: Exception) -> str:
@@ -287,28 +233,6 @@ def heat_map(shares: Sequence[float], width: int = 64) -> list[str]:
 
 def _shade(share: float) -> str:
     return " " if share == 0 else "·░▒▓█"[min(4, int(5 * share))]
-
-
-def plural(count: int, noun: str) -> str:
-    """Write a count and its noun: ``1 shard``, ``1,024 shards``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def size(nbytes: float) -> str:
-    """Write a number of bytes.
-
-    Examples
-    --------
-    >>> size(0), size(1536), size(204_800_000)
-    ('0 B', '1.5 KiB', '195.3 MiB')
-    """
-    unit = 0
-    while nbytes >= 1024 and unit < len(_UNITS) - 1:
-        nbytes, unit = nbytes / 1024, unit + 1
-    return f"{nbytes:.0f} B" if unit == 0 else f"{nbytes:.1f} {_UNITS[unit]}"
-
-
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def _row(tag: str, cells: Sequence[str]) -> str:

@@ -11,27 +11,26 @@ A fold runs in a thread of its own and reads images from the log only, so traini
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from shardemb import files, fold, folders, log, replay
+from shardemb.base.interrupts import signals_deferred
+from shardemb.base.sizes import PAGE
 from shardemb.errors import DiskFullError, ShardEmbError
-from shardemb.runtime import signals_deferred
-from shardemb.spec import PAGE
+from shardemb.format import store_paths
+from shardemb.storage import files, fold, folders, log_reader, log_writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from shardemb.arrays import Int64Array
-    from shardemb.manifest import Manifest, TableRecord
-    from shardemb.overlay import Overlay
-    from shardemb.runtime import Runtime
-    from shardemb.shards import Shards
-    from shardemb.spec import TableSpec
+    from shardemb.base.validation import Int64Array
+    from shardemb.engine.runtime import Runtime
+    from shardemb.engine.shards import Shards
+    from shardemb.format.manifest import Manifest, TableEntry
+    from shardemb.format.spec import TableSpec
 
     _Changed = tuple[TableSpec, Int64Array, Callable[[int, int, int], None]]
 
@@ -49,21 +48,17 @@ class Journal:
         What the shards hold. It is not published yet; `publish` does that.
     tables : callable
         Returns all tables of the store by uuid, those that no commit knows yet too.
-
-    Attributes
-    ----------
-    manifest : Manifest
-        As of the last commit.
     """
 
     def __init__(self, runtime: Runtime, base: Manifest, tables: Callable[[], Mapping[str, Shards]]) -> None:
         self._runtime = runtime
         self._tables = tables
-        self.manifest = base
         self._base = base
-        files.make_directory(folders.log(runtime.path))
-        files.sync_directory(folders.private(runtime.path))
-        self._log = log.Log(folders.log(runtime.path), base, runtime.log_bytes // SEGMENTS, SEGMENTS)
+        files.make_directory(store_paths.log(runtime.path))
+        files.sync_directory(store_paths.private(runtime.path))
+        self._log = log_writer.Log(
+            store_paths.log(runtime.path), base, runtime.log_bytes // SEGMENTS, SEGMENTS
+        )
         self._condition = threading.Condition(runtime.lock)
         self._folding = False
         self._folding_bytes = 0
@@ -76,44 +71,47 @@ class Journal:
     def begin(self) -> None:
         """Publish the base, tell readers, and forget the log before it."""
         epoch = self._base.epoch.to_bytes(8, "little").ljust(PAGE, b"\0")
-        files.overwrite(folders.epoch(self._runtime.path), epoch)
+        files.overwrite(store_paths.epoch(self._runtime.path), epoch)
         self.publish(self._base)
-        log.clear(folders.log(self._runtime.path), self._base.segment)
+        log_writer.clear(store_paths.log(self._runtime.path), self._base.segment)
 
     def commit(
-        self, manifest: Manifest, tables: Iterable[Shards], settled: Callable[[Manifest], None]
+        self, manifest: Manifest, tables: Iterable[Shards], mark_committed: Callable[[Manifest], None]
     ) -> None:
         """Make the changes of tables durable under a new manifest, and count them as changed no more.
 
-        ``settled(manifest)`` is called once they are, before anything else can happen.
+        ``mark_committed(manifest)`` is called once they are, before anything else can happen.
 
         Raises
         ------
         DiskFullError
             There is no room; nothing was changed.
         """
-        runtime = self._runtime
+        runtime, last = self._runtime, self._runtime.committed.tables
         changes = [(table, table.changed_rows()) for table in tables if table.changes]
-        created = {each.uuid for each in manifest.tables} - {each.uuid for each in self.manifest.tables}
+        created = {each.uuid for each in manifest.tables} - {each.uuid for each in last}
         new_set = [(each.uuid, each.name) for each in manifest.tables] != [
-            (each.uuid, each.name) for each in self.manifest.tables
+            (each.uuid, each.name) for each in last
         ]
         payload = manifest.to_bytes()
         if new_set:
             folders.require_places(runtime.path, manifest.tables, self._dropped(manifest))
         if created:
             with self._poisoned_by_errors():
-                files.sync_tree(folders.parked(runtime.path, ""))
+                files.sync_tree(store_paths.parked(runtime.path, ""))
         self._append_images([(table.spec, ids, partial(table.pack, ids)) for table, ids in changes], payload)
         with signals_deferred():
             self._append_commit(payload)
-            self.manifest = manifest
             for table, _ in changes:
                 table.clear_changes()
-            settled(manifest)
+            mark_committed(manifest)
         if new_set:
-            self.settle()
-        elif self._log.nbytes > runtime.log_bytes // 2 or self._much_newer() or self._problem is not None:
+            self.fold_all()
+        elif (
+            self._log.nbytes > runtime.log_bytes // 2
+            or runtime.budget.needs_fold
+            or self._problem is not None
+        ):
             self._start()
 
     def wait_for_room(self, tables: Sequence[Shards]) -> None:
@@ -126,69 +124,30 @@ class Journal:
         """
         in_log = self._log.nbytes + self._folding_bytes
         if in_log and in_log + sum(map(_image_bytes, tables)) > self._runtime.log_bytes:
-            problem = self.settle()
+            problem = self.fold_all()
             if isinstance(problem, DiskFullError):
                 raise problem
 
-    def images(self) -> replay.Replay:
+    def images(self) -> log_reader.Replay:
         """Read the images that are newer than the base."""
-        return replay.read(folders.log(self._runtime.path), self._base, self._log.end)
-
-    # ---- room
-
-    def has_room(self, nbytes: int) -> bool:
-        """Whether so many more bytes are within the memory budget."""
-        return self._excess(nbytes) <= 0
-
-    def make_room(self, nbytes: int) -> None:
-        """Make room for so many bytes; see `Room`.
-
-        What the files hold can leave. Where that is not enough, what is committed is folded first; the rest goes out.
-        """
-        if not self.spare(nbytes):
-            self._wait()
-            self._runtime.check_open()  # others may have come while it waited
-            if not self.spare(nbytes):
-                self.settle()
-                self._runtime.check_open()
-                self.spill(nbytes)
-
-    def spill(self, nbytes: int) -> None:
-        """As `make_room`, without a fold."""
-        if not self.spare(nbytes):
-            try:
-                self._spill(self._excess(nbytes) + self._runtime.memory_budget // 4)
-            except DiskFullError:  # more than is needed, so that it has to be done less often
-                self._spill(self._excess(nbytes))
-
-    def _spill(self, nbytes: int) -> None:
-        with signals_deferred():
-            for each, count in _shares(nbytes, {each: each.slots.count for each in self._overlays()}):
-                each.spill(count, folders.private(self._runtime.path))
-
-    def spare(self, nbytes: int) -> bool:
-        """Let copies of what the files hold leave; return whether there is room for so many bytes then."""
-        overlays = self._overlays()
-        with signals_deferred():
-            if self._excess(nbytes) > 0:
-                copies = {each: each.slots.count - each.slots.kept for each in overlays}
-                for each, count in _shares(self._excess(nbytes) + self._runtime.memory_budget // 32, copies):
-                    each.evict(count)
-            idle = sum(each.idle_bytes for each in overlays)
-            if idle > self._runtime.memory_budget // 2 and self._excess(nbytes + idle) > 0:
-                for each in overlays:
-                    each.compact()
-        return self._excess(nbytes) <= 0
-
-    def _excess(self, nbytes: int) -> int:
-        return nbytes + sum(each.nbytes for each in self._overlays()) - self._runtime.memory_budget
+        return log_reader.read(store_paths.log(self._runtime.path), self._base, self._log.end)
 
     # ---- folds
 
+    def wait(self) -> None:
+        """Wait for a fold that is running; see `Folds`."""
+        self._wait()
+        self._runtime.check_open()  # the lock was released meanwhile
+
+    def try_to_drain(self) -> None:
+        """Fold once; see `Folds`."""
+        self.fold_all()
+        self._runtime.check_open()
+
     def drain(self) -> None:
-        """Fold until the files hold the last commit of all tables; see `Room`."""
+        """Fold until the files hold the last commit of all tables; see `Folds`."""
         while True:
-            problem = self.settle()
+            problem = self.fold_all()
             if problem is not None:
                 raise problem
             self._runtime.check_open()  # others may have come while it waited
@@ -197,14 +156,14 @@ class Journal:
                 return
 
     def supplement(self, spec: TableSpec, ids: Int64Array, pack: Callable[[int, int, int], None]) -> None:
-        """Bring records into the files that say no more than the last commit did; see `Room`.
+        """Bring records into the files that say no more than the last commit did; see `Folds`.
 
         Through the log, under the last commit's manifest again: cut short anywhere, all of it is there or nothing.
         """
-        if spec.uuid not in {each.uuid for each in self.manifest.tables}:
+        if spec.uuid not in {each.uuid for each in self._runtime.committed.tables}:
             msg = "the table is not part of the last commit; call store.commit() first"
             raise ShardEmbError(msg)
-        payload = self.manifest.to_bytes()
+        payload = self._runtime.committed.to_bytes()
         self._append_images([(spec, ids, pack)], payload)
         with signals_deferred():
             self._append_commit(payload)
@@ -227,7 +186,7 @@ class Journal:
             self._folding = False
             self._condition.notify_all()
 
-    def settle(self) -> Exception | None:
+    def fold_all(self) -> Exception | None:
         """Fold all that is committed and wait for it; return what prevented it."""
         self._wait()
         if not self._runtime.poisoned:  # by the fold that this waited for
@@ -250,11 +209,11 @@ class Journal:
                 closed = self._log.close_segments()
                 self._folding_bytes, self._log.nbytes = self._log.nbytes, 0
                 base = replace(
-                    self.manifest,
+                    self._runtime.committed,
                     segment=self._log.number,
                     sequence=self._log.sequence,
                     attempt=self._log.attempt + 1,
-                    dropped=self._dropped(self.manifest),
+                    dropped=self._dropped(self._runtime.committed),
                 )
                 tables = self._tables()
                 live = [tables[each.uuid] for each in base.tables]
@@ -272,7 +231,7 @@ class Journal:
     def _fold(self, base: Manifest, end: tuple[int, int], closed: list[Path], live: list[Shards]) -> None:
         runtime, problem = self._runtime, None
         try:
-            newer = replay.read(folders.log(runtime.path), self._base, end)
+            newer = log_reader.read(store_paths.log(runtime.path), self._base, end)
             fold.write(
                 [(each.spec, each.directory, newer.images(each.spec)) for each in live], runtime.threads
             )
@@ -288,7 +247,7 @@ class Journal:
             try:
                 for each in live:
                     each.overlay.end_fold(folded=problem is None)
-                self.spare(0)
+                self._runtime.budget.evict(0)
             except Exception as error:  # nobody may wait for this fold for ever
                 problem = problem or error
             if problem is not None:
@@ -303,7 +262,7 @@ class Journal:
     def publish(self, base: Manifest) -> None:
         """Say durably what the shards hold, and let the folders follow."""
         path, tables = self._runtime.path, self._tables()
-        files.replace(folders.manifest(path), base.to_bytes())
+        files.replace(store_paths.manifest(path), base.to_bytes())
         self._base = base
         try:
             self._follow(folders.arrange(path, base.tables, base.dropped, keep=tables.keys()))
@@ -320,7 +279,7 @@ class Journal:
     def close(self) -> Exception | None:
         """Fold everything and leave no log behind; return what prevented it, in which case the log stays."""
         try:
-            problem = self.settle()
+            problem = self.fold_all()
             if problem is None and not self._runtime.poisoned:
                 number, base = self._log.number, self._base
                 base = replace(
@@ -332,7 +291,7 @@ class Journal:
                     dropped=(),
                 )
                 self.publish(base)
-                log.clear(folders.log(self._runtime.path), number + 1)
+                log_writer.clear(store_paths.log(self._runtime.path), number + 1)
         except OSError as error:
             problem = error
         return problem
@@ -351,25 +310,17 @@ class Journal:
 
     # ---- within
 
-    def _dropped(self, manifest: Manifest) -> tuple[TableRecord, ...]:
+    def _dropped(self, manifest: Manifest) -> tuple[TableEntry, ...]:
         kept = {each.uuid for each in manifest.tables}
         gone = tuple(each for each in self._base.tables if each.uuid not in kept)
         return (*self._base.dropped, *gone)
-
-    def _overlays(self) -> list[Overlay]:
-        return [each.overlay for each in self._tables().values()]
-
-    def _much_newer(self) -> bool:
-        """Whether so many rows must stay in memory until they are folded that there may soon be no room for others."""
-        kept = sum((each.slots.kept + each.out) * each.row_bytes for each in self._overlays())
-        return bool(2 * kept > self._runtime.memory_budget)
 
     def _append_images(self, changes: Iterable[_Changed], payload: bytes) -> None:
         """Append the images of an attempt to commit, which the commit record `payload` is to end."""
         changes = list(changes)
         sizes = [(ids.size, spec.record_bytes) for spec, ids, _ in changes]
         with self._poisoned_by_errors():
-            self._log.begin(log.needed_bytes(sizes, len(payload)))
+            self._log.begin(log_writer.needed_bytes(sizes, len(payload)))
             for spec, ids, pack in changes:
                 self._log.append_images(spec.uuid, ids, spec.record_bytes, pack)
 
@@ -393,13 +344,6 @@ class Journal:
 
     def _poison(self, error: BaseException) -> None:
         self._runtime.poisoned = f"writing broke off ({error})"
-
-
-def _shares(nbytes: int, rows: Mapping[Overlay, int]) -> list[tuple[Overlay, int]]:
-    """Share out how many of each table's rows shall leave memory so that so many bytes do."""
-    most = sum(count * each.slot_bytes for each, count in rows.items())
-    share = min(1.0, nbytes / most) if most else 0.0
-    return [(each, math.ceil(count * share)) for each, count in rows.items() if count]
 
 
 def _image_bytes(table: Shards) -> int:

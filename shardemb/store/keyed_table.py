@@ -1,39 +1,28 @@
-"""A table that is used by keys: a vocabulary tells which rows they have, the caller what unknown ones get."""
+"""A table that is used by keys, as its users hold it.
+
+Contracts only: each method is one call of `KeyedRows`, which leads down.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
-
-import numpy as np
-
-from shardemb import arrays, batch, keys, report, scheduler
-from shardemb.errors import UnknownKeyError
-from shardemb.spec import COUNT, LAST_STEP, MAX_ROWS, SHARD_BYTES, check_shape
-from shardemb.table import Source
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
+    import numpy as np
     import pyarrow as pa
     from numpy.typing import ArrayLike, NDArray
 
-    from shardemb.arrays import Float32Array, Int64Array
-    from shardemb.export import ExportReport
+    from shardemb.base.progress import Progress
     from shardemb.initializers import Initializer
-    from shardemb.keys import KeysLike
+    from shardemb.io.parquet import ExportReport
     from shardemb.optim import Optimizer
-    from shardemb.progress import Progress
-    from shardemb.table import Table
-    from shardemb.vocabulary import Vocabulary
-
-Missing: TypeAlias = 'Literal["error", "initial", "zeros"] | int'
-"""What a lookup gives for a key that has no row; see `KeyedTable.lookup`."""
-
-SCANNED_ROWS = 2**20
-"""Rows whose counters are read at once."""
+    from shardemb.store.table import Table
+    from shardemb.store.vocabulary import Vocabulary
+    from shardemb.vocabulary.keyed_rows import KeyedRows, Missing
+    from shardemb.vocabulary.keys import KeysLike
 
 
 class KeyedTable:
@@ -63,7 +52,8 @@ class KeyedTable:
     >>> store.close()
     """
 
-    def __init__(self, rows: Table, vocabulary: Vocabulary) -> None:
+    def __init__(self, keyed: KeyedRows, rows: Table, vocabulary: Vocabulary) -> None:
+        self._keyed = keyed
         self._rows = rows
         self._vocabulary = vocabulary
 
@@ -87,7 +77,7 @@ class KeyedTable:
     @property
     def num_embeddings(self) -> int:
         """Rows given out so far, those of no key by now included."""
-        return self._vocabulary.num_rows
+        return self._keyed.num_rows
 
     @property
     def embedding_dim(self) -> int:
@@ -136,8 +126,7 @@ class KeyedTable:
         >>> table.stats()["vocabulary"]["keys"]
         2
         """
-        counted = {} if COUNT not in self._rows._spec.columns else {"updates": self._count_updates()}
-        return self._rows.stats() | {"vocabulary": self._vocabulary.stats()} | counted
+        return self._keyed.stats()
 
     # ---- reading
 
@@ -180,21 +169,7 @@ class KeyedTable:
         >>> table.lookup([[-5], [7]], missing="initial").shape
         (2, 1, 2)
         """
-        if isinstance(missing, str) and missing not in ("error", "initial", "zeros"):
-            msg = f'missing must be "error", "initial", "zeros" or a row id, got {missing!r}'
-            raise ValueError(msg)
-        ids = self._vocabulary.add(keys) if create else self._vocabulary.lookup(keys)
-        unknown = ids < 0
-        if not unknown.any():
-            return self._rows.lookup(ids, out=out)
-        if missing == "error":
-            self._refuse(keys, ids)
-        if not isinstance(missing, str):
-            ids[unknown] = arrays.row_ids(missing, max(self.num_embeddings, 1), self.name).flat[0]
-            return self._rows.lookup(ids, out=out)
-        rows = self._rows.lookup(np.maximum(ids, 0), out=out)
-        rows[unknown] = 0 if missing == "zeros" else self._initial(keys, unknown)
-        return rows
+        return self._keyed.read(keys, missing=missing, create=create, out=out)
 
     def state(self, column: str, keys: KeysLike) -> NDArray[np.float32]:
         """Copy optimizer state, or counters, of rows; see `Table.state`.
@@ -211,7 +186,7 @@ class KeyedTable:
         >>> table.state("count", [-5])
         array([1.], dtype=float32)
         """
-        return self._rows.state(column, self._known(keys))
+        return self._keyed.read_state(column, keys)
 
     def prefetch(self, keys: KeysLike, *, for_update: bool = False) -> None:
         """Start to read the rows of keys that have one; see `Table.prefetch`.
@@ -220,8 +195,7 @@ class KeyedTable:
         --------
         >>> table.prefetch([-5, 99])
         """
-        ids = self._vocabulary.lookup(keys)
-        self._rows.prefetch(ids[ids >= 0], for_update=for_update)
+        self._keyed.prefetch(keys, for_update=for_update)
 
     # ---- changing
 
@@ -254,8 +228,7 @@ class KeyedTable:
         --------
         >>> table.update([-5, 99], np.ones((2, 2), np.float32), missing="skip")
         """
-        change = self._plan_change(keys, grads, "gradients", missing=missing, check_finite=check_finite)
-        batch.change(self._rows._runtime, [change])
+        self._keyed.change(keys, grads, "gradients", missing=missing, check_finite=check_finite)
 
     def write(
         self,
@@ -271,8 +244,7 @@ class KeyedTable:
         --------
         >>> table.write([-5], [[1.0, 2.0]])
         """
-        change = self._plan_change(keys, rows, "rows", missing=missing, check_finite=check_finite)
-        batch.change(self._rows._runtime, [change])
+        self._keyed.change(keys, rows, "rows", missing=missing, check_finite=check_finite)
 
     def evict(
         self, *, older_than: int | None = None, keep: int | None = None, by: Literal["lru", "lfu"] = "lru"
@@ -308,24 +280,7 @@ class KeyedTable:
         >>> table.evict(keep=1, by="lfu")
         array([1234567890123])
         """
-        if COUNT not in self._rows._spec.columns:
-            msg = f"table {self.name!r} does not count: give create_table counters=True"
-            raise ValueError(msg)
-        if (older_than is None) == (keep is None) or by not in ("lru", "lfu"):
-            msg = (
-                f'evict: give older_than or keep, and by "lru" or "lfu"; got {older_than}, {keep} and {by!r}'
-            )
-            raise ValueError(msg)
-        with self._vocabulary._changing():
-            if older_than is not None:
-                oldest = self.step - arrays.count(older_than, "older_than", minimum=0)
-                rows = self._choose(LAST_STEP, lambda values: values <= oldest)
-            else:
-                rows = self._all_but(
-                    arrays.count(keep, "keep", minimum=0), LAST_STEP if by == "lru" else COUNT
-                )
-            found = self._vocabulary._free_rows(rows)
-        return keys.restored(found, self._vocabulary.key_type)
+        return self._keyed.evict(older_than=older_than, keep=keep, by=by)
 
     # ---- leaving
 
@@ -357,14 +312,9 @@ class KeyedTable:
         >>> table.to_arrow_batches(columns=["count"]).read_all().column_names
         ['id', 'key', 'embedding', 'count']
         """
-        from shardemb import export
+        from shardemb.io import arrow
 
-        runtime = self._rows._runtime
-        self._rows._live()
-        run = partial(scheduler.run, threads=runtime.threads)
-        return export.to_arrow_batches(
-            _Source(self), columns=columns, rows=rows, run=run, workers=runtime.threads
-        )
+        return arrow.to_arrow_batches(self._keyed.source(), columns=columns, rows=rows)
 
     def export_parquet(
         self,
@@ -399,129 +349,8 @@ class KeyedTable:
         >>> table.export_parquet(tmp / "users.parquet").num_rows
         2
         """
-        from shardemb import export
+        from shardemb.io import parquet
 
-        runtime = self._rows._runtime
-        self._rows._live()
-        return export.export_parquet(
-            _Source(self),
-            path,
-            columns=columns,
-            rows=rows,
-            parts=parts,
-            progress=progress,
-            run=partial(scheduler.run, threads=runtime.threads),
-            workers=runtime.threads,
+        return parquet.export_parquet(
+            self._keyed.source(), path, columns=columns, rows=rows, parts=parts, progress=progress
         )
-
-    # ---- the way down
-
-    def _facts(self, *, measured: bool = False) -> report.Facts:
-        facts, rows = self._rows._facts(measured=measured), self.num_embeddings
-        return replace(facts, num_embeddings=rows, nbytes=rows * self._rows._spec.record_bytes)
-
-    def _plan_read(self, column: str, keys: KeysLike) -> batch.Wanted:
-        return self._rows._plan_read(column, self._known(keys))
-
-    def _plan_change(
-        self,
-        keys: KeysLike,
-        values: ArrayLike,
-        what: str,
-        *,
-        missing: Literal["error", "skip"] | int = "error",
-        check_finite: bool,
-    ) -> batch.Change:
-        ids = self._vocabulary.lookup(keys)
-        unknown = ids < 0
-        if unknown.any():
-            if missing == "error":
-                self._refuse(keys, ids)
-            if missing == "skip":
-                given = np.asarray(values)
-                arrays.rows(
-                    given, (*ids.shape, self.embedding_dim), what=what, table=self.name, check_finite=False
-                )
-                ids, values = ids[~unknown], given[~unknown]
-            else:
-                ids[unknown] = arrays.row_ids(missing, max(self.num_embeddings, 1), self.name).flat[0]
-        return self._rows._plan_change(ids, values, what, check_finite=check_finite)
-
-    def _known(self, keys: KeysLike) -> Int64Array:
-        ids = self._vocabulary.lookup(keys)
-        if (ids < 0).any():
-            self._refuse(keys, ids)
-        return ids
-
-    def _refuse(self, given: KeysLike, ids: Int64Array) -> None:
-        unknown = np.flatnonzero(ids.reshape(-1) < 0)
-        checked = keys.checked(given, self._vocabulary.key_type, self._vocabulary.name)
-        first = keys.restored(checked.take(unknown[:1]), self._vocabulary.key_type).tolist()[0]
-        more = f" ({unknown.size - 1} more have none either)" if unknown.size > 1 else ""
-        at = tuple(int(i) for i in np.unravel_index(int(unknown[0]), ids.shape))
-        msg = (
-            f"key {first!r:.100} at position {at[0] if len(at) == 1 else at} has no row in vocabulary "
-            f"{self._vocabulary.name!r}{more}: say what it gets by missing=, or look it up with create=True"
-        )
-        raise UnknownKeyError(msg)
-
-    def _initial(self, given: KeysLike, unknown: NDArray[np.bool_]) -> Float32Array:
-        rows = self._vocabulary._rows_to_be(given, np.flatnonzero(unknown.reshape(-1)))
-        return self._rows._live().first_records(rows)[:, : self.embedding_dim]
-
-    def _scan(self, column: str) -> Any:  # noqa: ANN401
-        """Iterate over the rows that have keys, and their values of a column, piece by piece."""
-        vocabulary = self._vocabulary
-        for start in range(vocabulary.reserved, vocabulary.num_rows, SCANNED_ROWS):
-            rows = vocabulary._live_rows(start, min(start + SCANNED_ROWS, vocabulary.num_rows))
-            yield rows, self._rows.state(column, rows)
-
-    def _choose(self, column: str, choose: Callable[[Float32Array], NDArray[np.bool_]]) -> Int64Array:
-        chosen = [rows[choose(values)] for rows, values in self._scan(column)]
-        return np.concatenate([np.empty(0, np.int64), *chosen])
-
-    def _all_but(self, number: int, column: str) -> Int64Array:
-        """List live rows without the `number` of them whose counters are largest, ascending."""
-        scanned = list(self._scan(column))
-        rows = np.concatenate([np.empty(0, np.int64), *(each for each, _ in scanned)])
-        values = np.concatenate([np.empty(0, np.float32), *(each for _, each in scanned)])
-        if number >= rows.size:
-            return rows[:0]
-        return np.sort(rows[np.argsort(-values, kind="stable")[number:]])
-
-    def _count_updates(self) -> int:
-        return int(sum(float(values.sum(dtype=np.float64)) for _, values in self._scan(COUNT)))
-
-
-class _Source(Source):
-    """The table as `export` sees it: as many rows as were given out."""
-
-    def __init__(self, table: KeyedTable) -> None:
-        from shardemb.export import RowKeys
-
-        super().__init__(table.rows)
-        self.num_embeddings = table.num_embeddings
-        vocabulary = table.vocabulary
-        self.keys = RowKeys(keys.arrow_type(vocabulary.key_type), vocabulary._arrow_keys)
-
-
-def first_shape(
-    vocabulary: Vocabulary | None, num_embeddings: object, embedding_dim: object, rows_per_shard: int | None
-) -> tuple[tuple[int, int], int | None]:
-    """Check the shape of a new table; choose how many rows one begins with that grows with a vocabulary, by shards.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A number that cannot be; not exactly one of rows and vocabulary.
-    """
-    if (vocabulary is None) == (num_embeddings is None):
-        msg = "give either num_embeddings or the vocabulary that gives out the table's rows"
-        raise ValueError(msg)
-    if vocabulary is None:
-        return check_shape(num_embeddings, embedding_dim), rows_per_shard
-    rows, dim = check_shape(max(1, vocabulary.num_rows), embedding_dim)
-    if rows_per_shard is None:
-        rows_per_shard = max(1, SHARD_BYTES[0] // (4 * dim))
-    rows_per_shard = arrays.count(rows_per_shard, "rows_per_shard", maximum=MAX_ROWS)
-    return (-(-rows // rows_per_shard) * rows_per_shard, dim), rows_per_shard

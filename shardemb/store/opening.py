@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
-from shardemb import arrays, files, fold, folders, layout, replay, scheduler, shards
-from shardemb.beside import Beside
+from shardemb.base import validation
+from shardemb.base.sizes import PAGE
+from shardemb.compute import scheduler
+from shardemb.engine.runtime import Runtime
 from shardemb.errors import FormatError, StoreExistsError, StoreLockedError, StoreNotFoundError
-from shardemb.manifest import Manifest
-from shardemb.runtime import Runtime
-from shardemb.spec import PAGE
-from shardemb.store import Store
+from shardemb.format import store_paths, zarr_metadata
+from shardemb.format.manifest import Manifest
+from shardemb.storage import address_space, files, fold, folders, log_reader, table_folder
+from shardemb.store.session import Reader, Session
+from shardemb.store.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,24 +108,24 @@ def open(
     runtime = Runtime(
         path=Path(path).absolute(),
         writable=mode != "r",
-        threads=scheduler.CORES if threads is None else arrays.count(threads, "threads", maximum=1024),
+        threads=scheduler.CORES if threads is None else validation.count(threads, "threads", maximum=1024),
         memory_budget=_half_of_memory()
         if memory_budget is None
-        else arrays.count(memory_budget, "memory_budget", minimum=0, maximum=2**62),
-        log_bytes=arrays.count(log_bytes, "log_bytes", maximum=2**62),
+        else validation.count(memory_budget, "memory_budget", minimum=0, maximum=2**62),
+        log_bytes=validation.count(log_bytes, "log_bytes", maximum=2**62),
     )
-    exists = folders.manifest(runtime.path).is_file()
+    exists = store_paths.manifest(runtime.path).is_file()
     if not exists:
         _require_creatable(runtime.path, mode)
     elif mode == "w-":
         msg = f'{runtime.path} is a store already; open it with mode "r+", or replace it with mode "w"'
         raise StoreExistsError(msg)
     if mode == "r":
-        return _read(runtime)
-    return _write(runtime, new=mode == "w")
+        return Store(_read(runtime))
+    return Store(_write(runtime, new=mode == "w"))
 
 
-def _read(runtime: Runtime) -> Store:
+def _read(runtime: Runtime) -> Session:
     """Open for reading; beside a writer, start over if a commit changed the tables meanwhile."""
     lock = _shared_lock(runtime.path)
     if lock is not None:  # no writer lives
@@ -132,14 +135,17 @@ def _read(runtime: Runtime) -> Store:
             files.close(lock)
             raise
 
-    def lay_over(manifest: Manifest) -> Store:
-        places = folders.locate(runtime.path, manifest.tables)
+    def lay_over(manifest: Manifest) -> Session:
+        directories = folders.locate(runtime.path, manifest.tables)
         beside = replace(runtime, fresh=_watch(runtime.path, manifest.epoch))
-        store = _lay_over(beside, manifest, None)
-        if folders.locate(runtime.path, manifest.tables) != places or read_manifest(runtime.path) != manifest:
-            store.close()
+        session = _lay_over(beside, manifest, None)
+        if (
+            folders.locate(runtime.path, manifest.tables) != directories
+            or read_manifest(runtime.path) != manifest
+        ):
+            session.close()
             raise FormatError(f"{runtime.path} is being changed all the time; try again")
-        return store
+        return session
 
     return _beside_writer(runtime.path, lay_over)
 
@@ -170,17 +176,19 @@ def _has_moved_on(path: Path, base: Manifest | None) -> bool:
         return False
 
 
-def _lay_over(runtime: Runtime, base: Manifest, lock: int | None) -> Store:
+def _lay_over(runtime: Runtime, base: Manifest, lock: int | None) -> Session:
     """Show the last commit: the files, and in memory over them what the log holds."""
-    newer = replay.read(folders.log(runtime.path), base)
-    return Store(
+    newer = log_reader.read(store_paths.log(runtime.path), base)
+    return Session(
         runtime,
         newer.manifest,
         lock,
         may_miss=base.clean,
         newer=newer,
-        beside=Beside(
-            newest=lambda: _beside_writer(runtime.path, partial(replay.read, folders.log(runtime.path))),
+        reader=Reader(
+            newest=lambda: _beside_writer(
+                runtime.path, partial(log_reader.read, store_paths.log(runtime.path))
+            ),
             reopen=lambda: _read(replace(runtime, fresh=None)),
         ),
     )
@@ -188,26 +196,26 @@ def _lay_over(runtime: Runtime, base: Manifest, lock: int | None) -> Store:
 
 def _watch(path: Path, epoch: int) -> Callable[[], bool]:
     """Return a function that tells whether the writer of an epoch is still the last one."""
-    memory = files.AddressRange(PAGE)
-    memory.map_file(0, folders.epoch(path), PAGE)
+    memory = address_space.AddressRange(PAGE)
+    memory.map_file(0, store_paths.epoch(path), PAGE)
     now = memory.array(np.int64, (1,))
     return lambda: int(now[0]) == epoch
 
 
-def _write(runtime: Runtime, *, new: bool) -> Store:
+def _write(runtime: Runtime, *, new: bool) -> Session:
     path = runtime.path
-    files.make_directory(folders.private(path))
-    lock = files.lock(folders.lock(path), shared=False)
+    files.make_directory(store_paths.private(path))
+    lock = files.lock(store_paths.lock(path), shared=False)
     if lock is None:
         raise _locked(path)
     try:
-        files.note(lock, f"{os.getpid()}\n", folders.lock(path))
-        if new and folders.manifest(path).is_file():
+        files.note(lock, f"{os.getpid()}\n", store_paths.lock(path))
+        if new and store_paths.manifest(path).is_file():
             _clear(path)
-        if not folders.manifest(path).is_file():
+        if not store_paths.manifest(path).is_file():
             _create(path)
         base = read_manifest(path)
-        return Store(runtime, _recover(runtime, base), lock, may_miss=base.clean)
+        return Session(runtime, _recover(runtime, base), lock, may_miss=base.clean)
     except BaseException:
         files.close(lock)
         raise
@@ -215,15 +223,15 @@ def _write(runtime: Runtime, *, new: bool) -> Store:
 
 def _recover(runtime: Runtime, base: Manifest) -> Manifest:
     """Bring the shards to the last commit; return what is to be the next base. Can be cut short and done again."""
-    folder = folders.log(runtime.path)
-    replay.sync(folder, base)
-    newer = replay.read(folder, base)
+    folder = store_paths.log(runtime.path)
+    log_reader.sync(folder, base)
+    newer = log_reader.read(folder, base)
     directories = folders.locate(runtime.path, newer.manifest.tables)
     images = []
     for record in newer.manifest.tables:
         directory = directories[record.uuid]
-        with shards.naming(record.name, directory):
-            spec = shards.spec_of(directory, may_miss=base.clean)
+        with table_folder.naming(record.name, directory):
+            spec = table_folder.spec_of(directory, may_miss=base.clean)
             images.append((spec, directory, newer.images(spec)))
     fold.write(images, runtime.threads)
     kept = {table.uuid for table in newer.manifest.tables}
@@ -231,7 +239,7 @@ def _recover(runtime: Runtime, base: Manifest) -> Manifest:
         newer.manifest,
         epoch=base.epoch + 1,
         clean=False,
-        segment=max(base.segment - 1, *replay.segments(folder), 0) + 1,
+        segment=max(base.segment - 1, *log_reader.segments(folder), 0) + 1,
         sequence=newer.sequence,
         attempt=newer.attempt + 1,
         dropped=(*base.dropped, *(table for table in base.tables if table.uuid not in kept)),
@@ -246,8 +254,8 @@ def read_manifest(path: Path) -> Manifest:
     FormatError
         Either is missing or damaged, or they belong to two stores.
     """
-    manifest = _parse(folders.manifest(path), Manifest.from_bytes)
-    found = _parse(path / layout.DOCUMENT, layout.store_uuid)
+    manifest = _parse(store_paths.manifest(path), Manifest.from_bytes)
+    found = _parse(path / zarr_metadata.DOCUMENT, zarr_metadata.store_uuid)
     if found != manifest.uuid:
         msg = (
             f"{path}: zarr.json and the manifest belong to two different stores ({found} and {manifest.uuid})"
@@ -266,32 +274,32 @@ def _parse(path: Path, parse: Callable[[bytes], T]) -> T:
 
 def _create(path: Path) -> None:
     # An old manifest is gone for good before there is a group that it does not belong to.
-    files.sync_directory(folders.private(path))
+    files.sync_directory(store_paths.private(path))
     identity = str(uuid.uuid4())
-    for name, document in layout.store_documents(identity).items():
+    for name, document in zarr_metadata.store_documents(identity).items():
         files.replace(path / name, document)
     # Last: a folder without a manifest is an empty folder.
-    files.replace(folders.manifest(path), Manifest(uuid=identity, clean=True).to_bytes())
+    files.replace(store_paths.manifest(path), Manifest(uuid=identity, clean=True).to_bytes())
     files.sync_directory(path.parent)
 
 
 def _clear(path: Path) -> None:
     """Delete a store but for its lock. Cut short, it leaves an empty store, or a folder to make one in."""
     try:
-        old = _parse(folders.manifest(path), Manifest.from_bytes)
+        old = _parse(store_paths.manifest(path), Manifest.from_bytes)
     except FormatError:
         old = Manifest(uuid=str(uuid.uuid4()))
     dropped = (*old.tables, *old.dropped)
     empty = replace(old, clean=True, commit=None, tables=(), vocabularies=(), dropped=dropped)
-    files.replace(folders.manifest(path), empty.to_bytes())
+    files.replace(store_paths.manifest(path), empty.to_bytes())
     folders.arrange(path, (), dropped)
     for entry in path.iterdir():
-        if entry not in (folders.private(path), path / layout.DOCUMENT):
+        if entry not in (store_paths.private(path), path / zarr_metadata.DOCUMENT):
             files.remove_tree(entry)
-    files.remove_tree(folders.private(path) / "tables")
-    files.remove_tree(folders.rebuilt(path))
-    files.remove_tree(folders.log(path))
-    files.remove(folders.manifest(path))
+    files.remove_tree(store_paths.private(path) / "tables")
+    files.remove_tree(store_paths.rebuilt(path))
+    files.remove_tree(store_paths.log(path))
+    files.remove(store_paths.manifest(path))
 
 
 def _require_creatable(path: Path, mode: str) -> None:
@@ -314,7 +322,7 @@ def _require_creatable(path: Path, mode: str) -> None:
 def _shared_lock(path: Path) -> int | None:
     """Take the lock as a reader; None beside a writer, or where the file cannot be had (a read-only copy)."""
     try:
-        return files.lock(folders.lock(path), shared=True)
+        return files.lock(store_paths.lock(path), shared=True)
     except OSError:
         return None
 
@@ -326,7 +334,7 @@ def _locked(path: Path) -> StoreLockedError:
         msg = f'{path} is open for reading elsewhere; close that, or open it with mode "r" too'
         return StoreLockedError(msg)
     try:
-        holder = f"process {int(files.read(folders.lock(path), 64))}"
+        holder = f"process {int(files.read(store_paths.lock(path), 64))}"
     except (OSError, ValueError):
         holder = "another process"
     mine = " (this one)" if holder == f"process {os.getpid()}" else ""

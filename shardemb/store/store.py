@@ -1,47 +1,23 @@
-"""A store: several tables with one commit point. Open, create, commit, roll back, close.
+"""A store as its users hold it: several tables with one commit point.
 
-Changes live in memory until `commit` hands them to the journal, which makes them durable in the log and moves them
-into the shards later.
+Contracts only: each method is one call of `Session`, which leads down.
 """
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from weakref import WeakValueDictionary
 
-from shardemb import (
-    arrays,
-    batch,
-    files,
-    folders,
-    forks,
-    initializers,
-    keyed,
-    rebuild,
-    report,
-    shards,
-    verify,
-)
-from shardemb.batch import Training
-from shardemb.errors import (
-    FormatError,
-    ReadOnlyError,
-    ShardEmbError,
-    TableNotFoundError,
-)
-from shardemb.journal import Journal
-from shardemb.manifest import Commit, Manifest, TableRecord, check_metadata, new_record
-from shardemb.runtime import Runtime, signals_deferred
-from shardemb.spec import check_name, is_internal, new_spec
-from shardemb.table import Table
-from shardemb.tables import Tables
-from shardemb.vocabularies import Vocabularies
+from shardemb import initializers
+from shardemb.store import display
+from shardemb.store.keyed_table import KeyedTable
+from shardemb.store.table import Table
+from shardemb.store.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import os
@@ -51,13 +27,14 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from shardemb.admission import Admission
-    from shardemb.beside import Beside
-    from shardemb.keyed import KeyedTable
-    from shardemb.keys import KeyType
+    from shardemb.base.progress import Progress
+    from shardemb.engine.table_state import TableState
+    from shardemb.format.manifest import Commit
     from shardemb.optim import Optimizer
-    from shardemb.progress import Progress
-    from shardemb.replay import Replay
-    from shardemb.vocabulary import Vocabulary
+    from shardemb.storage.verify import Damage
+    from shardemb.store.session import Session
+    from shardemb.vocabulary.key_rows import KeyRows
+    from shardemb.vocabulary.keys import KeyType
 
 
 class Store(Mapping[str, "Table | KeyedTable"]):
@@ -78,42 +55,10 @@ class Store(Mapping[str, "Table | KeyedTable"]):
     >>> store.close()
     """
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        manifest: Manifest,
-        lock: int | None,
-        *,
-        may_miss: bool,
-        newer: Replay | None = None,
-        beside: Beside | None = None,
-    ) -> None:
-        self._runtime = runtime
-        self._manifest = manifest
-        self._lock = lock
-        self._beside = beside
-        self._opened = False
-        self._written_before = files.counters.bytes_written, files.counters.syncs
-        self._tables = Tables()
-        self._vocabularies = Vocabularies(runtime, self._tables)
-        self._journal: Journal | None = None
-        directories = folders.locate(runtime.path, manifest.tables)
-        for record in manifest.tables:
-            table = self._open_table(record, directories[record.uuid], may_miss=may_miss)
-            if newer is not None:
-                table._mapped.place(newer.images(table._spec), runtime.room)
-            self._tables.now[record.name] = table
-        self._tables.settle()
-        self._vocabularies.take_up(manifest)
-        if runtime.writable:
-            self._journal = runtime.room = Journal(runtime, manifest, self._tables.mapped)
-            try:
-                self._journal.begin()
-            except BaseException:
-                self._journal.abandon()
-                raise
-        self._opened = True
-        forks.watch(self)
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._tables: WeakValueDictionary[TableState, Table | KeyedTable] = WeakValueDictionary()
+        self._vocabularies: WeakValueDictionary[KeyRows, Vocabulary] = WeakValueDictionary()
 
     def __eq__(self, other: object) -> bool:
         return self is other  # and not what a Mapping compares, its tables
@@ -124,29 +69,15 @@ class Store(Mapping[str, "Table | KeyedTable"]):
     # ---- tables
 
     def __getitem__(self, name: str) -> Table | KeyedTable:
-        self._runtime.check_open()
-        if name in self._tables.now and not is_internal(name):
-            return self._vocabularies.keyed(self._tables.now[name])
-        names = ", ".join(map(repr, self._shown())) or "none"
-        msg = f"the store {self._runtime.path} has no table {name!r}; its tables: {names}"
-        raise TableNotFoundError(msg)
-
-    def _table(self, name: str) -> Table:
-        """Return a table by row id."""
-        return self._tables.now[self[name].name]
+        return self._table(self._session.find(name))
 
     def __iter__(self) -> Iterator[str]:
-        self._runtime.check_open()
-        return iter(self._shown())
+        self._session.runtime.check_open()
+        return iter(self._session.tables.shown())
 
     def __len__(self) -> int:
-        self._runtime.check_open()
-        return len(self._shown())
-
-    def _shown(self) -> dict[str, Table | KeyedTable]:
-        """Return the tables of now, without those of vocabularies."""
-        now = tuple(self._tables.now.items())
-        return {name: self._vocabularies.keyed(table) for name, table in now if not is_internal(name)}
+        self._session.runtime.check_open()
+        return len(self._session.tables.shown())
 
     def create_table(
         self,
@@ -209,26 +140,18 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> table.shape
         (1000000, 16)
         """
-        with self._vocabularies.at_rest() if vocabulary else self._runtime.changing():
-            self._runtime.check_sound()
-            self._tables.require_free(check_name(name), self.path)
-            bound = None if vocabulary is None else self._vocabularies.find(vocabulary)
-            shape, rows_per_shard = keyed.first_shape(bound, num_embeddings, embedding_dim, rows_per_shard)
-            kind, rows = initializers.resolve(initializer, shape)
-            spec = new_spec(
-                self._tables.free_stream(name),
-                shape,
-                initializer=kind,
-                optimizer=optimizer,
-                counters=counters,
-                rows_per_shard=rows_per_shard,
-                max_shards=files.MAX_MAPPINGS - files.counters.mappings,
-            )
-            identity = None if bound is None else bound._record().uuid
-            made = self._tables.create(
-                self._runtime, name, spec, rows=rows, progress=progress, vocabulary=identity
-            )
-            return self._vocabularies.keyed(made)
+        created = self._session.create_table(
+            name,
+            num_embeddings=num_embeddings,
+            embedding_dim=embedding_dim,
+            vocabulary=vocabulary,
+            counters=counters,
+            initializer=initializer,
+            optimizer=optimizer,
+            rows_per_shard=rows_per_shard,
+            progress=progress,
+        )
+        return self._table(created)
 
     def drop_table(self, name: str) -> None:
         """Drop a table, with the next commit; until then `rollback` brings it back.
@@ -247,8 +170,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         --------
         >>> store.drop_table("tokens")
         """
-        with self._runtime.writing():
-            self._tables.drop(self[name].name)
+        self._session.drop_table(name)
 
     def rename_table(self, name: str, new_name: str) -> None:
         """Rename a table, with the next commit. Its initial values stay what they were.
@@ -267,10 +189,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         --------
         >>> store.rename_table("tokens", "words")
         """
-        with self._runtime.writing():
-            table = self._table(name)
-            self._tables.require_free(check_name(new_name), self.path)
-            self._tables.give_name(table, new_name)
+        self._session.rename_table(name, new_name)
 
     def reshard(
         self,
@@ -319,19 +238,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> store["tokens"].optimizer is None
         True
         """
-        with self._runtime.writing():
-            table, journal = self._table(name), self._writing()
-            journal.drain()
-            if self._differs() or self._manifest.commit is None:
-                msg = f"the store {self.path} has changes that are not committed; call commit() or rollback() first"
-                raise ShardEmbError(msg)
-            commit = self._manifest.commit
-
-            def is_committed() -> bool:
-                return self._manifest.commit is not commit
-
-            with table._reshaped(str(commit.id), optimizer, rows_per_shard, progress, is_committed):
-                return self.commit(commit.step, commit.metadata)
+        return self._session.reshard(name, rows_per_shard, optimizer, progress)
 
     def copy(self, path: str | os.PathLike[str], *, progress: Progress = None) -> None:
         """Copy the last commit into a new store, holes as holes.
@@ -362,23 +269,16 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         ...     copied.last_commit == store.last_commit
         True
         """
-        target = Path(path).absolute()
-        rebuild.require_nothing(target)
-        with self._runtime.writing():
-            self._writing().hold_folds()
-            manifest, tables = self._manifest, self._tables.places()
-        try:
-            rebuild.copy_store(manifest, tables, target, progress)
-        finally:
-            self._writing().release_folds()
+        self._session.copy(Path(path).absolute(), progress)
 
     # ---- vocabularies
 
     @property
     def vocabularies(self) -> Mapping[str, Vocabulary]:
         """The store's vocabularies by name."""
-        self._runtime.check_open()
-        return MappingProxyType(self._vocabularies.now)
+        self._session.runtime.check_open()
+        now = self._session.vocabularies.now
+        return MappingProxyType({name: self._vocabulary(each) for name, each in tuple(now.items())})
 
     def create_vocabulary(
         self, name: str, *, key_type: KeyType, admission: Admission | None = None, reserved: int = 0
@@ -415,9 +315,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> words.add(["to", "be"])
         array([0, 1])
         """
-        with self._runtime.writing():
-            record = new_record(check_name(name), key_type, admission, reserved)
-            return self._vocabularies.create(record, files.MAX_MAPPINGS - files.counters.mappings)
+        return self._vocabulary(self._session.create_vocabulary(name, key_type, admission, reserved))
 
     def drop_vocabulary(self, name: str) -> None:
         """Drop a vocabulary to which no table is bound, with the next commit; until then `rollback` brings it back.
@@ -441,8 +339,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> words = store.create_vocabulary("words", key_type="string")
         >>> store.drop_vocabulary("words")
         """
-        with self._runtime.writing():
-            self._vocabularies.drop(name)
+        self._session.drop_vocabulary(name)
 
     # ---- many tables at once
 
@@ -471,11 +368,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> rows["tokens"].shape
         (2, 4)
         """
-        wanted = {name: self[name]._plan_read("weight", each) for name, each in ids.items()}
-        results = self._runtime.results.empty_together([each.shape for each in wanted.values()])
-        reads = [each.into(rows) for each, rows in zip(wanted.values(), results, strict=True)]
-        batch.read(self._runtime, reads)
-        return dict(zip(wanted, results, strict=True))
+        return self._session.lookup(ids)
 
     def update(
         self, batches: Mapping[str, tuple[ArrayLike, ArrayLike]], *, check_finite: bool = True
@@ -498,26 +391,20 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         --------
         >>> store.update({"tokens": ([1, 2], np.ones((2, 4), np.float32))})
         """
-        self._runtime.check_open()
-        changes = [
-            self[name]._plan_change(ids, grads, "gradients", check_finite=check_finite)
-            for name, (ids, grads) in batches.items()
-        ]
-        batch.change(self._runtime, changes)
+        self._session.update(batches, check_finite=check_finite)
 
     # ---- commits
 
     @property
     def last_commit(self) -> Commit | None:
         """The last commit, None before the first."""
-        commit = self._manifest.commit
-        return None if commit is None else replace(commit, metadata=check_metadata(commit.metadata))
+        return self._session.last_commit
 
     @property
     def has_changes(self) -> bool:
         """Whether rows, steps, hyper-parameters or the set of tables differ from the last commit."""
-        self._runtime.check_open()
-        return self._differs()
+        self._session.runtime.check_open()
+        return self._session.differs()
 
     def commit(self, step: int | None = None, metadata: Mapping[str, Any] | None = None) -> Commit:
         """Make every change since the last commit durable.
@@ -553,27 +440,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> store.commit(step=100, metadata={"loss": 0.3})
         Commit(id=1, step=100, metadata={'loss': 0.3})
         """
-        metadata = check_metadata(metadata)
-        with self._runtime.writing():
-            journal = self._writing()
-            tables = [table._mapped for table in self._tables.now.values()]
-            journal.wait_for_room(tables)
-            self._runtime.check_open()  # others may have come while it waited
-            self._runtime.check_sound()
-            last = self._manifest.commit
-            number = arrays.count(step, "step", minimum=0) if step is not None else last.step if last else 0
-            commit = Commit(last.id + 1 if last else 1, number, metadata)
-            journal.commit(
-                replace(
-                    self._manifest,
-                    commit=commit,
-                    tables=self._tables.records(),
-                    vocabularies=self._vocabularies.records(),
-                ),
-                [table._mapped for table in self._tables.now.values()],
-                self._settled,
-            )
-            return replace(commit, metadata=check_metadata(metadata))
+        return self._session.commit(step, metadata)
 
     def rollback(self) -> None:
         """Go back to the last commit: rows, state, steps, hyper-parameters and the set of tables.
@@ -592,11 +459,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         --------
         >>> store.rollback()
         """
-        with self._vocabularies.at_rest(), self._runtime.all_or_nothing("a rollback"):
-            self._runtime.half_done = None
-            self._runtime.check_sound()
-            self._tables.restore(self._manifest, self._writing().images(), self._runtime.room)
-            self._vocabularies.restore(self._manifest.vocabularies)
+        self._session.rollback()
 
     def checkpoint(self) -> None:
         """Bring what is committed into the shards, where other readers of zarr see it, and wait for it.
@@ -617,11 +480,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         --------
         >>> store.checkpoint()
         """
-        with self._runtime.writing():
-            problem = self._writing().settle()
-        if problem is not None:
-            raise problem
-        self._vocabularies.checkpoint()
+        self._session.checkpoint()
 
     def refresh(self) -> None:
         """Move a store that was opened for reading on to the newest commit. Its tables stay the same objects.
@@ -638,24 +497,9 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> with shardemb.open(store.path, mode="r") as reader:
         ...     reader.refresh()
         """
-        self._runtime.check_open()
-        if self._beside is None:
-            msg = f'the store {self._runtime.path} is open for writing; only one opened with mode "r" is refreshed'
-            raise ReadOnlyError(msg)
-        with signals_deferred(), self._runtime.lock:
-            fresh = self._beside.reopen()
-            self._tables.adopt(fresh._tables)
-            self._vocabularies.adopt(fresh._vocabularies)
-            for table in self._tables.now.values():
-                table._runtime = self._runtime
-            self._manifest = fresh._manifest
-            self._lock, fresh._lock = fresh._lock, self._lock
-            self._runtime.fresh = fresh._runtime.fresh
-            fresh.close()
+        self._session.refresh()
 
-    def verify(
-        self, tables: Sequence[str] | None = None, *, progress: Progress = None
-    ) -> list[report.Damage]:
+    def verify(self, tables: Sequence[str] | None = None, *, progress: Progress = None) -> list[Damage]:
         """Compare the files of committed tables with their checksums: every block that a fold has written.
 
         Reads from the disk, in bounded memory; training and lookups go on. What the log holds has checksums of its
@@ -688,32 +532,9 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> store.verify()
         []
         """
-        self._runtime.check_open()
-        targets = {
-            uuid: verify.Target(kept.table.name, kept.shards.spec, kept.shards.directory)
-            for uuid, kept in self._tables.chosen(tables, self.path).items()
-        }
-        return [
-            *verify.damage(targets, self._runtime.threads, progress, self._steady),
-            *self._vocabularies.damage(tables),
-        ]
+        return self._session.verify(tables, progress)
 
-    @contextlib.contextmanager
-    def _steady(self, suspected: bool) -> Iterator[tuple[dict[str, Path], Callable[[], Replay]]]:
-        """Tell where the tables lie now, and what the log says anew; nothing moves here before this is left."""
-        if self._beside is not None:
-            with self._beside.steady(self._places()) as seen:
-                yield seen
-            return
-        with self._runtime.changing():
-            if suspected and (problem := self._writing().settle()) is not None:
-                raise problem
-            yield self._places(), self._writing().images
-
-    def _places(self) -> dict[str, Path]:
-        return {uuid: place.directory for uuid, place in self._tables.places().items()}
-
-    def info(self) -> report.StoreInfo:
+    def info(self) -> display.StoreInfo:
         """Tell what the store holds and the disk space that it takes; looks at every file.
 
         Returns
@@ -731,16 +552,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> store.info().tables[0].name
         'tokens'
         """
-        self._runtime.check_open()
-        with self._runtime.lock:
-            return report.StoreInfo(
-                path=str(self.path),
-                uuid=self._manifest.uuid,
-                commit=self.last_commit,
-                bytes_on_disk=files.allocated(self.path),
-                tables=tuple(table._facts(measured=True) for table in self.values()),
-                vocabularies=self._vocabularies.facts(),
-            )
+        return self._session.info()
 
     def stats(self) -> dict[str, int]:
         """Bytes written to files and syncs made by this process since the store was opened.
@@ -755,9 +567,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> sorted(store.stats())
         ['bytes_written', 'syncs']
         """
-        written, syncs = self._written_before
-        now = files.counters
-        return {"bytes_written": now.bytes_written - written, "syncs": now.syncs - syncs}
+        return self._session.stats()
 
     # ---- closing
 
@@ -770,23 +580,10 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         --------
         >>> store.close()
         """
-        if self._runtime.closed:
-            return
-        with signals_deferred():  # or the lock would stay behind
-            self._runtime.close()
-            with self._runtime.lock:
-                try:
-                    if self._runtime.owned and self._runtime.writable:
-                        self._leave()
-                finally:
-                    if self._journal is not None:
-                        self._journal.release()
-                    self._vocabularies.release()
-                    if self._lock is not None:
-                        files.close(self._lock)
+        self._session.close()
 
     def __enter__(self) -> Store:
-        self._runtime.check_open()
+        self._session.runtime.check_open()
         return self
 
     def __exit__(
@@ -796,21 +593,19 @@ class Store(Mapping[str, "Table | KeyedTable"]):
 
     def __del__(self, _finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         # The names of this module are gone when the interpreter ends; so is the lock, soon after.
-        if _finalizing() or not getattr(self, "_opened", False):
+        if _finalizing() or not hasattr(self, "_session"):
             return
-        if not self._runtime.closed:
-            msg = f"the store {self._runtime.path} was not closed"
-            warnings.warn(msg, ResourceWarning, stacklevel=2, source=self)
-            self._runtime.closed = True
-            if self._journal is not None:
-                self._journal.release()
-            if self._lock is not None:
-                files.close(self._lock)
+        runtime = self._session.runtime
+        if not runtime.closed and runtime.owned:
+            warnings.warn(
+                f"the store {runtime.path} was not closed", ResourceWarning, stacklevel=2, source=self
+            )
+            self._session.give_up()
 
     def __reduce__(self) -> NoReturn:
         msg = (
-            f"the store {self._runtime.path} cannot be pickled: it is memory and a lock of this process; "
-            f'in the other process call shardemb.open({str(self._runtime.path)!r}, mode="r")'
+            f"the store {self._session.runtime.path} cannot be pickled: it is memory and a lock of this process; "
+            f'in the other process call shardemb.open({str(self._session.runtime.path)!r}, mode="r")'
         )
         raise TypeError(msg)
 
@@ -819,63 +614,37 @@ class Store(Mapping[str, "Table | KeyedTable"]):
     @property
     def path(self) -> Path:
         """The store's folder."""
-        return self._runtime.path
+        return self._session.runtime.path
 
     def __repr__(self) -> str:
-        shown = *self._shown().values(), *self._vocabularies.now.values()
-        return "\n  ".join([self._headline(), *map(repr, shown)])
+        tables = map(self._table, self._session.tables.shown().values())
+        vocabularies = map(self._vocabulary, tuple(self._session.vocabularies.now.values()))
+        return "\n  ".join([self._headline(), *map(repr, tables), *map(repr, vocabularies)])
 
     def _repr_html_(self) -> str:
-        return report.html_table([table._facts() for table in self._shown().values()], self._headline())
+        shown = self._session.tables.shown().values()
+        return display.html_table([self._session.facts(table) for table in shown], self._headline())
 
     def _headline(self) -> str:
-        state = "" if self._runtime.writable else "read only"
-        state = "closed" if self._runtime.closed else "changes not committed" if self._differs() else state
-        return report.headline(self.path, len(self._shown()), self._manifest.commit, state)
+        session = self._session
+        state = "" if session.runtime.writable else "read only"
+        state = (
+            "closed" if session.runtime.closed else "changes not committed" if session.differs() else state
+        )
+        commit = session.runtime.committed.commit
+        return display.headline(self.path, len(session.tables.shown()), commit, state)
 
-    # ---- the way down
+    # ---- the same objects for as long as anyone holds them
 
-    def _open_table(self, record: TableRecord, directory: Path, *, may_miss: bool) -> Table:
-        with shards.naming(record.name, directory):
-            mapped = shards.open_existing(directory, may_miss=may_miss, may_create=self._runtime.writable)
-            if type(mapped.spec.optimizer) is not type(record.optimizer):
-                msg = f"it was created for {mapped.spec.optimizer}, but the commit says {record.optimizer}"
-                raise FormatError(msg)
-        training = Training(record.optimizer, record.step)
-        return Table(self._runtime, record.name, mapped, training, record.vocabulary)
+    def _table(self, state: TableState) -> Table | KeyedTable:
+        found = self._tables.get(state)
+        if found is None:
+            found, keyed = Table(state), self._session.vocabularies.keyed(state)
+            if keyed is not None:
+                found = KeyedTable(keyed, found, self._vocabulary(keyed.keys))
+            found = self._tables.setdefault(state, found)
+        return found
 
-    def _differs(self) -> bool:
-        with self._runtime.lock:
-            records = self._vocabularies.records()
-            return records != self._manifest.vocabularies or self._tables.differ(self._manifest)
-
-    def _writing(self) -> Journal:
-        assert self._journal is not None
-        return self._journal
-
-    def _settled(self, manifest: Manifest) -> None:
-        """Take a commit as what memory is compared with."""
-        self._manifest = manifest
-        self._tables.settle()
-        self._vocabularies.settle(manifest.commit.id if manifest.commit else 0)
-
-    def _leave(self) -> None:
-        if self._runtime.poisoned:
-            return  # what is on disk may be ahead of memory: the next opening sees to it
-        lost = self._differs()
-        self._tables.abandon_new()
-        problem = self._writing().close()
-        if problem is not None:
-            warnings.warn(report.not_folded(self.path, problem), RuntimeWarning, stacklevel=3)
-        if lost:
-            warnings.warn(report.lost(self.path, self._manifest.commit), RuntimeWarning, stacklevel=3)
-
-    def _leave_to_parent(self) -> None:
-        """In a fork: keep neither the lock nor the log open, and let the parent see to everything."""
-        self._opened = False
-        if self._journal is not None:
-            self._journal.abandon()
-            self._journal = None
-        if self._lock is not None:
-            files.close(self._lock)
-            self._lock = None
+    def _vocabulary(self, rows: KeyRows) -> Vocabulary:
+        found = self._vocabularies.get(rows)
+        return self._vocabularies.setdefault(rows, Vocabulary(rows)) if found is None else found

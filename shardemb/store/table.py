@@ -1,45 +1,30 @@
-"""One table: lookup, update, write. Read this first.
+"""One table as its users hold it: lookup, update, write. Read this first.
 
-A batch goes down through the rooms once: `arrays` checks it, `plan` groups and cuts it, `batch` hands the pieces to
-`scheduler`, which runs them on threads, and `kernels` moves the numbers, in memory that `shards` has mapped over the
-files. `_plan_read` and `_plan_change` are the checked half of that, so that a store can check many tables before it
-changes any.
+Contracts only: each method is one call of `TableState`, which leads down.
 """
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
-
-from shardemb import arrays, batch, files, folders, persisted, plan, rebuild, report, scheduler, usage
-from shardemb.errors import ShardEmbError, TableNotFoundError
-from shardemb.progress import track
-from shardemb.shards import Shards
-from shardemb.spec import MAX_ROWS, reshaped_spec
+from shardemb.engine.table_state import TableSource
+from shardemb.store import display
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Sequence
 
     import dask.array
+    import numpy as np
     import pyarrow as pa
     from numpy.typing import ArrayLike, NDArray
 
-    from shardemb.arrays import Float32Array, Int64Array
-    from shardemb.batch import Training
-    from shardemb.export import ExportReport, RowKeys
+    from shardemb.base.progress import Progress
+    from shardemb.engine.batch import Explanation
+    from shardemb.engine.table_state import TableState
     from shardemb.initializers import Initializer
+    from shardemb.io.parquet import ExportReport
     from shardemb.optim import Optimizer
-    from shardemb.progress import Progress
-    from shardemb.runtime import Runtime
-
-
-MATERIALIZED_BYTES = 32 * 2**20
-"""Bytes of records that `Table.materialize` brings into the shards at once, through the log."""
 
 
 class Table:
@@ -68,33 +53,25 @@ class Table:
     >>> store.close()
     """
 
-    def __init__(
-        self, runtime: Runtime, name: str, shards: Shards, training: Training, vocabulary: str | None = None
-    ) -> None:
-        self._runtime = runtime
-        self._vocabulary = vocabulary
-        self._name = name
-        self._shards: Shards | None = shards
-        self._spec = shards.spec
-        self._training = training
-        self._dropped = False
+    def __init__(self, state: TableState) -> None:
+        self._state = state
 
     # ---- what it is
 
     @property
     def name(self) -> str:
         """Name of the table within its store."""
-        return self._name
+        return self._state.name
 
     @property
     def num_embeddings(self) -> int:
         """Number of rows; row ids run from 0 to one less."""
-        return self._spec.num_embeddings
+        return self._state.spec.num_embeddings
 
     @property
     def embedding_dim(self) -> int:
         """Number of values in a row's weight."""
-        return self._spec.embedding_dim
+        return self._state.spec.embedding_dim
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -104,27 +81,27 @@ class Table:
     @property
     def rows_per_shard(self) -> int:
         """Rows in a row-shard, which is one file and one zarr chunk."""
-        return self._spec.rows_per_shard
+        return self._state.spec.rows_per_shard
 
     @property
     def nbytes(self) -> int:
         """Bytes of all rows with their optimizer state, whether they take disk yet or not."""
-        return self._spec.nbytes
+        return self._state.spec.nbytes
 
     @property
     def optimizer(self) -> Optimizer | None:
         """The optimizer with its hyper-parameters, or None."""
-        return self._training.optimizer
+        return self._state.training.optimizer
 
     @property
     def initializer(self) -> Initializer:
         """What rows hold before they are first written."""
-        return self._spec.initializer
+        return self._state.spec.initializer
 
     @property
     def step(self) -> int:
         """Number of updates so far, which Adam's bias correction uses."""
-        return self._training.step
+        return self._state.training.step
 
     # ---- reading
 
@@ -161,7 +138,7 @@ class Table:
         >>> table.lookup([[0, 2], [1, 2]]).shape
         (2, 2, 4)
         """
-        return self._read("weight", ids, out)
+        return self._state.read("weight", ids, out)
 
     def lookup_unique(
         self, ids: ArrayLike
@@ -193,11 +170,7 @@ class Table:
         >>> unique_ids, inverse
         (array([3, 5]), array([1, 0, 1]))
         """
-        count = self._live().spec.num_embeddings
-        checked = arrays.row_ids(ids, count, self.name)
-        unique_ids, inverse = plan.distinct(checked.flat, count)
-        rows = self._read("weight", unique_ids, None)
-        return rows, unique_ids, inverse.reshape(checked.shape)
+        return self._state.read_unique(ids)
 
     def state(self, column: str, ids: ArrayLike) -> NDArray[np.float32]:
         """Copy optimizer state of rows.
@@ -226,13 +199,7 @@ class Table:
         >>> table.state("exp_avg", [0, 1]).shape
         (2, 4)
         """
-        self._live()
-        states = list(self._spec.columns)[1:]
-        if column not in states:
-            msg = f"table {self.name!r} has no state column {column!r}; it has {', '.join(states) or 'none'}"
-            raise ValueError(msg)
-        rows = self._read(column, ids, None)
-        return rows[..., 0] if self._spec.is_row_wise(column) else rows
+        return self._state.read_state(column, ids)
 
     def prefetch(self, ids: ArrayLike, *, for_update: bool = False) -> None:
         """Start to read rows into memory, in the background.
@@ -253,16 +220,9 @@ class Table:
         --------
         >>> table.prefetch([1, 2, 3], for_update=True)
         """
-        shards = self._live()
-        checked = arrays.row_ids(ids, shards.spec.num_embeddings, self.name)
-        rows = plan.group(checked.flat, shards.spec.num_embeddings).rows
-        if for_update:
-            self._runtime.check_writable()
-        self._runtime.in_background(
-            partial(batch.prefetch, self._runtime, shards, rows, for_update=for_update)
-        )
+        self._state.prefetch(ids, for_update=for_update)
 
-    def explain(self, ids: ArrayLike) -> report.Explanation:
+    def explain(self, ids: ArrayLike) -> Explanation:
         """Tell what a lookup of a batch meets, to see why it is slow: where its rows lie, and what has to be read.
 
         Looks at every page of the batch, and reads none.
@@ -287,9 +247,7 @@ class Table:
         >>> table.explain([1, 2, 2]).rows
         2
         """
-        shards = self._live()
-        checked = arrays.row_ids(ids, shards.spec.num_embeddings, self.name)
-        return batch.explain(self._runtime, shards, checked.flat)
+        return self._state.explain(ids)
 
     def stats(self) -> dict[str, Any]:
         """Tell what was done with the table since it was opened, and what it takes in memory and on disk.
@@ -319,26 +277,7 @@ class Table:
         >>> table.stats()["rows_looked_up"] - before
         3
         """
-        shards = self._live()
-        with self._runtime.lock:
-            on_disk = usage.measure(shards)
-        by_shard = zip(on_disk.rows_written.tolist(), on_disk.bytes_allocated.tolist(), strict=True)
-        totals, overlay = shards.totals, shards.overlay
-        return {
-            "lookups": totals.lookups,
-            "rows_looked_up": totals.rows_looked_up,
-            "cold_lookups": totals.cold_lookups,
-            "changes": totals.changes,
-            "rows_changed": totals.rows_changed,
-            "rows_copied": totals.rows_copied,
-            "rows_in_memory": overlay.slots.count,
-            "bytes_in_memory": overlay.nbytes,
-            "rows_out": overlay.out,
-            "bytes_mapped": self._spec.num_shards * self._spec.shard_bytes,
-            "rows_written": int(on_disk.rows_written.sum()),
-            "bytes_allocated": int(on_disk.bytes_allocated.sum()),
-            "shards": [{"rows_written": rows, "bytes_allocated": nbytes} for rows, nbytes in by_shard],
-        }
+        return self._state.stats()
 
     # ---- changing
 
@@ -368,8 +307,7 @@ class Table:
         --------
         >>> table.update([0, 1], np.ones((2, 4), np.float32))
         """
-        change = self._plan_change(ids, grads, "gradients", check_finite=check_finite)
-        batch.change(self._runtime, [change])
+        self._state.change(ids, grads, "gradients", check_finite=check_finite)
 
     def write(self, ids: ArrayLike, rows: ArrayLike, *, check_finite: bool = True) -> None:
         """Overwrite weights; optimizer state stays. In memory only until `Store.commit`.
@@ -396,8 +334,7 @@ class Table:
         >>> table.lookup(3)
         array([1., 2., 3., 4.], dtype=float32)
         """
-        change = self._plan_change(ids, rows, "rows", check_finite=check_finite)
-        batch.change(self._runtime, [change])
+        self._state.change(ids, rows, "rows", check_finite=check_finite)
 
     def reset_rows(self, ids: ArrayLike) -> None:
         """Make rows as new: their initial values, and fresh state. In memory only until `Store.commit`.
@@ -416,10 +353,7 @@ class Table:
         --------
         >>> table.reset_rows([3])
         """
-        shards = self._live()
-        checked = arrays.row_ids(ids, shards.spec.num_embeddings, self.name)
-        rows = plan.group(checked.flat, shards.spec.num_embeddings).rows
-        batch.change(self._runtime, [self._plan_reset(rows, shards)])
+        self._state.reset(ids)
 
     def set_optimizer(self, optimizer: Optimizer) -> None:
         """Change hyper-parameters, from the next update on; part of the next commit.
@@ -440,20 +374,7 @@ class Table:
         --------
         >>> table.set_optimizer(shardemb.optim.Adam(lr=1e-4))
         """
-        with self._runtime.changing():
-            self._live()
-            now = self.optimizer
-            if (
-                now is None
-                or type(optimizer) is not type(now)
-                or optimizer.initial_state() != now.initial_state()
-            ):
-                msg = (
-                    f"table {self.name!r} has the optimizer {now}; set_optimizer changes its hyper-parameters, "
-                    f"not its kind nor what its state starts from, got {optimizer!r}"
-                )
-                raise ValueError(msg)
-            self._training.optimizer = optimizer
+        self._state.set_optimizer(optimizer)
 
     def resize(self, num_embeddings: int, *, drop_rows: bool = False) -> None:
         """Change the number of rows; part of the next commit, and undone by a rollback.
@@ -484,72 +405,7 @@ class Table:
         >>> table.num_embeddings
         500000
         """
-        count = arrays.count(num_embeddings, "num_embeddings", maximum=MAX_ROWS)
-        with self._runtime.writing():
-            self._live()
-            self._runtime.room.drain()
-            old = self._live()
-            if count < self.num_embeddings and self._vocabulary is not None:
-                msg = f"table {self.name!r} is as large as its vocabulary needs; remove keys instead"
-                raise ShardEmbError(msg)
-            if count < self.num_embeddings and not drop_rows:
-                msg = (
-                    f"table {self.name!r} has {self.num_embeddings} rows; "
-                    f"resize({count}, drop_rows=True) drops those from {count} on"
-                )
-                raise ValueError(msg)
-            if count != self.num_embeddings:
-                self._become(self._resized(old, count), self._training)
-
-    def _grow(self, count: int, ids: Int64Array, records: Float32Array) -> None:
-        """Have more rows, and other records in some of them: both or neither. For vocabularies."""
-        with self._runtime.writing():
-            self._runtime.room.drain()
-            self._become(self._resized(self._live(), count, ids, records), self._training)
-
-    def _resized(
-        self, old: Shards, count: int, ids: Int64Array | None = None, records: Float32Array | None = None
-    ) -> Shards:
-        spec = rebuild.resized(old.spec, count)
-        directory = folders.parked(self._runtime.path, spec.uuid)
-        rebuild.resize(rebuild.Place(old.spec, old.directory), rebuild.Place(spec, directory))
-        try:
-            new = Shards(spec, directory)
-            new.take_changes(old, self._runtime.room)
-            if ids is not None and records is not None:
-                new.take(ids, records, self._runtime.room)
-        except BaseException:
-            files.remove_tree(directory)
-            raise
-        return new
-
-    @contextlib.contextmanager
-    def _reshaped(
-        self,
-        instant: str,
-        optimizer: Optimizer | Literal["keep"] | None,
-        rows_per_shard: int | None,
-        progress: Progress,
-        is_committed: Callable[[], bool],
-    ) -> Iterator[None]:
-        """Go on with a copy that has other shards or another optimizer, if the body commits it. For `Store`."""
-        old, keep, before = self._mapped, optimizer == "keep", replace(self._training)
-        spec = reshaped_spec(
-            old.spec,
-            optimizer=old.spec.optimizer if keep else optimizer,
-            rows_per_shard=rows_per_shard,
-            max_shards=files.MAX_MAPPINGS - files.counters.mappings,
-            instant=instant,
-        )
-        new = rebuild.reshaped(self._runtime.path, old, spec, keep_state=keep, progress=progress)
-        self._become(new, before if keep else batch.Training(spec.optimizer, 0))
-        try:
-            yield
-        except BaseException:
-            # Unless it is made, or may have been: the next opening tells then.
-            if not is_committed() and not self._runtime.poisoned:
-                self._become(old, before)
-            raise
+        self._state.resize(num_embeddings, drop_rows=drop_rows)
 
     def materialize(self, *, progress: Progress = None) -> None:
         """Write initial values of all rows that were never written into the shards, for readers that know only zarr.
@@ -584,18 +440,7 @@ class Table:
         >>> commit = store.commit()
         >>> small.materialize()
         """
-        self._live()
-        count = self.num_embeddings if self._spec.has_presence else 0
-        step = max(1, MATERIALIZED_BYTES // self._spec.record_bytes)
-        with track(count, "materializing", progress=progress) as advance:
-            for start in range(0, count, step):
-                with self._runtime.writing():
-                    shards = self._live()
-                    stop = min(start + step, count, self.num_embeddings)
-                    ids = shards.never_written(start, stop)
-                    if ids.size:
-                        self._runtime.room.supplement(shards.spec, ids, partial(shards.pack_first, ids))
-                advance(min(step, count - start))
+        self._state.materialize(progress)
 
     # ---- leaving
 
@@ -618,9 +463,7 @@ class Table:
         >>> float(table.to_dask_array()[:100].sum().compute())
         0.0
         """
-        read = partial(_read_weights, self)
-        self._live()
-        return scheduler.as_array(read, self.num_embeddings, self.embedding_dim, self.rows_per_shard)
+        return self._state.as_dask_array()
 
     def to_arrow_batches(
         self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None
@@ -652,16 +495,9 @@ class Table:
         >>> table.to_arrow_batches(rows=(10, 20)).read_all().num_rows
         10
         """
-        from shardemb import export
+        from shardemb.io import arrow
 
-        self._live()
-        return export.to_arrow_batches(
-            Source(self),
-            columns=columns,
-            rows=rows,
-            run=partial(scheduler.run, threads=self._runtime.threads),
-            workers=self._runtime.threads,
-        )
+        return arrow.to_arrow_batches(TableSource(self._state), columns=columns, rows=rows)
 
     def export_parquet(
         self,
@@ -713,163 +549,27 @@ class Table:
         >>> report.num_rows
         100
         """
-        from shardemb import export
+        from shardemb.io import parquet
 
-        self._live()
-        return export.export_parquet(
-            Source(self),
-            path,
-            columns=columns,
-            rows=rows,
-            parts=parts,
-            progress=progress,
-            run=partial(scheduler.run, threads=self._runtime.threads),
-            workers=self._runtime.threads,
+        return parquet.export_parquet(
+            TableSource(self._state), path, columns=columns, rows=rows, parts=parts, progress=progress
         )
 
     # ---- at a glance
 
     def __repr__(self) -> str:
-        return report.one_line(self._facts())
+        return display.one_line(display.facts(self._state))
 
     def _repr_html_(self) -> str:
-        return report.html_table([self._facts()])
+        return display.html_table([display.facts(self._state)])
 
     def __len__(self) -> int:
         return self.num_embeddings
 
     def __reduce__(self) -> NoReturn:
+        path = str(self._state.runtime.path)
         msg = (
             f"table {self.name!r} cannot be pickled: it is memory of this process; in the other process call "
-            f'shardemb.open({str(self._runtime.path)!r}, mode="r")[{self.name!r}]'
+            f'shardemb.open({path!r}, mode="r")[{self.name!r}]'
         )
         raise TypeError(msg)
-
-    def _facts(self, *, measured: bool = False) -> report.Facts:
-        """Return what is told about the table at a glance, with the disk space that it takes where it is measured."""
-        changed = self._shards.changes if self._shards and not self._runtime.closed else None
-        return report.Facts(
-            name=self.name,
-            num_embeddings=self.num_embeddings,
-            embedding_dim=self.embedding_dim,
-            optimizer=repr(self.optimizer) if self.optimizer else "no optimizer",
-            initializer=repr(self.initializer),
-            step=self.step,
-            state_columns=tuple(self._spec.columns)[1:],
-            rows_per_shard=self.rows_per_shard,
-            num_shards=self._spec.num_shards,
-            nbytes=self.nbytes,
-            changed_rows=changed,
-            bytes_on_disk=files.allocated(self._mapped.directory) if measured else None,
-        )
-
-    # ---- the way down
-
-    def _plan_read(self, column: str, ids: ArrayLike) -> batch.Wanted:
-        """Check a lookup. For `Store`."""
-        # Of what is read, and not of what the table may become meanwhile: ids past its end would be read from nowhere.
-        shards = self._live()
-        checked = arrays.row_ids(ids, shards.spec.num_embeddings, self.name)
-        first, last = shards.spec.columns[column]
-        return batch.Wanted(shards, column, checked.flat, (*checked.shape, last - first))
-
-    def _plan_change(
-        self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool
-    ) -> batch.Change:
-        """Check an update (`what` is "gradients") or a write ("rows") and group its ids. For `Store`."""
-        shards = self._live()
-        if what == "gradients" and self.optimizer is None:
-            msg = f"table {self.name!r} has no optimizer: give create_table one, or set rows with write()"
-            raise ValueError(msg)
-        checked = arrays.row_ids(ids, shards.spec.num_embeddings, self.name)
-        shape = (*checked.shape, self.embedding_dim)
-        rows = arrays.rows(values, shape, what=what, table=self.name, check_finite=check_finite)
-        grouped = plan.group(checked.flat, shards.spec.num_embeddings)
-        return batch.Change(shards, grouped, rows, self._training if what == "gradients" else None)
-
-    def _plan_reset(self, rows: Int64Array, shards: Shards | None = None) -> batch.Change:
-        """Plan to make ascending rows as new, those that have a record. For vocabularies."""
-        shards = shards or self._live()
-        rows = rows[shards.were_written(rows) | (shards.overlay.places(rows) != rows)]
-        grouped = plan.Grouped(rows, np.arange(rows.size + 1), np.arange(rows.size))
-        return batch.Change(shards, grouped, shards.first_records(rows), None)
-
-    @property
-    def _mapped(self) -> Shards:
-        """The table's memory, as long as the store is open. For `Store`."""
-        assert self._shards is not None
-        return self._shards
-
-    def _release(self) -> None:
-        """Let go of the table's memory: it is unmapped once the last lookup that still runs has ended."""
-        self._shards = None
-
-    def _adopt(self, newer: Table) -> Table:
-        """Become what a newer opening of the same table is."""
-        self._name, self._spec, self._shards = newer._name, newer._spec, newer._shards
-        self._training, self._dropped = newer._training, False
-        return self
-
-    def _become(self, shards: Shards, training: Training) -> None:
-        """Go on with other memory, of a table with other rows, shards or state. Under the store's lock."""
-        if self._shards is not None:
-            self._shards.successor = shards
-        shards.successor = None
-        self._shards, self._spec = shards, shards.spec
-        self._training.optimizer, self._training.step = training.optimizer, training.step
-
-    def _restore(self, name: str, shards: Shards, training: Training) -> None:
-        self._name, self._dropped = name, False
-        self._become(shards, training)
-
-    def _live(self) -> Shards:
-        self._runtime.check_open()
-        if self._shards is None or self._dropped:
-            msg = f"table {self.name!r} is no longer in the store {self._runtime.path}"
-            raise TableNotFoundError(msg)
-        return self._shards
-
-    def _read(self, column: str, ids: ArrayLike, out: NDArray[np.float32] | None) -> Float32Array:
-        wanted = self._plan_read(column, ids)
-        made, shape = self._runtime.results, wanted.shape
-        result = made.empty(shape) if out is None else arrays.output(out, shape)
-        batch.read(self._runtime, [wanted.into(result)])
-        return result
-
-
-def _read_weights(table: Table, start: int, stop: int) -> Float32Array:
-    return batch.read_range(table._runtime, table._live(), "weight", start, stop)
-
-
-class Source:
-    """A table as `export` sees it."""
-
-    def __init__(self, table: Table) -> None:
-        self._table = table
-        self.name = table.name
-        self.num_embeddings = table.num_embeddings
-        self.embedding_dim = table.embedding_dim
-        self.rows_per_shard = table.rows_per_shard
-        self.keys: RowKeys | None = None
-        spec = table._spec
-        self.columns = {
-            name: last - first for name, (first, last) in spec.columns.items() if name != "weight"
-        }
-
-    def read_rows(self, start: int, stop: int, columns: Sequence[str]) -> list[Float32Array]:  # noqa: D102
-        runtime, shards = self._table._runtime, self._table._live()
-        return [batch.read_range(runtime, shards, column, start, stop) for column in ("weight", *columns)]
-
-    def give_back(self, start: int, stop: int) -> None:  # noqa: D102
-        runtime = self._table._runtime
-        with runtime.lock:
-            self._table._live().give_back(start, stop)
-
-    def describe(self) -> Mapping[str, object]:  # noqa: D102
-        spec, optimizer = self._table._spec, self._table.optimizer
-        return {
-            "uuid": spec.uuid,
-            "step": self._table.step,
-            "optimizer": persisted.to_json(optimizer) if optimizer else None,
-            "initializer": persisted.to_json(spec.initializer),
-        }

@@ -1,111 +1,51 @@
-"""The set of a store's vocabularies: as it is now, and as of the last commit; and the tables that are bound to them."""
+"""The set of a store's vocabularies, as it is now, and of those that a rollback may bring back."""
 
 from __future__ import annotations
 
 import contextlib
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
-from shardemb import folders
 from shardemb.errors import ShardEmbError, VocabularyExistsError, VocabularyNotFoundError
+from shardemb.format import store_paths
+from shardemb.format.spec import new_spec
 from shardemb.initializers import Constant
-from shardemb.keyed import KeyedTable
-from shardemb.keystore import table_shapes
-from shardemb.report import Damage, VocabularyFacts
-from shardemb.spec import new_spec
-from shardemb.vocabulary import Vocabulary
+from shardemb.storage import address_space, folders
+from shardemb.storage.verify import Damage
+from shardemb.store.display import VocabularyFacts
+from shardemb.vocabulary.key_rows import KeyRows
+from shardemb.vocabulary.key_tables import table_shapes
+from shardemb.vocabulary.keyed_rows import KeyedRows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from shardemb.manifest import Manifest, VocabularyRecord
-    from shardemb.runtime import Runtime
-    from shardemb.table import Table
-    from shardemb.tables import Tables
+    from shardemb.engine.runtime import Runtime
+    from shardemb.engine.table_state import TableState
+    from shardemb.format.manifest import VocabularyEntry
+    from shardemb.store.table_catalog import TableCatalog
+
+INDEX_IS_WRONG = "is not what was written; close the store and remove it: the next opening rebuilds it"
 
 
-INDEX_IS_WRONG = "is not what was written; close the store and remove it: the next opening makes it anew"
-
-
-class Vocabularies:
+class VocabularyCatalog:
     """The vocabularies of a store. Everything that changes it is under the store's lock.
 
     Attributes
     ----------
-    now : dict of str to Vocabulary
+    now : dict of str to KeyRows
         By name.
     """
 
-    def __init__(self, runtime: Runtime, tables: Tables) -> None:
+    def __init__(self, runtime: Runtime, tables: TableCatalog) -> None:
         self._runtime, self._tables = runtime, tables
-        self.now: dict[str, Vocabulary] = {}
-        self._committed: dict[str, Vocabulary] = {}
-        self._keyed: dict[Table, KeyedTable] = {}
+        self.now: dict[str, KeyRows] = {}
+        self._committed: dict[str, KeyRows] = {}
+        self._keyed: WeakKeyDictionary[TableState, KeyedRows] = WeakKeyDictionary()
 
-    def take_up(self, manifest: Manifest) -> None:
-        """Take up those of a commit; their tables are here already."""
-        number = manifest.commit.id if manifest.commit else 0
-        for record in manifest.vocabularies:
-            opened = self._join(record)
-            opened._settle(number)
-            opened._take_up(number)
-        self._committed = {each._record().uuid: each for each in self.now.values()}
-        if self._runtime.writable:
-            folders.keep_indexes(self._runtime.path, self._committed)
+    # ---- what there is
 
-    @contextlib.contextmanager
-    def at_rest(self) -> Iterator[None]:
-        """Hold the store's lock while no vocabulary is being changed, not even by one that waits for room.
-
-        Keys that were being added could otherwise have rows that are gone, or that a table bound meanwhile has not.
-        """
-        while True:
-            those = self._all()
-            with contextlib.ExitStack() as stack:
-                for each in those:
-                    stack.enter_context(each._lock)
-                stack.enter_context(self._runtime.changing())
-                if self._all() == those:
-                    yield
-                    return
-
-    def create(self, record: VocabularyRecord, max_shards: int) -> Vocabulary:
-        """Make a vocabulary and its tables; part of the store with the next commit."""
-        if record.name in self.now:
-            msg = f"the store {self._runtime.path} already has a vocabulary {record.name!r}"
-            raise VocabularyExistsError(msg)
-        made: list[str] = []
-        try:
-            for what, (rows, width, rows_per_shard) in table_shapes(record).items():
-                name = f"{record.name}@{what}"
-                spec = new_spec(
-                    self._tables.free_stream(name),
-                    (rows, width),
-                    initializer=Constant(0.0),
-                    optimizer=None,
-                    rows_per_shard=rows_per_shard,
-                    max_shards=max_shards,
-                )
-                self._tables.create(self._runtime, name, spec)
-                made.append(name)
-        except BaseException:
-            for name in made:
-                self._tables.drop(name)
-            raise
-        return self._join(record)
-
-    def drop(self, name: str) -> None:
-        """Take a vocabulary out of those of now, to which no table is bound."""
-        vocabulary = self.find(name)
-        bound = [table.name for table in self._bound(vocabulary._record().uuid)]
-        if bound:
-            msg = f"tables {', '.join(map(repr, bound))} are bound to vocabulary {name!r}; drop them first"
-            raise ShardEmbError(msg)
-        vocabulary._drop()
-        del self.now[name]
-        for what in table_shapes(vocabulary._record()):
-            self._tables.drop(f"{name}@{what}")
-
-    def find(self, name: str) -> Vocabulary:
+    def find(self, name: str) -> KeyRows:
         """Return the vocabulary of a name.
 
         Raises
@@ -119,98 +59,173 @@ class Vocabularies:
             raise VocabularyNotFoundError(msg)
         return self.now[name]
 
-    def keyed(self, table: Table) -> Table | KeyedTable:
-        """Return a table as its users see it: by keys, where it is bound to a vocabulary."""
-        if table._vocabulary is None:
-            return table
+    def keyed(self, table: TableState) -> KeyedRows | None:
+        """Return a table with the vocabulary that gives out its rows, if one does."""
+        if table.vocabulary is None:
+            return None
         if table not in self._keyed:
-            found = next(each for each in self.now.values() if each._record().uuid == table._vocabulary)
-            self._keyed[table] = KeyedTable(table, found)
+            found = next(each for each in self.now.values() if each.entry.uuid == table.vocabulary)
+            self._keyed[table] = KeyedRows(table, found)
         return self._keyed[table]
 
-    def damage(self, tables: Sequence[str] | None) -> list[Damage]:
-        """Tell whose index is not what was written, of all or those whose tables are named."""
-        return [
-            Damage(
-                name, None, None, str(folders.index(self._runtime.path, each._record().uuid)), INDEX_IS_WRONG
-            )
-            for name, each in ((f"{name}@keys", each) for name, each in self.now.items())
-            if (tables is None or name in tables) and not each._check_index()
-        ]
+    def entries(self) -> tuple[VocabularyEntry, ...]:
+        """Return what a commit would say about them."""
+        return tuple(each.entry for each in self.now.values())
 
     def facts(self) -> tuple[VocabularyFacts, ...]:
-        """Return what is told about them."""
+        """Return what is shown about them."""
         facts = []
         for name, each in self.now.items():
-            stats, tables = each.stats(), self._bound(each._record().uuid)
+            stats, tables = each.stats(), self._tables.bound_to(each.entry.uuid)
             facts.append(
                 VocabularyFacts(
                     name=name,
                     key_type=each.key_type,
                     keys=len(each),
-                    rows=each.num_rows,
+                    rows=each.entry.rows,
                     tables=tuple(table.name for table in tables),
                     bytes_on_disk=stats["bytes_on_disk"] + stats["index_bytes_on_disk"],
                 )
             )
         return tuple(facts)
 
-    def records(self) -> tuple[VocabularyRecord, ...]:
-        """Return what a commit would say about them."""
-        return tuple(each._record() for each in self.now.values())
+    def damage(self, tables: Sequence[str] | None) -> list[Damage]:
+        """Tell whose index is not what was written, of all or those whose tables are named."""
+        return [
+            Damage(
+                name,
+                None,
+                None,
+                str(store_paths.index(self._runtime.path, each.entry.uuid)),
+                INDEX_IS_WRONG,
+            )
+            for name, each in ((f"{name}@keys", each) for name, each in self.now.items())
+            if (tables is None or name in tables) and not each.check_index()
+        ]
 
-    def settle(self, commit: int) -> None:
-        """Take those of now as those of a commit."""
-        for each in self.now.values():
-            each._settle(commit)
-        self._committed = {each._record().uuid: each for each in self.now.values()}
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Hold the store's lock while no vocabulary is being changed, not even by one that waits for room.
+
+        Keys that were being added could otherwise have rows that are gone, or that a table bound meanwhile has not.
+        """
+        while True:
+            those = self._all()
+            with contextlib.ExitStack() as stack:
+                for each in those:
+                    stack.enter_context(each.lock)
+                stack.enter_context(self._runtime.changing())
+                if self._all() == those:
+                    yield
+                    return
+
+    # ---- opening, creating, dropping
+
+    def open(self) -> None:
+        """Open the vocabularies of the last commit; their tables are open already."""
+        for entry in self._runtime.committed.vocabularies:
+            self._join(entry).open_index()
+        self._committed = {each.entry.uuid: each for each in self.now.values()}
+        if self._runtime.writable:
+            folders.keep_indexes(self._runtime.path, self._committed)
+
+    def create(self, entry: VocabularyEntry) -> KeyRows:
+        """Make a vocabulary and its tables; part of the store with the next commit."""
+        if entry.name in self.now:
+            msg = f"the store {self._runtime.path} already has a vocabulary {entry.name!r}"
+            raise VocabularyExistsError(msg)
+        max_shards = address_space.mappings_left()
+        made: list[str] = []
+        try:
+            for what, (rows, width, rows_per_shard) in table_shapes(entry).items():
+                name = f"{entry.name}@{what}"
+                spec = new_spec(
+                    self._tables.free_stream(name),
+                    (rows, width),
+                    initializer=Constant(0.0),
+                    optimizer=None,
+                    rows_per_shard=rows_per_shard,
+                    max_shards=max_shards,
+                )
+                self._tables.create(name, spec)
+                made.append(name)
+        except BaseException:
+            for name in made:
+                self._tables.drop(name)
+            raise
+        return self._join(entry)
+
+    def drop(self, name: str) -> None:
+        """Remove a vocabulary from those of now, to which no table is bound."""
+        key_rows = self.find(name)
+        bound = [table.name for table in self._tables.bound_to(key_rows.entry.uuid)]
+        if bound:
+            msg = f"tables {', '.join(map(repr, bound))} are bound to vocabulary {name!r}; drop them first"
+            raise ShardEmbError(msg)
+        key_rows.drop()
+        del self.now[name]
+        for what in table_shapes(key_rows.entry):
+            self._tables.drop(f"{name}@{what}")
+
+    # ---- commits, rollbacks, refreshes
+
+    def mark_committed(self) -> None:
+        """Take the vocabularies of now as those of the last commit."""
+        self._committed = {each.entry.uuid: each for each in self.now.values()}
+
+    def renew_indexes(self) -> None:
+        """Rebuild indexes that are damaged or mostly of no use."""
+        for each in list(self.now.values()):
+            each.renew_index()
 
     def checkpoint(self) -> None:
-        """Write down what an opening would take long to learn again; not under the store's lock."""
+        """Write down what an opening would take long to index again; not under the store's lock."""
         for each in list(self.now.values()):
-            each._checkpoint()
+            each.checkpoint()
 
-    def restore(self, records: Sequence[VocabularyRecord]) -> None:
+    def restore(self) -> None:
         """Go back to those of the last commit."""
-        kept = {record.uuid for record in records}
+        entries = self._runtime.committed.vocabularies
+        kept = {entry.uuid for entry in entries}
         for each in self.now.values():
-            if each._record().uuid not in kept:  # lookups of the others go on
-                each._drop()
-        self.now = {record.name: self._committed[record.uuid] for record in records}
-        for record in records:
-            self.now[record.name]._restore(record)
+            if each.entry.uuid not in kept:  # lookups of the others continue
+                each.drop()
+        self.now = {entry.name: self._committed[entry.uuid] for entry in entries}
+        for entry in entries:
+            self.now[entry.name].restore(entry)
 
-    def adopt(self, fresh: Vocabularies) -> None:
+    def adopt(self, fresh: VocabularyCatalog) -> None:
         """Become those of a newer opening; those that were here already stay the same objects."""
         known = dict(self._committed)
         self.now = {}
         for each in fresh.now.values():
-            here = known.pop(each._record().uuid, None)
-            self.now[each.name] = here = each if here is None else here._adopt(each)
-            here._join(self._runtime, self._bound)
+            here = known.pop(each.entry.uuid, None)
+            self.now[each.entry.name] = here = each if here is None else here.adopt(each)
+            here.join(self._runtime, self._tables.bound_to)
         for gone in known.values():
-            gone._drop()
-        self._committed = {each._record().uuid: each for each in self.now.values()}
-        fresh.now, fresh._committed = {}, {}  # they stay open when that is closed
+            gone.drop()
+        self._committed = {each.entry.uuid: each for each in self.now.values()}
+        fresh.forget()  # they stay open when that is closed
+
+    def forget(self) -> None:
+        """Leave all vocabularies to somebody else."""
+        self.now, self._committed = {}, {}
 
     def release(self) -> None:
-        """Let go of the memory of all of them, and of all tables."""
+        """Release the memory of all of them, and of all tables."""
         for each in self._all():
-            each._release()
+            each.release()
         self._tables.release()
 
-    def _all(self) -> list[Vocabulary]:
-        """List them, also those that were dropped since the last commit, in an order that all threads have."""
-        found = {each._record().uuid: each for each in (*self._committed.values(), *self.now.values())}
+    def _all(self) -> list[KeyRows]:
+        """List them, also those that were dropped since the last commit, in an order that all threads share."""
+        found = {each.entry.uuid: each for each in (*self._committed.values(), *self.now.values())}
         return [found[uuid] for uuid in sorted(found)]
 
-    def _join(self, record: VocabularyRecord) -> Vocabulary:
-        tables = {what: self._tables.now[f"{record.name}@{what}"] for what in table_shapes(record)}
-        path = folders.index(self._runtime.path, record.uuid)
-        vocabulary = Vocabulary(self._runtime, record, tables, path)
-        vocabulary._join(self._runtime, self._bound)
-        self.now[record.name] = vocabulary
-        return vocabulary
-
-    def _bound(self, identity: str) -> list[Table]:
-        return [table for table in self._tables.now.values() if table._vocabulary == identity]
+    def _join(self, entry: VocabularyEntry) -> KeyRows:
+        tables = {what: self._tables.now[f"{entry.name}@{what}"] for what in table_shapes(entry)}
+        path = store_paths.index(self._runtime.path, entry.uuid)
+        key_rows = KeyRows(self._runtime, entry, tables, path)
+        key_rows.join(self._runtime, self._tables.bound_to)
+        self.now[entry.name] = key_rows
+        return key_rows

@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from shardemb import files, kernels, keyparts, probing
+from shardemb.base.sizes import PAGE
+from shardemb.compute import residency
 from shardemb.errors import FormatError
-from shardemb.keyparts import NOTHING, PAGE_ENTRIES, Coverage, Part
-from shardemb.spec import PAGE
+from shardemb.storage import address_space, files
+from shardemb.vocabulary import index_files, index_kernels
+from shardemb.vocabulary.index_files import NOTHING, PAGE_ENTRIES, Coverage, Part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shardemb.arrays import Int64Array
-    from shardemb.keyparts import Level
+    from shardemb.base.validation import Int64Array
+    from shardemb.vocabulary.index_files import Level
 
     Between = Callable[[np.uint64, np.uint64], NDArray[np.uint64]]
     Run = Callable[[Sequence[Callable[[], None]]], None]
@@ -84,7 +86,9 @@ class View(NamedTuple):
     ) -> None:
         """Set ``out[i]`` to a row below `end` that may hold the key of ``hashes[i]``, the `skip`-th of them, or -1."""
         slots, level = self
-        probing.probe(*slots, level.spans, level.entries, level.bits, hashes, skip, end, out, start, stop)
+        index_kernels.probe(
+            *slots, level.spans, level.entries, level.bits, hashes, skip, end, out, start, stop
+        )
 
     def read_ahead(self, hashes: NDArray[np.uint64]) -> None:
         """Ask for the pages of the files in which hashes are looked for, unless a sample finds them in memory."""
@@ -135,39 +139,43 @@ class KeyIndex:
         self._files: dict[str, Part] = {}
         self._slots, self._open = _no_pairs(_FIRST_SLOTS, np.uint64(0)), 0
 
-    def take_up(self, now: Coverage) -> None:
-        """Take up the files, if they are those of this vocabulary and know no more than the commit `now`."""
+    def open(self, now: Coverage) -> None:
+        """Open the files, if they are those of this vocabulary and know no more than the commit `now`."""
         for _ in range(1 if self._writable else _TRIES):
             with contextlib.suppress(FormatError, OSError):
-                self._level = keyparts.read(self._folder, self._identity, now)
+                self._level = index_files.read(self._folder, self._identity, now)
                 break
         if not self._writable:
             return
         if self.has_files:
             self._files = {part.name: part for part in self._level.parts}
-            keyparts.keep(self._folder, self._files)
+            index_files.keep(self._folder, self._files)
         elif self._folder.exists():
             files.remove_tree(self._folder)  # or a later commit might believe it
             files.sync_directory(self._folder.parent)
 
-    def anew(self) -> KeyIndex:
-        """Return an index of the same vocabulary that knows nothing yet, with a folder of its own."""
+    def empty_copy(self) -> KeyIndex:
+        """Return an empty index of the same vocabulary, with a folder of its own."""
         folder = self._folder.with_name(self._folder.name + ".new")
         return KeyIndex(folder, self._identity, self._run, writable=self._writable)
 
-    def take_place_of(self, old: KeyIndex) -> None:
-        """Have the folder of another index, whose files go.
+    def retire(self) -> Path:
+        """Remove the files and write no others; return the folder where they were.
 
         Raises
         ------
         OSError
-            The other must be made anew some time: its files may be gone, and it will not write others.
+            Some files may be left. The index has to be rebuilt some time.
         """
-        old._damaged = True
-        files.remove_tree(old._folder)
+        self._damaged = True
+        files.remove_tree(self._folder)
+        return self._folder
+
+    def move(self, folder: Path) -> None:
+        """Move the files to where no folder is."""
         if self.has_files:
-            files.rename(self._folder, old._folder)
-        self._folder = old._folder
+            files.rename(self._folder, folder)
+        self._folder = folder
 
     def remove_files(self) -> None:
         """Remove its files, if that can be; it is not used any more."""
@@ -266,7 +274,7 @@ class KeyIndex:
                 writing = [partial(self._write, merging, number, written) for number in numbers]
                 self._run([partial(self._publish, before), *writing])
         except BaseException:
-            keyparts.keep(self._folder, self._files)
+            index_files.keep(self._folder, self._files)
             raise
         self._slots, self._open = _no_pairs(_FIRST_SLOTS, np.uint64(0)), 0
 
@@ -278,24 +286,26 @@ class KeyIndex:
         pairs = new.shape[0]
         if level.owners:
             source = level.owners[number >> (bits - level.bits)]
-            keyparts.expect(self._folder, source)
+            index_files.expect(self._folder, source)
             is_first = level.first(source) << (bits - level.bits) == number
             if is_first and not level.is_sound(source, self._identity):
                 msg = f"{self._folder / source.name} is not what was written"
                 raise FormatError(msg)
             old = level.between(first, last)
             pairs += (
-                source.pairs if source.bits == bits else int(np.count_nonzero(old[:, 1] != probing.NO_ROW))
+                source.pairs
+                if source.bits == bits
+                else int(np.count_nonzero(old[:, 1] != index_kernels.NO_ROW))
             )
         homes = int(pairs / _FULL)
-        room = merging.room(homes + pairs + probing.SLACK)
+        room = merging.room(homes + pairs + index_kernels.SLACK)
         entries = room[PAGE_ENTRIES:]
         counts = np.empty(2, np.int64)
-        probing.merge(new, old, first, bits, homes, entries, counts)
+        index_kernels.merge(new, old, first, bits, homes, entries, counts)
         stop, pairs = counts.tolist()
-        total = keyparts.checksum(entries[:stop])
+        total = index_files.checksum(entries[:stop])
         part = Part(bits, number, pairs, homes, stop, merging.coverage, total)
-        keyparts.stage(self._folder, self._identity, part, room[: PAGE_ENTRIES + stop])
+        index_files.stage(self._folder, self._identity, part, room[: PAGE_ENTRIES + stop])
         merging.rooms.append(room)
         written.append(part)
 
@@ -309,9 +319,9 @@ class KeyIndex:
             files.rename(files.staged(self._folder / part.name), self._folder / part.name)
             self._files[part.name] = part
         files.sync_directory(self._folder)
-        owners = keyparts.owners(self._files.values())
+        owners = index_files.owners(self._files.values())
         if owners:
-            self._level = keyparts.mapped(self._folder, owners)
+            self._level = index_files.mapped(self._folder, owners)
             for name in self._files.keys() - {part.name for part in owners}:
                 files.remove(self._folder / name)
                 del self._files[name]
@@ -328,12 +338,12 @@ class KeyIndex:
         capacity = self._slots.marks.size
         middle = capacity // 2
         parts = ((0, middle), (middle, capacity)) if hashes.size >= SHARED else ((0, capacity),)
-        insert = partial(probing.insert, *self._slots, hashes, rows, left)
+        insert = partial(index_kernels.insert, *self._slots, hashes, rows, left)
         self._run([partial(insert, *part) for part in parts])
         while left.any():
             hashes, rows = hashes[left], rows[left]
             left = np.zeros(hashes.size, np.bool_)
-            probing.insert(*self._slots, hashes, rows, left, 0, capacity)
+            index_kernels.insert(*self._slots, hashes, rows, left, 0, capacity)
             if left.any():
                 self._move(capacity, new_salt())
 
@@ -355,7 +365,7 @@ class KeyIndex:
     def _move(self, capacity: int, salt: np.uint64) -> None:
         """Have the pairs in other slots, by a new salt if they lie too far from their homes there."""
         moved = _no_pairs(capacity, salt)
-        if probing.insert_all(*moved, self._slots.pairs):
+        if index_kernels.insert_all(*moved, self._slots.pairs):
             self._slots = moved
         else:
             self._move(capacity, new_salt())
@@ -381,8 +391,8 @@ def _between(slots: Slots) -> Between:
             begin, end = np.searchsorted(pairs[:, 0], first), np.searchsorted(pairs[:, 0], last, "right")
             found: NDArray[np.uint64] = pairs[begin:end]
             return found
-        out = np.empty((probing.count_between(slots.pairs, first, last), 2), np.uint64)
-        probing.take_between(slots.pairs, first, last, out)
+        out = np.empty((index_kernels.count_between(slots.pairs, first, last), 2), np.uint64)
+        index_kernels.take_between(slots.pairs, first, last, out)
         return out
 
     return between
@@ -394,7 +404,7 @@ _NO_SLOTS = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int32),
 
 def _are_resident(array: NDArray[Any], places: Int64Array) -> bool:
     """Whether most of some items of an array over a file are in memory, or the kernel does not tell."""
-    found = kernels.sample_resident(array.ctypes.data, array.strides[0], *_NO_SLOTS, places, places.size)
+    found = residency.sample_resident(array.ctypes.data, array.strides[0], *_NO_SLOTS, places, places.size)
     return not 0 <= int(found) < 0.9 * places.size
 
 
@@ -403,12 +413,12 @@ def _ask(array: NDArray[Any], places: Int64Array) -> None:
     address, nbytes = array.ctypes.data, array.strides[0]
     first = address % PAGE // nbytes
     pages = files.ADVISED // PAGE
-    kernels.advise(
+    residency.advise(
         address - address % PAGE,
         nbytes,
         *_NO_SLOTS,
         places + first,
-        files.MADV_WILLNEED,
+        address_space.MADV_WILLNEED,
         pages,
         0,
         places.size,

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from shardemb.kernels import kernel
+from shardemb.compute.compiler import kernel
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from shardemb.arrays import Int64Array
+    from shardemb.base.validation import Int64Array
 
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _S27, _S30, _S31 = np.uint64(27), np.uint64(30), np.uint64(31)

@@ -18,19 +18,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from shardemb import files, probing, replay
+from shardemb.base.sizes import PAGE, round_up
 from shardemb.errors import FormatError
-from shardemb.spec import (
+from shardemb.format import documents
+from shardemb.format.documents import (
     FORMAT_VERSION,
-    PAGE,
     crc32,
     field,
     int_field,
     parse_json,
     require_version,
-    round_up,
     uuid_field,
 )
+from shardemb.storage import address_space, files
+from shardemb.vocabulary import index_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shardemb.arrays import Int64Array
+    from shardemb.base.validation import Int64Array
 
 PAGE_ENTRIES = PAGE // 16
 _MOST_BITS = 24
@@ -147,13 +148,13 @@ class Level(NamedTuple):
     def homes(self, hashes: NDArray[np.uint64]) -> Int64Array:
         """Where among the entries hashes are looked for."""
         found = np.empty(hashes.size, np.int64)
-        probing.entry_homes(self.spans, self.bits, np.ascontiguousarray(hashes), found)
+        index_kernels.entry_homes(self.spans, self.bits, np.ascontiguousarray(hashes), found)
         return found
 
     def between(self, first: np.uint64, last: np.uint64) -> NDArray[np.uint64]:
         """Return the entries of two hashes of one part, and all between them."""
         bounds = np.empty(2, np.int64)
-        probing.entries_between(self.spans, self.entries, self.bits, first, last, bounds)
+        index_kernels.entries_between(self.spans, self.entries, self.bits, first, last, bounds)
         return self.entries[slice(*bounds.tolist())]
 
     def first(self, part: Part) -> int:
@@ -176,7 +177,7 @@ NOTHING = Level(np.zeros((1, 4), np.int64), np.empty((0, 2), np.uint64), 0, 0, (
 
 def checksum(entries: NDArray[np.uint64]) -> int:
     """Checksum of entries."""
-    return replay.checksum(entries.data.cast("B")) if entries.size else 0
+    return documents.checksum(entries.data.cast("B")) if entries.size else 0
 
 
 def stage(folder: Path, identity: str, part: Part, content: NDArray[np.uint64]) -> None:
@@ -250,11 +251,11 @@ def mapped(folder: Path, found: tuple[Part, ...]) -> Level:
     """
     begins, nbytes = {}, 0
     for part in dict.fromkeys(found):
-        begins[part], nbytes = nbytes, nbytes + round_up(part.nbytes, files.HUGE_PAGE)
-    memory = files.AddressRange(nbytes)
+        begins[part], nbytes = nbytes, nbytes + round_up(part.nbytes, address_space.HUGE_PAGE)
+    memory = address_space.AddressRange(nbytes)
     for part, begin in begins.items():
         memory.map_file(begin, folder / part.name, round_up(part.nbytes, PAGE))
-    memory.advise(0, nbytes, files.MADV_RANDOM)
+    memory.advise(0, nbytes, address_space.MADV_RANDOM)
     firsts = {part: begin // 16 + PAGE_ENTRIES for part, begin in begins.items()}
     spans = [(firsts[part], part.homes, firsts[part] + part.entries, part.bits) for part in found]
     entries = memory.array(np.uint64, (nbytes // 16, 2))

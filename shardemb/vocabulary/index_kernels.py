@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shardemb.intrinsics import prefetch
-from shardemb.kernels import inlined, kernel
+from shardemb.compute.compiler import inlined, kernel
+from shardemb.compute.intrinsics import prefetch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from shardemb.arrays import Int64Array
+    from shardemb.base.validation import Int64Array
 
 _0, _1, _7, _32, _64 = np.uint64(0), np.uint64(1), np.uint64(7), np.uint64(32), np.uint64(64)
 NO_ROW = np.uint64(2**64 - 1)

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb.kernels import kernel
-from shardemb.records import LIVE
+from shardemb.compute.compiler import kernel
+from shardemb.vocabulary.key_records import LIVE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from shardemb.arrays import Int64Array
-    from shardemb.records import Words
+    from shardemb.base.validation import Int64Array
+    from shardemb.vocabulary.key_records import Words
 
 _32 = np.uint64(32)
 

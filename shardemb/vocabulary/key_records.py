@@ -14,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from shardemb.arrays import Int64Array
+    from shardemb.base.validation import Int64Array
 
     Words = NDArray[np.uint32]
 

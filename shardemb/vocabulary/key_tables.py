@@ -1,6 +1,6 @@
 """What a vocabulary keeps in tables of the store: the key of each row, rows that became free, counts of other keys.
 
-A `KeyStore` reads them, and plans changes, which `batch.change` carries out; what they mean is the `Vocabulary`'s.
+A `KeyTables` reads them, and plans changes, which `batch.change` carries out; what they mean is the `Vocabulary`'s.
 """
 
 from __future__ import annotations
@@ -9,36 +9,39 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb import batch, keys, matching, plan, records
-from shardemb.spec import BYTES, FREED, KEYS, SKETCH, round_up
+from shardemb.base.sizes import round_up
+from shardemb.compute import plan
+from shardemb.engine import batch
+from shardemb.format.spec import BYTES, FREED, KEYS, SKETCH
+from shardemb.vocabulary import key_kernels, key_records, keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
-    from shardemb.arrays import Int64Array
-    from shardemb.keys import Keys
-    from shardemb.manifest import VocabularyRecord
-    from shardemb.records import Words
-    from shardemb.runtime import Runtime
-    from shardemb.table import Table
+    from shardemb.base.validation import Int64Array
+    from shardemb.engine.runtime import Runtime
+    from shardemb.engine.table_state import TableState
+    from shardemb.format.manifest import VocabularyEntry
+    from shardemb.vocabulary.key_records import Words
+    from shardemb.vocabulary.keys import Keys
 
 SLICE_BYTES = 2**25
 """Bytes of strings that are compared at once."""
 
 
-class KeyStore:
+class KeyTables:
     """The tables of one vocabulary.
 
     Parameters
     ----------
     runtime : Runtime
-    tables : mapping of str to Table
+    tables : mapping of str to TableState
         By what they are for.
     """
 
-    def __init__(self, runtime: Runtime, tables: Mapping[str, Table]) -> None:
+    def __init__(self, runtime: Runtime, tables: Mapping[str, TableState]) -> None:
         self._runtime = runtime
         self._tables = dict(tables)
 
@@ -59,15 +62,15 @@ class KeyStore:
 
     def keys_in(self, words: Words) -> Keys:
         """Read the keys that records are about."""
-        if words.shape[1] == records.INTEGER_WORDS:
-            integers = records.integers_of(words)
+        if words.shape[1] == key_records.INTEGER_WORDS:
+            integers = key_records.integers_of(words)
             return keys.Keys(integers.shape, integers)
-        begins, lengths, _ = records.spans_of(words)
+        begins, lengths, _ = key_records.spans_of(words)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         data = np.empty(offsets[-1], np.uint8)
         for first, last in _slices(lengths):
             cells, at = self._cells(begins[first:last], lengths[first:last])
-            matching.take_bytes(cells, at, offsets[first : last + 1], data)
+            key_kernels.take_bytes(cells, at, offsets[first : last + 1], data)
         return keys.Keys(lengths.shape, None, offsets, data)
 
     def drop_others(self, given: Keys, hashes: NDArray[np.uint64], rows: Int64Array) -> NDArray[np.bool_]:
@@ -75,14 +78,14 @@ class KeyStore:
         dropped = np.zeros(rows.size, np.bool_)
         words = self.records(np.maximum(rows, 0))
         if given.integers is not None:
-            matching.match_integers(words, given.integers, rows, dropped)
+            key_kernels.match_integers(words, given.integers, rows, dropped)
             return dropped
-        matching.match_hashes(words, hashes, given.lengths, rows, dropped)
+        key_kernels.match_hashes(words, hashes, given.lengths, rows, dropped)
         found = np.flatnonzero(rows >= 0)
-        begins, lengths, _ = records.spans_of(words[found])
+        begins, lengths, _ = key_records.spans_of(words[found])
         for first, last in _slices(lengths):
             cells, at = self._cells(begins[first:last], lengths[first:last])
-            matching.match_bytes(cells, at, found[first:last], given.bounds, given.data, rows, dropped)
+            key_kernels.match_bytes(cells, at, found[first:last], given.bounds, given.data, rows, dropped)
         return dropped
 
     def enter(
@@ -95,8 +98,8 @@ class KeyStore:
         order = np.argsort(rows, kind="stable")
         rows, hashes, new = rows[order], hashes[order], new.take(order)
         if new.integers is not None:
-            return [self.change(KEYS, rows, records.integer_records(new.integers))], text_bytes
-        begins, _, rooms = records.spans_of(self.records(rows))
+            return [self.change(KEYS, rows, key_records.integer_records(new.integers))], text_bytes
+        begins, _, rooms = key_records.spans_of(self.records(rows))
         rooms[rows >= fresh] = 0
         moved = rooms < new.lengths
         # One that had bytes gets twice as many as it needs: the next key of the row may fit.
@@ -104,12 +107,12 @@ class KeyStore:
         ends = text_bytes + np.cumsum(wanted)
         begins[moved], rooms[moved] = ends - wanted, wanted
         text_bytes = int(ends[-1]) if ends.size else text_bytes
-        words = records.string_records(hashes, begins, new.lengths, rooms)
+        words = key_records.string_records(hashes, begins, new.lengths, rooms)
         return [self.change(KEYS, rows, words), *self._enter_bytes(new, begins, text_bytes)], text_bytes
 
     def forget(self, rows: Int64Array, words: Words) -> batch.Change:
         """Plan to take the keys away from ascending rows, whose records are `words`."""
-        return self.change(KEYS, rows, records.without_key(words))
+        return self.change(KEYS, rows, key_records.without_key(words))
 
     def reserve(self, rows: int) -> None:
         """Have room for the keys of so many rows."""
@@ -119,26 +122,26 @@ class KeyStore:
 
     def freed(self, start: int, stop: int) -> Int64Array:
         """Read some of the rows that were freed, by how many were freed before them."""
-        return self._words(FREED, self._places(start, stop)).view(np.int64).reshape(-1)
+        return self._words(FREED, self._cells_of_ring(start, stop)).view(np.int64).reshape(-1)
 
     def free(self, start: int, rows: Int64Array) -> batch.Change:
         """Plan to note that rows became free, after `start` others."""
-        places = self._places(start, start + rows.size)
-        order = np.argsort(places)
-        return self.change(FREED, places[order], rows[order].view(np.uint32).reshape(-1, 2))
+        cells = self._cells_of_ring(start, start + rows.size)
+        order = np.argsort(cells)
+        return self.change(FREED, cells[order], rows[order].view(np.uint32).reshape(-1, 2))
 
     def reserve_freed(self, low: int, tail: int, more: int) -> None:
         """Have room for `more` rows behind the freed ones ``low:tail``, which stay."""
         table = self._tables[FREED]
-        if tail + more - low > table.num_embeddings:
+        if tail + more - low > table.spec.num_embeddings:
             rows, size = self.freed(low, tail), whole_shards(table, 2 * (tail + more - low))
             # Where they lie follows from the size: it changes together with that, or a commit might come in between.
-            places = np.arange(low, tail) % size
-            table._grow(size, places, rows.view(np.float32).reshape(-1, 2))
+            cells = np.arange(low, tail) % size
+            table.resize_and_write(size, cells, rows.view(np.float32).reshape(-1, 2))
 
-    def _places(self, start: int, stop: int) -> Int64Array:
-        """Where in the ring they lie."""
-        return np.arange(start, stop) % self._tables[FREED].num_embeddings
+    def _cells_of_ring(self, start: int, stop: int) -> Int64Array:
+        """Which rows of the ring hold freed rows, by how many were freed before them."""
+        return np.arange(start, stop) % self._tables[FREED].spec.num_embeddings
 
     # ---- counts of keys that have no row
 
@@ -158,11 +161,13 @@ class KeyStore:
             How often each has been seen then.
         change : Change
         """
-        cells = np.unique(counters // records.CELL_COUNTERS)
+        cells = np.unique(counters // key_records.CELL_COUNTERS)
         words = self._words(SKETCH, cells)
-        places = np.searchsorted(cells, counters // records.CELL_COUNTERS) * records.CELL_COUNTERS
+        firsts = np.searchsorted(cells, counters // key_records.CELL_COUNTERS) * key_records.CELL_COUNTERS
         counts = np.zeros(counters.shape[0], np.uint32)
-        matching.count_seen(words.reshape(-1), places + counters % records.CELL_COUNTERS, sightings, counts)
+        key_kernels.count_seen(
+            words.reshape(-1), firsts + counters % key_records.CELL_COUNTERS, sightings, counts
+        )
         return counts, self.change(SKETCH, cells, words)
 
     # ---- within
@@ -170,10 +175,10 @@ class KeyStore:
     def change(self, which: str, rows: Int64Array, words: Words) -> batch.Change:
         """Plan to write records of ascending rows."""
         grouped = plan.Grouped(rows, np.arange(rows.size + 1), np.arange(rows.size))
-        return batch.Change(self._tables[which]._live(), grouped, words.view(np.float32), None)
+        return batch.Change(self._tables[which].live(), grouped, words.view(np.float32), None)
 
     def _words(self, which: str, rows: Int64Array) -> Words:
-        shards = self._tables[which]._live()
+        shards = self._tables[which].live()
         last = shards.spec.num_embeddings - 1
         out = np.empty((rows.size, shards.spec.embedding_dim), np.float32)
         batch.read(self._runtime, [batch.Read(shards, "weight", np.minimum(rows, last), out)])
@@ -186,47 +191,47 @@ class KeyStore:
         rows, ends = _cells_of(begins, lengths)
         cells = self._words(BYTES, rows).view(np.uint8).reshape(-1)
         firsts = np.concatenate([[0], ends[:-1]])[: ends.size]
-        return cells, firsts * records.CELL_BYTES + begins % records.CELL_BYTES
+        return cells, firsts * key_records.CELL_BYTES + begins % key_records.CELL_BYTES
 
     def _enter_bytes(self, new: Keys, begins: Int64Array, text_bytes: int) -> list[batch.Change]:
-        grow(self._tables[BYTES], -(-text_bytes // records.CELL_BYTES) + 1)
+        grow(self._tables[BYTES], -(-text_bytes // key_records.CELL_BYTES) + 1)
         rows = np.unique(_cells_of(begins, new.lengths)[0])
         if not rows.size:
             return []
         cells = self._words(BYTES, rows).view(np.uint8)
-        at = np.searchsorted(rows, begins // records.CELL_BYTES) * records.CELL_BYTES
-        matching.place_bytes(cells.reshape(-1), at + begins % records.CELL_BYTES, new.bounds, new.data)
+        at = np.searchsorted(rows, begins // key_records.CELL_BYTES) * key_records.CELL_BYTES
+        key_kernels.place_bytes(cells.reshape(-1), at + begins % key_records.CELL_BYTES, new.bounds, new.data)
         return [self.change(BYTES, rows, cells.view(np.uint32))]
 
 
-def table_shapes(record: VocabularyRecord) -> dict[str, tuple[int, int, int]]:
+def table_shapes(record: VocabularyEntry) -> dict[str, tuple[int, int, int]]:
     """Rows, values and rows of a shard of the tables that a new vocabulary needs, by what they are for."""
-    words = records.INTEGER_WORDS if record.key_type == "int64" else records.STRING_WORDS
+    words = key_records.INTEGER_WORDS if record.key_type == "int64" else key_records.STRING_WORDS
     admission = record.admission
-    cells = admission.width * admission.depth // records.CELL_COUNTERS if admission else 0
+    cells = admission.width * admission.depth // key_records.CELL_COUNTERS if admission else 0
     shapes = {
         KEYS: (2**24, words, 2**24),
-        BYTES: (2**22, records.CELL_BYTES // 4, 2**22),
+        BYTES: (2**22, key_records.CELL_BYTES // 4, 2**22),
         FREED: (2**20, 2, 2**20),
-        SKETCH: (cells, records.CELL_COUNTERS, cells),
+        SKETCH: (cells, key_records.CELL_COUNTERS, cells),
     }
     return {part: shapes[part] for part in record.parts}
 
 
-def grow(table: Table, rows: int) -> None:
+def grow(table: TableState, rows: int) -> None:
     """Have a table hold at least so many rows: twice as many as now, in whole shards."""
-    if rows > table.num_embeddings:
-        table.resize(whole_shards(table, max(rows, 2 * table.num_embeddings)))
+    if rows > table.spec.num_embeddings:
+        table.resize(whole_shards(table, max(rows, 2 * table.spec.num_embeddings)))
 
 
-def whole_shards(table: Table, rows: int) -> int:
+def whole_shards(table: TableState, rows: int) -> int:
     """Return how many rows the shards have that so many rows take."""
-    return round_up(rows, table.rows_per_shard)
+    return round_up(rows, table.spec.rows_per_shard)
 
 
 def _cells_of(begins: Int64Array, lengths: Int64Array) -> tuple[Int64Array, Int64Array]:
     """List the cells of strings, those of each in order, and where those of each end in the list."""
-    first, last = begins // records.CELL_BYTES, -(-(begins + lengths) // records.CELL_BYTES)
+    first, last = begins // key_records.CELL_BYTES, -(-(begins + lengths) // key_records.CELL_BYTES)
     counts = last - first
     ends = np.cumsum(counts)
     return np.repeat(first - ends + counts, counts) + np.arange(ends[-1] if ends.size else 0), ends
@@ -234,7 +239,7 @@ def _cells_of(begins: Int64Array, lengths: Int64Array) -> tuple[Int64Array, Int6
 
 def _slices(lengths: Int64Array) -> Iterator[tuple[int, int]]:
     """Cut strings into stretches of about `SLICE_BYTES`."""
-    ends = np.cumsum(lengths + 2 * records.CELL_BYTES)
+    ends = np.cumsum(lengths + 2 * key_records.CELL_BYTES)
     cuts = np.searchsorted(ends, np.arange(SLICE_BYTES, int(ends[-1]) if ends.size else 0, SLICE_BYTES)) + 1
     edges = np.unique([0, *cuts.tolist(), lengths.size])
     yield from zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)

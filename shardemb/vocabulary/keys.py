@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from shardemb import hashing, matching
+from shardemb.vocabulary import hashing, key_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-    from shardemb.arrays import Int64Array
-    from shardemb.hashing import Secret
+    from shardemb.base.validation import Int64Array
+    from shardemb.vocabulary.hashing import Secret
 
 KeyType: TypeAlias = Literal["int64", "string", "bytes"]
 
@@ -78,7 +78,7 @@ class Keys:
         lengths = self.lengths[which]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         data = np.empty(offsets[-1], np.uint8)
-        matching.take_bytes(self.data, self.bounds[which], offsets, data)
+        key_kernels.take_bytes(self.data, self.bounds[which], offsets, data)
         return Keys(which.shape, None, offsets, data)
 
 

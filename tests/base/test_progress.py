@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from shardemb import progress
-from shardemb.progress import track
+from shardemb.base import progress
+from shardemb.base.progress import track
 
 
 class Terminal(io.StringIO):

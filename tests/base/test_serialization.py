@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from shardemb import initializers, optim, persisted
+from shardemb import initializers, optim
+from shardemb.base import serialization
 from shardemb.errors import FormatError
 
 
@@ -33,9 +34,9 @@ CLASSES = {"Pair": Pair}
     ],
 )
 def test_there_and_back_through_json(what, instance, classes):
-    document = json.loads(json.dumps(persisted.to_json(instance)))
+    document = json.loads(json.dumps(serialization.to_json(instance)))
     assert document["name"] == type(instance).__name__
-    assert persisted.from_json(what, classes, document) == instance
+    assert serialization.from_json(what, classes, document) == instance
 
 
 @pytest.mark.parametrize(
@@ -52,4 +53,4 @@ def test_there_and_back_through_json(what, instance, classes):
 )
 def test_what_is_not_exactly_right_is_refused(document, words):
     with pytest.raises(FormatError, match=words):
-        persisted.from_json("thing", CLASSES, document)
+        serialization.from_json("thing", CLASSES, document)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from shardemb import arrays
+from shardemb.base import validation
 from shardemb.errors import RowIdError
 
 INTEGERS = [
@@ -28,7 +28,7 @@ INTEGERS = [
 
 
 def row_ids(ids, num_embeddings=100):
-    return arrays.row_ids(ids, num_embeddings, "tokens")
+    return validation.row_ids(ids, num_embeddings, "tokens")
 
 
 def fits_kernels(array, dtype):
@@ -181,7 +181,7 @@ def test_ids_are_taken_exactly_if_all_lie_in_the_table(ids, num_embeddings):
 
 
 def rows(values, shape, check_finite=True, what="gradients"):
-    return arrays.rows(values, shape, what=what, table="tokens", check_finite=check_finite)
+    return validation.rows(values, shape, what=what, table="tokens", check_finite=check_finite)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", ">f4", ">f8"])
@@ -281,7 +281,7 @@ def test_large_finite_values_are_finite():
 
 
 def initial_rows(values, shape):
-    return arrays.initial_rows(values, shape)(0, shape[0])
+    return validation.initial_rows(values, shape)(0, shape[0])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "int8", "int64", "uint64", ">i4"])
@@ -334,7 +334,7 @@ def test_initial_rows_are_finite(value):
 
 def test_out_that_fits_is_the_result():
     out = np.empty((2, 3), np.float32)
-    assert arrays.output(out, (2, 3)) is out
+    assert validation.output(out, (2, 3)) is out
 
 
 def misaligned():
@@ -374,7 +374,7 @@ def read_only():
 )
 def test_out_is_refused_unless_the_result_can_be_written_there(out, error, message):
     with pytest.raises(error, match=message):
-        arrays.output(out, (2, 3))
+        validation.output(out, (2, 3))
 
 
 # ---- numbers ----------------------------------------------------------------------------------------------------
@@ -382,46 +382,46 @@ def test_out_is_refused_unless_the_result_can_be_written_there(out, error, messa
 
 @pytest.mark.parametrize("value", [1, np.int8(1), np.uint64(1)])
 def test_counts_are_integers_of_any_kind(value):
-    assert type(arrays.count(value, "n")) is int
+    assert type(validation.count(value, "n")) is int
 
 
 @pytest.mark.parametrize("value", [1.0, "1", None, True, np.True_, np.float32(1), [1], fractions.Fraction(1)])
 def test_what_is_no_integer_is_no_count(value):
     with pytest.raises(TypeError, match="n must be an integer, got"):
-        arrays.count(value, "n")
+        validation.count(value, "n")
 
 
 @pytest.mark.parametrize("value", [0, -1, 2**48 + 1, 2**100, 10**400, np.int64(-1), np.uint64(2**64 - 1)])
 def test_counts_have_limits(value):
     with pytest.raises(ValueError, match="n must be between 1 and 281474976710656, got"):
-        arrays.count(value, "n")
+        validation.count(value, "n")
 
 
 def test_limits_of_a_count_belong_to_it():
-    assert arrays.count(0, "n", minimum=0) == 0
-    assert arrays.count(5, "n", maximum=5) == 5
+    assert validation.count(0, "n", minimum=0) == 0
+    assert validation.count(5, "n", maximum=5) == 5
     with pytest.raises(ValueError, match="between 0 and 5"):
-        arrays.count(6, "n", minimum=0, maximum=5)
+        validation.count(6, "n", minimum=0, maximum=5)
 
 
 @pytest.mark.parametrize(
     "value", [0.5, np.float16(0.5), np.float32(0.5), np.float64(0.5), np.longdouble(0.5)]
 )
 def test_numbers_are_floats_of_any_kind(value):
-    assert arrays.number(value, "lr") == 0.5
-    assert type(arrays.number(value, "lr")) is float
+    assert validation.number(value, "lr") == 0.5
+    assert type(validation.number(value, "lr")) is float
 
 
 @pytest.mark.parametrize("value", [3, np.int8(3), np.uint64(3)])
 def test_integers_are_numbers_too(value):
-    assert arrays.number(value, "lr") == 3.0
-    assert type(arrays.number(value, "lr")) is float
+    assert validation.number(value, "lr") == 3.0
+    assert type(validation.number(value, "lr")) is float
 
 
 @pytest.mark.parametrize("value", [True, np.True_, "1", None, 1j, [1.0], np.array([1.0]), decimal.Decimal(1)])
 def test_what_is_no_number(value):
     with pytest.raises(TypeError, match="lr must be a number, got"):
-        arrays.number(value, "lr")
+        validation.number(value, "lr")
 
 
 @pytest.mark.parametrize(
@@ -429,11 +429,11 @@ def test_what_is_no_number(value):
 )
 def test_numbers_are_finite_in_float32(value):
     with pytest.raises(ValueError, match="lr must be finite in float32, got"):
-        arrays.number(value, "lr")
+        validation.number(value, "lr")
 
 
 def test_a_number_may_have_a_minimum():
-    assert arrays.number(0, "lr", minimum=0.0) == 0.0
-    assert arrays.number(-1, "lr") == -1.0
+    assert validation.number(0, "lr", minimum=0.0) == 0.0
+    assert validation.number(-1, "lr") == -1.0
     with pytest.raises(ValueError, match="lr must be at least 0, got -1e-09"):
-        arrays.number(-1e-9, "lr", minimum=0.0)
+        validation.number(-1e-9, "lr", minimum=0.0)

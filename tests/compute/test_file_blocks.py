@@ -2,8 +2,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardemb import bitmaps
-from shardemb.spec import PAGE
+from shardemb.base.sizes import PAGE
+from shardemb.compute import file_blocks
 
 
 def int64(values):
@@ -26,7 +26,7 @@ def test_patch_bits_sets_those_that_lie_in_the_blocks_given(bits, most):
     bits = sorted(bit * PAGE for bit in bits if bit < 64)
     blocks = sorted({bit // ROWS_PER_BLOCK for bit in bits})[:most]
     memory = np.zeros(len(blocks) * PAGE, np.uint8)
-    bitmaps.patch_bits(int64(bits), int64(blocks), memory)
+    file_blocks.patch_bits(int64(bits), int64(blocks), memory)
     expected = {
         blocks.index(bit // ROWS_PER_BLOCK) * ROWS_PER_BLOCK + bit % ROWS_PER_BLOCK
         for bit in bits

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shardemb import grouping, plan
-from shardemb.plan import Piece, align, cut, distinct, group, num_tasks
+from shardemb.compute import file_blocks, grouping, plan
+from shardemb.compute.plan import Piece, align, cut, distinct, group, num_tasks
 
 
 @st.composite
@@ -122,7 +122,7 @@ def test_along_adds_windows_that_change_much_and_have_data(changed, data, window
     has_data[list(data)] = True
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "WINDOW_BLOCKS", window)
-        found = plan.along(np.array(sorted(changed), np.int64), has_data).tolist()
+        found = file_blocks.along(np.array(sorted(changed), np.int64), has_data).tolist()
     expected = set(changed)
     for start in range(0, 300, window):
         every = set(range(start, start + window))

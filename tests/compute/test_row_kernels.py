@@ -11,10 +11,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shardemb import bitmaps, files, grouping, hashing, kernels, matching, overlay, plan, probing, slots
+from shardemb.base.sizes import PAGE
+from shardemb.compute import file_blocks, grouping, plan, residency, row_kernels
+from shardemb.engine import overlay, slots
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import SGD, Adagrad, Adam
-from shardemb.spec import PAGE
+from shardemb.storage import address_space, files
+from shardemb.vocabulary import hashing, index_kernels, key_kernels
 
 NOTHING = np.empty(0, np.uint8)
 NO_INDEX = *[np.empty(0, np.int32)] * 3, 0
@@ -27,7 +30,7 @@ def int64(values):
 # ---- how they are compiled --------------------------------------------------------------------------------------
 
 
-WITH_KERNELS = kernels, grouping, bitmaps, hashing, probing, matching, slots, overlay
+WITH_KERNELS = row_kernels, grouping, file_blocks, hashing, index_kernels, key_kernels, slots, overlay
 
 
 def is_kernel(each):
@@ -36,7 +39,7 @@ def is_kernel(each):
 
 
 def dispatchers():
-    specialised = [kernels.step(Adam), kernels.gather_or_fill(Uniform), kernels.copy_or_fill(Uniform)]
+    specialised = [row_kernels.step(Adam), row_kernels.gather_or_fill(Uniform), row_kernels.copy_or_fill(Uniform)]
     named = [each for module in WITH_KERNELS for each in vars(module).values() if is_kernel(each)]
     return {each.py_func.__name__: each for each in (*named, *specialised)}
 
@@ -299,7 +302,7 @@ def bitmap(rows, num_rows):
 def test_gather_copies_the_column_of_its_part_of_the_batch(column, width):
     records, ids = table(), int64([5, 0, 299, 5, 17])
     out = np.full((5, width), -1, np.float32)
-    kernels.gather(records, *NO_INDEX, column, ids, out, 1, 4)
+    row_kernels.gather(records, *NO_INDEX, column, ids, out, 1, 4)
     np.testing.assert_array_equal(out[1:4], records[ids[1:4], column : column + width])
     assert (out[[0, 4]] == -1).all()
 
@@ -314,20 +317,20 @@ def aligned(shape, offset):
 @pytest.mark.parametrize("offset", [0, 32, 16, 4])
 @pytest.mark.parametrize(("width", "column"), [(64, 0), (64, 1), (8, 3), (72, 2), (7, 0)])
 def test_a_large_result_is_the_same_past_the_caches(width, column, offset):
-    count = kernels._STREAMED_BYTES // (4 * width) + 2
+    count = row_kernels._STREAMED_BYTES // (4 * width) + 2
     records, ids = table(3000, 75), np.random.default_rng(0).integers(0, 3000, count)
     out = aligned((count, width), offset)
-    kernels.gather(records, *NO_INDEX, column, ids, out, 0, count)
+    row_kernels.gather(records, *NO_INDEX, column, ids, out, 0, count)
     np.testing.assert_array_equal(out, records[ids, column : column + width])
 
 
 def test_a_large_result_has_the_gaps_of_a_small_one():
     """Rows that are nowhere keep what the caller had there, until they are looked for again."""
-    count = kernels._STREAMED_BYTES // 256 + 2
+    count = row_kernels._STREAMED_BYTES // 256 + 2
     records, places = table(3000, 64), np.random.default_rng(0).integers(0, 3000, count)
     places[[0, 7, count - 1]] = -1
     out = aligned((count, 64), 0)
-    kernels._copy_from(records.ctypes.data, 256, places, out.ctypes.data, 256)
+    row_kernels._copy_from(records.ctypes.data, 256, places, out.ctypes.data, 256)
     gaps = places < 0
     np.testing.assert_array_equal(out[~gaps], records[places[~gaps]])
     assert (out[gaps] == -1).all()
@@ -336,7 +339,7 @@ def test_a_large_result_has_the_gaps_of_a_small_one():
 def test_gather_or_fill_reads_only_rows_that_are_present():
     records, ids = table(), int64([5, 0, 299, 5, 17])
     out = np.full((5, 3), -1, np.float32)
-    kernel = kernels.gather_or_fill(Constant)
+    kernel = row_kernels.gather_or_fill(Constant)
     kernel(records, *NO_INDEX, bitmap([5, 299], 300), 2, ids, out, np.uint64(0), np.array([0.5]), 0, 4)
     np.testing.assert_array_equal(out[[0, 2, 3]], records[[5, 299, 5], 2:5])
     assert (out[1] == 0.5).all()
@@ -355,7 +358,7 @@ def test_scatter_takes_the_last_of_duplicates_and_leaves_state_alone():
     records, before = table(), table()
     values = np.arange(100, 110, dtype=np.float32).reshape(5, 2)
     rows, starts, order = grouped([9, 4, 9, 250, 4])
-    kernels.scatter(records, rows, starts, order, values, 0, 2)  # rows 4 and 9, but not 250
+    row_kernels.scatter(records, rows, starts, order, values, 0, 2)  # rows 4 and 9, but not 250
     before[4, :2], before[9, :2] = values[4], values[2]
     np.testing.assert_array_equal(records, before)
 
@@ -365,7 +368,7 @@ def test_copy_or_fill_copies_what_the_files_hold_and_gives_the_others_their_firs
     present = bitmap([8, 10], 300)
     state = np.array([7, 9], np.float32)
     rows, places = int64([8, 9, 10, 11, 70]), int64([290, 291, 292, 293, 294])
-    kernels.copy_or_fill(Constant)(records, present, rows, places, state, np.uint64(0), np.array([0.5]), 0, 4)
+    row_kernels.copy_or_fill(Constant)(records, present, rows, places, state, np.uint64(0), np.array([0.5]), 0, 4)
     before[[290, 292]] = before[[8, 10]]
     before[[291, 293]] = [0.5, 0.5, 7, 9]
     np.testing.assert_array_equal(records, before)
@@ -379,7 +382,7 @@ def test_step_sums_the_gradients_of_a_row_in_the_order_of_the_batch():
     records = np.zeros((300, 1), np.float32)
     rows, starts, order = grouped([6, 2, 6, 2, 6])
     scalars, scratch = np.array([-1], np.float32), np.empty(1, np.float32)
-    kernels.step(SGD)(records, rows, starts, order, gradients, scalars, scratch, 0, 0, 2)
+    row_kernels.step(SGD)(records, rows, starts, order, gradients, scalars, scratch, 0, 0, 2)
     assert records[[6, 2], 0].tolist() == [1, 8]
     assert not records[[0, 1, 3, 4, 5, 7]].any()
 
@@ -388,7 +391,7 @@ def test_step_touches_only_its_part_of_the_rows():
     records = np.zeros((300, 1), np.float32)
     rows, starts, order = grouped([1, 2, 3, 4])
     gradients, scratch = np.ones((4, 1), np.float32), np.empty(1, np.float32)
-    kernels.step(SGD)(records, rows, starts, order, gradients, np.array([1], np.float32), scratch, 0, 1, 3)
+    row_kernels.step(SGD)(records, rows, starts, order, gradients, np.array([1], np.float32), scratch, 0, 1, 3)
     assert np.flatnonzero(records).tolist() == [2, 3]
 
 
@@ -397,7 +400,7 @@ def test_a_division_by_zero_in_a_formula_is_nan_and_no_exception():
     rows, starts, order = grouped([1, 2])
     gradients, scratch = np.array([[0], [1]], np.float32), np.empty(1, np.float32)
     scalars = np.array(Adagrad(lr=1, eps=0).scalars(1), np.float32)
-    kernels.step(Adagrad)(records, rows, starts, order, gradients, scalars, scratch, 0, 0, 2)
+    row_kernels.step(Adagrad)(records, rows, starts, order, gradients, scalars, scratch, 0, 0, 2)
     np.testing.assert_array_equal(records[:4], [[0, 0], [np.nan, 0], [-1, 1], [0, 0]])
 
 
@@ -415,14 +418,14 @@ class Mapped:
         path.write_bytes(content)
         self.pages = len(content) // PAGE
         self.path = path
-        self.memory = files.AddressRange(self.pages * PAGE)
+        self.memory = address_space.AddressRange(self.pages * PAGE)
         self.memory.map_file(0, path, self.pages * PAGE)
-        self.memory.advise(0, self.pages * PAGE, files.MADV_RANDOM)
+        self.memory.advise(0, self.pages * PAGE, address_space.MADV_RANDOM)
         self.drop()
 
     def drop(self):
         """Let all of it leave memory."""
-        self.memory.advise(0, self.pages * PAGE, files.MADV_DONTNEED)
+        self.memory.advise(0, self.pages * PAGE, address_space.MADV_DONTNEED)
         with self.path.open("rb") as file:
             os.fsync(file)
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -440,12 +443,12 @@ class Mapped:
         return {page for page in range(self.pages) if answer[page] & 1}
 
     def sample(self, ids, samples=None, present=NOTHING):
-        return kernels.sample_resident(
+        return residency.sample_resident(
             self.memory.address, RECORD, *NO_INDEX, present, int64(ids), samples or len(ids)
         )
 
     def advise(self, ids, advice, *, record_bytes=RECORD, present=NOTHING):
-        return kernels.advise(
+        return residency.advise(
             self.memory.address, record_bytes, *NO_INDEX, present, int64(ids), advice, MOST_PAGES, 0, len(ids)
         )
 
@@ -482,8 +485,8 @@ def test_rows_never_written_need_no_page(mapped):
 
 def test_advise_brings_in_the_pages_of_the_rows_and_no_others(mapped):
     rows = int64([0, 1, 8, 12, 15, 16, 160, 200])
-    failed = kernels.advise(
-        mapped.memory.address, RECORD, *NO_INDEX, NOTHING, rows, files.MADV_POPULATE_WRITE, MOST_PAGES, 1, 7
+    failed = residency.advise(
+        mapped.memory.address, RECORD, *NO_INDEX, NOTHING, rows, address_space.MADV_POPULATE_WRITE, MOST_PAGES, 1, 7
     )
     assert failed == 0
     assert mapped.resident() == {0, 2, 3, 4, 40}
@@ -491,7 +494,7 @@ def test_advise_brings_in_the_pages_of_the_rows_and_no_others(mapped):
 
 def test_advise_passes_over_rows_never_written(mapped):
     present = bitmap([12, 160], 4 * PAGES)
-    assert mapped.advise([0, 12, 100, 160], files.MADV_POPULATE_WRITE, present=present) == 0
+    assert mapped.advise([0, 12, 100, 160], address_space.MADV_POPULATE_WRITE, present=present) == 0
     assert mapped.resident() == {3, 40}
 
 
@@ -504,14 +507,14 @@ def test_willneed_reads_all_of_a_long_stretch(tmp_path):
     # seen. One that is too long it cuts off each time.
     seen, deadline = set(), time.monotonic() + 30
     while len(seen) < mapped.pages and time.monotonic() < deadline:
-        assert mapped.advise(range(1, 4 * mapped.pages), files.MADV_WILLNEED) == 0
+        assert mapped.advise(range(1, 4 * mapped.pages), address_space.MADV_WILLNEED) == 0
         time.sleep(0.1)
         seen |= mapped.resident()
     assert seen == set(range(mapped.pages))
 
 
 def test_willneed_reads_ahead(mapped):
-    assert mapped.advise([20, 80], files.MADV_WILLNEED) == 0
+    assert mapped.advise([20, 80], address_space.MADV_WILLNEED) == 0
     deadline = time.monotonic() + 30
     while not {5, 20} <= mapped.resident() and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -519,18 +522,18 @@ def test_willneed_reads_ahead(mapped):
 
 
 def test_a_record_that_lies_on_two_pages_gets_both(mapped):
-    assert mapped.advise([1, 9], files.MADV_POPULATE_WRITE, record_bytes=5000) == 0
+    assert mapped.advise([1, 9], address_space.MADV_POPULATE_WRITE, record_bytes=5000) == 0
     assert mapped.resident() == {1, 2, 10, 11, 12}
 
 
 def test_what_the_kernel_refuses_is_counted_and_not_raised():
-    hole = files.AddressRange(64 * PAGE)  # reserved, but nothing is mapped there
+    hole = address_space.AddressRange(64 * PAGE)  # reserved, but nothing is mapped there
     rows = int64([0, 1, 16, 100])  # pages 0, 4 and 25: three calls
-    for advice in (files.MADV_POPULATE_WRITE, 12345):
+    for advice in (address_space.MADV_POPULATE_WRITE, 12345):
         given = hole.address, RECORD, *NO_INDEX, NOTHING, rows, advice, MOST_PAGES, 0, 4
-        assert kernels.advise(*given) == 3
+        assert residency.advise(*given) == 3
 
 
 def test_sample_resident_says_if_the_kernel_will_not_tell():
     nowhere = 2**46 + 2**45  # an address at which nothing is mapped
-    assert kernels.sample_resident(nowhere, RECORD, *NO_INDEX, NOTHING, int64([0]), 1) == -1
+    assert residency.sample_resident(nowhere, RECORD, *NO_INDEX, NOTHING, int64([0]), 1) == -1

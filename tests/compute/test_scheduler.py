@@ -15,8 +15,8 @@ import dask.threaded
 import numpy as np
 import pytest
 
-from shardemb import scheduler
-from shardemb.scheduler import run
+from shardemb.compute import scheduler
+from shardemb.compute.scheduler import run
 
 
 def here(k):

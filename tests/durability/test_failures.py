@@ -22,11 +22,13 @@ from conftest import close_quietly
 from test_power_loss import NOTHING, contents, scratch
 
 import shardemb
-from shardemb import files, fold, layout, log, plan, shards
+from shardemb.compute import plan
 from shardemb.errors import DiskFullError, PoisonedError, ShardEmbError
+from shardemb.format import table_files, zarr_metadata
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD, Adam
-from shardemb.store import Store
+from shardemb.storage import files, fold, log_writer
+from shardemb.store.store import Store
 
 WORKLOADS = int(os.environ.get("SHARDEMB_FAILING_WORKLOADS", "5"))
 ROWS, DIM = 120, 16
@@ -168,11 +170,11 @@ def check(path, allowed, what):
 
 def strays(store):
     """List what is visible in a store's folder and belongs to none of its tables; and tables that wait for nothing."""
-    own = {store.path / layout.DOCUMENT}
+    own = {store.path / zarr_metadata.DOCUMENT}
     for name, table in store.items():
         folder = store.path / name
-        own |= {folder / layout.DOCUMENT, *(folder / each / layout.DOCUMENT for each in layout.ARRAYS)}
-        own |= {path for path, _ in shards.expected_files(table._spec, folder)}
+        own |= {folder / zarr_metadata.DOCUMENT, *(folder / each / zarr_metadata.DOCUMENT for each in zarr_metadata.ARRAYS)}
+        own |= {path for path, _ in table_files.expected_files(table._spec, folder)}
     found = {path for path in store.path.glob("[!.]*/**/*") if path.is_file()}
     found |= {path for path in store.path.iterdir() if path.name != ".shardemb" and path.name not in store}
     return sorted(found - own) + sorted(store.path.glob(".shardemb/tables/*"))
@@ -182,8 +184,8 @@ def strays(store):
 def small():
     """Let small tables and logs meet what large ones do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log, "FIRST_SEGMENT", 32_768)
-        patch.setattr(log, "STAGE_BYTES", 65_536)
+        patch.setattr(log_writer, "FIRST_SEGMENT", 32_768)
+        patch.setattr(log_writer, "STAGE_BYTES", 65_536)
         patch.setattr(plan, "WINDOW_BLOCKS", 4)
         patch.setattr(fold, "DIRECT_BLOCKS", 2)
         patch.setattr(shardemb.table, "MATERIALIZED_BYTES", 10_000)

@@ -24,10 +24,10 @@ from test_failures import Failing
 from test_power_loss import NOTHING, contents
 
 import shardemb
-from shardemb import fold
 from shardemb.errors import DiskFullError, StoreNotFoundError
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import SGD, Adagrad, Adam
+from shardemb.storage import fold
 
 DISKS = int(os.environ.get("SHARDEMB_FULL_DISKS", "10"))
 LIVES, CALLS = 4, 20

@@ -15,11 +15,13 @@ import pytest
 from model import TableModel, assert_same_bits
 
 import shardemb
-from shardemb import batch, files, plan, scheduler
+from shardemb.compute import plan, scheduler
+from shardemb.engine import batch
+from shardemb.engine.shards import Shards
 from shardemb.errors import PoisonedError
 from shardemb.initializers import Constant, Normal
 from shardemb.optim import Adam
-from shardemb.shards import Shards
+from shardemb.storage import files
 
 ONES = np.ones((2, 4), np.float32)
 ROWS, DIM = 5000, 8

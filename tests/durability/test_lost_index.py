@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 import shardemb
-from shardemb import files, keyindex, keystore, vocabularies, vocabulary
+from shardemb.base.sizes import PAGE
 from shardemb.errors import DiskFullError
-from shardemb.keyindex import KeyIndex
-from shardemb.keyparts import Coverage
-from shardemb.spec import PAGE, crc32
+from shardemb.format.documents import crc32
+from shardemb.storage import address_space, files
+from shardemb.store import vocabulary, vocabulary_catalog
+from shardemb.vocabulary import hash_index, key_tables
+from shardemb.vocabulary.hash_index import KeyIndex
+from shardemb.vocabulary.index_files import Coverage
 
 KEYS = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 300)
 UUID = "00000000-0000-4000-8000-000000000000"
@@ -20,8 +23,8 @@ UUID = "00000000-0000-4000-8000-000000000000"
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setattr(keyindex, "OPEN_PAIRS", (70, 70))  # of 300, so that some are in no file
-    monkeypatch.setattr(keyindex, "PART_BITS", 6)
+    monkeypatch.setattr(hash_index, "OPEN_PAIRS", (70, 70))  # of 300, so that some are in no file
+    monkeypatch.setattr(hash_index, "PART_BITS", 6)
     monkeypatch.setattr(vocabulary, "SLICE_ROWS", 7)
 
 
@@ -182,15 +185,15 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_one_of_both(tmp_path, mon
     writer = new_index(path)
     writer.add(hashes[:50], np.arange(50), Coverage(1, 50, 0))
     writer.add(hashes[50:90], np.arange(50, 90), Coverage(2, 50, 0))
-    real = files.AddressRange
+    real = address_space.AddressRange
 
     def late(nbytes):
-        monkeypatch.setattr(files, "AddressRange", real)
+        monkeypatch.setattr(address_space, "AddressRange", real)
         writer.merge(Coverage(3, 90, 0))
         return real(nbytes)
 
     reader = new_index(path, writable=False)
-    monkeypatch.setattr(files, "AddressRange", late)
+    monkeypatch.setattr(address_space, "AddressRange", late)
     reader.take_up(Coverage(9, 1000, 0))
     assert writer.coverage == Coverage(3, 90, 0)
     assert (reader.coverage, len(reader)) in [
@@ -255,7 +258,7 @@ def test_a_merge_that_fails_leaves_everything_as_it_was(path, monkeypatch, call)
 
 @pytest.mark.parametrize("call", ["write", "rename", "remove_tree"])
 def test_an_index_that_cannot_be_made_anew_stays(path, monkeypatch, call):
-    monkeypatch.setattr(keyindex, "_STALE", 10)
+    monkeypatch.setattr(hash_index, "_STALE", 10)
     with shardemb.open(path) as store:
         words = store.create_vocabulary("v", key_type="int64")
         words.add(KEYS)
@@ -282,9 +285,9 @@ def test_an_index_that_cannot_be_made_anew_stays(path, monkeypatch, call):
 
 
 def test_the_ring_of_freed_rows_stays_as_long_as_it_has_to_be(path, monkeypatch):
-    monkeypatch.setattr(keyindex, "OPEN_PAIRS", (2**20, 2**20))  # no file at all
-    shapes = keystore.table_shapes
-    monkeypatch.setattr(vocabularies, "table_shapes", lambda record: shapes(record) | {"freed": (100, 2, 64)})
+    monkeypatch.setattr(hash_index, "OPEN_PAIRS", (2**20, 2**20))  # no file at all
+    shapes = key_tables.table_shapes
+    monkeypatch.setattr(vocabulary_catalog, "table_shapes", lambda record: shapes(record) | {"freed": (100, 2, 64)})
     with shardemb.open(path) as store:
         words = store.create_vocabulary("v", key_type="int64")
         for turn in range(60):

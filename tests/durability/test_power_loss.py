@@ -23,9 +23,10 @@ from conftest import close_quietly
 from small import make_small
 
 import shardemb
-from shardemb import files, fold, log, plan, rebuild
+from shardemb.compute import plan
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD, Adagrad, Adam
+from shardemb.storage import files, fold, log_writer, rewrite
 
 STATES = int(os.environ.get("SHARDEMB_STATES", "12000"))
 WORKLOADS = 12
@@ -423,7 +424,7 @@ def work(path, seed, recording):
             store.checkpoint()
         elif what == "broken" and store.has_changes:
             with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(log.Log, "append_images", _broken_off)
+                patch.setattr(log_writer.Log, "append_images", _broken_off)
                 store.commit(step=step)
         elif what == "resize":
             store[chance.choice(list(store))].resize(chance.choice([1, 130, ROWS + 100]), drop_rows=True)
@@ -462,7 +463,7 @@ WHAT = [
 
 def reshard(store, name, recording, *, twice):
     """Reshard a table, which is a commit; and before that do so only half way."""
-    real = rebuild._fill
+    real = rewrite._fill
 
     def fill(old, new, file, staged, *, keep_state):
         if file.number == 1:
@@ -471,7 +472,7 @@ def reshard(store, name, recording, *, twice):
 
     if twice:
         with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(rebuild, "_fill", fill)
+            patch.setattr(rewrite, "_fill", fill)
             allowing(recording, store, lambda: store.reshard(name, rows_per_shard=RESHARDED))
     allowing(recording, store, lambda: store.reshard(name, rows_per_shard=RESHARDED))
 
@@ -488,7 +489,7 @@ def allowing(recording, store, commit):
     recording.acknowledged.append((len(recording.operations), (future, expected)))
 
 
-_append_images = log.Log.append_images
+_append_images = log_writer.Log.append_images
 
 
 def _broken_off(self, *arguments):
@@ -521,8 +522,8 @@ def explore(seed, number_of_states, *, again=0.2, kill=0.1, skip=lambda call, pa
     chance = random.Random(seed)
     seen = set()
     with scratch() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log, "FIRST_SEGMENT", 32_768)
-        patch.setattr(log, "STAGE_BYTES", 65_536)
+        patch.setattr(log_writer, "FIRST_SEGMENT", 32_768)
+        patch.setattr(log_writer, "STAGE_BYTES", 65_536)
         # So that small tables are folded in long stretches too.
         patch.setattr(plan, "WINDOW_BLOCKS", 4)
         patch.setattr(fold, "DIRECT_BLOCKS", random.Random(seed).choice([1, 3, 100]))

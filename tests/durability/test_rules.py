@@ -19,22 +19,14 @@ from conftest import close_quietly
 from test_power_loss import WORKLOADS, Disk, Recording, contents, explore, scratch, work
 
 import shardemb
-from shardemb import (
-    batch,
-    checks,
-    files,
-    fold,
-    folders,
-    log,
-    opening,
-    overlay,
-    replay,
-    runtime,
-    shards,
-)
-from shardemb import scratch as scratch_file
-from shardemb.journal import Journal
+from shardemb.base import interrupts
+from shardemb.engine import batch, overlay, runtime, shards
+from shardemb.engine import spill_file as scratch_file
+from shardemb.format import log_records, store_paths
 from shardemb.optim import Adam
+from shardemb.storage import checksums, files, fold, log_reader, log_writer
+from shardemb.store import opening
+from shardemb.store.journal import Journal
 
 ROWS, DIM = 150, 16
 
@@ -94,7 +86,7 @@ def damage_is_told():
     with scratch() as folder, forked(folder, commits=3) as path:
         segment = max((path / ".shardemb" / "log").glob("*.log"), key=lambda each: each.name)
         data = bytearray(segment.read_bytes())
-        first = data.index(replay.RECORD_MAGIC, 4096)
+        first = data.index(log_records.RECORD_MAGIC, 4096)
         data[first + 200] ^= 1
         segment.write_bytes(data)
         try:
@@ -249,25 +241,25 @@ def changes_in_place(patch):
 
 
 def images_count_at_once(patch):
-    real = replay._Reader._take_images
+    real = log_reader._Reader._take_images
 
     def take(self, *arguments):
         real(self, *arguments)
         table, run = self._pending[-1]
         self.replay._runs.setdefault(table, []).append(run)
 
-    patch.setattr(replay._Reader, "_take_images", take)
+    patch.setattr(log_reader._Reader, "_take_images", take)
 
 
 def acknowledged_before_sync(patch):
-    patch.setattr(log.Log, "append_commit", _append_commit_unsynced)
+    patch.setattr(log_writer.Log, "append_commit", _append_commit_unsynced)
 
 
 def _append_commit_unsynced(self, manifest):
-    offset = self._place(replay.RECORD.size + len(manifest))
-    payload = self._stage.bytes(offset + replay.RECORD.size, len(manifest))
+    offset = self._place(log_records.RECORD.size + len(manifest))
+    payload = self._stage.bytes(offset + log_records.RECORD.size, len(manifest))
     payload[:] = manifest
-    self._seal(offset, replay.COMMIT, payload, self._count)
+    self._seal(offset, log_records.COMMIT, payload, self._count)
     self._flush()
 
 
@@ -275,7 +267,7 @@ def recycled_before_base(patch):
     real = Journal.publish
 
     def publish(self, base):
-        log.clear(folders.log(self._runtime.path), base.segment)
+        log_writer.clear(store_paths.log(self._runtime.path), base.segment)
         real(self, base)
 
     patch.setattr(Journal, "publish", publish)
@@ -297,7 +289,7 @@ def base_in_place(patch):
 
 
 def recovery_reuses_numbers(patch):
-    names = {name: getattr(replay, name) for name in ("read", "sync")}
+    names = {name: getattr(log_reader, name) for name in ("read", "sync")}
     patch.setattr(opening, "replay", SimpleNamespace(**names, segments=lambda folder: []))
 
 
@@ -306,16 +298,16 @@ def recovery_writes_nothing(patch):
 
 
 def sync_declared_too_early(patch):
-    real = log.Log._put_record
+    real = log_writer.Log._put_record
 
     def put(self, offset, kind, payload, count, table, synced, salt, sequence):
         real(self, offset, kind, payload, count, table, sequence, salt, sequence)
 
-    patch.setattr(log.Log, "_put_record", put)
+    patch.setattr(log_writer.Log, "_put_record", put)
 
 
 def damage_taken_for_torn(patch):
-    patch.setattr(replay._Reader, "_require_torn", lambda *arguments: None)
+    patch.setattr(log_reader._Reader, "_require_torn", lambda *arguments: None)
 
 
 def presence_not_folded(patch):
@@ -352,11 +344,11 @@ def paged_out_unseen(patch):
 
 
 def half_updates_count(patch):
-    patch.setattr(runtime.Runtime, "all_or_nothing", lambda self, what: runtime.signals_deferred())
+    patch.setattr(runtime.Runtime, "all_or_nothing", lambda self, what: interrupts.signals_deferred())
 
 
 def rollback_to_the_files(patch):
-    nothing = replay.Images(np.empty(0, np.int64), np.empty(0, np.int64))
+    nothing = log_reader.Images(np.empty(0, np.int64), np.empty(0, np.int64))
     real = shards.Shards.forget_changes
     patch.setattr(shards.Shards, "forget_changes", lambda self, images, room: real(self, nothing, room))
 
@@ -383,10 +375,10 @@ def checksums_alone(patch):
             before[part] = words
             return words
 
-        checks._change(path, blocks, keep)
+        checksums._change(path, blocks, keep)
         return before
 
-    patch.setattr(checks, "begin", begin)
+    patch.setattr(checksums, "begin", begin)
 
 
 UNDONE = {

@@ -13,9 +13,10 @@ from test_failures import KINDS, Failing
 from test_power_loss import NOTHING, contents, keys_that_are_wrong, scratch
 
 import shardemb
-from shardemb import keyindex, log
 from shardemb.errors import PoisonedError, ShardEmbError
 from shardemb.optim import SGD
+from shardemb.storage import log_writer
+from shardemb.vocabulary import hash_index
 
 MOST = int(os.environ.get("SHARDEMB_FAILING_OPERATIONS", "150"))
 DIM = 4
@@ -114,10 +115,10 @@ def fail(seed, most=MOST):
     """Return which operations failed, one after the other: up to so many, all over the workload."""
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch, random.Random(seed))
-        patch.setattr(keyindex, "OPEN_PAIRS", (40, 40))
-        patch.setattr(keyindex, "_STALE", 30)
-        patch.setattr(log, "FIRST_SEGMENT", 32_768)
-        patch.setattr(log, "STAGE_BYTES", 65_536)
+        patch.setattr(hash_index, "OPEN_PAIRS", (40, 40))
+        patch.setattr(hash_index, "_STALE", 30)
+        patch.setattr(log_writer, "FIRST_SEGMENT", 32_768)
+        patch.setattr(log_writer, "STAGE_BYTES", 65_536)
         with scratch() as folder:
             failing = Failing()
             with failing.on():

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from model import TableModel, assert_same_bits
 
 import shardemb
-from shardemb import plan, scheduler
+from shardemb.compute import plan, scheduler
+from shardemb.engine.shards import Shards
 from shardemb.initializers import Constant, Normal, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
-from shardemb.shards import Shards
 
 ROWS, DIM = 3000, 8
 EVERYTHING = np.arange(ROWS)

@@ -6,8 +6,8 @@ import threading
 import numpy as np
 import pytest
 
-from shardemb import results
-from shardemb.results import LEAST_BYTES, MOST_BYTES, Results
+from shardemb.engine import output_pool
+from shardemb.engine.output_pool import LEAST_BYTES, MOST_BYTES, Results
 
 ROWS = LEAST_BYTES // 256
 SHAPE = ROWS, 64
@@ -118,7 +118,7 @@ def test_it_may_be_collected_as_part_of_a_cycle():
 
 
 def test_threads_never_get_the_same_memory(monkeypatch):
-    monkeypatch.setattr(results, "LEAST_BYTES", 1)
+    monkeypatch.setattr(output_pool, "LEAST_BYTES", 1)
     made, wrong = Results(), []
 
     def work(number):

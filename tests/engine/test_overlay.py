@@ -9,12 +9,14 @@ import pytest
 from model import assert_same_bits
 
 import shardemb
-from shardemb import batch, files, fold, kernels
+from shardemb.compute import row_kernels
+from shardemb.engine import batch
+from shardemb.engine.overlay import Overlay
+from shardemb.engine.slots import TOUCHED
 from shardemb.errors import DiskFullError, ReadOnlyError, ShardEmbError
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import SGD, Adam
-from shardemb.overlay import Overlay
-from shardemb.slots import TOUCHED
+from shardemb.storage import files, fold
 
 ROWS, DIM = 20_000, 60  # records of 240 bytes
 BUDGET = 50 * (240 + 16 + 64)
@@ -257,7 +259,7 @@ def test_a_lookup_that_found_no_index_looks_again(store, monkeypatch):
             return
         entered.set()
         go_on.wait()
-        fill = kernels.gather_or_fill(Constant)
+        fill = row_kernels.gather_or_fill(Constant)
         fill(mapped.records, *index, mapped.present, 0, ids, out, np.uint64(0), parameters, start, stop)
 
     monkeypatch.setattr(mapped, "gather", slow_gather)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from shardemb.base.interrupts import signals_deferred
+from shardemb.engine.runtime import Runtime
 from shardemb.errors import PoisonedError, ReadOnlyError, StoreClosedError
-from shardemb.runtime import Runtime, signals_deferred
 
 BOTH = [signal.SIGINT, signal.SIGTERM]
 

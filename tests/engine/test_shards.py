@@ -7,14 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_spec import make
 
-from shardemb import files, fold, kernels, layout, plan, shards
+from shardemb.base.sizes import PAGE
+from shardemb.compute import plan, row_kernels
+from shardemb.engine.memory_budget import Unlimited
+from shardemb.engine.slots import KEPT
 from shardemb.errors import DiskFullError, FormatError, ShardEmbError
+from shardemb.format import zarr_metadata
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import Adagrad, Adam, RowWiseAdagrad
-from shardemb.overlay import Unlimited
-from shardemb.replay import Images
-from shardemb.slots import KEPT
-from shardemb.spec import PAGE
+from shardemb.storage import address_space, files, fold, table_folder
+from shardemb.storage.log_reader import Images
 
 ROWS_PER_BLOCK = 8 * PAGE  # rows whose bits fill a page of the presence bitmap
 ROWS = 2 * ROWS_PER_BLOCK + 1000
@@ -41,7 +43,7 @@ def write(table, rows, values):
     places = take_in(table, batch.rows)
     table.change(places)
     values = np.ascontiguousarray(values, np.float32).reshape(len(rows), table.spec.embedding_dim)
-    kernels.scatter(table.records, places, batch.starts, batch.order, values, 0, batch.rows.size)
+    row_kernels.scatter(table.records, places, batch.starts, batch.order, values, 0, batch.rows.size)
 
 
 def look_up(table, rows, column="weight"):
@@ -199,7 +201,7 @@ def test_memory_files_and_a_model_agree_whatever_happens(history):
     spec, events = history
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "sync_data", lambda descriptor, path: None)  # for speed: nothing crashes here
-        table = shards.create(spec, Path(folder) / "table", None)
+        table = table_folder.create(spec, Path(folder) / "table", None)
         model = Model()
         for number, (event, argument) in enumerate(events, 1):
             step(table, model, number, event, argument)
@@ -219,7 +221,7 @@ PLAIN, PRESENCE, LARGE_RECORDS = SPECS.values()
 
 def create(tmp_path, spec=PLAIN, values=None):
     rows = None if values is None else lambda start, stop: values[start:stop]
-    return shards.create(spec, tmp_path / "table", rows)
+    return table_folder.create(spec, tmp_path / "table", rows)
 
 
 def in_slots(table):
@@ -386,11 +388,11 @@ def parts_read(monkeypatch):
     parts = []
 
     def spy(path, start, nbytes):
-        parts.append((path.name, start / files.HUGE_PAGE, nbytes / files.HUGE_PAGE))
+        parts.append((path.name, start / address_space.HUGE_PAGE, nbytes / address_space.HUGE_PAGE))
         read(path, start, nbytes)
 
-    read = files.read_in_huge_pages
-    monkeypatch.setattr(files, "read_in_huge_pages", spy)
+    read = address_space.read_in_huge_pages
+    monkeypatch.setattr(address_space, "read_in_huge_pages", spy)
     return parts
 
 
@@ -435,7 +437,7 @@ def test_reading_ahead_fails_quietly(tmp_path, monkeypatch):
     def fail(path, start, nbytes):
         raise OSError(path)
 
-    monkeypatch.setattr(files, "read_in_huge_pages", fail)
+    monkeypatch.setattr(address_space, "read_in_huge_pages", fail)
     table = create(tmp_path, HUGE, np.ones((40_960, 64), np.float32))
     rows = np.arange(40_960)
     table.read_ahead(rows, 0, rows.size)
@@ -462,9 +464,9 @@ def test_every_file_is_there_with_its_size(tmp_path, spec):
     assert rows.pop("zarr.json")
     assert rows == {f"c.{shard}.0": spec.shard_bytes for shard in range(spec.num_shards)}
     assert (directory / "present").exists() == spec.has_presence
-    assert shards.find_missing(spec, directory) == []
+    assert table_folder.find_missing(spec, directory) == []
     assert (
-        layout.table_spec(
+        zarr_metadata.table_spec(
             {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("zarr.json")}
         )
         == spec
@@ -503,19 +505,19 @@ def test_a_table_with_more_files_than_can_be_mapped_is_refused_before_anything_i
 
 
 def test_tables_share_what_a_process_can_map(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_MAPPINGS", files.counters.mappings + 6)
+    monkeypatch.setattr(address_space, "MAX_MAPPINGS", files.counters.mappings + 6)
     first = create(tmp_path)  # four files
     with pytest.raises(ShardEmbError, match="at most"):
-        shards.create(PLAIN, tmp_path / "second", None)
+        table_folder.create(PLAIN, tmp_path / "second", None)
     del first
-    assert shards.create(PLAIN, tmp_path / "second", None) is not None
+    assert table_folder.create(PLAIN, tmp_path / "second", None) is not None
 
 
 # ---- existing tables --------------------------------------------------------------------------------------------
 
 
 def open_existing(tmp_path, *, may_miss=False, may_create=False):
-    return shards.open_existing(tmp_path / "table", may_miss=may_miss, may_create=may_create)
+    return table_folder.open_existing(tmp_path / "table", may_miss=may_miss, may_create=may_create)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
@@ -589,7 +591,7 @@ def test_hostile_sizes_are_refused_before_their_files_are_looked_for(tmp_path, m
     """Looking for 2**40 files would take weeks."""
     monkeypatch.setattr(files, "size", lambda path: pytest.fail(f"looked for {path}"))
     spec = make(2**46, 16, rows_per_shard=64)
-    for path, document in layout.table_documents(spec).items():
+    for path, document in zarr_metadata.table_documents(spec).items():
         (tmp_path / "table" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "table" / path).write_bytes(document)
     with pytest.raises(ShardEmbError, match="files"):

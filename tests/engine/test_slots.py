@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardemb.slots import CHANGED, FOLDING, KEPT, NEWER, TOUCHED, USED, Slots
+from shardemb.engine.slots import CHANGED, FOLDING, KEPT, NEWER, TOUCHED, USED, Slots
 
 MOST = 200
 

@@ -5,9 +5,9 @@ import os
 import numpy as np
 import pytest
 
-from shardemb import files
+from shardemb.engine.spill_file import STAGE_BYTES, Scratch
 from shardemb.errors import DiskFullError
-from shardemb.scratch import STAGE_BYTES, Scratch
+from shardemb.storage import files
 
 WIDTH = 65  # 260 bytes: neither a power of two nor a divisor of a page
 STEP = STAGE_BYTES // (4 * WIDTH)

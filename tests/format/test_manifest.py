@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from references import damaged, damaged_bytes
 
 from shardemb.errors import FormatError
-from shardemb.manifest import Commit, Manifest, TableRecord, check_metadata
+from shardemb.format.manifest import Commit, Manifest, TableRecord, check_metadata
 from shardemb.optim import Adam
 
 A, B, C = (f"0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c{k:02d}" for k in range(3))

@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import HOSTILE, damaged, damaged_bytes
 
-from shardemb import spec
+from shardemb.base import sizes
+from shardemb.base.sizes import PAGE
 from shardemb.errors import FormatError
+from shardemb.format import documents, spec
+from shardemb.format.spec import TableSpec, choose_rows_per_shard, shard_rows_multiple
 from shardemb.initializers import Constant, Normal, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
-from shardemb.spec import PAGE, TableSpec, choose_rows_per_shard, shard_rows_multiple
 
 MiB = 2**20
 UUID = "0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c11"
@@ -128,7 +130,7 @@ def test_the_multiple_is_the_smallest_that_will_do(record_bytes):
 )
 def test_automatic_sizes(num_embeddings, record_bytes, max_shards, expected):
     rows = choose_rows_per_shard(num_embeddings, record_bytes, None, max_shards)
-    assert rows == spec.round_up(expected, shard_rows_multiple(record_bytes))
+    assert rows == sizes.round_up(expected, shard_rows_multiple(record_bytes))
 
 
 @given(row_counts, st.integers(1, 2**18).map(lambda width: 4 * width), st.integers(-5, 40_000))
@@ -324,33 +326,33 @@ def test_a_name_is_a_str(name):
 )
 def test_what_is_no_json_object_is_a_format_error(data):
     with pytest.raises(FormatError, match="it is not"):
-        spec.parse_json(data)
+        documents.parse_json(data)
 
 
 @given(damaged_bytes(json.dumps(make().to_json()).encode()))
 def test_damaged_json_is_a_format_error_or_an_object(data):
     with contextlib.suppress(FormatError):
-        assert isinstance(spec.parse_json(data), dict)
+        assert isinstance(documents.parse_json(data), dict)
 
 
 @pytest.mark.parametrize("value", HOSTILE, ids=lambda value: repr(value)[:20])
 def test_int_field_takes_integers_within_its_limits_only(value):
     if type(value) is int and 1 <= value <= 100:
-        assert spec.int_field({"n": value}, "n", 100) == value
+        assert documents.int_field({"n": value}, "n", 100) == value
         return
     with pytest.raises(FormatError, match="n is"):
-        spec.int_field({"n": value}, "n", 100)
+        documents.int_field({"n": value}, "n", 100)
 
 
 def test_int_field_needs_its_field():
     with pytest.raises(FormatError, match="n is None"):
-        spec.int_field({}, "n", 100)
+        documents.int_field({}, "n", 100)
 
 
 def test_a_field_may_be_null_where_that_is_a_type_but_not_missing():
-    assert spec.field({"a": None}, "a", (dict, type(None))) is None
+    assert documents.field({"a": None}, "a", (dict, type(None))) is None
     with pytest.raises(FormatError, match="a is None"):
-        spec.field({}, "a", (dict, type(None)))
+        documents.field({}, "a", (dict, type(None)))
 
 
 def test_a_spec_never_changes():

@@ -11,8 +11,9 @@ from test_spec import make
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
-from shardemb import layout, spec
+from shardemb.base import sizes
 from shardemb.errors import FormatError
+from shardemb.format import documents, zarr_metadata
 from shardemb.initializers import Uniform
 from shardemb.optim import Adam
 
@@ -43,10 +44,10 @@ def opened(documents):
 
 
 def test_a_store_is_a_zarr_group_with_its_uuid():
-    documents = layout.store_documents(UUID)
+    documents = zarr_metadata.store_documents(UUID)
     assert list(documents) == ["zarr.json"]
     assert dict(opened(documents).attrs) == {"shardemb": {"format_version": 1, "uuid": UUID}}
-    assert layout.store_uuid(documents["zarr.json"]) == UUID
+    assert zarr_metadata.store_uuid(documents["zarr.json"]) == UUID
 
 
 @pytest.mark.parametrize(
@@ -63,17 +64,17 @@ def test_a_store_is_a_zarr_group_with_its_uuid():
     ],
 )
 def test_what_is_no_store_is_a_format_error(change, message):
-    document = json.loads(layout.store_documents(UUID)["zarr.json"]) | change
+    document = json.loads(zarr_metadata.store_documents(UUID)["zarr.json"]) | change
     with pytest.raises(FormatError, match=message):
-        layout.store_uuid(json.dumps(document).encode())
+        zarr_metadata.store_uuid(json.dumps(document).encode())
 
 
-@given(damaged_bytes(layout.store_documents(UUID)["zarr.json"]))
+@given(damaged_bytes(zarr_metadata.store_documents(UUID)["zarr.json"]))
 def test_a_damaged_group_is_a_format_error_or_the_group(data):
     try:
-        assert len(layout.store_uuid(data)) == 36
+        assert len(zarr_metadata.store_uuid(data)) == 36
     except FormatError:
-        assert layout.table_uuid(data) is None or isinstance(layout.table_uuid(data), str)
+        assert zarr_metadata.table_uuid(data) is None or isinstance(zarr_metadata.table_uuid(data), str)
 
 
 # ---- the documents of a table -----------------------------------------------------------------------------------
@@ -81,12 +82,12 @@ def test_a_damaged_group_is_a_format_error_or_the_group(data):
 
 @TABLES
 def test_documents_give_back_the_spec(table):
-    assert layout.table_spec(layout.table_documents(table)) == table
-    assert layout.table_uuid(layout.table_documents(table)["zarr.json"]) == table.uuid
+    assert zarr_metadata.table_spec(zarr_metadata.table_documents(table)) == table
+    assert zarr_metadata.table_uuid(zarr_metadata.table_documents(table)["zarr.json"]) == table.uuid
 
 
 def test_rows_are_what_format_says():
-    rows = as_json(layout.table_documents(PLAIN))["rows/zarr.json"]
+    rows = as_json(zarr_metadata.table_documents(PLAIN))["rows/zarr.json"]
     assert rows["shape"] == [1000, 18]
     assert rows["data_type"] == "float32"
     assert rows["chunk_grid"]["configuration"]["chunk_shape"] == [PLAIN.rows_per_shard, 18]
@@ -97,7 +98,7 @@ def test_rows_are_what_format_says():
 
 
 def test_the_presence_bitmap_is_what_format_says():
-    present = as_json(layout.table_documents(WITH_PRESENCE))["present/zarr.json"]
+    present = as_json(zarr_metadata.table_documents(WITH_PRESENCE))["present/zarr.json"]
     assert present["shape"] == [WITH_PRESENCE.presence_bytes] == [12_500_000]
     assert present["data_type"] == "uint8"
     assert present["chunk_grid"]["configuration"]["chunk_shape"] == [WITH_PRESENCE.presence_chunk_bytes]
@@ -107,48 +108,48 @@ def test_the_presence_bitmap_is_what_format_says():
 
 
 def test_a_table_of_zeros_has_no_presence_bitmap():
-    assert set(layout.table_documents(PLAIN)) == {"zarr.json", "rows/zarr.json", "checks/zarr.json"}
-    documents = set(layout.table_documents(WITH_PRESENCE))
+    assert set(zarr_metadata.table_documents(PLAIN)) == {"zarr.json", "rows/zarr.json", "checks/zarr.json"}
+    documents = set(zarr_metadata.table_documents(WITH_PRESENCE))
     assert documents == {"zarr.json", "rows/zarr.json", "present/zarr.json", "checks/zarr.json"}
 
 
 @TABLES
 def test_zarr_opens_the_documents(table):
-    group = opened(layout.table_documents(table))
+    group = opened(zarr_metadata.table_documents(table))
     assert group["rows"].shape == (table.num_embeddings, table.width)
     assert group["rows"].dtype == np.float32
     assert not group["rows"][:3].any()
     attributes = dict(group.attrs["shardemb"])
-    assert attributes.pop("crc32") == spec.crc32(attributes)
+    assert attributes.pop("crc32") == documents.crc32(attributes)
     assert attributes.pop("arrays_crc32") > 0
-    assert attributes | {"crc32": spec.crc32(attributes)} == json.loads(json.dumps(table.to_json()))
+    assert attributes | {"crc32": documents.crc32(attributes)} == json.loads(json.dumps(table.to_json()))
 
 
 def test_files_are_where_zarr_looks_for_them(tmp_path):
     table = make(num_embeddings=300, dim=16, rows_per_shard=64, initializer=Uniform(0, 1))
-    for path, data in layout.table_documents(table).items():
+    for path, data in zarr_metadata.table_documents(table).items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(data)
     group = zarr.open_group(tmp_path, mode="r+")
     group["rows"][:] = 1
     group["present"][:] = 255
-    files = {path.name for path in (tmp_path / layout.ROWS).iterdir()} - {layout.DOCUMENT}
-    assert files == {layout.shard_key(shard) for shard in range(table.num_shards)}
-    assert (tmp_path / layout.ROWS / layout.shard_key(0)).stat().st_size == table.shard_bytes
-    assert {path.name for path in (tmp_path / layout.PRESENT).iterdir()} == {
-        layout.DOCUMENT,
-        layout.presence_key(0),
+    files = {path.name for path in (tmp_path / zarr_metadata.ROWS).iterdir()} - {zarr_metadata.DOCUMENT}
+    assert files == {zarr_metadata.shard_key(shard) for shard in range(table.num_shards)}
+    assert (tmp_path / zarr_metadata.ROWS / zarr_metadata.shard_key(0)).stat().st_size == table.shard_bytes
+    assert {path.name for path in (tmp_path / zarr_metadata.PRESENT).iterdir()} == {
+        zarr_metadata.DOCUMENT,
+        zarr_metadata.presence_key(0),
     }
-    assert (tmp_path / layout.PRESENT / layout.presence_key(0)).stat().st_size == table.presence_chunk_bytes
+    assert (tmp_path / zarr_metadata.PRESENT / zarr_metadata.presence_key(0)).stat().st_size == table.presence_chunk_bytes
 
 
 @TABLES
 def test_a_missing_document_is_a_format_error(table):
-    for path in layout.table_documents(table):
-        documents = layout.table_documents(table)
+    for path in zarr_metadata.table_documents(table):
+        documents = zarr_metadata.table_documents(table)
         del documents[path]
         with pytest.raises(FormatError):
-            layout.table_spec(documents)
+            zarr_metadata.table_spec(documents)
 
 
 CHANGES = [
@@ -188,71 +189,71 @@ CHANGES = [
 
 @pytest.mark.parametrize(("path", "change", "message"), CHANGES)
 def test_an_array_that_is_not_what_the_table_asks_for_is_a_format_error(path, change, message):
-    documents = as_json(layout.table_documents(PLAIN))
+    documents = as_json(zarr_metadata.table_documents(PLAIN))
     documents[path] |= change
     with pytest.raises(FormatError, match=message):
-        layout.table_spec(as_bytes(documents))
+        zarr_metadata.table_spec(as_bytes(documents))
 
 
 @TABLES
 def test_documents_that_are_as_they_were_written_are_not_checked_again(table, monkeypatch):
-    documents = layout.table_documents(table)
-    monkeypatch.setattr(layout, "_check_arrays", lambda *_: pytest.fail("asked zarr"))
-    assert layout.table_spec(documents) == table
+    documents = zarr_metadata.table_documents(table)
+    monkeypatch.setattr(zarr_metadata, "_check_arrays", lambda *_: pytest.fail("asked zarr"))
+    assert zarr_metadata.table_spec(documents) == table
 
 
 @pytest.mark.parametrize("recorded", [0, None, "no number"])
 def test_documents_without_a_right_checksum_are_checked_by_zarr(recorded, monkeypatch):
     """Such as those of the first stores, which recorded none."""
     asked = []
-    monkeypatch.setattr(layout, "_check_arrays", lambda table, _: asked.append(table))
-    documents = as_json(layout.table_documents(PLAIN))
+    monkeypatch.setattr(zarr_metadata, "_check_arrays", lambda table, _: asked.append(table))
+    documents = as_json(zarr_metadata.table_documents(PLAIN))
     attributes = documents["zarr.json"]["attributes"]["shardemb"]
     attributes["arrays_crc32"] = recorded
-    attributes["crc32"] = spec.crc32(attributes)
-    assert layout.table_spec(as_bytes(documents)) == PLAIN
+    attributes["crc32"] = documents.crc32(attributes)
+    assert zarr_metadata.table_spec(as_bytes(documents)) == PLAIN
     assert asked == [PLAIN]
 
 
 def test_attributes_that_others_changed_are_checked_against_the_arrays():
-    documents = as_json(layout.table_documents(PLAIN))
+    documents = as_json(zarr_metadata.table_documents(PLAIN))
     attributes = documents["zarr.json"]["attributes"]["shardemb"]
     attributes["num_embeddings"] += 1
-    attributes["crc32"] = spec.crc32(attributes)
+    attributes["crc32"] = documents.crc32(attributes)
     with pytest.raises(FormatError, match="array 'rows' has shape"):
-        layout.table_spec(as_bytes(documents))
+        zarr_metadata.table_spec(as_bytes(documents))
 
 
 def test_attributes_that_others_add_do_no_harm():
-    documents = as_json(layout.table_documents(PLAIN))
+    documents = as_json(zarr_metadata.table_documents(PLAIN))
     documents["zarr.json"]["attributes"]["theirs"] = {"a": 1}
     documents["rows/zarr.json"]["attributes"]["units"] = "m"
-    assert layout.table_spec(as_bytes(documents)) == PLAIN
+    assert zarr_metadata.table_spec(as_bytes(documents)) == PLAIN
 
 
 def test_arrays_of_another_table_are_refused():
-    documents = layout.table_documents(PLAIN)
-    other = layout.table_documents(replace(PLAIN, uuid="1" * 8 + PLAIN.uuid[8:]))
+    documents = zarr_metadata.table_documents(PLAIN)
+    other = zarr_metadata.table_documents(replace(PLAIN, uuid="1" * 8 + PLAIN.uuid[8:]))
     documents["rows/zarr.json"] = other["rows/zarr.json"]
     with pytest.raises(FormatError, match="array 'rows' belongs to another table"):
-        layout.table_spec(documents)
+        zarr_metadata.table_spec(documents)
 
 
 @settings(max_examples=300)
-@given(damaged(as_json(layout.table_documents(make(optimizer=Adam(), initializer=Uniform(0, 1))))))
+@given(damaged(as_json(zarr_metadata.table_documents(make(optimizer=Adam(), initializer=Uniform(0, 1))))))
 def test_damaged_documents_are_a_format_error_or_a_spec(documents):
     documents = as_bytes(documents)
     try:
-        table = layout.table_spec(documents)
+        table = zarr_metadata.table_spec(documents)
     except FormatError:
         return
-    assert table.shard_bytes % spec.PAGE == 0
+    assert table.shard_bytes % sizes.PAGE == 0
 
 
 @pytest.mark.parametrize("name", ["num_embeddings", "embedding_dim", "rows_per_shard"])
 def test_the_largest_sizes_are_a_format_error_or_taken_but_nothing_is_made_of_them(name):
     """Metadata can say anything; nobody may allocate before it is checked."""
-    documents = as_json(layout.table_documents(make()))
+    documents = as_json(zarr_metadata.table_documents(make()))
     documents["zarr.json"]["attributes"]["shardemb"] |= {
         "num_embeddings": 2**48,
         "embedding_dim": 2**16,
@@ -261,11 +262,11 @@ def test_the_largest_sizes_are_a_format_error_or_taken_but_nothing_is_made_of_th
     }
     documents["zarr.json"]["attributes"]["shardemb"][name] = 64
     with pytest.raises(FormatError):
-        layout.table_spec(as_bytes(documents))
+        zarr_metadata.table_spec(as_bytes(documents))
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"{}", b"[]", b"\xff", layout.table_documents(PLAIN)["rows/zarr.json"]]
+    "data", [b"", b"{}", b"[]", b"\xff", zarr_metadata.table_documents(PLAIN)["rows/zarr.json"]]
 )
 def test_what_is_no_group_of_ours_has_no_uuid(data):
-    assert layout.table_uuid(data) is None
+    assert zarr_metadata.table_uuid(data) is None

@@ -23,9 +23,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardemb import export, files, scheduler
+from shardemb.compute import scheduler
 from shardemb.errors import DiskFullError
-from shardemb.export import export_parquet, schema, to_arrow_batches
+from shardemb.io import arrow, parquet
+from shardemb.io.arrow import schema, to_arrow_batches
+from shardemb.io.parquet import export_parquet
+from shardemb.storage import files
 
 
 @dataclass
@@ -114,7 +117,7 @@ def run():
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(export, "MAX_ROWS", 32)
+    monkeypatch.setattr(parquet, "MAX_ROWS", 32)
 
 
 def bits(column):
@@ -552,7 +555,7 @@ def test_a_stream_reads_when_asked_and_little_ahead(small_batches):
     reader = to_arrow_batches(source, run=one_by_one, workers=64)
     assert source.events == []
     reader.read_next_batch()
-    assert len(source.reads) == export.MAX_READ_AHEAD
+    assert len(source.reads) == arrow.MAX_READ_AHEAD
 
 
 def test_a_stream_copies_nothing_and_keeps_nothing(small_batches):
@@ -635,7 +638,7 @@ def cases(draw):
 @pytest.mark.parametrize(("rows_per_shard", "max_rows"), [(10, 4), (7, 3), (3, 7), (8, 8)])
 def test_every_range_of_a_small_table(monkeypatch, rows_per_shard, max_rows):
     """Shards that do not divide evenly, and ranges that begin and end at every row of one."""
-    monkeypatch.setattr(export, "MAX_ROWS", max_rows)
+    monkeypatch.setattr(parquet, "MAX_ROWS", max_rows)
     source = Rows(np.zeros((17, 1), np.float32), rows_per_shard=rows_per_shard)
     for start in range(18):
         for stop in range(start, 18):
@@ -649,7 +652,7 @@ def test_every_range_of_a_small_table(monkeypatch, rows_per_shard, max_rows):
 def test_batches_add_up_to_the_table(case):
     num_rows, dim, rows_per_shard, rows, columns, max_rows, workers = case
     source = trained(num_rows, dim, rows_per_shard)
-    with mock.patch.object(export, "MAX_ROWS", max_rows):
+    with mock.patch.object(parquet, "MAX_ROWS", max_rows):
         batches = list(to_arrow_batches(source, columns=columns, rows=rows, run=one_by_one, workers=workers))
     start, stop = rows or (0, num_rows)
     assert_holds(pa.Table.from_batches(batches, schema(source, columns)), source, start, stop, columns)
@@ -667,7 +670,7 @@ def test_parts_add_up_to_the_table(tmp_path_factory, case, parts):
     num_rows, dim, rows_per_shard, rows, columns, max_rows, workers = case
     source = trained(num_rows, dim, rows_per_shard)
     folder = tmp_path_factory.mktemp("parts") / "t"
-    with mock.patch.object(export, "MAX_ROWS", max_rows):
+    with mock.patch.object(parquet, "MAX_ROWS", max_rows):
         report = export_parquet(
             source, folder, columns=columns, rows=rows, parts=parts, run=one_by_one, workers=workers
         )
@@ -729,4 +732,4 @@ def test_memory_does_not_grow_with_rows(tmp_path, run, export_all):
 
 
 def test_examples():
-    assert doctest.testmod(export).failed == 0
+    assert doctest.testmod(parquet).failed == 0

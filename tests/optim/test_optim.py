@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import references
 
-from shardemb import optim, persisted
+from shardemb import optim
+from shardemb.base import serialization
 from shardemb.errors import FormatError
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
 
@@ -258,13 +259,13 @@ def test_initial_state_names_only_columns_that_there_are(optimizer):
 
 
 def test_json_gives_back_the_same_optimizer(optimizer):
-    document = json.loads(json.dumps(persisted.to_json(optimizer)))
+    document = json.loads(json.dumps(serialization.to_json(optimizer)))
     assert optim.from_json(document) == optimizer
     assert hash(optim.from_json(document)) == hash(optimizer)
 
 
 def test_json_is_pinned():
-    assert json.dumps([persisted.to_json(cls()) for cls in optim.OPTIMIZERS.values()]) == (
+    assert json.dumps([serialization.to_json(cls()) for cls in optim.OPTIMIZERS.values()]) == (
         '[{"name": "SGD", "lr": 0.01}, '
         '{"name": "Adagrad", "lr": 0.01, "lr_decay": 0.0, "eps": 1e-10, "initial_accumulator_value": 0.0}, '
         '{"name": "RowWiseAdagrad", "lr": 0.01, "eps": 1e-08}, '
@@ -276,7 +277,7 @@ def test_numbers_of_numpy_are_hyper_parameters_like_any_other():
     optimizer = Adam(lr=np.float32(0.5), betas=np.array([0.5, 0.75]), eps=np.float64(0.25))
     assert optimizer == Adam(lr=0.5, betas=(0.5, 0.75), eps=0.25)
     assert repr(optimizer) == "Adam(lr=0.5, betas=(0.5, 0.75), eps=0.25)"
-    assert optim.from_json(json.loads(json.dumps(persisted.to_json(optimizer)))) == optimizer
+    assert optim.from_json(json.loads(json.dumps(serialization.to_json(optimizer)))) == optimizer
 
 
 def short(value):
@@ -373,7 +374,7 @@ def test_json_that_is_no_optimizer_is_a_format_error(document):
 @pytest.mark.parametrize("cls", optim.OPTIMIZERS.values())
 def test_a_hyper_parameter_missing_from_json_is_not_made_up(cls):
     for field in dataclasses.fields(cls):
-        document = persisted.to_json(cls())
+        document = serialization.to_json(cls())
         del document[field.name]
         with pytest.raises(FormatError, match="optimizer"):
             optim.from_json(document)

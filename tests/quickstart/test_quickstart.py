@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 
 import shardemb
-from shardemb import corpus, quickstart
-from shardemb.quickstart import OptionError, Options, gradients, nearest, run
+from shardemb.quickstart import corpus, training
+from shardemb.quickstart.training import OptionError, Options, gradients, nearest, run
 
 build = functools.cache(corpus.build)
 
@@ -88,11 +88,11 @@ def test_the_fingerprint_tells_texts_apart(text):
 def test_the_encoder_finds_the_rows_that_a_dict_does(store, text, encoded):
     words = store.create_vocabulary("words", key_type="string", reserved=2)
     words.add(text.words)
-    found = quickstart.encode(text.passages, words)
+    found = training.encode(text.passages, words)
     np.testing.assert_array_equal(found.rows, encoded.rows)
     np.testing.assert_array_equal(found.passage, encoded.passage)
     words.add([word for passage in text.passages for word in passage.split()])  # none left out: none is split
-    assert len(quickstart.encode(text.passages, words).rows) == sum(len(p.split()) for p in text.passages)
+    assert len(training.encode(text.passages, words).rows) == sum(len(p.split()) for p in text.passages)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +339,7 @@ def test_a_second_run_goes_on_and_a_third_has_nothing_to_do(small, tmp_path):
 
 @pytest.mark.parametrize(("stopped_after", "saved"), [(13, 10), (3, 0)])
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(small, tmp_path, monkeypatch, stopped_after, saved):
-    step, calls = quickstart._step, iter(range(1000))
+    step, calls = training._step, iter(range(1000))
 
     def interrupted(store, batch):
         if next(calls) == stopped_after:
@@ -348,7 +348,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(small, tmp_path, monke
 
     console = Console(file=io.StringIO(), width=80)
     with monkeypatch.context() as patch:
-        patch.setattr(quickstart, "_step", interrupted)
+        patch.setattr(training, "_step", interrupted)
         with pytest.raises(SystemExit) as stopped:
             run(small, console)
     assert stopped.value.code == 130
@@ -443,7 +443,7 @@ def test_the_default_training_finds_sensible_neighbours(tmp_path):
     assert missed == {}
     found = [len(expected.intersection(result.neighbours[word])) for word, expected in EXPECTED.items()]
     assert sum(found) >= 30  # of the eight shown for each of twelve words; 45 are usual
-    assert set(EXPECTED) == set(quickstart.SHOWN)
+    assert set(EXPECTED) == set(training.SHOWN)
 
 
 @pytest.mark.slow

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_spec import make
 
-from shardemb import checks, files, plan
+from shardemb.base.sizes import PAGE
+from shardemb.compute import file_blocks
+from shardemb.format import table_files
 from shardemb.initializers import Constant
-from shardemb.spec import PAGE
+from shardemb.storage import checksums, files
 
 SPEC = make(
     70_000, 5, rows_per_shard=20_480, initializer=Constant(2.0)
@@ -19,7 +21,7 @@ SPEC = make(
 
 
 def test_blocks_are_numbered_through_shards_and_presence(tmp_path):
-    every = list(checks.all_files(SPEC, tmp_path))
+    every = list(table_files.all_files(SPEC, tmp_path))
     assert [file.first for file in every] == [0, 100, 200, 300, 400]
     assert sum(file.nbytes for file in every) == SPEC.num_blocks * PAGE == 403 * PAGE
     assert every[3].rows == (61_440, 70_000)
@@ -29,7 +31,7 @@ def test_blocks_are_numbered_through_shards_and_presence(tmp_path):
 
 def test_rows_of_a_block():
     """Rows of 20 bytes: 204.8 in a block, so some lie in two."""
-    first, last, bits = (list(checks.all_files(SPEC, Path("x")))[i] for i in (0, 3, 4))
+    first, last, bits = (list(table_files.all_files(SPEC, Path("x")))[i] for i in (0, 3, 4))
     assert first.rows_of(0) == (0, 205)
     assert first.rows_of(1) == (204, 410)
     assert last.rows_of(300) == (61_440, 61_645)
@@ -42,10 +44,10 @@ def test_rows_of_a_block():
 def test_a_checksum_is_xxh3_of_a_block_and_never_one_of_the_two_words():
     data = np.random.default_rng(0).bytes(3 * PAGE)
     expected = [xxhash.xxh3_64_intdigest(data[i : i + PAGE]) & ~1 for i in range(0, len(data), PAGE)]
-    assert checks.block_sums(memoryview(data)).tolist() == expected
+    assert checksums.block_sums(memoryview(data)).tolist() == expected
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "checksum", lambda data: 0)
-        assert checks.block_sum(b"") > checks.DAMAGED
+        patch.setattr(checksums, "checksum", lambda data: 0)
+        assert checksums.block_sum(b"") > checksums.DAMAGED
 
 
 def test_what_a_block_may_be():
@@ -53,18 +55,18 @@ def test_what_a_block_may_be():
     content = random.integers(1, 256, (9, PAGE), np.uint8)
     content[[1, 2]] = 0
     content[2, 7] = 5
-    sums = checks.block_sums(content.reshape(-1).data)
+    sums = checksums.block_sums(content.reshape(-1).data)
     known = np.array([0, 0, 0, sums[3], sums[3], sums[5] | 1, sums[3] | 1, 2, 3], np.uint64)
     marks = np.zeros((9, PAGE), np.uint8)
     marks[[0, 2, 3, 4, 6]] = 255  # the log says these anew
     marks[0, 9] = 0
     which = np.arange(9)
-    found = checks.wrong(known, content, which, lambda i: marks[i])
+    found = checksums.wrong(known, content, which, lambda i: marks[i])
     # Data where there was none, outside of what is anew; zeros; only what is anew; sound; another's checksum;
     # in flux and not in the log; in flux and in the log; damaged, twice.
     assert found.tolist() == [True, False, False, False, True, True, False, True, True]
     assert (
-        checks.wrong(known[::-1], content, which[::-1], lambda i: marks[8 - i]).tolist()
+        checksums.wrong(known[::-1], content, which[::-1], lambda i: marks[8 - i]).tolist()
         == found[::-1].tolist()
     )
 
@@ -76,14 +78,14 @@ def test_the_checksums_are_an_array_on_disk(tmp_path_factory, steps, window_page
     files.create_sparse(path, 8 * PAGE)
     model = np.zeros(4096, np.uint64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "WINDOW_BYTES", window_pages * PAGE)
+        patch.setattr(checksums, "WINDOW_BYTES", window_pages * PAGE)
         for number, blocks in enumerate(steps, 1):
             blocks = np.array(sorted(blocks), np.int64)
             new = number * 10_000 + 2 * blocks.astype(np.uint64)
-            assert checks.begin(path, blocks).tolist() == model[blocks].tolist()
+            assert checksums.begin(path, blocks).tolist() == model[blocks].tolist()
             flux = np.where(model[blocks] == 0, model[blocks], model[blocks] | np.uint64(1))
             assert np.fromfile(path, np.uint64)[blocks].tolist() == flux.tolist()
-            checks.note(path, blocks, new)
+            checksums.note(path, blocks, new)
             model[blocks] = new
     assert np.fromfile(path, np.uint64).tolist() == model.tolist()
 
@@ -116,9 +118,9 @@ def test_an_initial_array_has_checksums_too(tmp_path):
 
 
 def test_pages_of_rows():
-    assert plan.pages(np.array([0, 1, 2, 100]), 3000).tolist() == [0, 1, 2, 73]
-    assert plan.pages(np.empty(0, np.int64), 8).size == 0
-    assert plan.pages(np.array([1]), 3 * PAGE).tolist() == [3, 4, 5]
+    assert file_blocks.pages(np.array([0, 1, 2, 100]), 3000).tolist() == [0, 1, 2, 73]
+    assert file_blocks.pages(np.empty(0, np.int64), 8).size == 0
+    assert file_blocks.pages(np.array([1]), 3 * PAGE).tolist() == [3, 4, 5]
 
 
 def test_a_file_is_read_past_the_page_cache(tmp_path):

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import shardemb
-from shardemb import files
 from shardemb.errors import DiskFullError
 from shardemb.initializers import Normal
+from shardemb.storage import address_space, files
 
 PAGE = 4096
 
@@ -424,7 +424,7 @@ def test_a_file_on_a_tmpfs_has_all_of_its_memory_or_does_not_exist(new_disk):
     files.create_sparse(disk.place / "empty", 0)
     assert sorted(each.name for each in disk.place.iterdir()) == ["a", "empty"]
     disk.leave(0)
-    memory = files.AddressRange(2**19)
+    memory = address_space.AddressRange(2**19)
     memory.map_file(0, path, 2**19)
     assert not memory.array(np.uint8, (2**19,)).any()
 
@@ -531,7 +531,7 @@ def path(tmp_path):
 
 
 def over(path, pages=4):
-    memory = files.AddressRange(pages * PAGE)
+    memory = address_space.AddressRange(pages * PAGE)
     memory.map_file(0, path, pages * PAGE)
     return memory
 
@@ -539,7 +539,7 @@ def over(path, pages=4):
 def test_a_range_shows_the_files_that_are_mapped_into_it(path, tmp_path):
     other = tmp_path / "c.1.0"
     other.write_bytes(b"\xff" * PAGE)
-    memory = files.AddressRange(6 * PAGE)
+    memory = address_space.AddressRange(6 * PAGE)
     memory.map_file(0, path, 4 * PAGE)
     memory.map_zeros(4 * PAGE, PAGE)
     memory.map_file(5 * PAGE, other, PAGE)
@@ -551,7 +551,7 @@ def test_a_range_shows_the_files_that_are_mapped_into_it(path, tmp_path):
 
 def test_a_range_begins_at_a_huge_page(path):
     ranges = [over(path) for _ in range(5)]
-    assert all(memory.address % files.HUGE_PAGE == 0 for memory in ranges)
+    assert all(memory.address % address_space.HUGE_PAGE == 0 for memory in ranges)
     assert ranges[0].array(np.uint8, (1,)).ctypes.data == ranges[0].address
 
 
@@ -571,7 +571,7 @@ def test_private_writes_never_reach_the_file(path):
     files.sync_file(path)
     assert path.read_bytes() == before
     assert (memory.array(np.float32, (PAGE,)) == -1).all()  # but all arrays over the range see them
-    memory.advise(0, 4 * PAGE, files.MADV_DONTNEED)
+    memory.advise(0, 4 * PAGE, address_space.MADV_DONTNEED)
     assert memory.array(np.uint8, (4 * PAGE,)).tobytes() == before
 
 
@@ -579,7 +579,7 @@ def test_dropping_one_page_keeps_the_private_copies_of_the_others(path):
     memory = over(path)
     array = memory.array(np.float32, (4, 1024))
     array[:] = -1
-    memory.advise(PAGE, PAGE, files.MADV_DONTNEED)
+    memory.advise(PAGE, PAGE, address_space.MADV_DONTNEED)
     assert (array[[0, 2, 3]] == -1).all()
     assert array[1].tolist() == list(range(1024, 2048))
 
@@ -638,14 +638,14 @@ def test_the_whole_reservation_goes_with_the_range():
         return int(status.split("VmSize:")[1].split()[0]) * 1024
 
     before = reserved()
-    memory = files.AddressRange(2**36)
+    memory = address_space.AddressRange(2**36)
     assert reserved() - before >= 2**36
     del memory
     assert reserved() - before < 2**30
 
 
 def test_mappings_are_counted_as_long_as_they_last(path, counted):
-    memory = files.AddressRange(8 * PAGE)
+    memory = address_space.AddressRange(8 * PAGE)
     memory.map_file(0, path, 4 * PAGE)
     memory.map_file(4 * PAGE, path, 4 * PAGE)
     assert counted.mappings == 2
@@ -657,21 +657,21 @@ def test_mappings_are_counted_as_long_as_they_last(path, counted):
 
 
 def test_a_file_that_cannot_be_mapped_is_not_counted(tmp_path, counted):
-    memory = files.AddressRange(PAGE)
+    memory = address_space.AddressRange(PAGE)
     with pytest.raises(FileNotFoundError):
         memory.map_file(0, tmp_path / "missing", PAGE)
     assert counted.mappings == 0
 
 
 def test_an_empty_range_is_an_empty_array():
-    memory = files.AddressRange(0)
+    memory = address_space.AddressRange(0)
     assert memory.array(np.uint8, (0,)).size == 0
     assert len(memory.bytes(0, 0)) == 0
 
 
 def test_address_space_that_is_not_to_be_had_says_what_may_be_in_the_way():
     with pytest.raises(OSError, match="ulimit -v"):
-        files.AddressRange(2**60)
+        address_space.AddressRange(2**60)
 
 
 def test_advice_that_the_kernel_refuses_is_an_error(path):
@@ -691,7 +691,7 @@ def test_a_range_can_be_used_by_many_threads(path):
 
 @pytest.mark.parametrize("count", [0, 1, 511, 512, 513, 10_000])
 def test_zeros_are_a_writable_array_of_zeros(count):
-    array = files.zeros(np.uint64, count)
+    array = address_space.zeros(np.uint64, count)
     assert array.shape == (count,)
     assert array.dtype == np.uint64
     assert not array.any()
@@ -704,7 +704,7 @@ def test_zeros_take_memory_only_where_they_are_written():
         return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
 
     before = anonymous()
-    array = files.zeros(np.uint8, 2**36)
+    array = address_space.zeros(np.uint8, 2**36)
     array[:: 2**32] = 1
     assert int(array[:: 2**32].sum()) == 16
     assert anonymous() - before < 40 * 2**20  # sixteen huge pages at most

@@ -5,9 +5,10 @@ import os
 import pytest
 from test_spec import make
 
-from shardemb import files, folders, layout
 from shardemb.errors import FormatError
-from shardemb.manifest import TableRecord
+from shardemb.format import store_paths, zarr_metadata
+from shardemb.format.manifest import TableRecord
+from shardemb.storage import files, folders
 
 UUIDS = [f"0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c{k:02d}" for k in range(6)]
 
@@ -16,7 +17,7 @@ def folder(path, uuid):
     """A table's folder: its document, and a file by which to know it."""
     spec = dataclasses.replace(make(), uuid=uuid)
     (path / "rows").mkdir(parents=True)
-    (path / layout.DOCUMENT).write_bytes(layout.table_documents(spec)[layout.DOCUMENT])
+    (path / zarr_metadata.DOCUMENT).write_bytes(zarr_metadata.table_documents(spec)[zarr_metadata.DOCUMENT])
     (path / "rows" / "c.0.0").write_text(uuid)
 
 
@@ -30,7 +31,7 @@ def store(tmp_path):
     """A store with the tables a, b and c; d is parked, as a new one is."""
     for number, name in enumerate("abc"):
         folder(tmp_path / name, UUIDS[number])
-    folder(folders.parked(tmp_path, UUIDS[3]), UUIDS[3])
+    folder(store_paths.parked(tmp_path, UUIDS[3]), UUIDS[3])
     return tmp_path
 
 
@@ -44,7 +45,7 @@ def content(store):
 
 
 def parked(store):
-    place = folders.private(store) / "tables"
+    place = store_paths.private(store) / "tables"
     return sorted(path.name for path in place.iterdir()) if place.exists() else []
 
 
@@ -52,10 +53,10 @@ def parked(store):
 
 
 def test_names_of_a_store_are_pinned(tmp_path):
-    assert folders.private(tmp_path) == tmp_path / ".shardemb"
-    assert folders.manifest(tmp_path) == tmp_path / ".shardemb" / "manifest.json"
-    assert folders.lock(tmp_path) == tmp_path / ".shardemb" / "lock"
-    assert folders.parked(tmp_path, UUIDS[0]) == tmp_path / ".shardemb" / "tables" / UUIDS[0]
+    assert store_paths.private(tmp_path) == tmp_path / ".shardemb"
+    assert store_paths.manifest(tmp_path) == tmp_path / ".shardemb" / "manifest.json"
+    assert store_paths.lock(tmp_path) == tmp_path / ".shardemb" / "lock"
+    assert store_paths.parked(tmp_path, UUIDS[0]) == tmp_path / ".shardemb" / "tables" / UUIDS[0]
 
 
 def test_a_table_is_found_wherever_it_is(store):
@@ -64,7 +65,7 @@ def test_a_table_is_found_wherever_it_is(store):
         UUIDS[0]: store / "a",
         UUIDS[1]: store / "b",
         UUIDS[2]: store / "c",
-        UUIDS[3]: folders.parked(store, UUIDS[3]),
+        UUIDS[3]: store_paths.parked(store, UUIDS[3]),
     }
 
 
@@ -93,7 +94,7 @@ def test_what_is_in_its_place_is_not_touched(store, monkeypatch):
 
 
 def test_a_new_table_gets_its_name_and_what_is_parked_and_nobodys_goes(store):
-    folder(folders.parked(store, UUIDS[4]), UUIDS[4])
+    folder(store_paths.parked(store, UUIDS[4]), UUIDS[4])
     folders.arrange(store, tables(a=0, b=1, c=2, d=3))
     assert content(store) == {"a": 0, "b": 1, "c": 2, "d": 3}
     assert parked(store) == []
@@ -147,7 +148,7 @@ def test_it_can_be_cut_short_anywhere_and_done_again(tmp_path_factory, wanted, d
         store = tmp_path_factory.mktemp("store")
         for number, name in enumerate("abc"):
             folder(store / name, UUIDS[number])
-        folder(folders.parked(store, UUIDS[3]), UUIDS[3])
+        folder(store_paths.parked(store, UUIDS[3]), UUIDS[3])
         with pytest.MonkeyPatch.context() as patch:
             crash_at(patch, call)
             try:
@@ -277,7 +278,7 @@ def test_a_link_to_a_tables_folder_is_no_copy(store):
 def test_a_store_may_be_created_in_an_empty_folder_or_where_creation_was_cut_short(tmp_path, names, foreign):
     for name in names:
         if name == "zarr.json":
-            (tmp_path / name).write_bytes(layout.store_documents(UUIDS[0])[name])
+            (tmp_path / name).write_bytes(zarr_metadata.store_documents(UUIDS[0])[name])
         else:
             (tmp_path / name).touch()
     assert folders.foreign(tmp_path) == foreign

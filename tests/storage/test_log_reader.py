@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_spec import make
 
-from shardemb import files, log, replay
+from shardemb.base.sizes import PAGE
 from shardemb.errors import DiskFullError, LogDamagedError, ShardEmbError
-from shardemb.manifest import Commit, Manifest
-from shardemb.spec import PAGE
+from shardemb.format.manifest import Commit, Manifest
+from shardemb.storage import files, log_reader, log_writer
 
 SPEC = make(1000, 4, rows_per_shard=256)
 STORE = str(uuid.UUID(int=7))
@@ -24,12 +24,12 @@ BASE = Manifest(uuid=STORE, epoch=3, segment=5, sequence=11, attempt=2)
 def write_commits(folder, commits, *, segment_bytes=1):
     """Write ``[(rows, value, whole), ...]`` as commits, broken-off ones where not whole; return the log."""
     folder.mkdir(exist_ok=True)
-    writer = log.Log(folder, BASE, segment_bytes)
+    writer = log_writer.Log(folder, BASE, segment_bytes)
     for number, (rows, value, whole) in enumerate(commits, 1):
         ids = np.array(sorted(set(rows)), np.int64)
         records = np.full((SPEC.num_embeddings, 4), value, np.float32)
         payload = manifest(number).to_bytes()
-        writer.begin(log.needed_bytes([(ids.size, SPEC.record_bytes)], len(payload)))
+        writer.begin(log_writer.needed_bytes([(ids.size, SPEC.record_bytes)], len(payload)))
 
         def pack(start, stop, address, ids=ids, records=records):
             target = np.ctypeslib.as_array(
@@ -51,7 +51,7 @@ def manifest(number):
 
 def found(folder, base=BASE, end=None):
     """What the log says: number of the last commit, and the rows with their values."""
-    newer = replay.read(folder, base, end)
+    newer = log_reader.read(folder, base, end)
     images = newer.images(SPEC)
     values = [
         np.ctypeslib.as_array((np.ctypeslib.ctypes.c_float * 4).from_address(address)).tolist()
@@ -94,7 +94,7 @@ MANY = [(range(k % 3, 1000, 3), k, k % 4 != 3) for k in range(20)]
 
 def test_segments_follow_each_other_and_are_full_of_zeros_behind_the_end(tmp_path):
     writer = write_commits(tmp_path, MANY)
-    assert replay.segments(tmp_path) == list(range(5, writer.number + 1))
+    assert log_reader.segments(tmp_path) == list(range(5, writer.number + 1))
     assert writer.number > 5
     number, position = writer.end
     assert number == writer.number
@@ -112,10 +112,10 @@ def test_cut_anywhere_the_log_ends_with_a_commit(tmp_path):
     seen = set()
     for cut in range(PAGE, len(data), PAGE):
         path.write_bytes(data[:cut].ljust(len(data), b"\0"))
-        if len(replay.segments(folder)) > 1:
+        if len(log_reader.segments(folder)) > 1:
             with pytest.raises(LogDamagedError):
                 found(folder)
-            for number in replay.segments(folder)[1:]:
+            for number in log_reader.segments(folder)[1:]:
                 (folder / f"{number:08d}.log").unlink()
         last, rows = found(folder)
         assert (last, rows) == expected(commits[:last])
@@ -185,13 +185,13 @@ def test_a_segment_of_a_writer_that_did_not_get_to_its_base_is_ignored(tmp_path)
     commits = [([1], 1, True)]
     write_commits(tmp_path, commits).close()
     later = Manifest(uuid=STORE, epoch=4, segment=6, sequence=13)
-    log.Log(tmp_path, later).close()
+    log_writer.Log(tmp_path, later).close()
     assert found(tmp_path) == expected(commits)
 
 
 def test_a_clean_base_has_no_log(tmp_path):
     clean = Manifest(uuid=STORE, clean=True)
-    assert replay.read(tmp_path / "nothing", clean).manifest == clean
+    assert log_reader.read(tmp_path / "nothing", clean).manifest == clean
 
 
 def forge(folder, count, ids, nbytes):
@@ -262,12 +262,12 @@ def test_random_damage_is_never_anything_else_than_a_commit_or_an_error(tmp_path
 
 def test_a_full_disk_leaves_the_log_as_it_was(tmp_path, monkeypatch):
     writer = write_commits(tmp_path, [([1], 1, True)])
-    before = writer.end, replay.segments(tmp_path), writer.sequence
+    before = writer.end, log_reader.segments(tmp_path), writer.sequence
     with monkeypatch.context() as patch:
         patch.setattr(files, "write", lambda *arguments: (_ for _ in ()).throw(DiskFullError(28, "no room")))
         with pytest.raises(DiskFullError):
             writer.begin(10 * 2**20)
-    assert (writer.end, replay.segments(tmp_path), writer.sequence) == before
+    assert (writer.end, log_reader.segments(tmp_path), writer.sequence) == before
     assert not list(tmp_path.glob("*.new"))
     writer.begin(10 * 2**20)
     assert writer.end == (6, PAGE)
@@ -276,7 +276,7 @@ def test_a_full_disk_leaves_the_log_as_it_was(tmp_path, monkeypatch):
 
 
 def test_segments_are_used_again_and_their_old_records_mean_nothing(tmp_path):
-    writer = write_commits(tmp_path, [(range(900), 1, True)], segment_bytes=log.FIRST_SEGMENT)
+    writer = write_commits(tmp_path, [(range(900), 1, True)], segment_bytes=log_writer.FIRST_SEGMENT)
     for _ in range(3):
         closed = writer.close_segments()
         writer.discard(closed)

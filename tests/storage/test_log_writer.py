@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_spec import make
 
-from shardemb import files, replay
+from shardemb.base.sizes import PAGE
 from shardemb.errors import DiskFullError, FormatError, LogDamagedError
-from shardemb.log import Log, needed_bytes
-from shardemb.manifest import Commit, Manifest, TableRecord
-from shardemb.spec import PAGE
+from shardemb.format.manifest import Commit, Manifest, TableRecord
+from shardemb.storage import files, log_reader
+from shardemb.storage.log_writer import Log, needed_bytes
 
 STORE, OTHER = "0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c00", "0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c01"
 SPEC = make(1000, 6)
@@ -86,7 +86,7 @@ def log(folder):
 
 
 def last(folder, base=BASE):
-    found = replay.read(folder, base)
+    found = log_reader.read(folder, base)
     return found.manifest.commit.id if found.manifest.commit else 0
 
 
@@ -167,7 +167,7 @@ def test_the_newest_committed_image_of_every_row_comes_back(tmp_path_factory, hi
             append(log, ids, number)
             log._flush()  # as a large attempt does on its way
     log.close()
-    found = replay.read(folder, BASE)
+    found = log_reader.read(folder, BASE)
     assert rows_of(found) == expected
     assert (found.manifest.commit.id if found.manifest.commit else 0) == commits
     assert found.attempt <= log.attempt
@@ -200,7 +200,7 @@ def test_an_independent_reader_finds_the_same(folder, log):
             elif kind == 2:
                 assert count == len(pending)
                 rows, pending = rows | pending, {}
-    assert rows == rows_of(replay.read(folder, BASE))
+    assert rows == rows_of(log_reader.read(folder, BASE))
     assert len(rows) == 40
     assert len(list(folder.glob("*.log"))) > 2
 
@@ -216,10 +216,10 @@ def test_every_segment_but_the_last_ends_with_a_record_that_says_so(folder, log)
 def test_a_commit_larger_than_a_segment_has_one_of_its_own(folder, log):
     big = make(100_000, 6)
     commit(log, list(range(60_000)), 1, big)
-    assert replay.read(folder, BASE).images(big).ids.size == 60_000
+    assert log_reader.read(folder, BASE).images(big).ids.size == 60_000
     assert only(folder).stat().st_size > 2**16
     commit(log, [5], 2, big)
-    assert rows_of(replay.read(folder, BASE), big)[5] == 2
+    assert rows_of(log_reader.read(folder, BASE), big)[5] == 2
 
 
 def test_segments_that_were_let_go_are_used_again_and_their_records_forgotten(folder, log):
@@ -231,7 +231,7 @@ def test_segments_that_were_let_go_are_used_again_and_their_records_forgotten(fo
     log.close_segments()
     assert only(folder).stat().st_ino in inodes
     commit(log, [2], 2)
-    assert rows_of(replay.read(folder, base)) == {2: 2}
+    assert rows_of(log_reader.read(folder, base)) == {2: 2}
 
 
 # ---- torn and damaged -------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def test_a_bad_record_that_a_later_one_calls_synced_is_damage(folder, log):
         path.write_bytes(data[: position + 40] + bytes([data[position + 40] ^ 1]) + data[position + 41 :])
         if fields[6] < records[-1][1][6]:
             with pytest.raises(LogDamagedError, match="was synced"):
-                replay.read(folder, BASE)
+                log_reader.read(folder, BASE)
         else:
             assert last(folder) == 2  # torn: nothing says that it had been synced
 
@@ -272,7 +272,7 @@ def test_a_missing_segment_is_damage(folder, log, which):
         commit(log, [number], number)
     sorted(folder.glob("*.log"))[which].unlink()
     with pytest.raises(LogDamagedError, match="missing"):
-        replay.read(folder, BASE)
+        log_reader.read(folder, BASE)
 
 
 def test_segments_that_were_exchanged_are_damage(folder, log):
@@ -283,14 +283,14 @@ def test_segments_that_were_exchanged_are_damage(folder, log):
     first.write_bytes(two)
     second.write_bytes(one)
     with pytest.raises(LogDamagedError, match="belongs elsewhere"):
-        replay.read(folder, BASE)
+        log_reader.read(folder, BASE)
 
 
 @pytest.mark.parametrize("base", [Manifest(OTHER, 3, segment=5, sequence=11), Manifest(STORE, 4, segment=5)])
 def test_a_segment_of_another_store_or_epoch_is_damage(folder, log, base):
     commit(log, [1], 1)
     with pytest.raises(LogDamagedError):
-        replay.read(folder, base)
+        log_reader.read(folder, base)
 
 
 @pytest.mark.parametrize("position", range(0, HEADER.size, 5))
@@ -300,7 +300,7 @@ def test_a_damaged_header_is_damage(folder, log, position):
     data[position] ^= 4
     only(folder).write_bytes(data)
     with pytest.raises(LogDamagedError, match="header"):
-        replay.read(folder, BASE)
+        log_reader.read(folder, BASE)
 
 
 @pytest.mark.parametrize(
@@ -324,10 +324,10 @@ def test_a_record_of_images_that_lies_is_never_believed(folder, log, lie):
     commit(log, [1], 1)
     rewrite(only(folder), PAGE, **lie)
     if "table" in lie:
-        assert rows_of(replay.read(folder, BASE)) == {}
+        assert rows_of(log_reader.read(folder, BASE)) == {}
         return
     with pytest.raises(LogDamagedError):
-        replay.read(folder, BASE).images(SPEC)
+        log_reader.read(folder, BASE).images(SPEC)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_a_commit_record_that_lies_is_an_error(folder, log, lie):
     commit(log, [1], 1)
     rewrite(only(folder), 2 * PAGE, **lie)
     with pytest.raises(FormatError):
-        replay.read(folder, BASE)
+        log_reader.read(folder, BASE)
 
 
 def test_random_damage_gives_a_commit_that_was_or_an_error(folder, log):
@@ -362,7 +362,7 @@ def test_random_damage_gives_a_commit_that_was_or_an_error(folder, log):
             data[start : start + rng.choice([1, 8, 512])] = rng.randbytes(1)
         path.write_bytes(data)
         try:
-            found = replay.read(folder, BASE)
+            found = log_reader.read(folder, BASE)
             number = found.manifest.commit.id if found.manifest.commit else 0
             assert rows_of(found) == {row: row for row in range(1, number + 1)}
         except FormatError:
@@ -390,7 +390,7 @@ def test_a_full_disk_when_a_segment_is_made_leaves_the_log_as_it_was(folder, log
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert last(folder) == 1
     commit(log, [2], 2)
-    assert rows_of(replay.read(folder, BASE)) == {1: 1, 2: 2}
+    assert rows_of(log_reader.read(folder, BASE)) == {1: 1, 2: 2}
 
 
 def test_no_block_of_a_segment_is_written_again_once_it_is_durable(folder, log, monkeypatch):

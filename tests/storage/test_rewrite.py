@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from model import assert_same_bits
 
 import shardemb
-from shardemb import files, fold, log, rebuild
+from shardemb.base.sizes import PAGE
 from shardemb.errors import DiskFullError, FormatError, RowIdError, ShardEmbError, StoreExistsError
 from shardemb.initializers import Constant, Normal, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
-from shardemb.spec import PAGE
+from shardemb.storage import files, fold, log_writer, rewrite
 
 DIM = 5
 KINDS = {
@@ -199,12 +199,12 @@ def test_a_change_that_waited_while_the_table_grew_is_not_lost(path):
         gone = table._plan_change([400], np.ones((1, DIM)), "rows", check_finite=True)
         table.resize(600)
         table.resize(300, drop_rows=True)
-        shardemb.batch.change(store._runtime, [change])
+        shardemb.engine.batch.change(store._runtime, [change])
         assert (table.lookup(3) == 1).all()
         with pytest.raises(ShardEmbError, match="lost rows"):
-            shardemb.batch.change(store._runtime, [gone])
+            shardemb.engine.batch.change(store._runtime, [gone])
         store.rollback()
-        shardemb.batch.change(store._runtime, [gone])
+        shardemb.engine.batch.change(store._runtime, [gone])
         assert (table.lookup(400) == 1).all()
         store.rollback()
 
@@ -260,7 +260,7 @@ def test_other_shards_hold_the_same_bits(tmp_path_factory, kind, rows, before, a
         step = table.step
         commit = store.reshard("t", rows_per_shard=after)
         assert (commit.id, commit.step, commit.metadata) == (2, 3, {"x": 1})
-        assert table.rows_per_shard == shardemb.spec.choose_rows_per_shard(
+        assert table.rows_per_shard == shardemb.format.spec.choose_rows_per_shard(
             rows, table._spec.record_bytes, after, 9
         )
         assert (table.step, store["t"]) == (step, table)
@@ -315,7 +315,7 @@ def test_resharding_goes_on_where_it_was_cut_short(path, monkeypatch):
         train(table, 1, 8000)
         store.commit()
         expected = everything(table)
-        filled, real = [], rebuild._fill
+        filled, real = [], rewrite._fill
 
         def fill(old, new, file, staged, *, keep_state):
             filled.append(file.number)
@@ -323,7 +323,7 @@ def test_resharding_goes_on_where_it_was_cut_short(path, monkeypatch):
                 raise KeyboardInterrupt
             real(old, new, file, staged, keep_state=keep_state)
 
-        monkeypatch.setattr(rebuild, "_fill", fill)
+        monkeypatch.setattr(rewrite, "_fill", fill)
         with pytest.raises(KeyboardInterrupt):
             store.reshard("t", rows_per_shard=256)
         assert not store.has_changes
@@ -360,7 +360,7 @@ def test_what_was_begun_and_half_removed_is_begun_anew(path, monkeypatch):
         store.commit()
         expected = everything(table)
         with monkeypatch.context() as patch:
-            patch.setattr(rebuild, "_fill", lambda *a, **b: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(rewrite, "_fill", lambda *a, **b: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 store.reshard("t", rows_per_shard=2048)
 
@@ -387,14 +387,14 @@ def test_resharding_that_cannot_be_committed_leaves_the_table_and_is_not_done_ag
         before, optimizer, step = everything(table), table.optimizer, table.step
         with monkeypatch.context() as patch:
             patch.setattr(
-                log.Log, "begin", lambda *arguments: (_ for _ in ()).throw(DiskFullError(28, "no room"))
+                log_writer.Log, "begin", lambda *arguments: (_ for _ in ()).throw(DiskFullError(28, "no room"))
             )
             with pytest.raises(DiskFullError):
                 store.reshard("t", rows_per_shard=2048, optimizer=new)
         assert not store.has_changes
         assert (table.rows_per_shard, table.optimizer, table.step) == (1024, optimizer, step)
         assert_equal(everything(table), before)
-        monkeypatch.setattr(rebuild, "_fill", None)
+        monkeypatch.setattr(rewrite, "_fill", None)
         store.reshard("t", rows_per_shard=2048, optimizer=new)
         assert table.rows_per_shard == 2048
         assert_same_bits(everything(table)[0], before[0])
@@ -469,7 +469,7 @@ def test_materialized_rows_are_what_zarr_reads(path, kind, monkeypatch):
         store.commit(step=7)
         train(table, 2)  # not committed
         prefetched = np.arange(300, 400)
-        shardemb.batch.prefetch(store._runtime, table._mapped, prefetched, for_update=True)
+        shardemb.engine.batch.prefetch(store._runtime, table._mapped, prefetched, for_update=True)
         now, seen = everything(table), []
         table.materialize(progress=lambda done, total: seen.append((done, total)))
         assert_equal(everything(table), now)
@@ -582,14 +582,14 @@ def test_commits_go_on_beside_a_copy_and_are_none_of_it(path, tmp_path, monkeypa
         table = create(store, 500)
         train(table, 1)
         store.commit()
-        expected, real = everything(table), rebuild.copy_data
+        expected, real = everything(table), rewrite.copy_data
 
         def copy_data(*arguments):
             train(table, len(store.last_commit.metadata) + 5)
             store.commit()
             real(*arguments)
 
-        monkeypatch.setattr(rebuild, "copy_data", copy_data)
+        monkeypatch.setattr(rewrite, "copy_data", copy_data)
         store.copy(tmp_path / "c")
         newest = everything(table)
         with shardemb.open(tmp_path / "c", "r") as copied:

@@ -13,11 +13,11 @@ from conftest import close_quietly
 from test_power_loss import contents, scratch
 
 import shardemb
-from shardemb import checks, files, fold
+from shardemb.base.sizes import PAGE
 from shardemb.errors import DiskFullError, ShardEmbError, TableNotFoundError
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD, Adam
-from shardemb.spec import PAGE
+from shardemb.storage import checksums, files, fold
 
 DAMAGES = int(os.environ.get("SHARDEMB_DAMAGES", "5000"))
 PARTS = 4
@@ -227,7 +227,7 @@ def test_a_fold_that_was_cut_short_is_no_damage(path, stage, in_fork):
         elif stage == "some written":
             files.sync_data = lambda descriptor, where: "rows" in str(where) and os._exit(0)
         else:
-            checks.note = lambda *arguments: os._exit(0)
+            checksums.note = lambda *arguments: os._exit(0)
         store.checkpoint()
 
     in_fork(die_within_a_fold)

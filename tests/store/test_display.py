@@ -3,9 +3,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from shardemb import report
-from shardemb.manifest import Commit
-from shardemb.report import Facts, StoreInfo, describe, html_table, one_line, plural, size
+from shardemb.base.formatting import plural, size
+from shardemb.format.manifest import Commit
+from shardemb.store import display
+from shardemb.store.display import Facts, StoreInfo, describe, html_table, one_line
 
 FACTS = Facts(
     name="tokens",
@@ -168,4 +169,4 @@ def test_size(nbytes, text):
 def test_every_line_of_the_report_is_text_alone():
     assert all(isinstance(value, str) for value in (one_line(FACTS), html_table([FACTS]), describe(info())))
     assert "\n" not in one_line(FACTS)
-    assert report.__doc__
+    assert display.__doc__

@@ -10,10 +10,10 @@ import pytest
 from conftest import close_quietly
 
 import shardemb
-from shardemb import files, fold
 from shardemb.errors import DiskFullError, PoisonedError, ReadOnlyError, StaleReaderError
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD
+from shardemb.storage import files, fold
 
 ROWS, DIM = 5000, 16
 

@@ -5,13 +5,7 @@ import pytest
 from model import KeyedModel, assert_same_bits
 
 import shardemb
-from shardemb.errors import (
-    ReadOnlyError,
-    RowIdError,
-    StoreClosedError,
-    TableNotFoundError,
-    UnknownKeyError,
-)
+from shardemb.errors import ReadOnlyError, RowIdError, StoreClosedError, TableNotFoundError, UnknownKeyError
 from shardemb.initializers import Constant, Normal, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
 

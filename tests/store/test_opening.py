@@ -17,16 +17,10 @@ from conftest import close_quietly
 from model import assert_same_bits
 
 import shardemb
-from shardemb import files
-from shardemb.errors import (
-    FormatError,
-    ReadOnlyError,
-    StoreExistsError,
-    StoreLockedError,
-    StoreNotFoundError,
-)
+from shardemb.errors import FormatError, ReadOnlyError, StoreExistsError, StoreLockedError, StoreNotFoundError
 from shardemb.initializers import Constant, Normal
 from shardemb.optim import SGD, Adam
+from shardemb.storage import files
 
 ONES = np.ones((2, 4), np.float32)
 

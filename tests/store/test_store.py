@@ -16,7 +16,6 @@ from conftest import close_quietly
 from model import StoreModel, TableModel, assert_same_bits
 
 import shardemb
-from shardemb import files
 from shardemb.errors import (
     DiskFullError,
     PoisonedError,
@@ -27,8 +26,9 @@ from shardemb.errors import (
     TableNotFoundError,
 )
 from shardemb.initializers import Constant, Normal, Uniform
-from shardemb.journal import Journal
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
+from shardemb.storage import files
+from shardemb.store.journal import Journal
 
 ONES = np.ones((2, 4), np.float32)
 

@@ -11,7 +11,7 @@ from model import VocabularyModel
 from small import make_small, pool_of
 
 import shardemb
-from shardemb import batch, keyindex, keystore, vocabulary
+from shardemb.engine import batch
 from shardemb.errors import (
     DiskFullError,
     ReadOnlyError,
@@ -19,6 +19,8 @@ from shardemb.errors import (
     StoreClosedError,
     VocabularyNotFoundError,
 )
+from shardemb.store import vocabulary
+from shardemb.vocabulary import hash_index, key_tables
 
 KEYS = {
     "int64": [5, -1, 2**62, 0],
@@ -30,7 +32,7 @@ KEYS = {
 @pytest.fixture
 def small(monkeypatch):
     make_small(monkeypatch, random.Random(1))
-    monkeypatch.setattr(keyindex, "_STALE", 2**16)
+    monkeypatch.setattr(hash_index, "_STALE", 2**16)
     monkeypatch.setattr(vocabulary, "SLICE_ROWS", 50)
 
 
@@ -191,7 +193,7 @@ def test_reserved_rows_beyond_the_first_tables(path, small):
 
 
 def test_reserved_rows_of_the_sizes_that_tables_really_have(path):
-    shapes = keystore.table_shapes
+    shapes = key_tables.table_shapes
     with shardemb.open(path) as store:
         rows = shapes(store.create_vocabulary("v", key_type="int64")._record())["keys"][0]
         words = store.create_vocabulary("w", key_type="int64", reserved=rows + 10)
@@ -236,7 +238,7 @@ def test_bytes_of_a_freed_row_are_used_again(store):
 
 
 def test_keys_larger_than_what_is_compared_at_once(store, monkeypatch):
-    monkeypatch.setattr(keystore, "SLICE_BYTES", 1000)
+    monkeypatch.setattr(key_tables, "SLICE_BYTES", 1000)
     words = store.create_vocabulary("v", key_type="bytes")
     keys = [bytes([i]) * (i * 500) for i in range(12)] + [b"\1" * 499 + b"\2"]
     assert words.add([*keys, *keys[::-1]]).tolist() == [*range(13), *range(12, -1, -1)]
@@ -398,7 +400,7 @@ def test_a_lookup_beside_a_rollback_does_not_take_old_pairs_for_new_ones(store, 
 
 
 def test_after_a_checkpoint_an_opening_learns_few_keys(path, monkeypatch):
-    monkeypatch.setattr(keyindex, "_SOON_LEARNT", 100)
+    monkeypatch.setattr(hash_index, "_SOON_LEARNT", 100)
     with shardemb.open(path) as store:
         words = store.create_vocabulary("v", key_type="int64")
         words.add(np.arange(500))
@@ -431,24 +433,24 @@ def test_a_lookup_beside_a_merge_finds_keys_behind_many_others(store, monkeypatc
 
     def merge_later(*arguments):
         if next(calls) == 1:
-            words._index.merge(keyindex.Coverage())
+            words._index.merge(hash_index.Coverage())
         return real(*arguments)
 
-    real = keystore.matching.match_hashes
-    monkeypatch.setattr(keystore.matching, "match_hashes", merge_later)
+    real = key_tables.matching.match_hashes
+    monkeypatch.setattr(key_tables.matching, "match_hashes", merge_later)
     assert words.lookup(["a"]).tolist() == [1]
     assert next(calls) == 4
 
 
 def test_a_lookup_beside_an_index_that_is_made_anew(store, monkeypatch):
-    monkeypatch.setattr(keyindex, "_STALE", 0)
+    monkeypatch.setattr(hash_index, "_STALE", 0)
     words = store.create_vocabulary("v", key_type="string")
     store.commit()
     for _ in range(3):
         words.add(["a"])
         store.rollback()
     words.add(["b", "a"])
-    once(monkeypatch, keystore.matching, "match_hashes", store.commit)
+    once(monkeypatch, key_tables.matching, "match_hashes", store.commit)
     assert words.lookup(["a"]).tolist() == [1]
     assert len(words._index) == 2
 

@@ -11,7 +11,6 @@ from small import make_small
 from test_power_loss import Recording
 
 import shardemb
-from shardemb import files, folders
 from shardemb.errors import (
     FormatError,
     RowIdError,
@@ -22,10 +21,12 @@ from shardemb.errors import (
     VocabularyExistsError,
     VocabularyNotFoundError,
 )
-from shardemb.keyed import KeyedTable
+from shardemb.format import store_paths
+from shardemb.format.documents import crc32
 from shardemb.optim import SGD
-from shardemb.spec import crc32
-from shardemb.table import Table
+from shardemb.storage import files
+from shardemb.store.keyed_table import KeyedTable
+from shardemb.store.table import Table
 
 
 def bound(store, name="t", vocabulary="v", **more):
@@ -359,7 +360,7 @@ def test_a_new_store_whose_making_is_cut_short_opens_empty(path, tmp_path, monke
 
 
 def manifest_of(path):
-    return json.loads(folders.manifest(path).read_bytes())
+    return json.loads(store_paths.manifest(path).read_bytes())
 
 
 @pytest.mark.parametrize(
@@ -389,7 +390,7 @@ def test_a_record_that_cannot_be_is_not_believed(path, change):
     for changed in ([record | change], [7], {"v": record}, "v", [{**record, "name": None}]):
         document["vocabularies"] = changed
         document["crc32"] = crc32(document)
-        folders.manifest(path).write_bytes(json.dumps(document).encode())
+        store_paths.manifest(path).write_bytes(json.dumps(document).encode())
         with pytest.raises(FormatError, match=r"manifest\.json"):
             shardemb.open(path)
 
@@ -417,7 +418,7 @@ def test_a_manifest_without_a_table_of_its_vocabulary_is_not_believed(path):
     ):
         document = sound | changed
         document["crc32"] = crc32(document)
-        folders.manifest(path).write_bytes(json.dumps(document).encode())
+        store_paths.manifest(path).write_bytes(json.dumps(document).encode())
         with pytest.raises(FormatError):
             shardemb.open(path)
 

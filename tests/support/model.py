@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from shardemb import initializers, optim
+from shardemb.base import sampling
 
 F = np.float32
 
@@ -52,7 +53,7 @@ def _random_weights(initializer, stream, num_embeddings, embedding_dim):
         return np.where(
             values < F(initializer.high), values, np.nextafter(F(initializer.high), F(initializer.low))
         )
-    quantiles = [initializers.normal_quantile(unit) for unit in units.reshape(-1).tolist()]
+    quantiles = [sampling.normal_quantile(unit) for unit in units.reshape(-1).tolist()]
     return F(initializer.mean) + F(initializer.std) * np.array(quantiles, F).reshape(units.shape)
 
 

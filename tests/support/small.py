@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from shardemb import hashing, keyed, keyindex, keystore, vocabularies, vocabulary
+from shardemb.store import keyed_table, vocabulary, vocabulary_catalog
+from shardemb.vocabulary import hash_index, hashing, key_tables
 
 KEY_TYPES = ["int64", "string", "bytes"]
 
@@ -28,22 +29,22 @@ def pool_of(key_type, rng):
 
 def make_small(patch, chance):
     """Let what takes millions of keys happen with dozens."""
-    shapes = keystore.table_shapes
+    shapes = key_tables.table_shapes
 
     def small_shapes(record):
         rows = {"keys": 30, "freed": 5, "bytes": 3}
         return {what: (rows.get(what, n), width, 64) for what, (n, width, _) in shapes(record).items()}
 
-    patch.setattr(vocabularies, "table_shapes", small_shapes)
+    patch.setattr(vocabulary_catalog, "table_shapes", small_shapes)
     patch.setattr(vocabulary, "SLICE_ROWS", chance.choice([7, 100]))
-    patch.setattr(keystore, "SLICE_BYTES", chance.choice([200, 5000]))
+    patch.setattr(key_tables, "SLICE_BYTES", chance.choice([200, 5000]))
     patch.setattr(vocabulary, "BATCH_ROWS", chance.choice([11, 1000]))
-    patch.setattr(keyed, "SCANNED_ROWS", chance.choice([13, 1000]))
-    patch.setattr(keyindex, "OPEN_PAIRS", chance.choice([(1, 1), (5, 50), (64, 64), (2**20, 2**23)]))
-    patch.setattr(keyindex, "_STALE", chance.choice([0, 20, 2**16]))
-    patch.setattr(keyindex, "SHARED", chance.choice([1, 2**13]))
-    patch.setattr(keyindex, "_FIRST_SLOTS", chance.choice([2, 64]))
-    patch.setattr(keyindex, "PART_BITS", chance.choice([6, 9]))
+    patch.setattr(keyed_table, "SCANNED_ROWS", chance.choice([13, 1000]))
+    patch.setattr(hash_index, "OPEN_PAIRS", chance.choice([(1, 1), (5, 50), (64, 64), (2**20, 2**23)]))
+    patch.setattr(hash_index, "_STALE", chance.choice([0, 20, 2**16]))
+    patch.setattr(hash_index, "SHARED", chance.choice([1, 2**13]))
+    patch.setattr(hash_index, "_FIRST_SLOTS", chance.choice([2, 64]))
+    patch.setattr(hash_index, "PART_BITS", chance.choice([6, 9]))
     # The same from one run to the next.
     patch.setattr(hashing, "secret_of", lambda identity: hashing.Secret(np.uint64(1), np.uint64(2)))
 

@@ -15,11 +15,13 @@ from references import HOSTILE
 from test_failures import Failing
 from test_probing import level
 
-from shardemb import files, keyindex, probing, spec
+from shardemb.base.sizes import PAGE
 from shardemb.errors import DiskFullError
-from shardemb.keyindex import KeyIndex
-from shardemb.keyparts import Coverage
-from shardemb.spec import PAGE
+from shardemb.format import documents
+from shardemb.storage import files
+from shardemb.vocabulary import hash_index, index_kernels
+from shardemb.vocabulary.hash_index import KeyIndex
+from shardemb.vocabulary.index_files import Coverage
 
 LAST = 2**64 - 1
 NAME, OTHER = (str(uuid.UUID(int=n, version=4)) for n in (1, 2))
@@ -41,10 +43,10 @@ def run(functions):
 def small(open_pairs=(8, 32), part_bits=6):
     """Merge a few pairs already, into parts of a few entries; put some into slots by halves."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(keyindex, "SHARED", 5)
-        patch.setattr(keyindex, "OPEN_PAIRS", open_pairs)
-        patch.setattr(keyindex, "PART_BITS", part_bits)
-        patch.setattr(keyindex, "_FIRST_SLOTS", 4)
+        patch.setattr(hash_index, "SHARED", 5)
+        patch.setattr(hash_index, "OPEN_PAIRS", open_pairs)
+        patch.setattr(hash_index, "PART_BITS", part_bits)
+        patch.setattr(hash_index, "_FIRST_SLOTS", 4)
         yield
 
 
@@ -151,7 +153,7 @@ def test_what_is_in_memory_is_a_share_of_what_is_on_disk(path):
 
 
 def test_a_checkpoint_writes_down_what_would_take_long_to_learn(path, monkeypatch):
-    monkeypatch.setattr(keyindex, "_SOON_LEARNT", 20)
+    monkeypatch.setattr(hash_index, "_SOON_LEARNT", 20)
     pairs = [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(700)]
     with small((10**6, 10**6), part_bits=8):
         index, written = new_index(path), []
@@ -186,7 +188,7 @@ def test_an_index_that_may_not_write_keeps_all_in_memory(path):
 
 def test_hashes_that_begin_alike_are_merged_too(path):
     """More than may lie near one home: in memory they have no order."""
-    pairs = [((7 << 40) + n * 7919 % 5000, n) for n in range(3 * probing.FAR)]
+    pairs = [((7 << 40) + n * 7919 % 5000, n) for n in range(3 * index_kernels.FAR)]
     pairs += [(n << 50, n) for n in range(99)] + [((n << 58) - 1, n) for n in range(1, 65)]
     with small((10**6, 10**6), part_bits=6):
         index = new_index(path)
@@ -204,8 +206,8 @@ def test_hashes_that_begin_alike_are_merged_too(path):
 
 
 def test_a_salt_is_drawn_anew_and_never_none():
-    assert 0 not in {int(keyindex.new_salt()) for _ in range(10)}
-    assert len({int(keyindex.new_salt()) for _ in range(10)}) == 10
+    assert 0 not in {int(hash_index.new_salt()) for _ in range(10)}
+    assert len({int(hash_index.new_salt()) for _ in range(10)}) == 10
 
 
 def test_parts_side_by_side_write_what_they_write_one_by_one(path, tmp_path):
@@ -251,7 +253,7 @@ def test_the_files_are_what_their_docstring_says(path):
             "entries": end - begin,
             "coverage": {"commit": 1, "rows": 2, "head": 3},
             "checksum": xxhash.xxh3_64_intdigest(own.tobytes()) if own.size else 0,
-            "crc32": spec.crc32(header),
+            "crc32": documents.crc32(header),
         }
         assert bits == 3
         assert data[PAGE:] == own.tobytes()
@@ -260,7 +262,7 @@ def test_the_files_are_what_their_docstring_says(path):
 
 def test_parts_are_replaced_one_by_one_and_each_state_is_a_whole_index(path, tmp_path):
     """As a crash may leave them: some of now, some of before, deeper ones beside those that they replace."""
-    from shardemb import keyparts
+    from shardemb.vocabulary import index_files
 
     pairs = [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(600)]
     states = []
@@ -305,19 +307,19 @@ def test_parts_are_replaced_one_by_one_and_each_state_is_a_whole_index(path, tmp
             assert again.check()
             assert_holds(taken_up(folder), pairs)
     assert found == {Coverage(1, 200, 0), known}
-    assert keyparts.owners([]) is None
+    assert index_files.owners([]) is None
 
 
 @pytest.mark.parametrize("sample", [1, 32])
 def test_asking_for_pages_changes_nothing(path, sample, monkeypatch):
-    monkeypatch.setattr(keyindex, "SAMPLES", sample)
+    monkeypatch.setattr(hash_index, "SAMPLES", sample)
     pairs = [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(3000)]
     with small((10**6, 10**6)):
         index = new_index(path)
         index.view.read_ahead(np.arange(3, dtype=np.uint64))
         add(index, pairs)
         index.merge(Coverage())
-    monkeypatch.setattr(keyindex, "_are_resident", lambda array, places: False)
+    monkeypatch.setattr(hash_index, "_are_resident", lambda array, places: False)
     index.view.read_ahead(np.array([value for value, _ in pairs] + [0, LAST], np.uint64))
     index.view.read_ahead(np.empty(0, np.uint64))
     assert_holds(index, pairs)
@@ -463,7 +465,7 @@ def test_a_header_that_lies_under_a_right_checksum_is_refused(written, name):
     for value in HOSTILE:
         lying = sound | {name: value}
         if name != "crc32":
-            lying["crc32"] = spec.crc32(lying)
+            lying["crc32"] = documents.crc32(lying)
         head = json.dumps(lying).encode()
         is_one = name == "format_version" and value is not True and value == 1
         could_be = name in ("pairs", "homes", "checksum") and type(value) is int
@@ -489,7 +491,7 @@ def test_more_pairs_than_entries_or_far_too_many_homes_are_refused(written):
         lying = json.loads(data[:PAGE])
         for value in (lying["entries"] + 1 if name == "pairs" else 2**40 + 1, -1, 2**62, "9", None):
             lying[name] = value
-            lying["crc32"] = spec.crc32(lying)
+            lying["crc32"] = documents.crc32(lying)
             path.write_bytes(json.dumps(lying).encode().ljust(PAGE) + data[PAGE:])
             assert not taken_up(path.parent).has_files, value
 
@@ -500,7 +502,7 @@ def test_homes_that_lie_lead_to_nothing_else(written, homes):
     path /= "03-2"
     data = path.read_bytes()
     lying = json.loads(data[:PAGE]) | {"homes": homes}
-    lying["crc32"] = spec.crc32(lying)
+    lying["crc32"] = documents.crc32(lying)
     path.write_bytes(json.dumps(lying).encode().ljust(PAGE) + data[PAGE:])
     index = taken_up(path.parent)
     for (value, row), found in zip(pairs, rows_of(index, [value for value, _ in pairs]), strict=True):
@@ -610,7 +612,7 @@ def test_pairs_that_had_no_room_come_with_the_next(path, monkeypatch):
 
 
 def test_it_is_stale_when_more_than_half_is_of_no_use(path, monkeypatch):
-    monkeypatch.setattr(keyindex, "_STALE", 10)
+    monkeypatch.setattr(hash_index, "_STALE", 10)
     index = new_index(path)
     add(index, [(n, n) for n in range(30)])
     assert [index.is_stale(live) for live in (0, 9, 10, 30)] == [True, True, False, False]

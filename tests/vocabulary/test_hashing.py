@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from references import siphash13, splitmix, unsplitmix
 
-from shardemb import hashing
+from shardemb.vocabulary import hashing
 
 words = st.integers(0, 2**64 - 1)
 LIMITS = [0, 1, -1, 2**31, -(2**31), 2**63 - 1, -(2**63)]

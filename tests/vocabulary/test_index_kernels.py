@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shardemb import probing
+from shardemb.vocabulary import index_kernels
 
 LAST = 2**64 - 1
 PLAIN, SALTED = np.uint64(0), np.uint64(0x123456789ABCDEF1)
@@ -39,7 +39,7 @@ def filled(pairs, capacity=64, salt=PLAIN):
 
 def insert(slots, salt, values, rows, first=0, last=None):
     left = np.zeros(values.size, np.bool_)
-    probing.insert(*slots, salt, values, rows, left, first, slots[1].size if last is None else last)
+    index_kernels.insert(*slots, salt, values, rows, left, first, slots[1].size if last is None else last)
     return left
 
 
@@ -72,13 +72,13 @@ def home_in(value, bits, homes):
 def probe(slots, hashes, skip=0, end=2**62, salt=PLAIN, level=NO_LEVEL, start=0, stop=None):
     out = np.full(len(hashes), -7, np.int64)
     stop = len(hashes) if stop is None else stop
-    probing.probe(*slots, salt, *level, uint64(hashes), skip, end, out, start, stop)
+    index_kernels.probe(*slots, salt, *level, uint64(hashes), skip, end, out, start, stop)
     return out.tolist()
 
 
 def between(spans, entries, bits, first, last):
     out = np.full(2, -7)
-    probing.entries_between(spans, entries, bits, np.uint64(first), np.uint64(last), out)
+    index_kernels.entries_between(spans, entries, bits, np.uint64(first), np.uint64(last), out)
     return tuple(out.tolist())
 
 
@@ -96,7 +96,7 @@ def all_rows(slots, value, **options):
 
 @given(st.lists(hashes_, min_size=1), st.integers(1, 2**31))
 def test_homes_ascend_with_hashes_and_lie_among_the_slots(values, capacity):
-    homes = [probing.home(np.uint64(value), capacity, PLAIN) for value in sorted(values)]
+    homes = [index_kernels.home(np.uint64(value), capacity, PLAIN) for value in sorted(values)]
     assert homes == [(value >> 32) * capacity >> 32 for value in sorted(values)]
     assert homes == sorted(homes)
     assert 0 <= homes[0] <= homes[-1] < capacity
@@ -104,10 +104,10 @@ def test_homes_ascend_with_hashes_and_lie_among_the_slots(values, capacity):
 
 def test_a_salt_spreads_hashes_that_begin_alike():
     values = [np.uint64((7 << 40) + n) for n in range(4096)]
-    assert len({int(probing.home(value, 64, PLAIN)) for value in values}) == 1
-    homes = [probing.home(value, 64, SALTED) for value in values]
+    assert len({int(index_kernels.home(value, 64, PLAIN)) for value in values}) == 1
+    homes = [index_kernels.home(value, 64, SALTED) for value in values]
     assert np.bincount(homes, minlength=64).min() > 64 - 5 * 8
-    assert homes != [probing.home(value, 64, np.uint64(3)) for value in values]
+    assert homes != [index_kernels.home(value, 64, np.uint64(3)) for value in values]
 
 
 # ---- slots ------------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_probe_lists_the_pairs_in_slots_as_they_came(pairs, salt, end):
 @given(pairs_, salts, st.integers(49, 300))
 def test_other_slots_hold_the_same_pairs(pairs, salt, capacity):
     moved = empty(capacity)
-    assert probing.insert_all(*moved, salt, filled(pairs)[0])
+    assert index_kernels.insert_all(*moved, salt, filled(pairs)[0])
     for value in {value for value, _ in pairs}:
         assert sorted(all_rows(moved, value, salt=salt)) == sorted(
             row for each, row in pairs if each == value
@@ -146,17 +146,17 @@ def test_only_a_part_of_the_hashes_is_looked_up():
 
 
 def test_where_a_pair_would_lie_too_far_nothing_is_put_without_a_salt():
-    far, capacity = probing.FAR, 8 * probing.FAR
+    far, capacity = index_kernels.FAR, 8 * index_kernels.FAR
     values, rows = uint64(range(2 * far)), np.arange(2 * far)
     slots = empty(capacity)
     assert np.flatnonzero(insert(slots, PLAIN, values, rows)).tolist() == list(range(far, 2 * far))
     assert probe(slots, values.tolist()) == [*range(far), *[-1] * far]
     assert insert(slots, PLAIN, values[far:], rows[far:]).all()
     salted = empty(capacity)
-    assert probing.insert_all(*salted, SALTED, slots[0])
+    assert index_kernels.insert_all(*salted, SALTED, slots[0])
     assert not insert(salted, SALTED, values[far:], rows[far:]).any()
     assert probe(salted, values.tolist(), salt=SALTED) == rows.tolist()
-    assert not probing.insert_all(*empty(capacity), PLAIN, salted[0])
+    assert not index_kernels.insert_all(*empty(capacity), PLAIN, salted[0])
 
 
 def test_random_hashes_never_come_too_far():
@@ -173,7 +173,7 @@ def test_pairs_are_put_into_stretches_of_slots_whoever_comes_first(pairs, salt, 
     middle = capacity // 2 if data is None else data.draw(st.integers(0, capacity))
     slots, rows = empty(capacity), np.array([row for _, row in pairs], np.int64)
     values = uint64([value for value, _ in pairs])
-    homes = np.array([probing.home(value, capacity, salt) for value in values], np.int64)
+    homes = np.array([index_kernels.home(value, capacity, salt) for value in values], np.int64)
     beyond = np.zeros(len(pairs), np.bool_)
     for first, last in ((middle, capacity), (0, middle)):
         before = [each.copy() for each in slots]
@@ -194,7 +194,7 @@ def test_pairs_are_put_into_stretches_of_slots_whoever_comes_first(pairs, salt, 
 def test_a_hash_without_its_mark_is_in_no_slot(pairs, salt, others):
     _, marks = filled(pairs, salt=salt)
     for value in uint64([value for value, _ in pairs] + others):
-        marked = marks[probing.home(value, marks.size, salt)] & probing._mark(value) != 0
+        marked = marks[index_kernels.home(value, marks.size, salt)] & index_kernels._mark(value) != 0
         assert marked >= (int(value) in [each for each, _ in pairs])
 
 
@@ -202,7 +202,7 @@ def test_few_hashes_have_a_mark_that_is_not_theirs():
     rng = np.random.default_rng(0)
     values, others = rng.integers(0, LAST, (2, 40_000), np.uint64)
     _, marks = filled([(int(value), 0) for value in values], capacity=64_000)
-    marked = [marks[probing.home(value, marks.size, PLAIN)] & probing._mark(value) != 0 for value in others]
+    marked = [marks[index_kernels.home(value, marks.size, PLAIN)] & index_kernels._mark(value) != 0 for value in others]
     assert 0.05 < np.mean(marked) < 0.1
 
 
@@ -272,7 +272,7 @@ def test_rows_that_are_none_do_not_count():
 def test_homes_among_entries_are_those_of_the_parts(values, bits, deep):
     spans = level([(value, 1) for value in values], bits, deep=deep)[0]
     found = np.empty(len(values), np.int64)
-    probing.entry_homes(spans, bits, uint64(values), found)
+    index_kernels.entry_homes(spans, bits, uint64(values), found)
     for value, at in zip(values, found.tolist(), strict=True):
         begin, homes, end, own = spans[first_bits(value, bits)].tolist()
         assert at == min(begin + home_in(value, own, homes), end - 1)
@@ -282,11 +282,11 @@ def test_few_pairs_lie_far_from_their_homes():
     values = np.sort(np.random.default_rng(0).integers(0, LAST, 100_000, np.uint64))
     spans, entries, _ = level([(int(value), 1) for value in values], 3)
     homes = np.empty(values.size, np.int64)
-    probing.entry_homes(spans, 3, values, homes)
+    index_kernels.entry_homes(spans, 3, values, homes)
     far = np.flatnonzero(entries[:, 1] == 1) - homes
     assert far.min() == 0
     assert far.mean() < 2
-    assert np.mean(far < probing._NEAR) > 0.97
+    assert np.mean(far < index_kernels._NEAR) > 0.97
 
 
 # ---- merging ----------------------------------------------------------------------------------------------------
@@ -299,9 +299,9 @@ def test_take_between_sorts_the_pairs_of_a_range(pairs, first, last):
     first, last = sorted([first, last])
     (slots, _), bounds = filled(pairs), (np.uint64(first), np.uint64(last))
     expected = [pair for pair in pairs if first <= pair[0] <= last]
-    assert probing.count_between(slots, *bounds) == len(expected)
+    assert index_kernels.count_between(slots, *bounds) == len(expected)
     out = np.empty((len(expected), 2), np.uint64)
-    probing.take_between(slots, *bounds, out)
+    index_kernels.take_between(slots, *bounds, out)
     assert sorted(map(tuple, out.tolist())) == sorted(expected)
     assert out[:, 0].tolist() == sorted(out[:, 0].tolist())
 
@@ -310,7 +310,7 @@ def test_take_between_sorts_the_pairs_of_a_range(pairs, first, last):
 def test_ranges_side_by_side_share_out_all_pairs(pairs, bits):
     slots, _ = filled(pairs)
     found = [
-        probing.count_between(
+        index_kernels.count_between(
             slots, np.uint64(part << (64 - bits)), np.uint64(((part + 1) << (64 - bits)) - 1)
         )
         for part in range(2**bits)
@@ -330,9 +330,9 @@ def test_merge_makes_a_part_of_pairs_and_entries_each_pair_once(new, old, bits, 
     )
     expected = {pair for pair in [*new, *old] if first <= pair[0] <= last}
     homes = int(len(expected) / 0.75)
-    out = np.full((homes + own.shape[0] + others.shape[0] + probing.SLACK, 2), 7, np.uint64)
+    out = np.full((homes + own.shape[0] + others.shape[0] + index_kernels.SLACK, 2), 7, np.uint64)
     counts = np.full(2, -7)
-    probing.merge(own, others, np.uint64(first), bits, homes, out, counts)
+    index_kernels.merge(own, others, np.uint64(first), bits, homes, out, counts)
     stop, pairs = counts.tolist()
     spans, entries, _ = level(expected, bits, deep=range(64))
     begin, _, end, _ = spans[number].tolist()
@@ -349,10 +349,10 @@ def test_first_of_each_is_where_a_dict_has_it(values, salt):
     first = {}
     expected = [first.setdefault(value, at) for at, value in enumerate(values)]
     table = np.full(max(16, 2 * len(values)), -1)
-    assert probing.first_of_each(uint64(values), salt, table).tolist() == expected
+    assert index_kernels.first_of_each(uint64(values), salt, table).tolist() == expected
 
 
 @pytest.mark.parametrize("salt", [PLAIN, SALTED])
 def test_first_of_each_goes_round_at_the_end(salt):
     values = [LAST - n for n in range(16)]
-    assert probing.first_of_each(uint64(values), salt, np.full(16, -1)).tolist() == list(range(16))
+    assert index_kernels.first_of_each(uint64(values), salt, np.full(16, -1)).tolist() == list(range(16))

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardemb import matching, records
+from shardemb.vocabulary import key_kernels, key_records
 
 # Few, alike and of many lengths, so that some are the same and some begin the same.
 texts = st.text("ab\0", max_size=6).map(str.encode) | st.binary(max_size=20)
@@ -40,11 +40,11 @@ def assert_drops(drop, batch, same):
 
 @given(candidates(integers))
 def test_integers_are_compared_whole(batch):
-    words = records.integer_records(np.array([held or 0 for held, *_ in batch], np.int64))
+    words = key_records.integer_records(np.array([held or 0 for held, *_ in batch], np.int64))
     words[[held is None for held, *_ in batch]] = 0
     keys = np.array([key for _, key, _ in batch], np.int64)
     assert_drops(
-        lambda rows, dropped: matching.match_integers(words, keys, rows, dropped),
+        lambda rows, dropped: key_kernels.match_integers(words, keys, rows, dropped),
         batch,
         lambda held, key: held is not None and held == key,
     )
@@ -59,13 +59,13 @@ def test_strings_are_compared_by_hash_and_length_first(batch):
     held = [each or b"" for each, *_ in batch]
     lengths = np.array([len(each) for each in held], np.int64)
     hashes = np.array([weak_hash(each) for each in held], np.uint64)
-    words = records.string_records(hashes, np.full(len(batch), 2**40), lengths, lengths)
+    words = key_records.string_records(hashes, np.full(len(batch), 2**40), lengths, lengths)
     none = np.array([each is None for each, *_ in batch], np.bool_)
-    words[none] = records.without_key(words[none])
+    words[none] = key_records.without_key(words[none])
     wanted = np.array([weak_hash(key) for _, key, _ in batch], np.uint64)
     sizes = np.array([len(key) for _, key, _ in batch], np.int64)
     assert_drops(
-        lambda rows, dropped: matching.match_hashes(words, wanted, sizes, rows, dropped),
+        lambda rows, dropped: key_kernels.match_hashes(words, wanted, sizes, rows, dropped),
         batch,
         lambda held, key: held is not None and (len(held), weak_hash(held)) == (len(key), weak_hash(key)),
     )
@@ -84,7 +84,7 @@ def test_strings_of_one_length_are_compared_byte_by_byte(batch):
     which = np.array([at for at, (*_, there) in enumerate(cut) if there], np.int64)
     offsets, data = flat([key for _, key, _ in cut])
     assert_drops(
-        lambda rows, dropped: matching.match_bytes(cells, begins[which], which, offsets, data, rows, dropped),
+        lambda rows, dropped: key_kernels.match_bytes(cells, begins[which], which, offsets, data, rows, dropped),
         cut,
         lambda held, key: held == key,
     )
@@ -95,7 +95,7 @@ def test_strings_that_differ_from_their_leader_are_counted(strings, data):
     leader = np.array([data.draw(st.integers(0, at)) for at in range(len(strings))], np.int64)
     differ = [strings[first] != each for first, each in zip(leader.tolist(), strings, strict=True)]
     expected = np.where(differ, np.arange(leader.size), leader)
-    assert matching.same_bytes(*flat(strings), leader) == sum(differ)
+    assert key_kernels.same_bytes(*flat(strings), leader) == sum(differ)
     assert leader.tolist() == expected.tolist()
 
 
@@ -103,14 +103,14 @@ def test_strings_that_differ_from_their_leader_are_counted(strings, data):
 def test_bytes_go_where_they_belong_and_come_back(strings):
     offsets, data = flat(strings)
     begins, cells = scattered(strings)
-    matching.place_bytes(cells, begins, offsets, data)
+    key_kernels.place_bytes(cells, begins, offsets, data)
     inside = np.zeros(cells.size, np.bool_)
     for begin, each in zip(begins.tolist(), strings, strict=True):
         assert cells[begin : begin + len(each)].tobytes() == each
         inside[begin : begin + len(each)] = True
     assert (cells[~inside] == 0xEE).all()
     found = np.zeros_like(data)
-    matching.take_bytes(cells, begins, offsets, found)
+    key_kernels.take_bytes(cells, begins, offsets, found)
     assert found.tobytes() == b"".join(strings)
 
 
@@ -130,6 +130,6 @@ def test_the_smallest_counters_of_a_key_are_raised(cells, sightings, start):
             model[row][column] = max(model[row][column], count)
         counts[key] = count
     counters, found = np.full(8, start, np.uint32), np.zeros(len(cells), np.uint32)
-    matching.count_seen(counters, np.array(cells) + np.array([0, 4]), np.array(sightings, np.int64), found)
+    key_kernels.count_seen(counters, np.array(cells) + np.array([0, 4]), np.array(sightings, np.int64), found)
     assert counters.tolist() == [*model[0], *model[1]]
     assert found.tolist() == counts

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shardemb import records
+from shardemb.vocabulary import key_records
 
 integers = st.sampled_from([0, 1, -1, 2**31, -(2**31), 2**32, 2**63 - 1, -(2**63)]) | st.integers(
     -(2**63), 2**63 - 1
@@ -23,21 +23,21 @@ def halves(number):
 def made(spans):
     columns = zip(*spans, strict=True) if spans else [[]] * 4
     hashes, *others = (np.array(column, kind) for column, kind in zip(columns, "Qqqq", strict=True))
-    return records.string_records(hashes, *others)
+    return key_records.string_records(hashes, *others)
 
 
 @given(st.lists(integers))
 def test_integers(keys):
-    words = records.integer_records(np.array(keys, np.int64))
+    words = key_records.integer_records(np.array(keys, np.int64))
     assert words.dtype == np.uint32
     assert words.tolist() == [[*halves(key), LIVE] for key in keys]
-    assert records.integers_of(words).tolist() == keys
-    assert records.integers_of(np.repeat(words, 2, 0)[::2]).tolist() == keys
-    assert records.are_live(words).tolist() == [True] * len(keys)
-    gone = records.without_key(words)
+    assert key_records.integers_of(words).tolist() == keys
+    assert key_records.integers_of(np.repeat(words, 2, 0)[::2]).tolist() == keys
+    assert key_records.are_live(words).tolist() == [True] * len(keys)
+    gone = key_records.without_key(words)
     assert not gone.any()
-    assert records.are_live(gone).tolist() == [False] * len(keys)
-    assert records.integers_of(words).tolist() == keys  # as it was
+    assert key_records.are_live(gone).tolist() == [False] * len(keys)
+    assert key_records.integers_of(words).tolist() == keys  # as it was
 
 
 @given(st.lists(strings))
@@ -48,27 +48,27 @@ def test_strings(spans):
         [*halves(value), begin % 2**32, begin >> 32 | LIVE, length, room]
         for value, begin, length, room in spans
     ]
-    assert records.hashes_of(words).tolist() == [value for value, *_ in spans]
-    assert list(zip(*map(np.ndarray.tolist, records.spans_of(words)), strict=True)) == [
+    assert key_records.hashes_of(words).tolist() == [value for value, *_ in spans]
+    assert list(zip(*map(np.ndarray.tolist, key_records.spans_of(words)), strict=True)) == [
         span[1:] for span in spans
     ]
-    assert records.are_live(words).tolist() == [True] * len(spans)
+    assert key_records.are_live(words).tolist() == [True] * len(spans)
 
 
 @given(st.lists(strings))
 def test_a_string_that_goes_leaves_its_room(spans):
     words = made(spans)
-    gone = records.without_key(words)
-    assert records.are_live(gone).tolist() == [False] * len(spans)
-    begins, lengths, rooms = records.spans_of(gone)
+    gone = key_records.without_key(words)
+    assert key_records.are_live(gone).tolist() == [False] * len(spans)
+    begins, lengths, rooms = key_records.spans_of(gone)
     assert list(zip(begins.tolist(), rooms.tolist(), strict=True)) == [
         (begin, room) for _, begin, _, room in spans
     ]
     assert not lengths.any()
-    assert not records.hashes_of(gone).any()
-    assert records.are_live(words).all()  # as it was
+    assert not key_records.hashes_of(gone).any()
+    assert key_records.are_live(words).all()  # as it was
 
 
 def test_a_record_that_was_never_written_has_no_key():
-    for width in (records.INTEGER_WORDS, records.STRING_WORDS):
-        assert not records.are_live(np.zeros((3, width), np.uint32)).any()
+    for width in (key_records.INTEGER_WORDS, key_records.STRING_WORDS):
+        assert not key_records.are_live(np.zeros((3, width), np.uint32)).any()

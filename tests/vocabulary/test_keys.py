@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from shardemb import keys
+from shardemb.vocabulary import keys
 
 TEXTS = ["to", "", "be", "a\0", "\0", "snow ☃", "𝄞" * 3, "or"]
 BINARIES = [text.encode() for text in TEXTS[:-1]] + [b"\xff\xfe"]

@@ -15,10 +15,11 @@ from test_log import independent, rewrite
 from test_power_loss import scratch
 
 import shardemb
-from shardemb import folders, layout, replay, spec
 from shardemb.errors import FormatError
-from shardemb.manifest import Manifest
+from shardemb.format import documents, store_paths, zarr_metadata
+from shardemb.format.manifest import Manifest
 from shardemb.optim import Adam
+from shardemb.storage import folders, log_reader
 
 SECONDS = float(os.environ.get("SHARDEMB_FUZZ_S", "15"))
 SEED = int(os.environ.get("SHARDEMB_SEED", "0"))
@@ -77,9 +78,9 @@ def test_the_log_reader():
     chance = random.Random(SEED)
     with scratch() as folder:
         crashed = a_crashed_store(Path(folder))
-        base = Manifest.from_bytes(folders.manifest(crashed).read_bytes())
-        spec = layout.table_spec(folders.documents(crashed / "t"))
-        sound = folders.log(crashed)
+        base = Manifest.from_bytes(store_paths.manifest(crashed).read_bytes())
+        spec = zarr_metadata.table_spec(folders.documents(crashed / "t"))
+        sound = store_paths.log(crashed)
         paths = sorted(sound.glob("*.log"))
         copy, count, refused = Path(folder) / "log", 0, 0
         before, until = resident_bytes(), time.monotonic() + SECONDS
@@ -90,7 +91,7 @@ def test_the_log_reader():
                 nonsense(copy / path.name, chance)
             started = time.monotonic()
             try:
-                found = replay.read(copy, base)
+                found = log_reader.read(copy, base)
                 ids, addresses = found.images(spec)
                 assert ids.size == addresses.size <= 500
             except FormatError:  # LogDamagedError is one
@@ -138,7 +139,7 @@ def seal(document):
     """Give a table's attributes the checksum that belongs to them, where they are still an object."""
     with contextlib.suppress(TypeError, KeyError, IndexError, AttributeError):
         attributes = document["attributes"]["shardemb"]
-        attributes["crc32"] = spec.crc32(attributes)
+        attributes["crc32"] = documents.crc32(attributes)
 
 
 @pytest.mark.slow
@@ -146,7 +147,7 @@ def test_the_metadata_readers():
     chance = random.Random(SEED)
     with scratch() as folder:
         crashed = a_crashed_store(Path(folder))
-        document = json.loads(folders.manifest(crashed).read_bytes())
+        document = json.loads(store_paths.manifest(crashed).read_bytes())
         documents = {name: json.loads(data) for name, data in folders.documents(crashed / "t").items()}
     before, until = resident_bytes(), time.monotonic() + SECONDS
     counts = {"accepted": 0, "refused": 0}
@@ -155,17 +156,17 @@ def test_the_metadata_readers():
             if chance.random() < 0.5:
                 changed = mutate(document, chance)
                 if isinstance(changed, dict):
-                    changed["crc32"] = spec.crc32(changed)
+                    changed["crc32"] = documents.crc32(changed)
                 Manifest.from_bytes(json.dumps(changed).encode())
             else:
                 name = chance.choice(list(documents))
                 changed = documents | {name: mutate(documents[name], chance)}
                 if chance.random() < 0.5:  # a hostile table has the right checksum
-                    seal(changed[layout.DOCUMENT])
+                    seal(changed[zarr_metadata.DOCUMENT])
                 data = {name: json.dumps(each).encode() for name, each in changed.items()}
                 if chance.random() < 0.1:
                     data[name] = data[name][: chance.randrange(len(data[name]))] or b"[" * 100_000
-                layout.table_spec(data)
+                zarr_metadata.table_spec(data)
             counts["accepted"] += 1
         except FormatError:
             counts["refused"] += 1

@@ -16,7 +16,7 @@ from model import StoreModel, TableModel, assert_same_bits
 from test_power_loss import scratch
 
 import shardemb
-from shardemb import plan
+from shardemb.compute import plan
 from shardemb.errors import RowIdError, TableExistsError
 from shardemb.initializers import Constant, Normal, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad

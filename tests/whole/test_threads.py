@@ -10,11 +10,11 @@ from conftest import close_quietly
 from model import TableModel, assert_same_bits
 
 import shardemb
-from shardemb import plan, scheduler
+from shardemb.compute import plan, scheduler
+from shardemb.engine.shards import Shards
 from shardemb.errors import StoreClosedError, TableNotFoundError
 from shardemb.initializers import Constant, Normal
 from shardemb.optim import SGD, Adam
-from shardemb.shards import Shards
 
 ROWS, DIM = 4000, 16
 STILL, MOVING = np.arange(0, 2000), np.arange(2000, 4000)

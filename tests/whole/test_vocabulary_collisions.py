@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from references import unsplitmix
 
 import shardemb
-from shardemb import batch, hashing, keyindex, vocabulary
+from shardemb.engine import batch
 from shardemb.errors import DiskFullError
+from shardemb.store import vocabulary
+from shardemb.vocabulary import hash_index, hashing
 
 strings_ = st.text("ab\0é", max_size=3)
 KINDS = {
@@ -40,9 +42,9 @@ def colliding(*, merge_at=(16, 64)):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hashing, "hash_strings", weak_strings)
         patch.setattr(hashing, "hash_integers", weak_integers)
-        patch.setattr(keyindex, "OPEN_PAIRS", merge_at)
-        patch.setattr(keyindex, "PART_BITS", 3)
-        patch.setattr(keyindex, "_STALE", 20)
+        patch.setattr(hash_index, "OPEN_PAIRS", merge_at)
+        patch.setattr(hash_index, "PART_BITS", 3)
+        patch.setattr(hash_index, "_STALE", 20)
         yield
 
 

@@ -24,8 +24,9 @@ from small import KEY_TYPES, let_hashes_collide, make_small, pool_of
 from test_power_loss import scratch
 
 import shardemb
-from shardemb import folders, plan
+from shardemb.compute import plan
 from shardemb.errors import RowIdError, UnknownKeyError
+from shardemb.format import store_paths
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import SGD, Adam, RowWiseAdagrad
 
@@ -292,7 +293,7 @@ class VocabularyMachine(RuleBasedStateMachine):
             self.commit()
         self.close_reader()
         assert self.store.verify() == []
-        path = folders.index(self.path, self.vocabulary._record().uuid)
+        path = store_paths.index(self.path, self.vocabulary._record().uuid)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             self.store.close()

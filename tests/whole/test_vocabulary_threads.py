@@ -14,10 +14,11 @@ from small import make_small, pool_of
 from test_threads import Threads
 
 import shardemb
-from shardemb import keyindex, plan, records
+from shardemb.compute import plan
 from shardemb.errors import RowIdError, StoreClosedError, UnknownKeyError
 from shardemb.initializers import Constant
 from shardemb.optim import SGD
+from shardemb.vocabulary import hash_index, key_records
 
 DIM = 4
 
@@ -25,8 +26,8 @@ DIM = 4
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     make_small(monkeypatch, random.Random(3))
-    monkeypatch.setattr(keyindex, "OPEN_PAIRS", (16, 128))
-    monkeypatch.setattr(keyindex, "_STALE", 50)
+    monkeypatch.setattr(hash_index, "OPEN_PAIRS", (16, 128))
+    monkeypatch.setattr(hash_index, "_STALE", 50)
     monkeypatch.setattr(plan, "TASK_BYTES", 2_000)
 
 
@@ -64,7 +65,7 @@ def assert_sound(store):
     free = words._stored.freed(state.head, state.tail).tolist()
     assert sorted(rows + free) == list(range(state.reserved, state.rows))
     dead = words._stored.records(np.array(free, np.int64))
-    assert not records.are_live(dead).any()
+    assert not key_records.are_live(dead).any()
     for name in store:
         if hasattr(store[name], "vocabulary"):
             assert store[name].rows.num_embeddings >= words.num_rows

@@ -1,0 +1,17 @@
+"""Sizes that every room uses: the page, and rounding up to a multiple."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+PAGE = 4096
+"""Bytes of a page: the unit in which the kernel reads, copies and drops, and to which shards are aligned."""
+
+
+def round_up(value: int, multiple: int) -> int:
+    """Round `value` up to a multiple of `multiple`."""
+    return -(-value // multiple) * multiple

@@ -1,0 +1,98 @@
+"""Which pages of a mapped file are in memory, and asking the kernel for those that are not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numba import types as nb
+
+from shardemb.base.sizes import PAGE
+from shardemb.compute.compiler import kernel
+from shardemb.compute.row_index import place_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from shardemb.base.validation import Int64Array
+
+
+_madvise = nb.ExternalFunction("madvise", nb.int32(nb.uintp, nb.uintp, nb.int32))
+
+
+_mincore = nb.ExternalFunction("mincore", nb.int32(nb.uintp, nb.uintp, nb.uintp))
+
+
+@kernel
+def sample_resident(
+    base: int,
+    record_bytes: int,
+    directory: NDArray[np.int32],
+    branches: NDArray[np.int32],
+    leaves: NDArray[np.int32],
+    slots: int,
+    present: NDArray[np.uint8],
+    ids: Int64Array,
+    samples: int,
+) -> int:
+    """Of `samples` ids spread over the batch, count those whose page is in memory; -1 if the kernel won't tell.
+
+    Rows in slots, and those that `present` says were never written, need no page.
+    """
+    answer = np.zeros(1, np.uint8)
+    resident = 0
+    for k in range(samples):
+        row = ids[k * ids.size // samples]
+        if (present.size and not (present[row >> 3] >> (row & 7)) & 1) or place_of(
+            directory, branches, leaves, slots, row
+        ) != row:
+            resident += 1
+            continue
+        page = (base + row * record_bytes) & -PAGE
+        if _mincore(page, PAGE, answer.ctypes.data) != 0:
+            return -1
+        resident += answer[0] & 1
+    return resident
+
+
+@kernel
+def _advise_pages(base: int, start: int, stop: int, advice: int, most_pages: int) -> int:
+    failed = 0
+    for first in range(start, stop, most_pages):
+        pages = min(most_pages, stop - first)
+        failed += _madvise(base + first * PAGE, pages * PAGE, advice) != 0
+    return failed
+
+
+@kernel
+def advise(
+    base: int,
+    record_bytes: int,
+    directory: NDArray[np.int32],
+    branches: NDArray[np.int32],
+    leaves: NDArray[np.int32],
+    slots: int,
+    present: NDArray[np.uint8],
+    sorted_ids: Int64Array,
+    advice: int,
+    most_pages: int,
+    start: int,
+    stop: int,
+) -> int:
+    """Give `advice` on the pages of ascending ids, up to `most_pages` a call; return the calls that failed.
+
+    Rows in slots, and those that `present` says were never written, are passed over; an empty `present` says nothing.
+    """
+    first, last, failed = np.int64(0), np.int64(-2), 0
+    for i in range(start, stop):
+        row = sorted_ids[i]
+        if present.size and not (present[row >> 3] >> (row & 7)) & 1:
+            continue
+        if place_of(directory, branches, leaves, slots, row) != row:
+            continue
+        low, high = row * record_bytes // PAGE, ((row + 1) * record_bytes - 1) // PAGE
+        if low > last + 1:
+            failed += _advise_pages(base, int(first), int(last) + 1, advice, most_pages)
+            first = low
+        last = max(last, high)
+    return failed + _advise_pages(base, int(first), int(last) + 1, advice, most_pages)

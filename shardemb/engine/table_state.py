@@ -1,0 +1,409 @@
+"""One table of an open store: its memory, what changes about it, and the plans of its batches.
+
+A batch goes down through the rooms once: `validation` checks it, `plan` groups and cuts it, `batch` hands the pieces to
+`scheduler`, which runs them on threads, and `row_kernels` moves the numbers, in memory that `Shards` has mapped over
+the files. `plan_read` and `plan_change` are the checked half of that, so that a store can check many tables before it
+changes any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from shardemb.base import serialization, validation
+from shardemb.base.progress import track
+from shardemb.compute import plan, scheduler
+from shardemb.engine import batch, disk_usage
+from shardemb.engine.shards import Shards
+from shardemb.errors import ShardEmbError, TableNotFoundError
+from shardemb.format import store_paths
+from shardemb.format.manifest import TableEntry
+from shardemb.format.spec import MAX_ROWS, reshaped_spec
+from shardemb.format.table_files import TableLocation
+from shardemb.storage import address_space, files, rewrite
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import dask.array
+    from numpy.typing import ArrayLike, NDArray
+
+    from shardemb.base.progress import Progress
+    from shardemb.base.validation import Float32Array, Int64Array
+    from shardemb.engine.batch import Training
+    from shardemb.engine.runtime import Runtime
+    from shardemb.optim import Optimizer
+
+MATERIALIZED_BYTES = 32 * 2**20
+"""Bytes of records that `TableState.materialize` sends through the log at once."""
+
+
+class TableState:
+    """A table as the rooms of a store see it; users hold a `Table`, which has the contracts.
+
+    Parameters
+    ----------
+    runtime : Runtime
+    name : str
+    shards : Shards
+    training : Training
+    vocabulary : str, optional
+        The uuid of the vocabulary that gives out its rows.
+
+    Attributes
+    ----------
+    runtime, name, training, vocabulary
+        As the parameters.
+    spec : TableSpec
+        What is fixed about it; stays when the store is closed.
+    dropped : bool
+        Whether every use is refused, unless a rollback brings the table back.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        name: str,
+        shards: Shards,
+        training: Training,
+        vocabulary: str | None = None,
+    ) -> None:
+        self.runtime = runtime
+        self.name = name
+        self.spec = shards.spec
+        self.training = training
+        self.vocabulary = vocabulary
+        self.dropped = False
+        self._shards: Shards | None = shards
+
+    # ---- what it is
+
+    @property
+    def shards(self) -> Shards:
+        """The table's memory, as long as the store is open."""
+        assert self._shards is not None
+        return self._shards
+
+    @property
+    def entry(self) -> TableEntry:
+        """What a commit would say about the table."""
+        training = self.training
+        return TableEntry(self.spec.uuid, self.name, training.step, training.optimizer, self.vocabulary)
+
+    @property
+    def changed_rows(self) -> int | None:
+        """How many rows differ from the last commit; None once the table is closed."""
+        return None if self._shards is None or self.runtime.closed else self._shards.changes
+
+    def live(self) -> Shards:
+        """Return the table's memory.
+
+        Raises
+        ------
+        StoreClosedError, TableNotFoundError
+            The store was closed; the table was dropped.
+        """
+        self.runtime.check_open()
+        if self._shards is None or self.dropped:
+            msg = f"table {self.name!r} is no longer in the store {self.runtime.path}"
+            raise TableNotFoundError(msg)
+        return self._shards
+
+    def stats(self) -> dict[str, Any]:
+        """Return what `Table.stats` does."""
+        shards = self.live()
+        with self.runtime.lock:
+            on_disk = disk_usage.measure(shards)
+        by_shard = zip(on_disk.rows_written.tolist(), on_disk.bytes_allocated.tolist(), strict=True)
+        totals, overlay = shards.totals, shards.overlay
+        return {
+            "lookups": totals.lookups,
+            "rows_looked_up": totals.rows_looked_up,
+            "cold_lookups": totals.cold_lookups,
+            "changes": totals.changes,
+            "rows_changed": totals.rows_changed,
+            "rows_copied": totals.rows_copied,
+            "rows_in_memory": overlay.slots.count,
+            "bytes_in_memory": overlay.nbytes,
+            "rows_out": overlay.spilled,
+            "bytes_mapped": self.spec.num_shards * self.spec.shard_bytes,
+            "rows_written": int(on_disk.rows_written.sum()),
+            "bytes_allocated": int(on_disk.bytes_allocated.sum()),
+            "shards": [{"rows_written": rows, "bytes_allocated": nbytes} for rows, nbytes in by_shard],
+        }
+
+    # ---- reading
+
+    def plan_read(self, column: str, ids: ArrayLike) -> batch.Wanted:
+        """Check a lookup."""
+        # Against the memory that is read, and not what the table may become meanwhile, which may have fewer rows.
+        shards = self.live()
+        checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
+        first, last = shards.spec.columns[column]
+        return batch.Wanted(shards, column, checked.flat, (*checked.shape, last - first))
+
+    def read(self, column: str, ids: ArrayLike, out: NDArray[np.float32] | None = None) -> Float32Array:
+        """Copy a column of rows into `out`, or into a new array."""
+        wanted = self.plan_read(column, ids)
+        made, shape = self.runtime.outputs, wanted.shape
+        result = made.empty(shape) if out is None else validation.output(out, shape)
+        batch.read(self.runtime, [wanted.into(result)])
+        return result
+
+    def read_unique(self, ids: ArrayLike) -> tuple[Float32Array, Int64Array, Int64Array]:
+        """Copy each distinct row once; return also the ids of these rows, and the inverse."""
+        count = self.live().spec.num_embeddings
+        checked = validation.row_ids(ids, count, self.name)
+        unique_ids, inverse = plan.distinct(checked.flat, count)
+        return self.read("weight", unique_ids), unique_ids, inverse.reshape(checked.shape)
+
+    def read_state(self, column: str, ids: ArrayLike) -> Float32Array:
+        """Copy a state column of rows; without its last axis where it is one number a row."""
+        self.live()
+        states = list(self.spec.columns)[1:]
+        if column not in states:
+            msg = f"table {self.name!r} has no state column {column!r}; it has {', '.join(states) or 'none'}"
+            raise ValueError(msg)
+        rows = self.read(column, ids)
+        return rows[..., 0] if self.spec.is_row_wise(column) else rows
+
+    def read_range(self, column: str, start: int, stop: int) -> Float32Array:
+        """Copy a column of rows ``start:stop`` in the calling thread."""
+        return batch.read_range(self.runtime, self.live(), column, start, stop)
+
+    def prefetch(self, ids: ArrayLike, *, for_update: bool) -> None:
+        """Start to read rows into memory, in the background."""
+        shards, rows = self._distinct(ids)
+        if for_update:
+            self.runtime.check_writable()
+        self.runtime.in_background(partial(batch.prefetch, self.runtime, shards, rows, for_update=for_update))
+
+    def explain(self, ids: ArrayLike) -> batch.Explanation:
+        """Describe what a lookup of a batch meets."""
+        shards = self.live()
+        checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
+        return batch.explain(self.runtime, shards, checked.flat)
+
+    def as_dask_array(self) -> dask.array.Array:
+        """Make a dask array of the weights, one chunk a shard."""
+        rows, dim = self.live().spec.num_embeddings, self.spec.embedding_dim
+        return scheduler.as_array(partial(self.read_range, "weight"), rows, dim, self.spec.rows_per_shard)
+
+    # ---- changing rows
+
+    def plan_change(
+        self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool
+    ) -> batch.Change:
+        """Check an update (`what` is "gradients") or a write ("rows"), and group its ids."""
+        shards = self.live()
+        if what == "gradients" and self.training.optimizer is None:
+            msg = f"table {self.name!r} has no optimizer: give create_table one, or set rows with write()"
+            raise ValueError(msg)
+        checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
+        shape = (*checked.shape, self.spec.embedding_dim)
+        rows = validation.rows(values, shape, what=what, table=self.name, check_finite=check_finite)
+        grouped = plan.group(checked.flat, shards.spec.num_embeddings)
+        return batch.Change(shards, grouped, rows, self.training if what == "gradients" else None)
+
+    def plan_reset(self, rows: Int64Array) -> batch.Change:
+        """Plan to give ascending rows their initial records again; those that have them already are left out."""
+        return self._reset(self.live(), rows)
+
+    def change(self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool) -> None:
+        """Carry out an update or a write; see `plan_change`."""
+        batch.change(self.runtime, [self.plan_change(ids, values, what, check_finite=check_finite)])
+
+    def reset(self, ids: ArrayLike) -> None:
+        """Give rows their initial records again."""
+        shards, rows = self._distinct(ids)
+        batch.change(self.runtime, [self._reset(shards, rows)])
+
+    def set_optimizer(self, optimizer: Optimizer) -> None:
+        """Change hyper-parameters, from the next update on."""
+        with self.runtime.changing():
+            self.live()
+            now = self.training.optimizer
+            if (
+                now is None
+                or type(optimizer) is not type(now)
+                or optimizer.initial_state() != now.initial_state()
+            ):
+                msg = (
+                    f"table {self.name!r} has the optimizer {now}; set_optimizer changes its hyper-parameters, "
+                    f"not its kind nor what its state starts from, got {optimizer!r}"
+                )
+                raise ValueError(msg)
+            self.training.optimizer = optimizer
+
+    def _distinct(self, ids: ArrayLike) -> tuple[Shards, Int64Array]:
+        """Check row ids; return the memory that they are of, and the distinct ones, ascending."""
+        shards = self.live()
+        checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
+        return shards, plan.group(checked.flat, shards.spec.num_embeddings).rows
+
+    def _reset(self, shards: Shards, rows: Int64Array) -> batch.Change:
+        rows = rows[shards.were_written(rows) | (shards.overlay.places(rows) != rows)]
+        grouped = plan.Grouped(rows, np.arange(rows.size + 1), np.arange(rows.size))
+        return batch.Change(shards, grouped, shards.first_records(rows), None)
+
+    # ---- changing the table
+
+    def resize(self, num_embeddings: int, *, drop_rows: bool = False) -> None:
+        """Change the number of rows."""
+        count = validation.count(num_embeddings, "num_embeddings", maximum=MAX_ROWS)
+        with self.runtime.writing():
+            self.live()
+            self.runtime.folds.drain()
+            old = self.live()
+            rows = self.spec.num_embeddings
+            if count < rows and self.vocabulary is not None:
+                msg = f"table {self.name!r} is as large as its vocabulary needs; remove keys instead"
+                raise ShardEmbError(msg)
+            if count < rows and not drop_rows:
+                msg = (
+                    f"table {self.name!r} has {rows} rows; "
+                    f"resize({count}, drop_rows=True) drops those from {count} on"
+                )
+                raise ValueError(msg)
+            if count != rows:
+                self.become(self._resized(old, count), self.training)
+
+    def resize_and_write(self, count: int, ids: Int64Array, records: Float32Array) -> None:
+        """Have another number of rows and other records in some of them: both or neither."""
+        with self.runtime.writing():
+            self.runtime.folds.drain()
+            self.become(self._resized(self.live(), count, ids, records), self.training)
+
+    def _resized(
+        self, old: Shards, count: int, ids: Int64Array | None = None, records: Float32Array | None = None
+    ) -> Shards:
+        spec = rewrite.resized(old.spec, count)
+        directory = store_paths.parked(self.runtime.path, spec.uuid)
+        rewrite.resize(TableLocation(old.spec, old.directory), TableLocation(spec, directory))
+        try:
+            new = Shards(spec, directory)
+            new.take_changes(old, self.runtime.budget)
+            if ids is not None and records is not None:
+                new.take(ids, records, self.runtime.budget)
+        except BaseException:
+            files.remove_tree(directory)
+            raise
+        return new
+
+    @contextlib.contextmanager
+    def reshaped(
+        self,
+        optimizer: Optimizer | Literal["keep"] | None,
+        rows_per_shard: int | None,
+        progress: Progress,
+    ) -> Iterator[None]:
+        """Continue with a copy that has other shards or another optimizer, if the body commits it.
+
+        To be called when all is committed; interrupted, the next call for the same commit continues the copy.
+        """
+        commit = self.runtime.committed.commit
+        assert commit is not None
+        old, keep, before = self.shards, optimizer == "keep", replace(self.training)
+        spec = reshaped_spec(
+            old.spec,
+            optimizer=old.spec.optimizer if keep else optimizer,
+            rows_per_shard=rows_per_shard,
+            max_shards=address_space.mappings_left(),
+            instant=str(commit.id),
+        )
+        directory = rewrite.reshaped(
+            self.runtime.path,
+            TableLocation(old.spec, old.directory),
+            spec,
+            keep_state=keep,
+            progress=progress,
+        )
+        self.become(Shards(spec, directory), before if keep else batch.Training(spec.optimizer, 0))
+        try:
+            yield
+        except BaseException:
+            # Unless it was committed, or may have been, which the next opening finds out.
+            if self.runtime.committed.commit is commit and not self.runtime.poisoned:
+                self.become(old, before)
+            raise
+
+    def materialize(self, progress: Progress) -> None:
+        """Write the initial records of all rows that were never written into the shards."""
+        self.live()
+        count = self.spec.num_embeddings if self.spec.has_presence else 0
+        step = max(1, MATERIALIZED_BYTES // self.spec.record_bytes)
+        with track(count, "materializing", progress=progress) as advance:
+            for start in range(0, count, step):
+                with self.runtime.writing():
+                    shards = self.live()
+                    stop = min(start + step, count, self.spec.num_embeddings)
+                    ids = shards.never_written(start, stop)
+                    if ids.size:
+                        self.runtime.folds.supplement(shards.spec, ids, partial(shards.pack_first, ids))
+                advance(min(step, count - start))
+
+    # ---- its life within the store, under the store's lock
+
+    def become(self, shards: Shards, training: Training) -> None:
+        """Continue with other memory, of a table with other rows, shards or state."""
+        if self._shards is not None:
+            self._shards.successor = shards
+        shards.successor = None
+        self._shards, self.spec = shards, shards.spec
+        self.training.optimizer, self.training.step = training.optimizer, training.step
+
+    def restore(self, name: str, shards: Shards, training: Training) -> None:
+        """Go back to what the table was."""
+        self.name, self.dropped = name, False
+        self.become(shards, training)
+
+    def adopt(self, newer: TableState) -> TableState:
+        """Become what a newer opening of the same table is."""
+        self.name, self.spec, self._shards = newer.name, newer.spec, newer.shards
+        self.training, self.dropped = newer.training, False
+        return self
+
+    def release(self) -> None:
+        """Release the table's memory: it is unmapped once the last lookup that still runs has ended."""
+        self._shards = None
+
+
+class TableSource:
+    """A table as exports see it (`shardemb.io.arrow.RowSource`): all of its rows, or the first `num_rows`."""
+
+    def __init__(self, table: TableState, num_rows: int | None = None, keys: Any = None) -> None:  # noqa: ANN401
+        spec = table.live().spec
+        self._table = table
+        self.name = table.name
+        self.num_embeddings = spec.num_embeddings if num_rows is None else num_rows
+        self.embedding_dim = spec.embedding_dim
+        self.rows_per_shard = spec.rows_per_shard
+        self.threads = table.runtime.threads
+        self.keys = keys
+        self.columns = {
+            name: last - first for name, (first, last) in spec.columns.items() if name != "weight"
+        }
+
+    def read_rows(self, start: int, stop: int, columns: Sequence[str]) -> list[Float32Array]:
+        """Read the weights of a range of rows, then each state column."""
+        return [self._table.read_range(column, start, stop) for column in ("weight", *columns)]
+
+    def give_back(self, start: int, stop: int) -> None:
+        """Let the pages of a range of rows leave memory."""
+        with self._table.runtime.lock:
+            self._table.live().give_back(start, stop)
+
+    def describe(self) -> Mapping[str, object]:
+        """Return a few facts about the table, as JSON has them."""
+        spec, training = self._table.spec, self._table.training
+        return {
+            "uuid": spec.uuid,
+            "step": training.step,
+            "optimizer": serialization.to_json(training.optimizer) if training.optimizer else None,
+            "initializer": serialization.to_json(spec.initializer),
+        }

@@ -1,0 +1,233 @@
+"""The rows of a table by key: what keys get that have no row, and which keys lose theirs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+
+from shardemb.base import validation
+from shardemb.engine import batch
+from shardemb.engine.table_state import TableSource
+from shardemb.errors import UnknownKeyError
+from shardemb.format.spec import COUNT, LAST_STEP, MAX_ROWS, SHARD_BYTES, check_shape
+from shardemb.vocabulary import keys
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import ArrayLike, NDArray
+
+    from shardemb.base.validation import Float32Array, Int64Array
+    from shardemb.engine.table_state import TableState
+    from shardemb.vocabulary.key_rows import KeyRows
+    from shardemb.vocabulary.keys import KeysLike
+
+Missing: TypeAlias = 'Literal["error", "initial", "zeros"] | int'
+"""What a lookup gives for a key that has no row; see `KeyedTable.lookup`."""
+
+MissingChange: TypeAlias = 'Literal["error", "skip"] | int'
+"""What a change does with a key that has no row; see `KeyedTable.update`."""
+
+SCANNED_ROWS = 2**20
+"""Rows whose counters are read at once."""
+
+
+class KeyedRows:
+    """A table together with the vocabulary that gives out its rows; users hold a `KeyedTable`.
+
+    Attributes
+    ----------
+    table : TableState
+    keys : KeyRows
+    """
+
+    def __init__(self, table: TableState, key_rows: KeyRows) -> None:
+        self.table = table
+        self.keys = key_rows
+
+    @property
+    def num_rows(self) -> int:
+        """Rows given out so far, those of no key by now included."""
+        return self.keys.entry.rows
+
+    def stats(self) -> dict[str, Any]:
+        """Return what `KeyedTable.stats` does."""
+        counted = {} if COUNT not in self.table.spec.columns else {"updates": self._count_updates()}
+        return self.table.stats() | {"vocabulary": self.keys.stats()} | counted
+
+    # ---- reading
+
+    def plan_read(self, column: str, given: KeysLike) -> batch.Wanted:
+        """Check a lookup, in which every key has to have a row."""
+        return self.table.plan_read(column, self._known(given))
+
+    def read(
+        self, given: KeysLike, *, missing: Missing, create: bool, out: NDArray[np.float32] | None
+    ) -> Float32Array:
+        """Copy the weights of keys; see `KeyedTable.lookup`."""
+        if isinstance(missing, str) and missing not in ("error", "initial", "zeros"):
+            msg = f'missing must be "error", "initial", "zeros" or a row id, got {missing!r}'
+            raise ValueError(msg)
+        ids = self.keys.add(given) if create else self.keys.lookup(given)
+        unknown = ids < 0
+        if not unknown.any():
+            return self.table.read("weight", ids, out)
+        if missing == "error":
+            self._refuse(given, ids)
+        if not isinstance(missing, str):
+            ids[unknown] = self._row_id(missing)
+            return self.table.read("weight", ids, out)
+        rows = self.table.read("weight", np.maximum(ids, 0), out)
+        rows[unknown] = 0 if missing == "zeros" else self._initial(given, unknown)
+        return rows
+
+    def read_state(self, column: str, given: KeysLike) -> Float32Array:
+        """Copy a state column of keys."""
+        return self.table.read_state(column, self._known(given))
+
+    def prefetch(self, given: KeysLike, *, for_update: bool) -> None:
+        """Start to read the rows of keys that have one."""
+        ids = self.keys.lookup(given)
+        self.table.prefetch(ids[ids >= 0], for_update=for_update)
+
+    def source(self) -> TableSource:
+        """Return the rows that have keys, for exports."""
+        from shardemb.io.arrow import RowKeys
+
+        row_keys = RowKeys(keys.arrow_type(self.keys.key_type), self.keys.arrow_keys)
+        return TableSource(self.table, self.num_rows, row_keys)
+
+    # ---- changing
+
+    def plan_change(
+        self,
+        given: KeysLike,
+        values: ArrayLike,
+        what: str,
+        *,
+        missing: MissingChange = "error",
+        check_finite: bool,
+    ) -> batch.Change:
+        """Check an update or a write; see `TableState.plan_change`."""
+        ids = self.keys.lookup(given)
+        unknown = ids < 0
+        if unknown.any():
+            if missing == "error":
+                self._refuse(given, ids)
+            if missing == "skip":
+                array, name = np.asarray(values), self.table.name
+                shape = (*ids.shape, self.table.spec.embedding_dim)
+                validation.rows(array, shape, what=what, table=name, check_finite=False)
+                ids, values = ids[~unknown], array[~unknown]
+            else:
+                ids[unknown] = self._row_id(missing)
+        return self.table.plan_change(ids, values, what, check_finite=check_finite)
+
+    def change(
+        self,
+        given: KeysLike,
+        values: ArrayLike,
+        what: str,
+        *,
+        missing: MissingChange,
+        check_finite: bool,
+    ) -> None:
+        """Carry out an update or a write; see `plan_change`."""
+        change = self.plan_change(given, values, what, missing=missing, check_finite=check_finite)
+        batch.change(self.table.runtime, [change])
+
+    def evict(self, *, older_than: int | None, keep: int | None, by: Literal["lru", "lfu"]) -> NDArray[Any]:
+        """Take the rows of keys away that are of little use; return these keys."""
+        if COUNT not in self.table.spec.columns:
+            msg = f"table {self.table.name!r} does not count: give create_table counters=True"
+            raise ValueError(msg)
+        if (older_than is None) == (keep is None) or by not in ("lru", "lfu"):
+            msg = (
+                f'evict: give older_than or keep, and by "lru" or "lfu"; got {older_than}, {keep} and {by!r}'
+            )
+            raise ValueError(msg)
+        with self.keys.changing():
+            if older_than is not None:
+                oldest = self.table.training.step - validation.count(older_than, "older_than", minimum=0)
+                rows = self._choose(LAST_STEP, lambda values: values <= oldest)
+            else:
+                rows = self._all_but(
+                    validation.count(keep, "keep", minimum=0), LAST_STEP if by == "lru" else COUNT
+                )
+            found = self.keys.free_rows(rows)
+        return keys.restored(found, self.keys.key_type)
+
+    # ---- within
+
+    def _row_id(self, missing: object) -> int:
+        """Check the row that stands for keys that have none."""
+        return int(validation.row_ids(missing, max(self.num_rows, 1), self.table.name).flat[0])  # type: ignore[arg-type]
+
+    def _known(self, given: KeysLike) -> Int64Array:
+        ids = self.keys.lookup(given)
+        if (ids < 0).any():
+            self._refuse(given, ids)
+        return ids
+
+    def _refuse(self, given: KeysLike, ids: Int64Array) -> None:
+        name, key_type = self.keys.entry.name, self.keys.key_type
+        unknown = np.flatnonzero(ids.reshape(-1) < 0)
+        checked = keys.checked(given, key_type, name)
+        first = keys.restored(checked.take(unknown[:1]), key_type).tolist()[0]
+        more = f" ({unknown.size - 1} more have none either)" if unknown.size > 1 else ""
+        at = tuple(int(i) for i in np.unravel_index(int(unknown[0]), ids.shape))
+        msg = (
+            f"key {first!r:.100} at position {at[0] if len(at) == 1 else at} has no row in vocabulary "
+            f"{name!r}{more}: say what it gets by missing=, or look it up with create=True"
+        )
+        raise UnknownKeyError(msg)
+
+    def _initial(self, given: KeysLike, unknown: NDArray[np.bool_]) -> Float32Array:
+        rows = self.keys.rows_to_be(given, np.flatnonzero(unknown.reshape(-1)))
+        return self.table.live().first_records(rows)[:, : self.table.spec.embedding_dim]
+
+    def _scan(self, column: str) -> Iterator[tuple[Int64Array, Float32Array]]:
+        """Iterate over the rows that have keys, and their values of a column, piece by piece."""
+        entry = self.keys.entry
+        for start in range(entry.reserved, entry.rows, SCANNED_ROWS):
+            rows = self.keys.live_rows(start, min(start + SCANNED_ROWS, entry.rows))
+            yield rows, self.table.read_state(column, rows)
+
+    def _choose(self, column: str, choose: Callable[[Float32Array], NDArray[np.bool_]]) -> Int64Array:
+        chosen = [rows[choose(values)] for rows, values in self._scan(column)]
+        return np.concatenate([np.empty(0, np.int64), *chosen])
+
+    def _all_but(self, number: int, column: str) -> Int64Array:
+        """List the rows that have keys without the `number` of them whose counters are largest, ascending."""
+        scanned = list(self._scan(column))
+        rows = np.concatenate([np.empty(0, np.int64), *(each for each, _ in scanned)])
+        values = np.concatenate([np.empty(0, np.float32), *(each for _, each in scanned)])
+        if number >= rows.size:
+            return rows[:0]
+        return np.sort(rows[np.argsort(-values, kind="stable")[number:]])
+
+    def _count_updates(self) -> int:
+        return int(sum(float(values.sum(dtype=np.float64)) for _, values in self._scan(COUNT)))
+
+
+def first_shape(
+    key_rows: KeyRows | None, num_embeddings: object, embedding_dim: object, rows_per_shard: int | None
+) -> tuple[tuple[int, int], int | None]:
+    """Check the shape of a new table; choose in whole shards how many rows one begins with that a vocabulary grows.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A number that cannot be; not exactly one of rows and vocabulary.
+    """
+    if (key_rows is None) == (num_embeddings is None):
+        msg = "give either num_embeddings or the vocabulary that gives out the table's rows"
+        raise ValueError(msg)
+    if key_rows is None:
+        return check_shape(num_embeddings, embedding_dim), rows_per_shard
+    rows, dim = check_shape(max(1, key_rows.entry.rows), embedding_dim)
+    if rows_per_shard is None:
+        rows_per_shard = max(1, SHARD_BYTES[0] // (4 * dim))
+    rows_per_shard = validation.count(rows_per_shard, "rows_per_shard", maximum=MAX_ROWS)
+    return (-(-rows // rows_per_shard) * rows_per_shard, dim), rows_per_shard
