@@ -98,7 +98,7 @@ def _load_heavy():
 
 
 def _note_fork():
-    if "shardemb.scheduler" in sys.modules:
+    if "shardemb.compute.scheduler" in sys.modules:
         _forked_late.append(os.getpid())
 
 

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
-from conftest import close_quietly
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.stores import close_quietly
 
 import shardemb
 from shardemb import Admission

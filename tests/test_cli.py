@@ -119,9 +119,7 @@ def test_quickstart_passes_its_options_on(tmp_path, monkeypatch):
     result = run("quickstart", "--folder", tmp_path, "--vocabulary", 10, "--dim", 3, "--steps", 2, "--seed", 5,
                  "--commit-every", 1)  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert seen == [
-        training.Options(folder=tmp_path, vocabulary=10, dim=3, steps=2, seed=5, commit_every=1)
-    ]
+    assert seen == [training.Options(folder=tmp_path, vocabulary=10, dim=3, steps=2, seed=5, commit_every=1)]
 
 
 def test_quickstart_defaults_are_the_librarys(tmp_path, monkeypatch):

@@ -8,9 +8,9 @@ from statistics import NormalDist
 import numba
 import numpy as np
 import pytest
-import references
 from hypothesis import given
 from hypothesis import strategies as st
+from support import references
 
 import shardemb
 from shardemb import initializers
@@ -457,7 +457,7 @@ def flaws(draw):
 def compiled_words(ids, dim, key):
     """Words of the compiled generator, from its values: a float64 of 32 bits tells all of them but float32 does not."""
     out = np.empty((len(ids), dim), np.uint32)
-    draw = compiler._helper(sampling.draw, philox=compiler._helper(sampling.philox))
+    draw = compiler.formula(sampling.draw, philox=compiler.formula(sampling.philox))
     for row, row_id in zip(out, ids, strict=True):
         draw(row, np.uint64(row_id), np.uint64(key))
     return out.astype(np.uint64)

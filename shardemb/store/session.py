@@ -115,6 +115,12 @@ class Session:
                 raise
         _open_sessions.add(self)
 
+    @property
+    def journal(self) -> Journal:
+        """The base, log and folds of a store that is open for writing."""
+        assert self._journal is not None
+        return self._journal
+
     # ---- tables
 
     def find(self, name: str) -> TableState:
@@ -183,7 +189,7 @@ class Session:
         """Copy a table into other shards and commit that; see `Store.reshard`."""
         with self.runtime.writing():
             table = self.find(name)
-            self._writing().drain()
+            self.journal.drain()
             commit, path = self.runtime.committed.commit, self.runtime.path
             if self.differs() or commit is None:
                 msg = (
@@ -242,7 +248,7 @@ class Session:
         """Make every change since the last commit durable; see `Store.commit`."""
         metadata = check_metadata(metadata)
         with self.runtime.writing():
-            journal = self._writing()
+            journal = self.journal
             journal.wait_for_room([table.shards for table in self.tables.now.values()])
             self.runtime.check_open()  # the lock was released while it waited
             self.runtime.check_sound()
@@ -267,13 +273,13 @@ class Session:
         with self.vocabularies.at_rest(), self.runtime.all_or_nothing("a rollback"):
             self.runtime.half_done = None
             self.runtime.check_sound()
-            self.tables.restore(self._writing().images())
+            self.tables.restore(self.journal.images())
             self.vocabularies.restore()
 
     def checkpoint(self) -> None:
         """Bring what is committed into the shards; see `Store.checkpoint`."""
         with self.runtime.writing():
-            problem = self._writing().fold_all()
+            problem = self.journal.fold_all()
         if problem is not None:
             raise problem
         self.vocabularies.checkpoint()
@@ -282,12 +288,12 @@ class Session:
         """Copy the last commit into a new store; see `Store.copy`."""
         rewrite.require_nothing(target)
         with self.runtime.writing():
-            self._writing().hold_folds()
+            self.journal.hold_folds()
             manifest, tables = self.runtime.committed, self.tables.locations()
         try:
             rewrite.copy_store(manifest, tables, target, progress)
         finally:
-            self._writing().release_folds()
+            self.journal.release_folds()
 
     def refresh(self) -> None:
         """Move on to the newest commit; see `Store.refresh`."""
@@ -315,10 +321,6 @@ class Session:
         self.tables.mark_committed()
         self.vocabularies.mark_committed()
 
-    def _writing(self) -> Journal:
-        assert self._journal is not None
-        return self._journal
-
     # ---- looking at it
 
     def verify(self, names: Sequence[str] | None, progress: Progress) -> list[verify.Damage]:
@@ -340,9 +342,9 @@ class Session:
             yield self._newest_directories(), self._reader.newest
             return
         with self.runtime.changing():
-            if suspected and (problem := self._writing().fold_all()) is not None:
+            if suspected and (problem := self.journal.fold_all()) is not None:
                 raise problem
-            yield self.directories(), self._writing().images
+            yield self.directories(), self.journal.images
 
     def _newest_directories(self) -> dict[str, Path]:
         """Return where the tables lie now beside a writer, if that can be told."""
@@ -424,7 +426,7 @@ class Session:
             return  # what is on disk may be ahead of memory: the next opening recovers it
         lost, path = self.differs(), self.runtime.path
         self.tables.abandon_new()
-        problem = self._writing().close()
+        problem = self.journal.close()
         if problem is not None:
             warnings.warn(display.not_folded(path, problem), RuntimeWarning, stacklevel=4)
         if lost:

@@ -70,6 +70,7 @@ class KeyRows:
         makes room for a change.
     entry : VocabularyEntry
         What a commit would say about it now.
+    tables : KeyTables
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class KeyRows:
         self.lock = threading.RLock()
         self.entry = self._first = entry
         self._runtime = runtime
-        self._tables = KeyTables(runtime, tables)
+        self.tables = KeyTables(runtime, tables)
         self._bound_to: Callable[[str], Sequence[TableState]] = _no_tables
         self._path = path
         self._secret = hashing.secret_of(entry.uuid)
@@ -114,7 +115,7 @@ class KeyRows:
             "pairs": len(self._index),
             "index_bytes_in_memory": memory,
             "index_bytes_on_disk": disk,
-            "bytes_on_disk": self._tables.bytes_allocated,
+            "bytes_on_disk": self.tables.bytes_allocated,
         }
 
     def check_live(self) -> None:
@@ -140,20 +141,20 @@ class KeyRows:
         self.check_live()
         name = self.entry.name
         checked = validation.row_ids(row_ids, max(self.entry.rows, 1), name)
-        words = self._tables.records(checked.flat)
+        words = self.tables.records(checked.flat)
         bad = np.flatnonzero(~key_records.are_live(words))
         if bad.size:
             msg = f"row {int(checked.flat[bad[0]])} of vocabulary {name!r} has no key ({bad.size} such rows)"
             raise RowIdError(msg)
-        found = self._tables.keys_in(words)
+        found = self.tables.keys_in(words)
         return keys.restored(replace(found, shape=checked.shape), self.key_type)
 
     def arrow_keys(self, start: int, stop: int) -> tuple[NDArray[np.bool_], pa.Array]:
         """Tell which of rows ``start:stop`` have a key, and the keys of those."""
         self.check_live()
-        words = self._tables.records(np.arange(start, stop))
+        words = self.tables.records(np.arange(start, stop))
         live = key_records.are_live(words)
-        return live, keys.as_arrow(self._tables.keys_in(words[live]), self.key_type)
+        return live, keys.as_arrow(self.tables.keys_in(words[live]), self.key_type)
 
     def arrow_batches(self) -> Iterator[pa.RecordBatch]:
         """Iterate over the keys in the order of their rows: ``row`` (int64) and ``key``, in bounded memory."""
@@ -168,7 +169,7 @@ class KeyRows:
     def live_rows(self, start: int, stop: int) -> Int64Array:
         """List which of rows ``start:stop`` have a key."""
         rows = np.arange(start, stop)
-        return rows[key_records.are_live(self._tables.records(rows))]
+        return rows[key_records.are_live(self.tables.records(rows))]
 
     def rows_to_be(self, given: KeysLike, which: Int64Array) -> Int64Array:
         """Tell which rows some keys of a batch would get, none of which has one."""
@@ -208,14 +209,14 @@ class KeyRows:
         """Take rows that have keys, ascending, away from them; return the keys. Within `changing`."""
         known, entry, committed = self._index.coverage, self.entry, self._committed
         low = min(known.head, committed.head) if known.rows else committed.head
-        self._tables.reserve_freed(low, entry.tail, rows.size)
-        words = self._tables.records(rows)
+        self.tables.reserve_freed(low, entry.tail, rows.size)
+        words = self.tables.records(rows)
         changes = [
-            self._tables.forget(rows, words),
-            self._tables.free(entry.tail, rows),
+            self.tables.forget(rows, words),
+            self.tables.free(entry.tail, rows),
             *(table.plan_reset(rows) for table in self._bound()),
         ]
-        found = self._tables.keys_in(words)
+        found = self.tables.keys_in(words)
         if rows.size:
             with signals_deferred():
                 batch.change(self._runtime, changes)
@@ -227,7 +228,7 @@ class KeyRows:
     def join(self, runtime: Runtime, bound_to: Callable[[str], Sequence[TableState]]) -> None:
         """Belong to an opening of a store, which tells by a vocabulary's uuid the tables that are bound to it."""
         self._runtime, self._bound_to = runtime, bound_to
-        self._tables.join(runtime)
+        self.tables.join(runtime)
 
     def open_index(self) -> None:
         """Open the index's files, and index what they do not know of the last commit."""
@@ -313,9 +314,9 @@ class KeyRows:
         for skip in count(1):
             some = rows if which is None else self._candidates(view, hashes[which], skip - 1, end)
             if which is None:
-                others = self._tables.drop_others(checked, hashes, some)
+                others = self.tables.drop_others(checked, hashes, some)
             else:
-                others = self._tables.drop_others(checked.take(which), hashes[which], some)
+                others = self.tables.drop_others(checked.take(which), hashes[which], some)
                 rows[which] = some
             left = np.flatnonzero(others)
             if not left.size:
@@ -354,7 +355,7 @@ class KeyRows:
     ) -> NDArray[np.bool_]:
         """Count sightings of keys without a row, given by their places among `hashes`; tell who has earned one."""
         counters = admission.counters(hashes, self._secret)
-        counts, change = self._tables.count(counters, sightings)
+        counts, change = self.tables.count(counters, sightings)
         with signals_deferred():
             batch.change(self._runtime, [change])
             self.entry = replace(self.entry, sightings=self.entry.sightings + sightings.size)
@@ -364,7 +365,7 @@ class KeyRows:
         """Return the rows that so many new keys get: freed ones first, as long as their removal is committed."""
         state = self.entry
         again = min(number, self._committed.tail - state.head)
-        freed = self._tables.freed(state.head, state.head + again)
+        freed = self.tables.freed(state.head, state.head + again)
         return np.concatenate([freed, np.arange(state.rows, state.rows + number - again)])
 
     def _enter(self, new: Keys, hashes: NDArray[np.uint64], rows: Int64Array) -> None:
@@ -373,18 +374,18 @@ class KeyRows:
         after = replace(before, rows=before.rows + rows.size - again, head=before.head + again)
         for table in self._bound():
             grow(table, after.rows)
-        self._tables.reserve(after.rows)
+        self.tables.reserve(after.rows)
         self._index.add(hashes, rows, self._coverage())
         # Rows that come after all others are nobody's before the counts say so; freed ones change with them at once.
         for start in range(again, rows.size, SLICE_ROWS):
             some = np.arange(start, min(start + SLICE_ROWS, rows.size))
-            changes, text_bytes = self._tables.enter(
+            changes, text_bytes = self.tables.enter(
                 new.take(some), hashes[some], rows[some], after.text_bytes, fresh=before.rows
             )
             batch.change(self._runtime, changes)
             after = replace(after, text_bytes=text_bytes)
         some = np.arange(again)
-        changes, text_bytes = self._tables.enter(
+        changes, text_bytes = self.tables.enter(
             new.take(some), hashes[some], rows[some], after.text_bytes, fresh=before.rows
         )
         with signals_deferred():
@@ -420,14 +421,14 @@ class KeyRows:
             stop = min(start + SLICE_ROWS, now.rows)
             self._index_rows(index, np.arange(start, stop), replace(known, rows=start))
         for start in range(known.head, now.head, SLICE_ROWS):
-            rows = np.unique(self._tables.freed(start, min(start + SLICE_ROWS, now.head)))
+            rows = np.unique(self.tables.freed(start, min(start + SLICE_ROWS, now.head)))
             self._index_rows(index, rows, replace(now, head=start))
 
     def _index_rows(self, index: KeyIndex, rows: Int64Array, known: Coverage) -> None:
-        words = self._tables.records(rows)
+        words = self.tables.records(rows)
         live = key_records.are_live(words)
         if self.key_type == "int64":
-            hashes = self._hashes(self._tables.keys_in(words[live]))
+            hashes = self._hashes(self.tables.keys_in(words[live]))
         else:
             hashes = key_records.hashes_of(words[live])
         rows = rows[live]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from shardemb.base.sizes import PAGE
 from shardemb.compute import file_blocks, grouping, plan, residency, row_kernels
-from shardemb.engine import overlay, slots
+from shardemb.engine import slots
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import SGD, Adagrad, Adam
 from shardemb.storage import address_space, files
@@ -30,7 +30,17 @@ def int64(values):
 # ---- how they are compiled --------------------------------------------------------------------------------------
 
 
-WITH_KERNELS = row_kernels, grouping, file_blocks, hashing, index_kernels, key_kernels, slots, overlay
+WITH_KERNELS = (
+    row_kernels,
+    row_index,
+    residency,
+    grouping,
+    file_blocks,
+    hashing,
+    index_kernels,
+    key_kernels,
+    slots,
+)
 
 
 def is_kernel(each):
@@ -39,7 +49,11 @@ def is_kernel(each):
 
 
 def dispatchers():
-    specialised = [row_kernels.step(Adam), row_kernels.gather_or_fill(Uniform), row_kernels.copy_or_fill(Uniform)]
+    specialised = [
+        row_kernels.step(Adam),
+        row_kernels.gather_or_fill(Uniform),
+        row_kernels.copy_or_fill(Uniform),
+    ]
     named = [each for module in WITH_KERNELS for each in vars(module).values() if is_kernel(each)]
     return {each.py_func.__name__: each for each in (*named, *specialised)}
 
@@ -73,7 +87,9 @@ USE_EVERYTHING = """
     import sys
     import numpy as np
     import shardemb
-    from shardemb import bitmaps, grouping, hashing, kernels, keyindex, matching, overlay, plan, probing, slots
+    from shardemb.compute import file_blocks, grouping, plan, residency, row_index, row_kernels
+    from shardemb.engine import slots
+    from shardemb.vocabulary import hash_index, hashing, index_kernels, key_kernels
     from shardemb.initializers import Uniform
     from shardemb.optim import Adam
 
@@ -153,13 +169,14 @@ USE_EVERYTHING = """
                 table.lookup(ids)
                 table.prefetch(ids)
             list(table.to_arrow_batches())
-    modules = kernels, grouping, bitmaps, hashing, probing, matching, slots, overlay
-    inner = hashing._turn, hashing._turn_round, probing.home, probing._mark, probing.first_bits, probing._home_in_part
-    inner += overlay._take_node, overlay._give_if_empty
-    inner += kernels._copy_from, kernels._stream_from, kernels._advise_pages
+    modules = row_kernels, row_index, residency, grouping, file_blocks, hashing, index_kernels, key_kernels, slots
+    inner = hashing._turn, hashing._turn_round, index_kernels.home, index_kernels._mark
+    inner += index_kernels.first_bits, index_kernels._home_in_part
+    inner += row_index._take_node, row_index._give_if_empty, residency._advise_pages
+    inner += row_kernels._copy_from, row_kernels._stream_from
     found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
     found = [each for each in found if each.targetoptions.get("inline") != "always"]
-    found += [kernels.step(Adam), kernels.gather_or_fill(Uniform), kernels.copy_or_fill(Uniform)]
+    found += [row_kernels.step(Adam), row_kernels.gather_or_fill(Uniform), row_kernels.copy_or_fill(Uniform)]
     found = [each for each in found if each not in inner]  # for kernels alone
     assert len(found) > 12
     print({each.py_func.__name__: len(each.signatures) for each in found if len(each.signatures) != 1})
@@ -173,9 +190,10 @@ def test_every_kernel_is_compiled_for_one_kind_of_arguments_whatever_a_caller_pa
 
 COUNT_CACHE_HITS = """
     import numpy as np
-    from shardemb import grouping, kernels, optim
+    from shardemb import optim
+    from shardemb.compute import grouping, row_kernels
     one, none = np.ones((1, 1), np.float32), np.zeros(1, np.int64)
-    step = kernels.step(optim.Adam)
+    step = row_kernels.step(optim.Adam)
     record, scalars = np.zeros((1, 3), np.float32), np.ones(4, np.float32)
     step(record, none, np.array([0, 1]), none, one, scalars, one[0].copy(), 0, 0, 1)
     grouping.sort_rows(none, 1, 1)
@@ -193,14 +211,15 @@ def test_a_second_process_finds_the_kernels_compiled(tmp_path):
 
 LOOK_UP = """
     import numpy as np
-    from shardemb import initializers, kernels
+    from shardemb import initializers
+    from shardemb.compute import row_kernels
     made = {"Uniform": (0.0, 1.0), "Normal": (), "TruncatedNormal": ()}
     no_index = *[np.empty(0, np.int32)] * 3, 0
     for name in NAMES:
         each = getattr(initializers, name)(*made[name])
         got, expected = np.empty((1, 3), np.float32), np.empty((1, 3), np.float32)
         parameters = np.array(each.parameters(), np.float64)
-        kernels.gather_or_fill(type(each))(
+        row_kernels.gather_or_fill(type(each))(
             got, *no_index, np.zeros(1, np.uint8), 0, np.zeros(1, np.int64), got, np.uint64(5), parameters, 0, 1)
         each.fill_rows(expected, np.zeros(1, int), np.zeros(1, int), np.uint64(5), parameters)
         assert (got == expected).all(), (name, got, expected)
@@ -368,7 +387,9 @@ def test_copy_or_fill_copies_what_the_files_hold_and_gives_the_others_their_firs
     present = bitmap([8, 10], 300)
     state = np.array([7, 9], np.float32)
     rows, places = int64([8, 9, 10, 11, 70]), int64([290, 291, 292, 293, 294])
-    row_kernels.copy_or_fill(Constant)(records, present, rows, places, state, np.uint64(0), np.array([0.5]), 0, 4)
+    row_kernels.copy_or_fill(Constant)(
+        records, present, rows, places, state, np.uint64(0), np.array([0.5]), 0, 4
+    )
     before[[290, 292]] = before[[8, 10]]
     before[[291, 293]] = [0.5, 0.5, 7, 9]
     np.testing.assert_array_equal(records, before)
@@ -391,7 +412,9 @@ def test_step_touches_only_its_part_of_the_rows():
     records = np.zeros((300, 1), np.float32)
     rows, starts, order = grouped([1, 2, 3, 4])
     gradients, scratch = np.ones((4, 1), np.float32), np.empty(1, np.float32)
-    row_kernels.step(SGD)(records, rows, starts, order, gradients, np.array([1], np.float32), scratch, 0, 1, 3)
+    row_kernels.step(SGD)(
+        records, rows, starts, order, gradients, np.array([1], np.float32), scratch, 0, 1, 3
+    )
     assert np.flatnonzero(records).tolist() == [2, 3]
 
 
@@ -486,7 +509,15 @@ def test_rows_never_written_need_no_page(mapped):
 def test_advise_brings_in_the_pages_of_the_rows_and_no_others(mapped):
     rows = int64([0, 1, 8, 12, 15, 16, 160, 200])
     failed = residency.advise(
-        mapped.memory.address, RECORD, *NO_INDEX, NOTHING, rows, address_space.MADV_POPULATE_WRITE, MOST_PAGES, 1, 7
+        mapped.memory.address,
+        RECORD,
+        *NO_INDEX,
+        NOTHING,
+        rows,
+        address_space.MADV_POPULATE_WRITE,
+        MOST_PAGES,
+        1,
+        7,
     )
     assert failed == 0
     assert mapped.resident() == {0, 2, 3, 4, 40}

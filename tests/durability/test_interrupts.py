@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from model import TableModel, assert_same_bits
+from support import inside
+from support.model import TableModel, assert_same_bits
 
 import shardemb
 from shardemb.compute import plan, scheduler
@@ -49,7 +50,7 @@ def new_table(store, **arguments):
 
 def take_in(store, table, ids):
     """Copy rows into slots beforehand, as a prefetch does: an update then has nothing to do but to change them."""
-    batch._take_in(store._runtime, [(table._shards, np.unique(ids))])
+    batch._take_in(inside.runtime(store), [(inside.shards(table), np.unique(ids))])
 
 
 # ---- Ctrl-C within an update ----------------------------------------------------------------------------------
@@ -134,11 +135,11 @@ def test_ctrl_c_while_rows_are_copied_changes_nothing(store, monkeypatch):
         patch.setattr(Shards, "copy", interrupted)
         with pytest.raises(KeyboardInterrupt):
             table.update(ids, numbers)
-    assert table._mapped.changes == table._mapped.overlay.slots.kept == 0
+    assert inside.shards(table).changes == inside.shards(table).overlay.slots.kept == 0
     model.assert_matches(table)
     for each in (table, model):
         each.update(ids[::2], numbers[::2])
-    assert table._mapped.overlay.slots.count == 3000
+    assert inside.shards(table).overlay.slots.count == 3000
     model.assert_matches(table)
     store.commit()
 
@@ -155,7 +156,7 @@ def test_rows_that_cannot_be_copied_are_in_no_slot(store, monkeypatch, error):
         patch.setattr(Shards, "copy", broken)
         with pytest.raises(error):
             table.update(ids, numbers)
-    assert table._mapped.overlay.slots.count == 0
+    assert inside.shards(table).overlay.slots.count == 0
     for each in (table, model):
         each.update(ids[::2], numbers[::2])
     model.assert_matches(table)

@@ -8,8 +8,8 @@ import warnings
 
 import numpy as np
 import pytest
-from conftest import close_quietly
-from model import assert_same_bits
+from support.model import assert_same_bits
+from support.stores import close_quietly
 
 import shardemb
 from shardemb.initializers import Uniform

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from support import inside
 
 import shardemb
 from shardemb.base.sizes import PAGE
@@ -55,7 +56,7 @@ def found(path, mode="a"):
     """How many keys a store finds, which knows all of them."""
     with shardemb.open(path, mode) as store:
         words = store.vocabularies["v"]
-        assert words._check_index()
+        assert inside.key_rows(words).check_index()
         rows = words.lookup(KEYS)
         assert set(rows.tolist()) <= {-1, *range(KEYS.size)}
         if mode == "a":
@@ -194,7 +195,7 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_one_of_both(tmp_path, mon
 
     reader = new_index(path, writable=False)
     monkeypatch.setattr(address_space, "AddressRange", late)
-    reader.take_up(Coverage(9, 1000, 0))
+    reader.open(Coverage(9, 1000, 0))
     assert writer.coverage == Coverage(3, 90, 0)
     assert (reader.coverage, len(reader)) in [
         (Coverage(), 0),
@@ -273,10 +274,10 @@ def test_an_index_that_cannot_be_made_anew_stays(path, monkeypatch, call):
 
         monkeypatch.setattr(files, call, fail)
         store.commit()
-        assert len(words._index) == 300
+        assert len(inside.key_rows(words).index) == 300
         monkeypatch.setattr(files, call, real)
         store.commit()
-        assert len(words._index) == 100
+        assert len(inside.key_rows(words).index) == 100
         assert words.lookup(KEYS).tolist() == [*[-1] * 200, *range(200, 300)]
         assert words.add(KEYS[:10]).tolist() == list(range(10))
         store.commit()
@@ -287,7 +288,9 @@ def test_an_index_that_cannot_be_made_anew_stays(path, monkeypatch, call):
 def test_the_ring_of_freed_rows_stays_as_long_as_it_has_to_be(path, monkeypatch):
     monkeypatch.setattr(hash_index, "OPEN_PAIRS", (2**20, 2**20))  # no file at all
     shapes = key_tables.table_shapes
-    monkeypatch.setattr(vocabulary_catalog, "table_shapes", lambda record: shapes(record) | {"freed": (100, 2, 64)})
+    monkeypatch.setattr(
+        vocabulary_catalog, "table_shapes", lambda record: shapes(record) | {"freed": (100, 2, 64)}
+    )
     with shardemb.open(path) as store:
         words = store.create_vocabulary("v", key_type="int64")
         for turn in range(60):
@@ -295,7 +298,7 @@ def test_the_ring_of_freed_rows_stays_as_long_as_it_has_to_be(path, monkeypatch)
             store.commit()
             words.remove(KEYS[:100] + turn)
             store.commit()
-        assert store._tables.now["v@freed"].num_embeddings < 2000
+        assert inside.session(store).tables.now["v@freed"].num_embeddings < 2000
         assert words.num_rows == 100
         words.add(KEYS)
         store.commit()

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import close_quietly
-from small import make_small, pool_of
-from test_failures import KINDS, Failing
-from test_power_loss import NOTHING, contents, keys_that_are_wrong, scratch
+from support import inside
+from support.failures import KINDS, Failing
+from support.power_loss import NOTHING, contents, keys_that_are_wrong, scratch
+from support.small import make_small, pool_of
+from support.stores import close_quietly
 
 import shardemb
 from shardemb.errors import PoisonedError, ShardEmbError
@@ -37,14 +38,19 @@ def train(path, seed, failing):
 
     def attempt(call, *arguments, **more):
         nonlocal poisoned
-        before = store._runtime.poisoned
+        before = inside.runtime(store).poisoned
         try:
             call(*arguments, **more)
         except PoisonedError:
             poisoned = True
         except (ShardEmbError, OSError) as error:
             assert str(error), repr(error)
-            if not (before or store._runtime.closed or store._runtime.poisoned or store._runtime.half_done):
+            if not (
+                before
+                or inside.runtime(store).closed
+                or inside.runtime(store).poisoned
+                or inside.runtime(store).half_done
+            ):
                 with failing.off():
                     assert keys_that_are_wrong(store, more=False) is None, (
                         f"after {call} failed with {error!r}"
@@ -55,7 +61,7 @@ def train(path, seed, failing):
     def commit(step):
         nonlocal allowed
         with failing.off():
-            if poisoned or store._runtime.poisoned:
+            if poisoned or inside.runtime(store).poisoned:
                 return
             last = store.last_commit
             future = ((last.id if last else 0) + 1, step, ()), contents(store)[1]

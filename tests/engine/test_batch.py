@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model import TableModel, assert_same_bits
+from support import inside
+from support.model import TableModel, assert_same_bits
 
 import shardemb
 from shardemb.compute import plan, scheduler
@@ -226,7 +227,7 @@ def test_many_tables_are_one_plan(store, tasks_run):
 
 def drop_caches(table):
     """Let a committed table's pages leave memory, this process's and the kernel's; return whether they did."""
-    mapped = table._mapped
+    mapped = inside.shards(table)
     mapped.overlay.evict(mapped.overlay.slots.count)
     mapped.give_back(0, mapped.spec.num_embeddings)
     left = 0
@@ -271,7 +272,7 @@ def test_cold_batches_equal_warm_ones(path, tasks_run, reads_ahead, kind):
     def between(table):
         if not drop_caches(table):
             pytest.skip("this file system keeps its pages in memory (tmpfs)")
-        cold.append(table._mapped.is_cold(EVERYTHING, 32))
+        cold.append(inside.shards(table).is_cold(EVERYTHING, 32))
 
     train(path, KINDS[kind], between=between)
     assert cold[-1]
@@ -308,17 +309,17 @@ def test_a_batch_in_memory_is_warm_and_one_that_was_dropped_is_cold(store):
     table.write(everything, np.ones((10**5, 64), np.float32))
     store.commit()
     store.checkpoint()
-    assert not table._mapped.is_cold(everything, 32)
+    assert not inside.shards(table).is_cold(everything, 32)
     if not drop_caches(table):
         pytest.skip("this file system keeps its pages in memory (tmpfs)")
-    assert table._mapped.is_cold(everything, 32)
+    assert inside.shards(table).is_cold(everything, 32)
     assert (table.lookup(everything) == 1).all()
-    assert not table._mapped.is_cold(everything, 32)
+    assert not inside.shards(table).is_cold(everything, 32)
 
 
 def test_rows_never_written_are_never_cold(store):
     table = store.create_table("t", num_embeddings=10**5, embedding_dim=64, initializer=Normal())
-    assert not table._mapped.is_cold(np.arange(10**5), 32)
+    assert not inside.shards(table).is_cold(np.arange(10**5), 32)
 
 
 def test_a_scratch_thread_finds_the_same(store, tasks_run):

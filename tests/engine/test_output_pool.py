@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shardemb.engine import output_pool
-from shardemb.engine.output_pool import LEAST_BYTES, MOST_BYTES, Results
+from shardemb.engine.output_pool import LEAST_BYTES, MOST_BYTES, OutputPool
 
 ROWS = LEAST_BYTES // 256
 SHAPE = ROWS, 64
@@ -19,7 +19,7 @@ def address(array):
 
 def test_an_array_is_what_np_empty_makes():
     for shape in (0, 64), (3, 5), SHAPE, (2, ROWS, 64), (ROWS * 64,):
-        got = Results().empty(shape)
+        got = OutputPool().empty(shape)
         assert (got.shape, got.dtype, type(got)) == (shape, np.float32, np.ndarray)
         assert got.flags.c_contiguous
         assert got.flags.writeable
@@ -29,7 +29,7 @@ def test_an_array_is_what_np_empty_makes():
 
 
 def test_memory_is_used_again_once_the_last_view_is_gone():
-    made = Results()
+    made = OutputPool()
     first = made.empty(SHAPE)
     where, view = address(first), first[5:, ::2].T
     del first
@@ -43,7 +43,7 @@ def test_memory_is_used_again_once_the_last_view_is_gone():
     "alive", [np.asarray, memoryview, lambda a: a.view(np.int32), lambda a: a.reshape(-1)]
 )
 def test_whatever_stands_for_the_array_keeps_its_memory(alive):
-    made = Results()
+    made = OutputPool()
     array = made.empty(SHAPE)
     array[:] = 7.0
     kept = alive(array)
@@ -55,7 +55,7 @@ def test_whatever_stands_for_the_array_keeps_its_memory(alive):
 
 def test_a_tensor_keeps_its_memory():
     torch = pytest.importorskip("torch")
-    made = Results()
+    made = OutputPool()
     tensor = torch.from_numpy(made.empty(SHAPE)).fill_(7.0)
     for _ in range(3):
         made.empty(SHAPE)[:] = 9.0
@@ -63,7 +63,7 @@ def test_a_tensor_keeps_its_memory():
 
 
 def test_two_arrays_never_share_memory():
-    made = Results()
+    made = OutputPool()
     for _ in range(3):
         some = [made.empty(SHAPE) for _ in range(4)]
         for i, each in enumerate(some):
@@ -72,7 +72,7 @@ def test_two_arrays_never_share_memory():
 
 
 def test_the_smallest_that_is_large_enough_is_taken():
-    made = Results()
+    made = OutputPool()
     large, small = made.empty((8 * ROWS, 64)), made.empty((3 * ROWS, 64))
     expected = address(small)
     del large, small
@@ -80,7 +80,7 @@ def test_the_smallest_that_is_large_enough_is_taken():
 
 
 def test_no_more_is_kept_than_the_most():
-    made = Results()
+    made = OutputPool()
     some = [made.empty((MOST_BYTES // 4 // 64, 64)) for _ in range(6)]
     last = address(some[-1])
     while some:
@@ -91,14 +91,14 @@ def test_no_more_is_kept_than_the_most():
 
 
 def test_small_and_huge_results_are_not_kept():
-    made = Results()
+    made = OutputPool()
     made.empty((ROWS - 1, 64))
     made.empty((MOST_BYTES // 256 + 1, 64))
     assert made.nbytes == 0
 
 
 def test_nothing_is_kept_once_it_is_closed():
-    made = Results()
+    made = OutputPool()
     alive, _gone = made.empty(SHAPE), made.empty(SHAPE)
     del _gone
     made.close()
@@ -109,7 +109,7 @@ def test_nothing_is_kept_once_it_is_closed():
 
 
 def test_it_may_be_collected_as_part_of_a_cycle():
-    made = Results()
+    made = OutputPool()
     cycle = [made.empty(SHAPE)]
     cycle.append(cycle)
     del cycle
@@ -119,7 +119,7 @@ def test_it_may_be_collected_as_part_of_a_cycle():
 
 def test_threads_never_get_the_same_memory(monkeypatch):
     monkeypatch.setattr(output_pool, "LEAST_BYTES", 1)
-    made, wrong = Results(), []
+    made, wrong = OutputPool(), []
 
     def work(number):
         for _ in range(300):
@@ -141,7 +141,7 @@ SHAPES = [(3, 64), (0, 64), (ROWS // 2, 64), (64,), (2, 5, 7), (ROWS, 64)]
 
 @pytest.mark.parametrize("shapes", [[], SHAPES[:2], SHAPES, [(MOST_BYTES // 256, 64), SHAPE]], ids=len)
 def test_arrays_that_are_made_together_are_what_np_empty_makes(shapes):
-    arrays = Results().empty_together(shapes)
+    arrays = OutputPool().empty_together(shapes)
     assert [each.shape for each in arrays] == shapes
     for number, each in enumerate(arrays):
         assert (each.dtype, type(each)) == (np.float32, np.ndarray)
@@ -152,7 +152,7 @@ def test_arrays_that_are_made_together_are_what_np_empty_makes(shapes):
 
 
 def test_arrays_that_are_made_together_lie_side_by_side_until_the_last_is_gone():
-    made = Results()
+    made = OutputPool()
     arrays = made.empty_together(SHAPES)
     first = address(arrays[0])
     ends = [address(each) + each.nbytes - first for each in arrays]

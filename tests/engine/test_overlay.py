@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from model import assert_same_bits
+from support import inside
+from support.model import assert_same_bits
 
 import shardemb
 from shardemb.compute import row_kernels
@@ -47,15 +48,15 @@ def test_changes_beyond_the_budget_go_out_and_are_looked_up_all_the_same(store):
         rows = np.full((40, DIM), step + 1, np.float32)
         table.write(ids, rows)
         written[ids] = rows
-    overlay = table._mapped.overlay
-    assert overlay.out > 100
+    overlay = inside.shards(table).overlay
+    assert overlay.spilled > 100
     assert overlay.slots.count <= 50
     assert_same_bits(table.lookup(np.arange(ROWS)), written)
     assert overlay.slots.count <= 4096 + 50  # a lookup brings back a part at a time
     store.commit()
     assert_same_bits(table.lookup(np.arange(ROWS)), written)
     store.checkpoint()
-    assert overlay.out == 0
+    assert overlay.spilled == 0
     assert_same_bits(table.lookup(np.arange(ROWS)), written)
 
 
@@ -106,9 +107,9 @@ def test_rollback_takes_what_is_out_along(store):
     store.commit()
     table.write(*spread(2.0))
     table.write(*spread(3.0, 60))
-    assert table._mapped.overlay.out
+    assert inside.shards(table).overlay.spilled
     store.rollback()
-    assert table._mapped.overlay.out == 0
+    assert inside.shards(table).overlay.spilled == 0
     ids, rows = spread(1.0)
     assert_same_bits(table.lookup(ids), rows)
 
@@ -119,10 +120,10 @@ def test_prefetch_for_an_update_brings_the_newest_back(store):
     table.write(ids, rows)
     table.write([ROWS - 1], np.ones((1, DIM), np.float32))
     table.write(ids[:40] + 2000, rows[:40])
-    assert table._mapped.overlay.out
+    assert inside.shards(table).overlay.spilled
     table.prefetch(ids, for_update=True)
-    store._runtime._background.shutdown()
-    store._runtime._background = None
+    inside.runtime(store)._background.shutdown()
+    inside.runtime(store)._background = None
     table.update(ids, np.zeros_like(rows))
     assert_same_bits(table.lookup(ids), rows)
 
@@ -139,11 +140,11 @@ def test_a_scratch_file_that_cannot_grow_changes_nothing(store, monkeypatch):
         real(descriptor, data, offset, path)
 
     monkeypatch.setattr(files, "write", write)
-    before, changed = table.lookup(np.arange(ROWS)), table._mapped.changes
+    before, changed = table.lookup(np.arange(ROWS)), inside.shards(table).changes
     with pytest.raises(DiskFullError, match="no room left"):
         table.write([ROWS - 1], np.ones((1, DIM), np.float32))
     assert_same_bits(table.lookup(np.arange(ROWS)), before)
-    assert table._mapped.changes == changed
+    assert inside.shards(table).changes == changed
     monkeypatch.undo()
     table.write([ROWS - 1], np.ones((1, DIM), np.float32))
     assert table.lookup(ROWS - 1).min() == 1
@@ -159,7 +160,7 @@ def test_rows_that_cannot_be_read_back_are_refused_and_rolled_back(store, monkey
     ids, rows = spread(2.0)
     table.write(ids, rows)
     table.write(ids + 2000, rows)
-    assert table._mapped.overlay.out
+    assert inside.shards(table).overlay.spilled
     real = files.read_into
 
     def read_into(descriptor, view, offset, path):
@@ -206,13 +207,13 @@ def test_a_row_that_leaves_in_the_middle_of_a_lookup_is_looked_up_again(store, m
     table = new(store)
     ids, rows = spread(1.0, 40)
     table.write(ids, rows)
-    mapped = table._mapped
+    mapped = inside.shards(table)
     real, gathered = mapped.gather, []
 
     def gather(*arguments):
         if not gathered:
             mapped.overlay.spill(mapped.overlay.slots.count, tmp)
-        gathered.append(mapped.overlay.out)
+        gathered.append(mapped.overlay.spilled)
         real(*arguments)
 
     tmp = store.path / ".shardemb"
@@ -248,7 +249,7 @@ def test_a_fork_cannot_read_what_is_out(store):
 def test_a_lookup_that_found_no_index_looks_again(store, monkeypatch):
     """A row gets its slot, and its bit in the presence bitmap, between the two looks of a lookup at them."""
     table = new(store, initializer=Constant(5.0))
-    mapped = table._mapped
+    mapped = inside.shards(table)
     entered, go_on, found = threading.Event(), threading.Event(), []
     gather = mapped.gather
 
@@ -280,7 +281,7 @@ def test_a_slot_that_a_lookup_reads_is_not_used_for_another_row_unnoticed(store,
     table.write(ids, np.ones((50, DIM), np.float32))
     store.commit()
     store.checkpoint()
-    mapped = table._mapped
+    mapped = inside.shards(table)
     entered, go_on, found = threading.Event(), threading.Event(), []
     forget, gather = Overlay._set, mapped.gather
 
@@ -319,7 +320,7 @@ def test_memory_of_tables_that_are_trained_in_turns_is_given_back(tmp_path):
             for part in np.array_split(np.arange(rows), 10):
                 table.write(part, np.ones((part.size, DIM), np.float32))
             store.commit()
-            overlays = [each._mapped.overlay for each in tables]
+            overlays = [inside.shards(each).overlay for each in tables]
             assert sum(each.nbytes + each.idle_bytes for each in overlays) < 1.5 * budget
 
 
@@ -330,7 +331,7 @@ def test_leaves_of_the_index_are_used_again(tmp_path):
             table.write(np.arange(start, start + 200), np.ones((200, DIM), np.float32))
             store.commit()
             store.checkpoint()
-        assert table._mapped.overlay._leaves.books[0] < 50
+        assert inside.shards(table).overlay._leaves.books[0] < 50
 
 
 def test_clean_rows_of_one_table_make_room_for_another(tmp_path, monkeypatch):
@@ -340,11 +341,13 @@ def test_clean_rows_of_one_table_make_room_for_another(tmp_path, monkeypatch):
         clean.write(np.arange(900), np.ones((900, DIM), np.float32))
         store.commit()
         store.checkpoint()
-        monkeypatch.setattr(type(store._writing()), "settle", lambda self: pytest.fail("waited for a fold"))
+        monkeypatch.setattr(
+            type(inside.journal(store)), "settle", lambda self: pytest.fail("waited for a fold")
+        )
         for start in range(0, 1800, 100):
             dirty.write(np.arange(start, start + 100), np.ones((100, DIM), np.float32))
-        assert dirty._mapped.overlay.out == 0
-        assert clean._mapped.overlay.slots.count < 900
+        assert inside.shards(dirty).overlay.spilled == 0
+        assert inside.shards(clean).overlay.slots.count < 900
         monkeypatch.undo()
         store.rollback()
 
@@ -355,7 +358,7 @@ def test_a_spill_that_finds_the_disk_full_takes_no_room_of_it(store, monkeypatch
     table = new(store)
     table.write(np.arange(45), np.ones((45, DIM), np.float32))
     table.write(np.arange(100, 145), np.ones((45, DIM), np.float32))
-    scratch = table._mapped.overlay._scratch
+    scratch = inside.shards(table).overlay._scratch
     before = os.fstat(scratch._descriptor).st_size
     real = files.write
 
@@ -377,11 +380,11 @@ def test_prefetched_rows_are_not_the_first_to_leave(tmp_path):
         table.write(np.arange(900), np.ones((900, DIM), np.float32))
         store.commit()
         store.checkpoint()
-        table._mapped.overlay.slots.state[:900] &= ~TOUCHED
-        batch.prefetch(store._runtime, table._mapped, np.arange(5000, 5300), for_update=True)
-        table._mapped.overlay.slots._hand = 0  # where they are
-        batch.prefetch(store._runtime, table._mapped, np.arange(6000, 6300), for_update=True)
-        assert (table._mapped.overlay._entries(np.arange(5000, 5300)) > 0).all()
+        inside.shards(table).overlay.slots.state[:900] &= ~TOUCHED
+        batch.prefetch(inside.runtime(store), inside.shards(table), np.arange(5000, 5300), for_update=True)
+        inside.shards(table).overlay.slots._hand = 0  # where they are
+        batch.prefetch(inside.runtime(store), inside.shards(table), np.arange(6000, 6300), for_update=True)
+        assert (inside.shards(table).overlay._entries(np.arange(5000, 5300)) > 0).all()
 
 
 def test_memory_of_rows_that_left_here_and_there_is_given_back(tmp_path):
@@ -394,7 +397,7 @@ def test_memory_of_rows_that_left_here_and_there_is_given_back(tmp_path):
         table.write(ids, rows)
         store.commit()
         store.checkpoint()
-        overlay, full = table._mapped.overlay, anonymous()
+        overlay, full = inside.shards(table).overlay, anonymous()
         gone = ids[ids % 10 != 0]
         overlay._leave(overlay._entries(gone).astype(np.int64) - 1)
         overlay.compact()
@@ -410,7 +413,7 @@ def test_rows_that_move_while_a_lookup_runs_are_looked_up_again(store, monkeypat
     table = new(store)
     ids, rows = spread(1.0, 40)
     table.write(ids, rows)
-    mapped, gathered = table._mapped, []
+    mapped, gathered = inside.shards(table), []
     store.commit()
     store.checkpoint()
     mapped.overlay._leave(mapped.overlay._entries(ids[:20]).astype(np.int64) - 1)
@@ -445,10 +448,12 @@ def test_rows_that_a_fold_holds_do_not_keep_others_from_leaving(tmp_path, monkey
         go_on = slow_folds(monkeypatch)
         busy.write(np.arange(900), np.ones((900, DIM), np.float32))
         store.commit()
-        store._writing()._start()
-        monkeypatch.setattr(type(store._writing()), "_wait", lambda self: pytest.fail("waited for a fold"))
+        inside.journal(store)._start()
+        monkeypatch.setattr(
+            type(inside.journal(store)), "_wait", lambda self: pytest.fail("waited for a fold")
+        )
         busy.write(np.arange(1000, 1600), np.ones((600, DIM), np.float32))
-        assert busy._mapped.overlay.out == 0
+        assert inside.shards(busy).overlay.spilled == 0
         monkeypatch.undo()
         go_on.set()
         store.commit()
@@ -462,12 +467,14 @@ def test_one_fold_is_waited_for_where_one_is_enough(tmp_path, monkeypatch):
         store.commit()  # much is newer, so the fold begins
         table.write([950], np.ones((1, DIM), np.float32))
         store.commit()
-        folds, start = [], type(store._writing())._start
-        monkeypatch.setattr(type(store._writing()), "_start", lambda self: (folds.append(1), start(self)))
+        folds, start = [], type(inside.journal(store))._start
+        monkeypatch.setattr(
+            type(inside.journal(store)), "_start", lambda self: (folds.append(1), start(self))
+        )
         threading.Timer(0.1, go_on.set).start()
         table.write(np.arange(2000, 2400), np.ones((400, DIM), np.float32))
         assert folds == []
-        assert table._mapped.overlay.out == 0
+        assert inside.shards(table).overlay.spilled == 0
         store.rollback()
 
 
@@ -478,14 +485,14 @@ def test_a_rollback_beside_a_fold_keeps_nothing_that_the_files_hold(tmp_path, mo
         go_on = slow_folds(monkeypatch)
         table.write(np.arange(1500), np.ones((1500, DIM), np.float32))
         store.commit()
-        store._writing()._start()
+        inside.journal(store)._start()
         table.write([7, 1800], np.full((2, DIM), 2.0, np.float32))
         store.rollback()
         before[:1500] = 1
         assert_same_bits(table.lookup(np.arange(2000)), before)
         go_on.set()
         store.checkpoint()
-        assert table._mapped.overlay.slots.kept <= 1  # row 7, whose image was put back
+        assert inside.shards(table).overlay.slots.kept <= 1  # row 7, whose image was put back
         assert_same_bits(table.lookup(np.arange(2000)), before)
 
 
@@ -501,15 +508,15 @@ def test_a_spill_asks_for_no_more_than_is_needed_where_there_is_no_more(store, m
 
     monkeypatch.setattr(files, "write", write)
     table.write(np.arange(1000, 1010) * 19, np.ones((10, DIM), np.float32))
-    assert 0 < table._mapped.overlay.out <= 10
+    assert 0 < inside.shards(table).overlay.spilled <= 10
     monkeypatch.undo()
 
 
 def test_a_prefetch_neither_waits_nor_drives_others_out(store, monkeypatch):
     table = new(store)
     table.write(*spread(1.0, 49))
-    monkeypatch.setattr(type(store._writing()), "settle", lambda self: pytest.fail("waited for a fold"))
-    batch.prefetch(store._runtime, table._mapped, np.arange(1000, 1010) * 19, for_update=True)
-    assert table._mapped.overlay.out == 0
-    assert table._mapped.overlay.slots.count == 49
+    monkeypatch.setattr(type(inside.journal(store)), "settle", lambda self: pytest.fail("waited for a fold"))
+    batch.prefetch(inside.runtime(store), inside.shards(table), np.arange(1000, 1010) * 19, for_update=True)
+    assert inside.shards(table).overlay.spilled == 0
+    assert inside.shards(table).overlay.slots.count == 49
     monkeypatch.undo()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_spec import make
+from support.specs import make
 
 from shardemb.base.sizes import PAGE
 from shardemb.compute import plan, row_kernels
@@ -28,7 +28,7 @@ def int64(rows):
 
 def take_in(table, rows):
     """As `batch` does it: bring back what is out, copy what is new into slots."""
-    table.overlay.bring_back(rows)
+    table.overlay.reload(rows)
     places = table.overlay.places(rows)
     new = places == rows
     places[new] = table.overlay.reserve(rows[new])
@@ -49,7 +49,7 @@ def write(table, rows, values):
 def look_up(table, rows, column="weight"):
     first, last = table.spec.columns[column]
     out = np.empty((len(rows), last - first), np.float32)
-    table.overlay.bring_back(int64(rows))
+    table.overlay.reload(int64(rows))
     table.gather(column, np.array(rows, np.int64), out, 0, len(rows))
     return out
 
@@ -153,9 +153,9 @@ def step(table, model, number, event, argument):
     elif event == "give back":
         table.give_back(argument[0], argument[1] + 1)
     elif event == "spill":
-        out, count = table.overlay.out, min(argument, table.overlay.slots.count)
+        out, count = table.overlay.spilled, min(argument, table.overlay.slots.count)
         table.overlay.spill(argument, table.directory)
-        assert table.overlay.out == out + count
+        assert table.overlay.spilled == out + count
     elif event == "compact":
         table.overlay.compact()
         assert table.overlay.idle_bytes == 0

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from shardemb.engine.spill_file import STAGE_BYTES, Scratch
+from shardemb.engine.spill_file import STAGE_BYTES, SpillFile
 from shardemb.errors import DiskFullError
 from shardemb.storage import files
 
@@ -15,7 +15,7 @@ ROWS = 3 * STEP
 
 
 def new_scratch(tmp_path):
-    return Scratch(tmp_path, 4 * WIDTH, ROWS)
+    return SpillFile(tmp_path, 4 * WIDTH, ROWS)
 
 
 def records_of(rows, value):
@@ -106,7 +106,7 @@ def test_a_full_disk_keeps_nothing_of_a_call(tmp_path, monkeypatch):
 
 
 def test_the_file_goes_with_the_object(tmp_path):
-    scratch = Scratch(tmp_path, 260, 10)
+    scratch = SpillFile(tmp_path, 260, 10)
     descriptor = scratch._descriptor
     os.fstat(descriptor)
     del scratch
@@ -124,7 +124,7 @@ def test_a_file_system_without_nameless_files_will_do(tmp_path, monkeypatch):
         return real(path, flags, *more, **named)
 
     monkeypatch.setattr(os, "open", refuse)
-    scratch = Scratch(tmp_path, 4 * WIDTH, 10)
+    scratch = SpillFile(tmp_path, 4 * WIDTH, 10)
     assert list(tmp_path.iterdir()) == []
     slots = write(scratch, [3], 1)
     np.testing.assert_array_equal(read(scratch, slots), records_of([3], 1))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from model import TableModel, assert_same_bits
+from support.model import TableModel, assert_same_bits
 
 import shardemb
 from shardemb.initializers import Uniform

@@ -9,10 +9,10 @@ from types import MappingProxyType
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import damaged, damaged_bytes
+from support.references import damaged, damaged_bytes
 
 from shardemb.errors import FormatError
-from shardemb.format.manifest import Commit, Manifest, TableRecord, check_metadata
+from shardemb.format.manifest import Commit, Manifest, TableEntry, check_metadata
 from shardemb.optim import Adam
 
 A, B, C = (f"0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c{k:02d}" for k in range(3))
@@ -25,8 +25,8 @@ FULL = Manifest(
     sequence=5,
     attempt=6,
     commit=Commit(7, 100, {"loss": 0.25, "π": [1, None, {"a": "\ud800"}]}),
-    tables=(TableRecord(B, "tokens", 5, Adam(lr=0.5)), TableRecord(C, "users", 0, None)),
-    dropped=(TableRecord(A, "gone", 2, None),),
+    tables=(TableEntry(B, "tokens", 5, Adam(lr=0.5)), TableEntry(C, "users", 0, None)),
+    dropped=(TableEntry(A, "gone", 2, None),),
 )
 
 

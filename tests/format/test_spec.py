@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import HOSTILE, damaged, damaged_bytes
+from support.references import HOSTILE, damaged, damaged_bytes
+from support.specs import UUID, make
 
 from shardemb.base import sizes
 from shardemb.base.sizes import PAGE
@@ -19,21 +20,7 @@ from shardemb.initializers import Constant, Normal, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
 
 MiB = 2**20
-UUID = "0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c11"
 OPTIMIZERS = [None, SGD(), Adagrad(), Adagrad(initial_accumulator_value=0.5), RowWiseAdagrad(), Adam()]
-
-
-def make(num_embeddings=1000, dim=6, optimizer=None, initializer=None, rows_per_shard=None):
-    width = spec.record_columns(dim, optimizer).popitem()[1][1]
-    return TableSpec(
-        uuid=UUID,
-        stream="tokens",
-        num_embeddings=num_embeddings,
-        embedding_dim=dim,
-        rows_per_shard=choose_rows_per_shard(num_embeddings, 4 * width, rows_per_shard, 1000),
-        optimizer=optimizer,
-        initializer=initializer or Constant(0.0),
-    )
 
 
 # ---- the record -------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import zarr
 from hypothesis import given, settings
-from references import damaged, damaged_bytes
-from test_spec import make
+from support.references import damaged, damaged_bytes
+from support.specs import make
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
@@ -140,7 +140,9 @@ def test_files_are_where_zarr_looks_for_them(tmp_path):
         zarr_metadata.DOCUMENT,
         zarr_metadata.presence_key(0),
     }
-    assert (tmp_path / zarr_metadata.PRESENT / zarr_metadata.presence_key(0)).stat().st_size == table.presence_chunk_bytes
+    assert (
+        tmp_path / zarr_metadata.PRESENT / zarr_metadata.presence_key(0)
+    ).stat().st_size == table.presence_chunk_bytes
 
 
 @TABLES

@@ -11,7 +11,7 @@ import pytest
 import tensorstore
 import xarray
 import zarr
-from model import STATE_COLUMNS, TableModel, assert_same_bits
+from support.model import STATE_COLUMNS, TableModel, assert_same_bits
 
 import shardemb
 from shardemb.errors import FormatError

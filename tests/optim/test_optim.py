@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-import references
+from support import references
 
 from shardemb import optim
 from shardemb.base import serialization

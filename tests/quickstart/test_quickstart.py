@@ -449,7 +449,7 @@ def test_the_default_training_finds_sensible_neighbours(tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_on_a_real_process_leaves_the_last_commit(tmp_path):
     program = (
-        "import pathlib; from shardemb.quickstart import Options, run; "
+        "import pathlib; from shardemb.quickstart.training import Options, run; "
         f"run(Options(pathlib.Path({str(tmp_path)!r}), vocabulary=300, dim=16, steps=100_000, commit_every=5))"
     )
     with subprocess.Popen(
@@ -473,7 +473,7 @@ def test_ctrl_c_on_a_real_process_leaves_the_last_commit(tmp_path):
 def test_a_killed_process_goes_on_as_if_it_had_not_been(small, tmp_path, committed):
     options = dataclasses.replace(small, folder=tmp_path / "killed")
     program = (
-        "import pathlib; from shardemb import quickstart; "
+        "import pathlib; from shardemb.quickstart import training as quickstart; "
         f"quickstart.run(quickstart.Options(pathlib.Path({str(options.folder)!r}), vocabulary=300, dim=16, "
         "steps=100_000, commit_every=5))"
     )

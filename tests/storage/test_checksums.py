@@ -7,7 +7,7 @@ import xxhash
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_spec import make
+from support.specs import make
 
 from shardemb.base.sizes import PAGE
 from shardemb.compute import file_blocks

@@ -498,7 +498,7 @@ def test_a_lock_of_another_process_ends_with_it(tmp_path):
     code = """
         import sys
         from pathlib import Path
-        from shardemb import files
+        from shardemb.storage import files
         assert files.lock(Path(sys.argv[1]), shared=False) is not None
         print("locked", flush=True)
         sys.stdin.read()

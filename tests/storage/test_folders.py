@@ -3,11 +3,11 @@ import itertools
 import os
 
 import pytest
-from test_spec import make
+from support.specs import make
 
 from shardemb.errors import FormatError
 from shardemb.format import store_paths, zarr_metadata
-from shardemb.format.manifest import TableRecord
+from shardemb.format.manifest import TableEntry
 from shardemb.storage import files, folders
 
 UUIDS = [f"0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c{k:02d}" for k in range(6)]
@@ -23,7 +23,7 @@ def folder(path, uuid):
 
 def tables(**names):
     """What a manifest says: name=number of the table."""
-    return [TableRecord(UUIDS[number], name, 0, None) for name, number in names.items()]
+    return [TableEntry(UUIDS[number], name, 0, None) for name, number in names.items()]
 
 
 @pytest.fixture

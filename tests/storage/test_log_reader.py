@@ -9,7 +9,7 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_spec import make
+from support.specs import make
 
 from shardemb.base.sizes import PAGE
 from shardemb.errors import DiskFullError, LogDamagedError, ShardEmbError

@@ -2,19 +2,18 @@
 
 import random
 import shutil
-import struct
 import uuid
 
 import numpy as np
 import pytest
-import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_spec import make
+from support.log_files import HEADER, independent, rewrite
+from support.specs import make
 
 from shardemb.base.sizes import PAGE
 from shardemb.errors import DiskFullError, FormatError, LogDamagedError
-from shardemb.format.manifest import Commit, Manifest, TableRecord
+from shardemb.format.manifest import Commit, Manifest, TableEntry
 from shardemb.storage import files, log_reader
 from shardemb.storage.log_writer import Log, needed_bytes
 
@@ -22,8 +21,6 @@ STORE, OTHER = "0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c00", "0b7a4d5e-93a7-4a8e-8b61-
 SPEC = make(1000, 6)
 TABLE = SPEC.uuid
 BASE = Manifest(STORE, epoch=3, segment=5, sequence=11, attempt=7)
-HEADER = struct.Struct("<8s QQQQQ 16s 16s Q")
-RECORD = struct.Struct("<4sIQQQQQQ16sQQ")
 
 
 def manifest_of(number, base=BASE):
@@ -34,7 +31,7 @@ def manifest_of(number, base=BASE):
         sequence=base.sequence,
         attempt=base.attempt,
         commit=Commit(number, number, {}),
-        tables=(TableRecord(TABLE, "t", number, None),),
+        tables=(TableEntry(TABLE, "t", number, None),),
     )
 
 
@@ -91,54 +88,6 @@ def last(folder, base=BASE):
 
 
 # ---- a reader and a packer of its own, from the description of the format ---------------------------------------
-
-
-def digest(data):
-    return xxhash.xxh3_64_intdigest(data)
-
-
-def independent(path):
-    """Header of a segment, and its records as ``(offset, fields, payload)``."""
-    data = path.read_bytes()
-    header = HEADER.unpack_from(data)
-    assert header[-1] == digest(data[: HEADER.size - 8])
-    records, position = [], 4096
-    while position < header[5] and data[position : position + 4] == b"srec":
-        head = data[position : position + RECORD.size]
-        fields = RECORD.unpack(head)
-        assert fields[-1] == digest(header[6] + header[7] + head[:-8])
-        payload = data[position + RECORD.size : position + RECORD.size + fields[2]]
-        assert fields[-2] == digest(payload)
-        records.append((position, fields, payload))
-        position += -(-(RECORD.size + fields[2]) // 4096) * 4096
-    return header, records
-
-
-def rewrite(path, position, payload=None, **changes):
-    """Replace a record by one that says something else, with right checksums."""
-    header, records = independent(path)
-    names = [
-        "magic",
-        "kind",
-        "length",
-        "epoch",
-        "sequence",
-        "synced",
-        "attempt",
-        "count",
-        "table",
-        "payload_sum",
-        "sum",
-    ]
-    _, fields, old = next(each for each in records if each[0] == position)
-    payload = old if payload is None else payload
-    values = dict(zip(names, fields, strict=True)) | {"length": len(payload), "payload_sum": digest(payload)}
-    values |= changes
-    packed = RECORD.pack(*values.values())[:-8]
-    packed += digest(header[6] + header[7] + packed).to_bytes(8, "little")
-    with path.open("r+b") as file:
-        file.seek(position)
-        file.write(packed + payload)
 
 
 def only(folder):

@@ -8,7 +8,8 @@ import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model import assert_same_bits
+from support import inside
+from support.model import assert_same_bits
 
 import shardemb
 from shardemb.base.sizes import PAGE
@@ -46,7 +47,7 @@ def train(table, seed, count=40):
 
 def everything(table):
     ids = np.arange(table.num_embeddings)
-    states = [table.state(column, ids) for column in list(table._spec.columns)[1:]]
+    states = [table.state(column, ids) for column in list(inside.state(table).spec.columns)[1:]]
     return [table.lookup(ids), *(each.reshape(ids.size, -1) for each in states)]
 
 
@@ -136,7 +137,7 @@ def test_growth_leaves_the_files_as_they_are(path):
         store.commit()
         after = inodes(path)
         assert {number: after[number] for number in before} == before
-        assert len(after) == table._spec.num_shards > len(before)
+        assert len(after) == inside.state(table).spec.num_shards > len(before)
         assert zarr.open_array(str(path / "t" / "rows"), mode="r").shape == (100_000, 3 * DIM)
         assert store.verify() == []
     assert [each.name for each in (path / ".shardemb" / "tables").iterdir()] == []
@@ -195,16 +196,16 @@ def test_a_change_that_waited_while_the_table_grew_is_not_lost(path):
     with shardemb.open(path) as store:
         table = create(store, 500)
         store.commit()
-        change = table._plan_change([3], np.ones((1, DIM)), "rows", check_finite=True)
-        gone = table._plan_change([400], np.ones((1, DIM)), "rows", check_finite=True)
+        change = inside.state(table).plan_change([3], np.ones((1, DIM)), "rows", check_finite=True)
+        gone = inside.state(table).plan_change([400], np.ones((1, DIM)), "rows", check_finite=True)
         table.resize(600)
         table.resize(300, drop_rows=True)
-        shardemb.engine.batch.change(store._runtime, [change])
+        shardemb.engine.batch.change(inside.runtime(store), [change])
         assert (table.lookup(3) == 1).all()
         with pytest.raises(ShardEmbError, match="lost rows"):
-            shardemb.engine.batch.change(store._runtime, [gone])
+            shardemb.engine.batch.change(inside.runtime(store), [gone])
         store.rollback()
-        shardemb.engine.batch.change(store._runtime, [gone])
+        shardemb.engine.batch.change(inside.runtime(store), [gone])
         assert (table.lookup(400) == 1).all()
         store.rollback()
 
@@ -261,7 +262,7 @@ def test_other_shards_hold_the_same_bits(tmp_path_factory, kind, rows, before, a
         commit = store.reshard("t", rows_per_shard=after)
         assert (commit.id, commit.step, commit.metadata) == (2, 3, {"x": 1})
         assert table.rows_per_shard == shardemb.format.spec.choose_rows_per_shard(
-            rows, table._spec.record_bytes, after, 9
+            rows, inside.state(table).spec.record_bytes, after, 9
         )
         assert (table.step, store["t"]) == (step, table)
         assert_equal(everything(table), expected)
@@ -387,7 +388,9 @@ def test_resharding_that_cannot_be_committed_leaves_the_table_and_is_not_done_ag
         before, optimizer, step = everything(table), table.optimizer, table.step
         with monkeypatch.context() as patch:
             patch.setattr(
-                log_writer.Log, "begin", lambda *arguments: (_ for _ in ()).throw(DiskFullError(28, "no room"))
+                log_writer.Log,
+                "begin",
+                lambda *arguments: (_ for _ in ()).throw(DiskFullError(28, "no room")),
             )
             with pytest.raises(DiskFullError):
                 store.reshard("t", rows_per_shard=2048, optimizer=new)
@@ -469,7 +472,9 @@ def test_materialized_rows_are_what_zarr_reads(path, kind, monkeypatch):
         store.commit(step=7)
         train(table, 2)  # not committed
         prefetched = np.arange(300, 400)
-        shardemb.engine.batch.prefetch(store._runtime, table._mapped, prefetched, for_update=True)
+        shardemb.engine.batch.prefetch(
+            inside.runtime(store), inside.shards(table), prefetched, for_update=True
+        )
         now, seen = everything(table), []
         table.materialize(progress=lambda done, total: seen.append((done, total)))
         assert_equal(everything(table), now)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import close_quietly
-from test_power_loss import contents, scratch
+from support.power_loss import contents, scratch
+from support.stores import close_quietly
 
 import shardemb
 from shardemb.base.sizes import PAGE

@@ -7,7 +7,8 @@ import time
 
 import numpy as np
 import pytest
-from conftest import close_quietly
+from support import inside
+from support.stores import close_quietly
 
 import shardemb
 from shardemb.errors import DiskFullError, PoisonedError, ReadOnlyError, StaleReaderError
@@ -174,7 +175,7 @@ def test_folders_that_a_fold_has_moved_before_it_broke_off_are_found_by_the_next
             fill(table, 1)
         store.commit(step=2)
         store.checkpoint()
-        assert not store._runtime.poisoned
+        assert not inside.runtime(store).poisoned
     with shardemb.open(path) as store:
         assert all((table.lookup(range(ROWS)) == 1).all() for table in store.values())
 

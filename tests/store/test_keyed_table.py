@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from model import KeyedModel, assert_same_bits
+from support import inside
+from support.model import KeyedModel, assert_same_bits
 
 import shardemb
 from shardemb.errors import ReadOnlyError, RowIdError, StoreClosedError, TableNotFoundError, UnknownKeyError
@@ -322,7 +323,7 @@ def test_evictions_that_cannot_be(store):
 def test_counters_stay_where_float32_ends(store):
     table = counted(store)
     table.rows.write([0], ones(1))  # a slot
-    shards = table.rows._mapped
+    shards = inside.shards(table.rows)
     last = shards.spec.columns["count"][0]
     for keys in [10], [10, 10, 10]:
         shards.records[shards.overlay.places(np.array([0]))[0], last] = 2**24 - 1

@@ -13,8 +13,8 @@ import threading
 import numpy as np
 import pytest
 import zarr
-from conftest import close_quietly
-from model import assert_same_bits
+from support.model import assert_same_bits
+from support.stores import close_quietly
 
 import shardemb
 from shardemb.errors import FormatError, ReadOnlyError, StoreExistsError, StoreLockedError, StoreNotFoundError

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import close_quietly
-from model import StoreModel, TableModel, assert_same_bits
+from support import inside
+from support.model import StoreModel, TableModel, assert_same_bits
+from support.stores import close_quietly
 
 import shardemb
 from shardemb.errors import (
@@ -928,7 +929,7 @@ def test_a_commit_writes_changed_rows_only(store):
     )
     store.commit()
     everything = np.arange(100_000)
-    log = store._journal._log
+    log = inside.journal(store)._log
     before = log.nbytes
     store.commit()
     assert log.nbytes - before == 4096
@@ -955,7 +956,7 @@ def test_memory_budget_zero_gives_memory_back_after_every_fold(path):
             table.update(ids, np.ones((10_000, 64), np.float32))
             store.commit()
             store.checkpoint()
-        used[budget] = table._mapped.overlay.nbytes
+        used[budget] = inside.shards(table).overlay.nbytes
         found[budget] = rows(table)
         store.close()
     assert used[0] == 0

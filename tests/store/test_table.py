@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from model import STATE_COLUMNS, TableModel, assert_same_bits
+from support.model import STATE_COLUMNS, TableModel, assert_same_bits
 
 import shardemb
 from shardemb.errors import RowIdError

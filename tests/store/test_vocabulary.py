@@ -6,9 +6,10 @@ import random
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import close_quietly
-from model import VocabularyModel
-from small import make_small, pool_of
+from support import inside
+from support.model import VocabularyModel
+from support.small import make_small, pool_of
+from support.stores import close_quietly
 
 import shardemb
 from shardemb.engine import batch
@@ -195,7 +196,7 @@ def test_reserved_rows_beyond_the_first_tables(path, small):
 def test_reserved_rows_of_the_sizes_that_tables_really_have(path):
     shapes = key_tables.table_shapes
     with shardemb.open(path) as store:
-        rows = shapes(store.create_vocabulary("v", key_type="int64")._record())["keys"][0]
+        rows = shapes(inside.key_rows(store.create_vocabulary("v", key_type="int64")).entry)["keys"][0]
         words = store.create_vocabulary("w", key_type="int64", reserved=rows + 10)
         with pytest.raises(RowIdError, match="has no key"):
             words.keys([rows + 9])
@@ -233,7 +234,7 @@ def test_bytes_of_a_freed_row_are_used_again(store):
         assert words.add([key]).tolist() == [0]
         store.commit()
         assert words.keys([0, 1]).tolist() == [key, b"b" * 100]
-        sizes.append(words._record().text_bytes)
+        sizes.append(inside.key_rows(words).entry.text_bytes)
     assert sizes[-1] <= 200 + 2 * 110 + 10  # it moved once, with room for twice as much
 
 
@@ -413,7 +414,7 @@ def test_after_a_checkpoint_an_opening_learns_few_keys(path, monkeypatch):
             store.close()
     with shardemb.open(path) as store:
         words = store.vocabularies["v"]
-        assert words._index._open == 0
+        assert inside.key_rows(words).index._open == 0
         assert words.lookup(np.arange(600)).tolist() == [*range(500), *[-1] * 100]
         assert words.add(np.arange(400, 700)).tolist() == list(range(400, 700))
         store.commit()
@@ -433,7 +434,7 @@ def test_a_lookup_beside_a_merge_finds_keys_behind_many_others(store, monkeypatc
 
     def merge_later(*arguments):
         if next(calls) == 1:
-            words._index.merge(hash_index.Coverage())
+            inside.key_rows(words).index.merge(hash_index.Coverage())
         return real(*arguments)
 
     real = key_tables.matching.match_hashes
@@ -452,7 +453,7 @@ def test_a_lookup_beside_an_index_that_is_made_anew(store, monkeypatch):
     words.add(["b", "a"])
     once(monkeypatch, key_tables.matching, "match_hashes", store.commit)
     assert words.lookup(["a"]).tolist() == [1]
-    assert len(words._index) == 2
+    assert len(inside.key_rows(words).index) == 2
 
 
 # ---- what breaks off --------------------------------------------------------------------------------------------
@@ -488,7 +489,10 @@ def test_a_change_that_fails_changes_nothing(path, small, monkeypatch, key_type,
             add = turn % 3 != 2 if turn < 30 else turn > 32
             if turn == 32:  # more than the ring has room for, and what is in it has gone round by then
                 some = list(model.rows)
-                assert words._record().tail > store._tables.now["v@freed"].num_embeddings
+                assert (
+                    inside.key_rows(words).entry.tail
+                    > inside.session(store).tables.now["v@freed"].num_embeddings
+                )
             for failing.left in itertools.count(1):
                 tried = failing.left
                 try:
@@ -504,7 +508,7 @@ def test_a_change_that_fails_changes_nothing(path, small, monkeypatch, key_type,
             if turn % 2:
                 store.commit()
                 model.commit()
-        assert store._tables.now["v@freed"].num_embeddings > 512
+        assert inside.session(store).tables.now["v@freed"].num_embeddings > 512
         assert table.rows.num_embeddings >= words.num_rows
         failing.left = 0
         store.commit()

@@ -6,9 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import close_quietly
-from small import make_small
-from test_power_loss import Recording
+from support import inside
+from support.power_loss import Recording
+from support.small import make_small
+from support.stores import close_quietly
 
 import shardemb
 from shardemb.errors import (
@@ -258,7 +259,7 @@ def test_a_refresh_shows_new_dropped_and_grown_vocabularies(path):
             assert found.lookup([b"x", b"y"]).tolist() == [0, -1]
             assert list(found) == [b"x"]
             assert found.stats()["keys"] == 1
-            assert found._check_index()
+            assert inside.key_rows(found).check_index()
             assert reader["n"].lookup([b"x"]).shape == (1, 2)
             assert reader["n"].vocabulary is found
             new.add([b"y"])

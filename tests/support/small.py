@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from shardemb.store import keyed_table, vocabulary, vocabulary_catalog
-from shardemb.vocabulary import hash_index, hashing, key_tables
+from shardemb.store import vocabulary_catalog
+from shardemb.vocabulary import hash_index, hashing, key_rows, key_tables, keyed_rows
 
 KEY_TYPES = ["int64", "string", "bytes"]
 
@@ -36,10 +36,10 @@ def make_small(patch, chance):
         return {what: (rows.get(what, n), width, 64) for what, (n, width, _) in shapes(record).items()}
 
     patch.setattr(vocabulary_catalog, "table_shapes", small_shapes)
-    patch.setattr(vocabulary, "SLICE_ROWS", chance.choice([7, 100]))
+    patch.setattr(key_rows, "SLICE_ROWS", chance.choice([7, 100]))
     patch.setattr(key_tables, "SLICE_BYTES", chance.choice([200, 5000]))
-    patch.setattr(vocabulary, "BATCH_ROWS", chance.choice([11, 1000]))
-    patch.setattr(keyed_table, "SCANNED_ROWS", chance.choice([13, 1000]))
+    patch.setattr(key_rows, "BATCH_ROWS", chance.choice([11, 1000]))
+    patch.setattr(keyed_rows, "SCANNED_ROWS", chance.choice([13, 1000]))
     patch.setattr(hash_index, "OPEN_PAIRS", chance.choice([(1, 1), (5, 50), (64, 64), (2**20, 2**23)]))
     patch.setattr(hash_index, "_STALE", chance.choice([0, 20, 2**16]))
     patch.setattr(hash_index, "SHARED", chance.choice([1, 2**13]))

@@ -11,9 +11,9 @@ import pytest
 import xxhash
 from hypothesis import example, given
 from hypothesis import strategies as st
-from references import HOSTILE
-from test_failures import Failing
-from test_probing import level
+from support.failures import Failing
+from support.index_pairs import level
+from support.references import HOSTILE
 
 from shardemb.base.sizes import PAGE
 from shardemb.errors import DiskFullError
@@ -61,7 +61,7 @@ def new_index(path, *, writable=True):
 
 def taken_up(path, now=Coverage(10, ANY, ANY), *, writable=False):  # noqa: B008
     index = new_index(path, writable=writable)
-    index.take_up(now)
+    index.open(now)
     return index
 
 
@@ -379,7 +379,7 @@ def test_a_file_that_knows_more_than_the_commit_is_refused(written, now, is_take
 def test_the_file_of_another_vocabulary_is_refused(written):
     path, _ = written
     index = KeyIndex(path, OTHER, run, writable=False)
-    index.take_up(Coverage(10, ANY, ANY))
+    index.open(Coverage(10, ANY, ANY))
     assert (index.has_files, len(index)) == (False, 0)
 
 
@@ -622,7 +622,7 @@ def test_one_that_was_made_anew_takes_the_place_of_the_other(written):
     path, pairs = written
     old = taken_up(path, writable=True)
     with small((1000, 1000), 8):  # it has fewer parts
-        fresh = old.anew()
+        fresh = old.empty_copy()
         add(fresh, pairs[:100])
         fresh.merge(Coverage(7, 100, 0))
         assert_holds(taken_up(path), pairs)
@@ -643,7 +643,7 @@ def test_one_that_was_made_anew_takes_the_place_of_the_other(written):
 def test_one_without_files_takes_those_of_the_other_away(written):
     path, pairs = written
     old = taken_up(path, writable=True)
-    fresh = old.anew()
+    fresh = old.empty_copy()
     add(fresh, pairs[:10])
     fresh.take_place_of(old)
     assert os.listdir(path.parent) == []
@@ -653,7 +653,7 @@ def test_one_without_files_takes_those_of_the_other_away(written):
 
 def test_the_files_of_one_that_is_given_up_go(written):
     path, pairs = written
-    fresh = taken_up(path).anew()
+    fresh = taken_up(path).empty_copy()
     fresh._writable = True
     add(fresh, pairs)
     fresh.merge(Coverage())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from references import siphash13, splitmix, unsplitmix
+from support.references import siphash13, splitmix, unsplitmix
 
 from shardemb.vocabulary import hashing
 

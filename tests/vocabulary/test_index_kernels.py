@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.index_pairs import LAST, first_bits, home_in, level
 
 from shardemb.vocabulary import index_kernels
 
-LAST = 2**64 - 1
 PLAIN, SALTED = np.uint64(0), np.uint64(0x123456789ABCDEF1)
 NO_LEVEL = np.zeros((1, 4), np.int64), np.empty((0, 2), np.uint64), 0
-NO_ROW = LAST
 
 few = st.sampled_from([0, 1, 5 << 60, (5 << 60) + 1, LAST - 1, LAST])
 at_the_end = st.integers(LAST - 2**40, LAST)  # their homes are the last slots, so that they go round
@@ -41,32 +40,6 @@ def insert(slots, salt, values, rows, first=0, last=None):
     left = np.zeros(values.size, np.bool_)
     index_kernels.insert(*slots, salt, values, rows, left, first, slots[1].size if last is None else last)
     return left
-
-
-def level(pairs, bits, share=0.75, deep=()):
-    """Spans, entries and bits of pairs; parts with numbers in `deep` of one bit less are two parts of as many bits."""
-    spans, entries, number = [], [], 0
-    while number < 2**bits:
-        own_bits = bits if bits == 0 or number // 2 in deep else bits - 1
-        own_number = number >> (bits - own_bits)
-        own = [pair for pair in sorted(pairs) if first_bits(pair[0], own_bits) == own_number]
-        begin, homes, before = len(entries), int(len(own) / share), own_number << (64 - own_bits)
-        for value, row in own:
-            entries += [(before, NO_ROW)] * (begin + home_in(value, own_bits, homes) - len(entries))
-            entries.append((value, row))
-            before = value
-        spans += [(begin, homes, len(entries), own_bits)] * 2 ** (bits - own_bits)
-        number = len(spans)
-    return np.array(spans), np.array(entries, np.uint64).reshape(-1, 2), bits
-
-
-def first_bits(value, bits):
-    return value >> (64 - bits)
-
-
-def home_in(value, bits, homes):
-    """Of a part."""
-    return ((value << bits) % 2**64 >> 32) * homes >> 32
 
 
 def probe(slots, hashes, skip=0, end=2**62, salt=PLAIN, level=NO_LEVEL, start=0, stop=None):
@@ -202,7 +175,10 @@ def test_few_hashes_have_a_mark_that_is_not_theirs():
     rng = np.random.default_rng(0)
     values, others = rng.integers(0, LAST, (2, 40_000), np.uint64)
     _, marks = filled([(int(value), 0) for value in values], capacity=64_000)
-    marked = [marks[index_kernels.home(value, marks.size, PLAIN)] & index_kernels._mark(value) != 0 for value in others]
+    marked = [
+        marks[index_kernels.home(value, marks.size, PLAIN)] & index_kernels._mark(value) != 0
+        for value in others
+    ]
     assert 0.05 < np.mean(marked) < 0.1
 
 

@@ -84,7 +84,9 @@ def test_strings_of_one_length_are_compared_byte_by_byte(batch):
     which = np.array([at for at, (*_, there) in enumerate(cut) if there], np.int64)
     offsets, data = flat([key for _, key, _ in cut])
     assert_drops(
-        lambda rows, dropped: key_kernels.match_bytes(cells, begins[which], which, offsets, data, rows, dropped),
+        lambda rows, dropped: key_kernels.match_bytes(
+            cells, begins[which], which, offsets, data, rows, dropped
+        ),
         cut,
         lambda held, key: held == key,
     )

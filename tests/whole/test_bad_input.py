@@ -10,8 +10,8 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import close_quietly
-from model import STATE_COLUMNS
+from support.model import STATE_COLUMNS
+from support.stores import close_quietly
 
 import shardemb
 from shardemb.errors import (

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import close_quietly
-from test_log import independent, rewrite
-from test_power_loss import scratch
+from support.log_files import independent, rewrite
+from support.power_loss import scratch
+from support.stores import close_quietly
 
 import shardemb
 from shardemb.errors import FormatError

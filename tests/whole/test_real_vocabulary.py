@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import wordfreq
-from conftest import close_quietly
+from support.stores import close_quietly
 
 import shardemb
 

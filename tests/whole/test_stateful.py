@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import close_quietly
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from model import StoreModel, TableModel, assert_same_bits
-from test_power_loss import scratch
+from support import inside
+from support.model import StoreModel, TableModel, assert_same_bits
+from support.power_loss import scratch
+from support.stores import close_quietly
 
 import shardemb
 from shardemb.compute import plan
@@ -225,8 +226,8 @@ class StoreMachine(RuleBasedStateMachine):
         if first.endswith("change") and self.model.tables:
             self.write(data)
         left = self.path.with_name(f"{self.path.name}+")
-        journal = self.store._writing()
-        with self.store._runtime.lock:  # nothing is copied that is half way; other tests crash there
+        journal = inside.journal(self.store)
+        with inside.runtime(self.store).lock:  # nothing is copied that is half way; other tests crash there
             journal._wait()
             shutil.copytree(self.path, left)
         close_quietly(self.store)

@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import close_quietly
-from model import TableModel, assert_same_bits
+from support import inside
+from support.model import TableModel, assert_same_bits
+from support.stores import close_quietly
+from support.threads import Threads
 
 import shardemb
 from shardemb.compute import plan, scheduler
@@ -36,40 +38,6 @@ def new_table(store, **arguments):
     table = store.create_table("t", rows_per_shard=256, **(defaults | arguments))
     store.commit()
     return table
-
-
-class Threads:
-    """Run functions again and again, each in a thread of its own, until the block ends; raise what they raise."""
-
-    def __init__(self, *functions):
-        self.stop = threading.Event()
-        self.turns = [0] * len(functions)
-        self.pool = ThreadPoolExecutor(len(functions))
-        self.futures = [
-            self.pool.submit(self.repeat, number, function) for number, function in enumerate(functions)
-        ]
-
-    def repeat(self, number, function):
-        while not self.stop.is_set():
-            function()
-            self.turns[number] += 1
-
-    def wait_for_turns(self, least):
-        while min(self.turns) < least and not any(future.done() for future in self.futures):
-            time.sleep(0.001)
-
-    def __enter__(self):
-        self.wait_for_turns(1)
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if error is None:
-            target = min(self.turns) + 5
-            self.wait_for_turns(target)
-        self.stop.set()
-        self.pool.shutdown()
-        for future in self.futures:
-            future.result()
 
 
 def test_lookups_of_other_rows_are_exact_beside_updates_commits_and_rollbacks(store):
@@ -297,7 +265,9 @@ def test_a_lookup_of_keys_that_meets_a_close_finds_them_or_is_told(store, monkey
     words = store.create_vocabulary("words", key_type="int64")
     words.add(np.arange(100))
     store.commit()
-    hashes = words._hashes
+    hashes = inside.key_rows(
+        inside.key_rows(inside.key_rows(inside.key_rows(inside.key_rows(inside.key_rows(words)))))
+    )._hashes
 
     def close_meanwhile(checked):
         found = hashes(checked)

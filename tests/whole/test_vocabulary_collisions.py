@@ -6,10 +6,11 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from conftest import close_quietly
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import unsplitmix
+from support import inside
+from support.references import unsplitmix
+from support.stores import close_quietly
 
 import shardemb
 from shardemb.engine import batch
@@ -232,7 +233,15 @@ MANY = 2_000_000
 
 def seconds_to_add(store, name, keys):
     words = store.create_vocabulary(name, key_type="int64")
-    keys = keys(words._secret) if callable(keys) else keys
+    keys = (
+        keys(
+            inside.key_rows(
+                inside.key_rows(inside.key_rows(inside.key_rows(inside.key_rows(inside.key_rows(words)))))
+            )._secret
+        )
+        if callable(keys)
+        else keys
+    )
     started = time.perf_counter()
     rows = words.add(keys)
     found = words.lookup(keys)

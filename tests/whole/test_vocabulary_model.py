@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import close_quietly
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from model import KeyedModel, VocabularyModel, assert_same_bits
-from small import KEY_TYPES, let_hashes_collide, make_small, pool_of
-from test_power_loss import scratch
+from support import inside
+from support.model import KeyedModel, VocabularyModel, assert_same_bits
+from support.power_loss import scratch
+from support.small import KEY_TYPES, let_hashes_collide, make_small, pool_of
+from support.stores import close_quietly
 
 import shardemb
 from shardemb.compute import plan
@@ -83,7 +84,7 @@ class VocabularyMachine(RuleBasedStateMachine):
             name, vocabulary="v", embedding_dim=DIM, rows_per_shard=64, **arguments
         )
         self.tables[name] = KeyedModel.new(
-            table.rows._spec.stream, num_embeddings=MOST_ROWS, embedding_dim=DIM, **arguments
+            inside.state(table.rows).spec.stream, num_embeddings=MOST_ROWS, embedding_dim=DIM, **arguments
         )
         self.made[name] = object()
 
@@ -293,7 +294,7 @@ class VocabularyMachine(RuleBasedStateMachine):
             self.commit()
         self.close_reader()
         assert self.store.verify() == []
-        path = store_paths.index(self.path, self.vocabulary._record().uuid)
+        path = store_paths.index(self.path, inside.key_rows(self.vocabulary).entry.uuid)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             self.store.close()
@@ -311,8 +312,8 @@ class VocabularyMachine(RuleBasedStateMachine):
             self.vocabulary.remove(self.some_keys(20))
         self.close_reader()
         left = self.path.with_name(f"{self.path.name}+")
-        with self.store._runtime.lock:  # nothing is copied that is half way; other tests crash there
-            self.store._writing()._wait()
+        with inside.runtime(self.store).lock:  # nothing is copied that is half way; other tests crash there
+            inside.journal(self.store)._wait()
             shutil.copytree(self.path, left)
         close_quietly(self.store)
         shutil.rmtree(self.path)
@@ -362,7 +363,7 @@ class VocabularyMachine(RuleBasedStateMachine):
     @invariant()
     def the_same(self):
         self.assert_matches(self.store)
-        assert self.vocabulary._check_index()
+        assert inside.key_rows(self.vocabulary).check_index()
         if MISSING not in self.changed:
             assert self.store.has_changes == bool(self.changed or self.made != self.saved[1])
 

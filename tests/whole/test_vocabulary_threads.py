@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import close_quietly
-from small import make_small, pool_of
-from test_threads import Threads
+from support import inside
+from support.small import make_small, pool_of
+from support.stores import close_quietly
+from support.threads import Threads
 
 import shardemb
 from shardemb.compute import plan
@@ -55,16 +56,16 @@ def new_table(store, name, **more):
 def assert_sound(store):
     """Every row has one key, or waits among the freed ones; tables have all rows; the index finds all keys."""
     words = store.vocabularies["v"]
-    state = words._record()
+    state = inside.key_rows(words).entry
     found = [batch.to_pydict() for batch in words.to_arrow_batches()]
     rows = [row for each in found for row in each["row"]]
     keys = [key for each in found for key in each["key"]]
     assert len(set(keys)) == len(keys) == len(words)
     assert words.lookup(keys).tolist() == rows
-    assert words._check_index()
-    free = words._stored.freed(state.head, state.tail).tolist()
+    assert inside.key_rows(words).check_index()
+    free = inside.key_rows(words).tables.freed(state.head, state.tail).tolist()
     assert sorted(rows + free) == list(range(state.reserved, state.rows))
-    dead = words._stored.records(np.array(free, np.int64))
+    dead = inside.key_rows(words).tables.records(np.array(free, np.int64))
     assert not key_records.are_live(dead).any()
     for name in store:
         if hasattr(store[name], "vocabulary"):

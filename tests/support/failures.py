@@ -1,0 +1,396 @@
+"""Operations on files that fail, at any position of a workload."""
+
+import contextlib
+import errno
+import os
+import random
+import shutil
+import warnings
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import shardemb
+from shardemb.compute import plan
+from shardemb.errors import DiskFullError, PoisonedError, ShardEmbError
+from shardemb.format import table_files, zarr_metadata
+from shardemb.initializers import Uniform
+from shardemb.optim import SGD, Adam
+from shardemb.storage import files, fold, log_writer
+from shardemb.store.store import Store
+from support import inside
+from support.power_loss import NOTHING, contents, scratch
+from support.stores import close_quietly
+
+WORKLOADS = int(os.environ.get("SHARDEMB_FAILING_WORKLOADS", "5"))
+
+
+ROWS, DIM = 120, 16
+
+
+KINDS = ["full", "error", "short"]
+
+
+# Not those that consist of others of them: where `stage`, `publish` or `replace` fail, one of these has failed.
+CALLS = (
+    "write", "sync", "sync_data", "sync_tree", "sync_directory", "rename", "link", "remove", "remove_tree",
+    "create_sparse", "make_directory", "allocate", "opened", "open_direct", "open_scratch", "read_at", "read_into",
+)  # fmt: skip
+
+
+class Failing:
+    """Lets the call of a number fail, in one of three ways."""
+
+    def __init__(self, at=None, kind="full"):
+        self.at, self.kind, self.count, self.paused, self.failed = at, kind, 0, False, None
+
+    def on(self):
+        real = {name: getattr(files, name) for name in CALLS}
+
+        def wrapped(name):
+            def call(*arguments, **options):
+                if self.paused:
+                    return real[name](*arguments, **options)
+                self.count += 1
+                if self.count == self.at:
+                    self.failed = (
+                        f"{name} of {next(str(a) for a in reversed(arguments) if isinstance(a, Path))}"
+                    )
+                    self._fail(name, real[name], arguments)
+                return real[name](*arguments, **options)
+
+            return call
+
+        patch = pytest.MonkeyPatch()
+        for name in CALLS:
+            patch.setattr(files, name, wrapped(name))
+        return contextlib.closing(_Undo(patch))
+
+    def _fail(self, name, real, arguments):
+        if name == "write" and self.kind == "short":
+            descriptor, data, offset, path = arguments
+            data = memoryview(data).cast("B")
+            real(descriptor, data[: len(data) // 2 // 4096 * 4096], offset, path)
+        if name == "remove_tree" and self.kind == "short":
+            for path in sorted(each for each in arguments[0].rglob("*") if each.is_file())[::2]:
+                path.unlink()
+        full = self.kind == "full" and not name.startswith(("sync", "read"))
+        if full:
+            raise DiskFullError(errno.ENOSPC, "no room left on the disk")
+        raise OSError(errno.ENOSPC if self.kind == "full" else errno.EIO, "it failed")
+
+    @contextlib.contextmanager
+    def off(self):
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+
+
+class _Undo:
+    def __init__(self, patch):
+        self.close = patch.undo
+
+
+def train(path, seed, failing):
+    """Train, page, commit, fold, change tables, roll back; return what may be found afterwards."""
+    chance, rng = random.Random(seed), np.random.default_rng(seed)
+    allowed, poisoned = [NOTHING], False
+    store = shardemb.open(
+        path, memory_budget=chance.choice([0, 2**30]), log_bytes=chance.choice([1, 10**9]), threads=1
+    )
+
+    def attempt(call, *arguments, **options):
+        nonlocal poisoned
+        try:
+            call(*arguments, **options)
+        except PoisonedError:
+            poisoned = True
+        except (ShardEmbError, OSError) as error:
+            assert str(error), repr(error)
+            return False
+        return not poisoned
+
+    def new(name):
+        optimizer = chance.choice([SGD(lr=0.5), Adam(lr=0.1)])
+        more = chance.choice([{}, {"initializer": Uniform(-1, 1, seed=1)}])
+        store.create_table(
+            name, num_embeddings=ROWS, embedding_dim=DIM, rows_per_shard=64, optimizer=optimizer, **more
+        )
+
+    def commit(step):
+        nonlocal allowed
+        with failing.off():
+            if poisoned or inside.runtime(store).poisoned:
+                return
+            last = store.last_commit
+            future = ((last.id if last else 0) + 1, step, ()), contents(store)[1]
+        allowed = [future] if attempt(store.commit, step=step) else [*allowed, future]
+
+    attempt(new, "a")
+    attempt(new, "b")
+    commit(1)
+    for step in (2, 3):
+        for name in tuple(store):
+            ids = rng.integers(0, ROWS, 40)
+            attempt(store[name].update, ids, rng.normal(size=(40, DIM)).astype(np.float32))
+        commit(10 * step)
+        attempt(store.lookup, {name: [1, 2, 100] for name in store})
+        for name in tuple(store):
+            attempt(store[name].write, [1, 5], np.full((2, DIM), step, np.float32))
+        attempt(chance.choice([store.rollback, store.checkpoint, store.has_changes.__bool__]))
+        if step == 2 and "a" in store:
+            attempt(store.drop_table, "a")
+            attempt(store.rename_table, "b", "a") if "b" in store else None
+            attempt(new, "c")
+        commit(10 * step + 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        attempt(store.close)
+        with failing.off():
+            close_quietly(store)
+    return allowed
+
+
+def check(path, allowed, what):
+    try:
+        store = shardemb.open(path)
+    except ShardEmbError as error:
+        raise AssertionError(f"{what}: does not open") from error
+    with store:
+        found = contents(store)
+        assert found in allowed, f"{what}: opens at {found[0]}, not at {[each[0] for each in allowed]}"
+        assert store.verify() == [], what
+        assert not strays(store), what
+        return found
+
+
+def strays(store):
+    """List what is visible in a store's folder and belongs to none of its tables; and tables that wait for nothing."""
+    own = {store.path / zarr_metadata.DOCUMENT}
+    for name, table in store.items():
+        folder = store.path / name
+        own |= {
+            folder / zarr_metadata.DOCUMENT,
+            *(folder / each / zarr_metadata.DOCUMENT for each in zarr_metadata.ARRAYS),
+        }
+        own |= {path for path, _ in table_files.expected_files(inside.state(table).spec, folder)}
+    found = {path for path in store.path.glob("[!.]*/**/*") if path.is_file()}
+    found |= {path for path in store.path.iterdir() if path.name != ".shardemb" and path.name not in store}
+    return sorted(found - own) + sorted(store.path.glob(".shardemb/tables/*"))
+
+
+@contextlib.contextmanager
+def small():
+    """Let small tables and logs meet what large ones do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log_writer, "FIRST_SEGMENT", 32_768)
+        patch.setattr(log_writer, "STAGE_BYTES", 65_536)
+        patch.setattr(plan, "WINDOW_BLOCKS", 4)
+        patch.setattr(fold, "DIRECT_BLOCKS", 2)
+        patch.setattr(shardemb.table, "MATERIALIZED_BYTES", 10_000)
+        yield
+
+
+def fail_everywhere(seed):
+    """Return which operations failed."""
+    with small():
+        with scratch() as folder:
+            failing = Failing()
+            with failing.on():
+                allowed = train(Path(folder) / "store", seed, failing)
+            assert len(allowed) == 1
+            check(Path(folder) / "store", allowed, "nothing failed")
+        failed = set()
+        # A fold in its thread makes the number vary a little.
+        for position in range(1, failing.count + 1):
+            with scratch() as folder:
+                one = Failing(position, KINDS[(position + seed) % 3])
+                path = Path(folder) / "store"
+                with one.on():
+                    try:
+                        allowed = train(path, seed, one)
+                    except (ShardEmbError, OSError):
+                        allowed = [NOTHING]  # the first opening
+                check(path, allowed, f"seed {seed}, call {position}, {one.kind}, {one.failed}")
+                failed.add(str(one.failed).split()[0])
+        return failed
+
+
+def resize(store, rows, names="a"):
+    for name in names:
+        store[name].resize(rows, drop_rows=True)
+    if store.has_changes:  # otherwise all of it was done before
+        store.commit(step=2)
+
+
+def resize_without_links(store):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(PermissionError(1, "no links here")))
+        resize(store, 300)
+
+
+def resize_and_roll_back(store):
+    if not inside.runtime(store).half_done:
+        store["a"].resize(300)
+    store.rollback()
+
+
+def reshard(store, **how):
+    store.reshard("a", **how)
+
+
+def materialize(store):
+    store["a"].materialize()
+    assert not inside.shards(store["a"]).never_written(0, ROWS).size
+
+
+CHANGES = {
+    "more rows": partial(resize, rows=300, names="az"),
+    "more rows, without links": resize_without_links,
+    "fewer rows": partial(resize, rows=100),
+    "more rows, undone": resize_and_roll_back,
+    "other shards": partial(reshard, rows_per_shard=128),
+    "another optimizer": partial(reshard, optimizer=SGD()),
+    "rows never written": materialize,
+    "a copy": lambda store: store.copy(store.path.with_name("copy")),
+}
+
+
+OF_WHAT_IS_COMMITTED = "other shards", "another optimizer"
+
+
+THEIRS = {
+    "more rows": {"link", "create_sparse", "remove_tree", "sync_tree", "rename"},
+    "a copy": {"sync_tree"},
+}
+
+
+def make(path):
+    with shardemb.open(path, threads=1) as store:
+        for name, more in (("a", {"initializer": Uniform(-1, 1, seed=1)}), ("z", {})):
+            store.create_table(
+                name,
+                num_embeddings=ROWS,
+                embedding_dim=DIM,
+                rows_per_shard=64,
+                optimizer=Adam(lr=0.1),
+                **more,
+            )
+        learn(store, 1)
+        store.commit(step=1)
+
+
+def begin(path, what):
+    """Open a store, and change some of its rows unless they have changed before."""
+    store = shardemb.open(path, threads=1, memory_budget=0 if what == "fewer rows" else 2**30)
+    if what not in OF_WHAT_IS_COMMITTED and store.last_commit.step == 1:
+        learn(store, 2)
+    return store
+
+
+def learn(store, seed):
+    rng = np.random.default_rng(seed)
+    for table in store.values():
+        table.update(rng.integers(0, 100, 20), rng.normal(size=(20, DIM)).astype(np.float32))
+
+
+def leave(store, failing):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with contextlib.suppress(ShardEmbError, OSError):
+            store.close()
+        with failing.off():
+            close_quietly(store)
+
+
+def undisturbed(path, what):
+    """Return how many calls a change makes, what each commit holds from the first one on, and what memory does then."""
+    states, settled, failing = [], Store._settled, Failing()
+
+    def note(store, manifest):
+        settled(store, manifest)
+        states.append(contents(store))
+
+    with pytest.MonkeyPatch.context() as patch, failing.on():
+        with failing.off():
+            with shardemb.open(path, "r") as store:
+                states.append(contents(store))
+            store = begin(path, what)
+            patch.setattr(Store, "_settled", note)
+        CHANGES[what](store)
+        with failing.off():
+            after = contents(store)[1]
+        leave(store, failing)
+    return failing.count, states, after
+
+
+def fail_once(path, what, failing, at_once, states, after):
+    """Make a change in which a call fails, and make it again: in the same store, or once that was opened anew."""
+    change, copied, first = CHANGES[what], path.with_name("copy"), states[0]
+    with failing.on():
+        with failing.off():
+            store = begin(path, what)
+            before, had_changes = contents(store)[1], store.has_changes
+        done = True
+        try:
+            change(store)
+        except (ShardEmbError, OSError) as error:
+            done = False
+            assert str(error), repr(error)
+            assert not copied.exists()
+        with failing.off():
+            sound = not inside.runtime(store).poisoned
+            if not done and sound and not inside.runtime(store).half_done:
+                # What the commits of a change hold is there for each table as a whole.
+                found = contents(store)[1]
+                assert all(found[name] in (before[name], after[name]) for name in before)
+                assert store.has_changes == had_changes
+            if at_once and sound:
+                if not done:
+                    change(store)
+                    done = True
+                assert contents(store)[1] == after
+                learn(store, 3)
+                store.commit(step=3)
+                store.checkpoint()
+                assert not inside.runtime(store).poisoned
+                states = [contents(store)]
+            last = store.last_commit.id
+        leave(store, failing)
+    check(path, [each for each in states if each[0][0] in (last, last + (not done))], what)
+    if not done:
+        with begin(path, what) as store:
+            change(store)
+            assert contents(store)[1] == after
+            store.rollback()
+            committed = contents(store)
+        check(path, [committed], what)
+    assert not list(path.glob(".shardemb/rebuilt/*"))
+    if what == "a copy":
+        check(copied, [first], what)
+
+
+def change_everywhere(what):
+    """Return which operations failed."""
+    with small(), scratch() as folder:
+        start = Path(folder) / "start"
+        make(start)
+        shutil.copytree(start, Path(folder) / "store")
+        count, states, after = undisturbed(Path(folder) / "store", what)
+        failed = set()
+        for position in range(1, count + 1):
+            with scratch() as other:
+                path = Path(other) / "store"
+                shutil.copytree(start, path)
+                failing = Failing(position, KINDS[position % 3])
+                try:
+                    fail_once(path, what, failing, position // 3 % 2, states, after)
+                except BaseException as error:
+                    error.add_note(f"{failing.kind} at call {position}, {failing.failed}")
+                    raise
+                failed.add(str(failing.failed).split()[0])
+        return failed

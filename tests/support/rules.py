@@ -1,0 +1,402 @@
+"""The rules of durability: what shows that each holds, and how to undo it."""
+
+import contextlib
+import fcntl
+import os
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import shardemb
+from shardemb.base import interrupts
+from shardemb.engine import batch, overlay, runtime, shards
+from shardemb.engine import spill_file as scratch_file
+from shardemb.format import log_records, store_paths
+from shardemb.optim import Adam
+from shardemb.storage import checksums, files, fold, log_reader, log_writer
+from shardemb.store import opening
+from shardemb.store.journal import Journal
+from support import inside
+from support.power_loss import WORKLOADS, Disk, Recording, contents, explore, scratch, work
+from support.stores import close_quietly
+
+ROWS, DIM = 150, 16
+
+
+def new_store(folder, **options):
+    store = shardemb.open(Path(folder) / "store", threads=1, **options)
+    if "a" not in store:
+        store.create_table(
+            "a", num_embeddings=ROWS, embedding_dim=DIM, rows_per_shard=64, optimizer=Adam(lr=0.1)
+        )
+        store.commit(step=0)
+    return store
+
+
+def train(store, seed, count=20):
+    rng = np.random.default_rng(seed)
+    store["a"].update(rng.integers(0, ROWS, count), rng.normal(size=(count, DIM)).astype(np.float32))
+
+
+def power():
+    """Cut the power at random moments of random workloads; the rarest rule shows in one workload of twenty."""
+    for seed in range(200):
+        try:
+            explore(seed, 500 // WORKLOADS, again=0.5, kill=0.3)
+        except (AssertionError, shardemb.ShardEmbError, OSError) as error:
+            return str(error) or repr(error)
+    return None
+
+
+def other_ways_to_the_disk():
+    """Compare a folder with what the recorded calls alone make of it."""
+    for seed in range(4):
+        with scratch() as folder:
+            recording = Recording(folder)
+            with recording.on():
+                work(Path(folder) / "store", seed, recording)
+            disk = Disk()
+            for operation in recording.operations:
+                disk.apply(*operation)
+            made, _ = disk.killed()
+            for name, data in made.items():
+                # The lock holds a line for people, and the epoch file is no part of what a crash may harm.
+                if (
+                    data is not None
+                    and (Path(folder) / name).read_bytes() != data
+                    and not name.endswith("lock")
+                ):
+                    return f"{name} was changed past the recorded calls"
+    return None
+
+
+def damage_is_told():
+    """Damage an older commit's record in the log of a store that was killed."""
+    with scratch() as folder, forked(folder, commits=3) as path:
+        segment = max((path / ".shardemb" / "log").glob("*.log"), key=lambda each: each.name)
+        data = bytearray(segment.read_bytes())
+        first = data.index(log_records.RECORD_MAGIC, 4096)
+        data[first + 200] ^= 1
+        segment.write_bytes(data)
+        try:
+            with shardemb.open(path) as store:
+                return f"opened at step {store.last_commit.step}"
+        except shardemb.LogDamagedError:
+            return None
+
+
+@contextlib.contextmanager
+def forked(folder, commits):
+    """A store whose writer made some commits and died."""
+    child = os.fork()
+    if not child:
+        try:
+            store = new_store(folder)
+            store.checkpoint()
+            for step in range(1, commits + 1):
+                train(store, step)
+                store.commit(step=step)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    yield Path(folder) / "store"
+
+
+def budget_makes_no_difference():
+    """Train with no memory at all, committing rarely, and with plenty."""
+    found = []
+    for budget in (0, 2**30):
+        with scratch() as folder:
+            store = new_store(folder, memory_budget=budget, log_bytes=1 if budget == 0 else 2**30)
+            for step in range(12):
+                train(store, step, 40)
+                if step % 4 == 3:
+                    store.commit(step=step)
+                    store.checkpoint()
+                    train(store, 100 + step)
+            found.append(contents(store)[1])
+            close_quietly(store)
+    return None if found[0] == found[1] else "rows differ"
+
+
+def broken_update_refuses_commit():
+    with scratch() as folder, pytest.MonkeyPatch.context() as patch:
+        store = new_store(folder)
+        patch.setattr(overlay.Overlay, "change", lambda self, places: 1 / 0)
+        with contextlib.suppress(ZeroDivisionError):
+            train(store, 1)
+        patch.undo()
+        try:
+            store.commit(step=1)
+        except shardemb.PoisonedError:
+            return None
+        finally:
+            close_quietly(store)
+        return "a commit of half an update"
+
+
+def rollback_beside_fold():
+    """Roll back while a fold holds images that the files do not have yet."""
+    with scratch() as folder, pytest.MonkeyPatch.context() as patch:
+        store = new_store(folder)
+        train(store, 1)
+        store.commit(step=1)
+        committed = contents(store)
+        go_on, write = threading.Event(), fold.write
+        patch.setattr(fold, "write", lambda *arguments: (go_on.wait(20), write(*arguments)))
+        folding = threading.Thread(target=store.checkpoint)
+        folding.start()
+        while not inside.runtime(store).room._folding:
+            time.sleep(0.001)
+        train(store, 1)  # the same rows
+        store.rollback()
+        found = contents(store)
+        go_on.set()
+        folding.join()
+        close_quietly(store)
+    return None if found == committed else "rollback lost a commit"
+
+
+def failed_sync_poisons():
+    with scratch() as folder, pytest.MonkeyPatch.context() as patch:
+        store = new_store(folder)
+        train(store, 1)
+
+        def fail(descriptor, path):
+            raise OSError(5, "Input/output error", str(path))
+
+        patch.setattr(files, "sync_data", fail)
+        with contextlib.suppress(OSError):
+            store.commit(step=1)
+        patch.undo()
+        try:
+            store.commit(step=2)
+        except shardemb.PoisonedError:
+            return None
+        finally:
+            close_quietly(store)
+        return "committed after a failed sync"
+
+
+def one_writer():
+    with scratch() as folder:
+        store = new_store(folder)
+        try:
+            second = shardemb.open(store.path)
+        except shardemb.StoreLockedError:
+            return None
+        else:
+            second.close()
+            return "two writers"
+        finally:
+            close_quietly(store)
+
+
+def reader_is_told():
+    """Read beside a writer that another one follows."""
+    with scratch() as folder:
+        store = new_store(folder)
+        reader = shardemb.open(store.path, "r")
+        store.close()
+        store = new_store(folder)
+        try:
+            reader["a"].lookup([1])
+        except shardemb.StaleReaderError:
+            return None
+        finally:
+            reader.close()
+            close_quietly(store)
+        return "a stale reader went on"
+
+
+def changes_in_place(patch):
+    """As if the files were mapped shared: what an update changes is in them at once."""
+    real = batch.change
+
+    def change(runtime, changes):
+        real(runtime, changes)
+        for each in changes:
+            for row in each.batch.rows.tolist():
+                place = int(each.shards.overlay.places(np.array([row]))[0])
+                number, at = divmod(row, each.shards.spec.rows_per_shard)
+                with each.shards.shard_path(number).open("r+b") as file:
+                    file.seek(at * each.shards.spec.record_bytes)
+                    file.write(each.shards.records[place].tobytes())
+
+    patch.setattr(batch, "change", change)
+
+
+def images_count_at_once(patch):
+    real = log_reader._Reader._take_images
+
+    def take(self, *arguments):
+        real(self, *arguments)
+        table, run = self._pending[-1]
+        self.replay._runs.setdefault(table, []).append(run)
+
+    patch.setattr(log_reader._Reader, "_take_images", take)
+
+
+def acknowledged_before_sync(patch):
+    patch.setattr(log_writer.Log, "append_commit", _append_commit_unsynced)
+
+
+def _append_commit_unsynced(self, manifest):
+    offset = self._place(log_records.RECORD.size + len(manifest))
+    payload = self._stage.bytes(offset + log_records.RECORD.size, len(manifest))
+    payload[:] = manifest
+    self._seal(offset, log_records.COMMIT, payload, self._count)
+    self._flush()
+
+
+def recycled_before_base(patch):
+    real = Journal.publish
+
+    def publish(self, base):
+        log_writer.clear(store_paths.log(self._runtime.path), base.segment)
+        real(self, base)
+
+    patch.setattr(Journal, "publish", publish)
+
+
+def fold_after_base(patch):
+    """The base moves though the fold has not begun."""
+    patch.setattr(fold, "write", lambda tables, threads: None)
+
+
+def base_in_place(patch):
+    def replace(path, data):
+        with files.opened(path, os.O_RDWR | os.O_CREAT) as descriptor:
+            files.write(descriptor, data + b" " * max(0, (files.size(path) or 0) - len(data)), 0, path)
+            files.sync(descriptor, path)
+        files.sync_directory(path.parent)
+
+    patch.setattr(files, "replace", replace)
+
+
+def recovery_reuses_numbers(patch):
+    names = {name: getattr(log_reader, name) for name in ("read", "sync")}
+    patch.setattr(opening, "replay", SimpleNamespace(**names, segments=lambda folder: []))
+
+
+def recovery_writes_nothing(patch):
+    patch.setattr(opening, "fold", SimpleNamespace(write=lambda images, threads: None))
+
+
+def sync_declared_too_early(patch):
+    real = log_writer.Log._put_record
+
+    def put(self, offset, kind, payload, count, table, synced, salt, sequence):
+        real(self, offset, kind, payload, count, table, sequence, salt, sequence)
+
+    patch.setattr(log_writer.Log, "_put_record", put)
+
+
+def damage_taken_for_torn(patch):
+    patch.setattr(log_reader._Reader, "_require_torn", lambda *arguments: None)
+
+
+def presence_not_folded(patch):
+    real = fold.parts
+    patch.setattr(
+        fold,
+        "parts",
+        lambda spec, directory, images: (
+            part for part in real(spec, directory, images) if "present" not in part.file.path.parts
+        ),
+    )
+
+
+def tables_follow_before_commit(patch):
+    real = shardemb.Store.drop_table
+
+    def drop(self, name):
+        directory = inside.shards(self[name]).directory
+        real(self, name)
+        files.remove_tree(directory)
+
+    patch.setattr(shardemb.Store, "drop_table", drop)
+
+
+def everything_dropped(patch):
+    def drop(self, count, folder):
+        self._leave(self.slots.choose(count, but=np.uint8(0)))
+
+    patch.setattr(overlay.Overlay, "spill", drop)
+
+
+def paged_out_unseen(patch):
+    patch.setattr(scratch_file.Scratch, "read", lambda self, slots, addresses: None)
+
+
+def half_updates_count(patch):
+    patch.setattr(runtime.Runtime, "all_or_nothing", lambda self, what: interrupts.signals_deferred())
+
+
+def rollback_to_the_files(patch):
+    nothing = log_reader.Images(np.empty(0, np.int64), np.empty(0, np.int64))
+    real = shards.Shards.forget_changes
+    patch.setattr(shards.Shards, "forget_changes", lambda self, images, room: real(self, nothing, room))
+
+
+def errors_forgiven(patch):
+    patch.setattr(Journal, "_poison", lambda self, error: None)
+
+
+def no_lock(patch):
+    patch.setattr(fcntl, "flock", lambda descriptor, how: None)
+
+
+def epoch_not_compared(patch):
+    patch.setattr(runtime.Runtime, "check_fresh", lambda self: None)
+
+
+def checksums_alone(patch):
+    """The new checksums first, and nobody told that blocks are in flux."""
+
+    def begin(path, blocks):
+        before = np.empty(blocks.size, np.uint64)
+
+        def keep(words, part):
+            before[part] = words
+            return words
+
+        checksums._change(path, blocks, keep)
+        return before
+
+    patch.setattr(checksums, "begin", begin)
+
+
+UNDONE = {
+    "R1 shards hold committed values only": (changes_in_place, other_ways_to_the_disk),
+    "R2 images count with their commit": (images_count_at_once, power),
+    "R2 synced before it returns": (acknowledged_before_sync, power),
+    "R3 folded before the base": (fold_after_base, power),
+    "R3 base before the log goes": (recycled_before_base, power),
+    "R4 the base changes in one instant": (base_in_place, power),
+    "R5 recovery begins above every segment": (recovery_reuses_numbers, power),
+    "R5 recovery writes every image": (recovery_writes_nothing, power),
+    "R6 what is known to be synced": (sync_declared_too_early, power),
+    "R7 damage is no torn tail": (damage_taken_for_torn, damage_is_told),
+    "R8 presence is part of a row": (presence_not_folded, power),
+    "R8 tables change with the commit": (tables_follow_before_commit, power),
+    "R9 only what the files hold is dropped": (everything_dropped, budget_makes_no_difference),
+    "R9 what is out comes back first": (paged_out_unseen, budget_makes_no_difference),
+    "R10 an update is all or nothing": (half_updates_count, broken_update_refuses_commit),
+    "R11 rollback ends at the last commit": (rollback_to_the_files, rollback_beside_fold),
+    "R12 a failed sync ends it": (errors_forgiven, failed_sync_poisons),
+    "R13 one writer": (no_lock, one_writer),
+    "R14 a reader knows its writer": (epoch_not_compared, reader_is_told),
+    "R15 in flux before it is written": (checksums_alone, power),
+}
+
+
+def noticed(rule):
+    undo, witness = UNDONE[rule]
+    with pytest.MonkeyPatch.context() as patch:
+        undo(patch)
+        return witness()
