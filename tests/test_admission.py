@@ -10,6 +10,7 @@ from support.stores import close_quietly
 
 import shardemb
 from shardemb import Admission
+from shardemb.engine import batch as engine_batch
 from shardemb.errors import DiskFullError
 from shardemb.vocabulary import hashing, key_kernels
 
@@ -163,7 +164,7 @@ def test_a_count_that_finds_no_room_counts_nothing(store, monkeypatch):
         raise DiskFullError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shardemb.batch, "change", fail)
+        patch.setattr(engine_batch, "change", fail)
         with pytest.raises(DiskFullError):
             words.add([1])
     assert not store.has_changes

@@ -15,91 +15,87 @@ from shardemb.initializers import Uniform
 
 SOURCE = Path(shardemb.__file__).parent
 
-# From the ground up: a room imports only from rooms that stand before it.
-ROOMS = [
-    "errors",
-    "arrays",
-    "persisted",
-    "optim",
-    "initializers",
-    "admission",
-    "spec",
-    "manifest",
-    "report",
-    "intrinsics",
-    "kernels",
-    "grouping",
-    "bitmaps",
-    "hashing",
-    "probing",
-    "records",
-    "matching",
-    "keys",
-    "plan",
-    "files",
-    "replay",
-    "slots",
-    "scratch",
-    "overlay",
-    "results",
-    "progress",
-    "layout",
-    "scheduler",
-    "runtime",
-    "log",
-    "checks",
-    "fold",
-    "folders",
-    "shards",
-    "usage",
-    "rebuild",
-    "batch",
-    "keyparts",
-    "keyindex",
-    "journal",
-    "verify",
-    "export",
-    "table",
-    "tables",
-    "keystore",
-    "vocabulary",
-    "keyed",
-    "vocabularies",
-    "forks",
-    "beside",
-    "store",
-    "opening",
-    "text",
-    "corpus",
-    "quickstart",
-    "cli",
-]
+# From the ground up: folders and single modules, and what is in each folder. A module imports only from those before it
+# in its own folder, and from folders below; folders that share a level do not import each other.
+ROOMS = {
+    "errors": [],
+    "base": ["formatting", "interrupts", "progress", "serialization", "sizes", "validation", "sampling"],
+    "compute": [
+        "compiler", "intrinsics", "scheduler", "file_blocks", "grouping", "row_index", "plan", "residency",
+        "row_kernels",
+    ],
+    "optim": ["base", "sgd", "adagrad", "adam", "__init__"],
+    "initializers": [],
+    "admission": [],
+    "format": [
+        "documents", "log_records", "store_paths", "spec", "manifest", "zarr_metadata", "table_files",
+    ],
+    "storage": [
+        "files", "address_space", "folders", "checksums", "log_reader", "fold", "log_writer", "table_folder",
+        "rewrite", "verify",
+    ],
+    "engine": [
+        "output_pool", "slots", "spill_file", "overlay", "memory_budget", "runtime", "shards", "batch",
+        "disk_usage", "table_state",
+    ],
+    "io": ["arrow", "parquet"],
+    "vocabulary": [
+        "hashing", "index_kernels", "key_records", "index_files", "key_kernels", "hash_index", "keys",
+        "key_tables", "key_rows", "keyed_rows",
+    ],
+    "store": [
+        "display", "journal", "table_catalog", "vocabulary_catalog", "session", "vocabulary", "table",
+        "keyed_table", "store", "opening",
+    ],
+    "text": [],
+    "quickstart": ["corpus", "training"],
+    "cli": [],
+}  # fmt: skip
+
+LEVELS = [
+    {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission"}, {"format"}, {"storage"},
+    {"engine", "io"}, {"vocabulary"}, {"store"}, {"text"}, {"quickstart"}, {"cli"},
+]  # fmt: skip
 
 # These stand on the public names alone, like a user's program.
-APPLICATIONS = {"quickstart", "cli"}
+APPLICATIONS = {"quickstart.training", "cli"}
 
-# A library of the outside world, and the rooms that may import it.
+# A library of the outside world, and the modules that may import it.
 OUTSIDE = {
-    "zarr": {"layout"},
-    "dask": {"scheduler"},
-    "numba": {"intrinsics", "kernels"},
-    "llvmlite": {"intrinsics"},
-    "pyarrow": {"export", "keys", "vocabulary"},
-    "xxhash": {"replay"},
+    "zarr": {"format.zarr_metadata"},
+    "dask": {"compute.scheduler"},
+    "numba": {"compute.intrinsics", "compute.compiler", "compute.residency"},
+    "llvmlite": {"compute.intrinsics"},
+    "pyarrow": {"io.arrow", "io.parquet", "vocabulary.keys", "vocabulary.key_rows"},
+    "xxhash": {"format.documents"},
     "click": {"cli"},
     "matplotlib": {"cli"},
-    "rich": {"progress", "quickstart", "cli"},
-    "ctypes": {"files", "scheduler"},
-    "mmap": {"files"},
-    "fcntl": {"files"},
-    "shutil": {"files"},
+    "rich": {"base.progress", "quickstart.training", "cli"},
+    "ctypes": {"storage.files", "storage.address_space", "compute.scheduler"},
+    "mmap": {"storage.address_space"},
+    "fcntl": {"storage.files"},
+    "shutil": {"storage.files"},
     "tempfile": set(),
     "subprocess": set(),
     "socket": set(),
 }
 
-MODULES = {path.stem: path.read_text() for path in sorted(SOURCE.glob("*.py"))}
+
+def name_of(path):
+    """The dotted name of a module below the package: ``storage.files``, and ``storage`` for its folder."""
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+MODULES = {name_of(path): path.read_text() for path in sorted(SOURCE.rglob("*.py"))}
 TREES = {name: ast.parse(text) for name, text in MODULES.items()}
+
+ORDER = [
+    f"{room}.{module}".removesuffix(".__init__")
+    for room, modules in ROOMS.items()
+    for module in ([*modules, *["__init__"] * ("__init__" not in modules)] if modules else ["__init__"])
+]
+LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 
 every_module = pytest.mark.parametrize("name", [name for name in MODULES if name != "__init__"])
 
@@ -122,24 +118,60 @@ def imports(tree):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            if node.module == "shardemb":
-                yield from (f"shardemb.{alias.name}" for alias in node.names)
-            else:
+            if node.module.split(".")[0] != "shardemb":
                 yield node.module
+                continue
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner.removeprefix("shardemb.") in MODULES else node.module
+
+
+def inside(name):
+    """The modules of the package that a module imports."""
+    return {each.removeprefix("shardemb.") for each in imports(TREES[name]) if each.startswith("shardemb.")}
 
 
 # ---- who imports whom -------------------------------------------------------------------------------------------
 
 
 def test_every_module_has_its_place():
-    assert set(MODULES) - {"__init__"} == set(ROOMS)
+    assert set(MODULES) - {"__init__"} == set(ORDER)
+    assert set(LEVEL) == set(ROOMS)
+
+
+def test_folders_are_small():
+    assert max(map(len, ROOMS.values())) <= 10
 
 
 @every_module
 def test_imports_go_strictly_downward(name):
-    below = ROOMS[: ROOMS.index(name)]
-    inside = {module.split(".")[1] for module in imports(TREES[name]) if module.startswith("shardemb.")}
-    assert inside <= set(below)
+    room = name.split(".")[0]
+    for other in inside(name):
+        there = other.split(".")[0]
+        if there == room:
+            assert ORDER.index(other) < ORDER.index(name), other
+        else:
+            assert LEVEL[there] < LEVEL[room], other
+
+
+def private_accesses(tree):
+    """Names with an underscore that belong to another object or module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr, re.I):
+            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+                yield ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (alias.name for alias in node.names if alias.name.startswith("_"))
+
+
+@every_module
+def test_nobody_uses_what_is_private_to_another(name):
+    assert sorted(private_accesses(TREES[name])) == []
+
+
+@pytest.mark.parametrize("code", ["table._shards", "from shardemb.store import _x", "self.a._b", "f()._x"])
+def test_the_check_itself_sees_what_is_private(code):
+    assert list(private_accesses(ast.parse(code)))
 
 
 @every_module
@@ -160,13 +192,20 @@ def test_each_outside_library_has_its_room(library):
 
 
 def test_the_ground_floor_needs_nothing_but_numpy_and_the_standard_library():
-    for name in ROOMS[: ROOMS.index("intrinsics")]:
+    ground = [
+        name
+        for name in ORDER
+        if name.split(".")[0] in ("errors", "base", "optim", "initializers", "admission")
+    ]
+    for name in ground:
         tops = {module.split(".")[0] for module in imports(TREES[name])}
-        assert tops - set(sys.stdlib_module_names) <= {"numpy", "shardemb"}
+        assert tops - set(sys.stdlib_module_names) <= {"numpy", "shardemb"} | (
+            {"rich"} if name == "base.progress" else set()
+        )
 
 
 HEAVY = ["zarr", "numba", "llvmlite", "pyarrow", "dask", "rich", "click"]
-HEAVY += ["shardemb.files", "shardemb.store", "shardemb.text"]
+HEAVY += ["shardemb.storage.files", "shardemb.store", "shardemb.text"]
 
 
 def test_importing_the_package_loads_nothing_heavy():
@@ -209,16 +248,19 @@ TOUCHES = {
 
 # Who calls such a thing all the same: module and call, with the reason.
 EXCEPTIONS = {
-    ("kernels", "read_bytes"): "its own source, whose checksum is part of the name of a compiled kernel",
-    ("intrinsics", "load"): "from memory",
-    ("opening", "read_text"): "the memory limit of the machine, below /sys",
+    ("compute.compiler", "read_bytes"): "source, whose checksum is part of the name of a compiled kernel",
+    ("compute.intrinsics", "load"): "from memory",
+    ("store.opening", "read_text"): "the memory limit of the machine, below /sys",
     ("text", "open"): "text files of the caller's, to read; no part of a store",
-    ("results", "remove"): "of a list",
-    ("scheduler", "os.sched_getaffinity"): "the cores that a thread may use",
-    ("scheduler", "os.sched_setaffinity"): "the same",
-    ("corpus", "os.walk"): "the standard library's source, which is the corpus",
-    ("corpus", "tokenize.open"): "the same",
-    ("quickstart", "mkdir"): "an application's own folder; no part of a store",
+    ("engine.output_pool", "remove"): "of a list",
+    ("storage.address_space", "os.strerror"): "the text of an error",
+    ("store.session", "load"): "of the catalogs, which read through files.py",
+    ("vocabulary.key_rows", "load"): "of the index, which reads through files.py",
+    ("compute.scheduler", "os.sched_getaffinity"): "the cores that a thread may use",
+    ("compute.scheduler", "os.sched_setaffinity"): "the same",
+    ("quickstart.corpus", "os.walk"): "the standard library's source, which is the corpus",
+    ("quickstart.corpus", "tokenize.open"): "the same",
+    ("quickstart.training", "mkdir"): "an application's own folder; no part of a store",
 }
 
 
@@ -244,7 +286,7 @@ def touches(tree):
 @every_module
 def test_only_files_py_touches_the_disk(name):
     """So a simulator that replaces its functions sees all that happens."""
-    if name != "files":
+    if name != "storage.files":
         assert {(name, call) for call in touches(TREES[name])} <= set(EXCEPTIONS)
 
 
@@ -271,7 +313,8 @@ def test_callers_use_files_by_its_name():
     """``files.write(...)`` can be replaced by a simulator, ``from files import write`` cannot."""
     for tree in TREES.values():
         assert not any(
-            isinstance(node, ast.ImportFrom) and node.module == "shardemb.files" for node in ast.walk(tree)
+            isinstance(node, ast.ImportFrom) and node.module == "shardemb.storage.files"
+            for node in ast.walk(tree)
         )
 
 
@@ -332,7 +375,7 @@ def parameters(node):
     return [each for each in every if each.arg not in ("self", "cls")]
 
 
-HOT_LOOPS = {"kernels", "probing"}
+HOT_LOOPS = {"compute.row_kernels", "compute.residency", "compute.row_index", "vocabulary.index_kernels"}
 
 
 def test_parameters_are_few():
@@ -342,7 +385,10 @@ def test_parameters_are_few():
         for module, node in FUNCTIONS
         if module not in HOT_LOOPS and len(parameters(node)) > MAX_PARAMETERS
     }
-    many.pop("store.create_table")  # all that is fixed about a table is said there once, by name
+    (
+        many.pop("store.store.create_table"),
+        many.pop("store.session.create_table"),
+    )  # all that is fixed about a table is said there once, by name
     assert many == {}
 
 

@@ -219,12 +219,8 @@ def test_words_on_both_sides_of_a_tail_are_told_apart(initializer):
         seen.extend(np.flatnonzero(flags).tolist())
         return sampling.nonzero(flags, places)
 
-    fixed = compiler._specialise(
-        sampling.fill_normal,
-        "fill_normal",
-        draw=lambda out, row, key: out.__setitem__(slice(None), words),
-        nonzero=nonzero,
-    )
+    helpers = {"draw": lambda out, row, key: out.__setitem__(slice(None), words), "nonzero": nonzero}
+    fixed = compiler.with_globals(sampling.fill_normal, "fill_normal", helpers)
     one = np.zeros(1, int)
     fixed(np.empty((1, words.size), np.float32), one, one, np.uint64(0), start, width, parameters)
     p = [start + width * unit(word) for word in words]
@@ -539,9 +535,8 @@ def test_uniform_values_lie_between_low_and_high_but_never_at_high(low, high):
     parameters = np.array(initializer.parameters())
     out = np.empty((1, 4), np.float32)
     for word in (0, 1, WORDS // 2, WORDS - 2, WORDS - 1):
-        fixed = compiler._specialise(
-            Uniform.fill_rows, "fill_rows", draw=lambda words, row, key, w=word: words.fill(w)
-        )
+        helpers = {"draw": lambda words, row, key, w=word: words.fill(w)}
+        fixed = compiler.with_globals(Uniform.fill_rows, "fill_rows", helpers)
         fixed(out, np.zeros(1, int), np.zeros(1, int), np.uint64(0), parameters)
         assert (np.float32(low) <= out).all(), word
         assert (out < np.float32(high)).all(), word

@@ -101,7 +101,7 @@ reserved: int = 0) -> Vocabulary
 drop_table(self, name: str) -> None
 drop_vocabulary(self, name: str) -> None
 has_changes: bool
-info(self) -> report.StoreInfo
+info(self) -> display.StoreInfo
 last_commit: Commit | None
 lookup(self, ids: Mapping[str, ArrayLike]) -> dict[str, NDArray[np.float32]]
 path: Path
@@ -112,7 +112,7 @@ optimizer: "Optimizer | Literal['keep'] | None" = 'keep', progress: Progress = N
 rollback(self) -> None
 stats(self) -> dict[str, int]
 update(self, batches: Mapping[str, tuple[ArrayLike, ArrayLike]], *, check_finite: bool = True) -> None
-verify(self, tables: Sequence[str] | None = None, *, progress: Progress = None) -> list[report.Damage]
+verify(self, tables: Sequence[str] | None = None, *, progress: Progress = None) -> list[Damage]
 vocabularies: Mapping[str, Vocabulary]
 """
 
@@ -120,7 +120,7 @@ TABLE = """
 embedding_dim: int
 export_parquet(self, path: str | os.PathLike[str], *, columns: Sequence[str] = (), \
 rows: tuple[int, int] | None = None, parts: int | None = None, progress: Progress = None) -> ExportReport
-explain(self, ids: ArrayLike) -> report.Explanation
+explain(self, ids: ArrayLike) -> Explanation
 initializer: Initializer
 lookup(self, ids: ArrayLike, *, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]
 lookup_unique(self, ids: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]

@@ -60,7 +60,7 @@ def formula(function: Callable[..., Any], **helpers: Callable[..., Any]) -> Call
         What `formula` made of the functions that it calls, by the global names that it calls them by.
     """
     compile_ = njit(nogil=True, error_model="numpy", forceinline=True)
-    made = compile_(_with_globals(function, function.__qualname__.replace(".", "_"), helpers))
+    made = compile_(with_globals(function, function.__qualname__.replace(".", "_"), helpers))
     return cast("Callable[..., Any]", made)
 
 
@@ -78,10 +78,10 @@ def specialised(
     **helpers : callable
         What `formula` made, by the global names that the template calls.
     """
-    return kernel(_with_globals(template, name, helpers))
+    return kernel(with_globals(template, name, helpers))
 
 
-def _with_globals(
+def with_globals(
     function: Callable[..., Any], name: str, helpers: dict[str, Callable[..., Any]]
 ) -> Callable[..., Any]:
     """Return a function's code with `helpers` in place of global names, under a name that no other code has.

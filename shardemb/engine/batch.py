@@ -22,7 +22,6 @@ from shardemb.base.formatting import plural, size
 from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE
 from shardemb.compute import file_blocks, plan, row_kernels, scheduler
-from shardemb.engine import batch
 from shardemb.engine.shards import PAGED_ROWS
 from shardemb.errors import ShardEmbError
 
@@ -105,6 +104,56 @@ class Change:
     training: Training | None
 
 
+@dataclass(frozen=True)
+class Explanation:
+    """What a lookup of a batch meets, see `Table.explain`; prints as a few lines.
+
+    Attributes
+    ----------
+    ids, rows : int
+        Ids of the batch, and the distinct rows among them.
+    rows_in_memory, rows_out, rows_never_written : int
+        Of these, rows that changed and lie in memory; that changed and are in the scratch file; and that get their
+        initial value without a look at the disk.
+    shards, pages, pages_resident : int
+        All others are read from so many shards, on so many pages of 4,096 bytes, of which so many are in memory now.
+    bytes_useful, bytes_read : int
+        Bytes of the result that come from these pages, each row once; and bytes that the disk has to read for them.
+    path : {"warm", "cold", "paged"}
+        Gathered as it is; sorted, and all pages asked for ahead; or brought back from the scratch file part by part.
+    tasks : int
+        Pieces that the gathering is cut into.
+    """
+
+    ids: int
+    rows: int
+    rows_in_memory: int
+    rows_out: int
+    rows_never_written: int
+    shards: int
+    pages: int
+    pages_resident: int
+    bytes_useful: int
+    bytes_read: int
+    path: str
+    tasks: int
+
+    def __str__(self) -> str:
+        read = (
+            f"{self.bytes_read / self.bytes_useful:.1f} x as much" if self.bytes_useful else "nothing to read"
+        )
+        lines = [
+            f"{plural(self.ids, 'id')}, {plural(self.rows, 'distinct row')}: "
+            f"{self.rows_in_memory:,} changed and in memory, {self.rows_out:,} in the scratch file, "
+            f"{self.rows_never_written:,} never written",
+            f"the rest lies in {plural(self.shards, 'shard')}, on {plural(self.pages, 'page')}, "
+            f"{self.pages_resident:,} of them in memory",
+            f"{size(self.bytes_useful)} of them are asked for; to read {size(self.bytes_read)} ({read})",
+            f"{self.path}, in {plural(self.tasks, 'task')}",
+        ]
+        return "\n".join(lines)
+
+
 def read(runtime: Runtime, reads: Sequence[Read]) -> None:
     """Carry out lookups in one or several tables, together.
 
@@ -118,7 +167,7 @@ def read(runtime: Runtime, reads: Sequence[Read]) -> None:
         each.shards.totals.add_lookup(each.ids.size)
 
 
-def explain(runtime: Runtime, shards: Shards, ids: Int64Array) -> batch.Explanation:
+def explain(runtime: Runtime, shards: Shards, ids: Int64Array) -> Explanation:
     """Tell what a lookup of the weights of a batch meets."""
     rows = plan.group(ids, shards.spec.num_embeddings).rows
     with runtime.lock:
@@ -128,7 +177,7 @@ def explain(runtime: Runtime, shards: Shards, ids: Int64Array) -> batch.Explanat
     read = rows[in_files & written]
     pages = file_blocks.pages(read, shards.spec.record_bytes)
     resident, row_bytes = shards.count_resident(pages), 4 * shards.spec.embedding_dim
-    return batch.Explanation(
+    return Explanation(
         ids=ids.size,
         rows=rows.size,
         rows_in_memory=int(np.count_nonzero(places > rows)),
@@ -212,7 +261,7 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
     """
     with runtime.changing():
         changes = [_latest(each) for each in changes]
-        places = _load(runtime, [(each.shards, each.batch.rows) for each in changes])
+        places = load(runtime, [(each.shards, each.batch.rows) for each in changes])
         runtime.check_sound()
         work = [_work(*each) for each in zip(changes, places, strict=True)]
 
@@ -268,7 +317,7 @@ def prefetch(runtime: Runtime, shards: Shards, rows: Int64Array, *, for_update: 
             _fill_slots(runtime, [(shards, some)])
 
 
-def _load(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> list[Int64Array]:
+def load(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> list[Int64Array]:
     """Bring ascending rows of tables into slots, with the records that they have; return their places.
 
     The lock may be let go at first, while a fold makes room; not once the first row is here.
@@ -391,53 +440,3 @@ def run_side_by_side(runtime: Runtime, functions: Sequence[Callable[[], None]]) 
 def _cut(runtime: Runtime, lengths: Sequence[int], row_bytes: Sequence[int]) -> list[list[Piece]]:
     nbytes = sum(map(mul, lengths, row_bytes))
     return plan.cut(lengths, plan.num_tasks(nbytes, runtime.threads))
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What a lookup of a batch meets, see `Table.explain`; prints as a few lines.
-
-    Attributes
-    ----------
-    ids, rows : int
-        Ids of the batch, and the distinct rows among them.
-    rows_in_memory, rows_out, rows_never_written : int
-        Of these, rows that changed and lie in memory; that changed and are in the scratch file; and that get their
-        initial value without a look at the disk.
-    shards, pages, pages_resident : int
-        All others are read from so many shards, on so many pages of 4,096 bytes, of which so many are in memory now.
-    bytes_useful, bytes_read : int
-        Bytes of the result that come from these pages, each row once; and bytes that the disk has to read for them.
-    path : {"warm", "cold", "paged"}
-        Gathered as it is; sorted, and all pages asked for ahead; or brought back from the scratch file part by part.
-    tasks : int
-        Pieces that the gathering is cut into.
-    """
-
-    ids: int
-    rows: int
-    rows_in_memory: int
-    rows_out: int
-    rows_never_written: int
-    shards: int
-    pages: int
-    pages_resident: int
-    bytes_useful: int
-    bytes_read: int
-    path: str
-    tasks: int
-
-    def __str__(self) -> str:
-        read = (
-            f"{self.bytes_read / self.bytes_useful:.1f} x as much" if self.bytes_useful else "nothing to read"
-        )
-        lines = [
-            f"{plural(self.ids, 'id')}, {plural(self.rows, 'distinct row')}: "
-            f"{self.rows_in_memory:,} changed and in memory, {self.rows_out:,} in the scratch file, "
-            f"{self.rows_never_written:,} never written",
-            f"the rest lies in {plural(self.shards, 'shard')}, on {plural(self.pages, 'page')}, "
-            f"{self.pages_resident:,} of them in memory",
-            f"{size(self.bytes_useful)} of them are asked for; to read {size(self.bytes_read)} ({read})",
-            f"{self.path}, in {plural(self.tasks, 'task')}",
-        ]
-        return "\n".join(lines)

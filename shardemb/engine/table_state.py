@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -28,7 +28,8 @@ from shardemb.format.table_files import TableLocation
 from shardemb.storage import address_space, files, rewrite
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    import threading
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import dask.array
     from numpy.typing import ArrayLike, NDArray
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from shardemb.engine.batch import Training
     from shardemb.engine.runtime import Runtime
     from shardemb.optim import Optimizer
+
+T = TypeVar("T")
 
 MATERIALIZED_BYTES = 32 * 2**20
 """Bytes of records that `TableState.materialize` sends through the log at once."""
@@ -392,6 +395,10 @@ class TableSource:
     def read_rows(self, start: int, stop: int, columns: Sequence[str]) -> list[Float32Array]:
         """Read the weights of a range of rows, then each state column."""
         return [self._table.read_range(column, start, stop) for column in ("weight", *columns)]
+
+    def run(self, tasks: Sequence[Callable[[], T]], stop: threading.Event | None = None) -> list[T]:
+        """Run tasks, as many concurrently as a batch of the table may use threads."""
+        return scheduler.run(tasks, self.threads, stop)
 
     def give_back(self, start: int, stop: int) -> None:
         """Let the pages of a range of rows leave memory."""

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from shardemb.compute import scheduler
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -46,10 +44,7 @@ class RowKeys(NamedTuple):
 
 
 class RowSource(Protocol):
-    """Rows to export, as a table offers them; where they have `keys`, those that have none are left out.
-
-    `threads` of them may be read or written concurrently.
-    """
+    """Rows to export, as a table offers them; where they have `keys`, those that have none are left out."""
 
     name: str
     num_embeddings: int
@@ -67,6 +62,9 @@ class RowSource(Protocol):
 
         The arrays have shape (stop - start, width) and are the caller's own.
         """
+
+    def run(self, tasks: Sequence[Callable[[], T]], stop: threading.Event | None = None) -> list[T]:
+        """Run tasks, `threads` of them concurrently; see `scheduler.run`."""
 
     def give_back(self, start: int, stop: int) -> None:
         """Let the pages of rows ``[start, stop)`` leave memory. A hint."""
@@ -156,7 +154,7 @@ def to_arrow_batches(
     >>> source = Source(
     ...     name="tokens", num_embeddings=5, embedding_dim=1, rows_per_shard=64, columns={}, keys=None, describe=dict,
     ...     read_rows=lambda start, stop, columns: [np.ones((stop - start, 1), np.float32)], give_back=print,
-    ...     threads=1)
+    ...     threads=1, run=lambda tasks: [tasks[0]()])
     >>> for batch in to_arrow_batches(source, rows=(1, 4)):
     ...     batch.num_rows
     1 4
@@ -225,15 +223,13 @@ class Selection:
             columns.append(pa.FixedSizeListArray.from_arrays(values, type=kind) if nested else values)
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
 
-    def run(self, tasks: Sequence[Callable[[], T]], stop: threading.Event | None = None) -> list[T]:
-        """Run tasks concurrently; none of them is still running when this returns or raises."""
-        return scheduler.run(tasks, self.source.threads, stop)
-
     def stream(self) -> Iterator[pa.RecordBatch]:
         """Read batches, several at a time."""
         ahead = min(self.source.threads, MAX_READ_AHEAD)
         for first in range(0, len(self), ahead):
-            batches = self.run([partial(self.read, k) for k in range(first, min(first + ahead, len(self)))])
+            batches = self.source.run(
+                [partial(self.read, k) for k in range(first, min(first + ahead, len(self)))]
+            )
             batches = [batch for batch in batches if batch.num_rows]
             while batches:
                 yield batches.pop(0)  # nothing here holds on to what the consumer has

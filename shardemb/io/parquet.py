@@ -92,7 +92,7 @@ def export_parquet(
     >>> from types import SimpleNamespace as Source
     >>> source = Source(
     ...     name="tokens", num_embeddings=5, embedding_dim=1, rows_per_shard=64, columns={}, keys=None, describe=dict,
-    ...     threads=1)
+    ...     threads=1, run=list)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     report = export_parquet(source, f"{folder}/nothing.parquet", rows=(2, 2))
     >>> report.num_rows, report.path.name
@@ -131,7 +131,7 @@ def _write_file(chosen: Selection, path: Path, advance: Advance) -> None:
             tasks = [partial(write, batch)]
             if following < len(chosen):
                 tasks.append(partial(chosen.read, following))
-            batch = chosen.run(tasks)[-1]
+            batch = chosen.source.run(tasks)[-1]
 
 
 def _write_parts(chosen: Selection, paths: list[Path], advance: Advance) -> None:
@@ -147,7 +147,7 @@ def _write_parts(chosen: Selection, paths: list[Path], advance: Advance) -> None
                         return
                     write(chosen.read(index))
 
-    chosen.run([partial(write_every, first) for first in range(min(workers, len(paths)))], stop)
+    chosen.source.run([partial(write_every, first) for first in range(min(workers, len(paths)))], stop)
     files.sync_directory(paths[0].parent)
 
 

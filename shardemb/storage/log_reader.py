@@ -53,7 +53,9 @@ class Images(NamedTuple):
     addresses: Int64Array
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
+    """Images that lie one after another in one record of the log."""
+
     ids: Int64Array
     address: int
     record_bytes: int
@@ -74,8 +76,16 @@ class Replay:
     manifest: Manifest
     sequence: int
     attempt: int
-    _runs: dict[str, list[_Run]] = field(default_factory=dict)
+    _runs: dict[str, list[Run]] = field(default_factory=dict)
     _memory: list[address_space.AddressRange] = field(default_factory=list)  # what the images lie in
+
+    def hold(self, memory: address_space.AddressRange) -> None:
+        """Keep the memory in which images lie mapped."""
+        self._memory.append(memory)
+
+    def add(self, table: str, run: Run) -> None:
+        """Add committed images of a table, which are newer than those before."""
+        self._runs.setdefault(table, []).append(run)
 
     def images(self, spec: TableSpec) -> Images:
         """Return the images of a table, which are there as long as this object.
@@ -161,7 +171,7 @@ class _Reader:
         self.replay = replay
         self._store = store
         self._epoch = epoch
-        self._pending: list[tuple[str, _Run]] = []
+        self._pending: list[tuple[str, Run]] = []
         self._pending_attempt = 0
         self._expect: int | None = None  # number of the segment that must follow
         self._last = 0
@@ -179,7 +189,7 @@ class _Reader:
         if self._last and number != self._last + 1:
             self._damaged(path, f"segment {self._last + 1} before it is missing")
         self._last, self._expect = number, None
-        self.replay._memory.append(memory)
+        self.replay.hold(memory)
         position = PAGE
         stop = stop if end is None else end
         while position < stop:
@@ -275,7 +285,7 @@ class _Reader:
             self._pending = []  # an attempt that broke off
         self._pending_attempt = attempt
         ids = np.frombuffer(memory.bytes(offset, count * 8), np.int64)
-        run = _Run(ids, memory.address + offset + count * 8, length // count - 8)
+        run = Run(ids, memory.address + offset + count * 8, length // count - 8)
         self._pending.append((str(uuid.UUID(bytes=table)), run))
 
     def _take_commit(self, path: Path, payload: bytes, count: int, attempt: int) -> None:
@@ -287,7 +297,7 @@ class _Reader:
             self._damaged(path, "a commit belongs to another store")
         self.replay.manifest = manifest
         for table, run in pending:
-            self.replay._runs.setdefault(table, []).append(run)
+            self.replay.add(table, run)
         self._pending = []
 
     def _require_torn(

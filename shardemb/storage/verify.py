@@ -50,6 +50,33 @@ CONFIRMATIONS = 3
 """How often what seems damaged is looked at, before it is said so."""
 
 
+@dataclass(frozen=True)
+class Damage:
+    """Something that `Store.verify` found; prints as one line.
+
+    Attributes
+    ----------
+    table : str
+    shard : int or None
+        The shard, or the chunk of the presence bitmap; None where it is about the whole table.
+    rows : tuple of int or None
+        ``(start, stop)``, half-open: the rows that may be wrong; None where nothing of the table can be trusted.
+    path : str
+        The file, or the table's folder.
+    problem : str
+    """
+
+    table: str
+    shard: int | None
+    rows: tuple[int, int] | None
+    path: str
+    problem: str
+
+    def __str__(self) -> str:
+        rows = f"rows {self.rows[0]} to {self.rows[1]}" if self.rows else "all rows"
+        return f"table {self.table!r}, {rows}: {self.path} {self.problem}"
+
+
 class Target(NamedTuple):
     """A table to verify."""
 
@@ -81,7 +108,7 @@ def damage(targets: Mapping[str, Target], threads: int, shown: Progress, steady:
                 return found + confirm(suspects, newest)
         # What is not found any more is no damage.
         targets = {
-            uuid: target._replace(directory=places[uuid])
+            uuid: Target(target.name, target.spec, places[uuid])
             for uuid, target in targets.items()
             if uuid in places
         }
@@ -204,30 +231,3 @@ def _wrong(
         return checksums.wrong_blocks(file, target.directory, start, stop, memory)
     except OSError:  # a sector that cannot be read, or the file has gone meanwhile
         return file.first + np.arange(start // PAGE, stop // PAGE)
-
-
-@dataclass(frozen=True)
-class Damage:
-    """Something that `Store.verify` found; prints as one line.
-
-    Attributes
-    ----------
-    table : str
-    shard : int or None
-        The shard, or the chunk of the presence bitmap; None where it is about the whole table.
-    rows : tuple of int or None
-        ``(start, stop)``, half-open: the rows that may be wrong; None where nothing of the table can be trusted.
-    path : str
-        The file, or the table's folder.
-    problem : str
-    """
-
-    table: str
-    shard: int | None
-    rows: tuple[int, int] | None
-    path: str
-    problem: str
-
-    def __str__(self) -> str:
-        rows = f"rows {self.rows[0]} to {self.rows[1]}" if self.rows else "all rows"
-        return f"table {self.table!r}, {rows}: {self.path} {self.problem}"

@@ -66,6 +66,11 @@ class Journal:
         self._thread: threading.Thread | None = None
         self._released = False
 
+    @property
+    def is_folding(self) -> bool:
+        """Whether a fold is running, or held back."""
+        return self._folding
+
     # ---- commits
 
     def begin(self) -> None:

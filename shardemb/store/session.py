@@ -103,8 +103,8 @@ class Session:
         self._reader = reader
         self._written_before = files.counters.bytes_written, files.counters.syncs
         self._journal: Journal | None = None
-        self.tables.open(newer, may_miss=may_miss)
-        self.vocabularies.open()
+        self.tables.load(newer, may_miss=may_miss)
+        self.vocabularies.load()
         if runtime.writable:
             self._journal = Journal(runtime, manifest, self.tables.memory)
             runtime.become_writer(self._journal, self.tables.overlays)
@@ -177,7 +177,7 @@ class Session:
         with self.runtime.writing():
             table = self.find(name)
             self.tables.require_free(check_name(new_name))
-            self.tables.rename(table, new_name)
+            self.tables.set_name(table, new_name)
 
     def reshard(
         self,

@@ -131,7 +131,7 @@ class TableCatalog:
 
     # ---- opening, creating, dropping
 
-    def open(self, newer: Replay | None, *, may_miss: bool) -> None:
+    def load(self, newer: Replay | None, *, may_miss: bool) -> None:
         """Open the tables of the last commit, and place over their files what the log holds of them."""
         entries = self._runtime.committed.tables
         directories = folders.locate(self._runtime.path, entries)
@@ -168,7 +168,7 @@ class TableCatalog:
         self.now[name] = table
         return table
 
-    def rename(self, table: TableState, name: str) -> None:
+    def set_name(self, table: TableState, name: str) -> None:
         """Give a table a name that no other has."""
         self.now = {name if each is table else key: each for key, each in self.now.items()}
         table.name = name

@@ -232,4 +232,4 @@ class Vocabulary:
         >>> words.remove(["not", "unheard"])
         array([ 3, -1])
         """
-        return self._rows.remove(keys)
+        return self._rows.remove_keys(keys)

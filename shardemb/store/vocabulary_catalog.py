@@ -121,10 +121,10 @@ class VocabularyCatalog:
 
     # ---- opening, creating, dropping
 
-    def open(self) -> None:
+    def load(self) -> None:
         """Open the vocabularies of the last commit; their tables are open already."""
         for entry in self._runtime.committed.vocabularies:
-            self._join(entry).open_index()
+            self._join(entry).load_index()
         self._committed = {each.entry.uuid: each for each in self.now.values()}
         if self._runtime.writable:
             folders.keep_indexes(self._runtime.path, self._committed)

@@ -139,7 +139,7 @@ class KeyIndex:
         self._files: dict[str, Part] = {}
         self._slots, self._open = _no_pairs(_FIRST_SLOTS, np.uint64(0)), 0
 
-    def open(self, now: Coverage) -> None:
+    def load(self, now: Coverage) -> None:
         """Open the files, if they are those of this vocabulary and know no more than the commit `now`."""
         for _ in range(1 if self._writable else _TRIES):
             with contextlib.suppress(FormatError, OSError):
@@ -171,7 +171,7 @@ class KeyIndex:
         files.remove_tree(self._folder)
         return self._folder
 
-    def move(self, folder: Path) -> None:
+    def relocate(self, folder: Path) -> None:
         """Move the files to where no folder is."""
         if self.has_files:
             files.rename(self._folder, folder)

@@ -197,7 +197,7 @@ class KeyRows:
                 rows[new] = self._give(some, hashes[new])
         return rows.reshape(checked.shape)
 
-    def remove(self, given: KeysLike) -> Int64Array:
+    def remove_keys(self, given: KeysLike) -> Int64Array:
         """Take the rows of keys away; return the rows that they had, -1 for keys that had none."""
         checked, hashes = self._checked(given)
         with self.changing():
@@ -230,9 +230,9 @@ class KeyRows:
         self._runtime, self._bound_to = runtime, bound_to
         self.tables.join(runtime)
 
-    def open_index(self) -> None:
+    def load_index(self) -> None:
         """Open the index's files, and index what they do not know of the last commit."""
-        self._index.open(self._coverage())
+        self._index.load(self._coverage())
         self._index_new(self._index, self._index.coverage)
 
     def renew_index(self) -> None:
@@ -248,7 +248,7 @@ class KeyRows:
             if self._index.has_files:  # they must not be opened again: they know less by now than they say
                 fresh.merge(self._coverage())
             with signals_deferred():
-                fresh.move(self._index.retire())
+                fresh.relocate(self._index.retire())
                 self._index = fresh
         except (OSError, FormatError):  # no room for its files: the old one is as good
             fresh.remove_files()

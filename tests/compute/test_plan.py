@@ -121,7 +121,7 @@ def test_along_adds_windows_that_change_much_and_have_data(changed, data, window
     has_data = np.zeros(300, np.bool_)
     has_data[list(data)] = True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "WINDOW_BLOCKS", window)
+        patch.setattr(file_blocks, "WINDOW_BLOCKS", window)
         found = file_blocks.along(np.array(sorted(changed), np.int64), has_data).tolist()
     expected = set(changed)
     for start in range(0, 300, window):

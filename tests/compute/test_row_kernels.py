@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shardemb.base.sizes import PAGE
-from shardemb.compute import file_blocks, grouping, plan, residency, row_kernels
+from shardemb.compute import file_blocks, grouping, plan, residency, row_index, row_kernels
 from shardemb.engine import slots
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import SGD, Adagrad, Adam

@@ -380,7 +380,7 @@ def test_after_an_error_tasks_can_be_run_again():
 def test_a_fork_runs_them_without_the_threads_that_it_does_not_have():
     code = """
         import os, threading
-        from shardemb.scheduler import run
+        from shardemb.compute.scheduler import run
         both = threading.Barrier(2)
         assert sorted(run([both.wait, both.wait], 2)) == [0, 1]  # there are two threads now
         child = os.fork()

@@ -13,8 +13,8 @@ from shardemb.base.sizes import PAGE
 from shardemb.errors import DiskFullError
 from shardemb.format.documents import crc32
 from shardemb.storage import address_space, files
-from shardemb.store import vocabulary, vocabulary_catalog
-from shardemb.vocabulary import hash_index, key_tables
+from shardemb.store import vocabulary_catalog
+from shardemb.vocabulary import hash_index, key_rows, key_tables
 from shardemb.vocabulary.hash_index import KeyIndex
 from shardemb.vocabulary.index_files import Coverage
 
@@ -26,7 +26,7 @@ UUID = "00000000-0000-4000-8000-000000000000"
 def small(monkeypatch):
     monkeypatch.setattr(hash_index, "OPEN_PAIRS", (70, 70))  # of 300, so that some are in no file
     monkeypatch.setattr(hash_index, "PART_BITS", 6)
-    monkeypatch.setattr(vocabulary, "SLICE_ROWS", 7)
+    monkeypatch.setattr(key_rows, "SLICE_ROWS", 7)
 
 
 def run(functions):
@@ -195,7 +195,7 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_one_of_both(tmp_path, mon
 
     reader = new_index(path, writable=False)
     monkeypatch.setattr(address_space, "AddressRange", late)
-    reader.open(Coverage(9, 1000, 0))
+    reader.load(Coverage(9, 1000, 0))
     assert writer.coverage == Coverage(3, 90, 0)
     assert (reader.coverage, len(reader)) in [
         (Coverage(), 0),
@@ -298,7 +298,7 @@ def test_the_ring_of_freed_rows_stays_as_long_as_it_has_to_be(path, monkeypatch)
             store.commit()
             words.remove(KEYS[:100] + turn)
             store.commit()
-        assert inside.session(store).tables.now["v@freed"].num_embeddings < 2000
+        assert inside.session(store).tables.now["v@freed"].spec.num_embeddings < 2000
         assert words.num_rows == 100
         words.add(KEYS)
         store.commit()

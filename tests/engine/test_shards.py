@@ -9,7 +9,8 @@ from support.specs import make
 
 from shardemb.base.sizes import PAGE
 from shardemb.compute import plan, row_kernels
-from shardemb.engine.memory_budget import Unlimited
+from shardemb.engine import shards
+from shardemb.engine.memory_budget import MemoryBudget
 from shardemb.engine.slots import KEPT
 from shardemb.errors import DiskFullError, FormatError, ShardEmbError
 from shardemb.format import zarr_metadata
@@ -54,7 +55,7 @@ def look_up(table, rows, column="weight"):
     return out
 
 
-ROOM = Unlimited()
+ROOM = MemoryBudget()
 NO_IMAGES = Images(np.empty(0, np.int64), np.empty(0, np.int64))
 
 
@@ -201,7 +202,7 @@ def test_memory_files_and_a_model_agree_whatever_happens(history):
     spec, events = history
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "sync_data", lambda descriptor, path: None)  # for speed: nothing crashes here
-        table = table_folder.create(spec, Path(folder) / "table", None)
+        table = shards.create(spec, Path(folder) / "table", None)
         model = Model()
         for number, (event, argument) in enumerate(events, 1):
             step(table, model, number, event, argument)
@@ -221,7 +222,7 @@ PLAIN, PRESENCE, LARGE_RECORDS = SPECS.values()
 
 def create(tmp_path, spec=PLAIN, values=None):
     rows = None if values is None else lambda start, stop: values[start:stop]
-    return table_folder.create(spec, tmp_path / "table", rows)
+    return shards.create(spec, tmp_path / "table", rows)
 
 
 def in_slots(table):
@@ -517,7 +518,7 @@ def test_tables_share_what_a_process_can_map(tmp_path, monkeypatch):
 
 
 def open_existing(tmp_path, *, may_miss=False, may_create=False):
-    return table_folder.open_existing(tmp_path / "table", may_miss=may_miss, may_create=may_create)
+    return shards.open_existing(tmp_path / "table", may_miss=may_miss, may_create=may_create)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

@@ -43,6 +43,8 @@ class Rows:
     events: list = field(default_factory=list)
     arrays: list = field(default_factory=list)
     keys: None = None
+    threads: int = 2
+    run: Callable = lambda tasks, stop=None: [task() for task in tasks]
 
     @property
     def num_embeddings(self):
@@ -107,7 +109,12 @@ def in_threads(tasks, stop=None):
 
 
 RUNS = {"one by one": one_by_one, "threads": in_threads, "dask": partial(scheduler.run, threads=2)}
-INLINE = {"run": one_by_one, "workers": 2}
+
+
+def running(source, run, workers=2):
+    """Let the tasks of an export run in another way than one by one."""
+    source.run, source.threads = run, workers
+    return source
 
 
 @pytest.fixture
@@ -117,7 +124,7 @@ def run():
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    monkeypatch.setattr(parquet, "MAX_ROWS", 32)
+    monkeypatch.setattr(arrow, "MAX_ROWS", 32)
 
 
 def bits(column):
@@ -166,9 +173,7 @@ READERS = [by_pyarrow, by_duckdb, by_polars]
 def test_read_back_bit_for_bit(tmp_path, read, parts, run, small_batches):
     source = trained(1003, rows_per_shard=100)
     columns = ["sum", "exp_avg"]
-    report = export_parquet(
-        source, tmp_path / "t", columns=columns, rows=(5, 998), parts=parts, run=run, workers=2
-    )
+    report = export_parquet(running(source, run), tmp_path / "t", columns=columns, rows=(5, 998), parts=parts)
     assert report.num_rows == 993
     assert_holds(read(tmp_path / "t"), source, 5, 998, columns)
 
@@ -178,7 +183,7 @@ def test_read_back_bit_for_bit(tmp_path, read, parts, run, small_batches):
 def test_an_empty_range_has_the_schema(tmp_path, read, parts):
     source = trained(10)
     path = tmp_path / "none.parquet"
-    report = export_parquet(source, path, columns=["sum"], rows=(4, 4), parts=parts, **INLINE)
+    report = export_parquet(source, path, columns=["sum"], rows=(4, 4), parts=parts)
     table = read(path)
     assert (table.num_rows, report.num_rows, source.reads) == (0, 0, [])
     assert table.column_names == ["id", "embedding", "sum"]
@@ -187,7 +192,7 @@ def test_an_empty_range_has_the_schema(tmp_path, read, parts):
 @pytest.mark.parametrize("read", READERS)
 def test_vectors_of_one_value(tmp_path, read):
     source = Rows(any_bits(77, 1))
-    export_parquet(source, tmp_path / "one.parquet", **INLINE)
+    export_parquet(source, tmp_path / "one.parquet")
     assert_holds(read(tmp_path / "one.parquet"), source)
 
 
@@ -216,7 +221,7 @@ def test_schema():
 
 def test_the_file_keeps_the_schema(tmp_path):
     source = trained(10)
-    export_parquet(source, tmp_path / "t.parquet", columns=["sum", "exp_avg"], **INLINE)
+    export_parquet(source, tmp_path / "t.parquet", columns=["sum", "exp_avg"])
     written, promised = pq.read_schema(tmp_path / "t.parquet"), schema(source, ["sum", "exp_avg"])
     assert written.equals(promised)
     assert written.metadata[b"shardemb"] == promised.metadata[b"shardemb"]
@@ -225,7 +230,7 @@ def test_the_file_keeps_the_schema(tmp_path):
 
 def test_compression_and_encodings(tmp_path):
     source = trained(200_000, rows_per_shard=150_016)
-    export_parquet(source, tmp_path / "t.parquet", columns=["sum", "exp_avg"], **INLINE)
+    export_parquet(source, tmp_path / "t.parquet", columns=["sum", "exp_avg"])
     metadata = pq.ParquetFile(tmp_path / "t.parquet").metadata
     groups = [metadata.row_group(k) for k in range(metadata.num_row_groups)]
     assert [group.num_rows for group in groups] == [50_005, 50_005, 50_006, 49_984]
@@ -252,7 +257,7 @@ def test_compression_and_encodings(tmp_path):
 
 def test_vectors_do_compress(tmp_path):
     vectors = (np.random.default_rng(0).standard_normal((20_000, 32)) * 0.05).astype(np.float32)
-    report = export_parquet(Rows(vectors, rows_per_shard=20_032), tmp_path / "t.parquet", **INLINE)
+    report = export_parquet(Rows(vectors, rows_per_shard=20_032), tmp_path / "t.parquet")
     assert report.nbytes < 0.88 * vectors.nbytes
 
 
@@ -261,10 +266,10 @@ def test_vectors_do_compress(tmp_path):
 
 def test_report(tmp_path):
     source = trained(1000)
-    one = export_parquet(source, tmp_path / "one.parquet", **INLINE)
+    one = export_parquet(source, tmp_path / "one.parquet")
     assert (one.path, one.files) == (tmp_path / "one.parquet", (tmp_path / "one.parquet",))
     assert one.nbytes == (tmp_path / "one.parquet").stat().st_size
-    many = export_parquet(source, tmp_path / "many", parts=3, **INLINE)
+    many = export_parquet(source, tmp_path / "many", parts=3)
     assert many.path == tmp_path / "many"
     assert [file.name for file in many.files] == [f"part-0000{k}.parquet" for k in range(3)]
     assert sorted(many.files) == sorted((tmp_path / "many").iterdir())
@@ -272,15 +277,15 @@ def test_report(tmp_path):
 
 
 def test_nothing_else_is_left(tmp_path):
-    export_parquet(trained(100), tmp_path / "one", **INLINE)
-    export_parquet(trained(100), tmp_path / "many", parts=2, **INLINE)
+    export_parquet(trained(100), tmp_path / "one")
+    export_parquet(trained(100), tmp_path / "many", parts=2)
     assert sorted(os.listdir(tmp_path)) == ["many", "one"]
 
 
 @pytest.mark.parametrize(("num_rows", "parts"), [(10_000, 7), (100_000, 2), (999, 100), (12, 12), (5, 8)])
 def test_parts_are_exactly_so_many_and_of_about_equal_size(tmp_path, num_rows, parts):
     source = Rows(any_bits(num_rows, 2), rows_per_shard=4096)
-    report = export_parquet(source, tmp_path / "t", parts=parts, **INLINE)
+    report = export_parquet(source, tmp_path / "t", parts=parts)
     sizes = [pq.ParquetFile(file).metadata.num_rows for file in report.files]
     assert len(sizes) == parts
     assert max(sizes) <= max(1, 1.5 * num_rows / parts)
@@ -291,7 +296,7 @@ def test_parts_are_exactly_so_many_and_of_about_equal_size(tmp_path, num_rows, p
 def test_an_existing_file_is_replaced(tmp_path):
     (tmp_path / "t.parquet").write_text("old")
     source = trained(100)
-    export_parquet(source, tmp_path / "t.parquet", **INLINE)
+    export_parquet(source, tmp_path / "t.parquet")
     assert_holds(pq.read_table(tmp_path / "t.parquet"), source)
 
 
@@ -299,7 +304,7 @@ def test_a_link_is_followed(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "real").write_text("old")
     (tmp_path / "link").symlink_to("there/real")
-    report = export_parquet(trained(100), tmp_path / "link", **INLINE)
+    report = export_parquet(trained(100), tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert report.path == tmp_path / "there" / "real"
     assert pq.read_metadata(report.path).num_rows == 100
@@ -307,12 +312,12 @@ def test_a_link_is_followed(tmp_path):
 
 def test_an_empty_folder_takes_parts(tmp_path):
     (tmp_path / "t").mkdir()
-    export_parquet(trained(100), str(tmp_path / "t"), parts=2, **INLINE)
+    export_parquet(trained(100), str(tmp_path / "t"), parts=2)
     assert len(list((tmp_path / "t").iterdir())) == 2
 
 
 def test_a_name_as_long_as_names_can_be(tmp_path):
-    export_parquet(trained(100), tmp_path / ("x" * 255), **INLINE)
+    export_parquet(trained(100), tmp_path / ("x" * 255))
     assert (tmp_path / ("x" * 255)).is_file()
 
 
@@ -327,7 +332,7 @@ def test_written_then_synced_then_renamed_then_the_folder_synced(tmp_path, monke
     heard("sync", 1)
     heard("rename", 1)
     target = tmp_path / "t"
-    export_parquet(trained(100), target, **INLINE)
+    export_parquet(trained(100), target)
     temporary = calls[0][1]
     assert temporary.parent == tmp_path
     tail = [("sync", temporary), ("rename", target), ("sync", tmp_path)]
@@ -335,7 +340,7 @@ def test_written_then_synced_then_renamed_then_the_folder_synced(tmp_path, monke
 
     calls.clear()
     target = tmp_path / "many"
-    export_parquet(trained(100), target, parts=2, **INLINE)
+    export_parquet(trained(100), target, parts=2)
     folder = calls[0][1].parent
     parts = [("sync", folder / "part-00000.parquet"), ("sync", folder / "part-00001.parquet")]
     tail = [("sync", folder), ("rename", target), ("sync", tmp_path)]
@@ -380,7 +385,7 @@ def test_bad_input_changes_nothing(tmp_path, options, error, message):
     source = Rows(any_bits(10, 2), {"sum": any_bits(10, 1), "exp_avg": any_bits(10, 2)})
     options = dict(options)
     with pytest.raises(error, match=message):
-        export_parquet(source, tmp_path / options.pop("path", "file"), **options, **INLINE)
+        export_parquet(source, tmp_path / options.pop("path", "file"), **options)
     assert sorted(os.listdir(tmp_path)) == ["file", "full", "pipe"]
     assert (tmp_path / "file").read_text() == "old"
     assert os.listdir(tmp_path / "full") == ["kept"]
@@ -391,7 +396,7 @@ def test_bad_input_changes_nothing(tmp_path, options, error, message):
 def test_bad_input_of_a_stream_is_refused_at_once(name):
     options, error, message = BAD[name]
     with pytest.raises(error, match=message):
-        to_arrow_batches(trained(10), **options, **INLINE)
+        to_arrow_batches(trained(10), **options)
 
 
 def test_a_state_column_called_like_another_field():
@@ -425,7 +430,7 @@ def test_reading_fails(target, run, at, error, small_batches):
     source.before_read = fail
     path, parts = target
     with pytest.raises(error, match="on fire"):
-        export_parquet(source, path, parts=parts, run=run, workers=2)
+        export_parquet(running(source, run), path, parts=parts)
 
 
 @pytest.mark.parametrize("room", ["write", "sync", "rename"])
@@ -436,7 +441,7 @@ def test_the_disk_is_full(target, monkeypatch, room, run):
     path, parts = target
     monkeypatch.setattr(files, room, full)
     with pytest.raises(DiskFullError, match="no room left"):
-        export_parquet(trained(1000), path, parts=parts, run=run, workers=2)
+        export_parquet(running(trained(1000), run), path, parts=parts)
 
 
 def test_the_disk_becomes_full_half_way(target, monkeypatch, run, small_batches):
@@ -452,7 +457,7 @@ def test_the_disk_becomes_full_half_way(target, monkeypatch, run, small_batches)
     path, parts = target
     monkeypatch.setattr(os, "pwrite", pwrite)
     with pytest.raises(DiskFullError, match="room"):
-        export_parquet(trained(3000), path, parts=parts, run=run, workers=2)
+        export_parquet(running(trained(3000), run), path, parts=parts)
 
 
 def test_progress_may_end_it(target, run, small_batches):
@@ -462,7 +467,7 @@ def test_progress_may_end_it(target, run, small_batches):
 
     path, parts = target
     with pytest.raises(InterruptedError, match="enough"):
-        export_parquet(trained(1000), path, parts=parts, progress=enough, run=run, workers=2)
+        export_parquet(running(trained(1000), run), path, parts=parts, progress=enough)
 
 
 def test_ctrl_c_waits_for_the_threads_and_then_cleans_up(target, run, small_batches):
@@ -487,7 +492,7 @@ def test_ctrl_c_waits_for_the_threads_and_then_cleans_up(target, run, small_batc
     source.before_read = slow
     path, parts = target
     with pytest.raises(KeyboardInterrupt):
-        export_parquet(source, path, parts=parts, run=run, workers=2)
+        export_parquet(running(source, run), path, parts=parts)
     assert reading == set()
     count = len(source.events)
     assert count < 32  # of 128: no task went on to the end of its part
@@ -499,7 +504,7 @@ def test_a_second_export_to_a_folder_that_appeared_meanwhile(tmp_path):
     source = trained(100)
     source.before_read = lambda start: (tmp_path / "t" / "theirs").mkdir(parents=True, exist_ok=True)
     with pytest.raises(OSError):
-        export_parquet(source, tmp_path / "t", parts=1, **INLINE)
+        export_parquet(source, tmp_path / "t", parts=1)
     assert os.listdir(tmp_path) == ["t"]
     assert os.listdir(tmp_path / "t") == ["theirs"]
 
@@ -511,12 +516,10 @@ def test_a_second_export_to_a_folder_that_appeared_meanwhile(tmp_path):
 def test_progress_is_called_to_completion(tmp_path, parts, run, small_batches):
     heard = []
     export_parquet(
-        trained(1000),
+        running(trained(1000), run),
         tmp_path / "t",
         rows=(10, 990),
         parts=parts,
-        run=run,
-        workers=2,
         progress=lambda done, total: heard.append((done, total)),
     )
     assert {total for _, total in heard} == {980}
@@ -527,7 +530,7 @@ def test_progress_is_called_to_completion(tmp_path, parts, run, small_batches):
 
 
 def test_a_line_says_that_it_is_done(tmp_path, capsys):
-    export_parquet(trained(1000), tmp_path / "t", progress=True, **INLINE)
+    export_parquet(trained(1000), tmp_path / "t", progress=True)
     assert capsys.readouterr().err.startswith("export tokens: 1,000 in ")
 
 
@@ -537,7 +540,7 @@ def test_a_line_says_that_it_is_done(tmp_path, capsys):
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_stream(run, small_batches):
     source = trained(1003, rows_per_shard=100)
-    reader = to_arrow_batches(source, columns=["other"], rows=(1, 1003), run=run, workers=3)
+    reader = to_arrow_batches(running(source, run, 3), columns=["other"], rows=(1, 1003))
     assert isinstance(reader, pa.RecordBatchReader)
     assert reader.schema.equals(schema(source, ["other"]), check_metadata=True)
     assert_holds(reader.read_all(), source, 1, 1003, ["other"])
@@ -545,14 +548,14 @@ def test_stream(run, small_batches):
 
 def test_an_empty_stream_has_the_schema():
     source = trained(10)
-    table = to_arrow_batches(source, columns=["sum"], rows=(10, 10), **INLINE).read_all()
+    table = to_arrow_batches(source, columns=["sum"], rows=(10, 10)).read_all()
     assert (table.num_rows, source.reads) == (0, [])
     assert table.schema.equals(schema(source, ["sum"]), check_metadata=True)
 
 
 def test_a_stream_reads_when_asked_and_little_ahead(small_batches):
     source = trained(1024)
-    reader = to_arrow_batches(source, run=one_by_one, workers=64)
+    reader = to_arrow_batches(running(source, one_by_one, 64))
     assert source.events == []
     reader.read_next_batch()
     assert len(source.reads) == arrow.MAX_READ_AHEAD
@@ -560,7 +563,7 @@ def test_a_stream_reads_when_asked_and_little_ahead(small_batches):
 
 def test_a_stream_copies_nothing_and_keeps_nothing(small_batches):
     source = trained(256)
-    reader = to_arrow_batches(source, columns=["sum"], **INLINE)
+    reader = to_arrow_batches(source, columns=["sum"])
     first = reader.read_next_batch()
     weights, states = source.arrays[0]
     assert first["embedding"].flatten().buffers()[1].address == weights().ctypes.data
@@ -574,9 +577,9 @@ def test_a_stream_copies_nothing_and_keeps_nothing(small_batches):
 
 
 @pytest.mark.parametrize("export_all", [
-    lambda source, path: list(to_arrow_batches(source, **INLINE)),
-    lambda source, path: export_parquet(source, path, **INLINE),
-    lambda source, path: export_parquet(source, path, parts=2, **INLINE),
+    lambda source, path: list(to_arrow_batches(source)),
+    lambda source, path: export_parquet(source, path),
+    lambda source, path: export_parquet(source, path, parts=2),
 ])  # fmt: skip
 def test_pages_are_given_back_once_read(tmp_path, export_all, small_batches):
     source = trained(500)
@@ -589,7 +592,7 @@ def test_pages_are_given_back_once_read(tmp_path, export_all, small_batches):
 
 def test_an_error_comes_out_of_the_stream_as_it_is(small_batches):
     source = trained(500)
-    reader = to_arrow_batches(source, **INLINE)
+    reader = to_arrow_batches(source)
     reader.read_next_batch()
 
     def fail(start):
@@ -603,20 +606,20 @@ def test_an_error_comes_out_of_the_stream_as_it_is(small_batches):
 def test_duckdb_and_polars_take_the_stream(small_batches):
     source = Rows(any_bits(300, 2))
     with duckdb.connect() as connection:
-        relation = connection.from_arrow(to_arrow_batches(source, **INLINE))
+        relation = connection.from_arrow(to_arrow_batches(source))
         assert relation.aggregate("sum(id), count(embedding)").fetchall() == [(44850, 300)]
-    assert pl.DataFrame(to_arrow_batches(source, **INLINE)).shape == (300, 2)
+    assert pl.DataFrame(to_arrow_batches(source)).shape == (300, 2)
 
 
 # ---- batches
 
 
 def test_batches_are_large_but_not_too_large():
-    wide = to_arrow_batches(Rows(np.zeros((3000, 8192), np.float32), rows_per_shard=2048), **INLINE)
+    wide = to_arrow_batches(Rows(np.zeros((3000, 8192), np.float32), rows_per_shard=2048))
     assert [batch.num_rows for batch in wide] == [1024, 1024, 952]  # 32 MiB
-    long = to_arrow_batches(Rows(np.zeros((200_000, 1), np.float32), rows_per_shard=1024), **INLINE)
+    long = to_arrow_batches(Rows(np.zeros((200_000, 1), np.float32), rows_per_shard=1024))
     assert [batch.num_rows for batch in long] == [65_536, 65_536, 65_536, 3392]
-    huge = to_arrow_batches(Rows(np.zeros((2, 9 * 2**20), np.float32), rows_per_shard=64), **INLINE)
+    huge = to_arrow_batches(Rows(np.zeros((2, 9 * 2**20), np.float32), rows_per_shard=64))
     assert [batch.num_rows for batch in huge] == [1, 1]  # there is nothing smaller than a row
 
 
@@ -638,11 +641,11 @@ def cases(draw):
 @pytest.mark.parametrize(("rows_per_shard", "max_rows"), [(10, 4), (7, 3), (3, 7), (8, 8)])
 def test_every_range_of_a_small_table(monkeypatch, rows_per_shard, max_rows):
     """Shards that do not divide evenly, and ranges that begin and end at every row of one."""
-    monkeypatch.setattr(parquet, "MAX_ROWS", max_rows)
+    monkeypatch.setattr(arrow, "MAX_ROWS", max_rows)
     source = Rows(np.zeros((17, 1), np.float32), rows_per_shard=rows_per_shard)
     for start in range(18):
         for stop in range(start, 18):
-            batches = list(to_arrow_batches(source, rows=(start, stop), **INLINE))
+            batches = list(to_arrow_batches(source, rows=(start, stop)))
             assert [id for batch in batches for id in batch["id"].to_pylist()] == list(range(start, stop))
             assert all(0 < batch.num_rows <= max_rows for batch in batches)
 
@@ -652,8 +655,8 @@ def test_every_range_of_a_small_table(monkeypatch, rows_per_shard, max_rows):
 def test_batches_add_up_to_the_table(case):
     num_rows, dim, rows_per_shard, rows, columns, max_rows, workers = case
     source = trained(num_rows, dim, rows_per_shard)
-    with mock.patch.object(parquet, "MAX_ROWS", max_rows):
-        batches = list(to_arrow_batches(source, columns=columns, rows=rows, run=one_by_one, workers=workers))
+    with mock.patch.object(arrow, "MAX_ROWS", max_rows):
+        batches = list(to_arrow_batches(running(source, one_by_one, workers), columns=columns, rows=rows))
     start, stop = rows or (0, num_rows)
     assert_holds(pa.Table.from_batches(batches, schema(source, columns)), source, start, stop, columns)
     assert len(source.reads) == len(batches)
@@ -670,9 +673,9 @@ def test_parts_add_up_to_the_table(tmp_path_factory, case, parts):
     num_rows, dim, rows_per_shard, rows, columns, max_rows, workers = case
     source = trained(num_rows, dim, rows_per_shard)
     folder = tmp_path_factory.mktemp("parts") / "t"
-    with mock.patch.object(parquet, "MAX_ROWS", max_rows):
+    with mock.patch.object(arrow, "MAX_ROWS", max_rows):
         report = export_parquet(
-            source, folder, columns=columns, rows=rows, parts=parts, run=one_by_one, workers=workers
+            running(source, one_by_one, workers), folder, columns=columns, rows=rows, parts=parts
         )
     assert len(report.files) == parts
     table = pa.concat_tables([pq.read_table(file) for file in report.files])
@@ -714,9 +717,9 @@ class Synthetic(Rows):
 
 
 EXPORTS = {
-    "file": lambda source, path, run: export_parquet(source, path, run=run, workers=2),
-    "parts": lambda source, path, run: export_parquet(source, path, parts=2, run=run, workers=2),
-    "stream": lambda source, path, run: [b.num_rows for b in to_arrow_batches(source, run=run, workers=2)],
+    "file": lambda source, path, run: export_parquet(running(source, run), path),
+    "parts": lambda source, path, run: export_parquet(running(source, run), path, parts=2),
+    "stream": lambda source, path, run: [b.num_rows for b in to_arrow_batches(running(source, run))],
 }
 
 

@@ -13,6 +13,7 @@ from support.model import assert_same_bits
 
 import shardemb
 from shardemb.base.sizes import PAGE
+from shardemb.engine import table_state
 from shardemb.errors import DiskFullError, FormatError, RowIdError, ShardEmbError, StoreExistsError
 from shardemb.initializers import Constant, Normal, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
@@ -465,7 +466,7 @@ def test_damage_where_the_last_byte_that_stays_begins_a_block_is_not_copied_for_
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_materialized_rows_are_what_zarr_reads(path, kind, monkeypatch):
-    monkeypatch.setattr(shardemb.table, "MATERIALIZED_BYTES", 16_384)
+    monkeypatch.setattr(table_state, "MATERIALIZED_BYTES", 16_384)
     with shardemb.open(path, log_bytes=100_000) as store:
         table = create(store, 2000, kind)
         train(table, 1)
@@ -522,7 +523,7 @@ def test_rows_keep_their_values_at_any_moment_while_they_are_materialized(path, 
 
 
 def test_materializing_goes_on_where_it_was_cut_short(path, monkeypatch):
-    monkeypatch.setattr(shardemb.table, "MATERIALIZED_BYTES", 16_384)
+    monkeypatch.setattr(table_state, "MATERIALIZED_BYTES", 16_384)
     with shardemb.open(path) as store:
         table = create(store, 2000)
         with pytest.raises(ShardEmbError, match=r"call store.commit\(\) first"):

@@ -17,6 +17,7 @@ from support.model import StoreModel, TableModel, assert_same_bits
 from support.stores import close_quietly
 
 import shardemb
+from shardemb.engine.memory_budget import MemoryBudget
 from shardemb.errors import (
     DiskFullError,
     PoisonedError,
@@ -29,7 +30,6 @@ from shardemb.errors import (
 from shardemb.initializers import Constant, Normal, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
 from shardemb.storage import files
-from shardemb.store.journal import Journal
 
 ONES = np.ones((2, 4), np.float32)
 
@@ -559,7 +559,7 @@ def test_a_rollback_that_broke_off_is_done_again_and_nothing_else_before(path, m
         store.commit()  # not folded
         table.write([1, 2], ONES * 2)
         with monkeypatch.context() as patch:
-            patch.setattr(Journal, "spill", fail)
+            patch.setattr(MemoryBudget, "spill", fail)
             with pytest.raises(OSError, match="Input/output"):
                 store.rollback()
         for call in (store.commit, lambda: table.write([1], ONES[:1])):

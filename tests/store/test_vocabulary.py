@@ -21,7 +21,7 @@ from shardemb.errors import (
     VocabularyNotFoundError,
 )
 from shardemb.store import vocabulary
-from shardemb.vocabulary import hash_index, key_tables
+from shardemb.vocabulary import hash_index, key_rows, key_tables
 
 KEYS = {
     "int64": [5, -1, 2**62, 0],
@@ -34,7 +34,7 @@ KEYS = {
 def small(monkeypatch):
     make_small(monkeypatch, random.Random(1))
     monkeypatch.setattr(hash_index, "_STALE", 2**16)
-    monkeypatch.setattr(vocabulary, "SLICE_ROWS", 50)
+    monkeypatch.setattr(key_rows, "SLICE_ROWS", 50)
 
 
 @pytest.fixture(params=KEYS)
@@ -437,8 +437,8 @@ def test_a_lookup_beside_a_merge_finds_keys_behind_many_others(store, monkeypatc
             inside.key_rows(words).index.merge(hash_index.Coverage())
         return real(*arguments)
 
-    real = key_tables.matching.match_hashes
-    monkeypatch.setattr(key_tables.matching, "match_hashes", merge_later)
+    real = key_tables.key_kernels.match_hashes
+    monkeypatch.setattr(key_tables.key_kernels, "match_hashes", merge_later)
     assert words.lookup(["a"]).tolist() == [1]
     assert next(calls) == 4
 
@@ -451,7 +451,7 @@ def test_a_lookup_beside_an_index_that_is_made_anew(store, monkeypatch):
         words.add(["a"])
         store.rollback()
     words.add(["b", "a"])
-    once(monkeypatch, key_tables.matching, "match_hashes", store.commit)
+    once(monkeypatch, key_tables.key_kernels, "match_hashes", store.commit)
     assert words.lookup(["a"]).tolist() == [1]
     assert len(inside.key_rows(words).index) == 2
 

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 import shardemb
-from shardemb.compute import plan
+from shardemb.compute import file_blocks
+from shardemb.engine import table_state
 from shardemb.errors import DiskFullError, PoisonedError, ShardEmbError
 from shardemb.format import table_files, zarr_metadata
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD, Adam
 from shardemb.storage import files, fold, log_writer
-from shardemb.store.store import Store
+from shardemb.store.table_catalog import TableCatalog
 from support import inside
 from support.power_loss import NOTHING, contents, scratch
 from support.stores import close_quietly
@@ -189,9 +190,9 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log_writer, "FIRST_SEGMENT", 32_768)
         patch.setattr(log_writer, "STAGE_BYTES", 65_536)
-        patch.setattr(plan, "WINDOW_BLOCKS", 4)
+        patch.setattr(file_blocks, "WINDOW_BLOCKS", 4)
         patch.setattr(fold, "DIRECT_BLOCKS", 2)
-        patch.setattr(shardemb.table, "MATERIALIZED_BYTES", 10_000)
+        patch.setattr(table_state, "MATERIALIZED_BYTES", 10_000)
         yield
 
 
@@ -309,18 +310,19 @@ def leave(store, failing):
 
 def undisturbed(path, what):
     """Return how many calls a change makes, what each commit holds from the first one on, and what memory does then."""
-    states, settled, failing = [], Store._settled, Failing()
+    states, mark, failing = [], TableCatalog.mark_committed, Failing()
 
-    def note(store, manifest):
-        settled(store, manifest)
-        states.append(contents(store))
+    def note(catalog):
+        mark(catalog)
+        if catalog is inside.session(store).tables:
+            states.append(contents(store))
 
     with pytest.MonkeyPatch.context() as patch, failing.on():
         with failing.off():
             with shardemb.open(path, "r") as store:
                 states.append(contents(store))
             store = begin(path, what)
-            patch.setattr(Store, "_settled", note)
+            patch.setattr(TableCatalog, "mark_committed", note)
         CHANGES[what](store)
         with failing.off():
             after = contents(store)[1]

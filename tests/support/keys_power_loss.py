@@ -97,8 +97,8 @@ OTHER_REASONS = {
     "index_files.stage:write": "header and all: without it, a file is no part, and the index is made anew",
     "hash_index._publish:rename": "the next part in the place of the last, which is as right as that",
     "hash_index._publish:sync_directory": "those before go after it: without either, the index is made anew",
-    "hash_index.move:rename": "without a folder, the index is made anew",
-    "hash_index.open:sync_directory": "files that know more than the last commit, as where a store is put together",
+    "hash_index.relocate:rename": "without a folder, the index is made anew",
+    "hash_index.load:sync_directory": "files that know more than the last commit, as where a store is put together",
 }
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import shardemb
-from shardemb.compute import plan
+from shardemb.compute import file_blocks
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD, Adagrad, Adam
 from shardemb.storage import files, fold, log_writer, rewrite
@@ -529,7 +529,7 @@ def explore(seed, number_of_states, *, again=0.2, kill=0.1, skip=lambda call, pa
         patch.setattr(log_writer, "FIRST_SEGMENT", 32_768)
         patch.setattr(log_writer, "STAGE_BYTES", 65_536)
         # So that small tables are folded in long stretches too.
-        patch.setattr(plan, "WINDOW_BLOCKS", 4)
+        patch.setattr(file_blocks, "WINDOW_BLOCKS", 4)
         patch.setattr(fold, "DIRECT_BLOCKS", random.Random(seed).choice([1, 3, 100]))
         make_small(patch, random.Random(seed))
         recording = Recording(folder, skip)

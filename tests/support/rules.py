@@ -13,8 +13,7 @@ import pytest
 
 import shardemb
 from shardemb.base import interrupts
-from shardemb.engine import batch, overlay, runtime, shards
-from shardemb.engine import spill_file as scratch_file
+from shardemb.engine import batch, overlay, runtime, shards, spill_file
 from shardemb.format import log_records, store_paths
 from shardemb.optim import Adam
 from shardemb.storage import checksums, files, fold, log_reader, log_writer
@@ -150,7 +149,7 @@ def rollback_beside_fold():
         patch.setattr(fold, "write", lambda *arguments: (go_on.wait(20), write(*arguments)))
         folding = threading.Thread(target=store.checkpoint)
         folding.start()
-        while not inside.runtime(store).room._folding:
+        while not inside.journal(store).is_folding:
             time.sleep(0.001)
         train(store, 1)  # the same rows
         store.rollback()
@@ -236,7 +235,7 @@ def images_count_at_once(patch):
     def take(self, *arguments):
         real(self, *arguments)
         table, run = self._pending[-1]
-        self.replay._runs.setdefault(table, []).append(run)
+        self.replay.add(table, run)
 
     patch.setattr(log_reader._Reader, "_take_images", take)
 
@@ -280,7 +279,7 @@ def base_in_place(patch):
 
 def recovery_reuses_numbers(patch):
     names = {name: getattr(log_reader, name) for name in ("read", "sync")}
-    patch.setattr(opening, "replay", SimpleNamespace(**names, segments=lambda folder: []))
+    patch.setattr(opening, "log_reader", SimpleNamespace(**names, segments=lambda folder: []))
 
 
 def recovery_writes_nothing(patch):
@@ -330,7 +329,7 @@ def everything_dropped(patch):
 
 
 def paged_out_unseen(patch):
-    patch.setattr(scratch_file.Scratch, "read", lambda self, slots, addresses: None)
+    patch.setattr(spill_file.SpillFile, "read", lambda self, slots, addresses: None)
 
 
 def half_updates_count(patch):
@@ -340,7 +339,7 @@ def half_updates_count(patch):
 def rollback_to_the_files(patch):
     nothing = log_reader.Images(np.empty(0, np.int64), np.empty(0, np.int64))
     real = shards.Shards.forget_changes
-    patch.setattr(shards.Shards, "forget_changes", lambda self, images, room: real(self, nothing, room))
+    patch.setattr(shards.Shards, "forget_changes", lambda self, images, budget: real(self, nothing, budget))
 
 
 def errors_forgiven(patch):

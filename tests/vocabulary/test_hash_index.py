@@ -61,7 +61,7 @@ def new_index(path, *, writable=True):
 
 def taken_up(path, now=Coverage(10, ANY, ANY), *, writable=False):  # noqa: B008
     index = new_index(path, writable=writable)
-    index.open(now)
+    index.load(now)
     return index
 
 
@@ -379,7 +379,7 @@ def test_a_file_that_knows_more_than_the_commit_is_refused(written, now, is_take
 def test_the_file_of_another_vocabulary_is_refused(written):
     path, _ = written
     index = KeyIndex(path, OTHER, run, writable=False)
-    index.open(Coverage(10, ANY, ANY))
+    index.load(Coverage(10, ANY, ANY))
     assert (index.has_files, len(index)) == (False, 0)
 
 
@@ -626,7 +626,7 @@ def test_one_that_was_made_anew_takes_the_place_of_the_other(written):
         add(fresh, pairs[:100])
         fresh.merge(Coverage(7, 100, 0))
         assert_holds(taken_up(path), pairs)
-        fresh.take_place_of(old)
+        fresh.relocate(old.retire())
         assert_holds(taken_up(path), pairs[:100])
         assert os.listdir(path.parent) == [NAME]
         add(fresh, pairs[100:])
@@ -645,7 +645,7 @@ def test_one_without_files_takes_those_of_the_other_away(written):
     old = taken_up(path, writable=True)
     fresh = old.empty_copy()
     add(fresh, pairs[:10])
-    fresh.take_place_of(old)
+    fresh.relocate(old.retire())
     assert os.listdir(path.parent) == []
     fresh.merge(Coverage(7, 10, 0))
     assert_holds(taken_up(path), pairs[:10])

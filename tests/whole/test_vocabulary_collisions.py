@@ -15,8 +15,7 @@ from support.stores import close_quietly
 import shardemb
 from shardemb.engine import batch
 from shardemb.errors import DiskFullError
-from shardemb.store import vocabulary
-from shardemb.vocabulary import hash_index, hashing
+from shardemb.vocabulary import hash_index, hashing, key_rows
 
 strings_ = st.text("ab\0é", max_size=3)
 KINDS = {
@@ -217,7 +216,7 @@ def test_strings_that_were_not_added_after_all_leave_no_room_to_their_rows(store
         change(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(vocabulary, "SLICE_ROWS", 10)
+        patch.setattr(key_rows, "SLICE_ROWS", 10)
         patch.setattr(batch, "change", break_off)
         with pytest.raises(DiskFullError):
             words.add([f"never added {n}" for n in range(20)])
