@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from weakref import WeakValueDictionary
 
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from shardemb.optim import Optimizer
     from shardemb.storage.verify import Damage
     from shardemb.store.session import Session
+    from shardemb.store.vocabulary_catalog import VocabularyCatalog
     from shardemb.vocabulary.key_rows import KeyRows
     from shardemb.vocabulary.keys import KeyType
 
@@ -277,8 +277,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
     def vocabularies(self) -> Mapping[str, Vocabulary]:
         """The store's vocabularies by name."""
         self._session.runtime.check_open()
-        now = self._session.vocabularies.now
-        return MappingProxyType({name: self._vocabulary(each) for name, each in tuple(now.items())})
+        return _Vocabularies(self._session.vocabularies, self._vocabulary)
 
     def create_vocabulary(
         self, name: str, *, key_type: KeyType, admission: Admission | None = None, reserved: int = 0
@@ -648,3 +647,22 @@ class Store(Mapping[str, "Table | KeyedTable"]):
     def _vocabulary(self, rows: KeyRows) -> Vocabulary:
         found = self._vocabularies.get(rows)
         return self._vocabularies.setdefault(rows, Vocabulary(rows)) if found is None else found
+
+
+class _Vocabularies(Mapping[str, Vocabulary]):
+    """The vocabularies of now by name, also of those that are created later."""
+
+    def __init__(self, catalog: VocabularyCatalog, shown: Callable[[KeyRows], Vocabulary]) -> None:
+        self._catalog, self._shown = catalog, shown
+
+    def __getitem__(self, name: str) -> Vocabulary:
+        return self._shown(self._catalog.now[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._catalog.now))
+
+    def __len__(self) -> int:
+        return len(self._catalog.now)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))

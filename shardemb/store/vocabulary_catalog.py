@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 from shardemb.errors import ShardEmbError, VocabularyExistsError, VocabularyNotFoundError
 from shardemb.format import store_paths
@@ -41,7 +40,6 @@ class VocabularyCatalog:
         self._runtime, self._tables = runtime, tables
         self.now: dict[str, KeyRows] = {}
         self._committed: dict[str, KeyRows] = {}
-        self._keyed: WeakKeyDictionary[TableState, KeyedRows] = WeakKeyDictionary()
 
     # ---- what there is
 
@@ -63,10 +61,10 @@ class VocabularyCatalog:
         """Return a table with the vocabulary that gives out its rows, if one does."""
         if table.vocabulary is None:
             return None
-        if table not in self._keyed:
-            found = next(each for each in self.now.values() if each.entry.uuid == table.vocabulary)
-            self._keyed[table] = KeyedRows(table, found)
-        return self._keyed[table]
+        known = self._committed.get(table.vocabulary)
+        if known is None:  # the vocabulary is new
+            known = next(each for each in self.now.values() if each.entry.uuid == table.vocabulary)
+        return KeyedRows(table, known)
 
     def entries(self) -> tuple[VocabularyEntry, ...]:
         """Return what a commit would say about them."""
