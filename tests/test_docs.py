@@ -185,16 +185,21 @@ def test_every_fence_is_closed_and_names_its_language():
 # ---- examples in docstrings
 
 
+PUBLIC_MODULES = (shardemb, shardemb.optim, shardemb.initializers, shardemb.text)
+
+
 def public_objects():
-    names = {f"shardemb.{name}" for name in shardemb.__all__}
-    for module in (shardemb.optim, shardemb.initializers, shardemb.text):
-        names |= {f"{module.__name__}.{name}" for name in module.__all__}
+    """Names of all public classes and functions, by where they are defined."""
+    names = set()
+    for module in PUBLIC_MODULES:
+        public = [getattr(module, name) for name in module.__all__]
+        names |= {f"{each.__module__}.{each.__qualname__}" for each in public if callable(each)}
     return names
 
 
 def docstring_examples():
     finder = doctest.DocTestFinder(exclude_empty=True)
-    for info in pkgutil.iter_modules(shardemb.__path__, "shardemb."):
+    for info in pkgutil.walk_packages(shardemb.__path__, "shardemb."):
         module = import_module(info.name)
         yield from finder.find(module, extraglobs={"__name__": info.name})
     yield from finder.find(shardemb, globs={})
@@ -203,38 +208,32 @@ def docstring_examples():
 EXAMPLES = {example.name: example for example in docstring_examples() if example.examples}
 
 
-def home(example):
-    """Public name of the object whose docstring this is, without the method."""
-    parts = example.name.split(".")
-    return (
-        f"shardemb.{parts[2]}"
-        if len(parts) > 2 and parts[1] in ("store", "table", "opening", "vocabulary", "keyed", "admission")
-        else ".".join(parts[:3])
-    )
+def is_public(name):
+    """Whether a docstring is that of a public module or object, or of one of its methods."""
+    modules = {module.__name__ for module in PUBLIC_MODULES}
+    return name in modules or bool({name, name.rpartition(".")[0]} & public_objects())
 
 
 @pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_examples_in_docstrings(name, tmp_path, monkeypatch):
     example = EXAMPLES[name]
     monkeypatch.chdir(tmp_path)
-    if name == "shardemb" or home(example) in public_objects():
+    if is_public(name):
         example.globs.clear()  # a reader has no more than this either
     example.globs.update(shardemb=shardemb, np=np, tmp=tmp_path)
-    if re.fullmatch(
-        r"shardemb\.(store\.Store|table\.Table|vocabulary\.Vocabulary|keyed\.KeyedTable)\.\w+", name
-    ):
+    if re.fullmatch(r"shardemb\.store\.\w+\.(Store|Table|Vocabulary|KeyedTable)\.\w+", name):
         store = shardemb.open(tmp_path / "example.zarr")
         table = store.create_table(
             "tokens", num_embeddings=1000, embedding_dim=4, optimizer=shardemb.optim.Adam()
         )
-        if "keyed.KeyedTable" in name:
+        if ".KeyedTable." in name:
             users = store.create_vocabulary("users", key_type="int64")
             users.add([1234567890123, -5])
             table = store.create_table(
                 "users", vocabulary="users", embedding_dim=2, optimizer=shardemb.optim.SGD(), counters=True
             )
             table.update([-5], [[1.0, 2.0]])
-        elif "vocabulary.Vocabulary" in name:
+        elif ".Vocabulary." in name:
             words = store.create_vocabulary("words", key_type="string")
             words.add(["to", "be", "or", "not"])
             example.globs.update(words=words)

@@ -1,6 +1,6 @@
-"""Measures what ``numbers.md`` says.
+"""Measure the figures in ``numbers.md``.
 
-Takes a folder on a local disk (default: the one for temporary files), 15 GB of it, and some minutes.
+Takes a folder on a local disk (by default the one for temporary files), 15 GB of space in it, and a few minutes.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ random = np.random.default_rng(0)
 
 
 def batches(rows, size=BATCH):
-    """Make as many batches of random ids as there are repeats."""
+    """Make one batch of random ids for each repetition."""
     return [random.integers(0, rows, size) for _ in range(REPEATS)]
 
 
 def measure(what, function, arguments, before=lambda: None):
-    """Print the median time of `function` over `arguments`, one call each, the range, and rows a second."""
+    """Call `function` once with each argument; print the median time, the range, and rows per second."""
     times = []
     for argument in arguments:
         before()
@@ -38,13 +38,13 @@ def measure(what, function, arguments, before=lambda: None):
 
 
 def spread(times):
-    """Write median, minimum and maximum."""
+    """Format median, minimum and maximum."""
     low, middle, high = (1e3 * value for value in (min(times), median(times), max(times)))
     return f"{middle:>9.1f} ms   {low:.1f} to {high:.1f}"
 
 
 def lookups(folder):
-    """Compare lookups with NumPy and zarr, warm and cold."""
+    """Compare warm and cold lookups with NumPy and zarr."""
     values = random.standard_normal((LARGE, DIM), np.float32)
     with shardemb.open(folder / "one.zarr") as store:
         # One shard, so that np.memmap can read the same file.
@@ -74,7 +74,7 @@ def warm(table, values, rows):
 
 
 def cold(store):
-    """Measure with nothing in memory, each time from a new mapping: mapped pages are not evicted."""
+    """Measure with nothing in memory, from a new mapping each time: mapped pages are not evicted."""
     file = store / "t/rows/c.0.0"
 
     def memmap():
@@ -100,7 +100,7 @@ def cold(store):
 
 
 def cold_case(what, file, make):
-    """Evict the file, make the function anew, and time its first call."""
+    """Evict the file, make a new function, and time its first call."""
     functions = []
 
     def before():
@@ -122,13 +122,13 @@ def evict(file):
 
 
 def training(folder):
-    """Measure updates of new rows and of old ones, and commits."""
+    """Measure commits, and updates of new and of existing rows."""
     adam, uniform = shardemb.optim.Adam(), shardemb.initializers.Uniform(-0.05, 0.05)
     gradients = random.standard_normal((BATCH, DIM), np.float32)
     with shardemb.open(folder / "train.zarr") as store:
         shape = {"num_embeddings": ROWS, "embedding_dim": DIM}
         table = store.create_table("t", **shape, initializer=uniform, optimizer=adam)
-        table.update(np.arange(10), gradients[:10])  # compiles, where that was not yet done
+        table.update(np.arange(10), gradients[:10])  # compiles the kernels, unless that was done before
         print(f"\nTraining: {BATCH:,} random ids, dim {DIM}, Adam, table of {table.nbytes / 1e9:.1f} GB")
         print("new rows:")
         measure("table.lookup(ids), rows never written", table.lookup, batches(ROWS))
@@ -150,7 +150,7 @@ def training(folder):
 
 
 def commits(store, gradients):
-    """Measure commits of as many rows as there are gradients."""
+    """Measure commits of one row per gradient."""
     table, times, written = store["t"], [], []
     for ids in batches(ROWS, len(gradients)):
         table.update(ids, gradients)
@@ -164,7 +164,7 @@ def commits(store, gradients):
 
 
 def numpy_adam(rows, gradients):
-    """Make a function that takes a step of torch's SparseAdam."""
+    """Return a function that takes one step of torch's SparseAdam."""
     weight, exp_avg, exp_avg_sq = (np.zeros((rows, DIM), np.float32) for _ in range(3))
 
     def step(ids):
@@ -181,7 +181,7 @@ def numpy_adam(rows, gradients):
 
 
 def exports(folder):
-    """Measure the export of a table that was given as an array."""
+    """Measure the export of a table that was created from an array."""
     with shardemb.open(folder / "one.zarr", mode="r") as store:
         table = store["t"]
         print(f"\nExport to parquet: {LARGE:,} rows of dim {DIM}, normal random float32")
@@ -195,7 +195,7 @@ def exports(folder):
 
 
 def main():
-    """Measure all of it."""
+    """Measure everything."""
     cores, linux = len(os.sched_getaffinity(0)), os.uname().release
     print(f"Python {sys.version.split()[0]}, NumPy {np.__version__}, {cores} cores, Linux {linux}")
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as folder:

@@ -1,6 +1,7 @@
-"""Measures what durability costs: commits, folds beside training, opening, verifying.
+"""Measure what durability costs: commits, folds while training goes on, opening, verifying.
 
-Takes a folder on a local disk (default: the one for temporary files), 6 GB of it, and some minutes.
+Takes a folder on a local disk (by default the one for temporary files), 6 GB of space in it, and a few minutes.
+It reaches into the package for what the public names do not tell: whether a fold is running, and how many rows differ.
 """
 
 import contextlib
@@ -13,7 +14,6 @@ from statistics import median
 import numpy as np
 
 import shardemb
-from shardemb.compute import plan
 from shardemb.compute import file_blocks
 
 ROWS, DIM, BATCH, STEPS = 4_000_000, 64, 65_536, 200
@@ -24,19 +24,19 @@ adam = shardemb.optim.Adam(lr=1e-3)
 
 @contextlib.contextmanager
 def timed(times):
-    """Append the seconds that the block takes."""
+    """Append the number of seconds that the block takes."""
     start = time.perf_counter()
     yield
     times.append(time.perf_counter() - start)
 
 
 def spread(times):
-    """Write median, and the slowest of a hundred, in milliseconds."""
+    """Format the median and the 99th percentile, in milliseconds."""
     return f"{1e3 * median(times):>8.2f} ms, slowest 1 % {1e3 * float(np.quantile(times, 0.99)):>8.1f}"
 
 
 def small_commits(folder):
-    """Write 1,000 random warm rows and commit them, again and again."""
+    """Write 1,000 random warm rows and commit them, repeatedly."""
     with shardemb.open(folder / "small.zarr") as store:
         values = random.standard_normal((ROWS, DIM), np.float32)
         table = store.create_table("t", num_embeddings=ROWS, embedding_dim=DIM, initializer=values)
@@ -58,14 +58,14 @@ def small_commits(folder):
 
 
 def zipf():
-    """Draw ids: of exponent 1.05, scattered over the table; about a third of them are distinct."""
+    """Draw ids with Zipf exponent 1.05, scattered over the table; about a third of them are distinct."""
     ranks = (1 - random.random(BATCH) * (1 - float(ROWS) ** -0.05)) ** -20
     return (ranks.astype(np.int64) - 1).clip(0, ROWS - 1) * 2_654_435_761 % ROWS
 
 
 def folds(folder):
-    """Fold rows that lie scattered over a table of 3 GB, block by block and in long stretches."""
-    along = file_blocks.along
+    """Fold rows scattered over a table of 3 GB, block by block and in long stretches."""
+    fill_windows = file_blocks.fill_windows
     with shardemb.open(folder / "folds.zarr", log_bytes=2**34, memory_budget=2**34) as store:
         table = store.create_table("t", num_embeddings=ROWS, embedding_dim=DIM, optimizer=adam)
         table.write(np.arange(ROWS), np.zeros((ROWS, DIM), np.float32))
@@ -74,19 +74,23 @@ def folds(folder):
         for rows in (20_000, 500_000):
             for what, blocks in {
                 "block by block": lambda blocks, has_data: blocks,
-                "in stretches": along,
+                "in stretches": fill_windows,
             }.items():
                 times, cores, written = [], [], []
                 for _ in range(3):
                     ids = random.permutation(ROWS)[:rows]
                     table.update(ids, random.standard_normal((rows, DIM), np.float32))
                     store.commit()
-                    file_blocks.along, before, start = blocks, store.stats()["bytes_written"], time.process_time()
+                    file_blocks.fill_windows, before, start = (
+                        blocks,
+                        store.stats()["bytes_written"],
+                        time.process_time(),
+                    )
                     with timed(times):
                         store.checkpoint()
                     cores.append(time.process_time() - start)
                     written.append(store.stats()["bytes_written"] - before)
-                file_blocks.along = along
+                file_blocks.fill_windows = fill_windows
                 print(
                     f"fold of {rows:>9,} rows {what:<16}{median(times):>7.2f} s, of a core {median(cores):>6.2f} s,"
                     f" {median(written) / 2**20:>6.0f} MiB written"
@@ -94,7 +98,7 @@ def folds(folder):
 
 
 def training(folder, log_bytes):
-    """Train with Adam and a commit every 20 steps; print what the size of the log changes."""
+    """Train with Adam and a commit every 20 steps; print the effect of the size of the log."""
     with shardemb.open(folder / f"log{log_bytes}.zarr", log_bytes=log_bytes, memory_budget=2**34) as store:
         table = store.create_table("t", num_embeddings=ROWS, embedding_dim=DIM, optimizer=adam)
         gradients = random.standard_normal((BATCH, DIM), np.float32)
@@ -107,11 +111,11 @@ def training(folder, log_bytes):
         start = time.perf_counter()
         for step in range(1, STEPS + 1):
             ids = zipf()
-            with timed(beside if store._journal._folding else alone):
+            with timed(beside if store._session.journal.is_folding else alone):
                 table.lookup(ids)
                 table.update(ids, gradients)
             if step % 20 == 0:
-                changed += table._mapped.changes
+                changed += table._state.shards.changes
                 with timed(commits):
                     store.commit(step=step)
                 largest = max(
@@ -119,7 +123,7 @@ def training(folder, log_bytes):
                 )
         seconds = time.perf_counter() - start
         store.checkpoint()
-        written = (store.stats()["bytes_written"] - written) / changed / table._spec.record_bytes
+        written = (store.stats()["bytes_written"] - written) / changed / table._state.spec.record_bytes
         share = len(beside) / STEPS
         times = [f"{1e3 * median(each):>7.1f} ms" if each else f"{'-':>10}" for each in (alone, beside)]
         print(
