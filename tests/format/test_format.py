@@ -35,7 +35,7 @@ def expected(steps):
 @pytest.mark.parametrize("mode", ["r", "r+"])
 @pytest.mark.parametrize(("name", "steps"), [("closed", 1), ("killed", 3)])
 def test_stores_of_format_1_open_as_they_were_committed(tmp_path, name, steps, mode):
-    with zipfile.ZipFile(Path(__file__).parent / "data" / "format-1.zip") as archive:
+    with zipfile.ZipFile(Path(__file__).parents[1] / "data" / "format-1.zip") as archive:
         archive.extractall(tmp_path)
     with shardemb.open(tmp_path / name, mode) as store:
         assert store.last_commit == shardemb.Commit(steps, steps, {"step": steps})
