@@ -298,25 +298,92 @@ def test_every_error_and_public_name_is_in_the_reference():
             assert f"`{name}`" in errors, name
 
 
-def test_the_picture_of_the_rooms_is_true():
-    """Every module stands in ARCHITECTURE.md, and imports only what stands below it."""
-    picture = next(block.code for block in BLOCKS["ARCHITECTURE.md"] if block.language == "text")
-    modules = {info.name for info in pkgutil.iter_modules(shardemb.__path__)}
-    order = [word for line in picture.splitlines() for word in re.findall(r"^ +(\w+)|[,;] +(\w+)", line)]
-    order = [name for pair in order for name in pair if name in modules]
-    assert sorted(order) == sorted(modules)
-    for name in modules:
-        source = Path(import_module(f"shardemb.{name}").__file__).read_text()
-        for node in ast.parse(source).body:  # not what is imported for types, or when first needed
-            if not isinstance(node, ast.ImportFrom):
-                continue
-            names = (
-                [each.name for each in node.names]
-                if node.module == "shardemb"
-                else node.module.split(".")[1:]
-            )
-            if node.module.split(".")[0] == "shardemb":
-                assert all(order.index(name) < order.index(each) for each in names if each in modules), name
+SOURCE = Path(shardemb.__file__).parent
+
+
+def module_name(path):
+    """The dotted name below the package: ``storage.files``, and ``storage`` for the folder itself."""
+    return ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+
+
+TREES = {
+    module_name(path): ast.parse(path.read_text())
+    for path in SOURCE.rglob("*.py")
+    if path != SOURCE / "__init__.py"
+}
+
+
+def imported(module, nodes):
+    """The modules of the package that are imported by some nodes of one of its modules."""
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "shardemb":
+            for each in node.names:
+                inner = f"{node.module}.{each.name}".removeprefix("shardemb.")
+                yield inner if inner in TREES else node.module.removeprefix("shardemb.")
+
+
+def architecture():
+    return (ROOT / "ARCHITECTURE.md").read_text()
+
+
+def listed_modules():
+    """The modules in the list of files of ARCHITECTURE.md, from top to bottom."""
+    files = next(block.code for block in BLOCKS["ARCHITECTURE.md"] if block.language == "text")
+    listed, folder = [], ""
+    for line in files.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name if name.endswith("/") else ""
+        listed.append(f"{folder}{name}".replace("/", ".") if line.startswith(" ") else name.rstrip("/"))
+    return listed
+
+
+def test_the_list_of_files_is_true():
+    """Every module is in ARCHITECTURE.md, and imports only what is listed below it."""
+    listed = listed_modules()
+    assert sorted(listed) == sorted(TREES)
+    for module, tree in TREES.items():
+        for other in imported(module, tree.body):  # not what is imported for types, or when first needed
+            if other == module.split(".")[0]:
+                continue  # its own folder, for a name that the folder defines
+            assert listed.index(module) < listed.index(other), (module, other)
+
+
+def test_the_table_of_folders_is_true():
+    """It says of every folder exactly which others it imports from, and each of these stands below it."""
+    rows = re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|", architecture(), re.M)
+    stated = {name: re.findall(r"`(\w+)`", others) for name, others in rows}
+    folders = list(dict.fromkeys(name.split(".")[0] for name in listed_modules()))
+    assert list(stated)[: len(folders)] == folders
+    for folder in folders:
+        found = {
+            other.split(".")[0]
+            for module, tree in TREES.items()
+            if module.split(".")[0] == folder
+            for other in imported(module, ast.walk(tree))
+        }
+        assert set(stated[folder]) == found - {folder}, folder
+        assert all(folders.index(folder) < folders.index(other) for other in stated[folder])
+
+
+def defined_names():
+    """Modules, ``module.name`` and ``Class.member``, a module with its folder or without it."""
+    for module, tree in TREES.items():
+        yield module
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                yield f"{module.split('.')[-1]}.{node.name}"
+            if isinstance(node, ast.ClassDef):
+                yield from (f"{node.name}.{member.name}" for member in node.body if hasattr(member, "name"))
+                yield from (
+                    f"{node.name}.{field.target.id}" for field in node.body if hasattr(field, "target")
+                )
+
+
+def test_names_in_the_architecture_exist():
+    names = re.findall(r"`([A-Za-z]\w*\.\w+)`", re.sub(FENCE, "", architecture()))
+    assert len(names) > 60
+    assert set(names) <= set(defined_names())
 
 
 def test_decisions_are_numbered_and_complete():
