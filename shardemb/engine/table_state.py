@@ -400,7 +400,7 @@ class TableSource:
         """Run tasks, as many concurrently as a batch of the table may use threads."""
         return scheduler.run(tasks, self.threads, stop)
 
-    def give_back(self, start: int, stop: int) -> None:
+    def release_pages(self, start: int, stop: int) -> None:
         """Let the pages of a range of rows leave memory."""
         with self._table.runtime.lock:
             self._table.live().give_back(start, stop)

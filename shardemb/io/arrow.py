@@ -66,7 +66,7 @@ class RowSource(Protocol):
     def run(self, tasks: Sequence[Callable[[], T]], stop: threading.Event | None = None) -> list[T]:
         """Run tasks, `threads` of them concurrently; see `scheduler.run`."""
 
-    def give_back(self, start: int, stop: int) -> None:
+    def release_pages(self, start: int, stop: int) -> None:
         """Let the pages of rows ``[start, stop)`` leave memory. A hint."""
 
     def describe(self) -> Mapping[str, object]:
@@ -153,7 +153,7 @@ def to_arrow_batches(
     >>> from types import SimpleNamespace as Source
     >>> source = Source(
     ...     name="tokens", num_embeddings=5, embedding_dim=1, rows_per_shard=64, columns={}, keys=None, describe=dict,
-    ...     read_rows=lambda start, stop, columns: [np.ones((stop - start, 1), np.float32)], give_back=print,
+    ...     read_rows=lambda start, stop, columns: [np.ones((stop - start, 1), np.float32)], release_pages=print,
     ...     threads=1, run=lambda tasks: [tasks[0]()])
     >>> for batch in to_arrow_batches(source, rows=(1, 4)):
     ...     batch.num_rows
@@ -210,7 +210,7 @@ class Selection:
         row_keys = self.source.keys
         first_state = 2 if row_keys is None else 3
         arrays = self.source.read_rows(start, stop, self.schema.names[first_state:])
-        self.source.give_back(start, stop)
+        self.source.release_pages(start, stop)
         ids = np.arange(start, stop, dtype=np.int64)
         columns = [pa.array(ids)]
         if row_keys is not None:

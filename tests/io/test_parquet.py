@@ -68,7 +68,7 @@ class Rows:
         self.arrays.append([weakref.ref(array) for array in arrays])
         return arrays
 
-    def give_back(self, start, stop):
+    def release_pages(self, start, stop):
         self.events.append(("give back", start, stop))
 
     def describe(self):
