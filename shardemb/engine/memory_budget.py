@@ -132,7 +132,7 @@ class MemoryBudget:
         overlays = self._overlays()
         with signals_deferred():
             if self._excess(nbytes) > 0:
-                copies = {each: each.slots.count - each.slots.kept for each in overlays}
+                copies = {each: each.slots.count - each.slots.dirty for each in overlays}
                 # A little more than is needed, so that it has to be done less often.
                 for each, count in _shares(self._excess(nbytes) + self._nbytes // 32, copies):
                     each.evict(count)
@@ -153,7 +153,7 @@ class MemoryBudget:
     @property
     def needs_fold(self) -> bool:
         """Whether rows that have to stay until they are folded take over half, so that others may soon have no room."""
-        kept = sum((each.slots.kept + each.spilled) * each.row_bytes for each in self._overlays())
+        kept = sum((each.slots.dirty + each.spilled) * each.row_bytes for each in self._overlays())
         return bool(2 * kept > self._nbytes)
 
     def _spill(self, nbytes: int) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from shardemb.base.sizes import PAGE, round_up
 from shardemb.compute import row_index, row_kernels
 from shardemb.compute.row_index import NODE
-from shardemb.engine.slots import KEPT, Slots
+from shardemb.engine.slots import DIRTY, Slots
 from shardemb.engine.spill_file import SpillFile
 from shardemb.storage import address_space
 
@@ -141,7 +141,7 @@ class Overlay:
             msg = f"more than {self._most} rows of a table cannot lie in memory at once; commit before"
             raise MemoryError(msg)
         self._map(needed * self._record_bytes)
-        slots = self.slots.take(rows)
+        slots = self.slots.allocate(rows)
         if empty:
             self._changes += 1  # a lookup that found no index at all must look again
         return self.first + slots
@@ -152,20 +152,20 @@ class Overlay:
 
     def unreserve(self, places: Int64Array) -> None:
         """Give slots back that were not published."""
-        self.slots.give(places - self.first)
+        self.slots.free(places - self.first)
 
     def mark(self, places: Int64Array) -> None:
         """Note that slots are about to hold committed records that the files do not."""
-        self.slots.mark(places - self.first)
+        self.slots.mark_dirty(places - self.first)
 
     def change(self, places: Int64Array) -> None:
         """Note that rows in slots are about to differ from the last commit."""
-        self.slots.change(places - self.first)
+        self.slots.mark_changed(places - self.first)
 
     def note_use(self, rows: Int64Array) -> None:
         """Let those of the rows that are in slots be the last to leave."""
         entries = self._entries(rows)
-        self.slots.note_use(entries[entries > 0].astype(np.int64) - 1)
+        self.slots.touch(entries[entries > 0].astype(np.int64) - 1)
 
     # ---- changes
 
@@ -181,12 +181,12 @@ class Overlay:
     def are_kept(self, rows: Int64Array) -> NDArray[np.bool_]:
         """Tell which rows have a record here that the files do not hold, or may not hold yet."""
         entries = self._entries(rows).astype(np.int64)
-        kept: NDArray[np.bool_] = self.slots.state[np.maximum(entries - 1, 0)] & KEPT != 0
+        kept: NDArray[np.bool_] = self.slots.state[np.maximum(entries - 1, 0)] & DIRTY != 0
         return ((entries > 0) & kept) | (entries < 0)
 
     def kept_rows(self) -> Int64Array:
         """List the rows that `are_kept`."""
-        return np.concatenate([slots.owner[slots.kept_slots()] for slots in self._all_slots()])
+        return np.concatenate([slots.owner[slots.dirty_slots()] for slots in self._all_slots()])
 
     def clear_changes(self) -> None:
         """Let no row differ from the last commit any more."""
@@ -211,14 +211,14 @@ class Overlay:
             slots.end_fold(folded=folded)
         if self._spill_file is not None:
             slots = self._spill_file.slots
-            self._release(slots.choose(slots.count, but=KEPT))
+            self._release(slots.choose(slots.count, exclude=DIRTY))
 
     # ---- out of memory
 
     def evict(self, count: int) -> None:
         """Let up to `count` rows leave memory that the files hold, those first that were not touched for long."""
-        if self.slots.count > self.slots.kept:
-            slots = self.slots.choose(count, but=KEPT)
+        if self.slots.count > self.slots.dirty:
+            slots = self.slots.choose(count, exclude=DIRTY)
             if slots.size:
                 self._leave(slots)
 
@@ -232,12 +232,12 @@ class Overlay:
         """
         if self._spill_file is None:
             self._spill_file = SpillFile(folder, self._record_bytes, self._most)
-        slots = self.slots.choose(count, but=np.uint8(0))
+        slots = self.slots.choose(count, exclude=np.uint8(0))
         if slots.size == 0:
             return
         rows = self.slots.owner[slots]
         kept = self._spill_file.write(rows, self._addresses(slots))
-        self._spill_file.slots.enter(kept, self.slots.books_of(slots))
+        self._spill_file.slots.set_flags(kept, self.slots.flags_of(slots))
         self._set(rows, -(kept + 1))
         self._give(slots)
 
@@ -249,7 +249,7 @@ class Overlay:
             self._set(self.slots.owner[target], target + 1)
             self._changes += 1  # as in `_give`
         used = round_up(self.slots.end * self._record_bytes, PAGE)
-        self._memory.give_back(self._start + used, self._mapped - used)
+        self._memory.release(self._start + used, self._mapped - used)
 
     def reload(self, rows: Int64Array) -> None:
         """Bring those of the rows, distinct, into memory that are out.
@@ -272,7 +272,7 @@ class Overlay:
         except BaseException:
             self.unreserve(places)
             raise
-        self.slots.enter(slots, self._spill_file.slots.books_of(kept))
+        self.slots.set_flags(slots, self._spill_file.slots.flags_of(kept))
         self.publish(rows, places)
         self._spill_file.release(kept)
 
@@ -322,7 +322,13 @@ class Overlay:
     def _set(self, rows: Int64Array, entries: Int64Array) -> None:
         branches, leaves = self._branches, self._leaves
         row_index.set_entries(
-            self._directory, branches.entries, branches.books, leaves.entries, leaves.books, rows, entries
+            self._directory,
+            branches.entries,
+            branches.free_list,
+            leaves.entries,
+            leaves.free_list,
+            rows,
+            entries,
         )
 
     def _leave(self, slots: Int64Array) -> None:
@@ -334,9 +340,9 @@ class Overlay:
         """Give up slots that the index does not lead to any more."""
         # A lookup that began before this may have found one there, and must not find it used for another row.
         self._changes += 1
-        self.slots.give(slots)
+        self.slots.free(slots)
         if self.slots.count == 0:
-            self._memory.give_back(self._start, self._mapped)
+            self._memory.release(self._start, self._mapped)
 
     def _release(self, kept: Int64Array) -> None:
         """Give up what the scratch file keeps, of which the files hold the same."""
@@ -364,9 +370,9 @@ class _Nodes:
 
     def __init__(self, most: int) -> None:
         self.entries: NDArray[np.int32] = address_space.zeros(np.int32, (most + 1) * NODE)
-        self.books: NDArray[np.int32] = address_space.zeros(np.int32, most + 2)
+        self.free_list: NDArray[np.int32] = address_space.zeros(np.int32, most + 2)
 
     @property
     def used(self) -> int:
         """How many are in use."""
-        return int(self.books[0] - self.books[1])
+        return int(self.free_list[0] - self.free_list[1])

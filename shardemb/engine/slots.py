@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
     from shardemb.base.validation import Int64Array
 
-USED, NEWER, FOLDING, CHANGED, TOUCHED, _CHOSEN = (np.uint8(1 << bit) for bit in range(6))
-KEPT = NEWER | FOLDING
+USED, UNFOLDED, FOLDING, CHANGED, TOUCHED, _CHOSEN = (np.uint8(1 << bit) for bit in range(6))
+DIRTY = UNFOLDED | FOLDING
 """What the files do not hold, or may not hold yet."""
 
-_CHANGING = CHANGED | NEWER | TOUCHED
+_CHANGING = CHANGED | UNFOLDED | TOUCHED
 
 _AHEAD = 16
 """How many slots ahead the processor is asked for a state: in one pass, half the time of two that do not ask."""
@@ -48,7 +48,7 @@ class Slots:
         Bits of a slot; 0 where it is free.
     end : int
         One past the last slot that was ever used, until none is.
-    count, kept, changed : int
+    count, dirty, changed : int
         How many are used; how many of these hold what the files do not, or may not yet; and how many differ from the
         last commit.
     """
@@ -57,68 +57,68 @@ class Slots:
         self.owner: NDArray[np.int64] = address_space.zeros(np.int64, most)
         self._words: NDArray[np.uint64] = address_space.zeros(np.uint64, -(-most // 8))
         self.state: NDArray[np.uint8] = self._words.view(np.uint8)[:most]
-        self._free = np.empty(0, np.int64)
+        self._free_slots = np.empty(0, np.int64)
         self.end: int = 0
         self.count: int = 0
-        self.kept: int = 0
+        self.dirty: int = 0
         self.changed: int = 0
         self._hand = 0
 
     def next_end(self, count: int) -> int:
         """Tell what `end` will be once so many more are taken."""
-        return self.end + max(0, count - self._free.size)
+        return self.end + max(0, count - self._free_slots.size)
 
-    def take(self, rows: Int64Array) -> Int64Array:
+    def allocate(self, rows: Int64Array) -> Int64Array:
         """Take slots for rows; return them, ascending."""
-        left = max(0, self._free.size - rows.size)
+        left = max(0, self._free_slots.size - rows.size)
         slots = np.concatenate(
-            [np.sort(self._free[left:], kind="stable"), np.arange(self.end, self.next_end(rows.size))]
+            [np.sort(self._free_slots[left:], kind="stable"), np.arange(self.end, self.next_end(rows.size))]
         )
-        self.end, self._free = self.next_end(rows.size), self._free[:left]
+        self.end, self._free_slots = self.next_end(rows.size), self._free_slots[:left]
         self.owner[slots], self.state[slots] = rows, USED | TOUCHED
         self.count += slots.size
         return slots
 
-    def books_of(self, slots: Int64Array) -> NDArray[np.uint8]:
-        """Tell what has to be known of slots where others take their records, see `enter`."""
-        books: NDArray[np.uint8] = self.state[slots] & (KEPT | CHANGED)
-        return books
+    def flags_of(self, slots: Int64Array) -> NDArray[np.uint8]:
+        """Tell what has to be known of slots where others take their records, see `set_flags`."""
+        flags: NDArray[np.uint8] = self.state[slots] & (DIRTY | CHANGED)
+        return flags
 
-    def enter(self, slots: Int64Array, books: NDArray[np.uint8]) -> None:
+    def set_flags(self, slots: Int64Array, flags: NDArray[np.uint8]) -> None:
         """Take over what was known of records that lay elsewhere."""
-        self.state[slots] |= books
-        self.kept += int(np.count_nonzero(books & KEPT))
-        self.changed += int(np.count_nonzero(books & CHANGED))
+        self.state[slots] |= flags
+        self.dirty += int(np.count_nonzero(flags & DIRTY))
+        self.changed += int(np.count_nonzero(flags & CHANGED))
 
-    def give(self, slots: Int64Array, *, end: int | None = None) -> None:
+    def free(self, slots: Int64Array, *, end: int | None = None) -> None:
         """Give slots up; `end` as it was before, where those that were taken last go first."""
-        self.kept -= int(np.count_nonzero(self.state[slots] & KEPT))
+        self.dirty -= int(np.count_nonzero(self.state[slots] & DIRTY))
         self.changed -= int(np.count_nonzero(self.state[slots] & CHANGED))
         self.state[slots] = 0
         self.count -= slots.size
-        self._free = np.concatenate([self._free, slots])
+        self._free_slots = np.concatenate([self._free_slots, slots])
         if self.count == 0:
             end = 0
         if end is not None:
-            self.end, self._free = end, self._free[self._free < end]
+            self.end, self._free_slots = end, self._free_slots[self._free_slots < end]
 
-    def mark(self, slots: Int64Array) -> None:
+    def mark_dirty(self, slots: Int64Array) -> None:
         """Note that slots are about to hold what the files do not."""
-        self.kept += _set_bits(self.state, slots, NEWER | TOUCHED, KEPT)
+        self.dirty += _set_bits(self.state, slots, UNFOLDED | TOUCHED, DIRTY)
 
-    def change(self, slots: Int64Array) -> None:
+    def mark_changed(self, slots: Int64Array) -> None:
         """Note that slots are about to differ from the last commit."""
         new = np.zeros(2, np.int64)
-        _change(self.state, slots, new)
-        self.kept, self.changed = self.kept + int(new[0]), self.changed + int(new[1])
+        _mark_changed(self.state, slots, new)
+        self.dirty, self.changed = self.dirty + int(new[0]), self.changed + int(new[1])
 
     def changed_slots(self) -> Int64Array:
         """List the slots that differ from the last commit, ascending."""
         return self._with_bits(CHANGED, self.changed)
 
-    def kept_slots(self) -> Int64Array:
+    def dirty_slots(self) -> Int64Array:
         """List the slots that hold what the files do not, or may not yet, ascending."""
-        return self._with_bits(KEPT, self.kept)
+        return self._with_bits(DIRTY, self.dirty)
 
     def clear_changes(self) -> None:
         """Let no slot differ from the last commit any more."""
@@ -126,7 +126,7 @@ class Slots:
             self.state[: self.end] &= ~CHANGED
             self.changed = 0
 
-    def note_use(self, slots: Int64Array) -> None:
+    def touch(self, slots: Int64Array) -> None:
         """Let slots be the last to be chosen."""
         _set_bits(self.state, slots, TOUCHED, TOUCHED)
 
@@ -137,17 +137,17 @@ class Slots:
     def compact(self) -> tuple[Int64Array, Int64Array]:
         """Let the slots in use lie side by side at the beginning; return those that moved, from where and to where."""
         source = self.count + np.flatnonzero(self.state[self.count : self.end])
-        target = np.sort(self._free[self._free < self.count])
+        target = np.sort(self._free_slots[self._free_slots < self.count])
         self.owner[target], self.state[target] = self.owner[source], self.state[source]
         self.state[source] = 0
-        self.end, self._free = self.count, np.empty(0, np.int64)
+        self.end, self._free_slots = self.count, np.empty(0, np.int64)
         return source, target
 
     def end_fold(self, *, folded: bool) -> None:
         """Forget the note of `begin_fold`; or take it back, where the files do not hold those rows."""
-        self.kept = _end_fold(self.state[: self.end], NEWER if folded else KEPT)
+        self.dirty = _end_fold(self.state[: self.end], UNFOLDED if folded else DIRTY)
 
-    def choose(self, most: int, *, but: np.uint8) -> Int64Array:
+    def choose(self, most: int, *, exclude: np.uint8) -> Int64Array:
         """Choose up to `most` slots in use without certain bits, ascending.
 
         They are looked for round and round, as the clock of virtual memory does: those are passed over once that were
@@ -155,7 +155,7 @@ class Slots:
         """
         if self.count == 0 or most <= 0:
             return np.empty(0, np.int64)
-        chosen = _choose(self.state[: self.end], min(most, self.count), self._hand % self.end, but)
+        chosen = _choose(self.state[: self.end], min(most, self.count), self._hand % self.end, exclude)
         self.state[chosen] &= ~_CHOSEN
         if chosen.size:
             self._hand = int(chosen[-1]) + 1
@@ -179,16 +179,16 @@ def _set_bits(state: NDArray[np.uint8], slots: Int64Array, bits: np.uint8, count
 
 
 @kernel
-def _change(state: NDArray[np.uint8], slots: Int64Array, new: Int64Array) -> None:
+def _mark_changed(state: NDArray[np.uint8], slots: Int64Array, new: Int64Array) -> None:
     """Set the bits of slots that change; add to `new` how many were not kept before, and how many not changed."""
-    not_kept, not_changed, last = 0, 0, slots.size - 1
+    not_dirty, not_changed, last = 0, 0, slots.size - 1
     for i in range(slots.size):
         prefetch(state.ctypes.data + slots[min(i + _AHEAD, last)])
         before = state[slots[i]]
-        not_kept += (before & KEPT) == 0
+        not_dirty += (before & DIRTY) == 0
         not_changed += (before & CHANGED) == 0
         state[slots[i]] = before | _CHANGING
-    new[0] += not_kept
+    new[0] += not_dirty
     new[1] += not_changed
 
 
@@ -211,25 +211,25 @@ def _with_bits(
 @kernel
 def _begin_fold(state: NDArray[np.uint8]) -> None:
     for slot in range(state.size):
-        if state[slot] & NEWER:
+        if state[slot] & UNFOLDED:
             state[slot] |= FOLDING
             if not state[slot] & CHANGED:
-                state[slot] &= ~NEWER
+                state[slot] &= ~UNFOLDED
 
 
 @kernel
 def _end_fold(state: NDArray[np.uint8], still: np.uint8) -> int:
-    kept = 0
+    dirty = 0
     for slot in range(state.size):
         if state[slot] & still:
-            state[slot] |= NEWER
-            kept += 1
+            state[slot] |= UNFOLDED
+            dirty += 1
         state[slot] &= ~FOLDING
-    return kept
+    return dirty
 
 
 @kernel
-def _choose(state: NDArray[np.uint8], most: int, hand: int, but: np.uint8) -> Int64Array:
+def _choose(state: NDArray[np.uint8], most: int, hand: int, exclude: np.uint8) -> Int64Array:
     chosen = np.empty(most, np.int64)
     count = 0
     slot = hand - 1
@@ -237,7 +237,7 @@ def _choose(state: NDArray[np.uint8], most: int, hand: int, but: np.uint8) -> In
         if count == most:
             break
         slot = slot + 1 if slot + 1 < state.size else 0
-        if not state[slot] & USED or state[slot] & (but | _CHOSEN):
+        if not state[slot] & USED or state[slot] & (exclude | _CHOSEN):
             continue
         if state[slot] & TOUCHED:
             state[slot] &= ~TOUCHED

@@ -48,7 +48,7 @@ class SpillFile:
     def __init__(self, folder: Path, record_bytes: int, most: int) -> None:
         self._path = folder / "(scratch)"
         self._record_bytes = record_bytes
-        self._descriptor = files.open_scratch(folder)
+        self._descriptor = files.open_unnamed(folder)
         weakref.finalize(self, files.close, self._descriptor).atexit = False
         self.slots = Slots(most)
         self._checksums: NDArray[np.uint64] = address_space.zeros(np.uint64, most)
@@ -65,7 +65,7 @@ class SpillFile:
             There is no room, or the file cannot be written; nothing is kept.
         """
         end, size = self.slots.end, self._record_bytes
-        slots = self.slots.take(rows)
+        slots = self.slots.allocate(rows)
         try:
             for start in range(0, slots.size, self._step):
                 some = slots[start : start + self._step]
@@ -80,8 +80,8 @@ class SpillFile:
                     )
                 self._checksums[some] = [checksum(stage[i : i + size]) for i in range(0, len(stage), size)]
         except BaseException:
-            self.slots.give(slots, end=end)
-            files.shorten(self._descriptor, self.slots.end * size)
+            self.slots.free(slots, end=end)
+            files.truncate(self._descriptor, self.slots.end * size)
             raise
         return slots
 
@@ -101,7 +101,7 @@ class SpillFile:
             for part in range(0, last - first, self._step)
         ]
         for first, last in runs:
-            files.expect(self._descriptor, int(slots[first]) * size, (last - first) * size)
+            files.will_need(self._descriptor, int(slots[first]) * size, (last - first) * size)
         for first, last in runs:
             view = self._stage.bytes(0, (last - first) * size)
             files.read_into(self._descriptor, view, int(slots[first]) * size, self._path)
@@ -113,6 +113,6 @@ class SpillFile:
 
     def release(self, slots: Int64Array) -> None:
         """Give up slots."""
-        self.slots.give(slots)
+        self.slots.free(slots)
         if self.slots.count == 0:
-            files.shorten(self._descriptor, 0)
+            files.truncate(self._descriptor, 0)

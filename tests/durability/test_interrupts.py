@@ -135,7 +135,7 @@ def test_ctrl_c_while_rows_are_copied_changes_nothing(store, monkeypatch):
         patch.setattr(Shards, "copy", interrupted)
         with pytest.raises(KeyboardInterrupt):
             table.update(ids, numbers)
-    assert inside.shards(table).changes == inside.shards(table).overlay.slots.kept == 0
+    assert inside.shards(table).changes == inside.shards(table).overlay.slots.dirty == 0
     model.assert_matches(table)
     for each in (table, model):
         each.update(ids[::2], numbers[::2])

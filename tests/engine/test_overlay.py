@@ -331,7 +331,7 @@ def test_leaves_of_the_index_are_used_again(tmp_path):
             table.write(np.arange(start, start + 200), np.ones((200, DIM), np.float32))
             store.commit()
             store.checkpoint()
-        assert inside.shards(table).overlay._leaves.books[0] < 50
+        assert inside.shards(table).overlay._leaves.free_list[0] < 50
 
 
 def test_clean_rows_of_one_table_make_room_for_another(tmp_path, monkeypatch):
@@ -342,7 +342,7 @@ def test_clean_rows_of_one_table_make_room_for_another(tmp_path, monkeypatch):
         store.commit()
         store.checkpoint()
         monkeypatch.setattr(
-            type(inside.journal(store)), "settle", lambda self: pytest.fail("waited for a fold")
+            type(inside.journal(store)), "fold_all", lambda self: pytest.fail("waited for a fold")
         )
         for start in range(0, 1800, 100):
             dirty.write(np.arange(start, start + 100), np.ones((100, DIM), np.float32))
@@ -358,7 +358,7 @@ def test_a_spill_that_finds_the_disk_full_takes_no_room_of_it(store, monkeypatch
     table = new(store)
     table.write(np.arange(45), np.ones((45, DIM), np.float32))
     table.write(np.arange(100, 145), np.ones((45, DIM), np.float32))
-    scratch = inside.shards(table).overlay._scratch
+    scratch = inside.shards(table).overlay._spill_file
     before = os.fstat(scratch._descriptor).st_size
     real = files.write
 
@@ -492,7 +492,7 @@ def test_a_rollback_beside_a_fold_keeps_nothing_that_the_files_hold(tmp_path, mo
         assert_same_bits(table.lookup(np.arange(2000)), before)
         go_on.set()
         store.checkpoint()
-        assert inside.shards(table).overlay.slots.kept <= 1  # row 7, whose image was put back
+        assert inside.shards(table).overlay.slots.dirty <= 1  # row 7, whose image was put back
         assert_same_bits(table.lookup(np.arange(2000)), before)
 
 
@@ -515,7 +515,9 @@ def test_a_spill_asks_for_no_more_than_is_needed_where_there_is_no_more(store, m
 def test_a_prefetch_neither_waits_nor_drives_others_out(store, monkeypatch):
     table = new(store)
     table.write(*spread(1.0, 49))
-    monkeypatch.setattr(type(inside.journal(store)), "settle", lambda self: pytest.fail("waited for a fold"))
+    monkeypatch.setattr(
+        type(inside.journal(store)), "fold_all", lambda self: pytest.fail("waited for a fold")
+    )
     batch.prefetch(inside.runtime(store), inside.shards(table), np.arange(1000, 1010) * 19, for_update=True)
     assert inside.shards(table).overlay.spilled == 0
     assert inside.shards(table).overlay.slots.count == 49

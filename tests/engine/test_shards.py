@@ -11,7 +11,7 @@ from shardemb.base.sizes import PAGE
 from shardemb.compute import plan, row_kernels
 from shardemb.engine import shards
 from shardemb.engine.memory_budget import MemoryBudget
-from shardemb.engine.slots import KEPT
+from shardemb.engine.slots import DIRTY
 from shardemb.errors import DiskFullError, FormatError, ShardEmbError
 from shardemb.format import zarr_metadata
 from shardemb.initializers import Constant, Uniform
@@ -92,7 +92,7 @@ def in_memory(table):
         return records.tobytes(), b""
     present = np.unpackbits(table.present, bitorder="little")
     for slots in table.overlay._all_slots():
-        present[slots.owner[np.flatnonzero(slots.state & KEPT)]] = 1
+        present[slots.owner[np.flatnonzero(slots.state & DIRTY)]] = 1
     records[present[: rows.size] == 0] = 0  # a row that was only taken in has what it starts from in its slot
     return records.tobytes(), np.packbits(present, bitorder="little").tobytes()
 
@@ -172,7 +172,7 @@ def step(table, model, number, event, argument):
         model.now = model.saved
     else:
         table.overlay.evict(argument)
-        assert table.overlay.slots.count >= table.overlay.slots.kept
+        assert table.overlay.slots.count >= table.overlay.slots.dirty
 
 
 def check_changes(table):
@@ -509,9 +509,9 @@ def test_tables_share_what_a_process_can_map(tmp_path, monkeypatch):
     monkeypatch.setattr(address_space, "MAX_MAPPINGS", files.counters.mappings + 6)
     first = create(tmp_path)  # four files
     with pytest.raises(ShardEmbError, match="at most"):
-        table_folder.create(PLAIN, tmp_path / "second", None)
+        shards.create(PLAIN, tmp_path / "second", None)
     del first
-    assert table_folder.create(PLAIN, tmp_path / "second", None) is not None
+    assert shards.create(PLAIN, tmp_path / "second", None) is not None
 
 
 # ---- existing tables --------------------------------------------------------------------------------------------

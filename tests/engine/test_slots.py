@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardemb.engine.slots import CHANGED, FOLDING, KEPT, NEWER, TOUCHED, USED, Slots
+from shardemb.engine.slots import CHANGED, DIRTY, FOLDING, TOUCHED, UNFOLDED, USED, Slots
 
 MOST = 200
 
@@ -13,8 +13,11 @@ def int64(values):
 
 events = st.lists(
     st.one_of(
-        st.tuples(st.just("take"), st.integers(0, 30)),
-        st.tuples(st.sampled_from(["give", "mark", "change", "note_use"]), st.randoms(use_true_random=False)),
+        st.tuples(st.just("allocate"), st.integers(0, 30)),
+        st.tuples(
+            st.sampled_from(["free", "mark_dirty", "mark_changed", "touch"]),
+            st.randoms(use_true_random=False),
+        ),
         st.tuples(st.just("begin fold"), st.none()),
         st.tuples(st.just("clear changes"), st.none()),
         st.tuples(st.just("end fold"), st.booleans()),
@@ -27,14 +30,14 @@ events = st.lists(
 
 @given(events)
 def test_slots_are_what_a_model_says(history):
-    slots, model, next_row = Slots(MOST), {}, 0  # slot: [row, newer, folding, changed]
+    slots, model, next_row = Slots(MOST), {}, 0  # slot: [row, unfolded, folding, changed]
     for event, argument in history:
-        if event == "take":
+        if event == "allocate":
             count = min(argument, MOST - len(model))
             rows = int64(range(next_row, next_row + count))
             next_row += count
             end = slots.next_end(count)
-            taken = slots.take(rows)
+            taken = slots.allocate(rows)
             assert slots.end == end <= MOST
             assert sorted(taken.tolist()) == taken.tolist()
             assert not set(taken.tolist()) & set(model)
@@ -42,15 +45,15 @@ def test_slots_are_what_a_model_says(history):
                 slot: [row, False, False, False]
                 for slot, row in zip(taken.tolist(), rows.tolist(), strict=True)
             }
-        elif event in ("give", "mark", "change", "note_use"):
+        elif event in ("free", "mark_dirty", "mark_changed", "touch"):
             some = [slot for slot in model if argument.random() < 0.4]
             getattr(slots, event)(int64(some))
             for slot in some:
-                if event == "give":
+                if event == "free":
                     del model[slot]
-                elif event in ("mark", "change"):
+                elif event in ("mark_dirty", "mark_changed"):
                     model[slot][1] = True
-                    model[slot][3] |= event == "change"
+                    model[slot][3] |= event == "mark_changed"
         elif event == "begin fold":
             slots.begin_fold()
             for entry in model.values():
@@ -71,54 +74,56 @@ def test_slots_are_what_a_model_says(history):
             assert slots.end == len(model)
             assert set(model) == set(range(len(model)))
         else:
-            chosen = slots.choose(argument, but=KEPT)
-            clean = {slot for slot, (_, newer, folding, _) in model.items() if not newer and not folding}
+            chosen = slots.choose(argument, exclude=DIRTY)
+            clean = {
+                slot for slot, (_, unfolded, folding, _) in model.items() if not unfolded and not folding
+            }
             assert set(chosen.tolist()) <= clean
             assert chosen.size == min(argument, len(clean))
         assert slots.count == len(model)
-        assert slots.kept == sum(newer or folding for _, newer, folding, _ in model.values())
+        assert slots.dirty == sum(unfolded or folding for _, unfolded, folding, _ in model.values())
         changed = [slot for slot, entry in model.items() if entry[3]]
         assert slots.changed == len(changed)
         assert slots.changed_slots().tolist() == sorted(changed)
-        for slot, (row, newer, folding, _) in model.items():
+        for slot, (row, unfolded, folding, _) in model.items():
             assert slots.owner[slot] == row
-            assert bool(slots.state[slot] & NEWER) == newer
+            assert bool(slots.state[slot] & UNFOLDED) == unfolded
             assert bool(slots.state[slot] & FOLDING) == folding
         assert set(np.flatnonzero(slots.state & USED).tolist()) == set(model)
 
 
 def test_slots_that_are_given_up_are_taken_again():
     slots = Slots(10)
-    slots.take(int64(range(10)))
-    slots.give(int64([3, 7]))
-    assert slots.take(int64([90, 91])).tolist() == [3, 7]
+    slots.allocate(int64(range(10)))
+    slots.free(int64([3, 7]))
+    assert slots.allocate(int64([90, 91])).tolist() == [3, 7]
     assert slots.end == 10
-    slots.give(int64(range(10)))
-    assert slots.end == slots.kept == 0
+    slots.free(int64(range(10)))
+    assert slots.end == slots.dirty == 0
 
 
 def test_what_is_known_of_records_moves_with_them():
     here, there = Slots(10), Slots(10)
-    slots = here.take(int64(range(6)))
-    here.mark(slots[:4])
-    here.change(slots[2:5])
+    slots = here.allocate(int64(range(6)))
+    here.mark_dirty(slots[:4])
+    here.mark_changed(slots[2:5])
     here.begin_fold()
-    taken = there.take(int64(range(6)))
-    there.enter(taken, here.books_of(slots))
-    assert (there.kept, there.changed) == (here.kept, here.changed) == (5, 3)
-    for bits in (NEWER, FOLDING, CHANGED):
+    taken = there.allocate(int64(range(6)))
+    there.set_flags(taken, here.flags_of(slots))
+    assert (there.dirty, there.changed) == (here.dirty, here.changed) == (5, 3)
+    for bits in (UNFOLDED, FOLDING, CHANGED):
         assert ((there.state[taken] & bits) == (here.state[slots] & bits)).all()
-    here.give(slots)
-    assert here.kept == here.changed == 0
+    here.free(slots)
+    assert here.dirty == here.changed == 0
 
 
 def test_those_touched_since_are_passed_over_once():
     slots = Slots(10)
-    slots.take(int64(range(10)))
+    slots.allocate(int64(range(10)))
     slots.state[:10] &= ~TOUCHED
-    slots.note_use(int64([0, 1, 2]))
-    assert slots.choose(2, but=np.uint8(0)).tolist() == [3, 4]
-    assert slots.choose(2, but=np.uint8(0)).tolist() == [5, 6]  # on from there
+    slots.touch(int64([0, 1, 2]))
+    assert slots.choose(2, exclude=np.uint8(0)).tolist() == [3, 4]
+    assert slots.choose(2, exclude=np.uint8(0)).tolist() == [5, 6]  # on from there
     assert not (slots.state[[3, 4]] & TOUCHED).any()
-    assert slots.choose(10, but=np.uint8(0)).tolist() == list(range(10))
-    assert slots.choose(0, but=np.uint8(0)).size == 0
+    assert slots.choose(10, exclude=np.uint8(0)).tolist() == list(range(10))
+    assert slots.choose(0, exclude=np.uint8(0)).size == 0

@@ -323,7 +323,7 @@ def tables_follow_before_commit(patch):
 
 def everything_dropped(patch):
     def drop(self, count, folder):
-        self._leave(self.slots.choose(count, but=np.uint8(0)))
+        self._leave(self.slots.choose(count, exclude=np.uint8(0)))
 
     patch.setattr(overlay.Overlay, "spill", drop)
 
