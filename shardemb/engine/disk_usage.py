@@ -60,7 +60,7 @@ def _rows_with_bit(shards: Shards, file: File) -> int:
 
 def _rows_of_blocks(shards: Shards, file: File) -> int:
     """Count the rows of blocks that were ever written, where no bitmap says which of them were."""
-    path, start = table_files.path_of(shards.directory), 8 * file.first
+    path, start = table_files.checksums_path(shards.directory), 8 * file.first
     written = 0
     with files.opened(path, os.O_RDONLY) as descriptor:
         for begin, end in files.data(descriptor, start, start + 8 * file.nbytes // PAGE):

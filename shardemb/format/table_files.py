@@ -64,7 +64,7 @@ class File(NamedTuple):
         )
 
 
-def path_of(directory: Path) -> Path:
+def checksums_path(directory: Path) -> Path:
     """File of a table's checksums."""
     return directory / zarr_metadata.CHECKS / zarr_metadata.presence_key(0)
 
@@ -117,4 +117,4 @@ def expected_files(spec: TableSpec, directory: Path) -> Iterator[tuple[Path, int
     """List the files of a table besides its documents, with their sizes."""
     for file in all_files(spec, directory):
         yield file.path, file.nbytes
-    yield path_of(directory), round_up(8 * spec.num_blocks, PAGE)
+    yield checksums_path(directory), round_up(8 * spec.num_blocks, PAGE)

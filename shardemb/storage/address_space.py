@@ -101,7 +101,7 @@ class AddressRange:
         """
         files.check(_libc.madvise(self.address + offset, nbytes, advice), f"madvise({advice})")
 
-    def give_back(self, offset: int, nbytes: int) -> None:
+    def release(self, offset: int, nbytes: int) -> None:
         """Let memory of this process go, if the kernel takes it; what lay there is zeros, or as it was."""
         with contextlib.suppress(OSError):  # locked memory, for example
             self.advise(offset, nbytes, MADV_DONTNEED)

@@ -16,7 +16,7 @@ import numpy as np
 from shardemb.base.sizes import PAGE
 from shardemb.compute import file_blocks
 from shardemb.format.documents import checksum
-from shardemb.format.table_files import File, path_of
+from shardemb.format.table_files import File, checksums_path
 from shardemb.storage import address_space, files
 
 if TYPE_CHECKING:
@@ -50,11 +50,11 @@ ZEROS = block_sum(memoryview(bytes(PAGE)))
 """Checksum of a block of zero bytes."""
 
 
-def wrong(
+def differing(
     known: NDArray[np.uint64],
     content: NDArray[np.uint8],
     which: Int64Array,
-    anew: Callable[[Int64Array], NDArray[np.uint8]],
+    new_bits: Callable[[Int64Array], NDArray[np.uint8]],
 ) -> NDArray[np.bool_]:
     """Whether blocks differ from what they should be.
 
@@ -66,7 +66,7 @@ def wrong(
     which : ndarray of int64, shape (n,)
         Where in `content` they lie.
     anew : callable
-        ``anew(i)``, shape (i.size, PAGE): for blocks `i` of the n, the bits set that the log says anew, so that a fold
+        ``new_bits(i)``, shape (i.size, PAGE): for blocks `i` of the n, the bits set that the log says anew, so that a fold
         may have changed them.
     """
     never, in_flux = known == NEVER_WRITTEN, (known & IN_FLUX == IN_FLUX) & (known != DAMAGED + IN_FLUX)
@@ -75,14 +75,14 @@ def wrong(
     differs[noted] = block_sums(content.reshape(-1).data, which[noted]) != known[noted]
     never = np.flatnonzero(never)
     never = never[content.view(np.uint64)[which[never]].any(axis=1)]  # few, so that the rest is cheap
-    differs[never] = (content[which[never]] & ~anew(never)).any(axis=1)
+    differs[never] = (content[which[never]] & ~new_bits(never)).any(axis=1)
     # A crash can have left it in any state; what is anew is written again.
     in_flux = np.flatnonzero(in_flux)
-    differs[in_flux] = ~anew(in_flux).any(axis=1)
+    differs[in_flux] = ~new_bits(in_flux).any(axis=1)
     return differs
 
 
-def begin(path: Path, blocks: Int64Array) -> NDArray[np.uint64]:
+def mark_in_flux(path: Path, blocks: Int64Array) -> NDArray[np.uint64]:
     """Say durably that blocks, ascending, are in flux; return their checksums before. By one thread at a time.
 
     Raises
@@ -96,11 +96,11 @@ def begin(path: Path, blocks: Int64Array) -> NDArray[np.uint64]:
         before[part] = words
         return np.where(words == NEVER_WRITTEN, words, words | np.uint64(IN_FLUX))
 
-    _change(path, blocks, change)
+    _update(path, blocks, change)
     return before
 
 
-def note(path: Path, blocks: Int64Array, sums: NDArray[np.uint64]) -> None:
+def write_sums(path: Path, blocks: Int64Array, sums: NDArray[np.uint64]) -> None:
     """Note the checksums of blocks, ascending, durably. By one thread at a time.
 
     Raises
@@ -108,10 +108,10 @@ def note(path: Path, blocks: Int64Array, sums: NDArray[np.uint64]) -> None:
     DiskFullError, OSError
         Any part may have been written.
     """
-    _change(path, blocks, lambda words, part: sums[part])
+    _update(path, blocks, lambda words, part: sums[part])
 
 
-def _change(
+def _update(
     path: Path, blocks: Int64Array, change: Callable[[NDArray[np.uint64], slice], NDArray[np.uint64]]
 ) -> None:
     pages = blocks // _PER_PAGE
@@ -131,9 +131,9 @@ def _change(
         files.sync_data(descriptor, path)
 
 
-def note_whole_file(file: File, directory: Path) -> None:
+def write_file_sums(file: File, directory: Path) -> None:
     """Note the checksums of a file that was written in one go, where they were all `NEVER_WRITTEN`; not durable."""
-    path = path_of(directory)
+    path = checksums_path(directory)
     with files.opened(file.path, os.O_RDONLY) as source, files.opened(path, os.O_WRONLY) as target:
         for offset in range(0, file.nbytes, WINDOW_BYTES):
             end = min(offset + WINDOW_BYTES, file.nbytes)
@@ -145,7 +145,7 @@ def note_whole_file(file: File, directory: Path) -> None:
             files.write(target, sums.data, (file.first + offset // PAGE) * 8, path)
 
 
-def wrong_blocks(
+def differing_blocks(
     file: File, directory: Path, start: int, stop: int, memory: address_space.AddressRange
 ) -> Int64Array:
     """Compare a stretch of a file with its checksums; return the numbers of the blocks that differ.
@@ -159,35 +159,35 @@ def wrong_blocks(
         It cannot be read.
     """
     first, count = file.first + start // PAGE, (stop - start) // PAGE
-    path = path_of(directory)
+    path = checksums_path(directory)
     with files.opened(path, os.O_RDONLY) as sums, files.opened_direct(file.path) as descriptor:
-        known = _sums(sums, first, count, path)
+        known = _read_sums(sums, first, count, path)
         if next(files.holes(descriptor, start, stop), None) == (start, stop):
             found = np.full(count, ZEROS, np.uint64)
         else:
             view = memory.bytes(0, stop - start)
             files.read_into(descriptor, view, start, file.path)
             found = block_sums(view)
-        steady = known == _sums(sums, first, count, path)
-    return first + np.flatnonzero(steady & (found != _of_content(known)))
+        steady = known == _read_sums(sums, first, count, path)
+    return first + np.flatnonzero(steady & (found != _content_sums(known)))
 
 
-def are_sound(file: File, directory: Path, start: int, data: memoryview) -> bool:
+def are_intact(file: File, directory: Path, start: int, data: memoryview) -> bool:
     """Whether whole blocks of a file that nobody writes to, from a position on, are what their checksums say."""
-    known = known_sums(path_of(directory), file.first + start // PAGE, len(data) // PAGE)
-    return bool((block_sums(data) == _of_content(known)).all())
+    known = read_sums(checksums_path(directory), file.first + start // PAGE, len(data) // PAGE)
+    return bool((block_sums(data) == _content_sums(known)).all())
 
 
-def _of_content(known: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def _content_sums(known: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Return the checksums that blocks have if they are what is noted of them."""
     return np.where(known == NEVER_WRITTEN, np.uint64(ZEROS), known)
 
 
-def known_sums(path: Path, first: int, count: int) -> NDArray[np.uint64]:
+def read_sums(path: Path, first: int, count: int) -> NDArray[np.uint64]:
     """Return what is noted of blocks of a table."""
     with files.opened(path, os.O_RDONLY) as sums:
-        return _sums(sums, first, count, path)
+        return _read_sums(sums, first, count, path)
 
 
-def _sums(descriptor: int, first: int, count: int, path: Path) -> NDArray[np.uint64]:
+def _read_sums(descriptor: int, first: int, count: int, path: Path) -> NDArray[np.uint64]:
     return np.frombuffer(files.read_at(descriptor, 8 * count, 8 * first, path), np.uint64)

@@ -313,14 +313,14 @@ def read_into(descriptor: int, view: memoryview, offset: int, path: Path) -> Non
         view, offset = view[done:], offset + done
 
 
-def expect(descriptor: int, offset: int, nbytes: int) -> None:
+def will_need(descriptor: int, offset: int, nbytes: int) -> None:
     """Ask for a range of a file that will soon be read; the kernel reads it meanwhile."""
     end = offset + nbytes
     for start in range(offset, end, ADVISED):
         os.posix_fadvise(descriptor, start, min(ADVISED, end - start), os.POSIX_FADV_WILLNEED)
 
 
-def open_scratch(folder: Path) -> int:
+def open_unnamed(folder: Path) -> int:
     """Open a new file in a folder that has no name and ends with its descriptor."""
     with _disk_errors(folder):
         try:
@@ -336,7 +336,7 @@ def open_scratch(folder: Path) -> int:
     return descriptor
 
 
-def shorten(descriptor: int, nbytes: int) -> None:
+def truncate(descriptor: int, nbytes: int) -> None:
     """Cut an open file short."""
     os.ftruncate(descriptor, nbytes)
 
@@ -395,7 +395,7 @@ def begin_write_back(descriptor: int, offset: int, nbytes: int) -> None:
     os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
-def forget(descriptor: int) -> None:
+def drop_cached(descriptor: int) -> None:
     """Drop a synced file's pages from the page cache."""
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -419,7 +419,7 @@ def lock(path: Path, *, shared: bool) -> int | None:
     return descriptor
 
 
-def note(descriptor: int, text: str, path: Path) -> None:
+def overwrite_text(descriptor: int, text: str, path: Path) -> None:
     """Replace the content of an open file by a line meant for people. Not durable."""
     os.ftruncate(descriptor, 0)
     write(descriptor, text.encode(), 0, path)

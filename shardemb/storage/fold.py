@@ -46,7 +46,7 @@ DIRECT_BLOCKS = 16
 """Blocks in a row that are worth a read and a write past the page cache."""
 
 
-class Part(NamedTuple):
+class FilePatch(NamedTuple):
     """What is new in one file.
 
     Attributes
@@ -64,14 +64,14 @@ class Part(NamedTuple):
     file: table_files.File
     blocks: Int64Array
     whole: NDArray[np.bool_]
-    change: Callable[[Int64Array, NDArray[np.uint8]], None]
-    mark: Callable[[Int64Array, NDArray[np.uint8]], None]
+    apply: Callable[[Int64Array, NDArray[np.uint8]], None]
+    set_bits: Callable[[Int64Array, NDArray[np.uint8]], None]
 
-    def anew(self, blocks: Int64Array) -> NDArray[np.uint8]:
+    def new_bits(self, blocks: Int64Array) -> NDArray[np.uint8]:
         """Return blocks in which the bits are set of all that is new, shape (blocks, PAGE)."""
         marks = np.zeros(blocks.size * PAGE, np.uint8)
         if blocks.size:
-            self.mark(blocks, marks)
+            self.set_bits(blocks, marks)
         return marks.reshape(-1, PAGE)
 
 
@@ -79,18 +79,19 @@ class Part(NamedTuple):
 class _Task:
     """What is new in one file, with the table's checksums: their file, those before, and room for those after."""
 
-    part: Part
-    checks: Path
+    patch: FilePatch
+    checksums_path: Path
     known: NDArray[np.uint64]
     sums: NDArray[np.uint64]
 
     def run(self) -> None:
         """Write the blocks, and what is worth to be written along with them, and sync the file."""
-        file = self.part.file
+        file = self.patch.file
         has_data = (
-            checksums.known_sums(self.checks, file.first, file.nbytes // PAGE) != checksums.NEVER_WRITTEN
+            checksums.read_sums(self.checksums_path, file.first, file.nbytes // PAGE)
+            != checksums.NEVER_WRITTEN
         )
-        blocks = file_blocks.along(self.part.blocks, has_data)
+        blocks = file_blocks.fill_windows(self.patch.blocks, has_data)
         memory = address_space.AddressRange(min(BUFFER_BLOCKS, blocks.size) * PAGE)
         memory.map_zeros(0, memory.nbytes)
         with (
@@ -104,9 +105,9 @@ class _Task:
     def _write(
         self, blocks: Int64Array, cached: int, direct: int, memory: address_space.AddressRange
     ) -> None:
-        path, offsets = self.part.file.path, (blocks * PAGE).tolist()
-        some = slice(*np.searchsorted(self.part.blocks, [blocks[0], blocks[-1] + 1]).tolist())
-        new, whole, known = self.part.blocks[some], self.part.whole[some], self.known[some]
+        path, offsets = self.patch.file.path, (blocks * PAGE).tolist()
+        some = slice(*np.searchsorted(self.patch.blocks, [blocks[0], blocks[-1] + 1]).tolist())
+        new, whole, known = self.patch.blocks[some], self.patch.whole[some], self.known[some]
         at = np.searchsorted(blocks, new)
         complete = np.zeros(blocks.size, np.bool_)
         complete[at] = whole
@@ -123,17 +124,17 @@ class _Task:
         ]
         for descriptor, place, offset in read:
             if descriptor == cached:
-                files.expect(descriptor, offset, place.stop - place.start)
+                files.will_need(descriptor, offset, place.stop - place.start)
         for descriptor, place, offset in read:
             files.read_into(descriptor, view[place], offset, path)
-        # What was damaged stays so, though a part of it is written anew.
+        # A block that was damaged stays marked as damaged, although a part of it is rewritten.
         content = memory.array(np.uint8, (blocks.size, PAGE))
         kept = np.flatnonzero(~whole)
         damaged = np.zeros(new.size, np.bool_)
-        damaged[kept] = checksums.wrong(
-            known[kept], content, at[kept], lambda i: self.part.anew(new[kept[i]])
+        damaged[kept] = checksums.differing(
+            known[kept], content, at[kept], lambda i: self.patch.new_bits(new[kept[i]])
         )
-        self.part.change(blocks, content.reshape(-1))
+        self.patch.apply(blocks, content.reshape(-1))
         self.sums[some] = np.where(damaged, np.uint64(checksums.DAMAGED), checksums.block_sums(view, at))
         for descriptor, place, offset in stretches:
             files.write(descriptor, view[place], offset, path)
@@ -145,27 +146,28 @@ def write(tables: Sequence[tuple[TableSpec, Path, Images]], threads: int) -> Non
     Raises
     ------
     DiskFullError
-        There is no room. Any part of it may have been written; it can be done again.
+        The disk is full. Any part may have been written; the call can be repeated.
     """
     records: list[_Task] = []
     bits: list[_Task] = []
     sums = []
     for spec, directory, images in tables:
-        changed = list(parts(spec, directory, images))
+        changed = list(patches(spec, directory, images))
         if not changed:
             continue
-        blocks = np.concatenate([part.file.first + part.blocks for part in changed])
-        known, new = checksums.begin(table_files.path_of(directory), blocks), np.empty(blocks.size, np.uint64)
-        sums.append((directory, blocks, new))
+        blocks = np.concatenate([patch.file.first + patch.blocks for patch in changed])
+        path, new = table_files.checksums_path(directory), np.empty(blocks.size, np.uint64)
+        known = checksums.mark_in_flux(path, blocks)
+        sums.append((path, blocks, new))
         stop = 0
-        for part in changed:
-            start, stop = stop, stop + part.blocks.size
-            task = _Task(part, table_files.path_of(directory), known[start:stop], new[start:stop])
-            (bits if part.file.row_bits == 1 else records).append(task)
+        for patch in changed:
+            start, stop = stop, stop + patch.blocks.size
+            task = _Task(patch, path, known[start:stop], new[start:stop])
+            (bits if patch.file.row_bits == 1 else records).append(task)
     for tasks in (records, bits):
         _run(tasks, threads)
-    for directory, blocks, new in sums:
-        checksums.note(table_files.path_of(directory), blocks, new)
+    for path, blocks, new in sums:
+        checksums.write_sums(path, blocks, new)
 
 
 def _run(tasks: Sequence[_Task], threads: int) -> None:
@@ -177,7 +179,7 @@ def _run(tasks: Sequence[_Task], threads: int) -> None:
     scheduler.run([partial(some, task, number) for task in range(number)], threads)
 
 
-def parts(spec: TableSpec, directory: Path, images: Images) -> Iterator[Part]:
+def patches(spec: TableSpec, directory: Path, images: Images) -> Iterator[FilePatch]:
     """List what is new, file by file, in the order of their blocks."""
     ones = np.full(spec.record_bytes, 255, np.uint8)
     for number, some in _by_file(images, spec.rows_per_shard):
@@ -186,12 +188,12 @@ def parts(spec: TableSpec, directory: Path, images: Images) -> Iterator[Part]:
         covered = np.zeros(blocks.size, np.int64)
         file_blocks.count_bytes(ids, spec.record_bytes, blocks, covered)
         same = np.full(ids.size, ones.ctypes.data)
-        yield Part(
+        yield FilePatch(
             table_files.shard(spec, directory, number),
             blocks,
             covered == PAGE,
             partial(file_blocks.patch, some.addresses, ids, spec.record_bytes),
-            partial(_mark, ones, partial(file_blocks.patch, same, ids, spec.record_bytes)),
+            partial(_keeping, ones, partial(file_blocks.patch, same, ids, spec.record_bytes)),
         )
     if spec.has_presence:
         for number, some in _by_file(images, 8 * spec.presence_chunk_bytes):
@@ -199,16 +201,18 @@ def parts(spec: TableSpec, directory: Path, images: Images) -> Iterator[Part]:
             blocks = file_blocks.pages(bits // 8, 1)
             change = partial(file_blocks.patch_bits, bits)
             whole = np.zeros(blocks.size, np.bool_)
-            yield Part(table_files.presence_chunk(spec, directory, number), blocks, whole, change, change)
+            yield FilePatch(
+                table_files.presence_chunk(spec, directory, number), blocks, whole, change, change
+            )
 
 
-def _mark(
-    ones: NDArray[np.uint8],  # which the addresses of `mark` are those of
-    mark: Callable[[Int64Array, NDArray[np.uint8]], None],
+def _keeping(
+    ones: NDArray[np.uint8],  # keeps alive the memory whose address `set_bits` holds
+    set_bits: Callable[[Int64Array, NDArray[np.uint8]], None],
     blocks: Int64Array,
     memory: NDArray[np.uint8],
 ) -> None:
-    mark(blocks, memory)
+    set_bits(blocks, memory)
 
 
 def _by_file(images: Images, rows_per_file: int) -> Iterator[tuple[int, Images]]:

@@ -84,7 +84,7 @@ def locate(store: Path, tables: Iterable[TableEntry]) -> dict[str, Path]:
     return found
 
 
-def require_places(
+def check_locations(
     store: Path, tables: Collection[TableEntry], dropped: Iterable[TableEntry] = ()
 ) -> dict[str, Path]:
     """Find each table's folder, as `locate`, and check that nothing foreign stands where it belongs.
@@ -124,7 +124,7 @@ def arrange(
     """
     tables = list(tables)
     dropped = [table for table in dropped if _uuid(store / table.name) == table.uuid]
-    found = require_places(store, tables, dropped)
+    found = check_locations(store, tables, dropped)
     misplaced = [table for table in tables if found[table.uuid] != store / table.name]
     aside = [(found[table.uuid], parked(store, table.uuid)) for table in misplaced]
     aside += [(store / table.name, parked(store, table.uuid)) for table in dropped]

@@ -79,7 +79,7 @@ class Replay:
     _runs: dict[str, list[Run]] = field(default_factory=dict)
     _memory: list[address_space.AddressRange] = field(default_factory=list)  # what the images lie in
 
-    def hold(self, memory: address_space.AddressRange) -> None:
+    def keep_mapped(self, memory: address_space.AddressRange) -> None:
         """Keep the memory in which images lie mapped."""
         self._memory.append(memory)
 
@@ -173,7 +173,7 @@ class _Reader:
         self._epoch = epoch
         self._pending: list[tuple[str, Run]] = []
         self._pending_attempt = 0
-        self._expect: int | None = None  # number of the segment that must follow
+        self._required: int | None = None  # number of the segment that must follow
         self._last = 0
 
     def read_segment(self, path: Path, number: int, end: int | None) -> bool:
@@ -188,8 +188,8 @@ class _Reader:
             return False
         if self._last and number != self._last + 1:
             self._damaged(path, f"segment {self._last + 1} before it is missing")
-        self._last, self._expect = number, None
-        self.replay.hold(memory)
+        self._last, self._required = number, None
+        self.replay.keep_mapped(memory)
         position = PAGE
         stop = stop if end is None else end
         while position < stop:
@@ -204,10 +204,8 @@ class _Reader:
 
     def finish(self, folder: Path) -> None:
         """Judge what is not there."""
-        if self._expect is not None:
-            msg = (
-                f"{folder}: segment {self._expect} of the log is missing; restore it from a copy of the store"
-            )
+        if self._required is not None:
+            msg = f"{folder}: segment {self._required} of the log is missing; restore it from a copy of the store"
             raise LogDamagedError(msg)
 
     def _header(
@@ -247,14 +245,14 @@ class _Reader:
         if found != checksum(payload):
             return 0
         if kind == END:
-            self._expect = self._last + 1
+            self._required = self._last + 1
             return filled
         self.replay.sequence += 1
         self.replay.attempt = max(self.replay.attempt, attempt)
         if kind == IMAGES:
-            self._take_images(path, memory, position + RECORD.size, length, count, table, attempt)
+            self._read_images(path, memory, position + RECORD.size, length, count, table, attempt)
         elif kind == COMMIT:
-            self._take_commit(path, bytes(payload), count, attempt)
+            self._read_commit(path, bytes(payload), count, attempt)
         else:
             self._damaged(path, f"record {sequence} is of an unknown type")
         return filled
@@ -269,7 +267,7 @@ class _Reader:
         head = RECORD.unpack(block)
         return head if head[-1] == checksum(self._store + salt + block[:-8]) else None
 
-    def _take_images(
+    def _read_images(
         self,
         path: Path,
         memory: address_space.AddressRange,
@@ -288,7 +286,7 @@ class _Reader:
         run = Run(ids, memory.address + offset + count * 8, length // count - 8)
         self._pending.append((str(uuid.UUID(bytes=table)), run))
 
-    def _take_commit(self, path: Path, payload: bytes, count: int, attempt: int) -> None:
+    def _read_commit(self, path: Path, payload: bytes, count: int, attempt: int) -> None:
         pending = self._pending if self._pending and self._pending_attempt == attempt else []
         if sum(run.ids.size for _, run in pending) != count:
             self._damaged(path, "images of a commit are missing")

@@ -102,7 +102,7 @@ class Log:
         DiskFullError
             There is none; nothing was changed.
         """
-        self._forget_staged()
+        self._drop_staged()
         if self._position + nbytes + PAGE > self._size:
             size = min(2 * self._size, self._usual_bytes)
             with signals_deferred():
@@ -118,7 +118,7 @@ class Log:
         step = images_per_record(record_bytes)
         for start in range(0, ids.size, step):
             stop = min(start + step, ids.size)
-            offset = self._place(_images_bytes(stop - start, record_bytes))
+            offset = self._reserve(_images_bytes(stop - start, record_bytes))
             payload = self._stage.bytes(offset + RECORD.size, (stop - start) * (8 + record_bytes))
             payload[: (stop - start) * 8] = ids[start:stop].data.cast("B")
             pack(start, stop, self._stage.address + offset + RECORD.size + (stop - start) * 8)
@@ -127,7 +127,7 @@ class Log:
 
     def append_commit(self, manifest: bytes) -> None:
         """Append the record that makes the attempt count, and make all of it durable."""
-        offset = self._place(RECORD.size + len(manifest))
+        offset = self._reserve(RECORD.size + len(manifest))
         payload = self._stage.bytes(offset + RECORD.size, len(manifest))
         payload[:] = manifest
         self._seal(offset, COMMIT, payload, self._count)
@@ -142,7 +142,7 @@ class Log:
         DiskFullError
             There is no room for it; nothing was changed.
         """
-        self._forget_staged()
+        self._drop_staged()
         number = self.number
         with signals_deferred():
             self._next_segment(min(self._size, self._usual_bytes))
@@ -236,7 +236,7 @@ class Log:
             length = min(STAGE_BYTES, nbytes - offset)
             files.write(descriptor, _zeros(self._stage, length), offset, path)
 
-    def _place(self, nbytes: int) -> int:
+    def _reserve(self, nbytes: int) -> int:
         """Find room for a record in the stage."""
         length = round_up(nbytes, PAGE)
         if self._staged + length > self._stage.nbytes:
@@ -291,7 +291,7 @@ class Log:
             self.nbytes += self._staged
             self._staged, self._next_on_disk = 0, self.sequence
 
-    def _forget_staged(self) -> None:
+    def _drop_staged(self) -> None:
         """Forget what an attempt that broke off has left in memory: its sequence numbers are not in the file."""
         self._staged, self.sequence = 0, self._next_on_disk
 

@@ -74,11 +74,11 @@ def resize(old: TableLocation, new: TableLocation) -> None:
                 files.create_sparse(target.path, spec.shard_bytes)
                 copy_data(source.path, target.path, spec.shard_bytes)
         sums = whole * spec.shard_bytes // PAGE * 8
-        copy_data(table_files.path_of(old.directory), table_files.path_of(new.directory), sums)
+        copy_data(table_files.checksums_path(old.directory), table_files.checksums_path(new.directory), sums)
         if whole < spec.num_shards and rows < old.spec.num_embeddings:
             cut = (rows - whole * spec.rows_per_shard) * spec.record_bytes
             _copy_checked(old, _shard(old, whole), _shard(new, whole), cut)
-            checksums.note_whole_file(_shard(new, whole), new.directory)
+            checksums.write_file_sums(_shard(new, whole), new.directory)
         _copy_presence(old, new, rows)
     except BaseException:
         files.remove_tree(new.directory)
@@ -92,19 +92,19 @@ def _copy_presence(old: TableLocation, new: TableLocation, rows: int) -> None:
         bits = min(8 * min(source.nbytes, target.nbytes), rows - target.rows[0])
         _copy_checked(old, source, target, -(-bits // 8))
         if bits % 8:
-            _clear_behind(target.path, bits)
-        checksums.note_whole_file(target, new.directory)
+            _clear_after(target.path, bits)
+        checksums.write_file_sums(target, new.directory)
 
 
 def _copy_checked(old: TableLocation, source: File, target: File, nbytes: int) -> None:
     """Copy the beginning of a file that its checksums say is sound; those of the copy are not noted yet."""
     with files.opened(source.path, os.O_RDONLY) as descriptor:
         for start, stop in _windows(descriptor, -(-nbytes // PAGE) * PAGE):
-            _read_sound(old, source, descriptor, start, stop)
+            _read_intact(old, source, descriptor, start, stop)
     copy_data(source.path, target.path, nbytes)
 
 
-def _clear_behind(path: Path, bits: int) -> None:
+def _clear_after(path: Path, bits: int) -> None:
     """Clear the bits of rows that go, in the byte that they share with the last ones that stay."""
     with files.opened(path, os.O_RDWR) as descriptor:
         last = files.read_at(descriptor, 1, bits // 8, path)[0]
@@ -168,7 +168,7 @@ def reshape(old: TableLocation, new: TableLocation, *, keep_state: bool, advance
             files.publish(file.path)
         advance(file.rows[1] - file.rows[0])
     for number in range(new.spec.num_presence_chunks):
-        checksums.note_whole_file(table_files.presence_chunk(new.spec, new.directory, number), new.directory)
+        checksums.write_file_sums(table_files.presence_chunk(new.spec, new.directory, number), new.directory)
 
 
 def _begin(new: TableLocation) -> None:
@@ -193,7 +193,7 @@ def _fill(old: TableLocation, new: TableLocation, file: File, staged: Path, *, k
     spec, (begin, end) = new.spec, file.rows
     multiple = shard_rows_multiple(spec.record_bytes)
     step = max(1, WINDOW_BYTES // (multiple * spec.record_bytes)) * multiple
-    sums_path = table_files.path_of(new.directory)
+    sums_path = table_files.checksums_path(new.directory)
     with (
         files.opened(staged, os.O_WRONLY) as target,
         files.opened(sums_path, os.O_WRONLY) as sums,
@@ -217,13 +217,13 @@ def _fill(old: TableLocation, new: TableLocation, file: File, staged: Path, *, k
                 noted = checksums.block_sums(stretch.data)
                 files.write(sums, noted.data, (file.first + offset // PAGE + first) * 8, sums_path)
             if spec.has_presence:
-                _note_written(new, start, written)
+                _write_presence(new, start, written)
         files.sync(target, staged)
-        files.forget(target)
+        files.drop_cached(target)
         files.sync_data(sums, sums_path)
 
 
-def _note_written(new: TableLocation, start: int, written: NDArray[np.bool_]) -> None:
+def _write_presence(new: TableLocation, start: int, written: NDArray[np.bool_]) -> None:
     """Set the bits of rows from `start` on, a multiple of 8, in the presence bitmap, durably."""
     bits, done = np.packbits(written, bitorder="little").data, 0
     for file, begin, end in table_files.presence_of(new.spec, new.directory, (start, start + written.size)):
@@ -244,7 +244,7 @@ def _read(old: TableLocation, start: int, stop: int) -> tuple[Float32Array, NDAr
         low, high = first // PAGE * PAGE, -(-last // PAGE) * PAGE
         with files.opened(file.path, os.O_RDONLY) as descriptor:
             if next(files.data(descriptor, low, high), None) is not None:
-                data = _read_sound(old, file, descriptor, low, high)[first - low : last - low]
+                data = _read_intact(old, file, descriptor, low, high)[first - low : last - low]
                 records[begin - start : end - start] = np.frombuffer(data, np.float32).reshape(-1, spec.width)
     if not spec.has_presence:
         return records, np.logical_or.reduce(records.view(np.uint32) != 0, axis=1)
@@ -257,7 +257,7 @@ def _written(old: TableLocation, start: int, stop: int) -> NDArray[np.bool_]:
     for file, begin, end in table_files.presence_of(old.spec, old.directory, (start, stop)):
         low, high = begin // PAGE * PAGE, -(-end // PAGE) * PAGE
         with files.opened(file.path, os.O_RDONLY) as descriptor:
-            data = _read_sound(old, file, descriptor, low, high)
+            data = _read_intact(old, file, descriptor, low, high)
         parts.append(data[begin - low : end - low])
     bits = np.unpackbits(np.frombuffer(b"".join(parts), np.uint8), bitorder="little")
     written: NDArray[np.bool_] = bits[start % 8 :][: stop - start] == 1
@@ -267,7 +267,7 @@ def _written(old: TableLocation, start: int, stop: int) -> NDArray[np.bool_]:
 # ---- elsewhere ------------------------------------------------------------------------------------------------
 
 
-def require_nothing(path: Path) -> None:
+def require_absent(path: Path) -> None:
     """Raise `StoreExistsError` if there is something where a copy is to go."""
     if os.path.lexists(path):
         msg = f"{path} exists; a copy needs a new folder"
@@ -344,7 +344,7 @@ def _windows(descriptor: int, nbytes: int) -> list[tuple[int, int]]:
     ]
 
 
-def _read_sound(place: TableLocation, file: File, descriptor: int, start: int, stop: int) -> bytearray:
+def _read_intact(place: TableLocation, file: File, descriptor: int, start: int, stop: int) -> bytearray:
     """Read whole blocks of a file that are what their checksums say.
 
     Raises
@@ -353,7 +353,7 @@ def _read_sound(place: TableLocation, file: File, descriptor: int, start: int, s
         One is not.
     """
     data = files.read_at(descriptor, stop - start, start, file.path)
-    if not checksums.are_sound(file, place.directory, start, memoryview(data)):
+    if not checksums.are_intact(file, place.directory, start, memoryview(data)):
         msg = (
             f"{file.path} is damaged; store.verify() tells which rows, restore them from a copy of the store"
         )

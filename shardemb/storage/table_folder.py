@@ -122,7 +122,7 @@ def spec_of(directory: Path, *, may_miss: bool) -> TableSpec:
     fatal = [
         path
         for path, _ in missing
-        if spec.has_presence or not may_miss or path == table_files.path_of(directory)
+        if spec.has_presence or not may_miss or path == table_files.checksums_path(directory)
     ]
     if fatal:
         msg = f"{fatal[0]} is missing ({len(missing)} in all); restore it from a copy of the store"
@@ -166,12 +166,12 @@ def _write_rows(spec: TableSpec, directory: Path, rows: Rows, advance: Advance) 
                 records[:, spec.embedding_dim :] = spec.initial_state
                 files.write(descriptor, records.data, (start - begin) * spec.record_bytes, file.path)
                 advance(stop - start)
-            checksums.note_whole_file(file, directory)
+            checksums.write_file_sums(file, directory)
             files.sync(descriptor, file.path)
-            files.forget(descriptor)
+            files.drop_cached(descriptor)
     for chunk in range(spec.num_presence_chunks):
         file = table_files.presence_chunk(spec, directory, chunk)
         bits = np.packbits(np.ones(file.rows[1] - file.rows[0], np.bool_), bitorder="little")
         with files.opened(file.path, os.O_WRONLY) as descriptor:
             files.write(descriptor, bits.data, 0, file.path)
-        checksums.note_whole_file(file, directory)
+        checksums.write_file_sums(file, directory)

@@ -124,7 +124,7 @@ def scan(targets: Sequence[Target], threads: int, shown: Progress) -> tuple[list
         found = list(_structure(target))
         damage += found
         names = {each.path for each in found}
-        if not names & {str(target.directory), str(table_files.path_of(target.directory))}:
+        if not names & {str(target.directory), str(table_files.checksums_path(target.directory))}:
             sound += [
                 (target, file)
                 for file in table_files.all_files(target.spec, target.directory)
@@ -166,11 +166,11 @@ def confirm(suspects: Sequence[Suspect], newest: Callable[[], Replay]) -> list[D
 
 def _still_wrong(suspect: Suspect, newer: Replay) -> Int64Array:
     target, file, blocks = suspect
-    written = fold.parts(target.spec, target.directory, newer.images(target.spec))
-    part = next((part for part in written if part.file.path == file.path), None)
+    written = fold.patches(target.spec, target.directory, newer.images(target.spec))
+    patch = next((patch for patch in written if patch.file.path == file.path), None)
     memory = address_space.AddressRange(PAGE)
     memory.map_zeros(0, PAGE)
-    wrong = [block for block in blocks.tolist() if _is_wrong(target, file, block, part, memory)]
+    wrong = [block for block in blocks.tolist() if _is_wrong(target, file, block, patch, memory)]
     return np.array(wrong, np.int64)
 
 
@@ -188,23 +188,23 @@ def _is_wrong(
     target: Target,
     file: table_files.File,
     block: int,
-    part: fold.Part | None,
+    patch: fold.FilePatch | None,
     memory: address_space.AddressRange,
 ) -> bool:
-    content, path = memory.array(np.uint8, (1, PAGE)), table_files.path_of(target.directory)
+    content, path = memory.array(np.uint8, (1, PAGE)), table_files.checksums_path(target.directory)
     inside = np.array([block - file.first])
     try:
-        known = checksums.known_sums(path, block, 1)
+        known = checksums.read_sums(path, block, 1)
         with files.opened_direct(file.path) as descriptor:
             files.read_into(descriptor, memory.bytes(0, PAGE), int(inside[0]) * PAGE, file.path)
-        steady = known == checksums.known_sums(path, block, 1)
+        steady = known == checksums.read_sums(path, block, 1)
     except OSError:
         return True
 
-    def anew(which: Int64Array) -> NDArray[np.uint8]:
-        return np.zeros((which.size, PAGE), np.uint8) if part is None else part.anew(inside[which])
+    def new_bits(which: Int64Array) -> NDArray[np.uint8]:
+        return np.zeros((which.size, PAGE), np.uint8) if patch is None else patch.new_bits(inside[which])
 
-    return bool(steady[0] and checksums.wrong(known, content, np.zeros(1, np.int64), anew)[0])
+    return bool(steady[0] and checksums.differing(known, content, np.zeros(1, np.int64), new_bits)[0])
 
 
 def _structure(target: Target) -> Iterator[Damage]:
@@ -228,6 +228,6 @@ def _wrong(
     target: Target, file: table_files.File, start: int, stop: int, memory: address_space.AddressRange
 ) -> Int64Array:
     try:
-        return checksums.wrong_blocks(file, target.directory, start, stop, memory)
+        return checksums.differing_blocks(file, target.directory, start, stop, memory)
     except OSError:  # a sector that cannot be read, or the file has gone meanwhile
         return file.first + np.arange(start // PAGE, stop // PAGE)

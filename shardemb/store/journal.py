@@ -100,7 +100,7 @@ class Journal:
         ]
         payload = manifest.to_bytes()
         if new_set:
-            folders.require_places(runtime.path, manifest.tables, self._dropped(manifest))
+            folders.check_locations(runtime.path, manifest.tables, self._dropped(manifest))
         if created:
             with self._poisoned_by_errors():
                 files.sync_tree(store_paths.parked(runtime.path, ""))

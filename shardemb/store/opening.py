@@ -209,7 +209,7 @@ def _write(runtime: Runtime, *, new: bool) -> Session:
     if lock is None:
         raise _locked(path)
     try:
-        files.note(lock, f"{os.getpid()}\n", store_paths.lock(path))
+        files.overwrite_text(lock, f"{os.getpid()}\n", store_paths.lock(path))
         if new and store_paths.manifest(path).is_file():
             _clear(path)
         if not store_paths.manifest(path).is_file():

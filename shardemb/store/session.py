@@ -286,7 +286,7 @@ class Session:
 
     def copy(self, target: Path, progress: Progress) -> None:
         """Copy the last commit into a new store; see `Store.copy`."""
-        rewrite.require_nothing(target)
+        rewrite.require_absent(target)
         with self.runtime.writing():
             self.journal.hold_folds()
             manifest, tables = self.runtime.committed, self.tables.locations()

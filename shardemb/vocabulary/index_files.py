@@ -194,7 +194,7 @@ def expect(folder: Path, part: Part) -> None:
     """Ask for all of a part, which will soon be read."""
     path = folder / part.name
     with files.opened(path, os.O_RDONLY) as descriptor:
-        files.expect(descriptor, 0, part.nbytes)
+        files.will_need(descriptor, 0, part.nbytes)
 
 
 def keep(folder: Path, names: Collection[str]) -> None:

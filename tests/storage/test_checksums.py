@@ -61,12 +61,12 @@ def test_what_a_block_may_be():
     marks[[0, 2, 3, 4, 6]] = 255  # the log says these anew
     marks[0, 9] = 0
     which = np.arange(9)
-    found = checksums.wrong(known, content, which, lambda i: marks[i])
+    found = checksums.differing(known, content, which, lambda i: marks[i])
     # Data where there was none, outside of what is anew; zeros; only what is anew; sound; another's checksum;
     # in flux and not in the log; in flux and in the log; damaged, twice.
     assert found.tolist() == [True, False, False, False, True, True, False, True, True]
     assert (
-        checksums.wrong(known[::-1], content, which[::-1], lambda i: marks[8 - i]).tolist()
+        checksums.differing(known[::-1], content, which[::-1], lambda i: marks[8 - i]).tolist()
         == found[::-1].tolist()
     )
 
@@ -82,10 +82,10 @@ def test_the_checksums_are_an_array_on_disk(tmp_path_factory, steps, window_page
         for number, blocks in enumerate(steps, 1):
             blocks = np.array(sorted(blocks), np.int64)
             new = number * 10_000 + 2 * blocks.astype(np.uint64)
-            assert checksums.begin(path, blocks).tolist() == model[blocks].tolist()
+            assert checksums.mark_in_flux(path, blocks).tolist() == model[blocks].tolist()
             flux = np.where(model[blocks] == 0, model[blocks], model[blocks] | np.uint64(1))
             assert np.fromfile(path, np.uint64)[blocks].tolist() == flux.tolist()
-            checksums.note(path, blocks, new)
+            checksums.write_sums(path, blocks, new)
             model[blocks] = new
     assert np.fromfile(path, np.uint64).tolist() == model.tolist()
 

@@ -407,8 +407,8 @@ def test_a_disk_that_is_really_full(new_disk):
 
 def test_a_note_replaces_the_one_before(tmp_path):
     with files.opened(tmp_path / "lock", os.O_RDWR | os.O_CREAT) as descriptor:
-        files.note(descriptor, "process 12345\n", tmp_path / "lock")
-        files.note(descriptor, "6\n", tmp_path / "lock")
+        files.overwrite_text(descriptor, "process 12345\n", tmp_path / "lock")
+        files.overwrite_text(descriptor, "6\n", tmp_path / "lock")
     assert (tmp_path / "lock").read_text() == "6\n"
 
 

@@ -227,7 +227,7 @@ def test_a_fold_that_was_cut_short_is_no_damage(path, stage, in_fork):
         elif stage == "some written":
             files.sync_data = lambda descriptor, where: "rows" in str(where) and os._exit(0)
         else:
-            checksums.note = lambda *arguments: os._exit(0)
+            checksums.write_sums = lambda *arguments: os._exit(0)
         store.checkpoint()
 
     in_fork(die_within_a_fold)

@@ -37,7 +37,7 @@ KINDS = ["full", "error", "short"]
 # Not those that consist of others of them: where `stage`, `publish` or `replace` fail, one of these has failed.
 CALLS = (
     "write", "sync", "sync_data", "sync_tree", "sync_directory", "rename", "link", "remove", "remove_tree",
-    "create_sparse", "make_directory", "allocate", "opened", "open_direct", "open_scratch", "read_at", "read_into",
+    "create_sparse", "make_directory", "allocate", "opened", "open_direct", "open_unnamed", "read_at", "read_into",
 )  # fmt: skip
 
 

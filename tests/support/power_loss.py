@@ -679,7 +679,7 @@ OTHER_REASONS = {
     "folders._move:rename": "a table is found wherever its folder lies, and moved again at the next opening",
     "log_writer._begin_segment:rename:2": "a segment is used again; speed",
     "journal.begin:overwrite": "tells readers of another writer",
-    "files.note:write": "tells people who holds the lock",
+    "files.overwrite_text:write": "tells people who holds the lock",
     "files.overwrite:write": "the same",
     "opening._create:replace": "the manifest, which is published again before the first commit",
     "opening._create:sync_directory:2": "the folder's own name, above what is simulated",

@@ -230,14 +230,14 @@ def changes_in_place(patch):
 
 
 def images_count_at_once(patch):
-    real = log_reader._Reader._take_images
+    real = log_reader._Reader._read_images
 
     def take(self, *arguments):
         real(self, *arguments)
         table, run = self._pending[-1]
         self.replay.add(table, run)
 
-    patch.setattr(log_reader._Reader, "_take_images", take)
+    patch.setattr(log_reader._Reader, "_read_images", take)
 
 
 def acknowledged_before_sync(patch):
@@ -245,7 +245,7 @@ def acknowledged_before_sync(patch):
 
 
 def _append_commit_unsynced(self, manifest):
-    offset = self._place(log_records.RECORD.size + len(manifest))
+    offset = self._reserve(log_records.RECORD.size + len(manifest))
     payload = self._stage.bytes(offset + log_records.RECORD.size, len(manifest))
     payload[:] = manifest
     self._seal(offset, log_records.COMMIT, payload, self._count)
@@ -300,12 +300,12 @@ def damage_taken_for_torn(patch):
 
 
 def presence_not_folded(patch):
-    real = fold.parts
+    real = fold.patches
     patch.setattr(
         fold,
-        "parts",
+        "patches",
         lambda spec, directory, images: (
-            part for part in real(spec, directory, images) if "present" not in part.file.path.parts
+            each for each in real(spec, directory, images) if "present" not in each.file.path.parts
         ),
     )
 
@@ -364,10 +364,10 @@ def checksums_alone(patch):
             before[part] = words
             return words
 
-        checksums._change(path, blocks, keep)
+        checksums._update(path, blocks, keep)
         return before
 
-    patch.setattr(checksums, "begin", begin)
+    patch.setattr(checksums, "mark_in_flux", begin)
 
 
 UNDONE = {
