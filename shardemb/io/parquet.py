@@ -147,7 +147,7 @@ def _write_parts(chosen: Selection, paths: list[Path], advance: Advance) -> None
                         return
                     write(chosen.read(index))
 
-    chosen.source.run([partial(write_every, first) for first in range(min(workers, len(paths)))], stop)
+    chosen.source.run([partial(write_every, first) for first in range(min(workers, len(paths)))], stop=stop)
     files.sync_directory(paths[0].parent)
 
 

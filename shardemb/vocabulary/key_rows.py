@@ -171,7 +171,7 @@ class KeyRows:
         rows = np.arange(start, stop)
         return rows[key_records.are_live(self.tables.records(rows))]
 
-    def rows_to_be(self, given: KeysLike, which: Int64Array) -> Int64Array:
+    def future_rows(self, given: KeysLike, which: Int64Array) -> Int64Array:
         """Tell which rows some keys of a batch would get, none of which has one."""
         checked, hashes = self._checked(given)
         firsts, inverse = _first_of_each(checked.take(which), hashes[which])
@@ -194,7 +194,7 @@ class KeyRows:
             new = np.flatnonzero(rows < 0)
             if new.size:
                 some = checked if new.size == checked.size else checked.take(new)
-                rows[new] = self._give(some, hashes[new])
+                rows[new] = self._assign_rows(some, hashes[new])
         return rows.reshape(checked.shape)
 
     def remove_keys(self, given: KeysLike) -> Int64Array:
@@ -242,6 +242,9 @@ class KeyRows:
         """
         if not self._index.is_stale(len(self)) or not self.lock.acquire(blocking=False):
             return  # or some thread is about to add pairs to this index
+        if self.entry != self._committed:  # a rebuilt index would lack keys that were added since
+            self.lock.release()
+            return
         fresh = self._index.empty_copy()
         try:
             self._index_new(fresh, Coverage())
@@ -337,7 +340,7 @@ class KeyRows:
 
     # ---- within: giving rows out
 
-    def _give(self, new: Keys, hashes: NDArray[np.uint64]) -> Int64Array:
+    def _assign_rows(self, new: Keys, hashes: NDArray[np.uint64]) -> Int64Array:
         """Give rows to keys that have none; return the row of each, -1 where it is not admitted."""
         firsts, inverse = _first_of_each(new, hashes)
         if self.entry.admission is not None:
@@ -351,22 +354,22 @@ class KeyRows:
         return np.append(rows, -1)[inverse]
 
     def _count(
-        self, admission: Admission, hashes: NDArray[np.uint64], sightings: Int64Array
+        self, admission: Admission, hashes: NDArray[np.uint64], occurrences: Int64Array
     ) -> NDArray[np.bool_]:
         """Count sightings of keys without a row, given by their places among `hashes`; tell who has earned one."""
         counters = admission.counters(hashes, self._secret)
-        counts, change = self.tables.count(counters, sightings)
+        counts, change = self.tables.count(counters, occurrences)
         with signals_deferred():
             batch.change(self._runtime, [change])
-            self.entry = replace(self.entry, sightings=self.entry.sightings + sightings.size)
+            self.entry = replace(self.entry, sightings=self.entry.sightings + occurrences.size)
         return counts >= admission.after
 
     def _next_rows(self, number: int) -> Int64Array:
         """Return the rows that so many new keys get: freed ones first, as long as their removal is committed."""
-        state = self.entry
-        again = min(number, self._committed.tail - state.head)
-        freed = self.tables.freed(state.head, state.head + again)
-        return np.concatenate([freed, np.arange(state.rows, state.rows + number - again)])
+        entry = self.entry
+        again = min(number, self._committed.tail - entry.head)
+        freed = self.tables.freed(entry.head, entry.head + again)
+        return np.concatenate([freed, np.arange(entry.rows, entry.rows + number - again)])
 
     def _enter(self, new: Keys, hashes: NDArray[np.uint64], rows: Int64Array) -> None:
         """Note new keys and their rows: in memory, until the next commit, as all changes."""
@@ -445,7 +448,7 @@ def _first_of_each(new: Keys, hashes: NDArray[np.uint64]) -> tuple[Int64Array, I
     """Return where each distinct key stands first, ascending, and for each key which of these it is."""
     table = np.full(max(16, 2 * hashes.size), -1)
     leader = index_kernels.first_of_each(hashes, new_salt(), table)
-    if new.integers is None and key_kernels.same_bytes(new.bounds, new.data, leader):
+    if new.integers is None and key_kernels.detach_unequal(new.bounds, new.data, leader):
         leader = _leaders_by_bytes(new)
     is_first = leader == np.arange(leader.size)
     return np.flatnonzero(is_first), (np.cumsum(is_first) - 1)[leader]

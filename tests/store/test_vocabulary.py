@@ -20,7 +20,7 @@ from shardemb.errors import (
     StoreClosedError,
     VocabularyNotFoundError,
 )
-from shardemb.store import vocabulary
+from shardemb.store.journal import Journal
 from shardemb.vocabulary import hash_index, key_rows, key_tables
 
 KEYS = {
@@ -387,21 +387,21 @@ def test_a_lookup_beside_a_rollback_does_not_take_old_pairs_for_new_ones(store, 
         store.rollback()
         words.add([5])
 
-    real = vocabulary.Vocabulary.__len__
+    real = key_rows.KeyRows.__len__
 
     def count(self):
         found = real(self)
-        monkeypatch.setattr(vocabulary.Vocabulary, "__len__", real)
+        monkeypatch.setattr(key_rows.KeyRows, "__len__", real)
         change()
         return found
 
-    monkeypatch.setattr(vocabulary.Vocabulary, "__len__", count)
+    monkeypatch.setattr(key_rows.KeyRows, "__len__", count)
     assert words.lookup([1, 4, 5]).tolist() == [0, -1, -1]  # those of before
     assert words.lookup([1, 4, 5]).tolist() == [0, -1, 3]
 
 
 def test_after_a_checkpoint_an_opening_learns_few_keys(path, monkeypatch):
-    monkeypatch.setattr(hash_index, "_SOON_LEARNT", 100)
+    monkeypatch.setattr(hash_index, "_QUICKLY_INDEXED", 100)
     with shardemb.open(path) as store:
         words = store.create_vocabulary("v", key_type="int64")
         words.add(np.arange(500))
@@ -414,7 +414,7 @@ def test_after_a_checkpoint_an_opening_learns_few_keys(path, monkeypatch):
             store.close()
     with shardemb.open(path) as store:
         words = store.vocabularies["v"]
-        assert inside.key_rows(words).index._open == 0
+        assert inside.key_rows(words).index._open_pairs == 0
         assert words.lookup(np.arange(600)).tolist() == [*range(500), *[-1] * 100]
         assert words.add(np.arange(400, 700)).tolist() == list(range(400, 700))
         store.commit()
@@ -491,7 +491,7 @@ def test_a_change_that_fails_changes_nothing(path, small, monkeypatch, key_type,
                 some = list(model.rows)
                 assert (
                     inside.key_rows(words).entry.tail
-                    > inside.session(store).tables.now["v@freed"].num_embeddings
+                    > inside.session(store).tables.now["v@freed"].spec.num_embeddings
                 )
             for failing.left in itertools.count(1):
                 tried = failing.left
@@ -508,10 +508,32 @@ def test_a_change_that_fails_changes_nothing(path, small, monkeypatch, key_type,
             if turn % 2:
                 store.commit()
                 model.commit()
-        assert inside.session(store).tables.now["v@freed"].num_embeddings > 512
+        assert inside.session(store).tables.now["v@freed"].spec.num_embeddings > 512
         assert table.rows.num_embeddings >= words.num_rows
         failing.left = 0
         store.commit()
     with shardemb.open(path) as store:
         model.assert_matches(store.vocabularies["v"])
         assert store.verify() == []
+
+
+def test_an_index_is_not_rebuilt_without_the_keys_that_came_since_the_commit(store, monkeypatch):
+    """A commit releases the store's lock while it waits for a fold: another thread may add keys then."""
+    monkeypatch.setattr(hash_index, "_STALE", 0)
+    words = store.create_vocabulary("v", key_type="int64")
+    words.add(range(20))
+    store.commit()
+    words.remove(range(19))
+    commit = Journal.commit
+
+    def commit_and_wait(self, *arguments):
+        commit(self, *arguments)
+        words.add([100])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "commit", commit_and_wait)
+        store.commit()
+    assert words.lookup([19, 100]).tolist() == [19, 0]
+    store.commit()
+    assert words.lookup([19, 100]).tolist() == [19, 0]
+    assert len(inside.key_rows(words).index) == len(words) == 2  # now it was rebuilt
