@@ -367,7 +367,7 @@ def _make_room(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -
     if budget.has_room(sum(rows.size * shards.overlay.row_bytes for shards, rows in batches)):
         return  # spares the counting
     for shards, rows in batches:
-        shards.overlay.note_use(rows)
+        shards.overlay.touch(rows)
     budget.make_room(
         sum(shards.overlay.count_new(rows) * shards.overlay.row_bytes for shards, rows in batches)
     )

@@ -40,10 +40,10 @@ def measure(shards: Shards) -> Usage:
     every = [table_files.shard(spec, shards.directory, number) for number in range(spec.num_shards)]
     count = _rows_with_bit if spec.has_presence else _rows_of_blocks
     rows = np.array([count(shards, file) for file in every], np.int64)
-    newer = shards.overlay.kept_rows()
+    dirty = shards.overlay.dirty_rows()
     if spec.has_presence:
-        newer = newer[~shards.were_written(newer)]
-    rows += np.bincount(newer // spec.rows_per_shard, minlength=spec.num_shards)
+        dirty = dirty[~shards.were_written(dirty)]
+    rows += np.bincount(dirty // spec.rows_per_shard, minlength=spec.num_shards)
     most = np.array([file.rows[1] - file.rows[0] for file in every])
     return Usage(np.minimum(rows, most), np.array([files.allocated(file.path) for file in every], np.int64))
 

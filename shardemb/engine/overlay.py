@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SLOT_BYTES, NODE_BYTES = 16, 64
 """What a slot takes besides its record, and what the index takes for a branch or a leaf."""
 
-_MOST = 2**31 - 2
+_MAX_SLOTS = 2**31 - 2
 _NO_ROWS = np.empty(0, np.int64)
 _NO_INDEX = np.empty(0, np.int32)
 
@@ -62,20 +62,20 @@ class Overlay:
     def __init__(self, memory: address_space.AddressRange, records: Float32Array) -> None:
         self._memory = memory
         self._records = records
-        self.first = len(records) // 2
+        self.first_slot = len(records) // 2
         self._record_bytes: int = 4 * records.shape[1]
         self.slot_bytes: int = self._record_bytes + SLOT_BYTES
         self.row_bytes: int = self.slot_bytes + 2 * NODE_BYTES
-        self._most = min(self.first, _MOST)
-        self.slots = Slots(self._most)
-        leaves = -(-self.first // NODE)
+        self._max_slots = min(self.first_slot, _MAX_SLOTS)
+        self.slots = Slots(self._max_slots)
+        leaves = -(-self.first_slot // NODE)
         branches = -(-leaves // NODE)
         self._directory: NDArray[np.int32] = address_space.zeros(np.int32, branches)
-        self._branches = _Nodes(min(branches, _MOST))
-        self._leaves = _Nodes(min(leaves, _MOST))
+        self._branches = _Nodes(min(branches, _MAX_SLOTS))
+        self._leaves = _Nodes(min(leaves, _MAX_SLOTS))
         self._spill_file: SpillFile | None = None
-        self._mapped = 0
-        self._changes = 0
+        self._mapped_bytes = 0
+        self._version = 0
         self._rewinding = False
 
     @property
@@ -100,7 +100,7 @@ class Overlay:
 
         A lookup without the store's lock compares it before and after.
         """
-        return None if self.spilled or self._rewinding else self._changes
+        return None if self.spilled or self._rewinding else self._version
 
     # ---- where rows are; needs no lock
 
@@ -108,15 +108,15 @@ class Overlay:
     def index(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], int]:
         """What `kernels.place_of` follows, the first slot's place at the end; empty where no row is in a slot."""
         if self.slots.count == 0:
-            return _NO_INDEX, _NO_INDEX, _NO_INDEX, self.first
-        return self._directory, self._branches.entries, self._leaves.entries, self.first
+            return _NO_INDEX, _NO_INDEX, _NO_INDEX, self.first_slot
+        return self._directory, self._branches.entries, self._leaves.entries, self.first_slot
 
     def places(self, rows: Int64Array) -> Int64Array:
         """Return the places of rows among all records: their own for rows of the files, -1 for those that are out."""
         if not self.slots.count and not self.spilled:
             return rows.copy()
         directory, branches, leaves = self._directory, self._branches.entries, self._leaves.entries
-        return row_index.places_of(directory, branches, leaves, self.first, rows, 0, rows.size)
+        return row_index.places_of(directory, branches, leaves, self.first_slot, rows, 0, rows.size)
 
     # ---- into memory
 
@@ -137,32 +137,32 @@ class Overlay:
             There is no more memory.
         """
         empty, needed = self.slots.count == 0, self.slots.next_end(rows.size)
-        if needed > self._most:
-            msg = f"more than {self._most} rows of a table cannot lie in memory at once; commit before"
+        if needed > self._max_slots:
+            msg = f"more than {self._max_slots} rows of a table cannot lie in memory at once; commit before"
             raise MemoryError(msg)
         self._map(needed * self._record_bytes)
         slots = self.slots.allocate(rows)
         if empty:
-            self._changes += 1  # a lookup that found no index at all must look again
-        return self.first + slots
+            self._version += 1  # a lookup that found no index at all must look again
+        return self.first_slot + slots
 
     def publish(self, rows: Int64Array, places: Int64Array) -> None:
         """Let rows be found in slots that hold their records."""
-        self._set(rows, places - self.first + 1)
+        self._set_entries(rows, places - self.first_slot + 1)
 
     def unreserve(self, places: Int64Array) -> None:
         """Give slots back that were not published."""
-        self.slots.free(places - self.first)
+        self.slots.free(places - self.first_slot)
 
-    def mark(self, places: Int64Array) -> None:
+    def mark_dirty(self, places: Int64Array) -> None:
         """Note that slots are about to hold committed records that the files do not."""
-        self.slots.mark_dirty(places - self.first)
+        self.slots.mark_dirty(places - self.first_slot)
 
-    def change(self, places: Int64Array) -> None:
+    def mark_changed(self, places: Int64Array) -> None:
         """Note that rows in slots are about to differ from the last commit."""
-        self.slots.mark_changed(places - self.first)
+        self.slots.mark_changed(places - self.first_slot)
 
-    def note_use(self, rows: Int64Array) -> None:
+    def touch(self, rows: Int64Array) -> None:
         """Let those of the rows that are in slots be the last to leave."""
         entries = self._entries(rows)
         self.slots.touch(entries[entries > 0].astype(np.int64) - 1)
@@ -178,14 +178,14 @@ class Overlay:
         """List the rows that differ from the last commit, in the order of their slots, those that are out last."""
         return np.concatenate([slots.owner[slots.changed_slots()] for slots in self._all_slots()])
 
-    def are_kept(self, rows: Int64Array) -> NDArray[np.bool_]:
+    def are_dirty(self, rows: Int64Array) -> NDArray[np.bool_]:
         """Tell which rows have a record here that the files do not hold, or may not hold yet."""
         entries = self._entries(rows).astype(np.int64)
-        kept: NDArray[np.bool_] = self.slots.state[np.maximum(entries - 1, 0)] & DIRTY != 0
-        return ((entries > 0) & kept) | (entries < 0)
+        dirty: NDArray[np.bool_] = self.slots.state[np.maximum(entries - 1, 0)] & DIRTY != 0
+        return ((entries > 0) & dirty) | (entries < 0)
 
-    def kept_rows(self) -> Int64Array:
-        """List the rows that `are_kept`."""
+    def dirty_rows(self) -> Int64Array:
+        """List the rows that `are_dirty`."""
         return np.concatenate([slots.owner[slots.dirty_slots()] for slots in self._all_slots()])
 
     def clear_changes(self) -> None:
@@ -198,7 +198,7 @@ class Overlay:
     def begin_fold(self) -> None:
         """Note which rows are folded now; those with changes that are not committed stay newer all the same."""
         # A lookup that found a row in no slot before this must not take its record from the files, half written.
-        self._changes += 1
+        self._version += 1
         for slots in self._all_slots():
             slots.begin_fold()
 
@@ -211,7 +211,7 @@ class Overlay:
             slots.end_fold(folded=folded)
         if self._spill_file is not None:
             slots = self._spill_file.slots
-            self._release(slots.choose(slots.count, exclude=DIRTY))
+            self._drop_spilled(slots.choose(slots.count, exclude=DIRTY))
 
     # ---- out of memory
 
@@ -220,7 +220,7 @@ class Overlay:
         if self.slots.count > self.slots.dirty:
             slots = self.slots.choose(count, exclude=DIRTY)
             if slots.size:
-                self._leave(slots)
+                self._drop_slots(slots)
 
     def spill(self, count: int, folder: Path) -> None:
         """Let up to `count` rows leave memory for the scratch file.
@@ -231,25 +231,27 @@ class Overlay:
             They stay in memory.
         """
         if self._spill_file is None:
-            self._spill_file = SpillFile(folder, self._record_bytes, self._most)
+            self._spill_file = SpillFile(folder, self._record_bytes, self._max_slots)
         slots = self.slots.choose(count, exclude=np.uint8(0))
         if slots.size == 0:
             return
         rows = self.slots.owner[slots]
-        kept = self._spill_file.write(rows, self._addresses(slots))
-        self._spill_file.slots.set_flags(kept, self.slots.flags_of(slots))
-        self._set(rows, -(kept + 1))
-        self._give(slots)
+        spilled = self._spill_file.write(rows, self._addresses(slots))
+        self._spill_file.slots.set_flags(spilled, self.slots.flags_of(slots))
+        self._set_entries(rows, -(spilled + 1))
+        self._free_slots(slots)
 
     def compact(self) -> None:
         """Move rows into slots that are free, so that those in use lie side by side, and give the other memory back."""
         source, target = self.slots.compact()
         if source.size:
-            row_kernels.copy_rows(self._records, self.first + source, self.first + target, 0, source.size)
-            self._set(self.slots.owner[target], target + 1)
-            self._changes += 1  # as in `_give`
+            row_kernels.copy_rows(
+                self._records, self.first_slot + source, self.first_slot + target, 0, source.size
+            )
+            self._set_entries(self.slots.owner[target], target + 1)
+            self._version += 1  # as in `_free_slots`
         used = round_up(self.slots.end * self._record_bytes, PAGE)
-        self._memory.release(self._start + used, self._mapped - used)
+        self._memory.release(self._start + used, self._mapped_bytes - used)
 
     def reload(self, rows: Int64Array) -> None:
         """Bring those of the rows, distinct, into memory that are out.
@@ -262,31 +264,31 @@ class Overlay:
         if self._spill_file is None or not self.spilled:
             return
         entries = self._entries(rows)
-        rows, kept = rows[entries < 0], -entries[entries < 0].astype(np.int64) - 1
+        rows, spilled = rows[entries < 0], -entries[entries < 0].astype(np.int64) - 1
         if rows.size == 0:
             return
         places = self.reserve(rows)
-        slots = places - self.first
+        slots = places - self.first_slot
         try:
-            self._spill_file.read(kept, self._addresses(slots))
+            self._spill_file.read(spilled, self._addresses(slots))
         except BaseException:
             self.unreserve(places)
             raise
-        self.slots.set_flags(slots, self._spill_file.slots.flags_of(kept))
+        self.slots.set_flags(slots, self._spill_file.slots.flags_of(spilled))
         self.publish(rows, places)
-        self._spill_file.release(kept)
+        self._spill_file.release(spilled)
 
-    def forget(self, rows: Int64Array) -> None:
+    def drop(self, rows: Int64Array) -> None:
         """Let the files hold the newest record of rows."""
         entries = self._entries(rows)
-        self._leave(entries[entries > 0].astype(np.int64) - 1)
+        self._drop_slots(entries[entries > 0].astype(np.int64) - 1)
         if self._spill_file is not None:
-            self._release(-entries[entries < 0].astype(np.int64) - 1)
+            self._drop_spilled(-entries[entries < 0].astype(np.int64) - 1)
 
     @contextlib.contextmanager
     def rewinding(self) -> Iterator[None]:
         """Tell lookups to wait for the lock, while rows are forgotten and put together anew."""
-        self._changes += 1
+        self._version += 1
         self._rewinding = True
         yield
         self._rewinding = False  # unless it broke off
@@ -310,7 +312,7 @@ class Overlay:
         return [self.slots] if self._spill_file is None else [self.slots, self._spill_file.slots]
 
     def _addresses(self, slots: Int64Array) -> Int64Array:
-        addresses: Int64Array = self._records.ctypes.data + (self.first + slots) * self._record_bytes
+        addresses: Int64Array = self._records.ctypes.data + (self.first_slot + slots) * self._record_bytes
         return addresses
 
     def _entries(self, rows: Int64Array) -> NDArray[np.int32]:
@@ -319,7 +321,7 @@ class Overlay:
             row_index.entries_of(self._directory, self._branches.entries, self._leaves.entries, rows, entries)
         return entries
 
-    def _set(self, rows: Int64Array, entries: Int64Array) -> None:
+    def _set_entries(self, rows: Int64Array, entries: Int64Array) -> None:
         branches, leaves = self._branches, self._leaves
         row_index.set_entries(
             self._directory,
@@ -331,24 +333,24 @@ class Overlay:
             entries,
         )
 
-    def _leave(self, slots: Int64Array) -> None:
+    def _drop_slots(self, slots: Int64Array) -> None:
         """Give up slots, of whose rows the files shall hold the newest."""
-        self._set(self.slots.owner[slots], np.zeros(slots.size, np.int64))
-        self._give(slots)
+        self._set_entries(self.slots.owner[slots], np.zeros(slots.size, np.int64))
+        self._free_slots(slots)
 
-    def _give(self, slots: Int64Array) -> None:
+    def _free_slots(self, slots: Int64Array) -> None:
         """Give up slots that the index does not lead to any more."""
         # A lookup that began before this may have found one there, and must not find it used for another row.
-        self._changes += 1
+        self._version += 1
         self.slots.free(slots)
         if self.slots.count == 0:
-            self._memory.release(self._start, self._mapped)
+            self._memory.release(self._start, self._mapped_bytes)
 
-    def _release(self, kept: Int64Array) -> None:
+    def _drop_spilled(self, slots: Int64Array) -> None:
         """Give up what the scratch file keeps, of which the files hold the same."""
         assert self._spill_file is not None
-        self._set(self._spill_file.slots.owner[kept], np.zeros(kept.size, np.int64))
-        self._spill_file.release(kept)
+        self._set_entries(self._spill_file.slots.owner[slots], np.zeros(slots.size, np.int64))
+        self._spill_file.release(slots)
 
     @property
     def _start(self) -> int:
@@ -356,13 +358,13 @@ class Overlay:
 
     def _map(self, nbytes: int) -> None:
         """Map memory for slots, at least so many bytes in all."""
-        if nbytes <= self._mapped:
+        if nbytes <= self._mapped_bytes:
             return
-        wanted = min(round_up(max(nbytes, 2 * self._mapped), address_space.HUGE_PAGE), self._start)
-        self._memory.map_zeros(self._start + self._mapped, wanted - self._mapped)
-        if self._mapped:  # few rows shall not take a huge page
-            self._memory.prefer_huge_pages(self._start + self._mapped, wanted - self._mapped)
-        self._mapped = wanted
+        wanted = min(round_up(max(nbytes, 2 * self._mapped_bytes), address_space.HUGE_PAGE), self._start)
+        self._memory.map_zeros(self._start + self._mapped_bytes, wanted - self._mapped_bytes)
+        if self._mapped_bytes:  # few rows shall not take a huge page
+            self._memory.prefer_huge_pages(self._start + self._mapped_bytes, wanted - self._mapped_bytes)
+        self._mapped_bytes = wanted
 
 
 class _Nodes:

@@ -230,7 +230,7 @@ class Shards:
 
     def change(self, places: Int64Array) -> None:
         """Note that rows in slots are about to differ from the last commit."""
-        self.overlay.change(places)
+        self.overlay.mark_changed(places)
 
     # ---- what changed; under the store's lock
 
@@ -260,7 +260,7 @@ class Shards:
         with self.overlay.rewinding():
             rows = self.changed_rows()
             again = np.isin(images.ids, rows)
-            self.overlay.forget(rows[~np.isin(rows, images.ids)])
+            self.overlay.drop(rows[~np.isin(rows, images.ids)])
             self.place(Images(images.ids[again], images.addresses[again]), budget)
             self.clear_changes()  # last: whoever calls again after an error has all of it done again
 
@@ -276,7 +276,7 @@ class Shards:
             places[new] = overlay.reserve(ids[new])
             overlay.publish(ids[new], places[new])
             row_kernels.place_images(self.records, places, addresses)
-            overlay.mark(places)
+            overlay.mark_dirty(places)
 
     def take_changes(self, other: Shards, budget: MemoryBudget) -> None:
         """Take over what differs from the last commit in a table with other rows; those that it has more stay behind.
@@ -307,7 +307,7 @@ class Shards:
         """List those of rows ``start:stop`` that the files have no record of, nor is one on its way to them."""
         rows = np.arange(start, stop)
         rows = rows[~self.were_written(rows)]
-        return rows[~self.overlay.are_kept(rows)]
+        return rows[~self.overlay.are_dirty(rows)]
 
     def pack_first(self, ids: Int64Array, start: int, stop: int, address: int) -> None:
         """As `pack`, of rows that were never written: what they start from."""

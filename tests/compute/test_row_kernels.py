@@ -125,7 +125,7 @@ USE_EVERYTHING = """
         store.rollback()
         store["plain"].write([5, 6, 7], np.ones((3, 3)))
         over = store["plain"]._mapped.overlay
-        over._leave(np.flatnonzero(over.slots.state)[:1])
+        over.drop(over.slots.owner[np.flatnonzero(over.slots.state)[:1]])
         over.compact()
         store.rollback()
     with shardemb.open(path + "2") as store:

@@ -283,7 +283,7 @@ def test_a_slot_that_a_lookup_reads_is_not_used_for_another_row_unnoticed(store,
     store.checkpoint()
     mapped = inside.shards(table)
     entered, go_on, found = threading.Event(), threading.Event(), []
-    forget, gather = Overlay._set, mapped.gather
+    set_entries, gather = Overlay._set_entries, mapped.gather
 
     def slow_gather(column, ids, out, start, stop):
         if threading.current_thread() is looker and not entered.is_set():
@@ -294,17 +294,17 @@ def test_a_slot_that_a_lookup_reads_is_not_used_for_another_row_unnoticed(store,
         else:
             gather(column, ids, out, start, stop)
 
-    def slow_forget(self, rows, entries):
+    def slow_set(self, rows, entries):
         if not looker.is_alive() and not entered.is_set() and not entries.any():
             row.append(int(rows[-1]))
             looker.start()
             entered.wait()
-        forget(self, rows, entries)
+        set_entries(self, rows, entries)
 
     row = []
     looker = threading.Thread(target=lambda: found.append(table.lookup(row)))
     monkeypatch.setattr(mapped, "gather", slow_gather)
-    monkeypatch.setattr(Overlay, "_set", slow_forget)
+    monkeypatch.setattr(Overlay, "_set_entries", slow_set)
     table.write(np.arange(1000, 1040), np.full((40, DIM), 9.0, np.float32))
     go_on.set()
     looker.join()
@@ -399,7 +399,7 @@ def test_memory_of_rows_that_left_here_and_there_is_given_back(tmp_path):
         store.checkpoint()
         overlay, full = inside.shards(table).overlay, anonymous()
         gone = ids[ids % 10 != 0]
-        overlay._leave(overlay._entries(gone).astype(np.int64) - 1)
+        overlay.drop(gone)
         overlay.compact()
         assert full - anonymous() > 0.8 * 240 * count
         assert overlay.idle_bytes == 0
@@ -416,7 +416,7 @@ def test_rows_that_move_while_a_lookup_runs_are_looked_up_again(store, monkeypat
     mapped, gathered = inside.shards(table), []
     store.commit()
     store.checkpoint()
-    mapped.overlay._leave(mapped.overlay._entries(ids[:20]).astype(np.int64) - 1)
+    mapped.overlay.drop(ids[:20])
     gather = mapped.gather
 
     def late_gather(column, ids, out, start, stop):

@@ -125,7 +125,7 @@ def budget_makes_no_difference():
 def broken_update_refuses_commit():
     with scratch() as folder, pytest.MonkeyPatch.context() as patch:
         store = new_store(folder)
-        patch.setattr(overlay.Overlay, "change", lambda self, places: 1 / 0)
+        patch.setattr(overlay.Overlay, "mark_changed", lambda self, places: 1 / 0)
         with contextlib.suppress(ZeroDivisionError):
             train(store, 1)
         patch.undo()
@@ -323,7 +323,7 @@ def tables_follow_before_commit(patch):
 
 def everything_dropped(patch):
     def drop(self, count, folder):
-        self._leave(self.slots.choose(count, exclude=np.uint8(0)))
+        self.drop(self.slots.owner[self.slots.choose(count, exclude=np.uint8(0))])
 
     patch.setattr(overlay.Overlay, "spill", drop)
 
