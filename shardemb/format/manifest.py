@@ -1,9 +1,9 @@
-"""What a commit says about everything but the rows.
+"""What a commit holds besides rows: the state of every table and vocabulary, and where the log begins.
 
-A `TableEntry` is what a commit can change about a table (its name, its step count, the optimizer's
-hyper-parameters); a `Manifest` holds those of all tables together with the commit they belong to. Every commit record
-of the log carries one, and the file ``manifest.json``, always replaced whole, is the *base*: the shards hold
-everything up to its commit, and the log is replayed from its segment.
+A `TableEntry` is what a commit can change about a table: its name, its step count, the optimizer's hyper-parameters. A
+`Manifest` holds the entries of all tables together with the commit that they belong to. Every commit record of the log
+contains a manifest. The one in the file ``manifest.json``, which is always replaced as a whole, is the *base*: the
+shards hold everything up to its commit, and replay of the log begins at its segment.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from shardemb.format.documents import (
 from shardemb.format.spec import BYTES, INTERNAL, KEY_TYPES, SKETCH, check_stored_name
 
 MAX_DEPTH = 64
-"""Levels of a commit's metadata, so that it can be read back from any depth of the reader's stack."""
+"""Most levels of a commit's metadata, so that a reader can parse it however deep its own stack is."""
 
 
 @dataclass(frozen=True)
 class Commit:
-    """One durable instant of a store.
+    """One durable state of a store.
 
     Attributes
     ----------
     id : int
-        1 for the first commit of a store, then counting up.
+        1 for the first commit of a store, and one more for each further commit.
     step : int
-        The job's own step, as given to `Store.commit`.
+        The training job's step, as given to `Store.commit`.
     metadata : dict
-        The job's own small JSON, as given to `Store.commit`.
+        The training job's own small JSON, as given to `Store.commit`.
     """
 
     id: int
@@ -55,18 +55,18 @@ class Commit:
 
 @dataclass(frozen=True)
 class TableEntry:
-    """What a commit says about one table.
+    """What a commit records about one table.
 
     Attributes
     ----------
     uuid, name : str
-        Which table, and what it is called since this commit.
+        Identity of the table, and its name as of this commit.
     step : int
-        Number of updates so far.
+        Number of updates of the table so far.
     optimizer : Optimizer or None
         Hyper-parameters as of this commit.
     vocabulary : str or None
-        The uuid of the vocabulary that gives out its rows.
+        The uuid of the vocabulary that assigns its rows, if it has one.
     """
 
     uuid: str
@@ -76,7 +76,7 @@ class TableEntry:
     vocabulary: str | None = None
 
     def to_json(self) -> dict[str, object]:
-        """Return the record as JSON values."""
+        """Return the entry as JSON values."""
         bound = {} if self.vocabulary is None else {"vocabulary": self.vocabulary}
         return {
             "uuid": self.uuid,
@@ -88,24 +88,24 @@ class TableEntry:
 
 @dataclass(frozen=True)
 class VocabularyEntry:
-    """What a commit says about one vocabulary; its keys lie in tables.
+    """What a commit records about one vocabulary. Its keys are in internal tables.
 
     Attributes
     ----------
     uuid, name : str
     key_type : {"int64", "string", "bytes"}
     reserved : int
-        Rows at the beginning that no key gets.
+        Number of rows at the beginning that are never assigned to a key.
     admission : Admission or None
-        When a key earns its row; None: at once.
+        When a key earns its row; None means at its first occurrence.
     rows : int
-        Rows given out so far, reserved and freed ones included.
+        Number of rows assigned so far, including reserved and freed ones.
     head, tail : int
-        How many freed rows were given out again, and how many rows were ever freed.
+        How many freed rows were assigned again, and how many rows were ever freed.
     text_bytes : int
-        Bytes of keys in ``@bytes``, those of freed rows included.
+        Bytes of keys in ``@bytes``, including those of freed rows.
     sightings : int
-        How often keys were counted that had no row.
+        How many occurrences of keys without a row were counted.
     """
 
     uuid: str
@@ -120,30 +120,30 @@ class VocabularyEntry:
     sightings: int = 0
 
     @property
-    def parts(self) -> tuple[str, ...]:
-        """What its tables are for, each called ``NAME@part``."""
+    def table_kinds(self) -> tuple[str, ...]:
+        """What its tables are for, each called ``NAME@kind``."""
         has = {BYTES: self.key_type != "int64", SKETCH: self.admission is not None}
-        return tuple(part for part in INTERNAL if has.get(part, True))
+        return tuple(kind for kind in INTERNAL if has.get(kind, True))
 
     def to_json(self) -> dict[str, object]:
-        """Return the record as JSON values."""
+        """Return the entry as JSON values."""
         return vars(self) | {"admission": serialization.to_json(self.admission) if self.admission else None}
 
     @staticmethod
     def from_json(document: object) -> VocabularyEntry:
-        """Read what `to_json` wrote, believing nothing.
+        """Read what `to_json` wrote, trusting none of it.
 
         Raises
         ------
         FormatError
-            A missing or impossible value.
+            A value is missing or impossible.
         """
         if not isinstance(document, dict):
-            msg = f"a vocabulary's record is {document!r}"
+            msg = f"a vocabulary's entry is {document!r}"
             raise FormatError(msg)
         admission = field(document, "admission", (dict, type(None)))
         counts = ("reserved", "rows", "head", "tail", "text_bytes", "sightings")
-        record = VocabularyEntry(
+        entry = VocabularyEntry(
             uuid=uuid_field(document),
             name=check_stored_name(document.get("name")),
             key_type=field(document, "key_type", str),
@@ -152,23 +152,19 @@ class VocabularyEntry:
             else serialization.from_json("admission", ADMISSIONS, admission),
             **{name: int_field(document, name, 2**62, minimum=0) for name in counts},
         )
-        if (
-            record.key_type not in KEY_TYPES
-            or not record.head <= record.tail
-            or record.reserved > record.rows
-        ):
-            msg = f"the record of vocabulary {record.name!r} cannot be: {document}"
+        if entry.key_type not in KEY_TYPES or not entry.head <= entry.tail or entry.reserved > entry.rows:
+            msg = f"the entry of vocabulary {entry.name!r} is impossible: {document}"
             raise FormatError(msg)
-        return record
+        return entry
 
 
 def new_entry(name: str, key_type: object, admission: object, reserved: object) -> VocabularyEntry:
-    """Make the record of a vocabulary of a checked name that has no key yet.
+    """Make the entry of a new vocabulary, without keys, from a name that was checked already.
 
     Raises
     ------
     TypeError, ValueError
-        A type, admission or number that cannot be.
+        The key type, the admission or the number of reserved rows is invalid.
     """
     if key_type not in KEY_TYPES:
         msg = f"key_type must be one of {', '.join(map(repr, KEY_TYPES))}, got {key_type!r}"
@@ -184,28 +180,28 @@ def new_entry(name: str, key_type: object, admission: object, reserved: object) 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the files of a store mean: the last commit and every table as of it.
+    """What the files of a store mean: the last commit, and every table as of that commit.
 
     Attributes
     ----------
     uuid : str
         Identity of the store.
     epoch : int
-        Number of times that the store was opened for writing.
+        How many times the store was opened for writing.
     clean : bool
-        Whether the last writer closed it: then there is no log, and only then may a shard be missing because zarr
-        deleted it.
+        Whether the last writer closed the store. If so there is no log; and only then may a shard be missing, because
+        zarr deletes chunks of zeros.
     segment, sequence, attempt : int
-        Where the log begins: the first segment, the number of its first record, and the lowest number of an attempt
-        to commit. None of them ever starts again.
+        Where the log begins: its first segment, the number of the first record in it, and the lowest number that no
+        attempt to commit has used. None of the three is ever reset.
     commit : Commit or None
-        None before the first.
+        None before the first commit.
     tables : tuple of TableEntry
         The tables of that commit.
     vocabularies : tuple of VocabularyEntry
-        Its vocabularies.
+        The vocabularies of that commit.
     dropped : tuple of TableEntry
-        Tables of the commit before that this one dropped, and whose folders may still be there.
+        Tables of the previous commit that this one dropped. Their folders may still exist.
     """
 
     uuid: str
@@ -220,7 +216,7 @@ class Manifest:
     dropped: tuple[TableEntry, ...] = ()
 
     def vocabulary(self, identity: str) -> VocabularyEntry | None:
-        """Return what is said about the vocabulary of a uuid."""
+        """Return the entry of the vocabulary with a uuid; None if there is none."""
         return self._vocabularies_by_uuid.get(identity)
 
     @cached_property
@@ -228,7 +224,7 @@ class Manifest:
         return {entry.uuid: entry for entry in self.vocabularies}
 
     def to_bytes(self) -> bytes:
-        """Serialise, with a checksum over everything else."""
+        """Serialize, with a checksum over everything else."""
         document: dict[str, object] = {
             "format_version": FORMAT_VERSION,
             "uuid": self.uuid,
@@ -248,12 +244,12 @@ class Manifest:
 
     @staticmethod
     def from_bytes(data: bytes) -> Manifest:
-        """Read what `to_bytes` wrote, believing nothing.
+        """Read what `to_bytes` wrote, trusting none of it.
 
         Raises
         ------
         FormatError
-            Not JSON, a newer version, a wrong checksum, a missing or impossible value.
+            The data is not JSON, the version is newer, the checksum is wrong, or a value is missing or impossible.
         """
         document = parse_json(data)
         require_version(document)
@@ -262,8 +258,8 @@ class Manifest:
             raise FormatError(msg)
         commit = field(document, "commit", (dict, type(None)))
         tables = tuple(_entry_from_json(entry) for entry in field(document, "tables", list))
-        records = field(document, "vocabularies", list) if "vocabularies" in document else []
-        vocabularies = tuple(VocabularyEntry.from_json(record) for record in records)
+        entries = field(document, "vocabularies", list) if "vocabularies" in document else []
+        vocabularies = tuple(VocabularyEntry.from_json(entry) for entry in entries)
         _check_together(tables, vocabularies)
         return Manifest(
             uuid=uuid_field(document),
@@ -280,14 +276,14 @@ class Manifest:
 
 
 def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Check a commit's metadata and return a copy that nobody else holds.
+    """Check a commit's metadata and return a deep copy of it.
 
     Raises
     ------
     TypeError
-        Not a mapping of strings to JSON values.
+        The metadata is not a mapping of strings to JSON values.
     ValueError
-        Larger than 1 MiB as JSON, nested deeper than `MAX_DEPTH`, or holding NaN or infinity.
+        The metadata is larger than 1 MiB as JSON, nested deeper than `MAX_DEPTH`, or contains NaN or infinity.
     """
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, Mapping) or not all(isinstance(key, str) for key in metadata):
@@ -312,7 +308,7 @@ def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _depth(value: object) -> int:
-    """Count the levels of containers within a JSON value that is known to end."""
+    """Count the levels of containers in a JSON value, which must not contain itself."""
     depth, level = 0, [value]
     while level := [each for each in level if isinstance(each, Mapping | list | tuple)]:
         depth += 1
@@ -321,15 +317,18 @@ def _depth(value: object) -> int:
 
 
 def _check_together(tables: tuple[TableEntry, ...], vocabularies: tuple[VocabularyEntry, ...]) -> None:
-    """Raise `FormatError` if records of a commit cannot be those of one store."""
-    for kind, records in ("tables", tables), ("vocabularies", vocabularies):
+    """Raise `FormatError` if the entries of a commit contradict each other."""
+    for kind, entries in ("tables", tables), ("vocabularies", vocabularies):
         for what in ("name", "uuid"):
-            if len({getattr(record, what) for record in records}) < len(records):
+            if len({getattr(entry, what) for entry in entries}) < len(entries):
                 msg = f"two {kind} have the same {what}"
                 raise FormatError(msg)
     names, known = {table.name for table in tables}, {each.uuid for each in vocabularies}
     missing = [
-        name for each in vocabularies for part in each.parts if (name := f"{each.name}@{part}") not in names
+        name
+        for each in vocabularies
+        for kind in each.table_kinds
+        if (name := f"{each.name}@{kind}") not in names
     ]
     missing += [f"the vocabulary of {each.name}" for each in tables if each.vocabulary not in {None, *known}]
     if missing:
@@ -347,7 +346,7 @@ def _commit_from_json(document: Mapping[str, Any]) -> Commit:
 
 def _entry_from_json(document: object) -> TableEntry:
     if not isinstance(document, dict):
-        msg = f"a table's record is {document!r}"
+        msg = f"a table's entry is {document!r}"
         raise FormatError(msg)
     optimizer = field(document, "optimizer", (dict, type(None)))
     return TableEntry(

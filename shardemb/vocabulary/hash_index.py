@@ -23,7 +23,7 @@ from shardemb.compute import residency
 from shardemb.errors import FormatError
 from shardemb.storage import address_space, files
 from shardemb.vocabulary import index_files, index_kernels
-from shardemb.vocabulary.index_files import NOTHING, PAGE_ENTRIES, Coverage, Part
+from shardemb.vocabulary.index_files import EMPTY_LEVEL, PAGE_ENTRIES, Coverage, Part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,24 +40,24 @@ if TYPE_CHECKING:
 PART_BITS = 19
 """Pairs of a part, at most, as a power of two: 11 MiB are merged and written at once, by each core."""
 
-TOGETHER = 16
+PARTS_PER_ROUND = 16
 """Parts that are merged while those before them reach the disk, and take the place of older ones. The memory of these
 is that of the next: where the kernel has to find other, a virtual machine may have given it back to its host."""
 
 OPEN_PAIRS = 2**20, 12 * 2**20
 """Pairs that slots hold before they are merged: half of those in the files, within these."""
 
-_FIRST_SLOTS = 1024
-_FULL = 0.75
+_FIRST_BUCKETS = 1024
+_LOAD_FACTOR = 0.75
 """Share of the slots that may be taken, and share of the homes of a part that are."""
 
-SHARED = 2**13
+PARALLEL_PAIRS = 2**13
 """Pairs that are put into slots by two threads, each in half of them; fewer are not worth waking one."""
 
 SAMPLES = 32
 """Hashes of a batch whose pages are looked for in memory, to tell whether to ask for all of them."""
 
-_SOON_LEARNT = 2**16
+_QUICKLY_INDEXED = 2**16
 """Pairs that an opening learns in no time."""
 
 _TRIES = 10
@@ -67,27 +67,27 @@ _STALE = 2**16
 """Pairs of no use that an index may have beside as many as those of use."""
 
 
-class Slots(NamedTuple):
+class HashTable(NamedTuple):
     """What lies in memory, as `probing` has it."""
 
-    pairs: NDArray[np.uint64]
-    marks: NDArray[np.uint8]
+    buckets: NDArray[np.uint64]
+    filters: NDArray[np.uint8]
     salt: np.uint64
 
 
 class View(NamedTuple):
     """What an index holds: all that it held when this was taken, in an order that stays."""
 
-    slots: Slots
+    table: HashTable
     level: Level
 
     def probe(
         self, hashes: NDArray[np.uint64], skip: int, end: int, out: Int64Array, start: int, stop: int
     ) -> None:
         """Set ``out[i]`` to a row below `end` that may hold the key of ``hashes[i]``, the `skip`-th of them, or -1."""
-        slots, level = self
+        table, level = self
         index_kernels.probe(
-            *slots, level.spans, level.entries, level.bits, hashes, skip, end, out, start, stop
+            *table, level.spans, level.entries, level.bits, hashes, skip, end, out, start, stop
         )
 
     def read_ahead(self, hashes: NDArray[np.uint64]) -> None:
@@ -95,8 +95,8 @@ class View(NamedTuple):
         level = self.level
         if not level.entries.size or not hashes.size:
             return
-        if not _are_resident(level.entries, level.homes(hashes[:: max(1, hashes.size // SAMPLES)])):
-            _ask(level.entries, np.sort(level.homes(hashes)))
+        if not _are_resident(level.entries, level.buckets(hashes[:: max(1, hashes.size // SAMPLES)])):
+            _ask(level.entries, np.sort(level.buckets(hashes)))
 
 
 class _Merging(NamedTuple):
@@ -105,16 +105,16 @@ class _Merging(NamedTuple):
     bits: int
     between: Between
     coverage: Coverage
-    rooms: list[NDArray[np.uint64]]
+    buffers: list[NDArray[np.uint64]]
 
-    def room(self, entries: int) -> NDArray[np.uint64]:
+    def buffer(self, entries: int) -> NDArray[np.uint64]:
         """Take room for a header and entries, used again: its first touch would cost more than the merging."""
         entries += PAGE_ENTRIES
         try:
-            room = self.rooms.pop()
+            buffer = self.buffers.pop()
         except IndexError:
-            room = NOTHING.entries
-        return room if room.shape[0] >= entries else np.empty((entries + entries // 8, 2), np.uint64)
+            buffer = EMPTY_LEVEL.entries
+        return buffer if buffer.shape[0] >= entries else np.empty((entries + entries // 8, 2), np.uint64)
 
 
 class KeyIndex:
@@ -135,9 +135,9 @@ class KeyIndex:
 
     def __init__(self, folder: Path, identity: str, run: Run, *, writable: bool) -> None:
         self._folder, self._identity, self._run, self._writable = folder, identity, run, writable
-        self._level, self._damaged = NOTHING, False
+        self._level, self._damaged = EMPTY_LEVEL, False
         self._files: dict[str, Part] = {}
-        self._slots, self._open = _no_pairs(_FIRST_SLOTS, np.uint64(0)), 0
+        self._table, self._open_pairs = _empty_table(_FIRST_BUCKETS, np.uint64(0)), 0
 
     def load(self, now: Coverage) -> None:
         """Open the files, if they are those of this vocabulary and know no more than the commit `now`."""
@@ -149,7 +149,7 @@ class KeyIndex:
             return
         if self.has_files:
             self._files = {part.name: part for part in self._level.parts}
-            index_files.keep(self._folder, self._files)
+            index_files.remove_others(self._folder, self._files)
         elif self._folder.exists():
             files.remove_tree(self._folder)  # or a later commit might believe it
             files.sync_directory(self._folder.parent)
@@ -186,13 +186,13 @@ class KeyIndex:
 
     def __len__(self) -> int:
         """Return the number of pairs, those of no use included; at least that, while they are added."""
-        opened = self._open  # before the level, which takes them over
+        opened = self._open_pairs  # before the level, which takes them over
         return self._level.pairs + opened
 
     @property
     def has_files(self) -> bool:
         """Whether there are files that it has taken up, or written."""
-        return self._level is not NOTHING
+        return self._level is not EMPTY_LEVEL
 
     @property
     def coverage(self) -> Coverage:
@@ -202,14 +202,16 @@ class KeyIndex:
     @property
     def nbytes(self) -> tuple[int, int]:
         """Bytes in memory and on disk."""
-        slots = self._slots
-        return slots.pairs.nbytes + slots.marks.nbytes, files.allocated(self._folder) if self.has_files else 0
+        table = self._table
+        return table.buckets.nbytes + table.filters.nbytes, files.allocated(
+            self._folder
+        ) if self.has_files else 0
 
     @property
     def view(self) -> View:
         """What to look for hashes in."""
-        slots = self._slots  # first: what is merged meanwhile is in both then, and not in none
-        return View(slots, self._level)
+        table = self._table  # first: what is merged meanwhile is in both then, and not in none
+        return View(table, self._level)
 
     # ---- changing
 
@@ -223,21 +225,25 @@ class KeyIndex:
         DiskFullError, OSError
             There is no room for the next files. Some of the pairs are there, which does no harm.
         """
-        most = self._limit()
+        most = self._open_limit()
         start = 0
         while start < hashes.size:
-            stop = min(start + most - self._open, hashes.size)
-            self._reserve(self._open + stop - start)
-            self._open += stop - start  # before they are there, for those who count meanwhile
+            stop = min(start + most - self._open_pairs, hashes.size)
+            self._reserve(self._open_pairs + stop - start)
+            self._open_pairs += stop - start  # before they are there, for those who count meanwhile
             self._insert(hashes[start:stop], rows[start:stop])
             start = stop
-            if self._open >= most:
+            if self._open_pairs >= most:
                 self._try_to_merge(coverage)
-                most = self._limit()
+                most = self._open_limit()
 
     def checkpoint(self, coverage: Coverage) -> None:
         """Merge already what would take as long to be learnt at an opening; raises as `add`."""
-        if self._writable and not self._damaged and self._open > max(_SOON_LEARNT, self._level.pairs // 16):
+        if (
+            self._writable
+            and not self._damaged
+            and self._open_pairs > max(_QUICKLY_INDEXED, self._level.pairs // 16)
+        ):
             self._try_to_merge(coverage)
 
     def _try_to_merge(self, coverage: Coverage) -> None:
@@ -265,29 +271,29 @@ class KeyIndex:
             self._files = {}
         files.make_directory(self._folder)
         bits = max(self._level.bits, (max(len(self), 1) - 1).bit_length() - PART_BITS)
-        merging = _Merging(bits, _between(self._slots), coverage, [])
+        merging = _Merging(bits, _range_reader(self._table), coverage, [])
         written: list[Part] = []
         try:
-            for start in range(0, 2**bits + TOGETHER, TOGETHER):
-                numbers = range(start, min(start + TOGETHER, 2**bits))
+            for start in range(0, 2**bits + PARTS_PER_ROUND, PARTS_PER_ROUND):
+                numbers = range(start, min(start + PARTS_PER_ROUND, 2**bits))
                 before, written = written, []
                 writing = [partial(self._write, merging, number, written) for number in numbers]
                 self._run([partial(self._publish, before), *writing])
         except BaseException:
-            index_files.keep(self._folder, self._files)
+            index_files.remove_others(self._folder, self._files)
             raise
-        self._slots, self._open = _no_pairs(_FIRST_SLOTS, np.uint64(0)), 0
+        self._table, self._open_pairs = _empty_table(_FIRST_BUCKETS, np.uint64(0)), 0
 
     def _write(self, merging: _Merging, number: int, written: list[Part]) -> None:
         """Merge the pairs of one part."""
         level, bits = self._level, merging.bits
         first, last = (np.uint64(n) for n in (number << 64 - bits, (number + 1 << 64 - bits) - 1))
-        new, old = merging.between(first, last), NOTHING.entries
+        new, old = merging.between(first, last), EMPTY_LEVEL.entries
         pairs = new.shape[0]
-        if level.owners:
-            source = level.owners[number >> (bits - level.bits)]
-            index_files.expect(self._folder, source)
-            is_first = level.first(source) << (bits - level.bits) == number
+        if level.by_prefix:
+            source = level.by_prefix[number >> (bits - level.bits)]
+            index_files.read_ahead(self._folder, source)
+            is_first = level.first_prefix(source) << (bits - level.bits) == number
             if is_first and not level.is_sound(source, self._identity):
                 msg = f"{self._folder / source.name} is not what was written"
                 raise FormatError(msg)
@@ -297,16 +303,16 @@ class KeyIndex:
                 if source.bits == bits
                 else int(np.count_nonzero(old[:, 1] != index_kernels.NO_ROW))
             )
-        homes = int(pairs / _FULL)
-        room = merging.room(homes + pairs + index_kernels.SLACK)
-        entries = room[PAGE_ENTRIES:]
+        buckets = int(pairs / _LOAD_FACTOR)
+        buffer = merging.buffer(buckets + pairs + index_kernels.SLACK)
+        entries = buffer[PAGE_ENTRIES:]
         counts = np.empty(2, np.int64)
-        index_kernels.merge(new, old, first, bits, homes, entries, counts)
+        index_kernels.merge(new, old, first, bits, buckets, entries, counts)
         stop, pairs = counts.tolist()
         total = index_files.checksum(entries[:stop])
-        part = Part(bits, number, pairs, homes, stop, merging.coverage, total)
-        index_files.stage(self._folder, self._identity, part, room[: PAGE_ENTRIES + stop])
-        merging.rooms.append(room)
+        part = Part(bits, number, pairs, buckets, stop, merging.coverage, total)
+        index_files.stage(self._folder, self._identity, part, buffer[: PAGE_ENTRIES + stop])
+        merging.buffers.append(buffer)
         written.append(part)
 
     def _publish(self, parts: Sequence[Part]) -> None:
@@ -319,10 +325,10 @@ class KeyIndex:
             files.rename(files.staged(self._folder / part.name), self._folder / part.name)
             self._files[part.name] = part
         files.sync_directory(self._folder)
-        owners = index_files.owners(self._files.values())
-        if owners:
-            self._level = index_files.mapped(self._folder, owners)
-            for name in self._files.keys() - {part.name for part in owners}:
+        by_prefix = index_files.assign_prefixes(self._files.values())
+        if by_prefix:
+            self._level = index_files.map_parts(self._folder, by_prefix)
+            for name in self._files.keys() - {part.name for part in by_prefix}:
                 files.remove(self._folder / name)
                 del self._files[name]
 
@@ -334,41 +340,41 @@ class KeyIndex:
 
     def _insert(self, hashes: NDArray[np.uint64], rows: Int64Array) -> None:
         """Put pairs into slots, which have room for them."""
-        left = np.zeros(hashes.size, np.bool_)
-        capacity = self._slots.marks.size
+        remaining = np.zeros(hashes.size, np.bool_)
+        capacity = self._table.filters.size
         middle = capacity // 2
-        parts = ((0, middle), (middle, capacity)) if hashes.size >= SHARED else ((0, capacity),)
-        insert = partial(index_kernels.insert, *self._slots, hashes, rows, left)
-        self._run([partial(insert, *part) for part in parts])
-        while left.any():
-            hashes, rows = hashes[left], rows[left]
-            left = np.zeros(hashes.size, np.bool_)
-            index_kernels.insert(*self._slots, hashes, rows, left, 0, capacity)
-            if left.any():
-                self._move(capacity, new_salt())
+        ranges = ((0, middle), (middle, capacity)) if hashes.size >= PARALLEL_PAIRS else ((0, capacity),)
+        insert = partial(index_kernels.insert, *self._table, hashes, rows, remaining)
+        self._run([partial(insert, *bounds) for bounds in ranges])
+        while remaining.any():
+            hashes, rows = hashes[remaining], rows[remaining]
+            remaining = np.zeros(hashes.size, np.bool_)
+            index_kernels.insert(*self._table, hashes, rows, remaining, 0, capacity)
+            if remaining.any():
+                self._rehash(capacity, new_salt())
 
-    def _limit(self) -> int:
+    def _open_limit(self) -> int:
         if not self._writable or self._damaged:
             return 2**62
         least, most = OPEN_PAIRS
         return max(least, min(self._level.pairs // 2, most))
 
     def _reserve(self, pairs: int) -> None:
-        size = self._slots.pairs.shape[0]
-        if pairs <= _FULL * size:
+        size = self._table.buckets.shape[0]
+        if pairs <= _LOAD_FACTOR * size:
             return
-        while pairs > _FULL * size:
+        while pairs > _LOAD_FACTOR * size:
             size *= 8  # to move the pairs costs more than the memory, which is not touched before
-        limit = int(self._limit() / _FULL) + 1  # no more than can ever be in use
-        self._move(max(min(size, limit), int(pairs / _FULL) + 1), self._slots.salt)
+        limit = int(self._open_limit() / _LOAD_FACTOR) + 1  # no more than can ever be in use
+        self._rehash(max(min(size, limit), int(pairs / _LOAD_FACTOR) + 1), self._table.salt)
 
-    def _move(self, capacity: int, salt: np.uint64) -> None:
+    def _rehash(self, capacity: int, salt: np.uint64) -> None:
         """Have the pairs in other slots, by a new salt if they lie too far from their homes there."""
-        moved = _no_pairs(capacity, salt)
-        if index_kernels.insert_all(*moved, self._slots.pairs):
-            self._slots = moved
+        moved = _empty_table(capacity, salt)
+        if index_kernels.insert_all(*moved, self._table.buckets):
+            self._table = moved
         else:
-            self._move(capacity, new_salt())
+            self._rehash(capacity, new_salt())
 
 
 def new_salt() -> np.uint64:
@@ -376,23 +382,23 @@ def new_salt() -> np.uint64:
     return np.uint64(secrets.randbits(64) | 1)
 
 
-def _no_pairs(capacity: int, salt: np.uint64) -> Slots:
-    return Slots(np.zeros((capacity, 2), np.uint64), np.zeros(capacity, np.uint8), salt)
+def _empty_table(capacity: int, salt: np.uint64) -> HashTable:
+    return HashTable(np.zeros((capacity, 2), np.uint64), np.zeros(capacity, np.uint8), salt)
 
 
-def _between(slots: Slots) -> Between:
+def _range_reader(table: HashTable) -> Between:
     """Return the function that lists the pairs in slots whose hashes lie between two, ascending."""
-    if slots.salt:
-        pairs = slots.pairs[slots.pairs[:, 1] != 0] - np.array([0, 1], np.uint64)
+    if table.salt:
+        pairs = table.buckets[table.buckets[:, 1] != 0] - np.array([0, 1], np.uint64)
         pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
 
     def between(first: np.uint64, last: np.uint64) -> NDArray[np.uint64]:
-        if slots.salt:
+        if table.salt:
             begin, end = np.searchsorted(pairs[:, 0], first), np.searchsorted(pairs[:, 0], last, "right")
             found: NDArray[np.uint64] = pairs[begin:end]
             return found
-        out = np.empty((index_kernels.count_between(slots.pairs, first, last), 2), np.uint64)
-        index_kernels.take_between(slots.pairs, first, last, out)
+        out = np.empty((index_kernels.count_between(table.buckets, first, last), 2), np.uint64)
+        index_kernels.take_between(table.buckets, first, last, out)
         return out
 
     return between

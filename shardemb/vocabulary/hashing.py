@@ -52,22 +52,22 @@ def hash_integers(
 
 
 @kernel
-def _turn(x: Any, left: Any) -> Any:  # noqa: ANN401
+def _rotate_left(x: Any, left: Any) -> Any:  # noqa: ANN401
     return (x << left) | (x >> (_S64 - left))
 
 
 @kernel
-def _turn_round(v: Any) -> None:  # noqa: ANN401
+def _sip_round(v: Any) -> None:  # noqa: ANN401
     """Mix the four words of SipHash's state: one SipRound."""
     v0, v1, v2, v3 = v[0] + v[1], v[1], v[2] + v[3], v[3]
-    v1 = _turn(v1, _S13) ^ v0
-    v3 = _turn(v3, _S16) ^ v2
-    v0 = _turn(v0, _S32)
+    v1 = _rotate_left(v1, _S13) ^ v0
+    v3 = _rotate_left(v3, _S16) ^ v2
+    v0 = _rotate_left(v0, _S32)
     v2 += v1
     v0 += v3
-    v[1] = _turn(v1, _S17) ^ v2
-    v[3] = _turn(v3, _S21) ^ v0
-    v[0], v[2] = v0, _turn(v2, _S32)
+    v[1] = _rotate_left(v1, _S17) ^ v2
+    v[3] = _rotate_left(v3, _S21) ^ v0
+    v[0], v[2] = v0, _rotate_left(v2, _S32)
 
 
 @kernel
@@ -91,15 +91,15 @@ def hash_strings(
             for k in range(8):
                 word |= np.uint64(data[at + k]) << np.uint64(8 * k)
             v[3] ^= word
-            _turn_round(v)
+            _sip_round(v)
             v[0] ^= word
         word = np.uint64(end - begin) << _S56
         for at in range(whole, end):
             word |= np.uint64(data[at]) << np.uint64(8 * (at - whole))
         v[3] ^= word
-        _turn_round(v)
+        _sip_round(v)
         v[0] ^= word
         v[2] ^= _END
         for _ in range(3):
-            _turn_round(v)
+            _sip_round(v)
         out[i] = v[0] ^ v[1] ^ v[2] ^ v[3]

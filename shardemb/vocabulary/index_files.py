@@ -102,7 +102,7 @@ class Part:
         """Bytes of the file."""
         return PAGE + 16 * self.entries
 
-    def numbers(self, bits: int) -> range:
+    def prefixes(self, bits: int) -> range:
         """With what its hashes begin, where that many bits of them are told, at least its own."""
         more = bits - self.bits
         return range(self.number << more, (self.number + 1) << more)
@@ -124,7 +124,7 @@ class Level(NamedTuple):
         As `probing` has them.
     pairs : int
         How many there are; at least that, while parts are being replaced by others.
-    owners : tuple of Part
+    by_prefix : tuple of Part
         For all of so many bits with which hashes can begin, in which part they lie.
     """
 
@@ -132,12 +132,12 @@ class Level(NamedTuple):
     entries: NDArray[np.uint64]
     bits: int
     pairs: int
-    owners: tuple[Part, ...]
+    by_prefix: tuple[Part, ...]
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """Each part once."""
-        return tuple(dict.fromkeys(self.owners))
+        return tuple(dict.fromkeys(self.by_prefix))
 
     @property
     def coverage(self) -> Coverage:
@@ -145,10 +145,10 @@ class Level(NamedTuple):
         known = [part.coverage for part in self.parts] or [Coverage()]
         return Coverage(*(min(getattr(each, name) for each in known) for name in ("commit", "rows", "head")))
 
-    def homes(self, hashes: NDArray[np.uint64]) -> Int64Array:
+    def buckets(self, hashes: NDArray[np.uint64]) -> Int64Array:
         """Where among the entries hashes are looked for."""
         found = np.empty(hashes.size, np.int64)
-        index_kernels.entry_homes(self.spans, self.bits, np.ascontiguousarray(hashes), found)
+        index_kernels.entry_buckets(self.spans, self.bits, np.ascontiguousarray(hashes), found)
         return found
 
     def between(self, first: np.uint64, last: np.uint64) -> NDArray[np.uint64]:
@@ -157,22 +157,22 @@ class Level(NamedTuple):
         index_kernels.entries_between(self.spans, self.entries, self.bits, first, last, bounds)
         return self.entries[slice(*bounds.tolist())]
 
-    def first(self, part: Part) -> int:
+    def first_prefix(self, part: Part) -> int:
         """Tell with which bits the first hashes begin that lie in a part; newer ones may hold others of its own."""
-        return next(n for n in part.numbers(self.bits) if self.owners[n] is part)
+        return next(n for n in part.prefixes(self.bits) if self.by_prefix[n] is part)
 
-    def is_headed(self, part: Part, identity: str) -> bool:
+    def has_header(self, part: Part, identity: str) -> bool:
         """Whether the file of a part says that it is that."""
-        begin = self.spans[self.first(part), 0]
+        begin = self.spans[self.first_prefix(part), 0]
         return self.entries[begin - PAGE_ENTRIES : begin].tobytes() == part.header(identity)
 
     def is_sound(self, part: Part, identity: str) -> bool:
         """Whether the file of a part is what was written."""
-        begin, _, end, _ = self.spans[self.first(part)].tolist()
-        return self.is_headed(part, identity) and checksum(self.entries[begin:end]) == part.checksum
+        begin, _, end, _ = self.spans[self.first_prefix(part)].tolist()
+        return self.has_header(part, identity) and checksum(self.entries[begin:end]) == part.checksum
 
 
-NOTHING = Level(np.zeros((1, 4), np.int64), np.empty((0, 2), np.uint64), 0, 0, ())
+EMPTY_LEVEL = Level(np.zeros((1, 4), np.int64), np.empty((0, 2), np.uint64), 0, 0, ())
 
 
 def checksum(entries: NDArray[np.uint64]) -> int:
@@ -190,14 +190,14 @@ def stage(folder: Path, identity: str, part: Part, content: NDArray[np.uint64]) 
         files.begin_write_back(descriptor, 0, content.nbytes)
 
 
-def expect(folder: Path, part: Part) -> None:
+def read_ahead(folder: Path, part: Part) -> None:
     """Ask for all of a part, which will soon be read."""
     path = folder / part.name
     with files.opened(path, os.O_RDONLY) as descriptor:
         files.will_need(descriptor, 0, part.nbytes)
 
 
-def keep(folder: Path, names: Collection[str]) -> None:
+def remove_others(folder: Path, names: Collection[str]) -> None:
     """Remove whatever else is in a folder."""
     for path in folder.iterdir():
         if path.name not in names:
@@ -219,29 +219,29 @@ def read(folder: Path, identity: str, now: Coverage) -> Level:
         with contextlib.suppress(FormatError, OSError):  # what is no part counts for nothing
             parts.append(_read(path, identity))
     parts = [part for part in parts if part.coverage.is_within(now)]
-    found = owners(parts)
-    if found is None:
+    by_prefix = assign_prefixes(parts)
+    if by_prefix is None:
         msg = f"{folder}: parts of the index are missing"
         raise FormatError(msg)
-    level = mapped(folder, found)
-    if not all(level.is_headed(part, identity) for part in level.parts):
+    level = map_parts(folder, by_prefix)
+    if not all(level.has_header(part, identity) for part in level.parts):
         msg = f"{folder}: a part was replaced while it was opened"  # by a writer beside this reader
         raise FormatError(msg)
     return level
 
 
-def owners(parts: Iterable[Part]) -> tuple[Part, ...] | None:
+def assign_prefixes(parts: Iterable[Part]) -> tuple[Part, ...] | None:
     """List for all the bits with which hashes can begin the part that knows most of them; None where one has none."""
     ordered = sorted(parts, key=lambda part: part.bits)
     found: list[Part | None] = [None] * 2 ** ordered[-1].bits if ordered else [None]
     for part in ordered:
-        numbers = part.numbers(ordered[-1].bits)
-        found[numbers.start : numbers.stop] = [part] * len(numbers)
+        prefixes = part.prefixes(ordered[-1].bits)
+        found[prefixes.start : prefixes.stop] = [part] * len(prefixes)
     whole = tuple(part for part in found if part is not None)
     return whole if len(whole) == len(found) else None
 
 
-def mapped(folder: Path, found: tuple[Part, ...]) -> Level:
+def map_parts(folder: Path, by_prefix: tuple[Part, ...]) -> Level:
     """Map parts, those of each of the bits with which hashes can begin.
 
     Raises
@@ -250,17 +250,17 @@ def mapped(folder: Path, found: tuple[Part, ...]) -> Level:
         A file is gone.
     """
     begins, nbytes = {}, 0
-    for part in dict.fromkeys(found):
+    for part in dict.fromkeys(by_prefix):
         begins[part], nbytes = nbytes, nbytes + round_up(part.nbytes, address_space.HUGE_PAGE)
     memory = address_space.AddressRange(nbytes)
     for part, begin in begins.items():
         memory.map_file(begin, folder / part.name, round_up(part.nbytes, PAGE))
     memory.advise(0, nbytes, address_space.MADV_RANDOM)
     firsts = {part: begin // 16 + PAGE_ENTRIES for part, begin in begins.items()}
-    spans = [(firsts[part], part.homes, firsts[part] + part.entries, part.bits) for part in found]
+    spans = [(firsts[part], part.homes, firsts[part] + part.entries, part.bits) for part in by_prefix]
     entries = memory.array(np.uint64, (nbytes // 16, 2))
     pairs = sum(part.pairs for part in begins)
-    return Level(np.array(spans), entries, (len(found) - 1).bit_length(), pairs, found)
+    return Level(np.array(spans), entries, (len(by_prefix) - 1).bit_length(), pairs, by_prefix)
 
 
 def _read(path: Path, identity: str) -> Part:

@@ -9,7 +9,7 @@ bits, of its part: where it begins, how many homes it has, where it ends, and ho
 behind it; homes ascend with hashes, so that slots in their order are nearly sorted. Whoever knows the secret can make
 keys whose homes are the same. Where a pair would lie too far from its home for that, homes are drawn anew, by a *salt*
 that nobody knows, and have no order. *Marks*, a byte for each home, tell in a sixteenth of the memory which hashes are
-in no slot: of those that are in the file alone, nine of ten need no look at the slots.
+in no slot: of those that are in the file alone, nine of ten need no look at the buckets.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _AHEAD, _RING = 24, 32
 """How many hashes ahead their memory is asked for: as many as a processor waits for at once."""
 
-FAR = 1024
+MAX_DISTANCE = 1024
 """Slots from its home within which a pair lies, where there is no salt; random hashes never come so far."""
 
 SLACK = 2
 """Entries behind the last that `merge` may write, which mean nothing; few gaps between pairs are longer."""
 
-_NEAR = 8
+_SCANNED = 8
 """Entries that are looked at one by one; only where hashes fall together one lies farther from its home."""
 
 
 @kernel
-def home(value: Any, capacity: Any, salt: Any) -> Any:  # noqa: ANN401
+def bucket_of(value: Any, capacity: Any, salt: Any) -> Any:  # noqa: ANN401
     """Where in a table of slots a hash belongs; by its first bits, where the salt is 0."""
     if salt:
         value = (value ^ salt) * _M1
@@ -58,33 +58,33 @@ def first_bits(value: Any, bits: Any) -> Any:  # noqa: ANN401
 
 
 @kernel
-def _home_in_part(value: Any, bits: Any, homes: Any) -> Any:  # noqa: ANN401
+def _bucket_in_part(value: Any, bits: Any, bucket_count: Any) -> Any:  # noqa: ANN401
     """Which of the homes of its part is that of a hash."""
-    return np.int64((((value << np.uint64(bits)) >> _32) * np.uint64(homes)) >> _32)
+    return np.int64((((value << np.uint64(bits)) >> _32) * np.uint64(bucket_count)) >> _32)
 
 
 @inlined
-def entry_home(spans: Any, span: Any, value: Any) -> Any:  # noqa: ANN401
+def entry_bucket(spans: Any, span: Any, value: Any) -> Any:  # noqa: ANN401
     """Where among the entries a hash belongs, by the span of its part."""
-    return min(spans[span, 0] + _home_in_part(value, spans[span, 3], spans[span, 1]), spans[span, 2])
+    return min(spans[span, 0] + _bucket_in_part(value, spans[span, 3], spans[span, 1]), spans[span, 2])
 
 
 @kernel
-def entry_homes(spans: Int64Array, bits: int, hashes: NDArray[np.uint64], out: Int64Array) -> None:
+def entry_buckets(spans: Int64Array, bits: int, hashes: NDArray[np.uint64], out: Int64Array) -> None:
     """``out[i]`` becomes the home of ``hashes[i]``, or what lies before the end of its part."""
     for i in range(hashes.size):
         span = first_bits(hashes[i], bits)
-        out[i] = min(entry_home(spans, span, hashes[i]), spans[span, 2] - 1)
+        out[i] = min(entry_bucket(spans, span, hashes[i]), spans[span, 2] - 1)
 
 
 @inlined
-def _first_not_below(entries: Any, low: Any, end: Any, value: Any) -> Any:  # noqa: ANN401
+def _lower_bound(entries: Any, low: Any, end: Any, value: Any) -> Any:  # noqa: ANN401
     """Return the number of the first of the entries ``low:end`` whose hash is at least `value`."""
-    for _ in range(_NEAR):
+    for _ in range(_SCANNED):
         if low == end or entries[low, 0] >= value:
             return low
         low += 1
-    step = _NEAR
+    step = _SCANNED
     while low + step < end and entries[low + step, 0] < value:
         low += step
         step *= 2
@@ -110,37 +110,37 @@ def entries_between(
     """``out[0]`` and ``out[1]`` become begin and end of the entries of two hashes of one part, and all between."""
     span = first_bits(first, bits)
     end = spans[span, 2]
-    begin = _first_not_below(entries, entry_home(spans, span, first), end, first)
+    begin = _lower_bound(entries, entry_bucket(spans, span, first), end, first)
     if end > begin and entries[end - 1, 0] > last:
-        end = _first_not_below(entries, entry_home(spans, span, last), end, last + _1)
+        end = _lower_bound(entries, entry_bucket(spans, span, last), end, last + _1)
     out[0], out[1] = begin, end
 
 
 @inlined
-def _free_place(slots: Any, salt: Any, value: Any, first: Any, last: Any) -> Any:  # noqa: ANN401
+def _free_bucket(buckets: Any, salt: Any, value: Any, first: Any, last: Any) -> Any:  # noqa: ANN401
     """Return the first empty slot from the home of a hash on; -1 where it is too far, or not among ``first:last``."""
-    capacity = slots.shape[0]
-    at, steps = home(value, capacity, salt), 0
-    while slots[at, 1] != 0:
+    capacity = buckets.shape[0]
+    at, steps = bucket_of(value, capacity, salt), 0
+    while buckets[at, 1] != 0:
         steps += 1
         at += 1
         if at == last and last - first == capacity:
             at = 0
-        if at == last or (steps == FAR and not salt):
+        if at == last or (steps == MAX_DISTANCE and not salt):
             return -1
     return at
 
 
 @kernel
-def _mark(value: Any) -> Any:  # noqa: ANN401
+def _filter_bit(value: Any) -> Any:  # noqa: ANN401
     """Return the bit of a hash in the byte of its home."""
     return np.uint8(_1 << (value & _7))
 
 
 @kernel
 def insert(
-    slots: NDArray[np.uint64],
-    marks: NDArray[np.uint8],
+    buckets: NDArray[np.uint64],
+    filters: NDArray[np.uint8],
     salt: np.uint64,
     hashes: NDArray[np.uint64],
     rows: Int64Array,
@@ -154,46 +154,46 @@ def insert(
     meanwhile, and readers look on: a row comes after its hash, and after its mark.
     """
     for i in range(hashes.size):
-        ahead = home(hashes[min(i + _AHEAD, hashes.size - 1)], marks.size, salt)
+        ahead = bucket_of(hashes[min(i + _AHEAD, hashes.size - 1)], filters.size, salt)
         if first <= ahead < last:
-            prefetch(slots.ctypes.data + 16 * ahead)
-            prefetch(marks.ctypes.data + ahead)
-        own = home(hashes[i], marks.size, salt)
+            prefetch(buckets.ctypes.data + 16 * ahead)
+            prefetch(filters.ctypes.data + ahead)
+        own = bucket_of(hashes[i], filters.size, salt)
         if first <= own < last:
-            at = _free_place(slots, salt, hashes[i], first, last)
+            at = _free_bucket(buckets, salt, hashes[i], first, last)
             if at < 0:
                 left[i] = True
                 continue
-            marks[own] |= _mark(hashes[i])
-            slots[at, 0] = hashes[i]
-            slots[at, 1] = np.uint64(rows[i] + 1)
+            filters[own] |= _filter_bit(hashes[i])
+            buckets[at, 0] = hashes[i]
+            buckets[at, 1] = np.uint64(rows[i] + 1)
 
 
 @kernel
 def insert_all(
-    slots: NDArray[np.uint64], marks: NDArray[np.uint8], salt: np.uint64, old: NDArray[np.uint64]
+    buckets: NDArray[np.uint64], filters: NDArray[np.uint8], salt: np.uint64, old: NDArray[np.uint64]
 ) -> bool:
     """Put what lies in other slots into empty ones; return whether nothing would lie too far."""
     for i in range(old.shape[0]):
         if old[i, 1] != 0:
-            at = _free_place(slots, salt, old[i, 0], 0, slots.shape[0])
+            at = _free_bucket(buckets, salt, old[i, 0], 0, buckets.shape[0])
             if at < 0:
                 return False
-            marks[home(old[i, 0], marks.size, salt)] |= _mark(old[i, 0])
-            slots[at, 0], slots[at, 1] = old[i, 0], old[i, 1]
+            filters[bucket_of(old[i, 0], filters.size, salt)] |= _filter_bit(old[i, 0])
+            buckets[at, 0], buckets[at, 1] = old[i, 0], old[i, 1]
     return True
 
 
 @inlined
-def _in_slots(slots: Any, salt: Any, value: Any, skip: Any, end: Any) -> Any:  # noqa: ANN401
+def _in_table(buckets: Any, salt: Any, value: Any, skip: Any, end: Any) -> Any:  # noqa: ANN401
     """Return the row of the ``skip + 1``-th pair in slots; -1, less what is left to skip, where there is none."""
-    capacity = slots.shape[0]
-    at = home(value, capacity, salt)
-    for _ in range(capacity if salt else min(capacity, FAR)):
-        row = np.int64(slots[at, 1]) - 1
+    capacity = buckets.shape[0]
+    at = bucket_of(value, capacity, salt)
+    for _ in range(capacity if salt else min(capacity, MAX_DISTANCE)):
+        row = np.int64(buckets[at, 1]) - 1
         if row < 0:
             break
-        if slots[at, 0] == value and row < end:
+        if buckets[at, 0] == value and row < end:
             if skip == 0:
                 return row
             skip -= 1
@@ -205,8 +205,8 @@ def _in_slots(slots: Any, salt: Any, value: Any, skip: Any, end: Any) -> Any:  #
 
 @inlined
 def _in_entries(entries: Any, low: Any, last: Any, value: Any, skip: Any, end: Any) -> Any:  # noqa: ANN401
-    """As `_in_slots`, of the entries ``low:last``."""
-    low = _first_not_below(entries, low, last, value)
+    """As `_in_table`, of the entries ``low:last``."""
+    low = _lower_bound(entries, low, last, value)
     while low < last and entries[low, 0] == value:
         row = np.int64(entries[low, 1])
         if 0 <= row < end:
@@ -219,8 +219,8 @@ def _in_entries(entries: Any, low: Any, last: Any, value: Any, skip: Any, end: A
 
 @kernel
 def probe(
-    slots: NDArray[np.uint64],
-    marks: NDArray[np.uint8],
+    buckets: NDArray[np.uint64],
+    filters: NDArray[np.uint8],
     salt: np.uint64,
     spans: Int64Array,
     entries: NDArray[np.uint64],
@@ -236,44 +236,44 @@ def probe(
 
     Those in memory, newer, come first. Pairs whose row is not below `end` do not count.
     """
-    capacity = slots.shape[0]
+    capacity = buckets.shape[0]
     lows, lasts = np.empty(_RING, np.int64), np.empty(_RING, np.int64)
-    ats, in_slots = np.empty(_RING, np.int64), np.empty(_RING, np.bool_)
+    ats, may_hold = np.empty(_RING, np.int64), np.empty(_RING, np.bool_)
     # A hash's memory is asked for a while before it is looked at: of its mark and its entry first, then of its slot.
     for asked in range(start, stop + _AHEAD):
         if asked < stop:
             k = asked & _RING - 1
             span = first_bits(hashes[asked], bits)
-            lows[k], lasts[k] = entry_home(spans, span, hashes[asked]), spans[span, 2]
-            ats[k] = home(hashes[asked], capacity, salt)
+            lows[k], lasts[k] = entry_bucket(spans, span, hashes[asked]), spans[span, 2]
+            ats[k] = bucket_of(hashes[asked], capacity, salt)
             prefetch(entries.ctypes.data + 16 * lows[k])
             prefetch(entries.ctypes.data + 16 * lows[k] + 48)
-            prefetch(marks.ctypes.data + ats[k])
+            prefetch(filters.ctypes.data + ats[k])
         i = asked - _AHEAD // 2
         if start <= i < stop:
             k = i & _RING - 1
-            in_slots[k] = marks[ats[k]] & _mark(hashes[i]) != 0
-            if in_slots[k]:
-                prefetch(slots.ctypes.data + 16 * ats[k])
+            may_hold[k] = filters[ats[k]] & _filter_bit(hashes[i]) != 0
+            if may_hold[k]:
+                prefetch(buckets.ctypes.data + 16 * ats[k])
         i = asked - _AHEAD
         if i >= start:
             k = i & _RING - 1
-            row = _in_slots(slots, salt, hashes[i], skip, end) if in_slots[k] else -1 - skip
+            row = _in_table(buckets, salt, hashes[i], skip, end) if may_hold[k] else -1 - skip
             if row < 0:
                 row = _in_entries(entries, lows[k], lasts[k], hashes[i], -1 - row, end)
             out[i] = max(row, -1)
 
 
 @kernel
-def count_between(slots: NDArray[np.uint64], first: np.uint64, last: np.uint64) -> int:
+def count_between(buckets: NDArray[np.uint64], first: np.uint64, last: np.uint64) -> int:
     """Count the pairs in slots without a salt whose hashes lie between two, both included."""
-    capacity = slots.shape[0]
-    at, end, count = home(first, capacity, _0), home(last, capacity, _0), 0
+    capacity = buckets.shape[0]
+    at, end, count = bucket_of(first, capacity, _0), bucket_of(last, capacity, _0), 0
     for step in range(capacity):
-        if slots[at, 1] == 0:
-            if step >= end - home(first, capacity, _0):
+        if buckets[at, 1] == 0:
+            if step >= end - bucket_of(first, capacity, _0):
                 break
-        elif first <= slots[at, 0] <= last:
+        elif first <= buckets[at, 0] <= last:
             count += 1
         at += 1
         if at == capacity:
@@ -283,13 +283,13 @@ def count_between(slots: NDArray[np.uint64], first: np.uint64, last: np.uint64) 
 
 @kernel
 def take_between(
-    slots: NDArray[np.uint64], first: np.uint64, last: np.uint64, out: NDArray[np.uint64]
+    buckets: NDArray[np.uint64], first: np.uint64, last: np.uint64, out: NDArray[np.uint64]
 ) -> None:
     """Copy those pairs, ``(hash, row)``, ascending by hash."""
-    capacity, at, found = slots.shape[0], home(first, slots.shape[0], _0), 0
+    capacity, at, found = buckets.shape[0], bucket_of(first, buckets.shape[0], _0), 0
     while found < out.shape[0]:
-        if slots[at, 1] != 0 and first <= slots[at, 0] <= last:
-            value, row = slots[at, 0], slots[at, 1] - _1
+        if buckets[at, 1] != 0 and first <= buckets[at, 0] <= last:
+            value, row = buckets[at, 0], buckets[at, 1] - _1
             k = found
             while k > 0 and out[k - 1, 0] > value:
                 out[k, 0], out[k, 1] = out[k - 1, 0], out[k - 1, 1]
@@ -312,13 +312,13 @@ def _is_there(out: Any, at: Any, value: Any, row: Any) -> Any:  # noqa: ANN401
 
 
 @inlined
-def _put(out: Any, at: Any, home: Any, before: Any, value: Any, row: Any) -> Any:  # noqa: ANN401
+def _put(out: Any, at: Any, bucket: Any, before: Any, value: Any, row: Any) -> Any:  # noqa: ANN401
     """Put a pair at its home, or at `at` if that lies behind it; return where it is."""
     for k in range(SLACK):  # needed or not: a branch would go as often one way as the other
         out[at + k, 0], out[at + k, 1] = before, NO_ROW
-    for k in range(at + SLACK, home):
+    for k in range(at + SLACK, bucket):
         out[k, 0], out[k, 1] = before, NO_ROW
-    at = max(at, home)
+    at = max(at, bucket)
     out[at, 0], out[at, 1] = value, row
     return at
 
@@ -329,7 +329,7 @@ def merge(
     old: NDArray[np.uint64],
     first: np.uint64,
     bits: int,
-    homes: int,
+    bucket_count: int,
     out: NDArray[np.uint64],
     counts: Int64Array,
 ) -> None:
@@ -339,7 +339,7 @@ def merge(
     ----------
     first, bits : uint64, int
         The least hash that belongs to the part, and how many bits all of them have in common.
-    homes : int
+    bucket_count : int
         How many it gets.
     out : ndarray of uint64, shape (n, 2)
         Room for as many entries as there are pairs and homes, and `SLACK` more.
@@ -353,14 +353,14 @@ def merge(
         while i < new.shape[0] and (rest or new[i, 0] <= value):
             recent = new[i, 0]
             if not _is_there(out, at, recent, new[i, 1]):
-                at = 1 + _put(out, at, _home_in_part(recent, bits, homes), before, recent, new[i, 1])
+                at = 1 + _put(out, at, _bucket_in_part(recent, bits, bucket_count), before, recent, new[i, 1])
                 pairs, before = pairs + 1, recent
             i += 1
         if rest or (value == recent and _is_there(out, at, value, row)):
             continue
         # What is no pair is put too, and overwritten by the next: no branch for it either.
         is_pair = int(np.int64(row) >= 0)
-        place = _put(out, at, _home_in_part(value, bits, homes), before, value, row)
+        place = _put(out, at, _bucket_in_part(value, bits, bucket_count), before, value, row)
         at += int(place + 1 - at) * is_pair
         pairs, before = pairs + is_pair, max(before, value)
     counts[0], counts[1] = at, pairs
@@ -372,7 +372,7 @@ def first_of_each(hashes: NDArray[np.uint64], salt: np.uint64, table: Int64Array
     leader = np.empty(hashes.size, np.int64)
     capacity = table.size
     for i in range(hashes.size):
-        at = home(hashes[i], capacity, salt)
+        at = bucket_of(hashes[i], capacity, salt)
         while table[at] >= 0 and hashes[table[at]] != hashes[i]:
             at += 1
             if at == capacity:

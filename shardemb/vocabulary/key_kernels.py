@@ -19,7 +19,7 @@ _32 = np.uint64(32)
 
 
 @kernel
-def match_integers(records: Words, keys: Int64Array, rows: Int64Array, again: NDArray[np.bool_]) -> int:
+def match_integers(records: Words, keys: Int64Array, rows: Int64Array, dropped: NDArray[np.bool_]) -> int:
     """Set ``rows[i]`` to -1 where the record holds another key, and note and count which those are."""
     count = 0
     for i in range(rows.size):
@@ -28,7 +28,7 @@ def match_integers(records: Words, keys: Int64Array, rows: Int64Array, again: ND
         key = (np.uint64(records[i, 1]) << _32) | np.uint64(records[i, 0])
         if records[i, 2] != LIVE or key != np.uint64(keys[i]):
             rows[i] = -1
-            again[i] = True
+            dropped[i] = True
             count += 1
     return count
 
@@ -39,7 +39,7 @@ def match_hashes(
     hashes: NDArray[np.uint64],
     lengths: Int64Array,
     rows: Int64Array,
-    again: NDArray[np.bool_],
+    dropped: NDArray[np.bool_],
 ) -> int:
     """As `match_integers`, of hashes and lengths of strings alone."""
     count = 0
@@ -49,7 +49,7 @@ def match_hashes(
         value = (np.uint64(records[i, 1]) << _32) | np.uint64(records[i, 0])
         if not records[i, 3] & LIVE or value != hashes[i] or np.int64(records[i, 4]) != lengths[i]:
             rows[i] = -1
-            again[i] = True
+            dropped[i] = True
             count += 1
     return count
 
@@ -62,7 +62,7 @@ def match_bytes(
     offsets: Int64Array,
     data: NDArray[np.uint8],
     rows: Int64Array,
-    again: NDArray[np.bool_],
+    dropped: NDArray[np.bool_],
 ) -> int:
     """As `match_integers`, of the bytes of strings ``which[k]``, which begin at ``begins[k]`` in `cells`."""
     count = 0
@@ -71,7 +71,7 @@ def match_bytes(
         for j in range(offsets[i], offsets[i + 1]):
             if cells[at] != data[j]:
                 rows[i] = -1
-                again[i] = True
+                dropped[i] = True
                 count += 1
                 break
             at += 1
@@ -79,7 +79,7 @@ def match_bytes(
 
 
 @kernel
-def same_bytes(offsets: Int64Array, data: NDArray[np.uint8], leader: Int64Array) -> int:
+def detach_unequal(offsets: Int64Array, data: NDArray[np.uint8], leader: Int64Array) -> int:
     """Count the strings of a batch that differ from their leader; each of these becomes its own."""
     count = 0
     for i in range(leader.size):

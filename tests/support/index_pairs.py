@@ -15,12 +15,12 @@ def level(pairs, bits, share=0.75, deep=()):
         own_bits = bits if bits == 0 or number // 2 in deep else bits - 1
         own_number = number >> (bits - own_bits)
         own = [pair for pair in sorted(pairs) if first_bits(pair[0], own_bits) == own_number]
-        begin, homes, before = len(entries), int(len(own) / share), own_number << (64 - own_bits)
+        begin, buckets, before = len(entries), int(len(own) / share), own_number << (64 - own_bits)
         for value, row in own:
-            entries += [(before, NO_ROW)] * (begin + home_in(value, own_bits, homes) - len(entries))
+            entries += [(before, NO_ROW)] * (begin + bucket_in(value, own_bits, buckets) - len(entries))
             entries.append((value, row))
             before = value
-        spans += [(begin, homes, len(entries), own_bits)] * 2 ** (bits - own_bits)
+        spans += [(begin, buckets, len(entries), own_bits)] * 2 ** (bits - own_bits)
         number = len(spans)
     return np.array(spans), np.array(entries, np.uint64).reshape(-1, 2), bits
 
@@ -29,6 +29,6 @@ def first_bits(value, bits):
     return value >> (64 - bits)
 
 
-def home_in(value, bits, homes):
+def bucket_in(value, bits, buckets):
     """Of a part."""
-    return ((value << bits) % 2**64 >> 32) * homes >> 32
+    return ((value << bits) % 2**64 >> 32) * buckets >> 32

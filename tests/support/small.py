@@ -31,9 +31,9 @@ def make_small(patch, chance):
     """Let what takes millions of keys happen with dozens."""
     shapes = key_tables.table_shapes
 
-    def small_shapes(record):
+    def small_shapes(entry):
         rows = {"keys": 30, "freed": 5, "bytes": 3}
-        return {what: (rows.get(what, n), width, 64) for what, (n, width, _) in shapes(record).items()}
+        return {what: (rows.get(what, n), width, 64) for what, (n, width, _) in shapes(entry).items()}
 
     patch.setattr(vocabulary_catalog, "table_shapes", small_shapes)
     patch.setattr(key_rows, "SLICE_ROWS", chance.choice([7, 100]))
@@ -42,8 +42,8 @@ def make_small(patch, chance):
     patch.setattr(keyed_rows, "SCANNED_ROWS", chance.choice([13, 1000]))
     patch.setattr(hash_index, "OPEN_PAIRS", chance.choice([(1, 1), (5, 50), (64, 64), (2**20, 2**23)]))
     patch.setattr(hash_index, "_STALE", chance.choice([0, 20, 2**16]))
-    patch.setattr(hash_index, "SHARED", chance.choice([1, 2**13]))
-    patch.setattr(hash_index, "_FIRST_SLOTS", chance.choice([2, 64]))
+    patch.setattr(hash_index, "PARALLEL_PAIRS", chance.choice([1, 2**13]))
+    patch.setattr(hash_index, "_FIRST_BUCKETS", chance.choice([2, 64]))
     patch.setattr(hash_index, "PART_BITS", chance.choice([6, 9]))
     # The same from one run to the next.
     patch.setattr(hashing, "secret_of", lambda identity: hashing.Secret(np.uint64(1), np.uint64(2)))

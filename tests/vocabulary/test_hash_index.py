@@ -43,10 +43,10 @@ def run(functions):
 def small(open_pairs=(8, 32), part_bits=6):
     """Merge a few pairs already, into parts of a few entries; put some into slots by halves."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hash_index, "SHARED", 5)
+        patch.setattr(hash_index, "PARALLEL_PAIRS", 5)
         patch.setattr(hash_index, "OPEN_PAIRS", open_pairs)
         patch.setattr(hash_index, "PART_BITS", part_bits)
-        patch.setattr(hash_index, "_FIRST_SLOTS", 4)
+        patch.setattr(hash_index, "_FIRST_BUCKETS", 4)
         yield
 
 
@@ -145,7 +145,7 @@ def test_what_is_in_memory_is_a_share_of_what_is_on_disk(path):
         index, sizes = new_index(path), []
         for start in range(0, 20_000, 10):
             add(index, [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(start, start + 10)])
-            sizes.append((len(index), index._open, index.nbytes[0]))
+            sizes.append((len(index), index._open_pairs, index.nbytes[0]))
         assert all(held < max(100, min(total / 3, 1000)) for total, held, _ in sizes)
         assert max(nbytes for *_, nbytes in sizes) <= 17 * (1000 / 0.75 + 1)
         assert index.nbytes[1] > 16 * 19_000
@@ -153,7 +153,7 @@ def test_what_is_in_memory_is_a_share_of_what_is_on_disk(path):
 
 
 def test_a_checkpoint_writes_down_what_would_take_long_to_learn(path, monkeypatch):
-    monkeypatch.setattr(hash_index, "_SOON_LEARNT", 20)
+    monkeypatch.setattr(hash_index, "_QUICKLY_INDEXED", 20)
     pairs = [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(700)]
     with small((10**6, 10**6), part_bits=8):
         index, written = new_index(path), []
@@ -188,16 +188,16 @@ def test_an_index_that_may_not_write_keeps_all_in_memory(path):
 
 def test_hashes_that_begin_alike_are_merged_too(path):
     """More than may lie near one home: in memory they have no order."""
-    pairs = [((7 << 40) + n * 7919 % 5000, n) for n in range(3 * index_kernels.FAR)]
+    pairs = [((7 << 40) + n * 7919 % 5000, n) for n in range(3 * index_kernels.MAX_DISTANCE)]
     pairs += [(n << 50, n) for n in range(99)] + [((n << 58) - 1, n) for n in range(1, 65)]
     with small((10**6, 10**6), part_bits=6):
         index = new_index(path)
         add(index, pairs[:2000])
         add(index, pairs[2000:])
-        assert index._slots.salt
+        assert index._table.salt
         assert_holds(index, pairs)
         index.merge(Coverage())
-        assert not index._slots.salt
+        assert not index._table.salt
         add(index, pairs[:5])
         assert_holds(index, pairs)
         assert len(index) == len(set(pairs)) + 5
@@ -307,7 +307,7 @@ def test_parts_are_replaced_one_by_one_and_each_state_is_a_whole_index(path, tmp
             assert again.check()
             assert_holds(taken_up(folder), pairs)
     assert found == {Coverage(1, 200, 0), known}
-    assert index_files.owners([]) is None
+    assert index_files.assign_prefixes([]) is None
 
 
 @pytest.mark.parametrize("sample", [1, 32])

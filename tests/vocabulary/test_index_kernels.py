@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.index_pairs import LAST, first_bits, home_in, level
+from support.index_pairs import LAST, bucket_in, first_bits, level
 
 from shardemb.vocabulary import index_kernels
 
@@ -14,7 +14,7 @@ PLAIN, SALTED = np.uint64(0), np.uint64(0x123456789ABCDEF1)
 NO_LEVEL = np.zeros((1, 4), np.int64), np.empty((0, 2), np.uint64), 0
 
 few = st.sampled_from([0, 1, 5 << 60, (5 << 60) + 1, LAST - 1, LAST])
-at_the_end = st.integers(LAST - 2**40, LAST)  # their homes are the last slots, so that they go round
+at_the_end = st.integers(LAST - 2**40, LAST)  # their buckets are the last, so that they wrap around
 hashes_ = few | at_the_end | st.integers(0, LAST)
 pairs_ = st.lists(st.tuples(hashes_, st.integers(0, 9)), max_size=48)
 salts = st.sampled_from([PLAIN, SALTED])
@@ -25,27 +25,27 @@ def uint64(values):
 
 
 def empty(capacity):
-    """Slots and their marks."""
+    """Slots and their filters."""
     return np.zeros((capacity, 2), np.uint64), np.zeros(capacity, np.uint8)
 
 
 def filled(pairs, capacity=64, salt=PLAIN):
-    slots = empty(capacity)
+    table = empty(capacity)
     rows = np.array([row for _, row in pairs], np.int64)
-    assert not insert(slots, salt, uint64([value for value, _ in pairs]), rows).any()
-    return slots
+    assert not insert(table, salt, uint64([value for value, _ in pairs]), rows).any()
+    return table
 
 
-def insert(slots, salt, values, rows, first=0, last=None):
+def insert(table, salt, values, rows, first=0, last=None):
     left = np.zeros(values.size, np.bool_)
-    index_kernels.insert(*slots, salt, values, rows, left, first, slots[1].size if last is None else last)
+    index_kernels.insert(*table, salt, values, rows, left, first, table[1].size if last is None else last)
     return left
 
 
-def probe(slots, hashes, skip=0, end=2**62, salt=PLAIN, level=NO_LEVEL, start=0, stop=None):
+def probe(table, hashes, skip=0, end=2**62, salt=PLAIN, level=NO_LEVEL, start=0, stop=None):
     out = np.full(len(hashes), -7, np.int64)
     stop = len(hashes) if stop is None else stop
-    index_kernels.probe(*slots, salt, *level, uint64(hashes), skip, end, out, start, stop)
+    index_kernels.probe(*table, salt, *level, uint64(hashes), skip, end, out, start, stop)
     return out.tolist()
 
 
@@ -55,10 +55,10 @@ def between(spans, entries, bits, first, last):
     return tuple(out.tolist())
 
 
-def all_rows(slots, value, **options):
+def all_rows(table, value, **options):
     """The rows of a hash, as `skip` lists them."""
     found = []
-    while (row := probe(slots, [value], len(found), **options)[0]) >= 0:
+    while (row := probe(table, [value], len(found), **options)[0]) >= 0:
         found.append(row)
     assert row == -1
     return found
@@ -69,18 +69,18 @@ def all_rows(slots, value, **options):
 
 @given(st.lists(hashes_, min_size=1), st.integers(1, 2**31))
 def test_homes_ascend_with_hashes_and_lie_among_the_slots(values, capacity):
-    homes = [index_kernels.home(np.uint64(value), capacity, PLAIN) for value in sorted(values)]
-    assert homes == [(value >> 32) * capacity >> 32 for value in sorted(values)]
-    assert homes == sorted(homes)
-    assert 0 <= homes[0] <= homes[-1] < capacity
+    buckets = [index_kernels.bucket_of(np.uint64(value), capacity, PLAIN) for value in sorted(values)]
+    assert buckets == [(value >> 32) * capacity >> 32 for value in sorted(values)]
+    assert buckets == sorted(buckets)
+    assert 0 <= buckets[0] <= buckets[-1] < capacity
 
 
 def test_a_salt_spreads_hashes_that_begin_alike():
     values = [np.uint64((7 << 40) + n) for n in range(4096)]
-    assert len({int(index_kernels.home(value, 64, PLAIN)) for value in values}) == 1
-    homes = [index_kernels.home(value, 64, SALTED) for value in values]
-    assert np.bincount(homes, minlength=64).min() > 64 - 5 * 8
-    assert homes != [index_kernels.home(value, 64, np.uint64(3)) for value in values]
+    assert len({int(index_kernels.bucket_of(value, 64, PLAIN)) for value in values}) == 1
+    buckets = [index_kernels.bucket_of(value, 64, SALTED) for value in values]
+    assert np.bincount(buckets, minlength=64).min() > 64 - 5 * 8
+    assert buckets != [index_kernels.bucket_of(value, 64, np.uint64(3)) for value in values]
 
 
 # ---- slots ------------------------------------------------------------------------------------------------------
@@ -89,10 +89,10 @@ def test_a_salt_spreads_hashes_that_begin_alike():
 @given(pairs_, salts, st.integers(0, 10))
 @example([(LAST, row) for row in range(10)], PLAIN, 10)  # nine of ten behind the end, at the beginning
 def test_probe_lists_the_pairs_in_slots_as_they_came(pairs, salt, end):
-    slots = filled(pairs, salt=salt)
+    table = filled(pairs, salt=salt)
     for value in {value for value, _ in pairs} | {0, LAST}:
         expected = [row for each, row in pairs if each == value and row < end]
-        assert all_rows(slots, value, salt=salt, end=end) == expected
+        assert all_rows(table, value, salt=salt, end=end) == expected
 
 
 @given(pairs_, salts, st.integers(49, 300))
@@ -106,27 +106,27 @@ def test_other_slots_hold_the_same_pairs(pairs, salt, capacity):
 
 
 def test_slots_without_an_empty_one_are_searched_once_around():
-    slots = filled([(5 << 60, row) for row in range(16)], capacity=16)
-    assert all_rows(slots, 5 << 60) == list(range(16))
-    assert all_rows(slots, 0) == []
+    table = filled([(5 << 60, row) for row in range(16)], capacity=16)
+    assert all_rows(table, 5 << 60) == list(range(16))
+    assert all_rows(table, 0) == []
 
 
 def test_only_a_part_of_the_hashes_is_looked_up():
     values = list(range(0, 2**63, 2**57))  # more than are asked for at once
-    slots = filled([(value, row) for row, value in enumerate(values)], capacity=128)
-    assert probe(slots, values, start=3, stop=50) == [-7] * 3 + list(range(3, 50)) + [-7] * 14
-    assert probe(slots, values) == list(range(64))
+    table = filled([(value, row) for row, value in enumerate(values)], capacity=128)
+    assert probe(table, values, start=3, stop=50) == [-7] * 3 + list(range(3, 50)) + [-7] * 14
+    assert probe(table, values) == list(range(64))
 
 
 def test_where_a_pair_would_lie_too_far_nothing_is_put_without_a_salt():
-    far, capacity = index_kernels.FAR, 8 * index_kernels.FAR
+    far, capacity = index_kernels.MAX_DISTANCE, 8 * index_kernels.MAX_DISTANCE
     values, rows = uint64(range(2 * far)), np.arange(2 * far)
-    slots = empty(capacity)
-    assert np.flatnonzero(insert(slots, PLAIN, values, rows)).tolist() == list(range(far, 2 * far))
-    assert probe(slots, values.tolist()) == [*range(far), *[-1] * far]
-    assert insert(slots, PLAIN, values[far:], rows[far:]).all()
+    table = empty(capacity)
+    assert np.flatnonzero(insert(table, PLAIN, values, rows)).tolist() == list(range(far, 2 * far))
+    assert probe(table, values.tolist()) == [*range(far), *[-1] * far]
+    assert insert(table, PLAIN, values[far:], rows[far:]).all()
     salted = empty(capacity)
-    assert index_kernels.insert_all(*salted, SALTED, slots[0])
+    assert index_kernels.insert_all(*salted, SALTED, table[0])
     assert not insert(salted, SALTED, values[far:], rows[far:]).any()
     assert probe(salted, values.tolist(), salt=SALTED) == rows.tolist()
     assert not index_kernels.insert_all(*empty(capacity), PLAIN, salted[0])
@@ -135,8 +135,8 @@ def test_where_a_pair_would_lie_too_far_nothing_is_put_without_a_salt():
 def test_random_hashes_never_come_too_far():
     rng = np.random.default_rng(0)
     values = rng.integers(0, LAST, 1_500_000, np.uint64)
-    slots = empty(2_000_000)
-    assert not insert(slots, PLAIN, values, np.arange(values.size)).any()
+    table = empty(2_000_000)
+    assert not insert(table, PLAIN, values, np.arange(values.size)).any()
 
 
 @given(pairs_, salts, st.integers(48, 80), st.data())
@@ -144,39 +144,42 @@ def test_random_hashes_never_come_too_far():
 def test_pairs_are_put_into_stretches_of_slots_whoever_comes_first(pairs, salt, capacity, data):
     """What does not belong there, or would lie beyond, is left; all together are as if one had put them."""
     middle = capacity // 2 if data is None else data.draw(st.integers(0, capacity))
-    slots, rows = empty(capacity), np.array([row for _, row in pairs], np.int64)
+    table, rows = empty(capacity), np.array([row for _, row in pairs], np.int64)
     values = uint64([value for value, _ in pairs])
-    homes = np.array([index_kernels.home(value, capacity, salt) for value in values], np.int64)
+    buckets = np.array([index_kernels.bucket_of(value, capacity, salt) for value in values], np.int64)
     beyond = np.zeros(len(pairs), np.bool_)
     for first, last in ((middle, capacity), (0, middle)):
-        before = [each.copy() for each in slots]
-        left = insert(slots, salt, values, rows, first, last)
-        own = (homes >= first) & (homes < last)
+        before = [each.copy() for each in table]
+        left = insert(table, salt, values, rows, first, last)
+        own = (buckets >= first) & (buckets < last)
         assert not left[~own].any()
-        changed = np.flatnonzero((slots[0] != before[0]).any(axis=1) | (slots[1] != before[1]))
+        changed = np.flatnonzero((table[0] != before[0]).any(axis=1) | (table[1] != before[1]))
         assert ((changed >= first) & (changed < last)).all()
-        assert np.count_nonzero(slots[0][:, 1]) - np.count_nonzero(before[0][:, 1]) == (own & ~left).sum()
+        assert np.count_nonzero(table[0][:, 1]) - np.count_nonzero(before[0][:, 1]) == (own & ~left).sum()
         beyond |= left
-    assert not insert(slots, salt, values[beyond], rows[beyond]).any()
+    assert not insert(table, salt, values[beyond], rows[beyond]).any()
     for value in {value for value, _ in pairs}:
-        found = all_rows(slots, value, salt=salt)
+        found = all_rows(table, value, salt=salt)
         assert sorted(found) == sorted(row for each, row in pairs if each == value)
 
 
 @given(pairs_, salts, st.lists(hashes_, max_size=20))
 def test_a_hash_without_its_mark_is_in_no_slot(pairs, salt, others):
-    _, marks = filled(pairs, salt=salt)
+    _, filters = filled(pairs, salt=salt)
     for value in uint64([value for value, _ in pairs] + others):
-        marked = marks[index_kernels.home(value, marks.size, salt)] & index_kernels._mark(value) != 0
+        marked = (
+            filters[index_kernels.bucket_of(value, filters.size, salt)] & index_kernels._filter_bit(value)
+            != 0
+        )
         assert marked >= (int(value) in [each for each, _ in pairs])
 
 
 def test_few_hashes_have_a_mark_that_is_not_theirs():
     rng = np.random.default_rng(0)
     values, others = rng.integers(0, LAST, (2, 40_000), np.uint64)
-    _, marks = filled([(int(value), 0) for value in values], capacity=64_000)
+    _, filters = filled([(int(value), 0) for value in values], capacity=64_000)
     marked = [
-        marks[index_kernels.home(value, marks.size, PLAIN)] & index_kernels._mark(value) != 0
+        filters[index_kernels.bucket_of(value, filters.size, PLAIN)] & index_kernels._filter_bit(value) != 0
         for value in others
     ]
     assert 0.05 < np.mean(marked) < 0.1
@@ -192,11 +195,11 @@ deep_ = st.sets(st.integers(0, 31))
 @example([], [(3, row) for row in range(40)], 4, 30, set())  # more at one home than are looked at one by one
 @example([(3, 1)], [(LAST, row) for row in range(40)], 0, 40, set())
 def test_pairs_in_memory_come_before_those_in_the_file(new, old, bits, end, deep):
-    slots, old = filled(new), sorted(set(old))
+    table, old = filled(new), sorted(set(old))
     found = level(old, bits, deep=deep)
     for value in {value for value, _ in new + old} | {0, 2, LAST}:
         expected = [[row for each, row in pairs if each == value and row < end] for pairs in (new, old)]
-        assert all_rows(slots, value, end=end, level=found) == expected[0] + expected[1]
+        assert all_rows(table, value, end=end, level=found) == expected[0] + expected[1]
 
 
 @given(pairs_, st.integers(0, 6), hashes_, hashes_, st.floats(0.1, 1), deep_)
@@ -248,21 +251,21 @@ def test_rows_that_are_none_do_not_count():
 def test_homes_among_entries_are_those_of_the_parts(values, bits, deep):
     spans = level([(value, 1) for value in values], bits, deep=deep)[0]
     found = np.empty(len(values), np.int64)
-    index_kernels.entry_homes(spans, bits, uint64(values), found)
+    index_kernels.entry_buckets(spans, bits, uint64(values), found)
     for value, at in zip(values, found.tolist(), strict=True):
-        begin, homes, end, own = spans[first_bits(value, bits)].tolist()
-        assert at == min(begin + home_in(value, own, homes), end - 1)
+        begin, buckets, end, own = spans[first_bits(value, bits)].tolist()
+        assert at == min(begin + bucket_in(value, own, buckets), end - 1)
 
 
 def test_few_pairs_lie_far_from_their_homes():
     values = np.sort(np.random.default_rng(0).integers(0, LAST, 100_000, np.uint64))
     spans, entries, _ = level([(int(value), 1) for value in values], 3)
-    homes = np.empty(values.size, np.int64)
-    index_kernels.entry_homes(spans, 3, values, homes)
-    far = np.flatnonzero(entries[:, 1] == 1) - homes
+    buckets = np.empty(values.size, np.int64)
+    index_kernels.entry_buckets(spans, 3, values, buckets)
+    far = np.flatnonzero(entries[:, 1] == 1) - buckets
     assert far.min() == 0
     assert far.mean() < 2
-    assert np.mean(far < index_kernels._NEAR) > 0.97
+    assert np.mean(far < index_kernels._SCANNED) > 0.97
 
 
 # ---- merging ----------------------------------------------------------------------------------------------------
@@ -273,21 +276,21 @@ def test_few_pairs_lie_far_from_their_homes():
 @example([(LAST, row) for row in range(10)], 0, 5)  # those at the beginning belong to the end
 def test_take_between_sorts_the_pairs_of_a_range(pairs, first, last):
     first, last = sorted([first, last])
-    (slots, _), bounds = filled(pairs), (np.uint64(first), np.uint64(last))
+    (table, _), bounds = filled(pairs), (np.uint64(first), np.uint64(last))
     expected = [pair for pair in pairs if first <= pair[0] <= last]
-    assert index_kernels.count_between(slots, *bounds) == len(expected)
+    assert index_kernels.count_between(table, *bounds) == len(expected)
     out = np.empty((len(expected), 2), np.uint64)
-    index_kernels.take_between(slots, *bounds, out)
+    index_kernels.take_between(table, *bounds, out)
     assert sorted(map(tuple, out.tolist())) == sorted(expected)
     assert out[:, 0].tolist() == sorted(out[:, 0].tolist())
 
 
 @given(pairs_, st.integers(0, 6))
 def test_ranges_side_by_side_share_out_all_pairs(pairs, bits):
-    slots, _ = filled(pairs)
+    table, _ = filled(pairs)
     found = [
         index_kernels.count_between(
-            slots, np.uint64(part << (64 - bits)), np.uint64(((part + 1) << (64 - bits)) - 1)
+            table, np.uint64(part << (64 - bits)), np.uint64(((part + 1) << (64 - bits)) - 1)
         )
         for part in range(2**bits)
     ]
@@ -305,10 +308,10 @@ def test_merge_makes_a_part_of_pairs_and_entries_each_pair_once(new, old, bits, 
         for pairs in (new, old_entries.tolist())
     )
     expected = {pair for pair in [*new, *old] if first <= pair[0] <= last}
-    homes = int(len(expected) / 0.75)
-    out = np.full((homes + own.shape[0] + others.shape[0] + index_kernels.SLACK, 2), 7, np.uint64)
+    buckets = int(len(expected) / 0.75)
+    out = np.full((buckets + own.shape[0] + others.shape[0] + index_kernels.SLACK, 2), 7, np.uint64)
     counts = np.full(2, -7)
-    index_kernels.merge(own, others, np.uint64(first), bits, homes, out, counts)
+    index_kernels.merge(own, others, np.uint64(first), bits, buckets, out, counts)
     stop, pairs = counts.tolist()
     spans, entries, _ = level(expected, bits, deep=range(64))
     begin, _, end, _ = spans[number].tolist()

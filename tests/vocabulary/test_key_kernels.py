@@ -97,7 +97,7 @@ def test_strings_that_differ_from_their_leader_are_counted(strings, data):
     leader = np.array([data.draw(st.integers(0, at)) for at in range(len(strings))], np.int64)
     differ = [strings[first] != each for first, each in zip(leader.tolist(), strings, strict=True)]
     expected = np.where(differ, np.arange(leader.size), leader)
-    assert key_kernels.same_bytes(*flat(strings), leader) == sum(differ)
+    assert key_kernels.detach_unequal(*flat(strings), leader) == sum(differ)
     assert leader.tolist() == expected.tolist()
 
 
@@ -121,17 +121,19 @@ def test_bytes_go_where_they_belong_and_come_back(strings):
     st.lists(st.integers(0, 2**32), max_size=30),
     st.sampled_from([0, 2**32 - 3]),
 )
-def test_the_smallest_counters_of_a_key_are_raised(cells, sightings, start):
+def test_the_smallest_counters_of_a_key_are_raised(cells, occurrences, start):
     """Conservative update, as its paper has it: to the least plus one, those that are below; none goes round."""
-    sightings = [each % len(cells) for each in sightings]
+    occurrences = [each % len(cells) for each in occurrences]
     model, counts = [[start] * 4, [start] * 4], [0] * len(cells)
-    for key in sightings:
+    for key in occurrences:
         least = min(model[row][column] for row, column in enumerate(cells[key]))
         count = min(least + 1, 2**32 - 1)
         for row, column in enumerate(cells[key]):
             model[row][column] = max(model[row][column], count)
         counts[key] = count
     counters, found = np.full(8, start, np.uint32), np.zeros(len(cells), np.uint32)
-    key_kernels.count_seen(counters, np.array(cells) + np.array([0, 4]), np.array(sightings, np.int64), found)
+    key_kernels.count_seen(
+        counters, np.array(cells) + np.array([0, 4]), np.array(occurrences, np.int64), found
+    )
     assert counters.tolist() == [*model[0], *model[1]]
     assert found.tolist() == counts

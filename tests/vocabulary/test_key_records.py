@@ -60,8 +60,8 @@ def test_a_string_that_goes_leaves_its_room(spans):
     words = made(spans)
     gone = key_records.without_key(words)
     assert key_records.are_live(gone).tolist() == [False] * len(spans)
-    begins, lengths, rooms = key_records.spans_of(gone)
-    assert list(zip(begins.tolist(), rooms.tolist(), strict=True)) == [
+    begins, lengths, capacities = key_records.spans_of(gone)
+    assert list(zip(begins.tolist(), capacities.tolist(), strict=True)) == [
         (begin, room) for _, begin, _, room in spans
     ]
     assert not lengths.any()
