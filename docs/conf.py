@@ -1,4 +1,4 @@
-"""Sphinx builds the documents: ``sphinx-build -W --keep-going -b html docs docs/_build/html``. Needs no network."""
+"""Build the documents: ``sphinx-build -W --keep-going -b html docs docs/_build/html``. It needs no network."""
 
 import shardemb
 
@@ -15,7 +15,7 @@ html_title = f"shardemb {release}"
 myst_heading_anchors = 3
 myst_enable_extensions = ["deflist"]
 
-# Types stand in the docstrings, with shapes; signatures stay short.
+# The docstrings have the types, with shapes, so signatures stay short.
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 autosummary_generate = False
