@@ -317,7 +317,7 @@ class TableState:
             optimizer=old.spec.optimizer if keep else optimizer,
             rows_per_shard=rows_per_shard,
             max_shards=address_space.mappings_left(),
-            instant=str(commit.id),
+            commit_id=str(commit.id),
         )
         directory = rewrite.reshaped(
             self.runtime.path,

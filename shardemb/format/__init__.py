@@ -1,5 +1,5 @@
-"""The disk as data: what stands in each document and record, and where each file lies. See docs/reference/FORMAT.md.
+"""The disk as data: the content of every document and record, and the path of every file. See docs/reference/FORMAT.md.
 
-Dataclasses that are persisted, checks that believe nothing that a file says, layouts and paths; and zarr, which writes
-its metadata in memory. Nothing here opens a file.
+Dataclasses that are persisted, parsers that trust nothing they read, layouts and paths; and zarr, which writes its
+metadata into memory. Nothing here opens a file.
 """

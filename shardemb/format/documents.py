@@ -1,4 +1,4 @@
-"""JSON documents and their checksums: reading them while believing nothing that they say."""
+"""Parsing of JSON documents, which trusts nothing that it reads, and the checksums of documents and records."""
 
 from __future__ import annotations
 
@@ -7,21 +7,14 @@ import re
 import zlib
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from shardemb.errors import FormatError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-from typing import TYPE_CHECKING
-
-import xxhash
-
-if TYPE_CHECKING:
-    pass
-
-
 FORMAT_VERSION = 1
-
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -32,7 +25,7 @@ def parse_json(data: bytes) -> dict[str, Any]:
     Raises
     ------
     FormatError
-        Not a JSON object.
+        The data is not a JSON object.
     """
     try:
         document = json.loads(data)
@@ -45,19 +38,13 @@ def parse_json(data: bytes) -> dict[str, Any]:
     return document
 
 
-def crc32(document: Mapping[str, object]) -> int:
-    """Return the checksum of a JSON object, however it is laid out, over all but its own ``crc32``."""
-    rest = {name: value for name, value in document.items() if name != "crc32"}
-    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
-
-
 def require_version(document: Mapping[str, Any]) -> None:
-    """Refuse what a newer shardemb wrote.
+    """Refuse a document that a newer shardemb wrote.
 
     Raises
     ------
     FormatError
-        No version, or a newer one.
+        The document has no version, or a newer one.
     """
     version = int_field(document, "format_version", 2**31)
     if version > FORMAT_VERSION:
@@ -69,12 +56,12 @@ def require_version(document: Mapping[str, Any]) -> None:
 
 
 def field(document: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:  # noqa: ANN401
-    """Take a value of a JSON object, of the given type.
+    """Return a value of a JSON object, which must have the given type.
 
     Raises
     ------
     FormatError
-        It is missing or of another type.
+        The value is missing or has another type.
     """
     value = document.get(name)
     if name not in document or not isinstance(value, kind):
@@ -84,12 +71,12 @@ def field(document: Mapping[str, Any], name: str, kind: type | tuple[type, ...])
 
 
 def uuid_field(document: Mapping[str, Any], name: str = "uuid") -> str:
-    """Take the uuid of a JSON object, which names folders too.
+    """Return a uuid from a JSON object. It is checked strictly because folders are named after it.
 
     Raises
     ------
     FormatError
-        It is missing or not a uuid.
+        The value is missing or not a uuid.
     """
     text = field(document, name, str)
     if not _UUID.fullmatch(text):
@@ -99,20 +86,26 @@ def uuid_field(document: Mapping[str, Any], name: str = "uuid") -> str:
 
 
 def int_field(document: Mapping[str, Any], name: str, maximum: int, *, minimum: int = 1) -> int:
-    """Take an integer of a JSON object, within its limits.
+    """Return an integer from a JSON object, which must be between `minimum` and `maximum`, both included.
 
     Raises
     ------
     FormatError
-        It is missing, not an integer, or out of the limits.
+        The value is missing, not an integer, or out of range.
     """
     value = field(document, name, int)
-    if isinstance(value, bool) or not minimum <= value <= maximum:
+    if isinstance(value, bool) or not minimum <= value <= maximum:  # to Python, True is an int
         msg = f"{name} is {value!r}"
         raise FormatError(msg)
     return int(value)
 
 
+def crc32(document: Mapping[str, object]) -> int:
+    """Return the checksum of a JSON object, over everything but its own ``crc32``, however the file formats it."""
+    rest = {name: value for name, value in document.items() if name != "crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
 def checksum(data: bytes | memoryview) -> int:
-    """Checksum of headers and payloads: XXH3, 64 bits."""
+    """Return the checksum of binary data (blocks of files, headers, payloads): XXH3, 64 bits, seed 0."""
     return xxhash.xxh3_64_intdigest(data)

@@ -1,27 +1,24 @@
-"""The layout of the image log: headers, records and their types."""
+"""The binary layout of the image log: segment headers, record headers and record types."""
 
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 MAGIC, RECORD_MAGIC = b"shardlog", b"srec"
 
-
 HEADER = struct.Struct("<8sQQQQQ16s16sQ")
-
+"""Of a segment: magic, format version, epoch, number of the segment, sequence number of its first record, bytes of the
+file, uuid of the store, salt, checksum of all this."""
 
 RECORD = struct.Struct("<4sIQQQQQQ16sQQ")
-
+"""Of a record: magic, type, bytes of the payload, epoch, sequence number, highest sequence number known to be synced,
+attempt, count, uuid of the table, checksum of the payload, checksum of all this with the store's uuid and the salt."""
 
 IMAGES, COMMIT, END = 1, 2, 3
-
+"""Types of records."""
 
 NO_TABLE = bytes(16)
-
+"""Stands for the uuid of a table in records that are not images."""
 
 SUFFIX = ".log"
+"""Of the file names of segments."""

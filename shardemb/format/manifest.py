@@ -121,7 +121,7 @@ class VocabularyEntry:
 
     @property
     def table_kinds(self) -> tuple[str, ...]:
-        """What its tables are for, each called ``NAME@kind``."""
+        """The kinds of its internal tables, each named ``NAME@kind``."""
         has = {BYTES: self.key_type != "int64", SKETCH: self.admission is not None}
         return tuple(kind for kind in INTERNAL if has.get(kind, True))
 

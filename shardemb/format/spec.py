@@ -1,6 +1,6 @@
 """What is fixed about a table, and the arithmetic of where a row lies.
 
-A `TableSpec` is fixed when its table is created; it stands in the table's zarr metadata. What a commit can change
+A `TableSpec` is fixed when its table is created, and is stored in the table's zarr metadata. What a commit can change
 about a table is in ``manifest.py``.
 
 One row is one **record**: the weight, then each state column, side by side, as float32. A row-shard is
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 
 ROWS_PER_WORD = 64
-"""Shards begin at multiples of this, so two of them never share a word of the presence bitmap."""
+"""Shards begin at multiples of this, so that no two share a word of the presence bitmap."""
 
 SHARD_BYTES = 64 * 2**20, 512 * 2**20
 MAX_SHARDS = 1024
-"""The automatic size lets a shard grow within `SHARD_BYTES` to keep a table below `MAX_SHARDS`.
+"""The automatic size of a shard grows, within `SHARD_BYTES`, to keep a table at or below `MAX_SHARDS` shards.
 
-To make a file takes 30 us, and a millisecond where many were removed just before.
+Creating a file takes 30 us, or a millisecond soon after many files were removed.
 """
 
 PRESENCE_BYTES = 4 * 2**20
@@ -47,13 +47,13 @@ MAX_ROWS = 2**48
 MAX_DIM = 2**16
 
 COUNTERS = COUNT, LAST_STEP = "count", "last_step"
-"""Columns of a table that counts: how often a row was updated, and in which step of the table last."""
+"""Columns of a table with counters: how often a row was updated, and the step of the table that last updated it."""
 
 KEY_TYPES = "int64", "string", "bytes"
-"""What the keys of a vocabulary may be."""
+"""Types that the keys of a vocabulary may have."""
 
 INTERNAL = KEYS, BYTES, FREED, SKETCH = "keys", "bytes", "freed", "sketch"
-"""What the tables of a vocabulary are for; they are called ``VOCABULARY@keys`` and so on, and are not shown."""
+"""Kinds of the internal tables of a vocabulary. They are named ``VOCABULARY@keys`` and so on, and are not shown."""
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _INTERNAL_NAME = re.compile(_NAME.pattern + rf"@({'|'.join(INTERNAL)})")
@@ -66,20 +66,20 @@ class TableSpec:
     Attributes
     ----------
     uuid : str
-        Identity of the table; names can change.
+        Identity of the table; its name can change.
     stream : str
-        Selects the stream of its initial values: the name under which the table was created, with ``#2``, ``#3``
-        and so on behind it where a table of the store had that stream already.
+        Selects the stream of its initial values: the name under which the table was created, followed by ``#2``,
+        ``#3`` and so on if a table of the store already had that stream.
     num_embeddings, embedding_dim : int
-        Rows, and float32 values of weight in a row.
+        Number of rows, and number of float32 values in the weight of each.
     rows_per_shard : int
         A multiple of `shard_rows_multiple`.
     optimizer : Optimizer or None
-        As of creation: decides the state columns. The hyper-parameters of today are in the `TableEntry`.
+        As of creation; it determines the state columns. The current hyper-parameters are in the `TableEntry`.
     initializer : Initializer
-        Weights of rows never written.
+        Gives the weights of rows that were never written.
     counters : bool
-        Whether each row counts its updates: columns ``count`` and ``last_step``, behind those of the optimizer.
+        Whether each row counts its updates, in columns ``count`` and ``last_step`` after those of the optimizer.
     """
 
     uuid: str
@@ -93,16 +93,16 @@ class TableSpec:
 
     @cached_property
     def columns(self) -> dict[str, tuple[int, int]]:
-        """Column name to its first and one-past-last value in the record, ``"weight"`` first."""
+        """Maps each column's name to its half-open range of values in the record; ``"weight"`` is the first."""
         return record_columns(self.embedding_dim, self.optimizer, counters=self.counters)
 
     @cached_property
     def width(self) -> int:
-        """Values in a record."""
+        """Number of float32 values in a record."""
         return max(stop for _, stop in self.columns.values())
 
     def is_row_wise(self, column: str) -> bool:
-        """Whether a state column is one number a row, whatever the dim."""
+        """Whether a state column holds one number per row, whatever the embedding dimension."""
         if column in COUNTERS:
             return True
         assert self.optimizer is not None
@@ -125,12 +125,12 @@ class TableSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all records, whether they take disk or not."""
+        """Bytes of all records, including those that take no disk space."""
         return self.num_embeddings * self.record_bytes
 
     @cached_property
     def initial_state(self) -> Float32Array:
-        """Values of a fresh row's state columns, float32, shape (width - embedding_dim,)."""
+        """Initial values of the state columns of a row, float32, shape (width - embedding_dim,)."""
         state = np.zeros(self.width, np.float32)
         if self.optimizer is not None:
             for name, value in self.optimizer.initial_state().items():
@@ -139,14 +139,17 @@ class TableSpec:
 
     @cached_property
     def has_presence(self) -> bool:
-        """Whether a presence bitmap is kept: unless a fresh record is all zero bytes, as a hole in a file reads."""
+        """Whether the table has a presence bitmap.
+
+        It needs none if a fresh record is all zero bytes, because that is how a hole in a file reads.
+        """
         weight = self.initializer.value if isinstance(self.initializer, initializers.Constant) else math.nan
         zero = np.float32(weight).tobytes() == bytes(4)
         return not zero or any(self.initial_state.tobytes())
 
     @property
     def presence_bytes(self) -> int:
-        """Bytes of the presence bitmap: bit r is row r, little bit order."""
+        """Bytes of the presence bitmap: bit r is row r, in little bit order."""
         return -(-self.num_embeddings // 8)
 
     @property
@@ -161,12 +164,12 @@ class TableSpec:
 
     @property
     def num_blocks(self) -> int:
-        """Number of pages that all files take together, each of which has a checksum."""
+        """Number of pages in all shards and presence chunks together; each has a checksum."""
         presence = self.num_presence_chunks * self.presence_chunk_bytes
         return (self.num_shards * self.shard_bytes + presence) // PAGE
 
     def to_json(self) -> dict[str, object]:
-        """Return the table's attributes in zarr, with a checksum over everything else."""
+        """Return the table's attributes in zarr, including a checksum over all the others."""
         document: dict[str, object] = {
             "format_version": FORMAT_VERSION,
             "uuid": self.uuid,
@@ -184,13 +187,13 @@ class TableSpec:
 
     @staticmethod
     def from_json(document: Mapping[str, Any]) -> TableSpec:
-        """Build a spec from the table's attributes, believing none of them.
+        """Build a spec from the table's attributes, trusting none of them.
 
         Raises
         ------
         FormatError
-            A newer version, a missing or impossible value, columns that disagree with the optimizer, a wrong
-            checksum (the first stores had none).
+            The version is newer, a value is missing or impossible, the columns disagree with the optimizer, or the
+            checksum is wrong. (The first stores had no checksum.)
         """
         require_version(document)
         optimizer = field(document, "optimizer", (dict, type(None)))
@@ -206,13 +209,13 @@ class TableSpec:
         )
         columns = {name: list(bounds) for name, bounds in spec.columns.items()}
         if document.get("columns") != columns:
-            msg = f"columns are {document.get('columns')}, but the optimizer makes them {columns}"
+            msg = f"columns are {document.get('columns')}, but those of the optimizer are {columns}"
             raise FormatError(msg)
         if spec.rows_per_shard % shard_rows_multiple(spec.record_bytes):
             msg = f"rows_per_shard {spec.rows_per_shard} is not a multiple of {shard_rows_multiple(spec.record_bytes)}"
             raise FormatError(msg)
         if "crc32" in document and document["crc32"] != crc32(document):
-            msg = "the checksum of its attributes does not match them"
+            msg = "the checksum of its attributes does not match"
             raise FormatError(msg)
         return spec
 
@@ -227,12 +230,12 @@ def new_spec(
     rows_per_shard: int | None,
     max_shards: int,
 ) -> TableSpec:
-    """Make the spec of a new table of a checked name and shape.
+    """Make the spec of a new table from a name and shape that were checked already.
 
     Raises
     ------
     TypeError, ValueError
-        An optimizer or a size of shards that cannot be.
+        The optimizer or the number of rows per shard is invalid.
     """
     checked, rows = _checked(shape, optimizer, rows_per_shard, max_shards, counters=counters)
     return TableSpec(
@@ -248,9 +251,12 @@ def new_spec(
 
 
 def reshaped_spec(
-    spec: TableSpec, *, optimizer: object, rows_per_shard: int | None, max_shards: int, instant: str
+    spec: TableSpec, *, optimizer: object, rows_per_shard: int | None, max_shards: int, commit_id: str
 ) -> TableSpec:
-    """Make the spec of a table with other shards or another optimizer, the same each time for one `instant`.
+    """Make the spec of a table with other shards or another optimizer.
+
+    Equal arguments give the same uuid, so that an interrupted rewrite is continued and not started again. `commit_id`
+    identifies the commit whose rows are copied.
 
     Raises
     ------
@@ -260,14 +266,14 @@ def reshaped_spec(
     shape = spec.num_embeddings, spec.embedding_dim
     wanted = spec.rows_per_shard if rows_per_shard is None else rows_per_shard
     checked, rows = _checked(shape, optimizer, wanted, max_shards, counters=spec.counters)
-    identity = uuid.uuid5(uuid.UUID(spec.uuid), f"{instant} {rows} {checked!r}")
+    identity = uuid.uuid5(uuid.UUID(spec.uuid), f"{commit_id} {rows} {checked!r}")
     return replace(spec, uuid=str(identity), rows_per_shard=rows, optimizer=checked)
 
 
 def _checked(
     shape: tuple[int, int], optimizer: object, rows_per_shard: int | None, max_shards: int, *, counters: bool
 ) -> tuple[optim.Optimizer | None, int]:
-    """Check an optimizer and a size of shards, and choose the latter."""
+    """Check an optimizer and a number of rows per shard; return the optimizer, and the number rounded or chosen."""
     if optimizer is not None and not isinstance(optimizer, optim.Optimizer):
         msg = f"optimizer must be one of shardemb.optim, for example shardemb.optim.Adam(), got {optimizer!r}"
         raise TypeError(msg)
@@ -280,7 +286,7 @@ def _checked(
 def record_columns(
     embedding_dim: int, optimizer: optim.Optimizer | None, *, counters: bool = False
 ) -> dict[str, tuple[int, int]]:
-    """Lay out a record: the weight, then each state column, as half-open ranges of values."""
+    """Return the layout of a record: the half-open range of values of the weight and of each state column, in order."""
     columns, start = {"weight": (0, embedding_dim)}, embedding_dim
     states = optimizer.state_columns(embedding_dim) if optimizer else {}
     for name, width in (states | (dict.fromkeys(COUNTERS, 1) if counters else {})).items():
@@ -290,15 +296,18 @@ def record_columns(
 
 
 def shard_rows_multiple(record_bytes: int) -> int:
-    """Return what `rows_per_shard` must be a multiple of: whole words of bitmap, whole pages of file."""
+    """Return the number of which `rows_per_shard` must be a multiple.
+
+    Only then does a shard take whole words of the presence bitmap and whole pages of its file.
+    """
     return math.lcm(ROWS_PER_WORD, PAGE // math.gcd(PAGE, record_bytes))
 
 
 def choose_rows_per_shard(num_embeddings: int, record_bytes: int, wanted: int | None, max_shards: int) -> int:
-    """Choose the rows of a shard: `wanted` rounded up, or an automatic size.
+    """Choose the rows per shard: `wanted` rounded up, or an automatic number.
 
-    The automatic one lies between 64 and 512 MiB (more where `max_shards`, the mappings still free in this
-    process, asks for it), and is no larger than a small table.
+    An automatic shard takes 64 to 512 MiB; more if the table would otherwise have more than `max_shards` shards (the
+    mappings still free in this process), and less if the whole table is smaller.
     """
     multiple = shard_rows_multiple(record_bytes)
     if wanted is None:
@@ -310,17 +319,17 @@ def choose_rows_per_shard(num_embeddings: int, record_bytes: int, wanted: int | 
 
 
 def is_internal(name: str) -> bool:
-    """Whether a table is part of a vocabulary."""
+    """Whether a name is that of an internal table of a vocabulary."""
     return "@" in name
 
 
 def check_stored_name(name: object) -> str:
-    """Check a table's name as a commit has it.
+    """Check a table's name that was read from a commit; internal tables are allowed.
 
     Raises
     ------
     FormatError
-        It cannot be one.
+        It is not a valid name.
     """
     if isinstance(name, str) and _INTERNAL_NAME.fullmatch(name):
         return name
@@ -331,14 +340,14 @@ def check_stored_name(name: object) -> str:
 
 
 def check_name(name: object) -> str:
-    """Check a table's name: letters, digits, ``_``, ``-`` and ``.``, at most 64, not beginning with ``.`` or ``-``.
+    """Check a table's name: 1 to 64 letters, digits, ``_``, ``-`` and ``.``, of which the first is not ``.`` or ``-``.
 
     Raises
     ------
     TypeError
-        Not a string.
+        The name is not a string.
     ValueError
-        Other characters: a name is one folder, never a path.
+        The name has other characters or another length. It names one folder, and is never a path.
     """
     if not isinstance(name, str):
         msg = f"a table's name must be a str, got {name!r}"
@@ -358,7 +367,7 @@ def check_shape(num_embeddings: object, embedding_dim: object) -> tuple[int, int
     Raises
     ------
     TypeError, ValueError
-        Not integers, or out of the limits.
+        The numbers are not integers, or out of range.
     """
     return (
         validation.count(num_embeddings, "num_embeddings", maximum=MAX_ROWS),

@@ -7,22 +7,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-
 PRIVATE = ".shardemb"
 
 
 def private(store: Path) -> Path:
-    """Folder of what is not zarr."""
+    """Folder of everything that is not zarr."""
     return store / PRIVATE
 
 
 def manifest(store: Path) -> Path:
-    """File that says what the others mean."""
+    """File that gives all other files their meaning."""
     return private(store) / "manifest.json"
 
 
 def lock(store: Path) -> Path:
-    """File whose lock the writer holds."""
+    """File on which the writer holds a lock."""
     return private(store) / "lock"
 
 
@@ -32,20 +31,20 @@ def log(store: Path) -> Path:
 
 
 def epoch(store: Path) -> Path:
-    """File that tells readers when another writer has come; nothing else relies on it."""
+    """File by which readers notice that another writer has opened the store. Nothing else relies on it."""
     return private(store) / "epoch"
 
 
 def parked(store: Path, uuid: str) -> Path:
-    """Folder of a table that is not, or no longer, part of the store."""
+    """Folder of a table that is not part of the store: not yet, or no longer."""
     return private(store) / "tables" / uuid
 
 
 def index(store: Path, uuid: str) -> Path:
-    """Folder of a vocabulary's index, which can be made anew."""
+    """Folder of a vocabulary's index, which can be rebuilt from the keys."""
     return private(store) / "vocabularies" / uuid
 
 
 def rebuilt(store: Path) -> Path:
-    """Folder of tables that are being made anew, which may take long and be cut short."""
+    """Folder of tables that are being rebuilt, which can take long and be interrupted."""
     return private(store) / "rebuilt"

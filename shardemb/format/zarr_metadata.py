@@ -1,16 +1,16 @@
-"""The zarr v3 metadata of a store, the only room that imports zarr.
+"""The zarr v3 metadata of a store. No other module imports zarr.
 
-zarr writes and reads the metadata documents in memory; where they lie on disk is somebody else's concern. So every
-byte that reaches the disk passes ``files.py``, and a table's documents can be checked before anything is mapped.
-Documents that are still those that zarr wrote need no second judgement, so opening a store does not import zarr.
+zarr writes and reads the metadata documents in memory; other modules put them on disk. So every byte that reaches the
+disk goes through ``files.py``, and a table's documents can be checked before anything is mapped. Documents that are as
+zarr wrote them, by their checksum, are not checked by zarr again, so opening a store does not import it.
 
 ::
 
     zarr.json                 group: attributes.shardemb = {format_version, uuid}
     NAME/zarr.json            group: attributes.shardemb = TableSpec, and a checksum of it and the documents below
     NAME/rows/zarr.json       float32 (num_embeddings, width), chunks (rows_per_shard, width), keys "c.17.0"
-    NAME/present/zarr.json    uint8, one bit a row; only where a fresh record is not all zero bytes
-    NAME/checks/zarr.json     uint64, one checksum a block of 4,096 bytes of the files above
+    NAME/present/zarr.json    uint8, one bit per row; only if a fresh record is not all zero bytes
+    NAME/checks/zarr.json     uint64, one checksum per block of 4,096 bytes of the files above
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def presence_key(chunk: int) -> str:
 
 
 def store_documents(uuid: str) -> dict[str, bytes]:
-    """Return the documents of an empty store, by their path within it."""
+    """Return the documents of an empty store, by path relative to the store."""
     return _group_document({"format_version": FORMAT_VERSION, "uuid": uuid})
 
 
 def table_documents(spec: TableSpec) -> dict[str, bytes]:
-    """Return the documents of a table, by their path within its folder."""
+    """Return the documents of a table, by path relative to the table's folder."""
     documents = _array_documents(spec)
     attributes = spec.to_json()
     attributes["arrays_crc32"] = _arrays_crc32(attributes, documents)
@@ -96,19 +96,21 @@ def _array_documents(spec: TableSpec) -> dict[str, bytes]:
             chunk_key_encoding={"name": "default", "separator": "."},
             dimension_names=dimensions,
             zarr_format=3,
-            attributes={ATTRIBUTE: {"uuid": spec.uuid}},  # a folder put together from two tables is noticed
+            attributes={ATTRIBUTE: {"uuid": spec.uuid}},  # exposes a folder mixed from two tables
         )
-    memory.pop(DOCUMENT, None)  # zarr makes a group around them
+    memory.pop(
+        DOCUMENT, None
+    )  # zarr adds a group around the arrays; the table's own document takes its place
     return _as_bytes(memory)
 
 
 def store_uuid(document: bytes) -> str:
-    """Read the identity of a store from its group's document.
+    """Read the uuid of a store from its group's document.
 
     Raises
     ------
     FormatError
-        Not a group of shardemb, or of a newer format.
+        The document is not that of a shardemb group, or its format is newer.
     """
     attributes = _attributes(document)
     require_version(attributes)
@@ -116,7 +118,7 @@ def store_uuid(document: bytes) -> str:
 
 
 def table_uuid(document: bytes) -> str | None:
-    """Read the identity of a table from its group's document; None if it is not a table of shardemb."""
+    """Read the uuid of a table from its group's document; None if it is not a shardemb table."""
     try:
         uuid = _attributes(document).get("uuid")
     except FormatError:
@@ -125,7 +127,7 @@ def table_uuid(document: bytes) -> str | None:
 
 
 def table_spec(documents: Mapping[str, bytes]) -> TableSpec:
-    """Read a table's spec from its documents and check that its arrays are what the spec makes them.
+    """Read a table's spec from its documents, and check that the arrays agree with it.
 
     Raises
     ------
@@ -135,13 +137,13 @@ def table_spec(documents: Mapping[str, bytes]) -> TableSpec:
     return _table_spec(tuple(documents.items()))
 
 
-@lru_cache(maxsize=1024)  # zarr takes milliseconds for it, and an opening asks several times
+@lru_cache(maxsize=1024)  # a check by zarr takes milliseconds, and opening a store asks several times
 def _table_spec(items: tuple[tuple[str, bytes], ...]) -> TableSpec:
     documents = dict(items)
     attributes = _attributes(documents.get(DOCUMENT, b""))
     spec = TableSpec.from_json(attributes)
     if attributes.get("arrays_crc32") != _arrays_crc32(attributes, documents):
-        # Somebody else has written one of them, or they are as old as the first stores.
+        # Another program has written one of the documents, or the store is so old that it has no checksum.
         _check_arrays(spec, documents)
     return spec
 
@@ -153,7 +155,7 @@ def _check_arrays(spec: TableSpec, documents: Mapping[str, bytes]) -> None:
         for what in ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs", "fill_value"):
             if getattr(found, what) != getattr(expected, what):
                 wanted = getattr(expected, what)
-                msg = f"array {name!r} has {what} {getattr(found, what)}, but the table asks for {wanted}"
+                msg = f"array {name!r} has {what} {getattr(found, what)}, but the table needs {wanted}"
                 raise FormatError(msg)
         if not isinstance(found.attributes, dict) or found.attributes.get(ATTRIBUTE) != {"uuid": spec.uuid}:
             msg = f"array {name!r} belongs to another table, or to none"
@@ -161,7 +163,10 @@ def _check_arrays(spec: TableSpec, documents: Mapping[str, bytes]) -> None:
 
 
 def _arrays_crc32(attributes: Mapping[str, object], documents: Mapping[str, bytes]) -> int:
-    """Return the checksum of the documents of a table's arrays, begun with that of the attributes they go with."""
+    """Return the checksum of the documents of a table's arrays, seeded with that of the table's attributes.
+
+    So it changes with either, and documents of one table do not pass as those of another.
+    """
     described = {name: value for name, value in attributes.items() if name != "arrays_crc32"}
     arrays = b"".join(documents[path] for path in sorted(documents) if path != DOCUMENT)
     return zlib.crc32(arrays, crc32(described))
@@ -184,7 +189,7 @@ def _metadata(document: bytes) -> ArrayV3Metadata:
     except FormatError:
         raise
     except Exception as error:
-        # zarr raises whatever its parsers meet: KeyError, TypeError, its own errors.
+        # zarr's parsers raise errors of many types: KeyError, TypeError, zarr's own.
         msg = f"zarr refuses the metadata of an array: {type(error).__name__}: {error}"
         raise FormatError(msg) from error
 
