@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 SAMPLES = 32
 """Rows of a batch that are looked for in memory, to tell whether it is cold."""
 
-LEAST_ROW_BYTES = 128
+MIN_ROW_BYTES = 128
 """What a row that is looked up costs at least, however short it is: two cache lines, its own and one of the index."""
 
 DRAWN_WORK = 3
@@ -67,7 +67,7 @@ class Training:
     step: int
 
 
-class Wanted(NamedTuple):
+class PlannedRead(NamedTuple):
     """A lookup in one table that was checked: what it asks for, and the shape of the result."""
 
     shards: Shards
@@ -275,7 +275,7 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
         tasks = [partial(change_rows, task) for task in pieces]
         with runtime.all_or_nothing("an update or write"):
             for each, slots in zip(changes, places, strict=True):
-                each.shards.change(slots)
+                each.shards.overlay.mark_changed(slots)
             scheduler.run(tasks, runtime.threads)
             for each in changes:
                 each.shards.totals.changes += 1
@@ -404,7 +404,7 @@ def _samples(tables: int) -> int:
 def _row_bytes(shards: Shards, column: str, ids: Int64Array) -> int:
     """Return what it costs to look up a row of a batch, as bytes that are copied."""
     first, last = shards.spec.columns[column]
-    copied = max(4 * (last - first), LEAST_ROW_BYTES)
+    copied = max(4 * (last - first), MIN_ROW_BYTES)
     if ids.size * copied * DRAWN_WORK < 2 * plan.TASK_BYTES:  # one task in any case
         return copied
     return round(copied * (1 + (DRAWN_WORK - 1) * shards.share_drawn(column, ids, SAMPLES)))
@@ -432,7 +432,7 @@ def run_pieces(
     scheduler.run([partial(run, task) for task in _cut(runtime, lengths, row_bytes)], runtime.threads)
 
 
-def run_side_by_side(runtime: Runtime, functions: Sequence[Callable[[], None]]) -> None:
+def run_concurrently(runtime: Runtime, functions: Sequence[Callable[[], None]]) -> None:
     """Call functions on as many threads as a batch may use, and one more, as one waits for the disk meanwhile."""
     scheduler.run(functions, runtime.threads + 1 if runtime.threads > 1 else 1)
 

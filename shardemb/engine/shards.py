@@ -136,13 +136,13 @@ class Shards:
             self.records, *self.overlay.index, self.present, first, ids, out, key, parameters, start, stop
         )
 
-    def is_cold(self, ids: Int64Array, most: int) -> bool:
-        """Whether any of a batch would have to be read from disk, by a sample of one row in eight up to `most`.
+    def is_cold(self, ids: Int64Array, max_samples: int) -> bool:
+        """Whether any of a batch would have to be read from disk, by a sample of one row in eight up to `max_samples`.
 
         Asking for pages ahead takes 0.4 us a row where all are in memory, and a page that the gather has to wait for
         100 us. So it is worth it where one row in a hundred is missing, which a sample of 32 sees one time in four.
         """
-        samples = min(most, -(-ids.size // 8))
+        samples = min(max_samples, -(-ids.size // 8))
         if samples == 0:
             return False
         resident = residency.sample_resident(
@@ -150,11 +150,11 @@ class Shards:
         )
         return bool(0 <= resident < samples)
 
-    def share_drawn(self, column: str, ids: Int64Array, most: int) -> float:
-        """Share of a batch of which random initial values have to be drawn, by a sample of up to `most` rows."""
+    def share_drawn(self, column: str, ids: Int64Array, max_samples: int) -> float:
+        """Share of a batch of which random initial values have to be drawn, by a sample of up to `max_samples` rows."""
         if column != "weight" or not self.spec.has_presence or isinstance(self.spec.initializer, Constant):
             return 0.0
-        sample = ids[:: -(-ids.size // most)].copy()  # kernels take what lies together
+        sample = ids[:: -(-ids.size // max_samples)].copy()  # kernels take what lies together
         in_files = self.overlay.places(sample) == sample
         return float(np.mean(in_files & ~self.were_written(sample)))
 
@@ -228,10 +228,6 @@ class Shards:
             stop,
         )
 
-    def change(self, places: Int64Array) -> None:
-        """Note that rows in slots are about to differ from the last commit."""
-        self.overlay.mark_changed(places)
-
     # ---- what changed; under the store's lock
 
     @property
@@ -261,10 +257,10 @@ class Shards:
             rows = self.changed_rows()
             again = np.isin(images.ids, rows)
             self.overlay.drop(rows[~np.isin(rows, images.ids)])
-            self.place(Images(images.ids[again], images.addresses[again]), budget)
+            self.load_images(Images(images.ids[again], images.addresses[again]), budget)
             self.clear_changes()  # last: whoever calls again after an error has all of it done again
 
-    def place(self, images: Images, budget: MemoryBudget) -> None:
+    def load_images(self, images: Images, budget: MemoryBudget) -> None:
         """Put committed images, which the files do not hold yet, into memory, making room for them if need be."""
         overlay = self.overlay
         for start in range(0, images.ids.size, PAGED_ROWS):
@@ -278,7 +274,7 @@ class Shards:
             row_kernels.place_images(self.records, places, addresses)
             overlay.mark_dirty(places)
 
-    def take_changes(self, other: Shards, budget: MemoryBudget) -> None:
+    def adopt_changes(self, other: Shards, budget: MemoryBudget) -> None:
         """Take over what differs from the last commit in a table with other rows; those that it has more stay behind.
 
         Raises
@@ -292,16 +288,16 @@ class Shards:
             ids = rows[start : start + PAGED_ROWS]
             records = np.empty((ids.size, self.spec.width), np.float32)
             other.pack(ids, 0, ids.size, records.ctypes.data)
-            self.take(ids, records, budget)
+            self.adopt_records(ids, records, budget)
 
-    def take(self, ids: Int64Array, records: Float32Array, budget: MemoryBudget) -> None:
-        """Take over records that differ from the last commit; as `take_changes`."""
+    def adopt_records(self, ids: Int64Array, records: Float32Array, budget: MemoryBudget) -> None:
+        """Take over records that differ from the last commit; as `adopt_changes`."""
         for start in range(0, ids.size, PAGED_ROWS):
             some, given = ids[start : start + PAGED_ROWS], records[start : start + PAGED_ROWS]
             addresses = given.ctypes.data + np.arange(some.size) * self.spec.record_bytes
-            self.place(Images(some, addresses), budget)
+            self.load_images(Images(some, addresses), budget)
             self.overlay.reload(some)  # what another part of the batch may have sent out
-            self.change(self.overlay.places(some))
+            self.overlay.mark_changed(self.overlay.places(some))
 
     def never_written(self, start: int, stop: int) -> Int64Array:
         """List those of rows ``start:stop`` that the files have no record of, nor is one on its way to them."""
@@ -309,11 +305,11 @@ class Shards:
         rows = rows[~self.were_written(rows)]
         return rows[~self.overlay.are_dirty(rows)]
 
-    def pack_first(self, ids: Int64Array, start: int, stop: int, address: int) -> None:
+    def pack_initial(self, ids: Int64Array, start: int, stop: int, address: int) -> None:
         """As `pack`, of rows that were never written: what they start from."""
-        row_kernels.pack(self.first_records(ids[start:stop]), np.arange(stop - start), address)
+        row_kernels.pack(self.initial_records(ids[start:stop]), np.arange(stop - start), address)
 
-    def first_records(self, ids: Int64Array) -> Float32Array:
+    def initial_records(self, ids: Int64Array) -> Float32Array:
         """Compute what rows start from, shape (ids.size, width); they need not be rows of the table yet."""
         weights = np.empty((ids.size, self.spec.embedding_dim), np.float32)
         fill = row_kernels.fill(type(self.spec.initializer))
@@ -328,7 +324,7 @@ class Shards:
         """Count no row as changed any more."""
         self.overlay.clear_changes()
 
-    def give_back(self, start: int, stop: int) -> None:
+    def release_pages(self, start: int, stop: int) -> None:
         """Let what memory holds of the files of rows ``start:stop`` go; what lies in slots stays."""
         first, last = start * self.spec.record_bytes // PAGE, -(-stop * self.spec.record_bytes // PAGE)
         self._rows.advise(first * PAGE, (last - first) * PAGE, address_space.MADV_DONTNEED)

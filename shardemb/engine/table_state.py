@@ -142,13 +142,13 @@ class TableState:
 
     # ---- reading
 
-    def plan_read(self, column: str, ids: ArrayLike) -> batch.Wanted:
+    def plan_read(self, column: str, ids: ArrayLike) -> batch.PlannedRead:
         """Check a lookup."""
         # Against the memory that is read, and not what the table may become meanwhile, which may have fewer rows.
         shards = self.live()
         checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
         first, last = shards.spec.columns[column]
-        return batch.Wanted(shards, column, checked.flat, (*checked.shape, last - first))
+        return batch.PlannedRead(shards, column, checked.flat, (*checked.shape, last - first))
 
     def read(self, column: str, ids: ArrayLike, out: NDArray[np.float32] | None = None) -> Float32Array:
         """Copy a column of rows into `out`, or into a new array."""
@@ -252,7 +252,7 @@ class TableState:
     def _reset(self, shards: Shards, rows: Int64Array) -> batch.Change:
         rows = rows[shards.were_written(rows) | (shards.overlay.places(rows) != rows)]
         grouped = plan.Grouped(rows, np.arange(rows.size + 1), np.arange(rows.size))
-        return batch.Change(shards, grouped, shards.first_records(rows), None)
+        return batch.Change(shards, grouped, shards.initial_records(rows), None)
 
     # ---- changing the table
 
@@ -290,9 +290,9 @@ class TableState:
         rewrite.resize(TableLocation(old.spec, old.directory), TableLocation(spec, directory))
         try:
             new = Shards(spec, directory)
-            new.take_changes(old, self.runtime.budget)
+            new.adopt_changes(old, self.runtime.budget)
             if ids is not None and records is not None:
-                new.take(ids, records, self.runtime.budget)
+                new.adopt_records(ids, records, self.runtime.budget)
         except BaseException:
             files.remove_tree(directory)
             raise
@@ -347,7 +347,7 @@ class TableState:
                     stop = min(start + step, count, self.spec.num_embeddings)
                     ids = shards.never_written(start, stop)
                     if ids.size:
-                        self.runtime.folds.supplement(shards.spec, ids, partial(shards.pack_first, ids))
+                        self.runtime.folds.supplement(shards.spec, ids, partial(shards.pack_initial, ids))
                 advance(min(step, count - start))
 
     # ---- its life within the store, under the store's lock
@@ -403,7 +403,7 @@ class TableSource:
     def release_pages(self, start: int, stop: int) -> None:
         """Let the pages of a range of rows leave memory."""
         with self._table.runtime.lock:
-            self._table.live().give_back(start, stop)
+            self._table.live().release_pages(start, stop)
 
     def describe(self) -> Mapping[str, object]:
         """Return a few facts about the table, as JSON has them."""

@@ -138,7 +138,7 @@ class TableCatalog:
         for entry in entries:
             table = self._open_table(entry, directories[entry.uuid], may_miss=may_miss)
             if newer is not None:
-                table.shards.place(newer.images(table.spec), self._runtime.budget)
+                table.shards.load_images(newer.images(table.spec), self._runtime.budget)
             self.now[entry.name] = table
         self.mark_committed()
 

@@ -229,7 +229,7 @@ def drop_caches(table):
     """Let a committed table's pages leave memory, this process's and the kernel's; return whether they did."""
     mapped = inside.shards(table)
     mapped.overlay.evict(mapped.overlay.slots.count)
-    mapped.give_back(0, mapped.spec.num_embeddings)
+    mapped.release_pages(0, mapped.spec.num_embeddings)
     left = 0
     for shard in range(mapped.spec.num_shards):
         with mapped.shard_path(shard).open("r+b") as file:

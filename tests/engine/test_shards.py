@@ -42,7 +42,7 @@ def write(table, rows, values):
     """As `batch` does it: take in, mark, overwrite weights."""
     batch = plan.group(np.array(rows, np.int64), table.spec.num_embeddings)
     places = take_in(table, batch.rows)
-    table.change(places)
+    table.overlay.mark_changed(places)
     values = np.ascontiguousarray(values, np.float32).reshape(len(rows), table.spec.embedding_dim)
     row_kernels.scatter(table.records, places, batch.starts, batch.order, values, 0, batch.rows.size)
 
@@ -152,7 +152,7 @@ def step(table, model, number, event, argument):
     elif event == "take in":
         take_in(table, int64(argument))
     elif event == "give back":
-        table.give_back(argument[0], argument[1] + 1)
+        table.release_pages(argument[0], argument[1] + 1)
     elif event == "spill":
         out, count = table.overlay.spilled, min(argument, table.overlay.slots.count)
         table.overlay.spill(argument, table.directory)
@@ -289,7 +289,7 @@ def test_giving_back_spares_what_lies_in_slots(tmp_path):
     write(table, [0, ROWS - 1], np.ones((2, 5)))
     save(table)
     write(table, [1], np.full((1, 5), 2.0))
-    table.give_back(0, ROWS)
+    table.release_pages(0, ROWS)
     assert look_up(table, [0, ROWS - 1]).max() == 1
     assert look_up(table, [1]).min() == 2
 
