@@ -519,7 +519,7 @@ def test_a_change_that_fails_changes_nothing(path, small, monkeypatch, key_type,
 
 def test_an_index_is_not_rebuilt_without_the_keys_that_came_since_the_commit(store, monkeypatch):
     """A commit releases the store's lock while it waits for a fold: another thread may add keys then."""
-    monkeypatch.setattr(hash_index, "_STALE", 0)
+    monkeypatch.setattr(hash_index, "_STALE", -1000)  # each commit rebuilds it, if it may
     words = store.create_vocabulary("v", key_type="int64")
     words.add(range(20))
     store.commit()
@@ -537,6 +537,4 @@ def test_an_index_is_not_rebuilt_without_the_keys_that_came_since_the_commit(sto
     assert words.lookup([19, *range(100, 125)]).tolist() == expected
     store.commit()
     assert words.lookup([19, *range(100, 125)]).tolist() == expected
-    words.remove(range(100, 125))
-    store.commit()
-    assert len(inside.key_rows(words).index) == len(words) == 1  # now it was rebuilt
+    assert len(inside.key_rows(words).index) == len(words) == 26  # now it was rebuilt
