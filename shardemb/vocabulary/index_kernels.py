@@ -1,15 +1,22 @@
-"""The hot loops of the index from hashes to rows (``keyindex.py``): a sorted level on disk, and an open one in memory.
+"""Hot loops of the index from hashes to rows (``hash_index.py``): sorted entries on disk, and a hash table in memory.
 
-*Entries* are pairs ``(hash, row)``, ascending by hash, with room between them: each lies at its home, or as little
-behind it as the pairs before it allow. So a hash is found in the cache line of its home or in the next, and nothing
-else is looked at. What fills the room has the hash before it, so that all ascends, and the row -1. They lie in *parts*,
-each of the hashes that begin with the same bits, with homes in proportion to its pairs. *Spans* tell, by a hash's first
-bits, of its part: where it begins, how many homes it has, where it ends, and how many bits its hashes have in common.
-*Slots* are an open hash table of ``(hash, row + 1)`` with zeros where it is empty, in which a pair lies at its home or
-behind it; homes ascend with hashes, so that slots in their order are nearly sorted. Whoever knows the secret can make
-keys whose homes are the same. Where a pair would lie too far from its home for that, homes are drawn anew, by a *salt*
-that nobody knows, and have no order. *Marks*, a byte for each home, tell in a sixteenth of the memory which hashes are
-in no slot: of those that are in the file alone, nine of ten need no look at the buckets.
+*Entries* are pairs ``(hash, row)``, sorted by hash, with gaps between them. Each pair has a *bucket*, a position in
+proportion to its hash, and lies there, or as little behind it as the pairs before it allow. A lookup therefore reads
+the cache line of the bucket, sometimes the next one, and nothing else. An entry that fills a gap has the row -1 and
+repeats the hash before it, so that the hashes ascend throughout.
+
+Entries are divided into *parts*. A part holds the hashes that begin with the same bits, and its number of buckets is in
+proportion to its pairs. An array of *spans*, indexed by the first bits of a hash, describes the part of that hash:
+where it begins, how many buckets it has, where it ends, and how many first bits its hashes share.
+
+The *hash table* uses linear probing. Its buckets hold ``(hash, row + 1)``, or zeros if they are empty; a pair lies in
+its own bucket or behind it. Buckets ascend with hashes, so that the table, read in order, is nearly sorted. Anyone who
+knows the secret of a vocabulary can construct keys that share a bucket. If a pair would lie too far from its bucket
+because of that, the table is rebuilt with a *salt*, a random number that nobody knows. Buckets then depend on the salt,
+and no longer ascend with hashes.
+
+*Filters* have one byte for each bucket, a sixteenth of the table's memory. They rule out hashes that are not in the
+table: of the hashes that are in the files only, nine in ten need no look at the buckets.
 """
 
 from __future__ import annotations
@@ -30,21 +37,22 @@ _0, _1, _7, _32, _64 = np.uint64(0), np.uint64(1), np.uint64(7), np.uint64(32), 
 NO_ROW = np.uint64(2**64 - 1)
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _AHEAD, _RING = 24, 32
-"""How many hashes ahead their memory is asked for: as many as a processor waits for at once."""
+"""How many hashes ahead memory is prefetched, as many cache misses as a processor has in flight; and the length of the
+ring buffers for these hashes, the next power of two."""
 
 MAX_DISTANCE = 1024
-"""Slots from its home within which a pair lies, where there is no salt; random hashes never come so far."""
+"""How many buckets, beginning with its own, a pair may be in if there is no salt. Random hashes never come so far."""
 
 SLACK = 2
-"""Entries behind the last that `merge` may write, which mean nothing; few gaps between pairs are longer."""
+"""How many meaningless entries `merge` may write behind the last one. Few gaps between pairs are longer."""
 
 _SCANNED = 8
-"""Entries that are looked at one by one; only where hashes fall together one lies farther from its home."""
+"""Entries that a search scans one by one, from the bucket on. Only hashes that cluster lie farther from theirs."""
 
 
 @kernel
 def bucket_of(value: Any, capacity: Any, salt: Any) -> Any:  # noqa: ANN401
-    """Where in a table of slots a hash belongs; by its first bits, where the salt is 0."""
+    """Return the bucket of a hash in a table of `capacity` buckets: if the salt is 0, by the first bits of the hash."""
     if salt:
         value = (value ^ salt) * _M1
         value = (value ^ (value >> _32)) * _M2
@@ -53,25 +61,27 @@ def bucket_of(value: Any, capacity: Any, salt: Any) -> Any:  # noqa: ANN401
 
 @kernel
 def first_bits(value: Any, bits: Any) -> Any:  # noqa: ANN401
-    """First bits of a hash."""
+    """Return the first `bits` bits of a hash, as a number."""
+    # A shift by all 64 bits is undefined.
     return np.int64(value >> (_64 - np.uint64(bits))) if bits else np.int64(0)
 
 
 @kernel
 def _bucket_in_part(value: Any, bits: Any, bucket_count: Any) -> Any:  # noqa: ANN401
-    """Which of the homes of its part is that of a hash."""
+    """Return the bucket of a hash, counted from the beginning of its part: by the bits after the first `bits`."""
     return np.int64((((value << np.uint64(bits)) >> _32) * np.uint64(bucket_count)) >> _32)
 
 
 @inlined
 def entry_bucket(spans: Any, span: Any, value: Any) -> Any:  # noqa: ANN401
-    """Where among the entries a hash belongs, by the span of its part."""
+    """Return the bucket of a hash among the entries, given the span of its part; at most the end of the part."""
+    # The last pairs may lie before their part's last bucket, and a damaged header may say anything about buckets.
     return min(spans[span, 0] + _bucket_in_part(value, spans[span, 3], spans[span, 1]), spans[span, 2])
 
 
 @kernel
 def entry_buckets(spans: Int64Array, bits: int, hashes: NDArray[np.uint64], out: Int64Array) -> None:
-    """``out[i]`` becomes the home of ``hashes[i]``, or what lies before the end of its part."""
+    """Set ``out[i]`` to the bucket of ``hashes[i]``, or to the last entry of its part if that comes before."""
     for i in range(hashes.size):
         span = first_bits(hashes[i], bits)
         out[i] = min(entry_bucket(spans, span, hashes[i]), spans[span, 2] - 1)
@@ -79,7 +89,8 @@ def entry_buckets(spans: Int64Array, bits: int, hashes: NDArray[np.uint64], out:
 
 @inlined
 def _lower_bound(entries: Any, low: Any, end: Any, value: Any) -> Any:  # noqa: ANN401
-    """Return the number of the first of the entries ``low:end`` whose hash is at least `value`."""
+    """Return the first of the entries ``low:end`` whose hash is at least `value`, by its number; `end` if none is."""
+    # Scan, then gallop and bisect: keys that were constructed to cluster can fill any number of entries.
     for _ in range(_SCANNED):
         if low == end or entries[low, 0] >= value:
             return low
@@ -107,7 +118,7 @@ def entries_between(
     last: np.uint64,
     out: Int64Array,
 ) -> None:
-    """``out[0]`` and ``out[1]`` become begin and end of the entries of two hashes of one part, and all between."""
+    """Set ``out`` to begin and end of the entries from hash `first` to hash `last`, both of one part and included."""
     span = first_bits(first, bits)
     end = spans[span, 2]
     begin = _lower_bound(entries, entry_bucket(spans, span, first), end, first)
@@ -118,13 +129,13 @@ def entries_between(
 
 @inlined
 def _free_bucket(buckets: Any, salt: Any, value: Any, first: Any, last: Any) -> Any:  # noqa: ANN401
-    """Return the first empty slot from the home of a hash on; -1 where it is too far, or not among ``first:last``."""
+    """Return the first empty bucket from that of a hash on; -1 if it is too far, or outside ``first:last``."""
     capacity = buckets.shape[0]
     at, steps = bucket_of(value, capacity, salt), 0
     while buckets[at, 1] != 0:
         steps += 1
         at += 1
-        if at == last and last - first == capacity:
+        if at == last and last - first == capacity:  # the whole table: wrap around
             at = 0
         if at == last or (steps == MAX_DISTANCE and not salt):
             return -1
@@ -133,7 +144,7 @@ def _free_bucket(buckets: Any, salt: Any, value: Any, first: Any, last: Any) -> 
 
 @kernel
 def _filter_bit(value: Any) -> Any:  # noqa: ANN401
-    """Return the bit of a hash in the byte of its home."""
+    """Return the bit that a hash sets in the filter of its bucket: chosen by its last bits, the bucket by its first."""
     return np.uint8(_1 << (value & _7))
 
 
@@ -148,10 +159,10 @@ def insert(
     first: int,
     last: int,
 ) -> None:
-    """Put pairs into slots that have room for them, those whose homes are among ``first:last``.
+    """Put the pairs whose buckets are among ``first:last`` into a table that has space for them.
 
-    ``left[i]`` becomes true for one that would lie too far, or beyond. Others may do the same with other slots
-    meanwhile, and readers look on: a row comes after its hash, and after its mark.
+    ``left[i]`` becomes true for a pair that would lie too far from its bucket, or outside ``first:last``. Other threads
+    may fill other ranges of the table concurrently, and readers may probe it.
     """
     for i in range(hashes.size):
         ahead = bucket_of(hashes[min(i + _AHEAD, hashes.size - 1)], filters.size, salt)
@@ -164,6 +175,7 @@ def insert(
             if at < 0:
                 left[i] = True
                 continue
+            # In this order: readers see a pair once its row is there.
             filters[own] |= _filter_bit(hashes[i])
             buckets[at, 0] = hashes[i]
             buckets[at, 1] = np.uint64(rows[i] + 1)
@@ -173,7 +185,7 @@ def insert(
 def insert_all(
     buckets: NDArray[np.uint64], filters: NDArray[np.uint8], salt: np.uint64, old: NDArray[np.uint64]
 ) -> bool:
-    """Put what lies in other slots into empty ones; return whether nothing would lie too far."""
+    """Put the pairs of the buckets `old` into an empty table; return whether none would lie too far from its bucket."""
     for i in range(old.shape[0]):
         if old[i, 1] != 0:
             at = _free_bucket(buckets, salt, old[i, 0], 0, buckets.shape[0])
@@ -186,7 +198,7 @@ def insert_all(
 
 @inlined
 def _in_table(buckets: Any, salt: Any, value: Any, skip: Any, end: Any) -> Any:  # noqa: ANN401
-    """Return the row of the ``skip + 1``-th pair in slots; -1, less what is left to skip, where there is none."""
+    """Return the row of the ``skip + 1``-th pair of a hash; if there are fewer, -1 less the number still to skip."""
     capacity = buckets.shape[0]
     at = bucket_of(value, capacity, salt)
     for _ in range(capacity if salt else min(capacity, MAX_DISTANCE)):
@@ -205,7 +217,7 @@ def _in_table(buckets: Any, salt: Any, value: Any, skip: Any, end: Any) -> Any: 
 
 @inlined
 def _in_entries(entries: Any, low: Any, last: Any, value: Any, skip: Any, end: Any) -> Any:  # noqa: ANN401
-    """As `_in_table`, of the entries ``low:last``."""
+    """Do what `_in_table` does, in the entries ``low:last``."""
     low = _lower_bound(entries, low, last, value)
     while low < last and entries[low, 0] == value:
         row = np.int64(entries[low, 1])
@@ -232,14 +244,16 @@ def probe(
     start: int,
     stop: int,
 ) -> None:
-    """``out[i]`` becomes the row of the ``skip + 1``-th pair with the hash ``hashes[i]``, -1 where there is none.
+    """Set ``out[i]`` to the row of the ``skip + 1``-th pair with the hash ``hashes[i]``, or to -1 if there are fewer.
 
-    Those in memory, newer, come first. Pairs whose row is not below `end` do not count.
+    Pairs in the table, which are newer, come before those in the entries. Pairs whose row is not below `end` do not
+    count.
     """
     capacity = buckets.shape[0]
     lows, lasts = np.empty(_RING, np.int64), np.empty(_RING, np.int64)
     ats, may_hold = np.empty(_RING, np.int64), np.empty(_RING, np.bool_)
-    # A hash's memory is asked for a while before it is looked at: of its mark and its entry first, then of its slot.
+    # A pipeline of three stages, so that no hash waits for memory: prefetch the filter and the entries of a hash; half
+    # the distance later, prefetch its bucket unless the filter rules it out; at the end, search.
     for asked in range(start, stop + _AHEAD):
         if asked < stop:
             k = asked & _RING - 1
@@ -247,7 +261,7 @@ def probe(
             lows[k], lasts[k] = entry_bucket(spans, span, hashes[asked]), spans[span, 2]
             ats[k] = bucket_of(hashes[asked], capacity, salt)
             prefetch(entries.ctypes.data + 16 * lows[k])
-            prefetch(entries.ctypes.data + 16 * lows[k] + 48)
+            prefetch(entries.ctypes.data + 16 * lows[k] + 48)  # the fourth may be in the next line
             prefetch(filters.ctypes.data + ats[k])
         i = asked - _AHEAD // 2
         if start <= i < stop:
@@ -266,11 +280,12 @@ def probe(
 
 @kernel
 def count_between(buckets: NDArray[np.uint64], first: np.uint64, last: np.uint64) -> int:
-    """Count the pairs in slots without a salt whose hashes lie between two, both included."""
+    """Count the pairs of a table without a salt whose hashes lie between two, both included."""
     capacity = buckets.shape[0]
     at, end, count = bucket_of(first, capacity, _0), bucket_of(last, capacity, _0), 0
     for step in range(capacity):
         if buckets[at, 1] == 0:
+            # Behind the bucket of the last hash, an empty one ends all that may have been pushed there.
             if step >= end - bucket_of(first, capacity, _0):
                 break
         elif first <= buckets[at, 0] <= last:
@@ -285,12 +300,12 @@ def count_between(buckets: NDArray[np.uint64], first: np.uint64, last: np.uint64
 def take_between(
     buckets: NDArray[np.uint64], first: np.uint64, last: np.uint64, out: NDArray[np.uint64]
 ) -> None:
-    """Copy those pairs, ``(hash, row)``, ascending by hash."""
+    """Copy the pairs that `count_between` counts into `out`, as ``(hash, row)``, sorted by hash."""
     capacity, at, found = buckets.shape[0], bucket_of(first, buckets.shape[0], _0), 0
     while found < out.shape[0]:
         if buckets[at, 1] != 0 and first <= buckets[at, 0] <= last:
             value, row = buckets[at, 0], buckets[at, 1] - _1
-            k = found
+            k = found  # insertion sort: the table is nearly sorted
             while k > 0 and out[k - 1, 0] > value:
                 out[k, 0], out[k, 1] = out[k - 1, 0], out[k - 1, 1]
                 k -= 1
@@ -303,7 +318,7 @@ def take_between(
 
 @inlined
 def _is_there(out: Any, at: Any, value: Any, row: Any) -> Any:  # noqa: ANN401
-    """Whether a pair is among the entries before some place, which ascend and have no hash above."""
+    """Return whether a pair is among the entries before `at`, which are sorted and have no hash above `value`."""
     while at > 0 and out[at - 1, 0] == value:
         at -= 1
         if out[at, 1] == row:
@@ -313,8 +328,9 @@ def _is_there(out: Any, at: Any, value: Any, row: Any) -> Any:  # noqa: ANN401
 
 @inlined
 def _put(out: Any, at: Any, bucket: Any, before: Any, value: Any, row: Any) -> Any:  # noqa: ANN401
-    """Put a pair at its home, or at `at` if that lies behind it; return where it is."""
-    for k in range(SLACK):  # needed or not: a branch would go as often one way as the other
+    """Write a pair to its bucket, or to `at` if that lies behind the bucket; fill the gap; return where the pair is."""
+    # Needed or not: a branch on it would be mispredicted as often as not.
+    for k in range(SLACK):
         out[at + k, 0], out[at + k, 1] = before, NO_ROW
     for k in range(at + SLACK, bucket):
         out[k, 0], out[k, 1] = before, NO_ROW
@@ -333,18 +349,20 @@ def merge(
     out: NDArray[np.uint64],
     counts: Int64Array,
 ) -> None:
-    """Merge pairs ``(hash, row)`` with entries, both ascending by hash, into the entries of a part, each pair once.
+    """Merge new pairs and old entries, both sorted by hash, into the entries of a part, which get each pair once.
 
     Parameters
     ----------
+    new, old : ndarray of uint64, shape (n, 2)
+        Pairs ``(hash, row)`` without gaps, and entries.
     first, bits : uint64, int
-        The least hash that belongs to the part, and how many bits all of them have in common.
+        The least hash of the part, and how many first bits its hashes share.
     bucket_count : int
-        How many it gets.
+        How many buckets the part gets.
     out : ndarray of uint64, shape (n, 2)
-        Room for as many entries as there are pairs and homes, and `SLACK` more.
+        Space for as many entries as there are pairs and buckets, and `SLACK` more.
     counts : ndarray of int64, shape (2,)
-        Becomes how many entries there are, and how many of them are pairs.
+        Set to the number of entries, and to how many of them are pairs.
     """
     i, at, pairs, before, recent = 0, 0, 0, first, _0
     for j in range(old.shape[0] + 1):
@@ -358,7 +376,7 @@ def merge(
             i += 1
         if rest or (value == recent and _is_there(out, at, value, row)):
             continue
-        # What is no pair is put too, and overwritten by the next: no branch for it either.
+        # A gap is written like a pair, and the next entry overwrites it: this saves a branch, too.
         is_pair = int(np.int64(row) >= 0)
         place = _put(out, at, _bucket_in_part(value, bits, bucket_count), before, value, row)
         at += int(place + 1 - at) * is_pair
@@ -368,7 +386,7 @@ def merge(
 
 @kernel
 def first_of_each(hashes: NDArray[np.uint64], salt: np.uint64, table: Int64Array) -> Int64Array:
-    """For each hash, the position of the first that is the same; `table` is room, -1 throughout."""
+    """Return for each hash the position of the first equal one; `table` is scratch memory, longer and -1 throughout."""
     leader = np.empty(hashes.size, np.int64)
     capacity = table.size
     for i in range(hashes.size):

@@ -242,7 +242,7 @@ class KeyRows:
         """
         if not self._index.is_stale(len(self)) or not self.lock.acquire(blocking=False):
             return  # or some thread is about to add pairs to this index
-        if False and self.entry != self._committed:  # a rebuilt index would lack keys that were added since
+        if self.entry != self._committed:  # a rebuilt index would lack keys that were added since
             self.lock.release()
             return
         fresh = self._index.empty_copy()
