@@ -1,20 +1,15 @@
-"""Counts and sizes as a person reads them."""
+"""Counts and sizes as people read them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 def plural(count: int, noun: str) -> str:
-    """Write a count and its noun: ``1 shard``, ``1,024 shards``."""
+    """Format a count with its noun: ``1 shard``, ``1,024 shards``."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def size(nbytes: float) -> str:
-    """Write a number of bytes.
+    """Format a number of bytes.
 
     Examples
     --------

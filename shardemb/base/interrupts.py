@@ -1,4 +1,4 @@
-"""Signals that take effect at the end of a block and not within it."""
+"""Blocks that a signal cannot interrupt: it takes effect at their end."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from types import FrameType
 
 
-_deferring = False  # in the main thread: a block within a block has nothing to do
+_deferring = False  # of the main thread; a nested block leaves everything to the outer one
 
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Let SIGINT and SIGTERM, where Python handles them, take effect at the end of the block and not within it."""
-    global _deferring  # noqa: PLW0603 signal handlers are those of the process
+    """Defer SIGINT and SIGTERM to the end of the block, if a Python function handles them."""
+    global _deferring  # noqa: PLW0603 signal handlers belong to the process
     if _deferring or threading.current_thread() is not threading.main_thread():
         yield  # Python delivers signals to the main thread only
         return
@@ -35,6 +35,7 @@ def signals_deferred() -> Iterator[None]:
         yield
     finally:
         _deferring = False
+        # All handlers are back before the first one runs, because it may raise.
         for number, handler in previous.items():
             signal.signal(number, handler)
         _deliver(received, previous)
@@ -49,5 +50,5 @@ def _deliver(
     number, frame = received[0]
     try:
         handlers[signal.Signals(number)](number, frame)
-    finally:  # the first may raise, and the second is due all the same
+    finally:  # even if the first handler raises, the other signal is delivered
         _deliver(received[1:], handlers)

@@ -1,18 +1,18 @@
-"""A long job as its caller sees it: how far it has come, and that it is over when the call is.
+"""Progress of long jobs, as the caller chooses to see it.
 
-A job opens `track` with the number of steps it will make and calls what it gets back after each of them, from
-whichever thread made it. What becomes of that is the caller's choice, the argument `progress` of every public
-method that takes long:
+A job opens `track` with its total number of steps, and calls the function that it yields after each step, from any
+thread. The caller decides what becomes of these calls, by the argument `progress` of every public method that takes
+long:
 
 - ``False`` or ``None``: nothing is shown, which is what a library does unless asked;
-- ``True``: a bar on stderr where stderr is a terminal, else one line when the job is done, so that a log gets
-  neither escape codes nor a hundred half-drawn bars;
-- a function: called as ``progress(done, total)`` after each step; what it raises ends the job.
+- ``True``: a bar on stderr if that is a terminal, else one line when the job is done, so that a log gets neither
+  escape codes nor a hundred half-drawn bars;
+- a function: called as ``progress(done, total)`` after each step. If it raises, the job ends with that exception.
 
-rich is imported only when a bar is really drawn.
+rich is imported only when a bar is actually drawn.
 
-A job that works in several threads runs its tasks through `settled`, so that whoever gets an exception can
-clean up after them.
+A job with several threads runs its tasks through ``compute.scheduler.run``. No task is running any more when that
+raises, so the caller can clean up.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 Report: TypeAlias = "Callable[[int, int], object]"
-"""Takes the steps made and the steps to make; its result is not looked at."""
+"""Takes the steps done and the total; its result is ignored."""
 
 Progress: TypeAlias = "bool | Report | None"
 """What a public method accepts as `progress`."""
 
 Advance: TypeAlias = "Callable[[int], None]"
-"""Takes the number of steps just made."""
+"""Takes the number of steps just done."""
 
 
 @contextmanager
@@ -43,22 +43,22 @@ def track(total: int, description: str, *, progress: Progress = None) -> Iterato
     Parameters
     ----------
     total : int
-        Steps of the whole job. With none there is nothing to report, and a function is never called.
+        Steps of the whole job. If it is 0 there is nothing to report, and a function is never called.
     description : str
-        What is being done, for the bar or the line.
+        Label of the bar or of the line.
     progress : bool or callable or None
-        See the module's description.
+        See the description of the module.
 
     Yields
     ------
     callable
-        ``advance(steps)``, to be called after each step or batch of steps, from any thread: calls are taken
-        one at a time, so the caller's function never sees less than before. What it raises comes out there.
+        ``advance(steps)``, to be called after each step or batch of steps, from any thread. Calls are serialised, so
+        the caller's function never sees a smaller number than before. `advance` raises what that function raises.
 
     Raises
     ------
     TypeError
-        `progress` is none of the three.
+        `progress` is none of these.
 
     Examples
     --------
@@ -89,7 +89,7 @@ def _reporter(total: int, description: str, progress: Progress) -> AbstractConte
         raise TypeError(msg)
     if not progress:
         return nullcontext(lambda done, total: None)
-    # A process without a console, a Windows service or pythonw, has no stderr at all.
+    # A process without a console (a Windows service, pythonw) has no stderr at all.
     terminal = sys.stderr is not None and sys.stderr.isatty()
     return _bar(total, description) if terminal else _line(description)
 

@@ -1,4 +1,8 @@
-"""How initial values are drawn: a counter-based generator, and the normal distribution in float32."""
+"""How initial values are drawn: a counter-based generator, and the normal distribution in float32.
+
+The functions are plain Python that ``compute/compiler.py`` compiles. They use only operations that IEEE 754 rounds
+correctly, in an order that is fixed, so every machine computes the same bits.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +18,9 @@ if TYPE_CHECKING:
     from shardemb.base.validation import Float32Array, Int64Array
 
 
-_MASK = np.uint64(0xFFFFFFFF)
-
-
-_32 = np.uint64(32)
-
-
+# The constants of Philox: two multipliers, and what a round adds to either half of the key.
+_MASK, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 _MULTIPLY_0, _MULTIPLY_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-
-
 _BUMP_0, _BUMP_1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 
 
@@ -41,6 +39,7 @@ def philox(
 
 def draw(words: NDArray[np.uint32], row: np.uint64, key: np.uint64) -> None:
     """Fill `words` with the random words of a row, one for each column."""
+    # Word j of block b belongs to column 4 * b + j, however wide the row is.
     whole = words.size // 4
     for block in range(whole):
         four = philox(row, np.uint64(block), key)
@@ -57,13 +56,11 @@ def unit(word: np.uint64 | np.uint32) -> float:
 
 
 _ONE, _ROOT_HALF, _LOG_2 = np.float32(1.0), np.float32(0.7071067811865476), np.float32(0.6931471805599453)
-
-
 _SERIES = tuple(np.float32(1 / k) for k in (9, 7, 5, 3, 1))
 
 
 def log(x: np.float32) -> np.float32:
-    """Natural logarithm of a normal positive float32 below 1, by + - * / alone (relative error below 3e-7)."""
+    """Natural logarithm of a normal positive float32 below 1, with only + - * / (relative error below 3e-7)."""
     exponent = np.float32(0.0)
     while x < _ROOT_HALF:  # doubling is exact
         x += x
@@ -72,31 +69,24 @@ def log(x: np.float32) -> np.float32:
 
 
 def log_scaled(x: np.float32, exponent: np.float32) -> np.float32:
-    """Natural logarithm of x times two to the power of `exponent`, for x from sqrt(1/2) to sqrt(2)."""
+    """Natural logarithm of ``x * 2**exponent``, for x from sqrt(1/2) to sqrt(2)."""
     z = (x - _ONE) / (x + _ONE)
     w = z * z
-    # log(x) = 2 atanh(z) with |z| < 0.172: five terms of its series reach float32.
+    # log(x) = 2 atanh(z) with |z| < 0.172: five terms of the series are enough for float32.
     series = (((_SERIES[0] * w + _SERIES[1]) * w + _SERIES[2]) * w + _SERIES[3]) * w + _SERIES[4]
     return exponent * _LOG_2 + (z + z) * series
 
 
+# The coefficients of PPND7, see `normal_quantile`: A / B for the middle of the distribution, C / D for its tails.
 _SQUARE, _SHIFT = np.float32(0.180625), np.float32(1.6)
-
-
 _A = tuple(map(np.float32, (59.10937472, 159.29113202, 50.434271938, 3.3871327179)))
-
-
 _B = tuple(map(np.float32, (67.187563600, 78.757757664, 17.895169469, 1.0)))
-
-
 _C = tuple(map(np.float32, (0.17023821103, 1.3067284816, 2.7568153900, 1.4234372777)))
-
-
 _D = tuple(map(np.float32, (0.12021132975, 0.73700164250, 1.0)))
 
 
 def middle_quantile(q: np.float32) -> np.float32:
-    """`normal_quantile` of 1/2 + q, for q from -0.425 to 0.425."""
+    """Return the `normal_quantile` of 1/2 + q, for q from -0.425 to 0.425."""
     r = _SQUARE - q * q
     top = ((_A[0] * r + _A[1]) * r + _A[2]) * r + _A[3]
     bottom = ((_B[0] * r + _B[1]) * r + _B[2]) * r + _B[3]
@@ -104,7 +94,7 @@ def middle_quantile(q: np.float32) -> np.float32:
 
 
 def tail_quantile(log_p: np.float32) -> np.float32:
-    """`normal_quantile` of p below 0.075 with its sign turned, from the logarithm of p."""
+    """Return minus the `normal_quantile` of p, for p below 0.075, from the logarithm of p."""
     r = np.sqrt(-log_p) - _SHIFT
     top = ((_C[0] * r + _C[1]) * r + _C[2]) * r + _C[3]
     quantile: np.float32 = top / ((_D[0] * r + _D[1]) * r + _D[2])
@@ -114,9 +104,9 @@ def tail_quantile(log_p: np.float32) -> np.float32:
 def normal_quantile(p: float) -> np.float32:
     """Inverse of the standard normal distribution (M. J. Wichura, algorithm AS 241, PPND7: about 5e-7).
 
-    For p from 1e-10 to 1 - 1e-10, which no value of `unit` leaves: the algorithm's third interval is not needed. It is
-    made for float32, in which a processor works out twice as many values at once as in float64; the probability itself,
-    or what is missing to 1, needs float64 before it is rounded.
+    For p from 1e-10 to 1 - 1e-10. All values of `unit` lie in there, so the algorithm's third interval is not needed.
+    It works in float32, of which a vector register holds twice as many values as of float64. Only p itself, or 1 - p in
+    the upper tail, has to be computed in float64 before it is rounded.
     """
     q = p - 0.5
     if abs(q) <= 0.425:
@@ -129,14 +119,14 @@ _SMALLEST = 2.0**-33
 
 
 def normal_cdf(x: float) -> float:
-    """Distribution function of the standard normal one at x <= 0, by `normal_quantile`, not below `_SMALLEST`.
+    """Invert `normal_quantile`: the standard normal distribution function at x <= 0, at least `_SMALLEST`.
 
-    By bisection, because the same steps give the same bits everywhere, as ``math.erf`` does not.
+    By bisection: unlike ``math.erf``, its steps give the same bits on every machine.
     """
     below, above = _SMALLEST, 0.5
     if normal_quantile(below) >= x:
         return below
-    for _ in range(64):  # from some step on the middle is one of the two
+    for _ in range(64):  # enough for float64: in the end the middle is one of the two bounds
         middle = 0.5 * (below + above)
         if normal_quantile(middle) < x:
             below = middle
@@ -145,8 +135,8 @@ def normal_cdf(x: float) -> float:
     return above
 
 
-_TOGETHER = 2048
-"""How many values, about, are worked out together: steps of one wait for each other, not for others."""
+_BLOCK_VALUES = 2048
+"""About how many values are computed as one block. The steps for one value depend on each other; values do not."""
 
 
 def fill_normal(
@@ -158,45 +148,47 @@ def fill_normal(
     width: float,
     parameters: NDArray[np.float64],
 ) -> None:
-    """Write rows of ``mean + std * normal_quantile(start + width * u)``, nothing of it outside ``[low, high]``.
+    """Write rows of ``mean + std * normal_quantile(start + width * u)``, clipped to ``[low, high]``.
 
-    All values as if they were in the middle of the distribution, as most are; then those in its tails, which need a
-    logarithm, again.
+    First it computes every value as if it were in the middle of the distribution, as most are. The values in the tails,
+    which need a logarithm, are then computed again.
     """
     mean, std = np.float32(parameters[2]), np.float32(parameters[3])
     low, high = np.float32(parameters[4]), np.float32(parameters[5])
     offset, span = np.uint64(2**32 - int(parameters[6])), np.uint32(parameters[7])
     dim = out.shape[1]
-    together = max(1, min(_TOGETHER // dim, places.size))
-    size = (together * dim + 7) // 8 * 8
+    rows_per_block = max(1, min(_BLOCK_VALUES // dim, places.size))
+    size = (rows_per_block * dim + 7) // 8 * 8  # whole eights, for `nonzero`
+    # The words of a block are replaced by their values in place.
     words, flags, tails = np.zeros(size, np.uint32), np.zeros(size, np.uint8), np.zeros(size + 8, np.uint32)
-    values, of_tails = words.view(np.float32), np.empty(size, np.float32)
-    for begin in range(0, places.size, together):
-        some = min(together, places.size - begin)
-        for k in range(some):
+    values, tail_values = words.view(np.float32), np.empty(size, np.float32)
+    for begin in range(0, places.size, rows_per_block):
+        count = min(rows_per_block, places.size - begin)
+        for k in range(count):
             draw(words[k * dim : (k + 1) * dim], np.uint64(rows[begin + k]), key)
-        for j in range(some * dim):
+        # One unsigned comparison tells whether a word is below or above those of the middle.
+        for j in range(count * dim):
             flags[j] = np.uint32((np.uint64(words[j]) + offset) & _MASK) > span
-        flags[some * dim :] = 0
-        count = nonzero(flags, tails)
-        # Whole vectors: items behind the last mean nothing.
-        fill_tails(of_tails, words, tails[: (count + 7) // 8 * 8], start, width, parameters)
-        for j in range(some * dim):
+        flags[count * dim :] = 0
+        num_tails = nonzero(flags, tails)
+        # Rounded up to whole vectors; what is computed for items after the last is ignored.
+        fill_tails(tail_values, words, tails[: (num_tails + 7) // 8 * 8], start, width, parameters)
+        for j in range(count * dim):
             value = mean + std * middle_quantile(np.float32(start + width * unit(words[j]) - 0.5))
             value = value if value > low else low
             values[j] = value if value < high else high
+        for k in range(num_tails):
+            values[tails[k]] = tail_values[k]
         for k in range(count):
-            values[tails[k]] = of_tails[k]
-        for k in range(some):
             line, first = out[places[begin + k]], k * dim
             for j in range(dim):
                 line[j] = values[first + j]
 
 
 def nonzero(flags: NDArray[np.uint8], places: NDArray[np.uint32]) -> int:
-    """Write the places of the ones among `flags`, which are all 0 or 1, and return how many there are.
+    """Write the indices of the ones among `flags`, which are all 0 or 1, and return how many there are.
 
-    Whole eights of `flags`; up to eight items of `places` behind those written mean nothing.
+    The size of `flags` is a multiple of eight. Up to eight items of `places` after the indices may be overwritten.
     """
     found = np.flatnonzero(flags)
     places[: found.size] = found
@@ -211,16 +203,19 @@ def fill_tails(
     width: float,
     parameters: NDArray[np.float64],
 ) -> None:
-    """``out[k]`` becomes the value of ``words[tails[k]]``, which lies in a tail."""
+    """Set ``out[k]`` to the value of ``words[tails[k]]``, which lies in a tail.
+
+    In several loops without branches, so that each of them is vectorised.
+    """
     mean, std = np.float32(parameters[2]), np.float32(parameters[3])
     low, high = np.float32(parameters[4]), np.float32(parameters[5])
     ends, factors, exponents = np.empty((3, tails.size), np.float32)
     bits = ends.view(np.int32)
     for k in range(tails.size):
         p = start + width * unit(words[tails[k]])
-        ends[k] = np.float32(p if p < 0.5 else 1.0 - p)  # the probability from the end it is near
+        ends[k] = np.float32(p if p < 0.5 else 1.0 - p)  # probability, counted from the nearer end
         factors[k] = -std if p < 0.5 else std
-    for k in range(tails.size):  # as `log` does, but by the bits: a number in [1/2, 1) and its exponent
+    for k in range(tails.size):  # as `log`, but by the bits: a mantissa in [1/2, 1) and its exponent
         exponents[k] = (bits[k] >> 23) - 126
         bits[k] = (bits[k] & _FRACTION) | _ONE_HALF
     for k in range(tails.size):
@@ -236,25 +231,25 @@ _FRACTION, _ONE_HALF = np.int32(2**23 - 1), np.int32(126 << 23)
 
 
 def middle_words(start: float, width: float) -> tuple[float, float]:
-    """Return the first word for which ``start + width * u`` lies in no tail, and how many more there are behind it.
+    """Return the first word for which ``start + width * u`` lies in no tail, and how many more follow it.
 
-    There are such words: at least a tenth of the distribution is drawn from, and no tail has as much.
+    There always are such words: at least a tenth of the distribution is drawn from, and a tail is less than that.
     """
 
     def q(word: int) -> float:
         return start + width * unit(np.uint64(word)) - 0.5
 
-    # Both conditions turn true once as the word grows.
+    # Both conditions are false for small words and true for large ones, so bisection finds where they change.
     first = bisect_left(range(2**32), True, key=lambda word: q(word) >= -0.425)
-    behind = bisect_left(range(2**32), True, key=lambda word: q(word) > 0.425)
-    return float(first), float(behind - 1 - first)
+    after = bisect_left(range(2**32), True, key=lambda word: q(word) > 0.425)
+    return float(first), float(after - 1 - first)
 
 
 def stream_key(seed: int, stream: str) -> int:
     """Key of a table's generator: the first 8 bytes (little-endian) of BLAKE2b over the seed and the stream.
 
-    The stream is the name under which the table was created, fixed from then on: two tables with one seed differ,
-    a renamed table keeps its values, and the same program gives the same values in every store it makes.
+    The stream is the name under which the table was created. It never changes after that, so two tables with one seed
+    differ, a renamed table keeps its values, and a program gets the same values in every store that it creates.
     """
     message = seed.to_bytes(8, "little") + stream.encode()
     return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little")

@@ -1,4 +1,4 @@
-"""Frozen dataclasses as JSON: the name of the class, and its fields. Optimizers and initializers are kept so."""
+"""Frozen dataclasses as JSON: the name of the class and its fields. Optimizers and initializers are stored so."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def to_json(instance: Any) -> dict[str, object]:  # noqa: ANN401
-    """Name and fields of a dataclass instance.
+    """Describe a dataclass instance by its name and fields.
 
     Examples
     --------
@@ -30,7 +30,7 @@ def from_json(what: str, classes: Mapping[str, type[T]], document: Mapping[str, 
     Raises
     ------
     FormatError
-        Not one of `classes`, a field too many or too few, or a value that the class refuses.
+        The name is none of `classes`, a field is missing or unknown, or the class refuses a value.
     """
     values: dict[str, Any] = dict(document)
     name = values.pop("name", None)

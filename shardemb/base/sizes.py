@@ -1,15 +1,9 @@
-"""Sizes that every room uses: the page, and rounding up to a multiple."""
+"""The page size, and rounding up to a multiple."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-
 PAGE = 4096
-"""Bytes of a page: the unit in which the kernel reads, copies and drops, and to which shards are aligned."""
+"""Bytes of a page: the unit in which the kernel reads, copies and drops memory, and to which shards are aligned."""
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -1,10 +1,10 @@
-"""Where user input is checked and coerced, and nowhere else.
+"""Checks and conversions of user input, all in one place.
 
-Everything below the public methods may rely on what leaves this module: C-contiguous, aligned, writable NumPy
-arrays of exactly the dtype that the kernels are compiled for. (Writable only so that a kernel is compiled once:
-numba counts a read-only array as another type. No kernel writes to its inputs.)
+Everything below the public methods may rely on what this module returns: C-contiguous, aligned, writable NumPy arrays
+of exactly the dtype that the kernels are compiled for. (They are writable only so that each kernel is compiled once:
+to numba, a read-only array has another type. No kernel writes to its inputs.)
 
-A check that fails raises before anything was changed, and names the thing, the place and the way out.
+A check that fails raises before anything is changed. Its message names the value, its position and a way out.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Ids:
     Attributes
     ----------
     flat : ndarray of int64, shape (n,)
-        The ids in C order. May be the caller's own array: read only, by agreement.
+        The ids in C order. May be the caller's own array, so it must not be written to.
     shape : tuple of int
-        The shape in which they came.
+        Their original shape.
     """
 
     flat: Int64Array
@@ -58,7 +58,7 @@ def row_ids(ids: ArrayLike, num_embeddings: int, table: str) -> Ids:
     ids : array_like of int
         Arrays, nested lists, a single int. An empty list is fine; bool and float are refused.
     num_embeddings : int
-        Ids must lie in ``[0, num_embeddings)``.
+        Every id must be in ``[0, num_embeddings)``.
     table : str
         The table's name, for the message.
 
@@ -73,7 +73,7 @@ def row_ids(ids: ArrayLike, num_embeddings: int, table: str) -> Ids:
     if array.size == 0 and not isinstance(ids, np.ndarray):
         array = array.astype(np.int64)  # np.asarray([]) is float64
     if array.dtype.kind in "fO":
-        # Python ints too large for int64, or for one integer dtype together: out of range, not of a wrong type.
+        # Python ints that no integer dtype can hold together are out of range, not of a wrong type.
         values = np.asarray(ids, dtype=object)
         if all(type(value) is int for value in values.flat):
             _refuse_ids(values, num_embeddings, table)
@@ -84,10 +84,10 @@ def row_ids(ids: ArrayLike, num_embeddings: int, table: str) -> Ids:
         )
         raise TypeError(msg)
     unsigned = array
-    if array.dtype.kind == "i":  # one pass instead of two: as uint64 a negative id is larger than any table
+    if array.dtype.kind == "i":  # one pass instead of two: as uint64, a negative id is larger than any table
         array = array.astype(np.int64, copy=False)
         unsigned = array.view(np.uint64)
-    # Half of what `max` takes, and of a small batch checks are much of the time.
+    # argmax takes half as long as max, and these checks are much of the time of a small batch.
     if array.size and unsigned.item(unsigned.argmax()) >= num_embeddings:
         _refuse_ids(array, num_embeddings, table)
     flat = array.astype(np.int64, copy=False)
@@ -128,19 +128,19 @@ def rows(
     table : str
         The table's name, for the message.
     check_finite : bool
-        Refuse NaN and infinity, also those that float64 values become in float32.
+        Refuse NaN and infinity, including float64 values that become infinite in float32.
 
     Returns
     -------
     ndarray of float32, shape (n, embedding_dim)
-        Flattened over the ids. May be the caller's own memory: read only, by agreement.
+        Flattened over the ids. May be the caller's own memory, so it must not be written to.
 
     Raises
     ------
     TypeError
-        Not floating point.
+        The dtype is none of these.
     ValueError
-        Another shape; or NaN or infinity while `check_finite` is set.
+        Another shape; or, if `check_finite`, NaN or infinity.
     """
     array = np.asarray(values)
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
@@ -156,28 +156,28 @@ def rows(
         raise ValueError(msg)
     converted = _as_float32(array)
     if check_finite:
-        _require_finite(converted, f"table {table!r}: {what}", " (check_finite=False lets such values in)")
+        _require_finite(converted, f"table {table!r}: {what}", " (check_finite=False allows such values)")
     return converted.reshape(-1, shape[-1])
 
 
 @runtime_checkable
 class Sliceable(Protocol):
-    """What is read like an array a few rows at a time: NumPy's, also mapped ones, zarr's, h5py's, dask's, tensors."""
+    """An array that can be read a few rows at a time: of NumPy (also mapped), zarr, h5py or dask, or a tensor."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Numbers of rows and columns."""
+        """Number of rows and of columns."""
 
     @property
     def dtype(self) -> Any:  # noqa: ANN401
         """Type of the elements."""
 
     def __getitem__(self, rows: slice, /) -> Any:  # noqa: ANN401
-        """Return a range of rows, as something that NumPy makes an array of."""
+        """Return a range of rows, as something that ``np.asarray`` accepts."""
 
 
 def initial_rows(given: object, shape: tuple[int, int]) -> Rows:
-    """Check what a new table is to start from: an array, or a function of ranges of rows.
+    """Check the initial rows of a new table: an array, or a function that returns a range of rows.
 
     Parameters
     ----------
@@ -190,14 +190,14 @@ def initial_rows(given: object, shape: tuple[int, int]) -> Rows:
     Returns
     -------
     callable
-        ``rows(start, stop)``: that range of the rows, as float32. Reads no more of `given` than that; may return the
-        caller's own memory. Raises `ValueError` where a row holds NaN, infinity or an integer that float32 rounds,
-        or a function returned another shape; `TypeError` for what are no real numbers.
+        ``rows(start, stop)`` returns that range of rows as float32. It reads no more of `given` than that, and may
+        return the caller's own memory. It raises `ValueError` if a row holds NaN, infinity or an integer that float32
+        cannot represent, or if a function returns another shape, and `TypeError` if the values are not real numbers.
 
     Raises
     ------
     TypeError
-        Neither of them, or not real numbers.
+        `given` is neither of them, or does not hold real numbers.
     ValueError
         Another shape.
     """
@@ -205,7 +205,7 @@ def initial_rows(given: object, shape: tuple[int, int]) -> Rows:
         _require_function_of_ranges(given)
         return partial(_rows_of_function, given, shape[1])
     source = given if isinstance(given, Sliceable) else np.asarray(given)
-    # A range without rows tells its type to NumPy, whatever library it is from.
+    # An empty range becomes a NumPy array of the right dtype, whatever library the array is from.
     _require_real_numbers(np.asarray(source[:0] if len(source.shape) else source), "initializer: the array")
     if tuple(source.shape) != shape:
         msg = (
@@ -222,11 +222,11 @@ def _require_function_of_ranges(given: Callable[..., object]) -> None:
         fits = not isinstance(given, type)
     except TypeError:
         fits = False
-    except ValueError:  # a function written in C may not tell
+    except ValueError:  # a function written in C may have no signature
         fits = True
     if not fits:
         msg = (
-            f"initializer must be one of shardemb.initializers or an array or a function f(start, stop) that returns "
+            f"initializer must be one of shardemb.initializers, an array, or a function f(start, stop) that returns "
             f"those rows, got {given!r}"
         )
         raise TypeError(msg)
@@ -242,7 +242,7 @@ def _rows_of_function(
             f"initializer: the function was asked for rows {start} to {stop - 1}; no table was created"
         )
         raise
-    what = f"initializer: of the function for rows {start} to {stop - 1}, the values"
+    what = f"initializer: the values of the function for rows {start} to {stop - 1}"
     if block.shape != (stop - start, embedding_dim):
         msg = (
             f"{what} have shape {block.shape}, but must have "
@@ -261,10 +261,10 @@ def _rows_of_array(array: Sliceable, start: int, stop: int) -> Float32Array:
 
 
 def _exact_rows(block: NDArray[Any], start: int, what: str) -> Float32Array:
-    """Bring rows from `start` on to float32, integers without rounding."""
+    """Convert rows to float32, integers only without rounding. `start` is the number of the first row."""
     _require_real_numbers(block, what)
     converted = _as_float32(block)
-    # Compared in longdouble, which holds every int64, as float64 does not.
+    # Compared in longdouble, which holds every int64; float64 does not.
     if block.dtype.kind in "iu" and not np.array_equal(
         converted.astype(np.longdouble), block.astype(np.longdouble)
     ):
@@ -284,14 +284,14 @@ def _require_real_numbers(array: NDArray[Any], what: str) -> None:
 
 
 def output(out: NDArray[Any], shape: tuple[int, ...]) -> Float32Array:
-    """Return `out` if it can take the result as it is.
+    """Return `out` if the result can be written into it as it is.
 
     Raises
     ------
     TypeError
         Not an array of float32.
     ValueError
-        Another shape, not C-contiguous, or read-only.
+        Another shape, not C-contiguous and aligned, or read-only.
     """
     if not isinstance(out, np.ndarray) or out.dtype != np.float32:
         got = f"dtype {out.dtype}" if isinstance(out, np.ndarray) else type(out).__name__
@@ -307,7 +307,7 @@ def output(out: NDArray[Any], shape: tuple[int, ...]) -> Float32Array:
 
 
 def number(value: object, name: str, *, minimum: float | None = None) -> float:
-    """Check a real number given by the user: a Python or NumPy one (no bool), finite in float32.
+    """Check a real number given by the user: of Python or NumPy (not a bool), finite in float32.
 
     Raises
     ------
@@ -333,14 +333,14 @@ def number(value: object, name: str, *, minimum: float | None = None) -> float:
 
 
 def count(value: object, name: str, *, minimum: int = 1, maximum: int = 2**48) -> int:
-    """Check a size given by the user: an int (no bool, no float) within the limits.
+    """Check a size given by the user: an integer (not a bool or float) within the limits.
 
     Raises
     ------
     TypeError
         Not an integer.
     ValueError
-        Out of the limits.
+        Below `minimum` or above `maximum`.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         msg = f"{name} must be an integer, got {value!r}"
@@ -352,13 +352,13 @@ def count(value: object, name: str, *, minimum: int = 1, maximum: int = 2**48) -
 
 
 def _as_float32(array: NDArray[Any]) -> Float32Array:
-    with np.errstate(over="ignore"):  # what becomes infinite is found by `_require_finite`
+    with np.errstate(over="ignore"):  # `_require_finite` finds values that become infinite
         return np.require(array, np.float32, ["C", "A", "W"])
 
 
 def _require_finite(array: Float32Array, what: str, way_out: str, *, first_row: int = 0) -> None:
-    # A sum of squares reads the values once, and is not finite if one is not; it overflows for large ones, where min
-    # and max, which carry NaN along, tell.
+    # A sum of squares reads the values once, and is not finite if one of them is not. It also overflows if they are
+    # large; then min and max, which are NaN if any value is, decide.
     flat = array.reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.dot(flat, flat)

@@ -1,5 +1,5 @@
-"""Pure work on arrays and addresses: kernels, how they are compiled, how a batch is planned and run on threads.
+"""Pure computation on arrays and addresses: kernels and how they are compiled, and how a batch is planned and run.
 
-The one room of numba and of dask. Kernels are compiled around the formulas that they are given, so no formula of an
-optimizer or initializer stands here; and nothing opens, maps or syncs a file.
+Only this package uses numba and dask. Kernels are compiled around the formulas that they are given, so it contains no
+formula of an optimizer or initializer. Nothing in here opens, maps or syncs a file.
 """

@@ -1,15 +1,16 @@
 """How kernels are compiled: once, into a cache on disk, and around the formulas that they are given.
 
-A kernel releases the GIL and raises nothing. It returns nothing, a number or one array: where a signal is pending while
-numba makes a *tuple* for Python, the process crashes.
+A kernel releases the GIL and does not raise. It returns nothing, a number or one array, but never a *tuple*: if a
+signal is pending while numba builds one for Python, the process crashes.
 
 A formula (an optimizer's step, an initializer's values) is plain Python in a module of its own. `specialised` compiles
-a kernel around it: the same code with other global names, so that numba sees a direct call, which it can inline and
-cache. (A kernel that takes a function as an argument is never found in the cache again.)
+a kernel around it: the kernel's code with the formula in place of a global name. So numba sees a direct call, which it
+can inline and cache. (numba never finds a kernel in the cache that takes a function as an argument.)
 
-numba finds compiled code by the name of the function and notices a change of the one file in which it stands. What else
-defines the machine code goes into the name: the source of this folder and of the kernel's own, because kernels inline
-functions of other modules; and the source of each formula. So an edited formula is never run as it was before.
+numba looks compiled code up by the name of the function, and notices only changes of the file that the function is in.
+Therefore the name contains a checksum of everything else that defines the machine code: the source of this folder and
+of the kernel's own folder, because kernels inline functions of other modules, and the source of each formula. So an
+edited formula never runs as it was before the edit.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ _HERE = Path(__file__).parent
 
 
 def kernel(function: F) -> F:
-    """Compile a function, with its machine code kept on disk for the next process."""
+    """Compile a function, and keep the machine code on disk for the next process."""
     function.__qualname__ += f"_{_folder_crc(Path(function.__code__.co_filename).parent):08x}"
-    # "numpy": a division by zero gives infinity, as in NumPy; raising could stop an update half way.
+    # "numpy": a division by zero gives infinity, as in NumPy. An exception could stop an update halfway.
     return cast(F, njit(nogil=True, cache=True, error_model="numpy")(function))
 
 
 def inlined(function: F) -> F:
-    """Make a function part of each kernel that calls it.
+    """Inline a function into every kernel that calls it.
 
-    A call of a compiled function counts references to the arrays that it is given, which takes 5 to 10 ns: two thirds
-    of the time that finding a row takes.
+    A call to a compiled function counts references to its array arguments. That takes 5 to 10 ns, which is two thirds
+    of the time of finding a row.
     """
     return cast(F, njit(inline="always", error_model="numpy")(function))
 
@@ -50,14 +51,14 @@ def inlined(function: F) -> F:
 def formula(function: Callable[..., Any], **helpers: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a formula for use within a kernel.
 
-    It is inlined whatever its size: LLVM does not vectorise a loop that calls something.
+    It is inlined whatever its size, because LLVM does not vectorise a loop that contains a call.
 
     Parameters
     ----------
     function : callable
         Plain Python.
     **helpers : callable
-        What `formula` made of the functions that it calls, by the global names that it calls them by.
+        The functions that it calls, as compiled by `formula`, by the global names that it uses for them.
     """
     compile_ = njit(nogil=True, error_model="numpy", forceinline=True)
     made = compile_(with_globals(function, function.__qualname__.replace(".", "_"), helpers))
@@ -74,9 +75,9 @@ def specialised(
     template : callable
         Plain Python, as for `kernel`.
     name : str
-        Tells it from other kernels of the same template.
+        Distinguishes it from other kernels made of the same template.
     **helpers : callable
-        What `formula` made, by the global names that the template calls.
+        Formulas as compiled by `formula`, by the global names that the template uses for them.
     """
     return kernel(with_globals(template, name, helpers))
 
@@ -84,12 +85,12 @@ def specialised(
 def with_globals(
     function: Callable[..., Any], name: str, helpers: dict[str, Callable[..., Any]]
 ) -> Callable[..., Any]:
-    """Return a function's code with `helpers` in place of global names, under a name that no other code has.
+    """Return a copy of a function with `helpers` in place of global names, under a unique name.
 
-    The name becomes the symbol of the compiled code. If two functions had the same name and were loaded from the cache
-    into one process, the linker would take the first for both.
+    The name becomes the symbol of the compiled code. If two functions of the same name were loaded from the cache into
+    one process, the linker would use the first one for both.
     """
-    # The names of helpers carry the checksums of their own sources, so this one covers all that is called.
+    # A helper's name contains the checksum of its own source, so this checksum covers everything that is called.
     source = b"".join([_source(function), *(each.__qualname__.encode() for each in helpers.values())])
     name = f"{name}_{zlib.crc32(source):08x}"
     copy = types.FunctionType(function.__code__, {**function.__globals__, **helpers}, name)
@@ -98,15 +99,15 @@ def with_globals(
 
 
 def _source(function: Callable[..., Any]) -> bytes:
-    """Return what defines a function: its file, with the constants that it uses; its code where there is no file."""
+    """Return what defines a function: the text of its file, which has its constants too, or its code if it has none."""
     try:
         return Path(function.__code__.co_filename).read_bytes()
-    except OSError:  # typed at a prompt
+    except OSError:  # typed at a prompt, so there is no file
         return marshal.dumps(function.__code__)
 
 
 @cache
 def _folder_crc(folder: Path) -> int:
-    """Checksum of the source of a folder of kernels, and of this one."""
+    """Checksum of all source files in a folder of kernels and in this folder."""
     files = sorted({*folder.glob("*.py"), *_HERE.glob("*.py")})
     return zlib.crc32(b"".join(each.read_bytes() for each in files))

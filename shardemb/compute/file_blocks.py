@@ -1,6 +1,7 @@
-"""Kernels over the blocks that a fold writes: bits of the presence bitmap, records, and how much of a block they cover.
+"""The blocks of a file that a fold writes: which ones, and kernels that fill in records and bits of the bitmap.
 
-Bit r of the bitmap, in little bit order, says whether the files hold a record of row r.
+Bit r of the presence bitmap, in little bit order, says whether the files hold a record of row r. A block is a page of a
+file; the blocks that are being written are contiguous in memory, wherever they are in the file.
 """
 
 from __future__ import annotations
@@ -21,16 +22,11 @@ if TYPE_CHECKING:
 
     from shardemb.base.validation import Int64Array
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from shardemb.base.validation import Int64Array
-
 
 @kernel
 def patch_bits(bits: Int64Array, blocks: Int64Array, target: NDArray[np.uint8]) -> None:
-    """Set bits, ascending, of blocks of a bitmap, which lie one behind the other in memory; others are left out."""
-    k = 0
+    """Set ascending bits in blocks of a bitmap, which are contiguous in memory. Bits of other blocks are skipped."""
+    k = 0  # bits and blocks both ascend, so one pass over each is enough
     for i in range(bits.size):
         block = bits[i] // (8 * PAGE)
         while k < blocks.size and blocks[k] < block:
@@ -42,11 +38,11 @@ def patch_bits(bits: Int64Array, blocks: Int64Array, target: NDArray[np.uint8]) 
 
 @kernel
 def count_bytes(ids: Int64Array, record_bytes: int, blocks: Int64Array, counts: Int64Array) -> None:
-    """Count how many bytes of each block the records of ascending rows take; none lies elsewhere."""
+    """Count how many bytes of each block the records of ascending rows cover. They lie in no other blocks."""
     k = 0
     for i in range(ids.size):
         begin, end = ids[i] * record_bytes, (ids[i] + 1) * record_bytes
-        while begin < end:
+        while begin < end:  # a record may lie in several blocks
             block = begin // PAGE
             while blocks[k] < block:
                 k += 1
@@ -59,8 +55,9 @@ def count_bytes(ids: Int64Array, record_bytes: int, blocks: Int64Array, counts: 
 def patch(
     addresses: Int64Array, ids: Int64Array, record_bytes: int, blocks: Int64Array, target: NDArray[np.uint8]
 ) -> None:
-    """Copy records of ascending rows into blocks, which lie one behind the other in memory; others are left out."""
+    """Copy records of ascending rows into blocks, which are contiguous in memory. What lies elsewhere is skipped."""
     k, first = 0, target.ctypes.data
+    # Begin with the first row that reaches into the first block; end after the last block.
     for i in range(np.searchsorted(ids, blocks[0] * PAGE // record_bytes), ids.size):
         begin, end, source = ids[i] * record_bytes, (ids[i] + 1) * record_bytes, addresses[i]
         while begin < end:
@@ -77,11 +74,11 @@ def patch(
 
 
 WINDOW_BLOCKS = 64
-"""Blocks of a file of which some or all are written."""
+"""Blocks of a window: of each, a fold writes either what changes or everything."""
 
 
 def runs(numbers: Int64Array) -> Iterator[tuple[int, int]]:
-    """List where runs of consecutive numbers begin and end.
+    """Yield where runs of consecutive numbers begin and end, as indices.
 
     Examples
     --------
@@ -93,7 +90,7 @@ def runs(numbers: Int64Array) -> Iterator[tuple[int, int]]:
 
 
 def pages(rows: Int64Array, record_bytes: int) -> Int64Array:
-    """List the pages that the records of ascending rows lie on, ascending, each once.
+    """Return the pages that hold the records of ascending rows: ascending, each once.
 
     Examples
     --------
@@ -102,28 +99,30 @@ def pages(rows: Int64Array, record_bytes: int) -> Int64Array:
     """
     low, high = rows * record_bytes // PAGE, ((rows + 1) * record_bytes - 1) // PAGE
     counts = high - low + 1
+    # Every page of every record, without a loop: low, low + 1, ..., high for each.
     ends = np.cumsum(counts)
     all_of_each: Int64Array = np.repeat(low - ends + counts, counts) + np.arange(ends[-1] if ends.size else 0)
     return all_of_each[np.diff(all_of_each, prepend=-1) > 0]
 
 
-def along(blocks: Int64Array, has_data: NDArray[np.bool_]) -> Int64Array:
-    """Add to the blocks of a file that change those that are written along, because long stretches cost less.
+def fill_windows(blocks: Int64Array, has_data: NDArray[np.bool_]) -> Int64Array:
+    """Add unchanged blocks to those that change, because writing one long stretch costs less than many short ones.
 
-    All of a window is written where a quarter of it changes; but not where that would take twice the disk space.
+    A window is written as a whole if at least a quarter of it changes, unless it would then take more than twice the
+    disk space.
 
     Parameters
     ----------
     blocks : ndarray of int64, shape (n,)
-        Ascending.
+        Blocks of a file that change, ascending.
     has_data : ndarray of bool
-        Of every block of the file, whether it takes disk.
+        For every block of the file, whether it takes disk space.
 
     Examples
     --------
-    >>> along(np.arange(0, 64, 4), np.ones(100, np.bool_)).size
+    >>> fill_windows(np.arange(0, 64, 4), np.ones(100, np.bool_)).size
     64
-    >>> along(np.arange(0, 64, 4), np.zeros(100, np.bool_)).size
+    >>> fill_windows(np.arange(0, 64, 4), np.zeros(100, np.bool_)).size
     16
     """
     changed, taken = np.zeros((2, round_up(has_data.size, WINDOW_BLOCKS)), np.bool_)

@@ -1,7 +1,8 @@
-"""The hot loops that bring equal ids together.
+"""The hot loops that group equal ids.
 
-A batch is sorted as *words*: an id in the upper bits of 64, its position in the lower ones. Sorting one word takes half
-as long as sorting two numbers, and one more pass over the words reads off all that is asked of the groups.
+A batch is sorted as *words*: each has 64 bits, with an id in the upper ones and its position in the batch in the lower
+ones. Sorting words takes half as long as sorting pairs of numbers, and one more pass over the sorted words gives
+everything that callers need to know about the groups.
 """
 
 from __future__ import annotations
@@ -18,38 +19,39 @@ if TYPE_CHECKING:
     from shardemb.base.validation import Int64Array
 
 WORD_BITS, POSITION_BITS = 64, 32
-"""Bits that an id and a position have together, and a position alone."""
+"""Bits for an id and a position together, and for a position alone."""
 
 _DIGIT_BITS = 12
-"""Bits sorted by in one pass, at most: the counters of a pass are to stay in the processor's first cache."""
+"""Bits that one pass sorts by, at most: the counters of a pass must fit in the first-level cache."""
 
 
 @kernel
 def sort_rows(ids: Int64Array, position_bits: int, id_bits: int) -> NDArray[np.uint64]:
-    """Return the ascending words of a batch: LSD radix sort, which counts a digit while it sorts by the one before.
+    """Return the words of a batch, sorted: LSD radix sort, which counts a digit while it sorts by the one before.
 
-    All numbers are unsigned: of a signed index numba asks each time whether it is negative.
+    All numbers are unsigned, because numba checks at every use whether a signed index is negative.
     """
     passes = max(1, -(-id_bits // _DIGIT_BITS))
     bits, low = np.uint64(-(-id_bits // passes)), np.uint64(position_bits)
     mask, one = (np.uint64(1) << bits) - np.uint64(1), np.uint32(1)
-    places = np.zeros((passes, np.int64(mask) + 1), np.uint32)
+    # For each pass: how often a digit occurs, later the position of the next word with that digit.
+    counters = np.zeros((passes, np.int64(mask) + 1), np.uint32)
     words, others = np.empty(ids.size, np.uint64), np.empty(ids.size, np.uint64)
-    place = places[0]
+    counter = counters[0]
     for i in range(ids.size):
         number = np.uint64(ids[i])
         words[i] = (number << low) | np.uint64(i)
-        place[number & mask] += one
+        counter[number & mask] += one
     for k in range(passes):
-        place, following, total = places[k], places[min(k + 1, passes - 1)], np.uint32(0)
-        for digit in range(place.size):
-            count = place[digit]
-            place[digit] = total
+        counter, following, total = counters[k], counters[min(k + 1, passes - 1)], np.uint32(0)
+        for digit in range(counter.size):  # counts become positions
+            count = counter[digit]
+            counter[digit] = total
             total += count
         for i in range(words.size):
             digit = (words[i] >> low) & mask
-            others[np.uint64(place[digit])] = words[i]
-            place[digit] += one
+            others[np.uint64(counter[digit])] = words[i]
+            counter[digit] += one
             if k + 1 < passes:
                 following[(words[i] >> low + bits) & mask] += one
         low += bits
@@ -61,10 +63,10 @@ def sort_rows(ids: Int64Array, position_bits: int, id_bits: int) -> NDArray[np.u
 def list_groups(
     words: NDArray[np.uint64], position_bits: int, rows: Int64Array, starts: Int64Array, order: Int64Array
 ) -> int:
-    """Read off ``plan.Grouped`` from sorted words; return how many distinct rows there are.
+    """Fill in the arrays of a ``plan.Grouped`` from sorted words; return how many distinct rows there are.
 
-    Without a branch: each word writes its row and the end of its group, over those that its predecessor wrote if they
-    are of the same group.
+    There is no branch in the loop, because random ids would make it mispredict: each word writes its row and the end of
+    its group, over what its predecessor wrote if both are in the same group.
     """
     low, one = np.uint64(position_bits), np.uint64(1)
     starts[0] = 0
@@ -83,7 +85,7 @@ def list_groups(
 
 @kernel
 def list_inverse(words: NDArray[np.uint64], position_bits: int, rows: Int64Array, inverse: Int64Array) -> int:
-    """Read off the distinct rows, and for each position which of them it holds; return how many there are."""
+    """Fill in the distinct rows, and for each position the index of its row; return how many rows there are."""
     low, one = np.uint64(position_bits), np.uint64(1)
     if words.size == 0:
         return 0

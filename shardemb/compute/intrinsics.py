@@ -1,6 +1,6 @@
-"""What the processor can do and neither Python nor numba has words for: parts of the kernels' machine code.
+"""Instructions of the processor that neither Python nor numba offers, for use within kernels.
 
-numba keeps compiled kernels by the source that they stand in, and does not notice a change here: delete its cache then.
+Addresses and numbers of bytes are plain integers; nothing here checks them.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from numba.extending import intrinsic
 _BYTE, _WORD, _FLOAT = ir.IntType(8), ir.IntType(32), ir.FloatType()
 
 STREAMED = 32
-"""Bytes that `stream` writes at once; their address is a multiple of it. Half a line is faster than more or less."""
+"""Bytes that one `stream` writes; their address must be a multiple. Half a cache line is faster than more or less."""
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def copy(typing_context: Any, target: Any, source: Any, nbytes: Any) -> Any:  # noqa: ANN401
-    """Copy bytes from one address to another, by one call of memcpy.
+    """Copy bytes from one address to another, with one call of memcpy.
 
-    A loop over the values of a row keeps the processor busy with that row, so the misses of one row do not overlap
-    those of the next: gathering 65,536 random rows of 256 bytes takes 8-10 times as long.
+    A loop over the values of a row would keep the processor busy with that row, so that its cache misses would not
+    overlap with those of the next row: gathering 65,536 random rows of 256 bytes takes 8-10 times as long.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
@@ -36,7 +36,7 @@ def copy(typing_context: Any, target: Any, source: Any, nbytes: Any) -> Any:  # 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def prefetch(typing_context: Any, address: Any) -> Any:  # noqa: ANN401
-    """Ask the processor for the cache line at an address, without waiting for it."""
+    """Let the processor fetch the cache line at an address, without waiting for it. Any address will do."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
         pointer = _BYTE.as_pointer()
@@ -51,9 +51,9 @@ def prefetch(typing_context: Any, address: Any) -> Any:  # noqa: ANN401
 
 @intrinsic  # type: ignore[untyped-decorator]
 def stream(typing_context: Any, target: Any, source: Any) -> Any:  # noqa: ANN401
-    """Copy `STREAMED` bytes past the caches, which neither fetch what is overwritten nor lose what they hold for it.
+    """Copy `STREAMED` bytes past the caches: they need not fetch what is overwritten, nor evict anything for it.
 
-    Other threads see it after `fence`.
+    Other threads see the bytes after a `fence`.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
@@ -68,7 +68,7 @@ def stream(typing_context: Any, target: Any, source: Any) -> Any:  # noqa: ANN40
 
 @intrinsic  # type: ignore[untyped-decorator]
 def fence(typing_context: Any) -> Any:  # noqa: ANN401
-    """Let all that was written before be seen before all that is written after."""
+    """Make everything written before visible to other threads before anything that is written after."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
         builder.fence("seq_cst")
@@ -79,7 +79,7 @@ def fence(typing_context: Any) -> Any:  # noqa: ANN401
 
 @intrinsic  # type: ignore[untyped-decorator]
 def add_to_eight(typing_context: Any, target: Any, source: Any, number: Any) -> Any:  # noqa: ANN401
-    """Write eight int32 at an address: those at another, plus a number. Of a loop, numba makes eight steps."""
+    """Write eight int32 to `target`: those at `source` plus a number. numba does not vectorise a loop for this."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
         eight = ir.VectorType(_WORD, 8)

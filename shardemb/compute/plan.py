@@ -1,8 +1,8 @@
-"""From a batch of ids to pieces of work: pure data, made before any I/O.
+"""From a batch of ids to pieces of work: pure data, computed before any I/O.
 
-`group` brings equal ids together in ascending order, which is also by shard and by page. `cut` splits the work of
-one or several tables into as many balanced tasks as there shall be, never one task per shard or row; `align` moves
-the cuts of a grouped batch so that two tasks never share a row.
+`group` puts equal ids together in ascending order, which is also the order of shards and pages. `cut` splits the work
+of one or several tables into a given number of balanced tasks, never one task per shard or row. `align` moves the cuts
+of a grouped batch so that two tasks never share a row.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from shardemb.base.validation import Int64Array
 
 TASK_BYTES = 4 * 2**20
-"""Least work of a task in bytes of records, so a batch of less than two runs in the calling thread.
+"""Least work of a task, in bytes of records. A batch of less than two tasks runs in the calling thread.
 
-Gathering this much from memory takes half a millisecond to two. Handing two tasks to dask takes 0.2-0.4 ms, and up to
-another where the second core has to wake from its sleep. ``benchmarks/tasks.py`` has both sides of it.
+Gathering this many bytes from memory takes 0.5 to 2 ms. Handing two tasks to dask takes 0.2-0.4 ms, and up to as much
+again if the second core has to wake from sleep. ``benchmarks/tasks.py`` measures both sides.
 """
 
 
 @dataclass(frozen=True)
 class Grouped:
-    """A batch with equal ids together.
+    """A batch whose equal ids are together.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class Grouped:
     starts : ndarray of int64, shape (u + 1,)
         ``order[starts[k]:starts[k + 1]]`` are the positions of ``rows[k]`` in the batch, ascending.
     order : ndarray of int64, shape (n,)
-        All positions of the batch.
+        All positions of the batch, grouped by row.
     """
 
     rows: Int64Array
@@ -57,7 +57,7 @@ class Piece(NamedTuple):
 
 
 def group(ids: Int64Array, num_embeddings: int) -> Grouped:
-    """Bring equal ids together; O(n) for any table."""
+    """Group equal ids; O(n) whatever the size of the table."""
     words = _sort(ids, num_embeddings)
     if words is None:
         order = np.argsort(ids, kind="stable")
@@ -69,13 +69,15 @@ def group(ids: Int64Array, num_embeddings: int) -> Grouped:
 
 
 def distinct(ids: Int64Array, num_embeddings: int) -> tuple[Int64Array, Int64Array]:
-    """Return the distinct ids, ascending, and the index into these for each position of the batch; O(n) as well."""
+    """Return the distinct ids, ascending, and for each position of the batch the index of its id; O(n) too."""
     words = _sort(ids, num_embeddings)
     if words is None:
         return np.unique(ids, return_inverse=True)
     rows, inverse = np.empty_like(ids), np.empty_like(ids)
     count = grouping.list_inverse(words, _position_bits(ids), rows, inverse)
-    return rows[:count].copy(), inverse  # memory of its own: the caller may keep it
+    return rows[
+        :count
+    ].copy(), inverse  # a copy, so that a caller who keeps it does not keep the whole buffer
 
 
 def _position_bits(ids: Int64Array) -> int:
@@ -83,7 +85,7 @@ def _position_bits(ids: Int64Array) -> int:
 
 
 def _sort(ids: Int64Array, num_embeddings: int) -> NDArray[np.uint64] | None:
-    """Return a batch as sorted words, or None where these have no room for both id and position."""
+    """Return a batch as sorted words, or None if a word is too short for an id and a position."""
     low, high = _position_bits(ids), (num_embeddings - 1).bit_length()
     if low > grouping.POSITION_BITS or low + high > grouping.WORD_BITS:
         return None
@@ -92,10 +94,10 @@ def _sort(ids: Int64Array, num_embeddings: int) -> NDArray[np.uint64] | None:
 
 
 def num_tasks(nbytes: int, cores: int) -> int:
-    """How many tasks a batch of so many bytes of records is worth: up to one a core, or two a core.
+    """Return how many tasks a batch of that many bytes of records is worth: up to one per core, or two per core.
 
-    None between these, with which some cores would do twice as much as others; two, so that a core that is held up has
-    part of its work done by others, only where that is much work.
+    Numbers in between would let some cores do twice as much as others. Two per core let other cores do part of the work
+    of a core that is held up, which pays only if there is much work.
 
     Examples
     --------
@@ -138,7 +140,7 @@ def cut(lengths: Sequence[int], tasks: int) -> list[list[Piece]]:
 
 
 def align(grouped: Grouped, piece: Piece) -> tuple[int, int]:
-    """Turn a piece of a grouped batch's positions into a range of its distinct rows: those that begin within it.
+    """Turn a piece of a grouped batch's positions into the range of its distinct rows that begin within the piece.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Which pages of a mapped file are in memory, and asking the kernel for those that are not."""
+"""Which pages of a mapped file are in memory, and advice to the kernel to read those that are not."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from shardemb.base.validation import Int64Array
 
 
+# Called from kernels, so without the GIL, and without the cost of a call from Python for each page.
 _madvise = nb.ExternalFunction("madvise", nb.int32(nb.uintp, nb.uintp, nb.int32))
-
-
 _mincore = nb.ExternalFunction("mincore", nb.int32(nb.uintp, nb.uintp, nb.uintp))
 
 
@@ -35,9 +34,10 @@ def sample_resident(
     ids: Int64Array,
     samples: int,
 ) -> int:
-    """Of `samples` ids spread over the batch, count those whose page is in memory; -1 if the kernel won't tell.
+    """Of `samples` ids spread over the batch, count those whose page is in memory; -1 if mincore fails.
 
-    Rows in slots, and those that `present` says were never written, need no page.
+    Rows that are in slots need no page, and neither do rows that were never written according to `present`: they count
+    as if their page were in memory.
     """
     answer = np.zeros(1, np.uint8)
     resident = 0
@@ -79,10 +79,12 @@ def advise(
     start: int,
     stop: int,
 ) -> int:
-    """Give `advice` on the pages of ascending ids, up to `most_pages` a call; return the calls that failed.
+    """Give `advice` on the pages of ascending ids, up to `most_pages` in a call; return how many calls failed.
 
-    Rows in slots, and those that `present` says were never written, are passed over; an empty `present` says nothing.
+    Rows that are in slots are skipped, and so are rows that were never written according to `present`. If `present` is
+    empty, nothing is known about that.
     """
+    # The pages from first to last are one run that has not been advised on yet; at the beginning it is empty.
     first, last, failed = np.int64(0), np.int64(-2), 0
     for i in range(start, stop):
         row = sorted_ids[i]

@@ -1,4 +1,12 @@
-"""The index of rows in memory: from a row to the slot that holds it."""
+"""The index of rows in memory: it leads from a row to the slot that holds it.
+
+It is a tree of three levels. The directory has a number for every 256 rows, that of a branch; a branch has 16 numbers
+of leaves; a leaf has 16 entries, one for each row. An entry is ``slot + 1`` for a slot in memory, ``-(slot + 1)`` for
+one of the spill file, or 0 if the row is only in the files. ``engine/overlay.py`` owns the arrays.
+
+A free list keeps track of the branches, and another one of the leaves. Its first number is how many were ever used, the
+second how many of these are free now; the numbers of the free ones follow.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb.compute.intrinsics import prefetch
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from shardemb.base.validation import Int64Array
-from typing import TYPE_CHECKING
-
 from shardemb.compute.compiler import inlined, kernel
+from shardemb.compute.intrinsics import prefetch
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,25 +24,25 @@ if TYPE_CHECKING:
 
 
 NODE_BITS = 4
-"""Entries of a node of the index of rows in memory, as a power of two: a node is one cache line."""
+"""Entries of a branch or leaf, as a power of two: a node is one cache line."""
 
 NODE = 1 << NODE_BITS
+"""Entries of a branch or leaf."""
 
-
-_WITHIN = (1 << NODE_BITS) - 1
-"""The bits of a row that tell its place within a node."""
+_WITHIN = NODE - 1
+"""The bits of a row that select its entry within a leaf."""
 
 _AHEAD = 8
-"""How many rows ahead `places_of` asks for the next level of the index."""
+"""How many rows ahead of its use `places_of` prefetches a level of the index."""
 
 
 @inlined
 def entry_of(
     directory: NDArray[np.int32], branches: NDArray[np.int32], leaves: NDArray[np.int32], row: int
 ) -> int:
-    """Return what the index of rows in memory says of a row, 0 where it says nothing; see ``overlay.py``.
+    """Return the index's entry of a row, 0 if it has none.
 
-    Branch 0 and leaf 0 are never used and all zeros, so that nothing has to be asked on the way down.
+    Branch 0 and leaf 0 are never used and hold only zeros, so nothing has to be checked on the way down.
     """
     branch = int(directory[row >> 2 * NODE_BITS]) << NODE_BITS
     leaf = int(branches[branch | ((row >> NODE_BITS) & _WITHIN)]) << NODE_BITS
@@ -52,10 +53,10 @@ def entry_of(
 def place_of(
     directory: NDArray[np.int32], branches: NDArray[np.int32], leaves: NDArray[np.int32], first: int, row: int
 ) -> int:
-    """Return the place of a row among the records: its own, in the files, or its slot's, which lie from `first` on.
+    """Return the place of a row among the records: its own in the files, or that of its slot. Slots begin at `first`.
 
-    An empty directory says that all rows are in the files. A row that is in neither has a negative entry, and no place:
-    -1.
+    If the directory is empty, all rows are in the files. The place of a row that is spilled, so has a negative entry,
+    is -1.
     """
     if directory.size:
         entry = entry_of(directory, branches, leaves, row)
@@ -74,15 +75,16 @@ def places_of(
     start: int,
     stop: int,
 ) -> Int64Array:
-    """`place_of` each of ``ids[start:stop]``.
+    """Return `place_of` for each of ``ids[start:stop]``.
 
-    No level of a large table's index is in the cache: each is asked for some rows before the next one needs it.
+    The index of a large table is in no cache, so each level is prefetched some rows before the next one needs it.
     """
     places = np.empty(stop - start, np.int64)
     if directory.size == 0:
-        for i in range(start, stop):  # numba takes 1.7 s to compile what would copy a slice
+        for i in range(start, stop):  # a copy of the slice would take numba 1.7 s to compile
             places[i - start] = ids[i]
         return places
+    # A pipeline of three prefetches: when a level is read, it was prefetched `_AHEAD` rows ago.
     for i in range(start, stop):
         if i + 3 * _AHEAD < stop:
             prefetch(directory.ctypes.data + 4 * (ids[i + 3 * _AHEAD] >> 2 * NODE_BITS))
@@ -106,26 +108,28 @@ def entries_of(
     rows: Int64Array,
     entries: NDArray[np.int32],
 ) -> None:
-    """`entry_of` each of the rows."""
+    """Write `entry_of` for each of the rows."""
     for i in range(rows.size):
         entries[i] = entry_of(directory, branches, leaves, rows[i])
 
 
 @kernel
-def _take_node(books: NDArray[np.int32]) -> int:
-    if books[1]:
-        books[1] -= 1
-        return int(books[2 + books[1]])
-    books[0] += 1
-    return int(books[0])
+def _take_node(free_list: NDArray[np.int32]) -> int:
+    """Return the number of a node that is not in use: the one freed last, or else the next new one."""
+    if free_list[1]:
+        free_list[1] -= 1
+        return int(free_list[2 + free_list[1]])
+    free_list[0] += 1  # before it is returned, because node 0 is never used
+    return int(free_list[0])
 
 
 @kernel
-def _give_if_empty(node: int, entries: NDArray[np.int32], books: NDArray[np.int32]) -> bool:
+def _free_if_empty(node: int, entries: NDArray[np.int32], free_list: NDArray[np.int32]) -> bool:
+    """Free a node if all of its entries are 0; return whether it was freed."""
     if entries[node << NODE_BITS : (node + 1) << NODE_BITS].any():
         return False
-    books[2 + books[1]] = node
-    books[1] += 1
+    free_list[2 + free_list[1]] = node
+    free_list[1] += 1
     return True
 
 
@@ -133,32 +137,33 @@ def _give_if_empty(node: int, entries: NDArray[np.int32], books: NDArray[np.int3
 def set_entries(
     directory: NDArray[np.int32],
     branches: NDArray[np.int32],
-    branch_books: NDArray[np.int32],
+    free_branches: NDArray[np.int32],
     leaves: NDArray[np.int32],
-    leaf_books: NDArray[np.int32],
+    free_leaves: NDArray[np.int32],
     rows: Int64Array,
     entries: Int64Array,
 ) -> None:
-    """Set the entries of rows, 0 to forget them. Branches and leaves that are empty then are free.
+    """Set the entries of rows, 0 to remove them. Branches and leaves that become empty are freed.
 
-    From below, so that a lookup without the lock never follows a number before there is something behind it. One that
-    meets a node which is used for other rows by now reads what is none of its own, and `Overlay.version` tells.
+    Numbers are written from the leaf up, so that a lookup without the lock never follows one to a node that is not
+    filled in. It may still meet a node that was freed and is used for other rows now, and so read another row's
+    entry; then `Overlay.version` has changed.
     """
     for i in range(rows.size):
         row, low = rows[i], NODE - 1
         branch = int(directory[row >> 2 * NODE_BITS])
         at = (row >> NODE_BITS) & low
         leaf = int(branches[(branch << NODE_BITS) | at])
-        if entries[i] == 0 and leaf == 0:
+        if entries[i] == 0 and leaf == 0:  # nothing to remove: do not take nodes for it
             continue
         if leaf == 0:
-            leaf = _take_node(leaf_books)
+            leaf = _take_node(free_leaves)
         leaves[(leaf << NODE_BITS) | (row & low)] = entries[i]
         if branch == 0:
-            branch = _take_node(branch_books)
+            branch = _take_node(free_branches)
         branches[(branch << NODE_BITS) | at] = leaf
         directory[row >> 2 * NODE_BITS] = branch
-        if entries[i] == 0 and _give_if_empty(leaf, leaves, leaf_books):
+        if entries[i] == 0 and _free_if_empty(leaf, leaves, free_leaves):
             branches[(branch << NODE_BITS) | at] = 0
-            if _give_if_empty(branch, branches, branch_books):
+            if _free_if_empty(branch, branches, free_branches):
                 directory[row >> 2 * NODE_BITS] = 0

@@ -1,8 +1,12 @@
 """The hot loops over rows: gathering, filling, overwriting, and an optimizer's step.
 
-A kernel works on the half-open range ``start:stop`` of a batch, so that one call is one task; tasks over different
-ranges write different rows. How kernels are compiled, also around the formulas of optimizers and initializers, is in
-``compiler.py``.
+A kernel works on the half-open range ``start:stop`` of a batch, so one call is one task, and tasks over different
+ranges write different rows. The place of a row is its index among the records, files first, then slots;
+`row_index.place_of` finds it. ``compiler.py`` compiles kernels, including those around the formulas of optimizers and
+initializers.
+
+Random rows are not in the processor's caches. Much of what looks odd here lets their cache misses overlap: no branches
+in the loops, one memcpy per row instead of a loop over its values, prefetches some rows ahead.
 """
 
 from __future__ import annotations
@@ -25,19 +29,22 @@ if TYPE_CHECKING:
     from shardemb.base.validation import Float32Array, Int64Array
 
 
+# For each byte: the indices of its set bits, padded to eight, and how many there are.
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, np.newaxis], axis=1, bitorder="little")
 _SET_BITS, _NUM_SET = (
     np.argsort(1 - _BITS, axis=1, kind="stable").astype(np.int32),
     _BITS.sum(axis=1, dtype=np.int64),
 )
+# A product with this gathers the lowest bits of eight bytes in the last byte.
 _TO_BITS, _LAST_BYTE = np.uint64(0x0102040810204080), np.uint64(56)
 
 
 def nonzero(flags: NDArray[np.uint8], places: NDArray[np.uint32]) -> int:
-    """As `sampling.nonzero`: eight flags at once, without a branch that nobody could foresee."""
+    """Do what `sampling.nonzero` does, eight flags at a time and without branches, which would be mispredicted."""
     eights, target, source, count = flags.view(np.uint64), places.ctypes.data, _SET_BITS.ctypes.data, 0
     for k in range(eights.size):
         byte = np.int64((eights[k] * _TO_BITS) >> _LAST_BYTE)  # the first flag is the lowest bit
+        # Always writes eight indices; the next write begins after those that count.
         add_to_eight(target + 4 * count, source + 32 * byte, 8 * k)
         count += _NUM_SET[byte]
     return count
@@ -45,27 +52,27 @@ def nonzero(flags: NDArray[np.uint8], places: NDArray[np.uint32]) -> int:
 
 _CACHE_LINE = 64
 _AHEAD = 8
-"""How many rows ahead a step asks for: makes it two to three times as fast on rows that are not in the cache.
+"""How many rows ahead to prefetch: makes a step two to three times as fast on rows that are not in the cache.
 
-Of gradients, which are three times as short as a record of Adam's, twice as many.
+Gradients are prefetched twice as far ahead, because they are a third as long as a record with Adam's state.
 """
 
-_ASKED_BYTES = 512
-"""How much of a row a copy asks for; the processor finds out about the rest by itself."""
+_PREFETCHED_BYTES = 512
+"""How much of a row a copy prefetches; for the rest, the processor recognises the sequential access."""
 
 _STREAMED_BYTES = 2**20
-"""From which size on a result is written past the caches, which have no room for it.
+"""The size from which a result is written past the caches, which are too small for it.
 
-Gathering 40,960 random rows of 256 bytes takes four fifths of the time, and so does gathering them and adding them up.
+Gathering 40,960 random rows of 256 bytes then takes four fifths of the time, also if the rows are summed up afterwards.
 """
 
-_MOST_COUNTED = np.float32(2**24)
-"""Where the count of a row's updates stays: float32 knows no next whole number."""
+_MAX_COUNT = np.float32(2**24)
+"""The most that a row's count of updates can be: float32 does not have the next whole number."""
 
 
 @inlined
-def _ask(address: int, nbytes: int) -> None:
-    """Ask for so many bytes, from the beginning of a cache line on."""
+def _prefetch_bytes(address: int, nbytes: int) -> None:
+    """Prefetch `nbytes` bytes, a cache line at a time."""
     for line in range(0, nbytes, _CACHE_LINE):
         prefetch(address + line)
 
@@ -75,9 +82,9 @@ def _ask(address: int, nbytes: int) -> None:
 
 @kernel
 def _copy_from(source: int, record_bytes: int, places: Int64Array, target: int, row_bytes: int) -> None:
-    """Copy the first `row_bytes` of the records at places, one behind the other; a place below 0 leaves a gap.
+    """Copy the first `row_bytes` bytes of the records at `places`, contiguously; a place below 0 leaves a gap.
 
-    Asked for ahead, 40,960 random rows of 256 bytes take 1.0 ms instead of 1.25.
+    With prefetches, 40,960 random rows of 256 bytes take 1.0 ms instead of 1.25.
     """
     if (
         places.size * row_bytes >= _STREAMED_BYTES
@@ -88,18 +95,18 @@ def _copy_from(source: int, record_bytes: int, places: Int64Array, target: int, 
         return
     for i in range(places.size):
         if i + _AHEAD < places.size:
-            _ask(source + places[i + _AHEAD] * record_bytes, min(row_bytes, _ASKED_BYTES))
+            _prefetch_bytes(source + places[i + _AHEAD] * record_bytes, min(row_bytes, _PREFETCHED_BYTES))
         if places[i] >= 0:
             copy(target + i * row_bytes, source + places[i] * record_bytes, row_bytes)
 
 
 @kernel
 def _stream_from(source: int, record_bytes: int, places: Int64Array, target: int, row_bytes: int) -> None:
-    """As `_copy_from`, past the caches; without gaps, as with any question in the loop all of this is lost again."""
-    asked = min(row_bytes, _ASKED_BYTES)
+    """Do what `_copy_from` does, past the caches and without gaps: a condition in the loop would cost all the gain."""
+    ahead_bytes = min(row_bytes, _PREFETCHED_BYTES)
     for i in range(places.size):
         if i + _AHEAD < places.size:
-            _ask(source + places[i + _AHEAD] * record_bytes, asked)
+            _prefetch_bytes(source + places[i + _AHEAD] * record_bytes, ahead_bytes)
         record, row = source + places[i] * record_bytes, target + i * row_bytes
         for start in range(0, row_bytes, STREAMED):
             stream(row + start, record + start)
@@ -119,10 +126,10 @@ def gather(
     start: int,
     stop: int,
 ) -> None:
-    """``out[i]`` becomes the columns from `column` on of row ``ids[i]``, which `place_of` finds.
+    """Set ``out[i]`` to row ``ids[i]``, the columns from `column` on.
 
-    All places first, then the rows: in one loop the reads of the index hold those of the rows up (65,536 random rows of
-    256 bytes: 8.0 ms instead of 4.3).
+    First it finds all places, then it copies the rows. In one loop, the reads of the index would delay those of the
+    rows (65,536 random rows of 256 bytes: 8.0 ms instead of 4.3).
     """
     row_bytes, record_bytes = 4 * out.shape[1], 4 * records.shape[1]
     source, target = records.ctypes.data + 4 * column, out.ctypes.data + start * row_bytes
@@ -134,7 +141,7 @@ def gather(
 
 
 def _fill_rows(out: Float32Array, places: Any, rows: Any, key: Any, parameters: Any) -> None:  # noqa: ANN401
-    """Stand for an initializer's function in the kernels below."""
+    """Hold the place of an initializer's function in the kernels below."""
 
 
 def _gather_or_fill(
@@ -152,10 +159,10 @@ def _gather_or_fill(
     start: int,
     stop: int,
 ) -> None:
-    """As `gather`; rows never written get their initial value without a look at their page.
+    """Do what `gather` does; rows that were never written get their initial value, without touching their page.
 
-    Of each row the place first: what lies in a slot is there, whatever its bit says. The files' bit follows when they
-    hold the record, and the slot goes after that.
+    For each row the place is found before its bit is read, because a row in a slot exists whatever the bit says. The
+    bit is set once the files hold the record, and the slot is released only after that.
     """
     places = places_of(directory, branches, leaves, slots, ids, start, stop)
     fresh, rows, count = np.empty(stop - start, np.int64), np.empty(stop - start, np.int64), 0
@@ -163,6 +170,7 @@ def _gather_or_fill(
         row, ahead = ids[i], min(i + 2 * _AHEAD, stop - 1)
         if places[ahead - start] == ids[ahead]:
             prefetch(present.ctypes.data + (ids[ahead] >> 3))
+        # A row that is computed leaves a gap in the copy.
         if places[i - start] == row and not (present[row >> 3] >> (row & 7)) & 1:
             places[i - start] = -1
             fresh[count], rows[count] = i, row
@@ -181,7 +189,7 @@ def _fill(
     start: int,
     stop: int,
 ) -> None:
-    """``out[i]`` becomes the initial weight of row ``ids[i]``, which need not be in any file."""
+    """Set ``out[i]`` to the initial weight of row ``ids[i]``, which need not be in any file."""
     _fill_rows(out[start:stop], np.arange(stop - start), ids[start:stop], key, parameters)
 
 
@@ -199,7 +207,7 @@ def _copy_or_fill(
     start: int,
     stop: int,
 ) -> None:
-    """As `copy_rows`; rows never written get their initial record."""
+    """Do what `copy_rows` does; rows that were never written get their initial record."""
     base, record_bytes = records.ctypes.data, 4 * records.shape[1]
     dim = records.shape[1] - initial_state.size
     fresh, rows, count = np.empty(stop - start, np.int64), np.empty(stop - start, np.int64), 0
@@ -225,7 +233,7 @@ def scatter(
     start: int,
     stop: int,
 ) -> None:
-    """Overwrite the weights of distinct rows, by their places; of a row's values the last in the batch wins."""
+    """Overwrite the weights of the distinct rows at `places`; a row gets the last of its values in the batch."""
     source, target = values.ctypes.data, records.ctypes.data
     row_bytes, record_bytes = 4 * values.shape[1], 4 * records.shape[1]
     for u in range(start, stop):
@@ -234,7 +242,7 @@ def scatter(
 
 
 def _row_step(weight: Any, state: Any, gradient: Any, scalars: Any) -> None:  # noqa: ANN401
-    """Stand for an optimizer's function in the kernel below."""
+    """Hold the place of an optimizer's function in the kernel below."""
 
 
 def _step(
@@ -249,9 +257,10 @@ def _step(
     start: int,
     stop: int,
 ) -> None:
-    """One optimizer step on distinct rows, by their places; a row's gradients are summed first, in batch order.
+    """Take one optimizer step on the distinct rows at `places`. A row's gradients are summed first, in batch order.
 
-    Unless `counting` is 0, it is the number of the step, which the last two values of a record are to keep.
+    If `counting` is not 0, records have counters: their last two values become the number of updates and `counting`,
+    which is the number of the step.
     """
     dim = gradients.shape[1]
     row_bytes, record_bytes = 4 * dim, 4 * records.shape[1]
@@ -259,38 +268,38 @@ def _step(
     for u in range(start, stop):
         first, last = starts[u], starts[u + 1]
         if u + _AHEAD < stop:
-            _ask(target + places[u + _AHEAD] * record_bytes, record_bytes)
-        _ask(source + order[min(first + 2 * _AHEAD, end)] * row_bytes, row_bytes)
+            _prefetch_bytes(target + places[u + _AHEAD] * record_bytes, record_bytes)
+        _prefetch_bytes(source + order[min(first + 2 * _AHEAD, end)] * row_bytes, row_bytes)
         record = records[places[u]]
         if counting:
-            record[record.size - 2] = min(record[record.size - 2] + np.float32(last - first), _MOST_COUNTED)
+            record[record.size - 2] = min(record[record.size - 2] + np.float32(last - first), _MAX_COUNT)
             record[record.size - 1] = np.float32(counting)
-        if last - first == 1:
+        if last - first == 1:  # most rows occur once: no copy of their gradient
             _row_step(record[:dim], record[dim:], gradients[order[first]], scalars)
             continue
         for j in range(dim):
             scratch[j] = gradients[order[first], j]
         for k in range(first + 1, last):
-            _ask(source + order[min(k + 2 * _AHEAD, end)] * row_bytes, row_bytes)
+            _prefetch_bytes(source + order[min(k + 2 * _AHEAD, end)] * row_bytes, row_bytes)
             gradient = gradients[order[k]]
             for j in range(dim):
                 scratch[j] += gradient[j]
         _row_step(record[:dim], record[dim:], scratch, scalars)
 
 
-# ---- images ---------------------------------------------------------------------------------------------------
+# ---- whole records, as the log and the spill file have them ------------------------------------------------------
 
 
 @kernel
 def pack(records: Float32Array, places: Int64Array, target: int) -> None:
-    """Copy the records at places, one behind the other, to an address; a place below 0 leaves a gap."""
+    """Copy the records at `places` to an address, contiguously; a place below 0 leaves a gap."""
     record_bytes = 4 * records.shape[1]
     _copy_from(records.ctypes.data, record_bytes, places, target, record_bytes)
 
 
 @kernel
 def copy_rows(records: Float32Array, source: Int64Array, target: Int64Array, start: int, stop: int) -> None:
-    """Copy records from places ``source[start:stop]`` to others."""
+    """Copy records from places ``source[start:stop]`` to places ``target[start:stop]``."""
     base, record_bytes = records.ctypes.data, 4 * records.shape[1]
     for i in range(start, stop):
         copy(base + target[i] * record_bytes, base + source[i] * record_bytes, record_bytes)
@@ -298,21 +307,21 @@ def copy_rows(records: Float32Array, source: Int64Array, target: Int64Array, sta
 
 @kernel
 def gather_images(addresses: Int64Array, record_bytes: int, target: int, start: int, stop: int) -> None:
-    """Copy the records that lie at ``addresses[start:stop]``, one behind the other, to an address."""
+    """Copy the records at ``addresses[start:stop]`` to an address, contiguously."""
     for i in range(start, stop):
         copy(target + (i - start) * record_bytes, addresses[i], record_bytes)
 
 
 @kernel
 def scatter_images(source: int, record_bytes: int, addresses: Int64Array, start: int, stop: int) -> None:
-    """Copy records that lie one behind the other to ``addresses[start:stop]``."""
+    """Copy contiguous records to ``addresses[start:stop]``."""
     for i in range(start, stop):
         copy(addresses[i], source + (i - start) * record_bytes, record_bytes)
 
 
 @kernel
 def place_images(records: Float32Array, places: Int64Array, addresses: Int64Array) -> None:
-    """Copy the records that lie at addresses to their places."""
+    """Copy the records at `addresses` to `places`."""
     target, record_bytes = records.ctypes.data, 4 * records.shape[1]
     for i in range(places.size):
         copy(target + places[i] * record_bytes, addresses[i], record_bytes)
@@ -322,6 +331,7 @@ def place_images(records: Float32Array, places: Int64Array, addresses: Int64Arra
 
 
 def _fill_helpers(initializer: type[Any]) -> dict[str, Callable[..., Any]]:
+    """Compile an initializer's `fill_rows` with everything that it may call."""
     draw = formula(sampling.draw, philox=formula(sampling.philox))
     unit = formula(sampling.unit)
     scaled, tail = formula(sampling.log_scaled), formula(sampling.tail_quantile)
@@ -338,7 +348,7 @@ def _fill_helpers(initializer: type[Any]) -> dict[str, Callable[..., Any]]:
 
 @cache
 def gather_or_fill(initializer: type[Any]) -> Callable[..., None]:
-    """`_gather_or_fill` for one class of initializers, which has a `fill_rows`."""
+    """Return `_gather_or_fill` compiled for one class of initializers, which has a `fill_rows`."""
     return specialised(
         _gather_or_fill, f"gather_or_fill_{initializer.__name__}", **_fill_helpers(initializer)
     )
@@ -346,17 +356,17 @@ def gather_or_fill(initializer: type[Any]) -> Callable[..., None]:
 
 @cache
 def fill(initializer: type[Any]) -> Callable[..., None]:
-    """`_fill` for one class of initializers, which has a `fill_rows`."""
+    """Return `_fill` compiled for one class of initializers, which has a `fill_rows`."""
     return specialised(_fill, f"fill_{initializer.__name__}", **_fill_helpers(initializer))
 
 
 @cache
 def copy_or_fill(initializer: type[Any]) -> Callable[..., None]:
-    """`_copy_or_fill` for one class of initializers, which has a `fill_rows`."""
+    """Return `_copy_or_fill` compiled for one class of initializers, which has a `fill_rows`."""
     return specialised(_copy_or_fill, f"copy_or_fill_{initializer.__name__}", **_fill_helpers(initializer))
 
 
 @cache
 def step(optimizer: type[Any]) -> Callable[..., None]:
-    """`_step` for one class of optimizers, which has a `row_step`."""
+    """Return `_step` compiled for one class of optimizers, which has a `row_step`."""
     return specialised(_step, f"step_{optimizer.__name__}", _row_step=formula(optimizer.row_step))

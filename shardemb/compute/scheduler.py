@@ -1,8 +1,9 @@
-"""Runs tasks through dask, the only room that imports it.
+"""Runs tasks through dask. No other module imports it.
 
-The tasks of a batch work on memory mapped into this process, so they run on threads here: by dask's local scheduler on
-the calling thread and on others that wait for it, or by what ``dask.config`` asks for if that runs in this process too
-(the synchronous one, or an executor of threads). An active distributed client and the process scheduler are not used.
+The tasks of a batch work on memory that is mapped into this process, so they run on its threads: by dask's local
+scheduler on the calling thread and its helper threads, or by what ``dask.config`` asks for if that runs in this process
+too (the synchronous scheduler, or an executor of threads). An active distributed client and the process scheduler are
+not used.
 """
 
 from __future__ import annotations
@@ -36,32 +37,32 @@ _THIS_THREAD = 0
 _getcpu = ctypes.CDLL(None).sched_getcpu
 
 REST_S = 0.001
-"""Helpers that had nothing to do for so long may be asleep, and their cores too."""
+"""After this many seconds without work, helpers may be asleep, and their cores too."""
 
 CORES: int = dask.system.CPU_COUNT
-"""Cores that this process may use, as dask counts them (affinity and cgroup limits included)."""
+"""Cores that this process may use, as dask counts them: within its affinity and cgroup limits."""
 
 
 def run(tasks: Sequence[Callable[[], T]], threads: int, stop: threading.Event | None = None) -> list[T]:
-    """Run tasks so that none of them is still running when this returns or raises.
+    """Run tasks; none of them is still running when this returns or raises.
 
-    A Ctrl-C comes to the calling thread, and the others know nothing of it: they are waited for.
+    A Ctrl-C interrupts only the calling thread. The others do not notice it, so this waits for them.
 
     Parameters
     ----------
     tasks : sequence of callable
-        What to run. A task that takes long looks at `stop` now and then, and returns early if it is set. A single
-        task runs in the calling thread, and so do all tasks in a forked process.
+        What to run. A long task should check `stop` now and then, and return early if it is set. A single task runs in
+        the calling thread, and so do all tasks in a forked process.
     threads : int
-        How many run side by side, the calling thread among them: of two tasks it does one, which spares waking a second
-        thread and being woken by it.
+        How many tasks run concurrently. The calling thread is one of these threads: with two tasks it runs one itself,
+        which saves waking a second thread and being woken by it.
     stop : threading.Event, optional
-        Set as soon as a task fails or the waiting is interrupted. Tasks that have not begun by then never will.
+        Set as soon as a task fails or the waiting is interrupted. Tasks that have not begun by then never run.
 
     Returns
     -------
     list
-        The tasks' results, in order. Should tasks raise, the first error is raised instead.
+        The tasks' results, in order. If tasks raise, the first error is raised instead.
 
     Examples
     --------
@@ -75,7 +76,7 @@ def run(tasks: Sequence[Callable[[], T]], threads: int, stop: threading.Event | 
     caller = threading.get_ident()
 
     def guarded(future: Future[None], task: Callable[[], T]) -> T | None:
-        elsewhere = threading.get_ident() != caller  # or nobody has to wait for it
+        elsewhere = threading.get_ident() != caller  # else nobody has to wait for it
         if stop.is_set() or (elsewhere and not future.set_running_or_notify_cancel()):
             return None
         try:
@@ -87,7 +88,7 @@ def run(tasks: Sequence[Callable[[], T]], threads: int, stop: threading.Event | 
             if elsewhere:
                 future.set_result(None)
 
-    # A plain dict graph: dask.compute on delayed objects costs five times as much.
+    # A plain dict as the graph: dask.compute on delayed objects costs five times as much.
     graph = {
         ("shardemb", k): (guarded, future, task)
         for k, (future, task) in enumerate(zip(begun, tasks, strict=True))
@@ -121,7 +122,7 @@ def _get(tasks: int, threads: int) -> Callable[..., Any]:
     choice = dask.config.get("scheduler", None) or dask.config.get("pool", None)
     if isinstance(choice, str):
         choice = dask.base.named_schedulers.get(choice.lower())
-    # No subclass: an executor of processes or interpreters does not share this memory.
+    # Not a subclass: an executor of processes or interpreters would not share this memory.
     if type(choice) in (ThreadPoolExecutor, dask.local.SynchronousExecutor):
         return partial(dask.local.get_async, choice.submit, getattr(choice, "_max_workers", threads))
     if choice in (dask.get, dask.local.get_sync):
@@ -130,21 +131,23 @@ def _get(tasks: int, threads: int) -> Callable[..., Any]:
 
 
 class _Helpers:
-    """Threads that work for one other, on other cores than its own."""
+    """Threads that work for one calling thread, on other cores than its own."""
 
     def __init__(self, threads: int) -> None:
         self._ids: list[int] = []
-        note = partial(_note_thread, self._ids)  # no method: threads that hold this object would never end
+        note = partial(
+            _note_thread, self._ids
+        )  # not a method: threads that refer to this object would never end
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="helper", initializer=note)
         self._idle_since = 0.0
         self._cores: set[int] = set()
 
     def keep_off(self) -> None:
-        """Let those that sleep wake on other cores than that of the calling thread, which is going to work too.
+        """Make threads that sleep wake on other cores than that of the calling thread, which is about to work too.
 
-        Linux wakes a thread on the core of its waker if it sees none that is idle, and moves it milliseconds later. A
-        core of a virtual machine that sleeps does not count as idle (``vcpu_is_preempted``): after a rest, all of a
-        batch would run on one core. Once awake, a thread may go wherever the calling thread may.
+        Linux wakes a thread on the core of its waker if no core seems to be idle, and moves it milliseconds later. A
+        sleeping core of a virtual machine does not count as idle (``vcpu_is_preempted``), so after a rest a whole batch
+        would run on one core. Once awake, a thread may run on every core that the calling thread may.
         """
         self._cores = set()
         if time.monotonic() - self._idle_since > REST_S:
@@ -154,7 +157,7 @@ class _Helpers:
                 _keep_to(thread, others)
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Let one of them do some work."""
+        """Let one of the threads do some work."""
         self._pool.submit(self._do, work, self._cores)
 
     def _do(self, work: Callable[[], None], cores: set[int]) -> None:
@@ -165,7 +168,7 @@ class _Helpers:
 
 
 class _Workers(threading.local):
-    """Threads that work for this one, and end after it. A pool for all could be full of somebody's long tasks."""
+    """The helpers of this thread, which end after it. One thread's long tasks could fill a shared pool."""
 
     def __init__(self) -> None:
         self._helpers: dict[int, _Helpers] = {}
@@ -185,21 +188,21 @@ def _note_thread(ids: list[int]) -> None:
 
 
 def _keep_to(thread: int, cores: set[int]) -> None:
-    with contextlib.suppress(OSError):  # no core, or none that it may use by now: as before, then
+    with contextlib.suppress(OSError):  # no core, or none that it may use any more: it stays where it is
         os.sched_setaffinity(thread, cores)
 
 
 class _Shared:
-    """Work that the calling thread shares with others: `submit` is for dask what that of an executor is.
+    """Work that the calling thread shares with others. Its `submit` is what dask expects of an executor.
 
-    The last `submit` returns once there is nothing left to begin.
+    The last `submit` does tasks itself, and returns when none is left to begin.
 
     Parameters
     ----------
     tasks : int
         How many will be submitted.
     threads : int
-        How many run side by side, the calling thread among them.
+        How many tasks run concurrently, one of them in the calling thread.
     """
 
     def __init__(self, tasks: int, threads: int) -> None:
@@ -220,7 +223,7 @@ class _Shared:
         return future
 
     def _work(self) -> None:
-        """Do what waits, until nothing does."""
+        """Do tasks that wait, until none does."""
         while True:
             try:
                 future, task = self._waiting.popleft()
@@ -228,7 +231,7 @@ class _Shared:
                 return
             try:
                 result = task()
-            except BaseException as error:  # raised again by whoever asks for the result
+            except BaseException as error:  # raised again where the result is asked for
                 future.set_exception(error)
             else:
                 future.set_result(result)

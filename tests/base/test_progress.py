@@ -107,7 +107,7 @@ def test_anything_else_is_refused(wrong):
 def test_rich_is_imported_only_for_a_bar():
     code = """
 import sys
-from shardemb.progress import track
+from shardemb.base.progress import track
 for quiet in (None, False, True, lambda done, total: None):
     with track(1, "work", progress=quiet) as advance:
         advance(1)

@@ -113,16 +113,16 @@ def test_rows_are_divided_evenly():
     assert aligned(grouped, 4) == [(0, 250), (250, 500), (500, 750), (750, 1000)]
 
 
-# ---- along ------------------------------------------------------------------------------------------------------
+# ---- fill_windows ---------------------------------------------------------------------------------------------
 
 
 @given(st.sets(st.integers(0, 299), max_size=200), st.sets(st.integers(0, 299)), st.sampled_from([1, 4, 64]))
-def test_along_adds_windows_that_change_much_and_have_data(changed, data, window):
+def test_fill_windows_completes_those_that_change_much_and_have_data(changed, data, window):
     has_data = np.zeros(300, np.bool_)
     has_data[list(data)] = True
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(file_blocks, "WINDOW_BLOCKS", window)
-        found = file_blocks.along(np.array(sorted(changed), np.int64), has_data).tolist()
+        found = file_blocks.fill_windows(np.array(sorted(changed), np.int64), has_data).tolist()
     expected = set(changed)
     for start in range(0, 300, window):
         every = set(range(start, start + window))

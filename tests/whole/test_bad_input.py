@@ -386,7 +386,7 @@ BAD_TABLES = {
     "a callable": (
         {"initializer": lambda shape: 0},
         TypeError,
-        r"must be one of shardemb\.initializers or an array or a function f\(start, stop\)",
+        r"must be one of shardemb\.initializers, an array, or a function f\(start, stop\)",
     ),
     "initializer class": (
         {"initializer": Uniform},
