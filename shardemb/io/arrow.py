@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
@@ -12,31 +11,35 @@ import numpy as np
 import pyarrow as pa
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from shardemb.base.validation import Float32Array
 
-
 T = TypeVar("T")
 
 MAX_ROWS = 65_536
-"""Most rows of a batch, and so of a row group."""
-
+"""Maximum number of rows in a batch, and so in a row group."""
 
 MAX_BYTES = 32 * 2**20
-"""Most bytes of values in a batch, unless a single row has more."""
-
+"""Maximum bytes of values in a batch, unless a single row has more."""
 
 MAX_READ_AHEAD = 4
-"""Batches that a stream reads side by side: keeps an NVMe disk busy, and bounds memory on large machines."""
+"""Batches that a stream reads concurrently: keeps an NVMe disk busy, and bounds memory on large machines."""
 
 
 class RowKeys(NamedTuple):
-    """Keys of rows, where these have any: what Arrow calls their type, and how to read them.
+    """How to read the keys of rows, for sources that have keys.
 
-    ``read(start, stop)`` tells which of the rows have a key, bool, shape (stop - start,), and the keys of those.
+    Attributes
+    ----------
+    kind : pyarrow.DataType
+        Arrow's type of the keys.
+    read : callable
+        ``read(start, stop)`` returns which of these rows have a key, bool, shape (stop - start,), and the keys of
+        those.
     """
 
     kind: pa.DataType
@@ -44,7 +47,7 @@ class RowKeys(NamedTuple):
 
 
 class RowSource(Protocol):
-    """Rows to export, as a table offers them; where they have `keys`, those that have none are left out."""
+    """Rows to export, as a table offers them. If it has `keys`, rows without a key are left out."""
 
     name: str
     num_embeddings: int
@@ -55,22 +58,22 @@ class RowSource(Protocol):
 
     @property
     def columns(self) -> Mapping[str, int]:
-        """The state columns and their widths in values a row."""
+        """The state columns, and how many values each has in a row."""
 
     def read_rows(self, start: int, stop: int, columns: Sequence[str]) -> list[Float32Array]:
-        """Read the vectors of rows ``[start, stop)``, then each state column; safe from several threads.
+        """Read the vectors of rows ``[start, stop)``, then each state column. Safe from several threads.
 
-        The arrays have shape (stop - start, width) and are the caller's own.
+        The arrays have shape (stop - start, width) and belong to the caller.
         """
 
     def run(self, tasks: Sequence[Callable[[], T]], stop: threading.Event | None = None) -> list[T]:
         """Run tasks, `threads` of them concurrently; see `scheduler.run`."""
 
     def release_pages(self, start: int, stop: int) -> None:
-        """Let the pages of rows ``[start, stop)`` leave memory. A hint."""
+        """Let the kernel reclaim the page cache of rows ``[start, stop)``. A hint."""
 
     def describe(self) -> Mapping[str, object]:
-        """Give a few facts about the table, as JSON has them."""
+        """Return a few facts about the table, as JSON values."""
 
 
 def schema(source: RowSource, columns: Sequence[str] = ()) -> pa.Schema:
@@ -81,8 +84,8 @@ def schema(source: RowSource, columns: Sequence[str] = ()) -> pa.Schema:
     source : RowSource
         The table.
     columns : sequence of str
-        State columns to export after ``id`` (int64) and ``embedding`` (float32 lists of fixed size), in this
-        order: such lists too, or plain float32 where the state is one number a row.
+        State columns to export after ``id`` (int64) and ``embedding`` (float32 lists of fixed size), in this order.
+        They are such lists too, or plain float32 if the state is one number a row.
 
     Returns
     -------
@@ -92,7 +95,7 @@ def schema(source: RowSource, columns: Sequence[str] = ()) -> pa.Schema:
     Raises
     ------
     ValueError
-        `columns` are not different names of state columns.
+        `columns` are not distinct names of state columns.
 
     Examples
     --------
@@ -128,25 +131,27 @@ def to_arrow_batches(
     columns: Sequence[str] = (),
     rows: tuple[int, int] | None = None,
 ) -> pa.RecordBatchReader:
-    """Stream rows as Arrow record batches; nothing is read before the first is asked for.
+    """Stream rows as Arrow record batches. Nothing is read before the first batch is requested.
 
     Parameters
     ----------
-    source, columns : RowSource, sequence of str
-        The table, and the state columns to stream after its vectors.
+    source : RowSource
+        The table.
+    columns : sequence of str
+        State columns to stream after the vectors.
     rows : (int, int), optional
         Half-open range of row ids; all by default.
 
     Returns
     -------
     pyarrow.RecordBatchReader
-        Non-empty batches, ids ascending. Each owns its memory; `MAX_READ_AHEAD` at most wait to be taken.
-        Rows are as they are when their batch is read: no snapshot of a table that is being changed.
+        Non-empty batches, by ascending id. Each owns its memory; up to `MAX_READ_AHEAD` are read ahead. Rows are as
+        they are when their batch is read: this is not a snapshot of a table that is being changed.
 
     Raises
     ------
     ValueError
-        The columns or the range are not the table's. What reading raises comes out of the reader.
+        The table has no such columns or no such range. Errors of reading are raised by the reader.
 
     Examples
     --------
@@ -167,9 +172,22 @@ def to_arrow_batches(
 
 @dataclass(frozen=True)
 class Selection:
-    """Checked columns and rows; each `period` (a shard or several small ones) is cut into equal `batches`.
+    """Checked columns and rows, cut into batches.
 
-    Cuts are computed when needed: a list of them would grow with the table.
+    The table is a sequence of periods: one shard each, or several small ones. Each period is cut into the same number
+    of batches of equal size, so that a batch lies within one shard or consists of whole ones. Cuts are computed when
+    they are needed: a list of them would grow with the table.
+
+    Attributes
+    ----------
+    source : RowSource
+    schema : pyarrow.Schema
+    start, num_rows : int
+        The selected rows.
+    period : int
+        Rows in a period.
+    batches : int
+        Batches in a period.
     """
 
     source: RowSource
@@ -183,9 +201,10 @@ class Selection:
     def of(
         cls, source: RowSource, columns: Sequence[str], rows: tuple[int, int] | None, *, parts: int = 1
     ) -> Selection:
+        """Check columns and rows, and choose batches so small that each of several `parts` has at least four."""
         fields = schema(source, columns)
         rows = (0, source.num_embeddings) if rows is None else rows
-        # Only a tuple: range(2, 4) would unpack too, and mean something else.
+        # Only a tuple: range(2, 4) would unpack too, but mean rows 2 and 3.
         pair = isinstance(rows, tuple) and len(rows) == 2 and all(hasattr(row, "__index__") for row in rows)
         if not pair or not 0 <= rows[0] <= rows[1] <= source.num_embeddings:
             need = f"rows must be a tuple (start, stop), 0 <= start <= stop <= {source.num_embeddings}"
@@ -193,9 +212,10 @@ class Selection:
             raise ValueError(msg)
         width = source.embedding_dim + sum(source.columns[name] for name in columns)
         num_rows = int(rows[1] - rows[0])
-        # Parts of at least four batches each are of about equal size.
+        # With at least four batches in each part, parts have about equal sizes.
         part_rows = num_rows // parts // 4 if parts > 1 else MAX_ROWS
         most = max(1, min(MAX_ROWS, MAX_BYTES // (4 * width), part_rows))
+        # Periods are whole shards: a batch that is part of a shard never reads from another one too.
         period = max(1, most // source.rows_per_shard) * source.rows_per_shard
         return cls(source, fields, int(rows[0]), num_rows, period, -(-period // most))
 
@@ -204,13 +224,16 @@ class Selection:
         return self._batch_of(last) - self._batch_of(self.start) + 1 if self.num_rows else 0
 
     def read(self, index: int) -> pa.RecordBatch:
+        """Read one batch, given by its number. Safe from several threads."""
         first = self._batch_of(self.start) + index
         start = max(self._start_of(first), self.start)
         stop = min(self._start_of(first + 1), self.start + self.num_rows)
         row_keys = self.source.keys
         first_state = 2 if row_keys is None else 3
         arrays = self.source.read_rows(start, stop, self.schema.names[first_state:])
-        self.source.release_pages(start, stop)
+        self.source.release_pages(
+            start, stop
+        )  # an export reads each row once: leave the page cache to others
         ids = np.arange(start, stop, dtype=np.int64)
         columns = [pa.array(ids)]
         if row_keys is not None:
@@ -224,7 +247,7 @@ class Selection:
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
 
     def stream(self) -> Iterator[pa.RecordBatch]:
-        """Read batches, several at a time."""
+        """Read the batches in order, several concurrently."""
         ahead = min(self.source.threads, MAX_READ_AHEAD)
         for first in range(0, len(self), ahead):
             batches = self.source.run(
@@ -232,12 +255,12 @@ class Selection:
             )
             batches = [batch for batch in batches if batch.num_rows]
             while batches:
-                yield batches.pop(0)  # nothing here holds on to what the consumer has
+                yield batches.pop(0)  # keep no reference: the consumer decides how long a batch lives
 
     def _start_of(self, batch: int) -> int:
         periods, batch = divmod(batch, self.batches)
         return periods * self.period + batch * self.period // self.batches
 
     def _batch_of(self, row: int) -> int:
-        periods, row = divmod(row, self.period)  # the inverse of _start_of, rounded down
+        periods, row = divmod(row, self.period)  # the inverse of `_start_of`, rounded down
         return periods * self.batches + ((row + 1) * self.batches - 1) // self.period

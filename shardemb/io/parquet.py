@@ -1,18 +1,19 @@
-"""A table for whoever consumes the vectors: a stream of Arrow record batches, or parquet.
+"""A table as parquet files.
 
-How do the rows of a table of any size leave it, in memory that does not depend on the size?
+How do the rows of a table of any size get out of it, in memory that does not depend on that size?
 
-1. Rows are cut into batches of at most `MAX_ROWS` rows and `MAX_BYTES` bytes. A batch lies within one
-   row-shard, or consists of whole ones where they are small.
-2. A batch is read into arrays of its own, which Arrow takes over, and the table's pages are given back.
-3. A batch becomes one row group. Encoding is what takes the time: one file is encoded by one thread, while
-   the next batch is read; parts are encoded by as many threads as there are workers.
-4. All is written and synced under a temporary name in the target's folder, then renamed. Whatever goes wrong
-   before that, Ctrl-C included, leaves the target as it was.
+1. Rows are cut into batches of at most `arrow.MAX_ROWS` rows and `arrow.MAX_BYTES` bytes. A batch lies within one
+   row-shard, or consists of whole ones if they are small.
+2. A batch is read into arrays of its own, which Arrow takes over, and the page cache of these rows is released.
+3. A batch becomes one row group. Encoding takes most of the time: one file is encoded by one thread, while the next
+   batch is read; parts are encoded by as many threads as there are workers.
+4. Everything is written and synced under a temporary name in the target's folder, then renamed. If anything fails
+before
+   that, Ctrl-C included, the target is unchanged.
 
-No column is nullable, and values keep their bits. BYTE_STREAM_SPLIT puts similar bytes together, so that zstd
-finds the signs and exponents of vectors; mantissas do not compress, and a dictionary would be as large as the
-values. Statistics help queries on ``id`` alone; the page index leads to a single row.
+No column is nullable, and values keep their bits. BYTE_STREAM_SPLIT puts similar bytes together, so that zstd can
+compress the signs and exponents of vectors. Mantissas do not compress, and a dictionary would be as large as the
+values. Statistics help queries only on ``id``; the page index leads to a single row.
 """
 
 from __future__ import annotations
@@ -41,7 +42,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote: file or folder, symbolic links followed, and its files in the order of rows."""
+    """What an export wrote.
+
+    Attributes
+    ----------
+    path : Path
+        The file or folder, with symbolic links resolved.
+    files : tuple of Path
+        Its files, in the order of the rows.
+    num_rows, nbytes : int
+        Rows in these files, and the size of the files in bytes.
+    """
 
     path: Path
     files: tuple[Path, ...]
@@ -63,28 +74,28 @@ def export_parquet(
     Parameters
     ----------
     source, columns, rows
-        As for `to_arrow_batches`. An empty range writes the schema alone.
+        As for `to_arrow_batches`. An empty range writes only the schema.
     path : path-like
-        The file; one that exists is replaced, in one instant. With `parts`, the folder: new or empty, because
-        one with content cannot be replaced in one instant. The folder above it must exist.
+        The file; an existing one is replaced atomically. With `parts`, the folder: new or empty, because a folder with
+        content cannot be replaced atomically. The folder above it must exist.
     parts : int, optional
-        Write exactly so many files, ``part-00000.parquet`` and on, of about equal size, several at a time.
+        Write exactly this many files, ``part-00000.parquet`` and so on, of about equal size, several at a time.
     progress : bool or callable, optional
-        As for `track`. Steps are rows, reported by the row group from the thread that wrote it.
+        As for `track`, in rows: reported for each row group, from the thread that wrote it.
 
     Returns
     -------
     ExportReport
-        What was written. (A process that is killed leaves ``.shardemb-*.tmp`` beside the target.)
+        What was written. (A process that is killed leaves ``.shardemb-*.tmp`` next to the target.)
 
     Raises
     ------
     ValueError
-        The columns, the range or the number of parts make no sense.
+        The columns, the range or the number of parts is invalid.
     FileNotFoundError, FileExistsError
-        The target's folder is missing, or what has the target's name is not to be replaced.
+        The target's folder is missing, or what exists under the target's name must not be replaced.
     DiskFullError
-        The disk has no room.
+        The disk is full.
 
     Examples
     --------
@@ -98,13 +109,14 @@ def export_parquet(
     >>> report.num_rows, report.path.name
     (0, 'nothing.parquet')
     """
-    if parts is not None and not 1 <= parts <= 100_000:  # names have five digits, so sorting them sorts rows
+    # File names have five digits, so that sorting the names sorts the rows.
+    if parts is not None and not 1 <= parts <= 100_000:
         msg = f"table {source.name!r}: parts must be 1 to 100000, or None for one file, got {parts}"
         raise ValueError(msg)
     chosen = Selection.of(source, columns, rows, parts=parts or 1)
     target = _checked_target(path, source.name, folder=parts is not None)
     names = [] if parts is None else [f"part-{k:05d}.parquet" for k in range(parts)]
-    # Not made from the target's name, which may be as long as a name can be.
+    # Not derived from the target's name, which may have the maximum length already.
     temporary = target.with_name(f".shardemb-{secrets.token_hex(8)}.tmp")
     try:
         with track(chosen.num_rows, f"export {source.name}", progress=progress) as advance:
@@ -127,6 +139,7 @@ def export_parquet(
 def _write_file(chosen: Selection, path: Path, advance: Advance) -> None:
     with _parquet_file(path, chosen.schema, advance) as write:
         batch = chosen.read(0) if len(chosen) else None
+        # One thread encodes a file, the slowest step. Meanwhile another reads the next batch.
         for following in range(1, len(chosen) + 1):
             tasks = [partial(write, batch)]
             if following < len(chosen):
@@ -137,6 +150,7 @@ def _write_file(chosen: Selection, path: Path, advance: Advance) -> None:
 def _write_parts(chosen: Selection, paths: list[Path], advance: Advance) -> None:
     files.make_directory(paths[0].parent)
     stop, workers = threading.Event(), chosen.source.threads
+    # Part k has the batches cuts[k] to cuts[k + 1]. Each worker writes every `workers`-th part, one after another.
     cuts = [len(chosen) * part // len(paths) for part in range(len(paths) + 1)]
 
     def write_every(first: int) -> None:
@@ -179,13 +193,13 @@ def _parquet_file(
             sorting_columns=[parquet.SortingColumn(0)],
         ) as writer:
             yield write
-        # Arrow's allocator would keep what the encoding took, 60 MB a thread.
+        # Arrow's allocator would keep the memory of the encoder, 60 MB a thread.
         pa.default_memory_pool().release_unused()
         files.sync(descriptor, path)
 
 
 class _Sink:
-    """An open file, as Arrow writes to it."""
+    """An open file, with the methods that Arrow writes through."""
 
     closed = False
 
@@ -197,7 +211,7 @@ class _Sink:
         self._position += len(data)
 
     def begin_write_back(self) -> None:
-        """Let the disk begin with what was written since the last time, beside the encoding of the next."""
+        """Start to write back what came since the last call, while the next row group is encoded."""
         files.begin_write_back(self._descriptor, self._begun, self._position - self._begun)
         self._begun = self._position
 

@@ -1,4 +1,4 @@
-"""What a person wants to know at a glance: lines for the terminal, tables for notebooks. Text in, text out."""
+"""What a person sees at a glance: lines for the terminal, tables for notebooks. Text out, no decisions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is told about a table.
+    """What is shown about a table.
 
     Attributes
     ----------
@@ -29,15 +29,15 @@ class Facts:
     optimizer, initializer : str
         As they print.
     step : int
-        Updates so far.
+        Number of updates so far.
     state_columns : tuple of str
     rows_per_shard, num_shards : int
     nbytes : int
-        Of all rows with their state, whether they take disk or not.
+        Bytes of all rows with their state, whether they take disk space or not.
     changed_rows : int or None
-        Rows that differ from the last commit; None once the table is closed.
+        Number of rows that differ from the last commit; None if the table is closed.
     bytes_on_disk : int or None
-        Disk space that the table takes, where it was asked for.
+        Disk space that the table takes; None if it was not measured.
     """
 
     name: str
@@ -56,17 +56,17 @@ class Facts:
 
 @dataclass(frozen=True)
 class VocabularyFacts:
-    """What is told about a vocabulary.
+    """What is shown about a vocabulary.
 
     Attributes
     ----------
     name, key_type : str
     keys : int
-        Keys that have a row.
+        Number of keys that have a row.
     rows : int
-        Rows given out so far.
+        Number of rows given out so far.
     tables : tuple of str
-        Those whose rows it gives out.
+        The tables whose rows it gives out.
     bytes_on_disk : int
         Disk space that keys and index take.
     """
@@ -89,7 +89,7 @@ class StoreInfo:
     uuid : str
         Identity of the store.
     commit : Commit or None
-        The last one.
+        The last commit.
     bytes_on_disk : int
         Disk space that the store takes.
     tables : tuple of Facts
@@ -105,7 +105,7 @@ class StoreInfo:
 
 
 def facts(table: TableState, *, measured: bool = False) -> Facts:
-    """Return what is shown about a table at a glance; the disk space that it takes only if that is to be measured."""
+    """Return what is shown about a table; the disk space that it takes only if `measured`."""
     spec, training = table.spec, table.training
     return Facts(
         name=table.name,
@@ -124,21 +124,21 @@ def facts(table: TableState, *, measured: bool = False) -> Facts:
 
 
 def not_folded(path: Path, problem: Exception) -> str:
-    """Say that a store closes with commits that are in its log alone."""
+    """Return the warning of a store that closes with commits that are only in its log."""
     return (
-        f"what is committed in {path} is in the log and safe, but is not in the shards yet ({problem}); "
-        f"the next opening sees to it"
+        f"what is committed in {path} is safe in the log, but not in the shards yet ({problem}); "
+        f"the next opening folds it"
     )
 
 
 def lost(path: Path, commit: Commit | None) -> str:
-    """Say that a store closes with changes that no commit has."""
+    """Return the warning of a store that closes with uncommitted changes."""
     since = f"since commit {commit.id} (step {commit.step})" if commit else "(there was no commit)"
     return f"the changes of {path} {since} are lost: close() never commits; call commit()"
 
 
 def one_line(facts: Facts) -> str:
-    """Describe a table in a line.
+    """Describe a table in one line.
 
     Examples
     --------
@@ -191,14 +191,14 @@ def describe(info: StoreInfo) -> str:
 
 
 def headline(path: Path, num_tables: int, commit: Commit | None, state: str) -> str:
-    """Say in a line what a store is, and the state that it is in, if that is worth a word."""
+    """Describe a store in one line, with its state if that is not empty."""
     since = f"commit {commit.id} at step {commit.step}" if commit else "no commit yet"
     parts = [plural(num_tables, "table"), since, *[state] * bool(state)]
     return f"Store {str(path)!r}: {', '.join(parts)}"
 
 
 def html_table(tables: Sequence[Facts], caption: str = "") -> str:
-    """Describe tables as an HTML table, one a row."""
+    """Describe tables as an HTML table, one row each."""
     head = ("table", "rows", "dim", "optimizer", "step", "shards", "size", "changed rows")
     rows = [
         (
@@ -218,7 +218,9 @@ def html_table(tables: Sequence[Facts], caption: str = "") -> str:
 
 
 def heat_map(shares: Sequence[float], width: int = 64) -> list[str]:
-    """Draw how full shards are, each a character, lines of `width` of them; of too many several share one.
+    """Draw how full shards are: one character for each shard, in lines of `width` characters.
+
+    If there are too many shards for 16 lines, several share a character.
 
     Examples
     --------

@@ -2,10 +2,10 @@
 
 ::
 
-    commit    wait where the log is full -> append images and the commit record -> one sync
-    fold      close the segments (lock) -> write their images into the shards -> new base (lock) -> let segments go
+    commit    wait if the log is full -> append images and the commit record -> one sync
+    fold      close the segments (lock) -> write their images into the shards -> new base (lock) -> remove segments
 
-A fold runs in a thread of its own and reads images from the log only, so training goes on beside it.
+A fold runs in a thread of its own and reads images from the log only, so training continues meanwhile.
 """
 
 from __future__ import annotations
@@ -35,19 +35,22 @@ if TYPE_CHECKING:
     _Changed = tuple[TableSpec, Int64Array, Callable[[int, int, int], None]]
 
 SEGMENTS = 16
-"""Segments that make a full log."""
+"""Number of segments in a full log."""
 
 
 class Journal:
-    """Base, log and fold of a store that is open for writing. Everything is under the store's lock.
+    """Base, log and folds of a store that is open for writing.
+
+    All methods are called with the store's lock held, except `resume_folds`, which takes it. Those that wait for a fold
+    release the lock while they wait. Implements `engine.memory_budget.Folds`.
 
     Parameters
     ----------
     runtime : Runtime
     base : Manifest
-        What the shards hold. It is not published yet; `publish` does that.
+        What the shards hold. It is not published yet; `begin` does that.
     tables : callable
-        Returns all tables of the store by uuid, those that no commit knows yet too.
+        Returns all tables of the store by uuid, also those that no commit has yet.
     """
 
     def __init__(self, runtime: Runtime, base: Manifest, tables: Callable[[], Mapping[str, Shards]]) -> None:
@@ -68,13 +71,13 @@ class Journal:
 
     @property
     def is_folding(self) -> bool:
-        """Whether a fold is running, or held back."""
+        """Whether a fold is running, or folds are paused."""
         return self._folding
 
     # ---- commits
 
     def begin(self) -> None:
-        """Publish the base, tell readers, and forget the log before it."""
+        """Publish the base, announce this writer to readers, and remove the log before it."""
         epoch = self._base.epoch.to_bytes(8, "little").ljust(PAGE, b"\0")
         files.overwrite(store_paths.epoch(self._runtime.path), epoch)
         self.publish(self._base)
@@ -83,14 +86,18 @@ class Journal:
     def commit(
         self, manifest: Manifest, tables: Iterable[Shards], mark_committed: Callable[[Manifest], None]
     ) -> None:
-        """Make the changes of tables durable under a new manifest, and count them as changed no more.
+        """Make the changes of tables durable under a new manifest, and clear their marks as changed.
 
-        ``mark_committed(manifest)`` is called once they are, before anything else can happen.
+        ``mark_committed(manifest)`` is called once they are durable, before anything else can happen.
 
         Raises
         ------
+        FormatError
+            Something foreign stands where the folder of a table belongs; nothing was changed.
         DiskFullError
-            There is no room; nothing was changed.
+            There is no space; nothing was changed.
+        OSError
+            A write or sync failed: the store is poisoned.
         """
         runtime, last = self._runtime, self._runtime.committed.tables
         changes = [(table, table.changed_rows()) for table in tables if table.changes]
@@ -99,13 +106,14 @@ class Journal:
             (each.uuid, each.name) for each in last
         ]
         payload = manifest.to_bytes()
+        # All that can be refused is refused before the first byte is appended.
         if new_set:
             folders.check_locations(runtime.path, manifest.tables, self._dropped(manifest))
-        if created:
+        if created:  # their files must be durable before a commit record names them
             with self._poisoned_by_errors():
                 files.sync_tree(store_paths.parked(runtime.path, ""))
         self._append_images([(table.spec, ids, partial(table.pack, ids)) for table, ids in changes], payload)
-        with signals_deferred():
+        with signals_deferred():  # memory must agree with the log, also after Ctrl-C
             self._append_commit(payload)
             for table, _ in changes:
                 table.clear_changes()
@@ -119,13 +127,13 @@ class Journal:
         ):
             self._start()
 
-    def wait_for_room(self, tables: Sequence[Shards]) -> None:
-        """Wait until the log can take the changes of tables, by folding what it holds.
+    def wait_for_space(self, tables: Sequence[Shards]) -> None:
+        """Wait until the log has space for the changes of tables, by folding what it holds.
 
         Raises
         ------
         DiskFullError
-            The shards have no room for that.
+            The shards have no space for that.
         """
         in_log = self._log.nbytes + self._folding_bytes
         if in_log and in_log + sum(map(_image_bytes, tables)) > self._runtime.log_bytes:
@@ -142,7 +150,7 @@ class Journal:
     def wait(self) -> None:
         """Wait for a fold that is running; see `Folds`."""
         self._wait()
-        self._runtime.check_open()  # the lock was released meanwhile
+        self._runtime.check_open()  # the wait released the lock
 
     def try_to_drain(self) -> None:
         """Fold once; see `Folds`."""
@@ -155,15 +163,16 @@ class Journal:
             problem = self.fold_all()
             if problem is not None:
                 raise problem
-            self._runtime.check_open()  # others may have come while it waited
+            self._runtime.check_open()  # waiting released the lock: others may have closed, or committed more
             self._runtime.check_sound()
             if not self._log.nbytes:
                 return
 
     def supplement(self, spec: TableSpec, ids: Int64Array, pack: Callable[[int, int, int], None]) -> None:
-        """Bring records into the files that say no more than the last commit did; see `Folds`.
+        """Write records into the files that only repeat what the last commit says; see `Folds`.
 
-        Through the log, under the last commit's manifest again: cut short anywhere, all of it is there or nothing.
+        They go through the log, under the manifest of the last commit. So if this is interrupted anywhere, all of them
+        are there or none.
         """
         if spec.uuid not in {each.uuid for each in self._runtime.committed.tables}:
             msg = "the table is not part of the last commit; call store.commit() first"
@@ -174,27 +183,27 @@ class Journal:
             self._append_commit(payload)
         self.drain()
 
-    def hold_folds(self) -> None:
-        """Bring everything into the files, and let no fold begin until `release_folds`. Commits go on.
+    def pause_folds(self) -> None:
+        """Fold everything that is committed, and start no other fold until `resume_folds`. Commits continue.
 
         Raises
         ------
         DiskFullError, OSError, PoisonedError
-            It cannot be brought there.
+            The fold failed.
         """
         self.drain()
         self._folding = True
 
-    def release_folds(self) -> None:
-        """End what `hold_folds` began."""
+    def resume_folds(self) -> None:
+        """Undo `pause_folds`."""
         with self._runtime.lock:
             self._folding = False
             self._condition.notify_all()
 
     def fold_all(self) -> Exception | None:
-        """Fold all that is committed and wait for it; return what prevented it."""
+        """Fold everything that is committed and wait for it; return the error if that failed."""
         self._wait()
-        if not self._runtime.poisoned:  # by the fold that this waited for
+        if not self._runtime.poisoned:  # not even by the fold that this waited for
             self._problem = None
             self._start()
             self._wait()
@@ -205,13 +214,14 @@ class Journal:
             self._condition.wait()
 
     def _start(self) -> None:
-        """Begin a fold, unless one is under way or there is nothing to do."""
+        """Start a fold, unless one is running or there is nothing to fold."""
         if self._folding or self._runtime.poisoned or self._released or not self._log.nbytes:
             return
         try:
             with signals_deferred():
                 end = self._log.end
                 closed = self._log.close_segments()
+                # Until the new base is published, the closed segments still count against `log_bytes`.
                 self._folding_bytes, self._log.nbytes = self._log.nbytes, 0
                 base = replace(
                     self._runtime.committed,
@@ -221,6 +231,7 @@ class Journal:
                     dropped=self._dropped(self._runtime.committed),
                 )
                 tables = self._tables()
+                # With the lock held: what is committed later belongs to the next fold.
                 live = [tables[each.uuid] for each in base.tables]
                 for each in live:
                     each.begin_fold()
@@ -240,7 +251,7 @@ class Journal:
             fold.write(
                 [(each.spec, each.directory, newer.images(each.spec)) for each in live], runtime.threads
             )
-        except Exception as error:  # told by whoever waits for the fold
+        except Exception as error:  # raised or returned by the calls that wait for the fold
             problem = error
         with runtime.lock:
             try:
@@ -253,7 +264,7 @@ class Journal:
                 for each in live:
                     each.overlay.end_fold(folded=problem is None)
                 self._runtime.budget.evict(0)
-            except Exception as error:  # nobody may wait for this fold for ever
+            except Exception as error:  # `_folding` must be cleared below, or others would wait forever
                 problem = problem or error
             if problem is not None:
                 self._log.nbytes += self._folding_bytes
@@ -265,24 +276,25 @@ class Journal:
             self._condition.notify_all()
 
     def publish(self, base: Manifest) -> None:
-        """Say durably what the shards hold, and let the folders follow."""
+        """Record durably what the shards hold, then move the folders of tables to where that says."""
         path, tables = self._runtime.path, self._tables()
         files.replace(store_paths.manifest(path), base.to_bytes())
         self._base = base
         try:
-            self._follow(folders.arrange(path, base.tables, base.dropped, keep=tables.keys()))
-        except OSError:  # some have moved
-            self._follow(folders.locate(path, base.tables))
+            self._update_directories(folders.arrange(path, base.tables, base.dropped, keep=tables.keys()))
+        except OSError:  # some folders have moved already
+            self._update_directories(folders.locate(path, base.tables))
             raise
-        self._base = replace(base, dropped=())  # they are gone
+        self._base = replace(base, dropped=())  # their folders are gone
 
-    def _follow(self, directories: Mapping[str, Path]) -> None:
+    def _update_directories(self, directories: Mapping[str, Path]) -> None:
+        """Tell the tables where their folders are now."""
         tables = self._tables()
         for uuid in directories.keys() & tables.keys():
             tables[uuid].directory = directories[uuid]
 
     def close(self) -> Exception | None:
-        """Fold everything and leave no log behind; return what prevented it, in which case the log stays."""
+        """Fold everything and remove the log; return the error if that failed, in which case the log stays."""
         try:
             problem = self.fold_all()
             if problem is None and not self._runtime.poisoned:
@@ -302,26 +314,27 @@ class Journal:
         return problem
 
     def release(self) -> None:
-        """Wait for a fold that is under way, and close the log."""
+        """Wait for a fold that is running, and close the log."""
         self._wait()
         if self._thread is not None:
             self._thread.join()
         self._released = True
         self._log.close()
 
-    def abandon(self) -> None:
-        """Close the log and leave everything else as it is."""
+    def close_log(self) -> None:
+        """Close the log's file, and nothing else."""
         self._log.close()
 
     # ---- within
 
     def _dropped(self, manifest: Manifest) -> tuple[TableEntry, ...]:
-        kept = {each.uuid for each in manifest.tables}
-        gone = tuple(each for each in self._base.tables if each.uuid not in kept)
+        """List the tables whose folders go once `manifest` is the base."""
+        named = {each.uuid for each in manifest.tables}
+        gone = tuple(each for each in self._base.tables if each.uuid not in named)
         return (*self._base.dropped, *gone)
 
     def _append_images(self, changes: Iterable[_Changed], payload: bytes) -> None:
-        """Append the images of an attempt to commit, which the commit record `payload` is to end."""
+        """Append the images of an attempt to commit. The commit record `payload` will complete it."""
         changes = list(changes)
         sizes = [(ids.size, spec.record_bytes) for spec, ids, _ in changes]
         with self._poisoned_by_errors():
@@ -338,7 +351,7 @@ class Journal:
 
     @contextlib.contextmanager
     def _poisoned_by_errors(self) -> Iterator[None]:
-        """Let the store commit no more after an error of the disk, other than that it is full."""
+        """Poison the store if the disk fails, unless it is only full."""
         try:
             yield
         except DiskFullError:
@@ -348,7 +361,7 @@ class Journal:
             raise
 
     def _poison(self, error: BaseException) -> None:
-        self._runtime.poisoned = f"writing broke off ({error})"
+        self._runtime.poisoned = f"writing failed ({error})"
 
 
 def _image_bytes(table: Shards) -> int:

@@ -1,6 +1,6 @@
-"""A table that is used by keys, as its users hold it.
+"""A table that is used by key, as its users hold it.
 
-Contracts only: each method is one call of `KeyedRows`, which leads down.
+Contracts only: each method is one call of `KeyedRows`, which does the work.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ if TYPE_CHECKING:
 
 
 class KeyedTable:
-    """Rows of float32 by key. Made by `Store.create_table` with a vocabulary, found by name.
+    """Rows of float32 by key. Made by `Store.create_table` with a vocabulary, found by name in the store.
 
-    The vocabulary, which several tables may share, gives out rows; the table grows with it. `rows` is the same table by
-    row id. Threads may do what they may do with a `Table`.
+    The vocabulary gives out rows, and the table grows with it. Several tables may share one vocabulary. `rows` is the
+    same table by row id.
+
+    Thread safety: as for a `Table`. Lookups may run in any number of threads, also concurrently with changes; a lookup
+    with ``create=True`` is a change. Every result is the caller's own memory, and arguments are neither kept nor
+    changed.
 
     Examples
     --------
@@ -66,7 +70,7 @@ class KeyedTable:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """What tells which key has which row."""
+        """The vocabulary that says which key has which row."""
         return self._vocabulary
 
     @property
@@ -76,7 +80,7 @@ class KeyedTable:
 
     @property
     def num_embeddings(self) -> int:
-        """Rows given out so far, those of no key by now included."""
+        """Number of rows given out so far, reserved and freed ones included."""
         return self._keyed.num_rows
 
     @property
@@ -113,13 +117,22 @@ class KeyedTable:
         return f"KeyedTable {self.name!r}: {kind} x {self.embedding_dim} float32, {state}"
 
     def stats(self) -> dict[str, Any]:
-        """Tell what was done with the table and what it takes; see `Table.stats`.
+        """Return what was done with the table and what it takes; see `Table.stats`.
 
         Returns
         -------
         dict
-            That of `rows`, and ``vocabulary``, that of `Vocabulary.stats`; with counters also ``updates``, the sum of
-            all counts.
+            The items of `Table.stats`, and ``vocabulary``: the dict of `Vocabulary.stats`. With counters also
+            ``updates``, the sum of all counts.
+
+        Raises
+        ------
+        StoreClosedError, TableNotFoundError
+            As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread. With counters, the call reads the count of every row that has a key.
 
         Examples
         --------
@@ -138,31 +151,40 @@ class KeyedTable:
         create: bool = False,
         out: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
-        """Copy rows out of the table.
+        """Copy the rows of keys out of the table.
 
         Parameters
         ----------
         keys : array_like of int, str or bytes
             As for `Vocabulary.lookup`.
         missing : {"error", "initial", "zeros"} or int
-            For keys that have no row: raise; the initial value of the row that the key would get; zeros; or what the
-            row of this id holds, which may be reserved for that.
+            What keys without a row get: ``"error"`` raises; ``"initial"`` gives the initial value of the row that the
+            key would get; ``"zeros"`` gives zeros; an int gives the row of that id, for example a reserved one.
         create : bool
-            Give new keys rows first, as `Vocabulary.add` does: what `missing` says is for those not admitted then.
+            Give new keys rows first, as `Vocabulary.add` does. `missing` then applies to keys that are not admitted
+            yet.
         out : ndarray of float32, shape ``keys.shape + (embedding_dim,)``, optional
             As for `Table.lookup`.
 
         Returns
         -------
         ndarray of float32, shape ``keys.shape + (embedding_dim,)``
-            The caller's own memory.
+            The caller's own memory; `out` if that was given.
 
         Raises
         ------
         UnknownKeyError
-            A key has no row.
-        TypeError, ValueError, RowIdError, StoreClosedError, TableNotFoundError
-            As `Vocabulary.lookup` and `Table.lookup`; with `create` also what `Vocabulary.add` raises.
+            A key has no row; the message names the first one. With `create`, rows that other keys got stay.
+        TypeError, ValueError
+            Keys of another type, or missing ones (null); `missing` or `out` is invalid.
+        RowIdError
+            `missing` is not the id of a row.
+        StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError, OSError
+            As `Table.lookup`. With `create` also what `Vocabulary.add` raises.
+
+        Notes
+        -----
+        Safe from any thread. With `create` the call waits for other changes.
 
         Examples
         --------
@@ -172,14 +194,32 @@ class KeyedTable:
         return self._keyed.read(keys, missing=missing, create=create, out=out)
 
     def state(self, column: str, keys: KeysLike) -> NDArray[np.float32]:
-        """Copy optimizer state, or counters, of rows; see `Table.state`.
+        """Copy a column of optimizer state, or a counter, of the rows of keys.
+
+        Parameters
+        ----------
+        column : str
+            One of the optimizer's state columns, ``"count"`` or ``"last_step"``.
+        keys : array_like of int, str or bytes
+            As for `Vocabulary.lookup`; all of them have rows.
+
+        Returns
+        -------
+        ndarray of float32, shape ``keys.shape + (embedding_dim,)``, or ``keys.shape``
+            The latter if the column has one number a row. The caller's own memory.
 
         Raises
         ------
         UnknownKeyError
             A key has no row.
-        TypeError, ValueError, StoreClosedError, TableNotFoundError
+        ValueError
+            The table has no such column, or a key is missing (null).
+        TypeError, StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError, OSError
             As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread, also concurrently with changes.
 
         Examples
         --------
@@ -189,7 +229,25 @@ class KeyedTable:
         return self._keyed.read_state(column, keys)
 
     def prefetch(self, keys: KeysLike, *, for_update: bool = False) -> None:
-        """Start to read the rows of keys that have one; see `Table.prefetch`.
+        """Start to read the rows of keys into memory, in the background; see `Table.prefetch`.
+
+        Parameters
+        ----------
+        keys : array_like of int, str or bytes
+            As for `Vocabulary.lookup`. Keys without a row are ignored.
+        for_update : bool
+            Also copy the rows to where an update changes them.
+
+        Raises
+        ------
+        TypeError, ValueError, StoreClosedError, TableNotFoundError, StaleReaderError
+            As `lookup`.
+        ReadOnlyError
+            `for_update` in a store that cannot be written.
+
+        Notes
+        -----
+        Safe from any thread. The keys are looked up before the call returns; their rows are read afterwards.
 
         Examples
         --------
@@ -207,22 +265,32 @@ class KeyedTable:
         missing: Literal["error", "skip"] | int = "error",
         check_finite: bool = True,
     ) -> None:
-        """Take one optimizer step on the rows of keys; see `Table.update`.
+        """Take one optimizer step on the rows of keys: all of them change, or none; see `Table.update`.
 
         Parameters
         ----------
         keys : array_like of int, str or bytes
-            As for `lookup`.
+            As for `Vocabulary.lookup`. Gradients of duplicate keys are summed first.
         grads : array_like of float, shape ``keys.shape + (embedding_dim,)``
+            float16, float32 or float64; the computation is in float32.
         missing : {"error", "skip"} or int
-            For keys that have no row: raise; leave their gradients out; or take them as those of the row of this id.
+            What happens to the gradients of keys without a row: ``"error"`` raises; ``"skip"`` ignores them; an int
+            adds them to those of the row of that id.
         check_finite : bool
             Refuse NaN and infinity.
 
         Raises
         ------
-        UnknownKeyError, TypeError, ValueError, RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError
-            Nothing was changed.
+        UnknownKeyError
+            A key has no row; the message names the first one.
+        TypeError, ValueError
+            Wrong type, dtype or shape; NaN or infinity; a missing key (null); the table has no optimizer.
+        RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
+            As `Table.update`; nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits as `Table.update`.
 
         Examples
         --------
@@ -238,7 +306,29 @@ class KeyedTable:
         missing: Literal["error", "skip"] | int = "error",
         check_finite: bool = True,
     ) -> None:
-        """Overwrite the weights of keys that have rows; see `update` and `Table.write`.
+        """Overwrite the weights of keys that have rows; optimizer state stays; see `Table.write`.
+
+        Parameters
+        ----------
+        keys : array_like of int, str or bytes
+            As for `Vocabulary.lookup`; of duplicates the last wins.
+        rows : array_like of float, shape ``keys.shape + (embedding_dim,)``
+            float16, float32 or float64; stored as float32.
+        missing : {"error", "skip"} or int
+            As for `update`.
+        check_finite : bool
+            Refuse NaN and infinity.
+
+        Raises
+        ------
+        UnknownKeyError, TypeError, ValueError, RowIdError
+            As `update`; nothing was changed.
+        ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
+            As `Table.write`; nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits as `Table.update`.
 
         Examples
         --------
@@ -249,31 +339,37 @@ class KeyedTable:
     def evict(
         self, *, older_than: int | None = None, keep: int | None = None, by: Literal["lru", "lfu"] = "lru"
     ) -> NDArray[Any]:
-        """Take rows away from keys that are of little use; other keys get them after the next commit.
+        """Remove keys that are of little use. Other keys get their rows after the next commit.
 
-        All tables of the vocabulary have these rows as new then. A row that was never updated is the oldest and the
-        least frequent.
+        In all tables of the vocabulary, these rows become freshly initialised: in memory only until `Store.commit`. A
+        row that was never updated counts as the oldest and the least often updated.
 
         Parameters
         ----------
         older_than : int, optional
-            Those that were not updated in the last so many steps of this table.
+            Remove the keys whose rows were not updated in the last `older_than` steps of this table.
         keep : int, optional
-            All but so many.
+            Remove all but `keep` keys.
         by : {"lru", "lfu"}
-            Which are kept: those that were updated last, or most often. Of equal ones the lower row ids.
+            Which keys to keep: those that were updated last, or those that were updated most often. Ties go to the
+            lower row ids.
 
         Returns
         -------
         ndarray of int64, or of str or bytes objects, shape (n,)
-            The keys that lost their rows, in the order of these.
+            The removed keys, by ascending row; the caller's own memory.
 
         Raises
         ------
-        ValueError
-            The table has no counters; not exactly one of `older_than` and `keep`.
-        ReadOnlyError, StoreClosedError, TableNotFoundError, DiskFullError
+        TypeError, ValueError
+            The table has no counters; not exactly one of `older_than` and `keep` was given; a number or `by` is
+            invalid.
+        ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError
             Nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; other changes wait while all counters are read.
 
         Examples
         --------
@@ -300,12 +396,16 @@ class KeyedTable:
         -------
         pyarrow.RecordBatchReader
             ``id: int64``, ``key`` (int64, large_string or large_binary), ``embedding: FixedSizeList<float32>``, then
-            the other columns, in the order of the rows.
+            the other columns, by ascending row. Each batch owns its memory.
 
         Raises
         ------
         ValueError, StoreClosedError, TableNotFoundError
             As `Table.to_arrow_batches`.
+
+        Notes
+        -----
+        Safe from any thread; one thread at a time may read from a reader.
 
         Examples
         --------
@@ -329,13 +429,21 @@ class KeyedTable:
 
         Parameters
         ----------
-        path, columns, rows, parts, progress
-            As for `Table.export_parquet`.
+        path : path-like
+            The file; an existing one is replaced atomically. With `parts`, the folder: new or empty.
+        columns : sequence of str
+            Optimizer state columns and counters to add.
+        rows : tuple of two int, optional
+            ``(start, stop)``, a half-open range of row ids; all rows by default.
+        parts : int, optional
+            Write this many files, several at a time.
+        progress : bool or callable, optional
+            True shows a bar; a function is called as ``progress(done, total)``, in rows.
 
         Returns
         -------
         ExportReport
-            Path, files, rows and bytes.
+            A frozen dataclass: path, files, num_rows, nbytes.
 
         Raises
         ------
@@ -343,6 +451,10 @@ class KeyedTable:
             As `Table.export_parquet`.
         StoreClosedError, TableNotFoundError
             As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread.
 
         Examples
         --------

@@ -1,4 +1,4 @@
-"""How a store comes to be open: which mode allows what, who may write, what is made and what is refused."""
+"""Opening a store: what each mode allows, who may write, what is created, and what is refused."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ T = TypeVar("T")
 Mode: TypeAlias = Literal["r", "r+", "a", "w", "w-"]
 
 RETRY_PAUSES_S = (0.0, *(0.001 * 2**n for n in range(8)))
-"""Pauses of a reader beside a writer before it believes that something is wrong: half a second in all."""
+"""Pauses of a reader next to a writer before it reports an error: half a second in all."""
 
-PATIENCE_S = 60.0
-"""How long it starts over because the writer has moved on."""
+RETRY_LIMIT_S = 60.0
+"""How long such a reader starts over because the writer has changed the store meanwhile."""
 
 MODES = ("r", "r+", "a", "w", "w-")
 
@@ -54,17 +54,18 @@ def open(
     path : path-like
         The store's folder.
     mode : {"r", "r+", "a", "w", "w-"}
-        As in zarr. ``"r"``: read an existing store; ``"r+"``: read and write an existing one; ``"a"``: the same,
-        created if missing; ``"w"``: a new one, an existing *store* is deleted first with all that lies in its folder;
-        ``"w-"``: a new one, an existing one is an error.
+        As in zarr. ``"r"`` reads an existing store; ``"r+"`` reads and writes an existing one; ``"a"`` does the same
+        and creates a missing one; ``"w"`` creates a new one, after deleting an existing *store* with everything in its
+        folder; ``"w-"`` creates a new one and refuses an existing one.
     memory_budget : int, optional
-        Bytes of rows that may stay in memory once they were changed; above it commits are folded into the shards and
-        their rows given back, and uncommitted ones go to a scratch file. Half of the machine's memory by default.
+        Bytes of memory for changed rows. Above it, committed rows are folded into the shards and evicted, and
+        uncommitted rows are spilled to a file. One batch may exceed the budget by its own rows. By default half of the
+        machine's memory, or of the limit of the process's cgroup.
     log_bytes : int
-        Bytes that the commit log may take: at half of it a fold into the shards begins, and a commit that would
-        take it further waits.
+        Size limit of the commit log in bytes. At half of it, a fold into the shards begins in the background. A commit
+        that would exceed it waits until the log is folded.
     threads : int, optional
-        Cores that a batch may use; all that the process has by default.
+        Number of cores that a batch may use; by default all that the process has.
 
     Returns
     -------
@@ -74,26 +75,30 @@ def open(
     Raises
     ------
     TypeError, ValueError
-        An option that cannot be.
+        An option is invalid; nothing was created.
     StoreNotFoundError
-        Nothing is there, or something that is not a store.
+        Nothing is at `path`, or something that is not a store.
     StoreExistsError
-        Mode ``"w-"`` and there is a store.
+        There is a store, and the mode is ``"w-"``.
     StoreLockedError
-        Somebody else writes to the store.
+        The mode allows writing, and the store is open elsewhere: in another process, or a second time in this one.
     FormatError
-        The store is of a newer version, or its files are damaged.
+        The store has a newer format version, or its files are damaged.
+    ShardEmbError
+        The tables have more files than this process can map: close another store.
     DiskFullError
-        There is no room for a log, or for what recovery writes. Mode ``"r"`` needs none.
+        There is no space for the log, or for what recovery writes. Mode ``"r"`` needs none.
 
     Notes
     -----
-    One opening at a time may write. A store that is open for reading alone cannot be opened for writing; one that
-    is open for writing can be read beside it, and later commits may then show through as they are folded.
+    One opening at a time may write. A store that is only open for reading cannot be opened for writing. A store that is
+    open for writing can be opened for reading as well; later commits may then show through as they are folded.
 
-    Keep stores on a disk. On a tmpfs a table takes the memory of all its rows when it is created, written or not: a
-    hole that is read there takes memory too, and a tmpfs that is full would kill the process (SIGBUS). That is what
-    happens to a store that was copied there with its holes (``cp --sparse``, ``rsync -S``).
+    Safe from any thread.
+
+    Keep stores on a disk. On a tmpfs, a table takes the memory of all its rows when it is created, written or not: a
+    hole that is read there takes memory too, and a full tmpfs would kill the process (SIGBUS). This happens to a store
+    that was copied to a tmpfs with its holes (``cp --sparse``, ``rsync -S``).
 
     Examples
     --------
@@ -121,38 +126,42 @@ def open(
         msg = f'{runtime.path} is a store already; open it with mode "r+", or replace it with mode "w"'
         raise StoreExistsError(msg)
     if mode == "r":
-        return Store(_read(runtime))
-    return Store(_write(runtime, new=mode == "w"))
+        return Store(_open_reader(runtime))
+    return Store(_open_writer(runtime, new=mode == "w"))
 
 
-def _read(runtime: Runtime) -> Session:
-    """Open for reading; beside a writer, start over if a commit changed the tables meanwhile."""
+def _open_reader(runtime: Runtime) -> Session:
+    """Open for reading. Next to a writer, start over if a commit changed the tables meanwhile."""
     lock = _shared_lock(runtime.path)
-    if lock is not None:  # no writer lives
+    if lock is not None:  # there is no writer, and none can come
         try:
-            return _lay_over(runtime, read_manifest(runtime.path), lock)
+            return _open_at_last_commit(runtime, read_manifest(runtime.path), lock)
         except BaseException:
             files.close(lock)
             raise
 
-    def lay_over(manifest: Manifest) -> Session:
+    def open_once(manifest: Manifest) -> Session:
         directories = folders.locate(runtime.path, manifest.tables)
-        beside = replace(runtime, fresh=_watch(runtime.path, manifest.epoch))
-        session = _lay_over(beside, manifest, None)
+        watching = replace(runtime, fresh=_epoch_check(runtime.path, manifest.epoch))
+        session = _open_at_last_commit(watching, manifest, None)
+        # The writer may have moved folders, or published another base, between the calls above.
         if (
             folders.locate(runtime.path, manifest.tables) != directories
             or read_manifest(runtime.path) != manifest
         ):
             session.close()
-            raise FormatError(f"{runtime.path} is being changed all the time; try again")
+            raise FormatError(f"{runtime.path} keeps changing while it is opened; try again")
         return session
 
-    return _beside_writer(runtime.path, lay_over)
+    return _read_next_to_writer(runtime.path, open_once)
 
 
-def _beside_writer(path: Path, read: Callable[[Manifest], T]) -> T:
-    """Read what a writer may change meanwhile: as often as it has, and some times more before an error is believed."""
-    until = time.monotonic() + PATIENCE_S
+def _read_next_to_writer(path: Path, read: Callable[[Manifest], T]) -> T:
+    """Read what a writer may be changing: again whenever the base has changed meanwhile.
+
+    If it has not, an error may still come from a write in progress, so the call retries a few times before it raises.
+    """
+    until = time.monotonic() + RETRY_LIMIT_S
     pauses = iter(RETRY_PAUSES_S)
     while True:
         base = None
@@ -160,7 +169,7 @@ def _beside_writer(path: Path, read: Callable[[Manifest], T]) -> T:
             base = read_manifest(path)
             return read(base)
         except (FormatError, OSError):
-            if not _has_moved_on(path, base):
+            if not _base_has_changed(path, base):
                 pause_s = next(pauses, None)
                 if pause_s is None:
                     raise
@@ -169,45 +178,45 @@ def _beside_writer(path: Path, read: Callable[[Manifest], T]) -> T:
                 raise
 
 
-def _has_moved_on(path: Path, base: Manifest | None) -> bool:
+def _base_has_changed(path: Path, base: Manifest | None) -> bool:
     try:
         return read_manifest(path) != base
     except (FormatError, OSError):
         return False
 
 
-def _lay_over(runtime: Runtime, base: Manifest, lock: int | None) -> Session:
-    """Show the last commit: the files, and in memory over them what the log holds."""
-    newer = log_reader.read(store_paths.log(runtime.path), base)
+def _open_at_last_commit(runtime: Runtime, base: Manifest, lock: int | None) -> Session:
+    """Open the files, with the newer images of the log over them in memory."""
+    replay = log_reader.read(store_paths.log(runtime.path), base)
     return Session(
         runtime,
-        newer.manifest,
+        replay.manifest,
         lock,
         may_miss=base.clean,
-        newer=newer,
+        replay=replay,
         reader=Reader(
-            newest=lambda: _beside_writer(
+            newest=lambda: _read_next_to_writer(
                 runtime.path, partial(log_reader.read, store_paths.log(runtime.path))
             ),
-            reopen=lambda: _read(replace(runtime, fresh=None)),
+            reopen=lambda: _open_reader(replace(runtime, fresh=None)),
         ),
     )
 
 
-def _watch(path: Path, epoch: int) -> Callable[[], bool]:
-    """Return a function that tells whether the writer of an epoch is still the last one."""
+def _epoch_check(path: Path, epoch: int) -> Callable[[], bool]:
+    """Return a function that returns whether the writer of an epoch is still the last one."""
     memory = address_space.AddressRange(PAGE)
     memory.map_file(0, store_paths.epoch(path), PAGE)
     now = memory.array(np.int64, (1,))
     return lambda: int(now[0]) == epoch
 
 
-def _write(runtime: Runtime, *, new: bool) -> Session:
+def _open_writer(runtime: Runtime, *, new: bool) -> Session:
     path = runtime.path
     files.make_directory(store_paths.private(path))
     lock = files.lock(store_paths.lock(path), shared=False)
     if lock is None:
-        raise _locked(path)
+        raise _lock_error(path)
     try:
         files.overwrite_text(lock, f"{os.getpid()}\n", store_paths.lock(path))
         if new and store_paths.manifest(path).is_file():
@@ -222,27 +231,29 @@ def _write(runtime: Runtime, *, new: bool) -> Session:
 
 
 def _recover(runtime: Runtime, base: Manifest) -> Manifest:
-    """Bring the shards to the last commit; return what is to be the next base. Can be cut short and done again."""
+    """Bring the shards to the last commit; return the next base. If interrupted, it can be done again."""
     folder = store_paths.log(runtime.path)
     log_reader.sync(folder, base)
-    newer = log_reader.read(folder, base)
-    directories = folders.locate(runtime.path, newer.manifest.tables)
+    replay = log_reader.read(folder, base)
+    directories = folders.locate(runtime.path, replay.manifest.tables)
     images = []
-    for record in newer.manifest.tables:
+    for record in replay.manifest.tables:
         directory = directories[record.uuid]
         with table_folder.naming(record.name, directory):
             spec = table_folder.spec_of(directory, may_miss=base.clean)
-            images.append((spec, directory, newer.images(spec)))
+            images.append((spec, directory, replay.images(spec)))
+    # Every image, even where the files look right: after a failed write-back, only the page cache may be.
     fold.write(images, runtime.threads)
-    kept = {table.uuid for table in newer.manifest.tables}
+    current = {table.uuid for table in replay.manifest.tables}
     return replace(
-        newer.manifest,
+        replay.manifest,
         epoch=base.epoch + 1,
         clean=False,
+        # Above every number that was ever used, so that nothing left of the old log can be taken for the new one.
         segment=max(base.segment - 1, *log_reader.segments(folder), 0) + 1,
-        sequence=newer.sequence,
-        attempt=newer.attempt + 1,
-        dropped=(*base.dropped, *(table for table in base.tables if table.uuid not in kept)),
+        sequence=replay.sequence,
+        attempt=replay.attempt + 1,
+        dropped=(*base.dropped, *(table for table in base.tables if table.uuid not in current)),
     )
 
 
@@ -273,18 +284,18 @@ def _parse(path: Path, parse: Callable[[bytes], T]) -> T:
 
 
 def _create(path: Path) -> None:
-    # An old manifest is gone for good before there is a group that it does not belong to.
+    # First: the removal of an old manifest must be durable before there is a group that it does not belong to.
     files.sync_directory(store_paths.private(path))
     identity = str(uuid.uuid4())
     for name, document in zarr_metadata.store_documents(identity).items():
         files.replace(path / name, document)
-    # Last: a folder without a manifest is an empty folder.
+    # Last: without a manifest, the folder counts as empty.
     files.replace(store_paths.manifest(path), Manifest(uuid=identity, clean=True).to_bytes())
     files.sync_directory(path.parent)
 
 
 def _clear(path: Path) -> None:
-    """Delete a store but for its lock. Cut short, it leaves an empty store, or a folder to make one in."""
+    """Delete a store except its lock. If interrupted, it leaves an empty store, or a folder to create one in."""
     try:
         old = _parse(store_paths.manifest(path), Manifest.from_bytes)
     except FormatError:
@@ -320,14 +331,14 @@ def _require_creatable(path: Path, mode: str) -> None:
 
 
 def _shared_lock(path: Path) -> int | None:
-    """Take the lock as a reader; None beside a writer, or where the file cannot be had (a read-only copy)."""
+    """Take the lock as a reader; None if a writer has it, or the file cannot be locked (a read-only copy)."""
     try:
         return files.lock(store_paths.lock(path), shared=True)
     except OSError:
         return None
 
 
-def _locked(path: Path) -> StoreLockedError:
+def _lock_error(path: Path) -> StoreLockedError:
     reader = _shared_lock(path)
     if reader is not None:
         files.close(reader)

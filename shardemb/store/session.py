@@ -1,7 +1,7 @@
-"""One opening of a store: its tables and vocabularies, what makes them durable, forks, and how it ends.
+"""One opening of a store: its tables and vocabularies, what makes them durable, forks, and closing.
 
-A fork's stores are read-only and hold neither lock nor log: the parent keeps these. Every store's lock is held while the
-process forks, so that the child finds none in the middle of a change.
+Fork safety: the child's stores are read-only and drop lock and log, which stay with the parent. Every store's lock is
+held while the process forks, so no store in the child is in the middle of a change.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import contextlib
 import os
 import warnings
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from shardemb import initializers
@@ -30,8 +30,7 @@ from shardemb.store.vocabulary_catalog import VocabularyCatalog
 from shardemb.vocabulary import keyed_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import ArrayLike
 
@@ -53,7 +52,7 @@ class Reader(NamedTuple):
     newest : callable
         Reads the images that are newer than the shards.
     reopen : callable
-        Opens the store once more.
+        Opens the store once more and returns the session.
     """
 
     newest: Callable[[], log_reader.Replay]
@@ -61,7 +60,9 @@ class Reader(NamedTuple):
 
 
 class Session:
-    """A store as it is open in this process; users hold a `Store`, which has the contracts.
+    """A store as it is open in this process. Users hold a `Store`, which has the contracts.
+
+    Everything that changes the store runs under ``runtime.lock``. Lookups take it only while rows are spilled.
 
     Parameters
     ----------
@@ -69,13 +70,13 @@ class Session:
     manifest : Manifest
         As of the last commit.
     lock : int or None
-        The descriptor that holds the store's lock.
+        The descriptor that holds the store's lock; None in a reader next to a writer.
     may_miss : bool
-        See `shards.open_existing`.
-    newer : Replay, optional
-        What a reader has to place over the files.
+        See `table_folder.open_existing`.
+    replay : Replay, optional
+        Images that a reader shows in place of the files' records, because no fold has written them yet.
     reader : Reader, optional
-        In a store that is open for reading.
+        Given if the store is open for reading.
 
     Attributes
     ----------
@@ -92,7 +93,7 @@ class Session:
         lock: int | None,
         *,
         may_miss: bool,
-        newer: log_reader.Replay | None = None,
+        replay: log_reader.Replay | None = None,
         reader: Reader | None = None,
     ) -> None:
         self.runtime = runtime
@@ -101,9 +102,9 @@ class Session:
         self.vocabularies = VocabularyCatalog(runtime, self.tables)
         self._lock = lock
         self._reader = reader
-        self._written_before = files.counters.bytes_written, files.counters.syncs
+        self._counters_at_opening = files.counters.bytes_written, files.counters.syncs
         self._journal: Journal | None = None
-        self.tables.load(newer, may_miss=may_miss)
+        self.tables.load(replay, may_miss=may_miss)
         self.vocabularies.load()
         if runtime.writable:
             self._journal = Journal(runtime, manifest, self.tables.memory)
@@ -111,25 +112,30 @@ class Session:
             try:
                 self._journal.begin()
             except BaseException:
-                self._journal.abandon()
+                self._journal.close_log()
                 raise
         _open_sessions.add(self)
 
     @property
     def journal(self) -> Journal:
-        """The base, log and folds of a store that is open for writing."""
+        """The base, the log and the folds of a store that is open for writing."""
         assert self._journal is not None
         return self._journal
 
     # ---- tables
+
+    def shown_tables(self) -> dict[str, TableState]:
+        """Return the tables by name, without those that hold keys."""
+        self.runtime.check_open()
+        return self.tables.visible()
 
     def find(self, name: str) -> TableState:
         """Return the table of a name; see `TableCatalog.find`."""
         self.runtime.check_open()
         return self.tables.find(name)
 
-    def addressed(self, name: str) -> TableState | KeyedRows:
-        """Return a table as batches address it: by row id or by key."""
+    def batch_target(self, name: str) -> TableState | KeyedRows:
+        """Return what takes batches for a table: the table itself, or, if it is used by key, its `KeyedRows`."""
         table = self.find(name)
         return self.vocabularies.keyed(table) or table
 
@@ -147,7 +153,8 @@ class Session:
         progress: Progress,
     ) -> TableState:
         """Create a table; see `Store.create_table`."""
-        with self.vocabularies.at_rest() if vocabulary else self.runtime.changing():
+        # A vocabulary must not give out rows while it is decided how many the table begins with.
+        with self.vocabularies.all_locked() if vocabulary else self.runtime.changing():
             self.runtime.check_sound()
             self.tables.require_free(check_name(name))
             bound = None if vocabulary is None else self.vocabularies.find(vocabulary)
@@ -156,7 +163,7 @@ class Session:
             )
             kind, rows = initializers.resolve(initializer, shape)
             spec = new_spec(
-                self.tables.free_stream(name),
+                self.tables.unused_stream(name),
                 shape,
                 initializer=kind,
                 optimizer=optimizer,
@@ -191,7 +198,7 @@ class Session:
             table = self.find(name)
             self.journal.drain()
             commit, path = self.runtime.committed.commit, self.runtime.path
-            if self.differs() or commit is None:
+            if self._differs() or commit is None:
                 msg = (
                     f"the store {path} has changes that are not committed; call commit() or rollback() first"
                 )
@@ -215,7 +222,8 @@ class Session:
 
     def lookup(self, ids: Mapping[str, ArrayLike]) -> dict[str, Float32Array]:
         """Look up rows of several tables together; see `Store.lookup`."""
-        wanted = {name: self.addressed(name).plan_read("weight", each) for name, each in ids.items()}
+        wanted = {name: self.batch_target(name).plan_read("weight", each) for name, each in ids.items()}
+        # One block of memory for all results: alone, each would take whole huge pages.
         results = self.runtime.outputs.empty_together([each.shape for each in wanted.values()])
         reads = [each.into(rows) for each, rows in zip(wanted.values(), results, strict=True)]
         batch.read(self.runtime, reads)
@@ -225,7 +233,7 @@ class Session:
         """Take one optimizer step in several tables together; see `Store.update`."""
         self.runtime.check_open()
         changes = [
-            self.addressed(name).plan_change(ids, grads, "gradients", check_finite=check_finite)
+            self.batch_target(name).plan_change(ids, grads, "gradients", check_finite=check_finite)
             for name, (ids, grads) in batches.items()
         ]
         batch.change(self.runtime, changes)
@@ -234,12 +242,16 @@ class Session:
 
     @property
     def last_commit(self) -> Commit | None:
-        """The last commit, with metadata that nobody else holds."""
+        """The last commit, with a copy of its metadata."""
         commit = self.runtime.committed.commit
         return None if commit is None else replace(commit, metadata=check_metadata(commit.metadata))
 
-    def differs(self) -> bool:
-        """Whether anything differs from the last commit."""
+    def has_changes(self) -> bool:
+        """Return whether anything differs from the last commit; see `Store.has_changes`."""
+        self.runtime.check_open()
+        return self._differs()
+
+    def _differs(self) -> bool:
         with self.runtime.lock:
             entries = self.vocabularies.entries()
             return entries != self.runtime.committed.vocabularies or self.tables.differ()
@@ -249,8 +261,8 @@ class Session:
         metadata = check_metadata(metadata)
         with self.runtime.writing():
             journal = self.journal
-            journal.wait_for_room([table.shards for table in self.tables.now.values()])
-            self.runtime.check_open()  # the lock was released while it waited
+            journal.wait_for_space([table.shards for table in self.tables.current.values()])
+            self.runtime.check_open()  # the wait released the lock
             self.runtime.check_sound()
             last = self.runtime.committed.commit
             number = last.step if last else 0
@@ -263,40 +275,41 @@ class Session:
                 tables=self.tables.entries(),
                 vocabularies=self.vocabularies.entries(),
             )
-            shards = [table.shards for table in self.tables.now.values()]
+            shards = [table.shards for table in self.tables.current.values()]
             journal.commit(manifest, shards, self._mark_committed)
-            self.vocabularies.renew_indexes()
+            self.vocabularies.rebuild_stale_indexes()
             return replace(commit, metadata=check_metadata(metadata))
 
     def rollback(self) -> None:
         """Go back to the last commit; see `Store.rollback`."""
-        with self.vocabularies.at_rest(), self.runtime.all_or_nothing("a rollback"):
+        with self.vocabularies.all_locked(), self.runtime.all_or_nothing("a rollback"):
             self.runtime.half_done = None
             self.runtime.check_sound()
             self.tables.restore(self.journal.images())
             self.vocabularies.restore()
 
     def checkpoint(self) -> None:
-        """Bring what is committed into the shards; see `Store.checkpoint`."""
+        """Fold everything that is committed into the shards; see `Store.checkpoint`."""
         with self.runtime.writing():
             problem = self.journal.fold_all()
         if problem is not None:
             raise problem
         self.vocabularies.checkpoint()
 
-    def copy(self, target: Path, progress: Progress) -> None:
+    def copy(self, path: str | os.PathLike[str], progress: Progress) -> None:
         """Copy the last commit into a new store; see `Store.copy`."""
+        target = Path(path).absolute()
         rewrite.require_absent(target)
         with self.runtime.writing():
-            self.journal.hold_folds()
+            self.journal.pause_folds()
             manifest, tables = self.runtime.committed, self.tables.locations()
         try:
             rewrite.copy_store(manifest, tables, target, progress)
         finally:
-            self.journal.release_folds()
+            self.journal.resume_folds()
 
     def refresh(self) -> None:
-        """Move on to the newest commit; see `Store.refresh`."""
+        """Move to the newest commit; see `Store.refresh`."""
         runtime = self.runtime
         runtime.check_open()
         if self._reader is None:
@@ -307,16 +320,16 @@ class Session:
             self.tables.adopt(fresh.tables)
             self.vocabularies.adopt(fresh.vocabularies)
             runtime.committed, runtime.fresh = fresh.runtime.committed, fresh.runtime.fresh
-            self._lock = fresh.exchange_lock(self._lock)
+            self._lock = fresh.swap_lock(self._lock)
             fresh.close()
 
-    def exchange_lock(self, other: int | None) -> int | None:
+    def swap_lock(self, other: int | None) -> int | None:
         """Hold another lock; return the one that was held."""
         mine, self._lock = self._lock, other
         return mine
 
     def _mark_committed(self, manifest: Manifest) -> None:
-        """Take a commit as what memory is compared with."""
+        """Record a commit as the one that memory is compared with from now on."""
         self.runtime.committed = manifest
         self.tables.mark_committed()
         self.vocabularies.mark_committed()
@@ -327,17 +340,19 @@ class Session:
         """Compare the files of committed tables with their checksums; see `Store.verify`."""
         self.runtime.check_open()
         targets = {
-            uuid: verify.Target(kept.table.name, kept.shards.spec, kept.shards.directory)
-            for uuid, kept in self.tables.chosen(names).items()
+            uuid: verify.Target(each.table.name, each.shards.spec, each.shards.directory)
+            for uuid, each in self.tables.select(names).items()
         }
         return [
-            *verify.damage(targets, self.runtime.threads, progress, self._steady),
+            *verify.damage(targets, self.runtime.threads, progress, self._stable_view),
             *self.vocabularies.damage(names),
         ]
 
     @contextlib.contextmanager
-    def _steady(self, suspected: bool) -> Iterator[tuple[dict[str, Path], Callable[[], log_reader.Replay]]]:
-        """Tell where the tables lie now, and what the log says; nothing moves here before this is left."""
+    def _stable_view(
+        self, suspected: bool
+    ) -> Iterator[tuple[dict[str, Path], Callable[[], log_reader.Replay]]]:
+        """Yield the folders of the tables and a reader of the log. Of this store, nothing moves within the block."""
         if self._reader is not None:
             yield self._newest_directories(), self._reader.newest
             return
@@ -347,12 +362,12 @@ class Session:
             yield self.directories(), self.journal.images
 
     def _newest_directories(self) -> dict[str, Path]:
-        """Return where the tables lie now beside a writer, if that can be told."""
+        """Return the folders of the tables as the concurrent writer has them now, if they can be read."""
         assert self._reader is not None
         try:
             with contextlib.closing(self._reader.reopen()) as newest:
                 return newest.directories()
-        except ShardEmbError:  # damaged, then, and not moved
+        except ShardEmbError:  # damaged, and so not moved
             return self.directories()
 
     def directories(self) -> dict[str, Path]:
@@ -368,35 +383,47 @@ class Session:
                 uuid=self.runtime.committed.uuid,
                 commit=self.last_commit,
                 bytes_on_disk=files.allocated(self.runtime.path),
-                tables=tuple(self.facts(table, measured=True) for table in self.tables.shown().values()),
+                tables=tuple(self.facts(table, measured=True) for table in self.tables.visible().values()),
                 vocabularies=self.vocabularies.facts(),
             )
 
     def facts(self, table: TableState, *, measured: bool = False) -> display.Facts:
-        """Return what is shown about a table: of one by keys, with the rows that were given out."""
+        """Return what is shown about a table. One that is used by key counts only the rows that were given out."""
         facts, keyed = display.facts(table, measured=measured), self.vocabularies.keyed(table)
         if keyed is None:
             return facts
         return replace(facts, num_embeddings=keyed.num_rows, nbytes=keyed.num_rows * table.spec.record_bytes)
 
+    def headline(self) -> str:
+        """Describe the store and the state that it is in, in one line."""
+        runtime = self.runtime
+        state = "" if runtime.writable else "read only"
+        state = "closed" if runtime.closed else "changes not committed" if self._differs() else state
+        return display.headline(runtime.path, len(self.tables.visible()), runtime.committed.commit, state)
+
+    def as_html(self) -> str:
+        """Describe the tables as an HTML table."""
+        shown = self.tables.visible().values()
+        return display.html_table([self.facts(table) for table in shown], self.headline())
+
     def stats(self) -> dict[str, int]:
         """Return bytes and syncs since the store was opened; see `Store.stats`."""
-        written, syncs = self._written_before
+        written, syncs = self._counters_at_opening
         now = files.counters
         return {"bytes_written": now.bytes_written - written, "syncs": now.syncs - syncs}
 
-    # ---- the end
+    # ---- closing
 
     def close(self) -> None:
         """Close the store; see `Store.close`."""
         if self.runtime.closed:
             return
-        with signals_deferred():  # or the lock would stay behind
+        with signals_deferred():  # Ctrl-C half way would leave the lock held
             self.runtime.close()
             with self.runtime.lock:
                 try:
                     if self.runtime.owned and self.runtime.writable:
-                        self._leave()
+                        self._finish_writing()
                 finally:
                     if self._journal is not None:
                         self._journal.release()
@@ -404,28 +431,29 @@ class Session:
                     if self._lock is not None:
                         files.close(self._lock)
 
-    def give_up(self) -> None:
-        """Release the log and the lock of a store that nobody closed, and nobody holds any more."""
+    def finalize(self) -> None:
+        """Release the log and the lock of a store that was garbage-collected without being closed."""
         self.runtime.closed = True
         if self._journal is not None:
             self._journal.release()
         if self._lock is not None:
             files.close(self._lock)
 
-    def leave_to_parent(self) -> None:
-        """In a fork: keep neither the lock nor the log open."""
+    def detach_in_child(self) -> None:
+        """Drop lock and log in a child process: they belong to its parent."""
         if self._journal is not None:
-            self._journal.abandon()
+            self._journal.close_log()
             self._journal = None
         if self._lock is not None:
             files.close(self._lock)
             self._lock = None
 
-    def _leave(self) -> None:
+    def _finish_writing(self) -> None:
+        """Fold what is committed, discard the rest, and warn of what is lost."""
         if self.runtime.poisoned:
-            return  # what is on disk may be ahead of memory: the next opening recovers it
-        lost, path = self.differs(), self.runtime.path
-        self.tables.abandon_new()
+            return  # the disk may be ahead of memory: the next opening recovers it
+        lost, path = self._differs(), self.runtime.path
+        self.tables.discard_new()
         problem = self.journal.close()
         if problem is not None:
             warnings.warn(display.not_folded(path, problem), RuntimeWarning, stacklevel=4)
@@ -436,21 +464,21 @@ class Session:
 # ---- forks
 
 _open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-_held: list[Session] = []
+_locked_for_fork: list[Session] = []
 
 
 def _before_fork() -> None:
-    _held[:] = [session for session in _open_sessions if not session.runtime.closed]
-    for session in _held:
+    _locked_for_fork[:] = [session for session in _open_sessions if not session.runtime.closed]
+    for session in _locked_for_fork:
         session.runtime.lock.acquire()
 
 
 def _after_fork(*, child: bool) -> None:
-    for session in _held:
+    for session in _locked_for_fork:
         if child:
-            session.leave_to_parent()
+            session.detach_in_child()
         session.runtime.lock.release()
-    _held.clear()
+    _locked_for_fork.clear()
 
 
 os.register_at_fork(

@@ -1,6 +1,6 @@
 """A store as its users hold it: several tables with one commit point.
 
-Contracts only: each method is one call of `Session`, which leads down.
+Contracts only: each method is one call of `Session`, which does the work.
 """
 
 from __future__ import annotations
@@ -8,29 +8,29 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from weakref import WeakValueDictionary
 
-from shardemb import initializers
-from shardemb.store import display
 from shardemb.store.keyed_table import KeyedTable
 from shardemb.store.table import Table
 from shardemb.store.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import os
+    from pathlib import Path
     from types import TracebackType
 
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
+    from shardemb import initializers
     from shardemb.admission import Admission
     from shardemb.base.progress import Progress
     from shardemb.engine.table_state import TableState
     from shardemb.format.manifest import Commit
     from shardemb.optim import Optimizer
     from shardemb.storage.verify import Damage
+    from shardemb.store import display
     from shardemb.store.session import Session
     from shardemb.store.vocabulary_catalog import VocabularyCatalog
     from shardemb.vocabulary.key_rows import KeyRows
@@ -38,7 +38,15 @@ if TYPE_CHECKING:
 
 
 class Store(Mapping[str, "Table | KeyedTable"]):
-    """Tables by name, with one commit for all of them. Made by `shardemb.open`; a context manager.
+    """A store: tables by name, and one commit point for all of them. Made by `shardemb.open`; a context manager.
+
+    A store is a mapping of its tables, in the order in which they were created. ``store[name]`` raises
+    `TableNotFoundError` if there is no such table. It returns the same object as long as the caller holds one, also
+    after `rollback`, `reshard` and `refresh`. Iterating takes a snapshot of the names: tables may be created and
+    dropped meanwhile. A store equals only itself.
+
+    Thread safety: lookups may run in any number of threads, also concurrently with changes. Everything that changes the
+    store waits for other changes. A fork of the process may read the store but not change it.
 
     Examples
     --------
@@ -61,7 +69,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         self._vocabularies: WeakValueDictionary[KeyRows, Vocabulary] = WeakValueDictionary()
 
     def __eq__(self, other: object) -> bool:
-        return self is other  # and not what a Mapping compares, its tables
+        return self is other  # a Mapping would compare the tables
 
     def __hash__(self) -> int:
         return id(self)
@@ -72,12 +80,10 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         return self._table(self._session.find(name))
 
     def __iter__(self) -> Iterator[str]:
-        self._session.runtime.check_open()
-        return iter(self._session.tables.shown())
+        return iter(self._session.shown_tables())
 
     def __len__(self) -> int:
-        self._session.runtime.check_open()
-        return len(self._session.tables.shown())
+        return len(self._session.shown_tables())
 
     def create_table(
         self,
@@ -92,44 +98,58 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         rows_per_shard: int | None = None,
         progress: Progress = None,
     ) -> Table | KeyedTable:
-        """Create a table; it becomes part of the store with the next commit. Rows cost no disk until written.
+        """Create a table. It becomes part of the store with the next commit.
+
+        Rows take no disk space until they are written.
 
         Parameters
         ----------
         name : str
-            Letters, digits, ``_``, ``-`` and ``.``; the table's folder in the store.
+            1 to 64 letters, digits, ``_``, ``-`` and ``.``, beginning with a letter, a digit or ``_``. It is also the
+            name of the table's folder in the store.
         num_embeddings, embedding_dim : int
-            Rows, and values in a row. No number of rows with a vocabulary, with which the table grows.
+            Number of rows, and of values in a row. Leave `num_embeddings` out with a vocabulary: the table grows with
+            it.
         vocabulary : str, optional
-            One of the store's vocabularies, which gives out the rows: the table is used by keys, a `KeyedTable`.
+            Name of the vocabulary that gives out the table's rows. The table is then used by key, as a `KeyedTable`.
         counters : bool
-            Keep beside each row how often it was updated (``count``) and in which of the table's steps last
-            (``last_step``), as state columns. Both are float32: exact up to 16,777,216, where ``count`` stays.
+            Keep two more state columns for each row: how often it was updated (``count``), and the table's step in
+            which it was last updated (``last_step``). Both are float32, exact up to 16,777,216, where ``count`` stays.
         initializer : Initializer, VarianceScaling, array_like or callable, optional
-            What rows hold before they are written; zeros by default. An array of shape ``(num_embeddings,
-            embedding_dim)`` is copied into the table, block by block, so that one of zarr or h5py or a
-            ``np.memmap`` is never in memory as a whole. So is what a function ``f(start, stop)`` returns, of shape
-            ``(stop - start, embedding_dim)``: it is called for consecutive ranges of rows until all are covered.
+            What rows hold before they are first written; zeros by default. An array of shape
+            ``(num_embeddings, embedding_dim)`` is copied into the table block by block, so an array of zarr or h5py or
+            a ``np.memmap`` is never in memory as a whole. A function ``f(start, stop)`` returns rows of shape
+            ``(stop - start, embedding_dim)``; it is called for consecutive ranges until all rows are covered, and what
+            it returns is copied too.
         optimizer : Optimizer, optional
-            How `Table.update` moves rows. Without one, rows change by `Table.write` alone.
+            How `Table.update` changes rows. Without one, only `Table.write` does.
         rows_per_shard : int, optional
-            Rows in a file, rounded up so that files are whole pages. By default files of 64 to 512 MiB.
+            Rows in one file, rounded up so that a file is a whole number of pages. By default a file has 64 to 512 MiB,
+            or less if the table is small.
         progress : bool or callable, optional
-            How far the copying of an array or function is: True for a bar, or a function ``progress(done, total)``
-            of rows.
+            Reports the copying of an array or function: True shows a bar; a function is called as
+            ``progress(done, total)``, in rows.
 
         Returns
         -------
         Table or KeyedTable
+            A `KeyedTable` if `vocabulary` was given.
 
         Raises
         ------
         TableExistsError, VocabularyNotFoundError
             There is a table of that name; there is no such vocabulary.
         TypeError, ValueError
-            A name, size, array, initializer or optimizer that cannot be.
+            The name, a size, the array, the initializer or the optimizer is invalid.
+        ShardEmbError
+            The table has more files than this process can map: choose larger shards, or close another store.
         ReadOnlyError, StoreClosedError, PoisonedError, DiskFullError
-            Nothing was created.
+            Nothing was created. What a function given as `initializer` or `progress` raises passes through, with the
+            same effect.
+
+        Notes
+        -----
+        Safe from any thread. Other changes wait until the table is there.
 
         Examples
         --------
@@ -154,7 +174,9 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         return self._table(created)
 
     def drop_table(self, name: str) -> None:
-        """Drop a table, with the next commit; until then `rollback` brings it back.
+        """Drop a table with the next commit. Until then `rollback` restores it.
+
+        From now on, objects of the table refuse lookups and changes with `TableNotFoundError`.
 
         Parameters
         ----------
@@ -166,6 +188,10 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         TableNotFoundError, ReadOnlyError, StoreClosedError, PoisonedError
             Nothing was changed.
 
+        Notes
+        -----
+        Safe from any thread; waits for other changes.
+
         Examples
         --------
         >>> store.drop_table("tokens")
@@ -173,17 +199,23 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         self._session.drop_table(name)
 
     def rename_table(self, name: str, new_name: str) -> None:
-        """Rename a table, with the next commit. Its initial values stay what they were.
+        """Rename a table with the next commit. Its initial values stay the same.
 
         Parameters
         ----------
         name, new_name : str
-            One of the store's tables, and a name that none has.
+            One of the store's tables, and a name that no table has.
 
         Raises
         ------
+        TypeError, ValueError
+            `new_name` cannot be the name of a table.
         TableNotFoundError, TableExistsError, ReadOnlyError, StoreClosedError, PoisonedError
             Nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes.
 
         Examples
         --------
@@ -199,11 +231,11 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         optimizer: Optimizer | Literal["keep"] | None = "keep",
         progress: Progress = None,
     ) -> Commit:
-        """Copy a table into shards of another size, or without its optimizer's state, and commit that.
+        """Copy a table into shards of another size, or replace its optimizer, and commit that.
 
-        Memory stays bounded, and rows that were never written take no disk. The store keeps its lock meanwhile:
-        lookups go on, everything else waits. Cut short by Ctrl-C or a crash, the table is what it was, and the same
-        call goes on where it stopped, as long as no other commit came between.
+        Memory stays bounded, and rows that were never written take no disk space in the copy. The store holds its lock
+        meanwhile: lookups continue, everything else waits. If the call is interrupted by Ctrl-C or a crash, the table
+        is unchanged, and the same call continues where it stopped, unless another commit came in between.
 
         Parameters
         ----------
@@ -212,24 +244,28 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         rows_per_shard : int, optional
             As in `create_table`; by default as many as now, rounded up to whole pages of the new records.
         optimizer : Optimizer, "keep" or None
-            ``"keep"``: state and steps stay to the bit. Another one, or None: weights stay, its state and the
-            table's step count begin anew.
+            ``"keep"`` copies the optimizer's state bit for bit and keeps the step count. Another optimizer, or None,
+            keeps only the weights: state and step count start again.
         progress : bool or callable, optional
-            True for a bar; or a function that is called with the rows done and the rows in all.
+            True shows a bar; a function is called as ``progress(done, total)``, in rows.
 
         Returns
         -------
         Commit
-            With the step and metadata of the last one.
+            The new commit, with the step and metadata of the last one.
 
         Raises
         ------
         ShardEmbError
-            There are changes that are not committed; the shards would be too many.
+            There are uncommitted changes or no commit yet, or the new shards would be too many.
         TableNotFoundError, TypeError, ValueError, ReadOnlyError, StoreClosedError, PoisonedError
             Nothing was changed.
         FormatError, DiskFullError
-            A block of the table is damaged; there is no room for the copy. The table is what it was.
+            A block of the table is damaged, or the disk has no space for the copy. The table is unchanged.
+
+        Notes
+        -----
+        Safe from any thread. Objects of the table stay valid and continue with the new shards.
 
         Examples
         --------
@@ -241,26 +277,31 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         return self._session.reshard(name, rows_per_shard, optimizer, progress)
 
     def copy(self, path: str | os.PathLike[str], *, progress: Progress = None) -> None:
-        """Copy the last commit into a new store, holes as holes.
+        """Copy the last commit into a new store. Holes in files stay holes.
 
-        Lookups, updates and commits go on meanwhile, but the shards stand still: a commit that the log has no room
-        for, an update beyond the memory budget, and a commit that creates or drops tables wait.
+        Lookups, updates and commits continue meanwhile, but nothing is folded into the shards. So these calls wait: a
+        commit that the log has no space for, a commit that creates or drops tables, and an update that would exceed the
+        memory budget.
 
         Parameters
         ----------
         path : path-like
             A new folder.
         progress : bool or callable, optional
-            True for a bar; or a function that is called with the bytes done and the bytes in all, holes included.
+            True shows a bar; a function is called as ``progress(done, total)``, in bytes, holes included.
 
         Raises
         ------
         StoreExistsError
-            Something is there.
+            Something exists at `path`.
         DiskFullError, OSError
-            There is no room, here or there; nothing is left behind.
+            There is not enough space for the fold before the copy, or for the copy itself. Nothing is left at `path`.
         ReadOnlyError, StoreClosedError, PoisonedError
-            Only a store that is open for writing can be copied: nobody else changes it then.
+            Only a store that is open for writing can be copied, because then nobody else changes it.
+
+        Notes
+        -----
+        Safe from any thread.
 
         Examples
         --------
@@ -269,31 +310,31 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         ...     copied.last_commit == store.last_commit
         True
         """
-        self._session.copy(Path(path).absolute(), progress)
+        self._session.copy(path, progress)
 
     # ---- vocabularies
 
     @property
     def vocabularies(self) -> Mapping[str, Vocabulary]:
-        """The store's vocabularies by name."""
+        """The store's vocabularies by name: a read-only view, which follows the store."""
         self._session.runtime.check_open()
         return _Vocabularies(self._session.vocabularies, self._vocabulary)
 
     def create_vocabulary(
         self, name: str, *, key_type: KeyType, admission: Admission | None = None, reserved: int = 0
     ) -> Vocabulary:
-        """Create a vocabulary, which gives rows to keys; it becomes part of the store with the next commit.
+        """Create a vocabulary, which gives rows to keys. It becomes part of the store with the next commit.
 
         Parameters
         ----------
         name : str
-            As for `create_table`; a table may have the same name.
+            As for `create_table`. A table may have the same name.
         key_type : {"int64", "string", "bytes"}
-            What keys are.
+            Type of the keys.
         admission : Admission, optional
-            When a key earns its row; at once by default.
+            When a new key earns its row; immediately by default.
         reserved : int
-            Rows at the beginning that no key gets: for padding, for all unknown keys together.
+            Number of rows at the beginning that no key gets, for example one for padding and one for all unknown keys.
 
         Returns
         -------
@@ -302,11 +343,17 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         Raises
         ------
         VocabularyExistsError
-            There is one of that name.
+            There is a vocabulary of that name.
         TypeError, ValueError
-            A name, type, admission or number that cannot be.
+            The name, type, admission or number is invalid.
+        ShardEmbError
+            The vocabulary has more files than this process can map.
         ReadOnlyError, StoreClosedError, PoisonedError, DiskFullError
             Nothing was created.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes.
 
         Examples
         --------
@@ -317,7 +364,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         return self._vocabulary(self._session.create_vocabulary(name, key_type, admission, reserved))
 
     def drop_vocabulary(self, name: str) -> None:
-        """Drop a vocabulary to which no table is bound, with the next commit; until then `rollback` brings it back.
+        """Drop a vocabulary that no table is bound to, with the next commit. Until then `rollback` restores it.
 
         Parameters
         ----------
@@ -327,11 +374,15 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         Raises
         ------
         VocabularyNotFoundError
-            There is none of that name.
+            There is no vocabulary of that name.
         ShardEmbError
             Tables are bound to it: drop them first.
         ReadOnlyError, StoreClosedError, PoisonedError
             Nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes.
 
         Examples
         --------
@@ -343,23 +394,29 @@ class Store(Mapping[str, "Table | KeyedTable"]):
     # ---- many tables at once
 
     def lookup(self, ids: Mapping[str, ArrayLike]) -> dict[str, NDArray[np.float32]]:
-        """Look up rows of several tables together, which costs about as much as one lookup of the same size.
+        """Look up rows of several tables in one call, which costs about as much as one lookup of the same size.
 
         Parameters
         ----------
-        ids : mapping of str to array_like of int
-            Row ids by table.
+        ids : mapping of str to array_like
+            For each table its row ids, as for `Table.lookup`, or, for a `KeyedTable`, keys that all have a row.
 
         Returns
         -------
         dict of str to ndarray of float32, shape ``ids.shape + (embedding_dim,)``
-            The caller's own memory. Results of one call may share a block of it, which goes with the last of them:
-            copy what is to be kept for long.
+            The caller's own memory. Results of one call may share a block of memory, which is freed with the last of
+            them: copy what you keep for long.
 
         Raises
         ------
-        TableNotFoundError, TypeError, RowIdError, StoreClosedError
+        TableNotFoundError, TypeError, RowIdError, StoreClosedError, StaleReaderError
             As `Table.lookup`.
+        UnknownKeyError, ValueError
+            A key has no row; a key is missing (null).
+
+        Notes
+        -----
+        Safe from any thread, also concurrently with changes.
 
         Examples
         --------
@@ -372,19 +429,26 @@ class Store(Mapping[str, "Table | KeyedTable"]):
     def update(
         self, batches: Mapping[str, tuple[ArrayLike, ArrayLike]], *, check_finite: bool = True
     ) -> None:
-        """Take one optimizer step in several tables together; all of them are checked before any row changes.
+        """Take one optimizer step in each of several tables: in all of them or in none.
 
         Parameters
         ----------
         batches : mapping of str to (ids, grads)
-            As for `Table.update`, by table.
+            For each table the arguments of `Table.update`, or, for a `KeyedTable`, of `KeyedTable.update`, with keys
+            that all have a row. All batches are checked before any row changes.
         check_finite : bool
             Refuse NaN and infinity.
 
         Raises
         ------
-        TableNotFoundError, TypeError, ValueError, RowIdError, ReadOnlyError, StoreClosedError
-            As `Table.update`; no table was changed.
+        TableNotFoundError, TypeError, ValueError, RowIdError, UnknownKeyError
+            As `Table.update` and `KeyedTable.update`; no table was changed.
+        ReadOnlyError, StoreClosedError, PoisonedError, DiskFullError
+            No table was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes. In memory only until `commit`.
 
         Examples
         --------
@@ -396,43 +460,55 @@ class Store(Mapping[str, "Table | KeyedTable"]):
 
     @property
     def last_commit(self) -> Commit | None:
-        """The last commit, None before the first."""
+        """The last commit, or None before the first. A copy: changing its metadata does not change the store."""
         return self._session.last_commit
 
     @property
     def has_changes(self) -> bool:
-        """Whether rows, steps, hyper-parameters or the set of tables differ from the last commit."""
-        self._session.runtime.check_open()
-        return self._session.differs()
+        """Whether rows, steps, hyper-parameters, vocabularies or the set of tables differ from the last commit."""
+        return self._session.has_changes()
 
     def commit(self, step: int | None = None, metadata: Mapping[str, Any] | None = None) -> Commit:
         """Make every change since the last commit durable.
 
-        Images of the changed rows, and one record for all tables, are appended to the log and synced: when the call
-        returns they are on the disk, and a crash at any moment leaves this commit or the one before, exactly. The
-        shards follow in the background.
+        The images of all changed rows and one record for all tables are appended to the log and synced. When the call
+        returns, they are on the disk. A crash at any moment leaves exactly this commit or the one before. The shards
+        are updated in the background.
 
         Parameters
         ----------
         step : int, optional
-            The job's own step; the last commit's by default.
+            The job's own step; by default that of the last commit, 0 for the first.
         metadata : dict, optional
-            The job's own small JSON: data position, random state, anything that must never disagree with the rows.
+            The job's own small JSON, at most 1 MiB: data position, random state, anything that must never disagree with
+            the rows. Empty by default.
 
         Returns
         -------
         Commit
+            With a copy of the metadata.
 
         Raises
         ------
         TypeError, ValueError
-            A step or metadata that cannot be.
+            The step or the metadata is invalid; nothing was written.
+        FormatError
+            Something that is not the store's stands where the folder of a table belongs. The last commit stands, and so
+            do the changes in memory.
         DiskFullError
-            There is no room: the last commit stands, and so do the changes in memory. Make room and call again.
+            There is no space on the disk. The last commit stands, and so do the changes in memory. Free some space and
+            call again.
+        OSError
+            Writing or syncing failed. Only the next opening can say whether the commit is on the disk; until then the
+            store refuses commits.
         PoisonedError
-            A write or sync failed before: close and reopen. Or an update broke off half way: roll back.
+            A write or sync failed earlier: close the store and open it again. Or an update failed half way: roll back.
         ReadOnlyError, StoreClosedError
             Nothing was written.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes, and for a fold if the log is full.
 
         Examples
         --------
@@ -442,17 +518,22 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         return self._session.commit(step, metadata)
 
     def rollback(self) -> None:
-        """Go back to the last commit: rows, state, steps, hyper-parameters and the set of tables.
+        """Go back to the last commit: rows, state, steps, hyper-parameters, vocabularies and the set of tables.
 
         Raises
         ------
         PoisonedError
-            A write or sync failed before: close and reopen.
+            A write or sync failed earlier: close the store and open it again.
         DiskFullError, OSError
-            It broke off, as where pages have to leave memory and have no room. Make room and call it again; until
-            then changes and commits are refused.
+            The rollback failed half way, for example because rows have to be spilled and the disk is full. Free some
+            space and call it again. Until then, changes and commits are refused.
         ReadOnlyError, StoreClosedError
             Nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes. Tables created since the last commit are gone: their
+        objects refuse lookups and changes with `TableNotFoundError`.
 
         Examples
         --------
@@ -461,19 +542,24 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         self._session.rollback()
 
     def checkpoint(self) -> None:
-        """Bring what is committed into the shards, where other readers of zarr see it, and wait for it.
+        """Fold everything that is committed into the shards, where other readers of zarr see it, and wait for that.
 
-        Commits nothing. Other threads may go on meanwhile. The next opening has less to do: nothing of the log is to be
-        read, and few keys of vocabularies are to be learnt again.
+        Commits nothing. Other threads may train and commit meanwhile. The next opening has less to do: it has no log to
+        read, and few keys of vocabularies to index again.
 
         Raises
         ------
         DiskFullError
-            There is no room for rows that were never written before. The log keeps them; make room and call again.
-        PoisonedError
-            A write or sync failed: close and reopen.
+            There is no space for rows that were never written before. The log keeps them; free some space and call
+            again.
+        OSError, PoisonedError
+            A write or sync failed, in this fold or earlier: close the store and open it again.
         ReadOnlyError, StoreClosedError
             The store cannot be written.
+
+        Notes
+        -----
+        Safe from any thread.
 
         Examples
         --------
@@ -482,14 +568,20 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         self._session.checkpoint()
 
     def refresh(self) -> None:
-        """Move a store that was opened for reading on to the newest commit. Its tables stay the same objects.
+        """Move a store that was opened for reading to the newest commit. Its tables stay the same objects.
+
+        Objects of tables that the newest commit no longer has raise `TableNotFoundError`.
 
         Raises
         ------
         ReadOnlyError
-            The store was opened for writing: it is the newest there is.
+            The store was opened for writing, so it is the newest there is.
         StoreClosedError, FormatError
             Nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread. Lookups that run meanwhile may still return rows of the commit before.
 
         Examples
         --------
@@ -501,30 +593,34 @@ class Store(Mapping[str, "Table | KeyedTable"]):
     def verify(self, tables: Sequence[str] | None = None, *, progress: Progress = None) -> list[Damage]:
         """Compare the files of committed tables with their checksums: every block that a fold has written.
 
-        Reads from the disk, in bounded memory; training and lookups go on. What the log holds has checksums of its
-        own, which are compared whenever it is read.
+        Reads from the disk, in bounded memory, while training and lookups continue. The log has checksums of its own,
+        which are compared whenever it is read.
 
         Parameters
         ----------
         tables : sequence of str, optional
-            Names of tables; all of the last commit by default.
+            Names of tables; by default all tables of the last commit.
         progress : bool or callable, optional
-            True for a bar; or a function that is called with the bytes done and the bytes in all.
+            True shows a bar; a function is called as ``progress(done, total)``, in bytes.
 
         Returns
         -------
         list of Damage
-            What is wrong, by table, file and rows; empty if nothing is. Rows that another program has written
-            into the shards are not what was written either.
+            What is wrong, by table, file and rows; empty if nothing is. Rows that another program has written into the
+            shards are reported too.
 
         Raises
         ------
         TableNotFoundError
-            No commit knows that table.
+            The last commit has no such table.
         DiskFullError
-            There is no room to fold what is in the log.
+            There is no space to fold what is in the log.
         StoreClosedError
             The store was closed.
+
+        Notes
+        -----
+        Safe from any thread.
 
         Examples
         --------
@@ -534,17 +630,21 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         return self._session.verify(tables, progress)
 
     def info(self) -> display.StoreInfo:
-        """Tell what the store holds and the disk space that it takes; looks at every file.
+        """Return what the store holds and how much disk space it takes. Looks at every file.
 
         Returns
         -------
         StoreInfo
-            A frozen dataclass: path, uuid, commit, bytes_on_disk, tables.
+            A frozen dataclass: path, uuid, commit, bytes_on_disk, tables, vocabularies.
 
         Raises
         ------
         StoreClosedError
             The store was closed.
+
+        Notes
+        -----
+        Safe from any thread; changes wait meanwhile.
 
         Examples
         --------
@@ -554,12 +654,16 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         return self._session.info()
 
     def stats(self) -> dict[str, int]:
-        """Bytes written to files and syncs made by this process since the store was opened.
+        """Return what this process has written since the store was opened.
 
         Returns
         -------
         dict of str to int
-            Those of all stores of the process together.
+            ``bytes_written`` to files, and ``syncs`` made, by all stores of the process together.
+
+        Notes
+        -----
+        Safe from any thread.
 
         Examples
         --------
@@ -571,9 +675,15 @@ class Store(Mapping[str, "Table | KeyedTable"]):
     # ---- closing
 
     def close(self) -> None:
-        """Close the store and its tables. Never commits: uncommitted changes are gone, with a warning.
+        """Close the store and its tables. Never commits: uncommitted changes are lost, with a `RuntimeWarning`.
 
-        A second call does nothing. Later use of the store or its tables raises `StoreClosedError`.
+        What is committed but not in the shards yet is folded first. If that fails, the log keeps it, and the next
+        opening continues; a `RuntimeWarning` says so. A second call does nothing. Any later use of the store or its
+        tables raises `StoreClosedError`.
+
+        Notes
+        -----
+        Safe from any thread. Lookups that still run keep their memory until they end.
 
         Examples
         --------
@@ -591,7 +701,8 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         self.close()
 
     def __del__(self, _finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        # The names of this module are gone when the interpreter ends; so is the lock, soon after.
+        # At interpreter exit, names of this module may be gone already, hence the default argument. The lock is
+        # released with the process then.
         if _finalizing() or not hasattr(self, "_session"):
             return
         runtime = self._session.runtime
@@ -599,7 +710,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
             warnings.warn(
                 f"the store {runtime.path} was not closed", ResourceWarning, stacklevel=2, source=self
             )
-            self._session.give_up()
+            self._session.finalize()
 
     def __reduce__(self) -> NoReturn:
         msg = (
@@ -612,28 +723,19 @@ class Store(Mapping[str, "Table | KeyedTable"]):
 
     @property
     def path(self) -> Path:
-        """The store's folder."""
+        """The store's folder, as an absolute path."""
         return self._session.runtime.path
 
     def __repr__(self) -> str:
-        tables = map(self._table, self._session.tables.shown().values())
-        vocabularies = map(self._vocabulary, tuple(self._session.vocabularies.now.values()))
-        return "\n  ".join([self._headline(), *map(repr, tables), *map(repr, vocabularies)])
+        session = self._session
+        tables = map(self._table, session.tables.visible().values())
+        vocabularies = map(self._vocabulary, tuple(session.vocabularies.current.values()))
+        return "\n  ".join([session.headline(), *map(repr, tables), *map(repr, vocabularies)])
 
     def _repr_html_(self) -> str:
-        shown = self._session.tables.shown().values()
-        return display.html_table([self._session.facts(table) for table in shown], self._headline())
+        return self._session.as_html()
 
-    def _headline(self) -> str:
-        session = self._session
-        state = "" if session.runtime.writable else "read only"
-        state = (
-            "closed" if session.runtime.closed else "changes not committed" if session.differs() else state
-        )
-        commit = session.runtime.committed.commit
-        return display.headline(self.path, len(session.tables.shown()), commit, state)
-
-    # ---- the same objects for as long as anyone holds them
+    # ---- one object a table and vocabulary, for as long as anyone holds it
 
     def _table(self, state: TableState) -> Table | KeyedTable:
         found = self._tables.get(state)
@@ -650,19 +752,19 @@ class Store(Mapping[str, "Table | KeyedTable"]):
 
 
 class _Vocabularies(Mapping[str, Vocabulary]):
-    """The vocabularies of now by name, also of those that are created later."""
+    """A read-only view of a store's vocabularies by name, which follows the store."""
 
     def __init__(self, catalog: VocabularyCatalog, shown: Callable[[KeyRows], Vocabulary]) -> None:
         self._catalog, self._shown = catalog, shown
 
     def __getitem__(self, name: str) -> Vocabulary:
-        return self._shown(self._catalog.now[name])
+        return self._shown(self._catalog.current[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(tuple(self._catalog.now))
+        return iter(tuple(self._catalog.current))
 
     def __len__(self) -> int:
-        return len(self._catalog.now)
+        return len(self._catalog.current)
 
     def __repr__(self) -> str:
         return repr(dict(self))

@@ -1,6 +1,6 @@
 """One table as its users hold it: lookup, update, write. Read this first.
 
-Contracts only: each method is one call of `TableState`, which leads down.
+Contracts only: each method is one call of `TableState`, which does the work.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
 class Table:
     """Rows of float32 on disk, looked up and trained by row id. Made by `Store.create_table`, found by name.
 
-    Lookups may run in any number of threads, also beside an update; a lookup beside an update may see a row half
-    old and half new. Updates, writes and commits wait for each other. A table cannot be pickled: open the store in
-    the other process, with ``mode="r"`` where it only reads.
+    Thread safety: lookups may run in any number of threads, also concurrently with an update; such a lookup may see a
+    row half updated. Updates, writes and commits wait for each other. A table cannot be pickled: open the store in the
+    other process, with ``mode="r"`` if it only reads.
+
+    Every result is the caller's own memory, and arguments are neither kept nor changed.
 
     Examples
     --------
@@ -80,12 +82,12 @@ class Table:
 
     @property
     def rows_per_shard(self) -> int:
-        """Rows in a row-shard, which is one file and one zarr chunk."""
+        """Rows in a row-shard: one file, and one zarr chunk."""
         return self._state.spec.rows_per_shard
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows with their optimizer state, whether they take disk yet or not."""
+        """Bytes of all rows with their optimizer state, whether they take disk space yet or not."""
         return self._state.spec.nbytes
 
     @property
@@ -100,7 +102,7 @@ class Table:
 
     @property
     def step(self) -> int:
-        """Number of updates so far, which Adam's bias correction uses."""
+        """Number of updates so far. Adam's bias correction uses it."""
         return self._state.training.step
 
     # ---- reading
@@ -111,27 +113,31 @@ class Table:
         Parameters
         ----------
         ids : array_like of int
-            Row ids of any integer dtype and any shape; lists too, empty ones too.
+            Row ids of any integer dtype and any shape, also empty; nested lists too.
         out : ndarray of float32, shape ``ids.shape + (embedding_dim,)``, optional
-            C-contiguous and writable; filled and returned.
+            Array to fill and return. It must be C-contiguous and writable.
 
         Returns
         -------
         ndarray of float32, shape ``ids.shape + (embedding_dim,)``
-            The caller's own memory, never a view of the table.
+            The caller's own memory, never a view of the table; `out` if that was given.
 
         Raises
         ------
         TypeError, ValueError
-            The ids are not integers; `out` does not fit.
+            The ids are not integers; `out` has another dtype, shape or layout.
         RowIdError
             An id is negative or past the end.
         StoreClosedError, TableNotFoundError
             The store was closed; the table was dropped.
+        StaleReaderError
+            The store was opened for reading, and another writer has opened it since: call `Store.refresh`.
+        DiskFullError, OSError
+            Rows have to be reloaded from the spill file, and there is no space for the rows that they displace.
 
         Notes
         -----
-        Safe from any thread.
+        Safe from any thread, also concurrently with changes.
 
         Examples
         --------
@@ -157,12 +163,16 @@ class Table:
         unique_ids : ndarray of int64, shape (u,)
             Their ids.
         inverse : ndarray of int64, shape ``ids.shape``
-            ``rows[inverse]`` is what `lookup` returns.
+            ``rows[inverse]`` equals the result of `lookup`.
 
         Raises
         ------
-        TypeError, RowIdError, StoreClosedError, TableNotFoundError
+        TypeError, RowIdError, StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError, OSError
             As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread, also concurrently with changes.
 
         Examples
         --------
@@ -173,26 +183,30 @@ class Table:
         return self._state.read_unique(ids)
 
     def state(self, column: str, ids: ArrayLike) -> NDArray[np.float32]:
-        """Copy optimizer state of rows.
+        """Copy a column of optimizer state.
 
         Parameters
         ----------
         column : str
-            One of the optimizer's state columns, for example ``"exp_avg"``.
+            One of the optimizer's state columns, for example ``"exp_avg"``, or a counter.
         ids : array_like of int
             Row ids of any integer dtype and any shape.
 
         Returns
         -------
         ndarray of float32, shape ``ids.shape + (embedding_dim,)``, or ``ids.shape``
-            The latter where the column is one number a row. The caller's own memory.
+            The latter if the column has one number a row. The caller's own memory.
 
         Raises
         ------
         ValueError
             The table has no such column.
-        TypeError, RowIdError, StoreClosedError, TableNotFoundError
+        TypeError, RowIdError, StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError, OSError
             As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread, also concurrently with changes.
 
         Examples
         --------
@@ -204,17 +218,25 @@ class Table:
     def prefetch(self, ids: ArrayLike, *, for_update: bool = False) -> None:
         """Start to read rows into memory, in the background.
 
+        A hint: with `for_update`, rows that do not fit into the memory budget are not copied, without an error.
+
         Parameters
         ----------
         ids : array_like of int
             Row ids that a later lookup or update will ask for.
         for_update : bool
-            Also copy the rows to where an update changes them, which it would do otherwise.
+            Also copy the rows to where an update changes them, which the update would do otherwise.
 
         Raises
         ------
         TypeError, RowIdError, StoreClosedError, TableNotFoundError
-            As `lookup`; `ReadOnlyError` with `for_update` in a read-only store.
+            As `lookup`.
+        ReadOnlyError
+            `for_update` in a store that cannot be written.
+
+        Notes
+        -----
+        Safe from any thread; returns before the rows are read.
 
         Examples
         --------
@@ -223,7 +245,7 @@ class Table:
         self._state.prefetch(ids, for_update=for_update)
 
     def explain(self, ids: ArrayLike) -> Explanation:
-        """Tell what a lookup of a batch meets, to see why it is slow: where its rows lie, and what has to be read.
+        """Explain what a lookup of a batch would do: where its rows are, and how much has to be read from disk.
 
         Looks at every page of the batch, and reads none.
 
@@ -235,12 +257,16 @@ class Table:
         Returns
         -------
         Explanation
-            A frozen dataclass; prints as a few lines. True of this moment only.
+            A frozen dataclass; prints as a few lines. It holds for this moment only.
 
         Raises
         ------
         TypeError, RowIdError, StoreClosedError, TableNotFoundError
             As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread.
 
         Examples
         --------
@@ -250,25 +276,30 @@ class Table:
         return self._state.explain(ids)
 
     def stats(self) -> dict[str, Any]:
-        """Tell what was done with the table since it was opened, and what it takes in memory and on disk.
+        """Return what was done with the table since it was opened, and the memory and disk space that it takes.
 
         Looks at every file of the table: about a millisecond for a hundred shards.
 
         Returns
         -------
         dict
-            Since it was opened: ``lookups``, ``rows_looked_up`` and ``cold_lookups``; ``changes`` (updates and writes)
-            and their distinct ``rows_changed``; ``rows_copied`` from the files into memory before they changed. Now:
-            ``rows_in_memory`` and the ``bytes_in_memory`` that they take, which count against the memory budget;
-            ``rows_out``, which are in the scratch file; ``bytes_mapped`` of address space for the files, which costs
-            nothing; ``rows_written``, and the ``bytes_allocated`` for them on the disk. These two also by shard:
-            ``shards`` is a list of dicts. Where rows start from zeros alone, no bitmap says which were written, and
+            Since the table was opened: ``lookups``, ``rows_looked_up`` and ``cold_lookups``; ``changes`` (updates and
+            writes) and their distinct ``rows_changed``; ``rows_copied`` from the files into memory before they changed.
+
+            Now: ``rows_in_memory`` and the ``bytes_in_memory`` that they take, which count against the memory budget;
+            ``rows_out``, the rows in the spill file; ``bytes_mapped``, the address space of the files, which costs
+            nothing; ``rows_written``, and the ``bytes_allocated`` for them on the disk. The last two also by shard:
+            ``shards`` is a list of dicts. If all rows start from zeros, no bitmap records which were written, and
             ``rows_written`` counts all rows of the blocks of 4,096 bytes that were.
 
         Raises
         ------
         StoreClosedError, TableNotFoundError
             As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread; changes wait meanwhile.
 
         Examples
         --------
@@ -282,17 +313,17 @@ class Table:
     # ---- changing
 
     def update(self, ids: ArrayLike, grads: ArrayLike, *, check_finite: bool = True) -> None:
-        """Take one optimizer step on the rows in `ids`; all of it or nothing.
+        """Take one optimizer step on the rows in `ids`: all of them change, or none.
 
-        Gradients of duplicate ids are summed first, in the order of the batch, so the result has the same bits for
-        any number of threads and shards. Rows that are not in `ids` do not move. In memory only until `Store.commit`.
+        Gradients of duplicate ids are summed first, in the order of the batch, so the result has the same bits for any
+        number of threads and shards. Rows that are not in `ids` do not change. In memory only until `Store.commit`.
 
         Parameters
         ----------
         ids : array_like of int
             Row ids of any integer dtype and any shape.
         grads : array_like of float, shape ``ids.shape + (embedding_dim,)``
-            float16, float32 or float64; computed in float32.
+            float16, float32 or float64; the computation is in float32.
         check_finite : bool
             Refuse NaN and infinity.
 
@@ -300,8 +331,14 @@ class Table:
         ------
         TypeError, ValueError
             Wrong dtype or shape; NaN or infinity; the table has no optimizer.
-        RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError
+        RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError
             Nothing was changed.
+        DiskFullError, OSError
+            Rows have to be spilled to fit the memory budget, and there is no space for them. Nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes, and for a fold if the memory budget is used up.
 
         Examples
         --------
@@ -317,7 +354,7 @@ class Table:
         ids : array_like of int
             Row ids of any integer dtype and any shape; of duplicates the last wins.
         rows : array_like of float, shape ``ids.shape + (embedding_dim,)``
-            float16, float32 or float64; kept as float32.
+            float16, float32 or float64; stored as float32.
         check_finite : bool
             Refuse NaN and infinity.
 
@@ -325,8 +362,12 @@ class Table:
         ------
         TypeError, ValueError
             Wrong dtype or shape; NaN or infinity.
-        RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError
-            Nothing was changed.
+        RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
+            As `update`; nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits as `update`.
 
         Examples
         --------
@@ -337,7 +378,7 @@ class Table:
         self._state.change(ids, rows, "rows", check_finite=check_finite)
 
     def reset_rows(self, ids: ArrayLike) -> None:
-        """Make rows as new: their initial values, and fresh state. In memory only until `Store.commit`.
+        """Make rows freshly initialised: initial weights, initial state. In memory only until `Store.commit`.
 
         Parameters
         ----------
@@ -346,8 +387,14 @@ class Table:
 
         Raises
         ------
-        TypeError, RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError
-            Nothing was changed.
+        TypeError, RowIdError
+            The ids are not integers; an id is negative or past the end.
+        ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
+            As `update`; nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits as `update`.
 
         Examples
         --------
@@ -356,19 +403,23 @@ class Table:
         self._state.reset(ids)
 
     def set_optimizer(self, optimizer: Optimizer) -> None:
-        """Change hyper-parameters, from the next update on; part of the next commit.
+        """Change the optimizer's hyper-parameters for the following updates; part of the next commit.
 
         Parameters
         ----------
         optimizer : Optimizer
-            Of the same class as the table's and with the same initial state, so that records stay what they are.
+            Of the same class as the table's and with the same initial state, so that the stored state stays valid.
 
         Raises
         ------
         ValueError
-            Not an optimizer, or one with other state.
+            Not an optimizer, or one of another class or with other initial state.
         ReadOnlyError, StoreClosedError, TableNotFoundError
             Nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes.
 
         Examples
         --------
@@ -379,25 +430,32 @@ class Table:
     def resize(self, num_embeddings: int, *, drop_rows: bool = False) -> None:
         """Change the number of rows; part of the next commit, and undone by a rollback.
 
-        New rows hold their initial values, the same as if the table had been created so large; the shards that are
-        there stay as they are. Takes a fold, and on the disk what the new rows take: nothing until they are written.
+        New rows hold their initial values, the same as if the table had been created with that many rows. The existing
+        shards stay as they are. New rows take no disk space until they are written.
 
         Parameters
         ----------
         num_embeddings : int
-            Rows from now on.
+            New number of rows.
         drop_rows : bool
-            Allow fewer than now. Those behind the end are gone with the next commit: should the table grow again, they
-            hold their initial values.
+            Allow fewer rows than now. The rows past the new end are gone with the next commit: if the table grows
+            again, they hold their initial values.
 
         Raises
         ------
         TypeError, ValueError
-            No such number; fewer rows than now, without `drop_rows`.
+            The number is invalid, or it is smaller than now without `drop_rows`.
         ShardEmbError
-            There would be too many shards: `Store.reshard` makes them larger.
-        DiskFullError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError
+            The table would have too many shards (`Store.reshard` makes them larger); or it would shrink, though a
+            vocabulary gives out its rows (remove keys instead).
+        FormatError
+            A part of the table that has to be copied is damaged. Nothing was changed.
+        DiskFullError, OSError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError
             Nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes, and until what is committed was folded into the shards.
 
         Examples
         --------
@@ -408,29 +466,30 @@ class Table:
         self._state.resize(num_embeddings, drop_rows=drop_rows)
 
     def materialize(self, *, progress: Progress = None) -> None:
-        """Write initial values of all rows that were never written into the shards, for readers that know only zarr.
+        """Write the initial values of rows that were never written into the shards, for readers that know only zarr.
 
-        No value changes, so it is no part of a commit. Lookups and updates go on meanwhile. Cut short, it goes on
-        where it stopped when it is called again. Rows with changes that are not committed are left to their commit.
+        No value changes, so this is not part of a commit. Lookups and updates continue meanwhile. If the call is
+        interrupted, the next one continues where it stopped. Rows with uncommitted changes are skipped: their commit
+        writes them.
 
         Parameters
         ----------
         progress : bool or callable, optional
-            True for a bar; or a function that is called with the rows done and the rows in all.
+            True shows a bar; a function is called as ``progress(done, total)``, in rows.
 
         Raises
         ------
         ShardEmbError
             The table is not part of a commit yet.
         DiskFullError
-            There is no room; what is written stays.
+            There is no space on the disk; what is written stays.
         ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError
-            Nothing was written.
+            As `update`; what is written stays.
 
         Notes
         -----
-        The table takes `nbytes` on the disk then. One whose rows start from zeros alone needs none of it: holes of
-        its files read as zeros.
+        Safe from any thread. Afterwards the table takes `nbytes` on the disk. A table whose rows all start
+        from zeros needs none of this: holes in its files read as zeros.
 
         Examples
         --------
@@ -445,18 +504,23 @@ class Table:
     # ---- leaving
 
     def to_dask_array(self) -> dask.array.Array:
-        """Make a dask array of the weights, one chunk a row-shard, read when it is computed.
+        """Make a dask array of the weights: one chunk for each row-shard, read when it is computed.
 
         Returns
         -------
         dask.array.Array of float32, shape (num_embeddings, embedding_dim)
-            Shows the rows as they are when a chunk is computed, changes that are not committed included. For
-            schedulers of this process; from other processes open ``TABLE/rows`` with `dask.array.from_zarr`.
+            Shows the rows as they are when a chunk is computed, uncommitted changes included. It works with the
+            schedulers of this process; in other processes open ``TABLE/rows`` with `dask.array.from_zarr`. Chunks that
+            are computed after the store was closed raise `StoreClosedError`.
 
         Raises
         ------
         StoreClosedError, TableNotFoundError
             As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread.
 
         Examples
         --------
@@ -480,15 +544,21 @@ class Table:
         Returns
         -------
         pyarrow.RecordBatchReader
-            ``id: int64``, ``embedding: FixedSizeList<float32>``, then the state columns; at most 65,536 rows a
-            batch. duckdb, polars, lance and others take it as it is. Read it before the store is closed.
+            ``id: int64``, ``embedding: FixedSizeList<float32>``, then the state columns, none of them nullable; at most
+            65,536 rows in a batch. Each batch owns its memory. Rows are as they are when their batch is read,
+            uncommitted changes included. duckdb, polars, lance and others take the reader directly. Read it before the
+            store is closed.
 
         Raises
         ------
         ValueError
-            No such column, or no such range.
+            There is no such column or no such range.
         StoreClosedError, TableNotFoundError
             As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread; one thread at a time may read from a reader.
 
         Examples
         --------
@@ -513,7 +583,7 @@ class Table:
         Parameters
         ----------
         path : path-like
-            The file; one that exists is replaced, in one instant. With `parts`, the folder: new or empty.
+            The file; an existing one is replaced atomically. With `parts`, the folder: new or empty.
         columns : sequence of str
             Optimizer state columns to add.
         rows : tuple of two int, optional
@@ -521,27 +591,30 @@ class Table:
         parts : int, optional
             Write this many files, several at a time, which is faster on several cores.
         progress : bool or callable, optional
-            True for a bar; or a function that is called with the rows done and the rows in all.
+            True shows a bar; a function is called as ``progress(done, total)``, in rows.
 
         Returns
         -------
         ExportReport
-            Path, files, rows and bytes.
+            A frozen dataclass: path, files, num_rows, nbytes.
 
         Raises
         ------
         TypeError, ValueError
-            No such column, no such range, or a number of parts below 1.
+            There is no such column or no such range, or `parts` is not between 1 and 100,000.
         FileNotFoundError, FileExistsError, DiskFullError
-            About `path`; what was there before is as it was.
+            The folder above `path` is missing, something at `path` cannot be replaced, or the disk is full. What was
+            there before is unchanged.
         StoreClosedError, TableNotFoundError
             As `lookup`.
 
         Notes
         -----
-        ``id: int64``, ``embedding: FixedSizeList<float32>`` and the state columns, none of them nullable; zstd,
-        BYTE_STREAM_SPLIT, row groups of at most 65,536 rows. Rows are exported as a lookup sees them, changes that
-        are not committed included.
+        The file has ``id: int64``, ``embedding: FixedSizeList<float32>`` and the state columns, none of
+        them nullable. It is compressed with zstd and BYTE_STREAM_SPLIT, in row groups of at most 65,536 rows. Rows are
+        exported as a lookup sees them, uncommitted changes included.
+
+        Safe from any thread. Updates may run concurrently; rows are as they are when their row group is read.
 
         Examples
         --------

@@ -1,6 +1,6 @@
 """Keys that have rows, as users hold them.
 
-Contracts only: each method is one call of `KeyRows`, which leads down.
+Contracts only: each method is one call of `KeyRows`, which does the work.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 
 
 class Vocabulary:
-    """Keys by row and rows by key; made by `Store.create_vocabulary`, found in `Store.vocabularies`.
+    """Keys by row and rows by key. Made by `Store.create_vocabulary`, found in `Store.vocabularies`.
 
-    A new key gets the next row, in the order of first appearance, so that keys that came early, which are those that
-    come often, lie together. Changes are part of the next commit, with those of the tables. Lookups may run in any
-    number of threads; changes wait for each other.
+    A new key gets the next row, in the order of first appearance. Keys that came early are mostly those that come
+    often, so their rows lie together. Changes become part of the next commit, with those of the tables. A vocabulary
+    can be iterated: over its keys, in the order of their rows. ``key in vocabulary`` says whether one key has a row.
+
+    Thread safety: lookups may run in any number of threads, also concurrently with changes. Changes wait for each
+    other.
 
     Examples
     --------
@@ -61,17 +64,17 @@ class Vocabulary:
 
     @property
     def admission(self) -> Admission | None:
-        """When a key earns its row; None: at once."""
+        """When a new key earns its row; None if immediately."""
         return self._rows.entry.admission
 
     @property
     def reserved(self) -> int:
-        """Rows at the beginning that no key gets."""
+        """Number of rows at the beginning that no key gets."""
         return self._rows.entry.reserved
 
     @property
     def num_rows(self) -> int:
-        """Rows given out so far, those of no key by now included; all row ids lie below."""
+        """Number of rows given out so far, reserved and freed ones included. All row ids are below it."""
         return self._rows.entry.rows
 
     def __len__(self) -> int:
@@ -79,21 +82,31 @@ class Vocabulary:
         return len(self._rows)
 
     def __contains__(self, key: object) -> bool:
-        """Tell whether one key has a row."""
+        """Return whether one key has a row."""
         return bool(self.lookup([key])[0] >= 0)
 
     def __repr__(self) -> str:
         return f"Vocabulary {self.name!r}: {len(self):,} {self.key_type} keys"
 
     def stats(self) -> dict[str, int]:
-        """Tell what the vocabulary takes in memory and on disk.
+        """Return what the vocabulary takes in memory and on disk.
 
         Returns
         -------
         dict of str to int
-            ``keys``; ``rows`` given out so far and those ``rows_free``; ``sightings`` of keys without a row;
-            ``index_bytes_in_memory`` and ``index_bytes_on_disk``; ``pairs`` of the index, old ones included;
-            ``bytes_on_disk`` of the keys and what belongs to them, without the index.
+            ``keys``; ``rows`` given out so far, and ``rows_free``, those of them whose key was removed; ``sightings``,
+            the counted occurrences of keys without a row; ``pairs`` of the index, outdated ones included;
+            ``index_bytes_in_memory`` and ``index_bytes_on_disk``; ``bytes_on_disk`` of the keys and what belongs to
+            them, without the index.
+
+        Raises
+        ------
+        StoreClosedError, VocabularyNotFoundError
+            As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread.
 
         Examples
         --------
@@ -110,13 +123,14 @@ class Vocabulary:
         Parameters
         ----------
         keys : array_like of int, str or bytes
-            By the type of the vocabulary, in any shape: a NumPy or Arrow array, a (nested) list, a single key.
+            Keys of the vocabulary's type, in any shape: a NumPy or Arrow array, a (nested) list, a single key.
         missing : int
-            What stands for keys that have no row.
+            The result for keys that have no row.
 
         Returns
         -------
         ndarray of int64, shape ``keys.shape``
+            The caller's own memory.
 
         Raises
         ------
@@ -124,6 +138,12 @@ class Vocabulary:
             Keys of another type, or missing ones (null).
         StoreClosedError, VocabularyNotFoundError
             The store was closed; the vocabulary was dropped.
+        StaleReaderError
+            The store was opened for reading, and another writer has opened it since: call `Store.refresh`.
+
+        Notes
+        -----
+        Safe from any thread, also concurrently with changes.
 
         Examples
         --------
@@ -138,18 +158,25 @@ class Vocabulary:
         Parameters
         ----------
         row_ids : array_like of int
-            In any shape.
+            Row ids of any integer dtype and any shape.
 
         Returns
         -------
         ndarray of int64, or of str or bytes objects, shape ``row_ids.shape``
+            The caller's own memory.
 
         Raises
         ------
         RowIdError
-            A row has no key: it was never given out, was freed, or is reserved.
-        TypeError, StoreClosedError, VocabularyNotFoundError
+            A row has no key: it is past the end or reserved, or its key was removed.
+        TypeError
+            The ids are not integers.
+        StoreClosedError, VocabularyNotFoundError, StaleReaderError
             As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread, also concurrently with changes.
 
         Examples
         --------
@@ -159,12 +186,22 @@ class Vocabulary:
         return self._rows.keys_of(row_ids)
 
     def to_arrow_batches(self) -> Iterator[pa.RecordBatch]:
-        """Iterate over the keys in the order of their rows: ``row`` (int64) and ``key``, in bounded memory.
+        """Iterate over the keys in the order of their rows, in bounded memory.
 
         Yields
         ------
         pyarrow.RecordBatch
-            At most 65,536 rows, those without a key left out.
+            ``row: int64``, and ``key`` (int64, large_string or large_binary), of at most 65,536 rows; rows without a
+            key are left out. Each batch owns its memory. Keys are as they are when their batch is read.
+
+        Raises
+        ------
+        StoreClosedError, VocabularyNotFoundError, StaleReaderError
+            As `lookup`, when a batch is asked for.
+
+        Notes
+        -----
+        Safe from any thread, also concurrently with changes; one thread at a time may use an iterator.
 
         Examples
         --------
@@ -180,25 +217,33 @@ class Vocabulary:
     # ---- changing
 
     def add(self, keys: KeysLike) -> NDArray[np.int64]:
-        """Find the rows of keys, and give new keys the next ones, in the order of first appearance.
+        """Find the rows of keys, and give new keys the next rows, in the order of first appearance.
 
-        Rows of removed keys are given out first, once the removal is committed. With an `Admission`, a call is one
-        sighting of each key for each time that it stands there, and those that have not earned a row yet get none.
+        Rows of removed keys are given out first, once the removal is committed. With an `Admission`, each occurrence of
+        a key in `keys` counts, and keys that have not earned a row yet get none.
 
         Parameters
         ----------
         keys : array_like of int, str or bytes
-            As for `lookup`; the same key may stand there several times.
+            As for `lookup`; the same key may occur several times.
 
         Returns
         -------
         ndarray of int64, shape ``keys.shape``
-            -1 for keys that are not admitted yet.
+            The row of each key, -1 for keys that are not admitted yet. The caller's own memory.
 
         Raises
         ------
-        TypeError, ValueError, ReadOnlyError, StoreClosedError, VocabularyNotFoundError, DiskFullError
+        TypeError, ValueError
+            As `lookup`.
+        ShardEmbError
+            The vocabulary, or a table that grows with it, would have too many files.
+        ReadOnlyError, StoreClosedError, VocabularyNotFoundError, PoisonedError, DiskFullError
             No key was added.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes, and for a fold when a table has to grow.
 
         Examples
         --------
@@ -208,9 +253,9 @@ class Vocabulary:
         return self._rows.add(keys)
 
     def remove(self, keys: KeysLike) -> NDArray[np.int64]:
-        """Take the rows of keys away; other keys get them after the next commit.
+        """Take the rows of keys away. Other keys get them after the next commit.
 
-        In the tables that are bound to the vocabulary these rows are as new: initial values, fresh state.
+        In all tables of the vocabulary, these rows become freshly initialised: in memory only until `Store.commit`.
 
         Parameters
         ----------
@@ -220,12 +265,18 @@ class Vocabulary:
         Returns
         -------
         ndarray of int64, shape ``keys.shape``
-            The rows that they had; -1 for keys that had none.
+            The rows that they had, -1 for keys that had none. The caller's own memory.
 
         Raises
         ------
-        TypeError, ValueError, ReadOnlyError, StoreClosedError, VocabularyNotFoundError, DiskFullError
+        TypeError, ValueError
+            As `lookup`.
+        ReadOnlyError, StoreClosedError, VocabularyNotFoundError, PoisonedError, DiskFullError
             No key was removed.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes.
 
         Examples
         --------

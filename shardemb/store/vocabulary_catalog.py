@@ -1,4 +1,4 @@
-"""The set of a store's vocabularies, as it is now, and of those that a rollback may bring back."""
+"""The set of a store's vocabularies: as it is now, and as a rollback may restore it."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ if TYPE_CHECKING:
     from shardemb.store.table_catalog import TableCatalog
 
 INDEX_IS_WRONG = "is not what was written; close the store and remove it: the next opening rebuilds it"
+"""Problem that `Store.verify` reports of an index."""
 
 
 class VocabularyCatalog:
-    """The vocabularies of a store. Everything that changes it is under the store's lock.
+    """The vocabularies of a store. Everything that changes it runs under the store's lock.
 
     Attributes
     ----------
-    now : dict of str to KeyRows
-        By name.
+    current : dict of str to KeyRows
+        The vocabularies as they are now, by name.
     """
 
     def __init__(self, runtime: Runtime, tables: TableCatalog) -> None:
         self._runtime, self._tables = runtime, tables
-        self.now: dict[str, KeyRows] = {}
+        self.current: dict[str, KeyRows] = {}
         self._committed: dict[str, KeyRows] = {}
 
     # ---- what there is
@@ -51,11 +52,11 @@ class VocabularyCatalog:
         VocabularyNotFoundError
             There is none.
         """
-        if name not in self.now:
-            names = ", ".join(map(repr, self.now)) or "none"
+        if name not in self.current:
+            names = ", ".join(map(repr, self.current)) or "none"
             msg = f"the store {self._runtime.path} has no vocabulary {name!r}; its vocabularies: {names}"
             raise VocabularyNotFoundError(msg)
-        return self.now[name]
+        return self.current[name]
 
     def keyed(self, table: TableState) -> KeyedRows | None:
         """Return a table with the vocabulary that gives out its rows, if one does."""
@@ -63,17 +64,17 @@ class VocabularyCatalog:
             return None
         known = self._committed.get(table.vocabulary)
         if known is None:  # the vocabulary is new
-            known = next(each for each in self.now.values() if each.entry.uuid == table.vocabulary)
+            known = next(each for each in self.current.values() if each.entry.uuid == table.vocabulary)
         return KeyedRows(table, known)
 
     def entries(self) -> tuple[VocabularyEntry, ...]:
-        """Return what a commit would say about them."""
-        return tuple(each.entry for each in self.now.values())
+        """Return what a commit would record about the current vocabularies."""
+        return tuple(each.entry for each in self.current.values())
 
     def facts(self) -> tuple[VocabularyFacts, ...]:
-        """Return what is shown about them."""
+        """Return what is shown about the vocabularies."""
         facts = []
-        for name, each in self.now.items():
+        for name, each in self.current.items():
             stats, tables = each.stats(), self._tables.bound_to(each.entry.uuid)
             facts.append(
                 VocabularyFacts(
@@ -88,7 +89,7 @@ class VocabularyCatalog:
         return tuple(facts)
 
     def damage(self, tables: Sequence[str] | None) -> list[Damage]:
-        """Tell whose index is not what was written, of all or those whose tables are named."""
+        """List the damaged indexes: of all vocabularies, or of those whose ``NAME@keys`` is among `tables`."""
         return [
             Damage(
                 name,
@@ -97,23 +98,26 @@ class VocabularyCatalog:
                 str(store_paths.index(self._runtime.path, each.entry.uuid)),
                 INDEX_IS_WRONG,
             )
-            for name, each in ((f"{name}@keys", each) for name, each in self.now.items())
+            for name, each in ((f"{name}@keys", each) for name, each in self.current.items())
             if (tables is None or name in tables) and not each.check_index()
         ]
 
     @contextlib.contextmanager
-    def at_rest(self) -> Iterator[None]:
-        """Hold the store's lock while no vocabulary is being changed, not even by one that waits for room.
+    def all_locked(self) -> Iterator[None]:
+        """Hold the locks of all vocabularies and then the store's lock.
 
-        Keys that were being added could otherwise have rows that are gone, or that a table bound meanwhile has not.
+        No vocabulary is being changed within the block, not even by a thread that released the store's lock to wait for
+        a fold. Otherwise keys that are being added could get rows that a rollback takes away, or that a table bound
+        meanwhile does not have.
         """
         while True:
-            those = self._all()
+            known = self._all()
             with contextlib.ExitStack() as stack:
-                for each in those:
+                for each in known:
                     stack.enter_context(each.lock)
                 stack.enter_context(self._runtime.changing())
-                if self._all() == those:
+                # Another thread may have created or dropped a vocabulary before the store's lock was taken.
+                if self._all() == known:
                     yield
                     return
 
@@ -122,14 +126,14 @@ class VocabularyCatalog:
     def load(self) -> None:
         """Open the vocabularies of the last commit; their tables are open already."""
         for entry in self._runtime.committed.vocabularies:
-            self._join(entry).load_index()
-        self._committed = {each.entry.uuid: each for each in self.now.values()}
+            self._open_vocabulary(entry).load_index()
+        self._committed = {each.entry.uuid: each for each in self.current.values()}
         if self._runtime.writable:
             folders.keep_indexes(self._runtime.path, self._committed)
 
     def create(self, entry: VocabularyEntry) -> KeyRows:
-        """Make a vocabulary and its tables; part of the store with the next commit."""
-        if entry.name in self.now:
+        """Create a vocabulary and its tables. It becomes part of the store with the next commit."""
+        if entry.name in self.current:
             msg = f"the store {self._runtime.path} already has a vocabulary {entry.name!r}"
             raise VocabularyExistsError(msg)
         max_shards = address_space.mappings_left()
@@ -138,7 +142,7 @@ class VocabularyCatalog:
             for what, (rows, width, rows_per_shard) in table_shapes(entry).items():
                 name = f"{entry.name}@{what}"
                 spec = new_spec(
-                    self._tables.free_stream(name),
+                    self._tables.unused_stream(name),
                     (rows, width),
                     initializer=Constant(0.0),
                     optimizer=None,
@@ -151,79 +155,85 @@ class VocabularyCatalog:
             for name in made:
                 self._tables.drop(name)
             raise
-        return self._join(entry)
+        return self._open_vocabulary(entry)
 
     def drop(self, name: str) -> None:
-        """Remove a vocabulary from those of now, to which no table is bound."""
+        """Remove a vocabulary from the current ones.
+
+        Raises
+        ------
+        ShardEmbError
+            Tables are bound to it.
+        """
         key_rows = self.find(name)
         bound = [table.name for table in self._tables.bound_to(key_rows.entry.uuid)]
         if bound:
             msg = f"tables {', '.join(map(repr, bound))} are bound to vocabulary {name!r}; drop them first"
             raise ShardEmbError(msg)
         key_rows.drop()
-        del self.now[name]
+        del self.current[name]
         for what in table_shapes(key_rows.entry):
             self._tables.drop(f"{name}@{what}")
 
     # ---- commits, rollbacks, refreshes
 
     def mark_committed(self) -> None:
-        """Take the vocabularies of now as those of the last commit."""
-        self._committed = {each.entry.uuid: each for each in self.now.values()}
+        """Record the current vocabularies as those of the last commit."""
+        self._committed = {each.entry.uuid: each for each in self.current.values()}
 
-    def renew_indexes(self) -> None:
-        """Rebuild indexes that are damaged or mostly of no use."""
-        for each in list(self.now.values()):
+    def rebuild_stale_indexes(self) -> None:
+        """Rebuild indexes that are damaged or mostly outdated."""
+        for each in list(self.current.values()):
             each.renew_index()
 
     def checkpoint(self) -> None:
-        """Write down what an opening would take long to index again; not under the store's lock."""
-        for each in list(self.now.values()):
+        """Save what an opening would take long to index again. Called without the store's lock."""
+        for each in list(self.current.values()):
             each.checkpoint()
 
     def restore(self) -> None:
-        """Go back to those of the last commit."""
+        """Go back to the vocabularies of the last commit."""
         entries = self._runtime.committed.vocabularies
-        kept = {entry.uuid for entry in entries}
-        for each in self.now.values():
-            if each.entry.uuid not in kept:  # lookups of the others continue
+        committed = {entry.uuid for entry in entries}
+        for each in self.current.values():
+            if each.entry.uuid not in committed:  # only these refuse lookups
                 each.drop()
-        self.now = {entry.name: self._committed[entry.uuid] for entry in entries}
+        self.current = {entry.name: self._committed[entry.uuid] for entry in entries}
         for entry in entries:
-            self.now[entry.name].restore(entry)
+            self.current[entry.name].restore(entry)
 
     def adopt(self, fresh: VocabularyCatalog) -> None:
-        """Become those of a newer opening; those that were here already stay the same objects."""
+        """Become the vocabularies of a newer opening. Vocabularies that exist in both stay the same objects."""
         known = dict(self._committed)
-        self.now = {}
-        for each in fresh.now.values():
+        self.current = {}
+        for each in fresh.current.values():
             here = known.pop(each.entry.uuid, None)
-            self.now[each.entry.name] = here = each if here is None else here.adopt(each)
+            self.current[each.entry.name] = here = each if here is None else here.adopt(each)
             here.join(self._runtime, self._tables.bound_to)
         for gone in known.values():
             gone.drop()
-        self._committed = {each.entry.uuid: each for each in self.now.values()}
-        fresh.forget()  # they stay open when that is closed
+        self._committed = {each.entry.uuid: each for each in self.current.values()}
+        fresh.clear()  # closing it must not close what was adopted
 
-    def forget(self) -> None:
-        """Leave all vocabularies to somebody else."""
-        self.now, self._committed = {}, {}
+    def clear(self) -> None:
+        """Forget all vocabularies without closing them: another catalog owns them now."""
+        self.current, self._committed = {}, {}
 
     def release(self) -> None:
-        """Release the memory of all of them, and of all tables."""
+        """Release the memory of all vocabularies and of all tables."""
         for each in self._all():
             each.release()
         self._tables.release()
 
     def _all(self) -> list[KeyRows]:
-        """List them, also those that were dropped since the last commit, in an order that all threads share."""
-        found = {each.entry.uuid: each for each in (*self._committed.values(), *self.now.values())}
+        """List all vocabularies in the order in which to lock them, also dropped ones that a rollback may restore."""
+        found = {each.entry.uuid: each for each in (*self._committed.values(), *self.current.values())}
         return [found[uuid] for uuid in sorted(found)]
 
-    def _join(self, entry: VocabularyEntry) -> KeyRows:
-        tables = {what: self._tables.now[f"{entry.name}@{what}"] for what in table_shapes(entry)}
+    def _open_vocabulary(self, entry: VocabularyEntry) -> KeyRows:
+        tables = {what: self._tables.current[f"{entry.name}@{what}"] for what in table_shapes(entry)}
         path = store_paths.index(self._runtime.path, entry.uuid)
         key_rows = KeyRows(self._runtime, entry, tables, path)
         key_rows.join(self._runtime, self._tables.bound_to)
-        self.now[entry.name] = key_rows
+        self.current[entry.name] = key_rows
         return key_rows

@@ -298,7 +298,7 @@ def test_the_ring_of_freed_rows_stays_as_long_as_it_has_to_be(path, monkeypatch)
             store.commit()
             words.remove(KEYS[:100] + turn)
             store.commit()
-        assert inside.session(store).tables.now["v@freed"].spec.num_embeddings < 2000
+        assert inside.session(store).tables.current["v@freed"].spec.num_embeddings < 2000
         assert words.num_rows == 100
         words.add(KEYS)
         store.commit()
