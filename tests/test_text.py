@@ -397,7 +397,7 @@ def test_what_are_no_sentences_is_refused_and_adds_nothing(encoder, vocabulary, 
 
 
 def test_tokens_that_cannot_be_keys_are_refused_and_add_nothing(vocabulary):
-    with pytest.raises(ValueError, match="has no UTF-8"):
+    with pytest.raises(ValueError, match="cannot be encoded as UTF-8"):
         Encoder(vocabulary, split=str.split).encode(["to be", "\ud800"], create=True)
     with pytest.raises(TypeError, match="keys of str"):
         Encoder(vocabulary, split=lambda s: [1, 2]).encode(["to be"], create=True)
@@ -406,7 +406,7 @@ def test_tokens_that_cannot_be_keys_are_refused_and_add_nothing(vocabulary):
 
 def test_an_encoder_needs_reserved_rows_of_a_vocabulary_of_strings(store, vocabulary):
     integers = store.create_vocabulary("users", key_type="int64", reserved=2)
-    with pytest.raises(TypeError, match="vocabulary 'users' has keys of int64, and tokens are strings"):
+    with pytest.raises(TypeError, match="vocabulary 'users' has keys of int64, but tokens are strings"):
         Encoder(integers)
     bare = store.create_vocabulary("bare", key_type="string")
     with pytest.raises(
@@ -443,7 +443,7 @@ def test_an_encoder_does_not_change(encoder):
 @pytest.mark.parametrize(
     ("ids", "error", "message"),
     [
-        ([2, 3], ValueError, r"two dimensions .*, got shape \(2,\)"),
+        ([2, 3], ValueError, r"two dimensions, .*, got shape \(2,\)"),
         ([[[2]]], ValueError, r"two dimensions"),
         ([[2.5]], TypeError, "must be integers"),
         ([[2, 99]], shardemb.RowIdError, "row id 99"),

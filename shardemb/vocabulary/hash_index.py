@@ -1,12 +1,12 @@
-"""From the hash of a key to the rows that may be its own: a hint, which can be lost and made anew.
+"""The index of keys: from the hash of a key to rows that may hold it. It is a hint, which can be lost and rebuilt.
 
-What a vocabulary *says* lies in its tables, which commits protect: the key of each row. The index only tells where to
-look. It may name rows that hold another key, or none, by now: whoever asks compares. It never leaves out a row that
-holds the key. So nothing is taken out of it, by removals or rollbacks, until it is made anew.
+What a vocabulary *says*, the key of each row, is in its tables, which commits protect. The index only says where to
+look. It may name rows that hold another key or none, so callers compare. It never omits a row that holds the key.
+Removals and rollbacks therefore take no pair out of it; only a rebuild does.
 
-Most of it lies in files that never change (``keyparts.py``). New pairs go into slots in memory; when those are many,
-files and slots are merged into the next files, a few parts of the hashes after the others. A file says which commit it
-knows the rows of: opening adds those that came later.
+Most pairs are in files that never change (``index_files.py``). New pairs go into a hash table in memory. When that has
+many, it is merged with the files into new files, a few parts at a time. A file says which commit it knows all rows of;
+opening the index adds those that came later.
 """
 
 from __future__ import annotations
@@ -38,37 +38,37 @@ if TYPE_CHECKING:
     Run = Callable[[Sequence[Callable[[], None]]], None]
 
 PART_BITS = 19
-"""Pairs of a part, at most, as a power of two: 11 MiB are merged and written at once, by each core."""
+"""Most pairs of a part, as a power of two: each core merges and writes 11 MiB in one call."""
 
 PARTS_PER_ROUND = 16
-"""Parts that are merged while those before them reach the disk, and take the place of older ones. The memory of these
-is that of the next: where the kernel has to find other, a virtual machine may have given it back to its host."""
+"""Parts that are merged while those of the round before reach the disk and replace older ones. The next round uses
+their memory again: other memory may be slow to get, because a virtual machine may have returned it to its host."""
 
 OPEN_PAIRS = 2**20, 12 * 2**20
-"""Pairs that slots hold before they are merged: half of those in the files, within these."""
+"""How many pairs the hash table holds before it is merged: half as many as the files, but within these limits."""
 
 _FIRST_BUCKETS = 1024
 _LOAD_FACTOR = 0.75
-"""Share of the slots that may be taken, and share of the homes of a part that are."""
+"""Largest share of the buckets of the hash table that may be taken, and share of the buckets of a part that are."""
 
 PARALLEL_PAIRS = 2**13
-"""Pairs that are put into slots by two threads, each in half of them; fewer are not worth waking one."""
+"""From this many pairs on, two threads insert them, each into half of the table. Fewer are not worth waking one."""
 
 SAMPLES = 32
-"""Hashes of a batch whose pages are looked for in memory, to tell whether to ask for all of them."""
+"""Hashes of a batch whose pages are checked to be in memory, to decide whether to read the pages of all ahead."""
 
 _QUICKLY_INDEXED = 2**16
-"""Pairs that an opening learns in no time."""
+"""Pairs that an opening indexes in no time."""
 
 _TRIES = 10
-"""How often files are looked for that a writer beside this reader may be replacing."""
+"""How often a reader tries to open files that a writer may be replacing meanwhile."""
 
 _STALE = 2**16
-"""Pairs of no use that an index may have beside as many as those of use."""
+"""How many useless pairs an index may have in addition to as many as there are useful ones."""
 
 
 class HashTable(NamedTuple):
-    """What lies in memory, as `probing` has it."""
+    """The pairs in memory, in the arrays that ``index_kernels.py`` describes."""
 
     buckets: NDArray[np.uint64]
     filters: NDArray[np.uint8]
@@ -76,7 +76,7 @@ class HashTable(NamedTuple):
 
 
 class View(NamedTuple):
-    """What an index holds: all that it held when this was taken, in an order that stays."""
+    """A snapshot of an index: all pairs that it held when this was taken, in an order that does not change."""
 
     table: HashTable
     level: Level
@@ -84,23 +84,23 @@ class View(NamedTuple):
     def probe(
         self, hashes: NDArray[np.uint64], skip: int, end: int, out: Int64Array, start: int, stop: int
     ) -> None:
-        """Set ``out[i]`` to a row below `end` that may hold the key of ``hashes[i]``, the `skip`-th of them, or -1."""
+        """Set ``out[i]`` to row number `skip` of those below `end` that may hold the key of ``hashes[i]``, or to -1."""
         table, level = self
         index_kernels.probe(
             *table, level.spans, level.entries, level.bits, hashes, skip, end, out, start, stop
         )
 
     def read_ahead(self, hashes: NDArray[np.uint64]) -> None:
-        """Ask for the pages of the files in which hashes are looked for, unless a sample finds them in memory."""
+        """Start to read the pages in which lookups of `hashes` search, unless a sample finds them in memory."""
         level = self.level
         if not level.entries.size or not hashes.size:
             return
         if not _are_resident(level.entries, level.buckets(hashes[:: max(1, hashes.size // SAMPLES)])):
-            _ask(level.entries, np.sort(level.buckets(hashes)))
+            _read_ahead(level.entries, np.sort(level.buckets(hashes)))
 
 
 class _Merging(NamedTuple):
-    """What all parts that are merged have in common."""
+    """What the parts of one merge have in common."""
 
     bits: int
     between: Between
@@ -108,7 +108,7 @@ class _Merging(NamedTuple):
     buffers: list[NDArray[np.uint64]]
 
     def buffer(self, entries: int) -> NDArray[np.uint64]:
-        """Take room for a header and entries, used again: its first touch would cost more than the merging."""
+        """Return a buffer for a header and entries, reusing one if possible: new memory costs more than the merging."""
         entries += PAGE_ENTRIES
         try:
             buffer = self.buffers.pop()
@@ -118,19 +118,18 @@ class _Merging(NamedTuple):
 
 
 class KeyIndex:
-    """The index of one vocabulary. Reading needs no lock; everything else is under the store's.
+    """The index of one vocabulary. Reading needs no lock; callers of everything else hold the store's lock.
 
     Parameters
     ----------
     folder : Path
-        Of its files, which need not exist.
+        Folder of its files. It need not exist.
     identity : str
         The vocabulary's uuid.
     run : callable
-        Runs functions side by side.
+        Runs functions concurrently.
     writable : bool
-        Whether the files may be replaced; otherwise all that they do not hold stays in memory.
-
+        Whether the files may be replaced. Otherwise all pairs that they do not hold stay in memory.
     """
 
     def __init__(self, folder: Path, identity: str, run: Run, *, writable: bool) -> None:
@@ -140,7 +139,7 @@ class KeyIndex:
         self._table, self._open_pairs = _empty_table(_FIRST_BUCKETS, np.uint64(0)), 0
 
     def load(self, now: Coverage) -> None:
-        """Open the files, if they are those of this vocabulary and know no more than the commit `now`."""
+        """Open the files, if they belong to this vocabulary and know no more than the commit `now`."""
         for _ in range(1 if self._writable else _TRIES):
             with contextlib.suppress(FormatError, OSError):
                 self._level = index_files.read(self._folder, self._identity, now)
@@ -151,7 +150,7 @@ class KeyIndex:
             self._files = {part.name: part for part in self._level.parts}
             index_files.remove_others(self._folder, self._files)
         elif self._folder.exists():
-            files.remove_tree(self._folder)  # or a later commit might believe it
+            files.remove_tree(self._folder)  # a later commit may reach what it claims to know, and trust it
             files.sync_directory(self._folder.parent)
 
     def empty_copy(self) -> KeyIndex:
@@ -165,38 +164,38 @@ class KeyIndex:
         Raises
         ------
         OSError
-            Some files may be left. The index has to be rebuilt some time.
+            Some files may be left. The index must be rebuilt at some later time.
         """
         self._damaged = True
         files.remove_tree(self._folder)
         return self._folder
 
     def relocate(self, folder: Path) -> None:
-        """Move the files to where no folder is."""
+        """Move the files to a path where there is no folder."""
         if self.has_files:
             files.rename(self._folder, folder)
         self._folder = folder
 
     def remove_files(self) -> None:
-        """Remove its files, if that can be; it is not used any more."""
+        """Remove the files of an index that is no longer used, if that is possible."""
         with contextlib.suppress(OSError):
             files.remove_tree(self._folder)
 
     # ---- reading
 
     def __len__(self) -> int:
-        """Return the number of pairs, those of no use included; at least that, while they are added."""
-        opened = self._open_pairs  # before the level, which takes them over
+        """Return the number of pairs, useless ones included; while pairs are added or merged, no less than that."""
+        opened = self._open_pairs  # before the level: a merge moves them there
         return self._level.pairs + opened
 
     @property
     def has_files(self) -> bool:
-        """Whether there are files that it has taken up, or written."""
+        """Whether the index has files, opened or written."""
         return self._level is not EMPTY_LEVEL
 
     @property
     def coverage(self) -> Coverage:
-        """What the files know."""
+        """What the files are known to cover."""
         return self._level.coverage
 
     @property
@@ -209,28 +208,30 @@ class KeyIndex:
 
     @property
     def view(self) -> View:
-        """What to look for hashes in."""
-        table = self._table  # first: what is merged meanwhile is in both then, and not in none
+        """A snapshot for lookups."""
+        table = (
+            self._table
+        )  # before the level: pairs that are merged meanwhile are then in both, not in neither
         return View(table, self._level)
 
     # ---- changing
 
     def add(self, hashes: NDArray[np.uint64], rows: Int64Array, coverage: Coverage) -> None:
-        """Add pairs. `coverage` is what is known without them.
+        """Add pairs. `coverage` is what the index covers without them.
 
-        Where a file is damaged, there is no next one: it would be sound, and say less than it knows.
+        If a file is damaged, no new ones are written: they would look sound, and lack pairs that they claim to have.
 
         Raises
         ------
         DiskFullError, OSError
-            There is no room for the next files. Some of the pairs are there, which does no harm.
+            There is no space for new files. Some of the pairs were added, which does no harm.
         """
         most = self._open_limit()
         start = 0
         while start < hashes.size:
             stop = min(start + most - self._open_pairs, hashes.size)
             self._reserve(self._open_pairs + stop - start)
-            self._open_pairs += stop - start  # before they are there, for those who count meanwhile
+            self._open_pairs += stop - start  # before they are there: `len` may be read meanwhile
             self._insert(hashes[start:stop], rows[start:stop])
             start = stop
             if self._open_pairs >= most:
@@ -238,7 +239,7 @@ class KeyIndex:
                 most = self._open_limit()
 
     def checkpoint(self, coverage: Coverage) -> None:
-        """Merge already what would take as long to be learnt at an opening; raises as `add`."""
+        """Merge now, if an opening would take long to index what is in memory only; raises what `add` raises."""
         if (
             self._writable
             and not self._damaged
@@ -253,18 +254,18 @@ class KeyIndex:
             self._damaged = True
 
     def is_stale(self, live: int) -> bool:
-        """Whether the index should be made anew: it is damaged, or so many pairs are of no use."""
+        """Return whether the index should be rebuilt: it is damaged, or too few of its pairs belong to `live` keys."""
         return self._damaged or len(self) > 2 * live + _STALE
 
     def merge(self, coverage: Coverage) -> None:
-        """Write the next files: what those of now hold, and the slots.
+        """Write new files with the pairs of the present ones and of the hash table.
 
         Raises
         ------
         DiskFullError, OSError
-            There is no room. Some files may be the next ones, and others those of before: all that was known is.
+            There is no space. Some files may be new and others old; no pair is lost.
         FormatError
-            A file is damaged; as before.
+            A file is damaged. Otherwise as above.
         """
         if not self.has_files:
             files.remove_tree(self._folder)
@@ -274,6 +275,7 @@ class KeyIndex:
         merging = _Merging(bits, _range_reader(self._table), coverage, [])
         written: list[Part] = []
         try:
+            # One round more than there are parts to merge: it publishes the last ones.
             for start in range(0, 2**bits + PARTS_PER_ROUND, PARTS_PER_ROUND):
                 numbers = range(start, min(start + PARTS_PER_ROUND, 2**bits))
                 before, written = written, []
@@ -285,7 +287,7 @@ class KeyIndex:
         self._table, self._open_pairs = _empty_table(_FIRST_BUCKETS, np.uint64(0)), 0
 
     def _write(self, merging: _Merging, number: int, written: list[Part]) -> None:
-        """Merge the pairs of one part."""
+        """Merge the pairs of one part, and stage its file."""
         level, bits = self._level, merging.bits
         first, last = (np.uint64(n) for n in (number << 64 - bits, (number + 1 << 64 - bits) - 1))
         new, old = merging.between(first, last), EMPTY_LEVEL.entries
@@ -293,6 +295,7 @@ class KeyIndex:
         if level.by_prefix:
             source = level.by_prefix[number >> (bits - level.bits)]
             index_files.read_ahead(self._folder, source)
+            # Several new parts may come from one old part, which the first of them checks.
             is_first = level.first_prefix(source) << (bits - level.bits) == number
             if is_first and not level.is_sound(source, self._identity):
                 msg = f"{self._folder / source.name} is not what was written"
@@ -316,7 +319,7 @@ class KeyIndex:
         written.append(part)
 
     def _publish(self, parts: Sequence[Part]) -> None:
-        """Let parts that are staged take the place of older ones."""
+        """Put staged parts in the place of older ones."""
         if not parts:
             return
         for part in parts:
@@ -324,28 +327,31 @@ class KeyIndex:
         for part in parts:
             files.rename(files.staged(self._folder / part.name), self._folder / part.name)
             self._files[part.name] = part
+        # Before any older part is removed: a loss of power must leave one of both.
         files.sync_directory(self._folder)
         by_prefix = index_files.assign_prefixes(self._files.values())
-        if by_prefix:
+        if by_prefix:  # the first files of an index are incomplete until the last round
             self._level = index_files.map_parts(self._folder, by_prefix)
             for name in self._files.keys() - {part.name for part in by_prefix}:
                 files.remove(self._folder / name)
                 del self._files[name]
 
     def check(self) -> bool:
-        """Whether the files are what was written."""
+        """Return whether the files are what was written."""
         return all(self._level.is_sound(part, self._identity) for part in self._level.parts)
 
     # ---- within
 
     def _insert(self, hashes: NDArray[np.uint64], rows: Int64Array) -> None:
-        """Put pairs into slots, which have room for them."""
+        """Put pairs into the hash table, which has space for them."""
         remaining = np.zeros(hashes.size, np.bool_)
         capacity = self._table.filters.size
         middle = capacity // 2
         ranges = ((0, middle), (middle, capacity)) if hashes.size >= PARALLEL_PAIRS else ((0, capacity),)
         insert = partial(index_kernels.insert, *self._table, hashes, rows, remaining)
         self._run([partial(insert, *bounds) for bounds in ranges])
+        # Pairs that would lie behind the end of their half, or too far from their bucket, come in one range; those that
+        # would still lie too far come after a rehash with a salt.
         while remaining.any():
             hashes, rows = hashes[remaining], rows[remaining]
             remaining = np.zeros(hashes.size, np.bool_)
@@ -364,12 +370,12 @@ class KeyIndex:
         if pairs <= _LOAD_FACTOR * size:
             return
         while pairs > _LOAD_FACTOR * size:
-            size *= 8  # to move the pairs costs more than the memory, which is not touched before
-        limit = int(self._open_limit() / _LOAD_FACTOR) + 1  # no more than can ever be in use
+            size *= 8  # moving pairs costs more than memory, of which only touched pages are allocated
+        limit = int(self._open_limit() / _LOAD_FACTOR) + 1  # no more than can ever be used before a merge
         self._rehash(max(min(size, limit), int(pairs / _LOAD_FACTOR) + 1), self._table.salt)
 
     def _rehash(self, capacity: int, salt: np.uint64) -> None:
-        """Have the pairs in other slots, by a new salt if they lie too far from their homes there."""
+        """Move the pairs to a new table, with a new salt if one of them would lie too far from its bucket there."""
         moved = _empty_table(capacity, salt)
         if index_kernels.insert_all(*moved, self._table.buckets):
             self._table = moved
@@ -378,7 +384,7 @@ class KeyIndex:
 
 
 def new_salt() -> np.uint64:
-    """Draw a number, not 0, that nobody else knows."""
+    """Draw a secret random number other than 0."""
     return np.uint64(secrets.randbits(64) | 1)
 
 
@@ -387,8 +393,8 @@ def _empty_table(capacity: int, salt: np.uint64) -> HashTable:
 
 
 def _range_reader(table: HashTable) -> Between:
-    """Return the function that lists the pairs in slots whose hashes lie between two, ascending."""
-    if table.salt:
+    """Return the function that lists the pairs of a table whose hashes lie between two, sorted by hash."""
+    if table.salt:  # buckets do not ascend with hashes, so sort all pairs once
         pairs = table.buckets[table.buckets[:, 1] != 0] - np.array([0, 1], np.uint64)
         pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
 
@@ -405,17 +411,17 @@ def _range_reader(table: HashTable) -> Between:
 
 
 _NO_SLOTS = np.empty(0, np.int32), np.empty(0, np.int32), np.empty(0, np.int32), 0, np.empty(0, np.uint8)
-"""What tells the kernels that all rows are in the file."""
+"""What tells the kernels of rows that all items are in the file, and none in a slot."""
 
 
 def _are_resident(array: NDArray[Any], places: Int64Array) -> bool:
-    """Whether most of some items of an array over a file are in memory, or the kernel does not tell."""
+    """Return whether most of some items of a mapped array are in memory, or the kernel does not say."""
     found = residency.sample_resident(array.ctypes.data, array.strides[0], *_NO_SLOTS, places, places.size)
     return not 0 <= int(found) < 0.9 * places.size
 
 
-def _ask(array: NDArray[Any], places: Int64Array) -> None:
-    """Ask for the pages of items, ascending, of an array over a file."""
+def _read_ahead(array: NDArray[Any], places: Int64Array) -> None:
+    """Start to read the pages of some items, ascending, of a mapped array."""
     address, nbytes = array.ctypes.data, array.strides[0]
     first = address % PAGE // nbytes
     pages = files.ADVISED // PAGE

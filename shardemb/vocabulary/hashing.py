@@ -1,7 +1,7 @@
-"""Hashes of keys: the hot loops from keys to 64 bits that spread them.
+"""Hashes of keys: the hot loops from keys to well-distributed 64-bit hashes.
 
-Both are keyed by 128 bits that each vocabulary has of its own, so that nobody who does not know them can make keys that
-fall together. Integers are only permuted: different ones never have the same hash.
+Each vocabulary has a secret of 128 bits that both hash functions depend on, so that nobody without it can construct
+keys whose hashes collide or cluster. Integers are only permuted: different integers never have the same hash.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _END, _S8, _S56, _S64 = np.uint64(0xFF), np.uint64(8), np.uint64(56), np.uint64(
 
 
 class Secret(NamedTuple):
-    """What keys the hashes of a vocabulary."""
+    """The secret of a vocabulary's hashes."""
 
     first: np.uint64
     second: np.uint64
 
 
 def secret_of(identity: str) -> Secret:
-    """Derive the secret of a vocabulary from its uuid, which is random."""
+    """Derive the secret of a vocabulary from its random uuid."""
     digest = hashlib.sha256(identity.encode()).digest()
     return Secret(*np.frombuffer(digest[:16], np.uint64))
 
@@ -43,7 +43,7 @@ def secret_of(identity: str) -> Secret:
 def hash_integers(
     keys: Int64Array, first: np.uint64, second: np.uint64, out: NDArray[np.uint64], start: int, stop: int
 ) -> None:
-    """Permute 64-bit integers: the finaliser of SplitMix64 (Steele, Lea, Flood 2014), between two secrets."""
+    """Permute 64-bit integers by the finalizer of SplitMix64 (Steele, Lea, Flood 2014), between two secret words."""
     for i in range(start, stop):
         x = np.uint64(keys[i]) ^ first
         x = (x ^ (x >> _S30)) * _M1
@@ -80,7 +80,7 @@ def hash_strings(
     start: int,
     stop: int,
 ) -> None:
-    """SipHash-1-3 (Aumasson, Bernstein 2012) of strings of bytes, which lie one behind the other."""
+    """Hash strings by SipHash-1-3 (Aumasson, Bernstein 2012). Their bytes are contiguous in `data`."""
     v = np.empty(4, np.uint64)
     for i in range(start, stop):
         begin, end = offsets[i], offsets[i + 1]

@@ -1,11 +1,12 @@
-"""The files of the index of keys: in each, the pairs of hash and row whose hashes begin with the same bits.
+"""The files of the index of keys. Each holds the pairs of hash and row whose hashes begin with the same bits.
 
-Such a *part* never changes. A newer one takes its place, or several do that know more bits each: their union is what
-counts, wherever that is interrupted. ::
+Such a file, called a *part*, never changes. A merge replaces it by a newer part, or by several whose hashes share more
+bits. An interrupted merge leaves a mix of old and new parts, and their union is still a valid index. Layout of a
+part::
 
     page 0      JSON, padded with blanks: format_version, uuid, bits, number, pairs, homes, entries, coverage,
                 checksum of the entries, crc32
-    entries     uint64 (entries, 2): hash, row; -1 where there is none (``probing.py``)
+    entries     uint64 (entries, 2): hash, row; the row is -1 in a gap between pairs (``index_kernels.py``)
 """
 
 from __future__ import annotations
@@ -47,16 +48,16 @@ _MOST_BITS = 24
 
 @dataclass(frozen=True)
 class Coverage:
-    """What an index knows for certain: every live row below `rows` of a commit, but those given away anew since.
+    """What an index is sure to know: every row below `rows` that had a key at a commit, unless reassigned since.
 
     Attributes
     ----------
     commit : int
         Number of the commit; 0 before the first.
     rows : int
-        Rows that the vocabulary had ever given out by then.
+        Number of rows that the vocabulary had ever assigned by then.
     head : int
-        How many freed rows it had given out again.
+        How many freed rows it had reassigned by then.
     """
 
     commit: int = 0
@@ -64,24 +65,24 @@ class Coverage:
     head: int = 0
 
     def is_within(self, other: Coverage) -> bool:
-        """Whether the other knows all that this does."""
+        """Return whether the other covers all that this one does."""
         return self.commit <= other.commit and self.rows <= other.rows and self.head <= other.head
 
 
 @dataclass(frozen=True)
 class Part:
-    """One file.
+    """One file of the index, as its header describes it.
 
     Attributes
     ----------
     bits, number : int
-        With how many bits its hashes begin, and with which.
+        How many first bits its hashes share, and the number that these bits form: the prefix of the part.
     pairs, homes, entries : int
-        How many it has.
+        How many pairs, buckets and entries it has. The code calls buckets what the header, on disk, calls homes.
     coverage : Coverage
-        What the index knew when it was written.
+        What the index covered when the part was written.
     checksum : int
-        Of the entries.
+        Checksum of the entries.
     """
 
     bits: int
@@ -94,21 +95,21 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Name of the file."""
+        """Name of the file, from the prefix."""
         return f"{self.bits:02}-{self.number:x}"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the file."""
+        """Size of the file in bytes."""
         return PAGE + 16 * self.entries
 
     def prefixes(self, bits: int) -> range:
-        """With what its hashes begin, where that many bits of them are told, at least its own."""
+        """List the prefixes of `bits` bits that its hashes have; `bits` is no less than its own."""
         more = bits - self.bits
         return range(self.number << more, (self.number + 1) << more)
 
     def header(self, identity: str) -> bytes:
-        """First page of the file."""
+        """Return the first page of the file."""
         header: dict[str, object] = {"format_version": FORMAT_VERSION, "uuid": identity}
         header |= vars(self) | {"coverage": vars(self.coverage)}
         header["crc32"] = crc32(header)
@@ -116,16 +117,16 @@ class Part:
 
 
 class Level(NamedTuple):
-    """Parts that hold all hashes between them, mapped as one array.
+    """Parts that together cover all hashes, mapped as one array.
 
     Attributes
     ----------
     spans, entries, bits
-        As `probing` has them.
+        The arrays that ``index_kernels.py`` describes, and how many bits of a hash select a span.
     pairs : int
-        How many there are; at least that, while parts are being replaced by others.
+        Number of pairs; while a merge replaces parts, no less than that.
     by_prefix : tuple of Part
-        For all of so many bits with which hashes can begin, in which part they lie.
+        For each prefix of `bits` bits, the part that holds its hashes.
     """
 
     spans: Int64Array
@@ -136,38 +137,38 @@ class Level(NamedTuple):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """Each part once."""
+        """The parts, each of them once."""
         return tuple(dict.fromkeys(self.by_prefix))
 
     @property
     def coverage(self) -> Coverage:
-        """What all parts know."""
+        """What all parts cover."""
         known = [part.coverage for part in self.parts] or [Coverage()]
         return Coverage(*(min(getattr(each, name) for each in known) for name in ("commit", "rows", "head")))
 
     def buckets(self, hashes: NDArray[np.uint64]) -> Int64Array:
-        """Where among the entries hashes are looked for."""
+        """Return the entries at which the searches for hashes begin."""
         found = np.empty(hashes.size, np.int64)
         index_kernels.entry_buckets(self.spans, self.bits, np.ascontiguousarray(hashes), found)
         return found
 
     def between(self, first: np.uint64, last: np.uint64) -> NDArray[np.uint64]:
-        """Return the entries of two hashes of one part, and all between them."""
+        """Return the entries from hash `first` to hash `last`, both of one part and included."""
         bounds = np.empty(2, np.int64)
         index_kernels.entries_between(self.spans, self.entries, self.bits, first, last, bounds)
         return self.entries[slice(*bounds.tolist())]
 
     def first_prefix(self, part: Part) -> int:
-        """Tell with which bits the first hashes begin that lie in a part; newer ones may hold others of its own."""
+        """Return the first prefix whose hashes are in a part. Newer parts may have replaced it for others."""
         return next(n for n in part.prefixes(self.bits) if self.by_prefix[n] is part)
 
     def has_header(self, part: Part, identity: str) -> bool:
-        """Whether the file of a part says that it is that."""
+        """Return whether the file of a part has the header of that part."""
         begin = self.spans[self.first_prefix(part), 0]
         return self.entries[begin - PAGE_ENTRIES : begin].tobytes() == part.header(identity)
 
     def is_sound(self, part: Part, identity: str) -> bool:
-        """Whether the file of a part is what was written."""
+        """Return whether the file of a part is what was written."""
         begin, _, end, _ = self.spans[self.first_prefix(part)].tolist()
         return self.has_header(part, identity) and checksum(self.entries[begin:end]) == part.checksum
 
@@ -176,47 +177,47 @@ EMPTY_LEVEL = Level(np.zeros((1, 4), np.int64), np.empty((0, 2), np.uint64), 0, 
 
 
 def checksum(entries: NDArray[np.uint64]) -> int:
-    """Checksum of entries."""
+    """Return the checksum of entries."""
     return documents.checksum(entries.data.cast("B")) if entries.size else 0
 
 
 def stage(folder: Path, identity: str, part: Part, content: NDArray[np.uint64]) -> None:
-    """Write a part, which is not one of the folder's yet; `content` is its entries behind room for the header."""
+    """Write a part, without publishing it. `content` is its entries, behind space for the header."""
     content[:PAGE_ENTRIES].data.cast("B")[:] = part.header(identity)
     path = files.staged(folder / part.name)
     with files.opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
-        # At once, so that it lies in huge pages in memory, where a lookup finds it sooner.
+        # In one call, so that the page cache holds it in large pages, which makes lookups faster.
         files.write(descriptor, content.data.cast("B"), 0, path)
         files.begin_write_back(descriptor, 0, content.nbytes)
 
 
 def read_ahead(folder: Path, part: Part) -> None:
-    """Ask for all of a part, which will soon be read."""
+    """Start to read a whole part, which will be needed soon."""
     path = folder / part.name
     with files.opened(path, os.O_RDONLY) as descriptor:
         files.will_need(descriptor, 0, part.nbytes)
 
 
 def remove_others(folder: Path, names: Collection[str]) -> None:
-    """Remove whatever else is in a folder."""
+    """Remove everything from a folder except the files with some names."""
     for path in folder.iterdir():
         if path.name not in names:
             files.remove_tree(path)
 
 
 def read(folder: Path, identity: str, now: Coverage) -> Level:
-    """Map the parts in a folder, believing nothing of what they say about themselves.
+    """Map the parts in a folder, trusting nothing that they say about themselves.
 
-    Those do not count that know more than the commit `now`.
+    Parts that know more than the commit `now` are ignored.
 
     Raises
     ------
     FormatError, OSError
-        They do not hold all hashes, or one is gone meanwhile.
+        The parts do not cover all hashes, or one of them was removed or replaced meanwhile.
     """
     parts = []
     for path in sorted(folder.iterdir()):
-        with contextlib.suppress(FormatError, OSError):  # what is no part counts for nothing
+        with contextlib.suppress(FormatError, OSError):  # anything but a part is ignored
             parts.append(_read(path, identity))
     parts = [part for part in parts if part.coverage.is_within(now)]
     by_prefix = assign_prefixes(parts)
@@ -225,13 +226,16 @@ def read(folder: Path, identity: str, now: Coverage) -> Level:
         raise FormatError(msg)
     level = map_parts(folder, by_prefix)
     if not all(level.has_header(part, identity) for part in level.parts):
-        msg = f"{folder}: a part was replaced while it was opened"  # by a writer beside this reader
+        msg = f"{folder}: a part was replaced while it was opened"  # by a concurrent writer
         raise FormatError(msg)
     return level
 
 
 def assign_prefixes(parts: Iterable[Part]) -> tuple[Part, ...] | None:
-    """List for all the bits with which hashes can begin the part that knows most of them; None where one has none."""
+    """Return for each prefix the part with the most bits that has it; None if a prefix is in no part.
+
+    The prefixes have as many bits as the part with the most.
+    """
     ordered = sorted(parts, key=lambda part: part.bits)
     found: list[Part | None] = [None] * 2 ** ordered[-1].bits if ordered else [None]
     for part in ordered:
@@ -242,12 +246,12 @@ def assign_prefixes(parts: Iterable[Part]) -> tuple[Part, ...] | None:
 
 
 def map_parts(folder: Path, by_prefix: tuple[Part, ...]) -> Level:
-    """Map parts, those of each of the bits with which hashes can begin.
+    """Map parts, given for each prefix, as one array.
 
     Raises
     ------
     OSError
-        A file is gone.
+        A file was removed.
     """
     begins, nbytes = {}, 0
     for part in dict.fromkeys(by_prefix):
@@ -264,7 +268,7 @@ def map_parts(folder: Path, by_prefix: tuple[Part, ...]) -> Level:
 
 
 def _read(path: Path, identity: str) -> Part:
-    """Read what a file says about itself, believing nothing of it."""
+    """Read the header of a file, trusting nothing of it."""
     with files.opened(path, os.O_RDONLY) as descriptor:
         page = bytes(files.read_at(descriptor, PAGE, 0, path))
     header = parse_json(page.rstrip())
@@ -281,9 +285,9 @@ def _read(path: Path, identity: str) -> Part:
     total = int_field(header, "checksum", 2**64 - 1, minimum=0)
     part = Part(bits, number, pairs, homes, entries, known, total)
     if uuid_field(header) != identity or part.header(identity) != page or part.name != path.name:
-        msg = f"{path}: it is not a part of this index"
+        msg = f"{path} is not a part of this index"
         raise FormatError(msg)
     if files.size(path) != part.nbytes or pairs > entries:
-        msg = f"{path}: it has {files.size(path)} bytes instead of {part.nbytes}"
+        msg = f"{path} has {files.size(path)} bytes instead of {part.nbytes}"
         raise FormatError(msg)
     return part

@@ -1,4 +1,4 @@
-"""The hot loops over the keys of rows: comparing them, moving their bytes, counting them."""
+"""Hot loops over the keys of rows: to compare them, to copy their bytes, to count their occurrences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _32 = np.uint64(32)
 
 @kernel
 def match_integers(records: Words, keys: Int64Array, rows: Int64Array, dropped: NDArray[np.bool_]) -> int:
-    """Set ``rows[i]`` to -1 where the record holds another key, and note and count which those are."""
+    """Set ``rows[i]`` to -1, and ``dropped[i]`` to true, where the record holds another key or none; count these."""
     count = 0
     for i in range(rows.size):
         if rows[i] < 0:
@@ -41,7 +41,7 @@ def match_hashes(
     rows: Int64Array,
     dropped: NDArray[np.bool_],
 ) -> int:
-    """As `match_integers`, of hashes and lengths of strings alone."""
+    """Do what `match_integers` does for strings, but compare only their hashes and lengths."""
     count = 0
     for i in range(rows.size):
         if rows[i] < 0:
@@ -64,7 +64,7 @@ def match_bytes(
     rows: Int64Array,
     dropped: NDArray[np.bool_],
 ) -> int:
-    """As `match_integers`, of the bytes of strings ``which[k]``, which begin at ``begins[k]`` in `cells`."""
+    """Do what `match_integers` does for the bytes of strings ``which[k]``, which begin at ``begins[k]`` in `cells`."""
     count = 0
     for k in range(which.size):
         i, at = which[k], begins[k]
@@ -80,7 +80,7 @@ def match_bytes(
 
 @kernel
 def detach_unequal(offsets: Int64Array, data: NDArray[np.uint8], leader: Int64Array) -> int:
-    """Count the strings of a batch that differ from their leader; each of these becomes its own."""
+    """Make each string of a batch that differs from its leader a leader of its own; return how many those are."""
     count = 0
     for i in range(leader.size):
         first = leader[i]
@@ -112,7 +112,7 @@ def place_bytes(
 def take_bytes(
     cells: NDArray[np.uint8], begins: Int64Array, offsets: Int64Array, data: NDArray[np.uint8]
 ) -> None:
-    """Copy strings from where they begin in `cells`, one behind the other."""
+    """Copy strings from where they begin in `cells`, and make them contiguous."""
     for i in range(begins.size):
         for j in range(offsets[i + 1] - offsets[i]):
             data[offsets[i] + j] = cells[begins[i] + j]
@@ -122,7 +122,10 @@ def take_bytes(
 def count_seen(
     counters: NDArray[np.uint32], cells: Int64Array, keys: Int64Array, counts: NDArray[np.uint32]
 ) -> None:
-    """Raise the smallest of a key's counters ``cells[keys[i]]`` for one sighting after the other; note the count."""
+    """Count occurrences of keys in order: raise the smallest of the counters ``cells[keys[i]]``; set the key's count.
+
+    Counters stop at the largest number that they can hold.
+    """
     for i in range(keys.size):
         k = keys[i]
         least = counters[cells[k, 0]]

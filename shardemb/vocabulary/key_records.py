@@ -1,8 +1,9 @@
-"""How a key lies in the record of its row, in words of 32 bits.
+"""The records of keys: how the key of a row is stored, in 32-bit words.
 
-Integers: the key in two words, then `LIVE`. Strings: their hash in two words, where their bytes begin among those of
-all keys in two (with `LIVE` as the topmost bit), their length, and the bytes that are theirs. A row without a key has
-none of the bits of `LIVE`; that of a string keeps its bytes, for the next key.
+For an integer: the key in two words, then `LIVE`. For a string: its hash in two words; in two more, where its bytes
+begin among those of all keys, with `LIVE` as the topmost bit; its length; and its capacity, the number of bytes that
+belong to the row. `LIVE` is not set in the record of a row without a key. A row keeps its capacity when its string is
+removed, for the next one.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ if TYPE_CHECKING:
     Words = NDArray[np.uint32]
 
 LIVE = np.uint32(1 << 31)
-"""Bit of the word behind a key that says there is one."""
+"""The bit that says that a record has a key."""
 
 INTEGER_WORDS, STRING_WORDS = 3, 6
 CELL_BYTES, CELL_COUNTERS = 64, 16
-"""What a record of ``@bytes`` and of ``@sketch`` holds."""
+"""How many bytes a record of ``@bytes`` has, and how many counters one of ``@sketch``."""
 
 
 def integer_records(keys: Int64Array) -> Words:
-    """Make the records of integer keys."""
+    """Return the records of integer keys."""
     words = np.empty((keys.size, INTEGER_WORDS), np.uint32)
     words[:, :2] = keys.view(np.uint32).reshape(-1, 2)
     words[:, 2] = LIVE
@@ -37,7 +38,7 @@ def integer_records(keys: Int64Array) -> Words:
 def string_records(
     hashes: NDArray[np.uint64], begins: Int64Array, lengths: Int64Array, capacities: Int64Array
 ) -> Words:
-    """Make the records of strings."""
+    """Return the records of strings."""
     words = np.empty((hashes.size, STRING_WORDS), np.uint32)
     words[:, :2] = hashes.view(np.uint32).reshape(-1, 2)
     words[:, 2:4] = begins.view(np.uint32).reshape(-1, 2)
@@ -47,7 +48,7 @@ def string_records(
 
 
 def without_key(words: Words) -> Words:
-    """Return the records that rows have once their keys are gone."""
+    """Return what becomes of records when their keys are removed."""
     words = words.copy()
     if words.shape[1] == INTEGER_WORDS:
         words[:] = 0
@@ -58,24 +59,24 @@ def without_key(words: Words) -> Words:
 
 
 def are_live(words: Words) -> NDArray[np.bool_]:
-    """Tell which rows have a key."""
+    """Return which records have a key."""
     mark = words[:, 2] if words.shape[1] == INTEGER_WORDS else words[:, 3]
     live: NDArray[np.bool_] = (mark & LIVE) != 0
     return live
 
 
 def integers_of(words: Words) -> Int64Array:
-    """Read integer keys out of their records."""
+    """Read the integer keys of records."""
     return np.ascontiguousarray(words[:, :2]).view(np.int64).reshape(-1)
 
 
 def hashes_of(words: Words) -> NDArray[np.uint64]:
-    """Read the hashes of strings out of their records."""
+    """Read the hashes of the strings of records."""
     return np.ascontiguousarray(words[:, :2]).view(np.uint64).reshape(-1)
 
 
 def spans_of(words: Words) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """Read out of records where the bytes of strings begin, how many there are, and for how many there is room."""
-    begins = words[:, 2:4].copy()  # that of a single record is contiguous as it is
+    """Read from the records of strings where their bytes begin, their lengths and their capacities."""
+    begins = words[:, 2:4].copy()  # not np.ascontiguousarray, which returns a view of a single record
     begins[:, 1] &= ~LIVE
     return begins.view(np.int64).reshape(-1), words[:, 4].astype(np.int64), words[:, 5].astype(np.int64)

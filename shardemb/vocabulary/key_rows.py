@@ -1,9 +1,9 @@
-"""The keys of one vocabulary: which row a key has, the next row for a new one, and rows that are free again.
+"""The keys of one vocabulary: which row a key has, which rows new keys get, and which rows are free again.
 
-What a commit keeps lies in tables of the store, so recovery, rollback, checksums and copies need nothing of their own:
-``NAME@keys`` holds the key of each row, ``NAME@bytes`` the bytes of strings, ``NAME@freed`` a ring of rows without a
-key, ``NAME@sketch`` the counters of keys without a row. The counts that give them a meaning are the `VocabularyEntry`.
-``hash_index.py`` finds the rows to compare a key with.
+What a commit makes durable is in tables of the store, so that recovery, rollback, checksums and copies need no code of
+their own. ``NAME@keys`` holds the key of each row, ``NAME@bytes`` the bytes of strings, ``NAME@freed`` a ring of rows
+that lost their key, ``NAME@sketch`` the counters of keys without a row. The counts in the `VocabularyEntry` say which
+records of these tables are in use. ``hash_index.py`` finds the rows with which a key is compared.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ if TYPE_CHECKING:
     from shardemb.vocabulary.keys import Keys, KeysLike, KeyType
 
 SLICE_ROWS = 2**18
-"""Rows that are read or written at once."""
+"""How many rows are read or written in one step."""
 
 BATCH_ROWS = 65_536
-"""Rows of an Arrow batch."""
+"""Most rows of an Arrow batch."""
 
 
 class KeyRows:
-    """A vocabulary as the rooms of a store see it; users hold a `Vocabulary`, which has the contracts.
+    """The state and the work of one vocabulary. Users hold a `Vocabulary`, which has the contracts.
 
     Reading needs no lock. Changes take `lock`, then the store's lock.
 
@@ -57,19 +57,19 @@ class KeyRows:
     ----------
     runtime : Runtime
     entry : VocabularyEntry
-        What the last commit says about it, or what a new one begins with.
+        What the last commit says about the vocabulary, or what a new one begins with.
     tables : mapping of str to TableState
-        The tables that hold its keys, by what they are for.
+        The tables that hold its keys, by kind.
     path : Path
         Folder of the index.
 
     Attributes
     ----------
     lock : RLock
-        Held by everything that changes the vocabulary. Taken before the store's lock, which is released while a fold
-        makes room for a change.
+        Held by everything that changes the vocabulary. Taken before the store's lock, because that is released while
+        a change waits for a fold to free memory.
     entry : VocabularyEntry
-        What a commit would say about it now.
+        What a commit would say about the vocabulary now.
     tables : KeyTables
     """
 
@@ -104,7 +104,7 @@ class KeyRows:
         return entry.rows - entry.reserved - (entry.tail - entry.head)
 
     def stats(self) -> dict[str, int]:
-        """Return what `Vocabulary.stats` does."""
+        """Return what `Vocabulary.stats` returns."""
         self.check_live()
         memory, disk = self._index.nbytes
         return {
@@ -128,7 +128,7 @@ class KeyRows:
     # ---- reading
 
     def lookup(self, given: KeysLike, *, missing: int = -1) -> Int64Array:
-        """Find the rows of keys, in their shape; `missing` for keys that have none."""
+        """Return the rows of keys, in their shape; `missing` for keys that have none."""
         self.check_live()
         checked, hashes = self._checked(given)
         rows = self._find(checked, hashes)
@@ -137,7 +137,7 @@ class KeyRows:
         return rows.reshape(checked.shape)
 
     def keys_of(self, row_ids: ArrayLike) -> NDArray[Any]:
-        """Find the keys of rows, in their shape."""
+        """Return the keys of rows, in their shape."""
         self.check_live()
         name = self.entry.name
         checked = validation.row_ids(row_ids, max(self.entry.rows, 1), name)
@@ -150,14 +150,14 @@ class KeyRows:
         return keys.restored(replace(found, shape=checked.shape), self.key_type)
 
     def arrow_keys(self, start: int, stop: int) -> tuple[NDArray[np.bool_], pa.Array]:
-        """Tell which of rows ``start:stop`` have a key, and the keys of those."""
+        """Return which of the rows ``start:stop`` have a key, and the keys of those."""
         self.check_live()
         words = self.tables.records(np.arange(start, stop))
         live = key_records.are_live(words)
         return live, keys.as_arrow(self.tables.keys_in(words[live]), self.key_type)
 
     def arrow_batches(self) -> Iterator[pa.RecordBatch]:
-        """Iterate over the keys in the order of their rows: ``row`` (int64) and ``key``, in bounded memory."""
+        """Iterate over rows and their keys in the order of the rows, in bounded memory."""
         import pyarrow as pa
 
         for start in range(self.entry.reserved, self.entry.rows, BATCH_ROWS):
@@ -167,12 +167,12 @@ class KeyRows:
                 yield pa.record_batch([pa.array(np.arange(start, stop)[live]), found], ["row", "key"])
 
     def live_rows(self, start: int, stop: int) -> Int64Array:
-        """List which of rows ``start:stop`` have a key."""
+        """List those of the rows ``start:stop`` that have a key."""
         rows = np.arange(start, stop)
         return rows[key_records.are_live(self.tables.records(rows))]
 
     def future_rows(self, given: KeysLike, which: Int64Array) -> Int64Array:
-        """Tell which rows some keys of a batch would get, none of which has one."""
+        """Return the rows that the keys number `which` of a batch would get next. None of them has a row."""
         checked, hashes = self._checked(given)
         firsts, inverse = _first_of_each(checked.take(which), hashes[which])
         return self._next_rows(firsts.size)[inverse]
@@ -181,13 +181,13 @@ class KeyRows:
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """Keep others from changing the vocabulary, in a store that is sound and may be written."""
+        """Hold the locks for a change of the vocabulary, in a store that is sound and writable."""
         with self.lock, self._runtime.writing():
             self.check_live()
             yield
 
     def add(self, given: KeysLike) -> Int64Array:
-        """Find the rows of keys, and give new keys the next ones; -1 for keys that are not admitted yet."""
+        """Return the rows of keys, and give new keys the next rows; -1 for keys that are not admitted yet."""
         checked, hashes = self._checked(given)
         with self.changing():
             rows = self._find(checked, hashes)
@@ -198,7 +198,7 @@ class KeyRows:
         return rows.reshape(checked.shape)
 
     def remove_keys(self, given: KeysLike) -> Int64Array:
-        """Take the rows of keys away; return the rows that they had, -1 for keys that had none."""
+        """Remove keys; return the rows that they had, -1 for keys that had none."""
         checked, hashes = self._checked(given)
         with self.changing():
             rows = self._find(checked, hashes)
@@ -206,7 +206,9 @@ class KeyRows:
         return rows.reshape(checked.shape)
 
     def free_rows(self, rows: Int64Array) -> Keys:
-        """Take rows that have keys, ascending, away from them; return the keys. Within `changing`."""
+        """Remove the keys of ascending rows, which all have one; return the keys. Called within `changing`."""
+        # The ring keeps the rows that were free at the last commit, and those that were reassigned after the files of
+        # the index were written, because an opening completes the index with these.
         known, entry, committed = self._index.coverage, self.entry, self._committed
         low = min(known.head, committed.head) if known.rows else committed.head
         self.tables.reserve_freed(low, entry.tail, rows.size)
@@ -226,68 +228,69 @@ class KeyRows:
     # ---- its life within the store, under the store's lock
 
     def join(self, runtime: Runtime, bound_to: Callable[[str], Sequence[TableState]]) -> None:
-        """Belong to an opening of a store, which tells by a vocabulary's uuid the tables that are bound to it."""
+        """Join an opening of a store; `bound_to` returns the tables that are bound to the vocabulary with a uuid."""
         self._runtime, self._bound_to = runtime, bound_to
         self.tables.join(runtime)
 
     def load_index(self) -> None:
-        """Open the index's files, and index what they do not know of the last commit."""
+        """Open the files of the index, and index what the last commit has in addition."""
         self._index.load(self._coverage())
         self._index_new(self._index, self._index.coverage)
 
     def renew_index(self) -> None:
-        """Rebuild the index if it is damaged, or most of it is of no use. To be called between commits.
+        """Rebuild the index if it is damaged or most of its pairs are useless. Called between commits.
 
-        Not with signals deferred: it reads all keys of the vocabulary. Interrupted, the index stays what it was.
+        Callers do not defer signals, because this reads all keys of the vocabulary. If it is interrupted, the index
+        stays as it was.
         """
         if not self._index.is_stale(len(self)) or not self.lock.acquire(blocking=False):
-            return  # or some thread is about to add pairs to this index
+            return  # a thread that holds the lock may be about to add pairs to this index
         if self.entry != self._committed:  # a rebuilt index would lack keys that were added since
             self.lock.release()
             return
         fresh = self._index.empty_copy()
         try:
             self._index_new(fresh, Coverage())
-            if self._index.has_files:  # they must not be opened again: they know less by now than they say
+            if self._index.has_files:  # without files, the next opening would have to index all keys
                 fresh.merge(self._coverage())
             with signals_deferred():
                 fresh.relocate(self._index.retire())
                 self._index = fresh
-        except (OSError, FormatError):  # no room for its files: the old one is as good
+        except (OSError, FormatError):  # no space for its files: the old index finds all keys, too
             fresh.remove_files()
         finally:
             self.lock.release()
 
     def checkpoint(self) -> None:
-        """Write down what only the memory of the index knows, where an opening would take long to index it again."""
+        """Write pairs that only the memory of the index has to files, if an opening would take long to index them."""
         with self.lock, self._runtime.writing():
             if not self._dropped:
                 self._index.checkpoint(self._coverage())
 
     def check_index(self) -> bool:
-        """Whether the files of the index are what was written."""
+        """Return whether the files of the index are what was written."""
         return self._index.check()
 
     def restore(self, entry: VocabularyEntry) -> None:
-        """Go back to the last commit. The index may continue to know more."""
+        """Go back to `entry`, which the last commit says. The index keeps pairs that came later."""
         self.entry, self._dropped = entry, False
 
     def adopt(self, newer: KeyRows) -> KeyRows:
-        """Become what a newer opening of the same vocabulary is."""
+        """Take over the state of the same vocabulary from a newer opening of the store; return self."""
         self.entry, self._index, self._dropped = newer.entry, newer.index, False
         return self
 
     def drop(self) -> None:
-        """Refuse every use from now on, unless a rollback brings it back."""
+        """Refuse every call from now on, unless a rollback brings the vocabulary back."""
         self._dropped = True
 
     def release(self) -> None:
-        """Release the index and its files; lookups that still run have theirs."""
+        """Release the index and its files. Lookups that are still running keep them until they end."""
         self._index = self._new_index()
 
     @property
     def index(self) -> KeyIndex:
-        """From hashes of keys to rows that may be theirs."""
+        """The index, from hashes of keys to rows that may hold them."""
         return self._index
 
     # ---- within: finding
@@ -305,15 +308,17 @@ class KeyRows:
         batch.run_pieces(self._runtime, [function], [length], [batch.MIN_ROW_BYTES])
 
     def _find(self, checked: Keys, hashes: NDArray[np.uint64]) -> Int64Array:
-        """Return the rows of keys, -1 where there is none."""
-        # Before the index, which knows of every row by the time that the counts do; and one view of it for all.
+        """Return the rows of keys, -1 for keys that have none."""
+        # The counts are read before the index, which has a pair of each row before the counts include the row. All
+        # rounds use one view of the index, because they continue in its order.
         end, index = self.entry.rows, self._index
         view = index.view
-        self.check_live()  # or it is that of no file any more
+        self.check_live()  # once the store is closed, the index is empty
         rows = self._candidates(view, hashes, 0, end)
         if checked.integers is not None and self._is_exact(index):
             return rows
         which: Int64Array | None = None
+        # Each round compares one more candidate of those keys whose candidate before held another key.
         for skip in count(1):
             some = rows if which is None else self._candidates(view, hashes[which], skip - 1, end)
             if which is None:
@@ -334,14 +339,17 @@ class KeyRows:
         return rows
 
     def _is_exact(self, index: KeyIndex) -> bool:
-        """Whether all pairs that were found in an index by now are those of keys; other integers have other hashes."""
-        keys = len(self)  # first: pairs added meanwhile must not make up for those of no use
+        """Return whether all pairs of an index belong to keys.
+
+        If so, the row found for an integer is that of the integer, because different ones have different hashes.
+        """
+        keys = len(self)  # before the pairs: keys that are added in between must not hide useless pairs
         return len(index) == keys and index is self._index
 
-    # ---- within: giving rows out
+    # ---- within: assigning rows
 
     def _assign_rows(self, new: Keys, hashes: NDArray[np.uint64]) -> Int64Array:
-        """Give rows to keys that have none; return the row of each, -1 where it is not admitted."""
+        """Assign rows to keys that have none; return the row of each, -1 for keys that are not admitted."""
         firsts, inverse = _first_of_each(new, hashes)
         if self.entry.admission is not None:
             admitted = self._count(self.entry.admission, hashes[firsts], inverse)
@@ -356,7 +364,7 @@ class KeyRows:
     def _count(
         self, admission: Admission, hashes: NDArray[np.uint64], occurrences: Int64Array
     ) -> NDArray[np.bool_]:
-        """Count sightings of keys without a row, given by their places among `hashes`; tell who has earned one."""
+        """Count occurrences of keys without a row, as positions in `hashes`; return which keys have earned one."""
         counters = admission.counters(hashes, self._secret)
         counts, change = self.tables.count(counters, occurrences)
         with signals_deferred():
@@ -365,34 +373,35 @@ class KeyRows:
         return counts >= admission.after
 
     def _next_rows(self, number: int) -> Int64Array:
-        """Return the rows that so many new keys get: freed ones first, as long as their removal is committed."""
+        """Return the rows of the next `number` new keys: first those that were freed before the last commit."""
         entry = self.entry
-        again = min(number, self._committed.tail - entry.head)
-        freed = self.tables.freed(entry.head, entry.head + again)
-        return np.concatenate([freed, np.arange(entry.rows, entry.rows + number - again)])
+        reused = min(number, self._committed.tail - entry.head)
+        freed = self.tables.freed(entry.head, entry.head + reused)
+        return np.concatenate([freed, np.arange(entry.rows, entry.rows + number - reused)])
 
     def _enter(self, new: Keys, hashes: NDArray[np.uint64], rows: Int64Array) -> None:
-        """Note new keys and their rows: in memory, until the next commit, as all changes."""
-        before, again = self.entry, int(np.count_nonzero(rows < self.entry.rows))
-        after = replace(before, rows=before.rows + rows.size - again, head=before.head + again)
+        """Enter new keys and their rows, reused rows first: like all changes, in memory until the next commit."""
+        before, reused = self.entry, int(np.count_nonzero(rows < self.entry.rows))
+        after = replace(before, rows=before.rows + rows.size - reused, head=before.head + reused)
         for table in self._bound():
             grow(table, after.rows)
         self.tables.reserve(after.rows)
         self._index.add(hashes, rows, self._coverage())
-        # Rows that come after all others are nobody's before the counts say so; freed ones change with them at once.
-        for start in range(again, rows.size, SLICE_ROWS):
+        # New rows, written first and in slices, belong to no key until the counts include them. Reused rows change
+        # together with the counts.
+        for start in range(reused, rows.size, SLICE_ROWS):
             some = np.arange(start, min(start + SLICE_ROWS, rows.size))
             changes, text_bytes = self.tables.enter(
                 new.take(some), hashes[some], rows[some], after.text_bytes, fresh=before.rows
             )
             batch.change(self._runtime, changes)
             after = replace(after, text_bytes=text_bytes)
-        some = np.arange(again)
+        some = np.arange(reused)
         changes, text_bytes = self.tables.enter(
             new.take(some), hashes[some], rows[some], after.text_bytes, fresh=before.rows
         )
         with signals_deferred():
-            if again:
+            if reused:
                 batch.change(self._runtime, changes)
             self.entry = replace(after, text_bytes=text_bytes)
 
@@ -403,7 +412,7 @@ class KeyRows:
 
     @property
     def _committed(self) -> VocabularyEntry:
-        """What the last commit says about the vocabulary; of a new one, what it began with."""
+        """What the last commit says about the vocabulary; for one that is new since, what it began with."""
         return self._runtime.committed.vocabulary(self.entry.uuid) or self._first
 
     def _new_index(self) -> KeyIndex:
@@ -411,14 +420,15 @@ class KeyRows:
         return KeyIndex(self._path, self.entry.uuid, run, writable=self._runtime.writable)
 
     def _coverage(self) -> Coverage:
-        """Return what the last commit says, of which the index knows everything."""
+        """Return what the index covers, which is all of the last commit."""
         commit, committed = self._runtime.committed.commit, self._committed
         return Coverage(commit.id if commit else 0, committed.rows, committed.head)
 
     def _index_new(self, index: KeyIndex, known: Coverage) -> None:
-        """Add what an index does not know: keys of rows that came later, and of rows that were given out anew."""
+        """Add what an index does not cover: the keys of rows that came later, and of rows that were reassigned."""
         now = self._coverage()
-        # On the way the index may be merged into files, which must say no more than it knows by then.
+        # If the index is merged on the way, its files must claim no more than it covers by then. If it covered no rows,
+        # the first loop finds the reassigned ones, too.
         known = replace(known, commit=now.commit, head=known.head if known.rows else now.head)
         for start in range(max(known.rows, self.entry.reserved), now.rows, SLICE_ROWS):
             stop = min(start + SLICE_ROWS, now.rows)
@@ -435,7 +445,8 @@ class KeyRows:
         else:
             hashes = key_records.hashes_of(words[live])
         rows = rows[live]
-        # The files may have them: they were written with pairs that were not committed yet. Twice, none would be exact.
+        # The files may have some of these pairs: a merge includes pairs that are not committed yet. An index that has a
+        # pair twice is never exact.
         new = self._candidates(index.view, hashes, 0, self.entry.rows) != rows
         index.add(hashes[new], rows[new], known)
 
@@ -445,7 +456,7 @@ def _no_tables(identity: str) -> tuple[TableState, ...]:
 
 
 def _first_of_each(new: Keys, hashes: NDArray[np.uint64]) -> tuple[Int64Array, Int64Array]:
-    """Return where each distinct key stands first, ascending, and for each key which of these it is."""
+    """Return the positions where a distinct key occurs first, and for each key which of these is its own."""
     table = np.full(max(16, 2 * hashes.size), -1)
     leader = index_kernels.first_of_each(hashes, new_salt(), table)
     if new.integers is None and key_kernels.detach_unequal(new.bounds, new.data, leader):
@@ -455,7 +466,7 @@ def _first_of_each(new: Keys, hashes: NDArray[np.uint64]) -> tuple[Int64Array, I
 
 
 def _leaders_by_bytes(new: Keys) -> Int64Array:
-    """As the hashes would tell if different keys never had the same."""
+    """Return for each key the position of the first equal one, without hashes: some different keys share theirs."""
     first: dict[bytes, int] = {}
     bounds, data = new.bounds.tolist(), new.data.tobytes()
     return np.array([first.setdefault(data[bounds[i] : bounds[i + 1]], i) for i in range(new.size)], np.int64)

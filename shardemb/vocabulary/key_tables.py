@@ -1,6 +1,7 @@
-"""What a vocabulary keeps in tables of the store: the key of each row, rows that became free, counts of other keys.
+"""What a vocabulary keeps in tables of the store: the key of each row, freed rows, and counts of keys without a row.
 
-A `KeyTables` reads them, and plans changes, which `batch.change` carries out; what they mean is the `Vocabulary`'s.
+A `KeyTables` reads these tables and plans changes of them, which `batch.change` carries out. What the changes mean is
+the business of ``key_rows.py``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from shardemb.vocabulary.keys import Keys
 
 SLICE_BYTES = 2**25
-"""Bytes of strings that are compared at once."""
+"""How many bytes of strings are read and compared in one step."""
 
 
 class KeyTables:
@@ -38,7 +39,7 @@ class KeyTables:
     ----------
     runtime : Runtime
     tables : mapping of str to TableState
-        By what they are for.
+        The tables by kind; see `VocabularyEntry.table_kinds`.
     """
 
     def __init__(self, runtime: Runtime, tables: Mapping[str, TableState]) -> None:
@@ -46,12 +47,12 @@ class KeyTables:
         self._tables = dict(tables)
 
     def join(self, runtime: Runtime) -> None:
-        """Be of that opening of the store."""
+        """Use the runtime of another opening of the store."""
         self._runtime = runtime
 
     @property
     def bytes_allocated(self) -> int:
-        """Bytes that they take on disk."""
+        """Bytes that the tables take on disk."""
         return sum(table.stats()["bytes_allocated"] for table in self._tables.values())
 
     # ---- keys by row
@@ -61,7 +62,7 @@ class KeyTables:
         return self._words(KEYS, rows)
 
     def keys_in(self, words: Words) -> Keys:
-        """Read the keys that records are about."""
+        """Read the keys of records."""
         if words.shape[1] == key_records.INTEGER_WORDS:
             integers = key_records.integers_of(words)
             return keys.Keys(integers.shape, integers)
@@ -74,13 +75,14 @@ class KeyTables:
         return keys.Keys(lengths.shape, None, offsets, data)
 
     def drop_others(self, given: Keys, hashes: NDArray[np.uint64], rows: Int64Array) -> NDArray[np.bool_]:
-        """Set those of `rows` to -1 that hold another key than the one given; tell which those were."""
+        """Set the `rows` to -1 that do not hold the given key; return which of them that were."""
         dropped = np.zeros(rows.size, np.bool_)
         words = self.records(np.maximum(rows, 0))
         if given.integers is not None:
             key_kernels.match_integers(words, given.integers, rows, dropped)
             return dropped
         key_kernels.match_hashes(words, hashes, given.lengths, rows, dropped)
+        # Only strings whose hash and length match are worth reading.
         found = np.flatnonzero(rows >= 0)
         begins, lengths, _ = key_records.spans_of(words[found])
         for first, last in _slices(lengths):
@@ -91,9 +93,9 @@ class KeyTables:
     def enter(
         self, new: Keys, hashes: NDArray[np.uint64], rows: Int64Array, text_bytes: int, *, fresh: int
     ) -> tuple[list[batch.Change], int]:
-        """Plan to note keys of rows; return also where the bytes of the next string go.
+        """Plan to write keys to the records of rows; return also where the bytes of the next string go.
 
-        Rows from `fresh` on were never given out: what their records say is of no account.
+        Rows from `fresh` on were never assigned: what their records say is ignored.
         """
         order = np.argsort(rows, kind="stable")
         rows, hashes, new = rows[order], hashes[order], new.take(order)
@@ -102,7 +104,7 @@ class KeyTables:
         begins, _, capacities = key_records.spans_of(self.records(rows))
         capacities[rows >= fresh] = 0
         moved = capacities < new.lengths
-        # One that had bytes gets twice as many as it needs: the next key of the row may fit.
+        # A row that had bytes gets twice as many as it needs, so that its next key may fit.
         wanted = np.where(capacities[moved] > 0, 2, 1) * new.lengths[moved]
         ends = text_bytes + np.cumsum(wanted)
         begins[moved], capacities[moved] = ends - wanted, wanted
@@ -111,54 +113,55 @@ class KeyTables:
         return [self.change(KEYS, rows, words), *self._enter_bytes(new, begins, text_bytes)], text_bytes
 
     def forget(self, rows: Int64Array, words: Words) -> batch.Change:
-        """Plan to take the keys away from ascending rows, whose records are `words`."""
+        """Plan to remove the keys of ascending rows, whose records are `words`."""
         return self.change(KEYS, rows, key_records.without_key(words))
 
     def reserve(self, rows: int) -> None:
-        """Have room for the keys of so many rows."""
+        """Make the tables large enough for the keys of that many rows."""
         grow(self._tables[KEYS], rows)
 
     # ---- rows that became free
 
     def freed(self, start: int, stop: int) -> Int64Array:
-        """Read some of the rows that were freed, by how many were freed before them."""
+        """Read the freed rows number ``start:stop``, in the order in which they were freed."""
         return self._words(FREED, self._cells_of_ring(start, stop)).view(np.int64).reshape(-1)
 
     def free(self, start: int, rows: Int64Array) -> batch.Change:
-        """Plan to note that rows became free, after `start` others."""
+        """Plan to record that rows were freed, after `start` others."""
         cells = self._cells_of_ring(start, start + rows.size)
         order = np.argsort(cells)
         return self.change(FREED, cells[order], rows[order].view(np.uint32).reshape(-1, 2))
 
     def reserve_freed(self, low: int, tail: int, more: int) -> None:
-        """Have room for `more` rows behind the freed ones ``low:tail``, which stay."""
+        """Make the ring large enough for `more` rows after the freed ones ``low:tail``, which stay in it."""
         table = self._tables[FREED]
         if tail + more - low > table.spec.num_embeddings:
             rows, size = self.freed(low, tail), whole_shards(table, 2 * (tail + more - low))
-            # Where they lie follows from the size: it changes together with that, or a commit might come in between.
+            # The size of the ring determines where the rows are. Both change in one step: a commit in between would
+            # make a ring durable whose rows are in the wrong places.
             cells = np.arange(low, tail) % size
             table.resize_and_write(size, cells, rows.view(np.float32).reshape(-1, 2))
 
     def _cells_of_ring(self, start: int, stop: int) -> Int64Array:
-        """Which rows of the ring hold freed rows, by how many were freed before them."""
+        """Return where in the ring the freed rows number ``start:stop`` are."""
         return np.arange(start, stop) % self._tables[FREED].spec.num_embeddings
 
     # ---- counts of keys that have no row
 
     def count(self, counters: Int64Array, occurrences: Int64Array) -> tuple[NDArray[np.uint32], batch.Change]:
-        """Plan to count keys.
+        """Plan to count occurrences of keys.
 
         Parameters
         ----------
         counters : ndarray of int64, shape (n, depth)
             The counters of each key.
         occurrences : ndarray of int64
-            Which of these keys are seen, one after the other.
+            The keys that occur, as positions in `counters`, in their order.
 
         Returns
         -------
         counts : ndarray of uint32, shape (n,)
-            How often each has been seen then.
+            The count of each key after its last occurrence.
         change : Change
         """
         cells = np.unique(counters // key_records.CELL_COUNTERS)
@@ -182,12 +185,13 @@ class KeyTables:
         last = shards.spec.num_embeddings - 1
         out = np.empty((rows.size, shards.spec.embedding_dim), np.float32)
         batch.read(self._runtime, [batch.Read(shards, "weight", np.minimum(rows, last), out)])
-        # A lookup may ask for what a rollback beside it, or a record that it saw half written, has left without a row.
+        # A lookup without a lock may ask for rows that do not exist: after a concurrent rollback, or because it saw a
+        # record that was half written.
         out[rows > last] = 0
         return out.view(np.uint32)
 
     def _cells(self, begins: Int64Array, lengths: Int64Array) -> tuple[NDArray[np.uint8], Int64Array]:
-        """Read the cells of strings, those of each on its own; return also where each begins in what was read."""
+        """Read the cells of strings, separately for each string; return also where each string begins in the result."""
         rows, ends = _cells_of(begins, lengths)
         cells = self._words(BYTES, rows).view(np.uint8).reshape(-1)
         firsts = np.concatenate([[0], ends[:-1]])[: ends.size]
@@ -205,7 +209,7 @@ class KeyTables:
 
 
 def table_shapes(entry: VocabularyEntry) -> dict[str, tuple[int, int, int]]:
-    """Rows, values and rows of a shard of the tables that a new vocabulary needs, by what they are for."""
+    """Return rows, values in a row, and rows in a shard of the tables that a new vocabulary needs, by kind."""
     words = key_records.INTEGER_WORDS if entry.key_type == "int64" else key_records.STRING_WORDS
     admission = entry.admission
     cells = admission.width * admission.depth // key_records.CELL_COUNTERS if admission else 0
@@ -219,18 +223,18 @@ def table_shapes(entry: VocabularyEntry) -> dict[str, tuple[int, int, int]]:
 
 
 def grow(table: TableState, rows: int) -> None:
-    """Have a table hold at least so many rows: twice as many as now, in whole shards."""
+    """Make a table hold at least `rows` rows. One that is too small gets at least twice its size, in whole shards."""
     if rows > table.spec.num_embeddings:
         table.resize(whole_shards(table, max(rows, 2 * table.spec.num_embeddings)))
 
 
 def whole_shards(table: TableState, rows: int) -> int:
-    """Return how many rows the shards have that so many rows take."""
+    """Round rows up to whole shards of a table."""
     return round_up(rows, table.spec.rows_per_shard)
 
 
 def _cells_of(begins: Int64Array, lengths: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """List the cells of strings, those of each in order, and where those of each end in the list."""
+    """List the cells of strings, string by string; return also where those of each string end in the list."""
     first, last = begins // key_records.CELL_BYTES, -(-(begins + lengths) // key_records.CELL_BYTES)
     counts = last - first
     ends = np.cumsum(counts)
@@ -238,7 +242,7 @@ def _cells_of(begins: Int64Array, lengths: Int64Array) -> tuple[Int64Array, Int6
 
 
 def _slices(lengths: Int64Array) -> Iterator[tuple[int, int]]:
-    """Cut strings into stretches of about `SLICE_BYTES`."""
+    """Split strings into ranges of about `SLICE_BYTES` bytes."""
     ends = np.cumsum(lengths + 2 * key_records.CELL_BYTES)
     cuts = np.searchsorted(ends, np.arange(SLICE_BYTES, int(ends[-1]) if ends.size else 0, SLICE_BYTES)) + 1
     edges = np.unique([0, *cuts.tolist(), lengths.size])

@@ -1,4 +1,4 @@
-"""The rows of a table by key: what keys get that have no row, and which keys lose theirs."""
+"""The rows of a table by key: what happens to keys without a row, and which keys are evicted."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from shardemb.vocabulary.keys import KeysLike
 
 Missing: TypeAlias = 'Literal["error", "initial", "zeros"] | int'
-"""What a lookup gives for a key that has no row; see `KeyedTable.lookup`."""
+"""What a lookup returns for a key without a row; see `KeyedTable.lookup`."""
 
 MissingChange: TypeAlias = 'Literal["error", "skip"] | int'
-"""What a change does with a key that has no row; see `KeyedTable.update`."""
+"""What a change does with a key without a row; see `KeyedTable.update`."""
 
 SCANNED_ROWS = 2**20
-"""Rows whose counters are read at once."""
+"""How many rows have their counters read in one step."""
 
 
 class KeyedRows:
-    """A table together with the vocabulary that gives out its rows; users hold a `KeyedTable`.
+    """A table together with the vocabulary that assigns its rows. Users hold a `KeyedTable`, which has the contracts.
 
     Attributes
     ----------
@@ -48,18 +48,18 @@ class KeyedRows:
 
     @property
     def num_rows(self) -> int:
-        """Rows given out so far, those of no key by now included."""
+        """Number of rows assigned so far, including those whose key was removed."""
         return self.keys.entry.rows
 
     def stats(self) -> dict[str, Any]:
-        """Return what `KeyedTable.stats` does."""
+        """Return what `KeyedTable.stats` returns."""
         counted = {} if COUNT not in self.table.spec.columns else {"updates": self._count_updates()}
         return self.table.stats() | {"vocabulary": self.keys.stats()} | counted
 
     # ---- reading
 
     def plan_read(self, column: str, given: KeysLike) -> batch.PlannedRead:
-        """Check a lookup, in which every key has to have a row."""
+        """Check a lookup in which every key must have a row."""
         return self.table.plan_read(column, self._known(given))
 
     def read(
@@ -87,7 +87,7 @@ class KeyedRows:
         return self.table.read_state(column, self._known(given))
 
     def prefetch(self, given: KeysLike, *, for_update: bool) -> None:
-        """Start to read the rows of keys that have one."""
+        """Start to read the rows of those keys that have one."""
         ids = self.keys.lookup(given)
         self.table.prefetch(ids[ids >= 0], for_update=for_update)
 
@@ -138,13 +138,14 @@ class KeyedRows:
         batch.change(self.table.runtime, [change])
 
     def evict(self, *, older_than: int | None, keep: int | None, by: Literal["lru", "lfu"]) -> NDArray[Any]:
-        """Take the rows of keys away that are of little use; return these keys."""
+        """Remove the keys that are used least; return them. See `KeyedTable.evict`."""
         if COUNT not in self.table.spec.columns:
-            msg = f"table {self.table.name!r} does not count: give create_table counters=True"
+            msg = f"table {self.table.name!r} does not count updates: create it with counters=True"
             raise ValueError(msg)
         if (older_than is None) == (keep is None) or by not in ("lru", "lfu"):
             msg = (
-                f'evict: give older_than or keep, and by "lru" or "lfu"; got {older_than}, {keep} and {by!r}'
+                f'evict: pass either older_than or keep, and by="lru" or "lfu"; '
+                f"got {older_than}, {keep} and {by!r}"
             )
             raise ValueError(msg)
         with self.keys.changing():
@@ -161,7 +162,7 @@ class KeyedRows:
     # ---- within
 
     def _row_id(self, missing: object) -> int:
-        """Check the row that stands for keys that have none."""
+        """Check the row that is used for keys without one."""
         return int(validation.row_ids(missing, max(self.num_rows, 1), self.table.name).flat[0])  # type: ignore[arg-type]
 
     def _known(self, given: KeysLike) -> Int64Array:
@@ -175,11 +176,11 @@ class KeyedRows:
         unknown = np.flatnonzero(ids.reshape(-1) < 0)
         checked = keys.checked(given, key_type, name)
         first = keys.restored(checked.take(unknown[:1]), key_type).tolist()[0]
-        more = f" ({unknown.size - 1} more have none either)" if unknown.size > 1 else ""
+        more = f" ({unknown.size} such keys)" if unknown.size > 1 else ""
         at = tuple(int(i) for i in np.unravel_index(int(unknown[0]), ids.shape))
         msg = (
             f"key {first!r:.100} at position {at[0] if len(at) == 1 else at} has no row in vocabulary "
-            f"{name!r}{more}: say what it gets by missing=, or look it up with create=True"
+            f"{name!r}{more}: say with missing= what such keys get, or add them with create=True"
         )
         raise UnknownKeyError(msg)
 
@@ -188,7 +189,7 @@ class KeyedRows:
         return self.table.live().initial_records(rows)[:, : self.table.spec.embedding_dim]
 
     def _scan(self, column: str) -> Iterator[tuple[Int64Array, Float32Array]]:
-        """Iterate over the rows that have keys, and their values of a column, piece by piece."""
+        """Iterate over the rows that have keys and their values of a column, in slices."""
         entry = self.keys.entry
         for start in range(entry.reserved, entry.rows, SCANNED_ROWS):
             rows = self.keys.live_rows(start, min(start + SCANNED_ROWS, entry.rows))
@@ -199,7 +200,7 @@ class KeyedRows:
         return np.concatenate([np.empty(0, np.int64), *chosen])
 
     def _all_but(self, number: int, column: str) -> Int64Array:
-        """List the rows that have keys without the `number` of them whose counters are largest, ascending."""
+        """List the rows that have keys, ascending, except the `number` of them with the largest counters."""
         scanned = list(self._scan(column))
         rows = np.concatenate([np.empty(0, np.int64), *(each for each, _ in scanned)])
         values = np.concatenate([np.empty(0, np.float32), *(each for _, each in scanned)])
@@ -214,15 +215,15 @@ class KeyedRows:
 def first_shape(
     key_rows: KeyRows | None, num_embeddings: object, embedding_dim: object, rows_per_shard: int | None
 ) -> tuple[tuple[int, int], int | None]:
-    """Check the shape of a new table; choose in whole shards how many rows one begins with that a vocabulary grows.
+    """Check the shape of a new table. If a vocabulary makes it grow, choose how many rows it begins with: whole shards.
 
     Raises
     ------
     TypeError, ValueError
-        A number that cannot be; not exactly one of rows and vocabulary.
+        A number is impossible, or not exactly one of rows and vocabulary is given.
     """
     if (key_rows is None) == (num_embeddings is None):
-        msg = "give either num_embeddings or the vocabulary that gives out the table's rows"
+        msg = "pass either num_embeddings or the vocabulary that assigns the table's rows"
         raise ValueError(msg)
     if key_rows is None:
         return check_shape(num_embeddings, embedding_dim), rows_per_shard

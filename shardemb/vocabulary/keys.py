@@ -1,4 +1,4 @@
-"""Where keys are checked and coerced: NumPy, Arrow, lists in; 64-bit integers or UTF-8 bytes, and their hashes, out."""
+"""Check and coerce keys: from NumPy, Arrow or lists to 64-bit integers or bytes, and their hashes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ if TYPE_CHECKING:
 KeyType: TypeAlias = Literal["int64", "string", "bytes"]
 
 KeysLike: TypeAlias = Any
-"""Integers, str or bytes, by the type of the vocabulary: one, a (nested) list, a NumPy or Arrow array of them."""
-
+"""Integers, str or bytes, depending on the vocabulary: one, a (nested) list of them, a NumPy or an Arrow array."""
 
 MOST_BYTES = 2**31 - 1
-"""Bytes of a string. Records of keys have 32 bits for them, and for twice as many that a row may keep."""
+"""Most bytes of a string. Records have 32 bits for its length, and for a capacity of up to twice as much."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,10 @@ class Keys:
     Attributes
     ----------
     shape : tuple of int
-        The shape in which they came.
+        The shape in which the caller gave them.
     integers : ndarray of int64, shape (n,), or None
     offsets : ndarray of int64, shape (n + 1,), or None
-        Where the bytes of each begin and end in `data`, where they are no integers.
+        Where the bytes of each key begin and end in `data`, unless the keys are integers.
     data : ndarray of uint8
     """
 
@@ -56,17 +55,17 @@ class Keys:
 
     @property
     def lengths(self) -> Int64Array:
-        """Bytes of each, where they are no integers."""
+        """Bytes of each key, unless the keys are integers."""
         return np.diff(self.bounds)
 
     @property
     def bounds(self) -> Int64Array:
-        """`offsets`, of keys that have them."""
+        """The `offsets` of keys that are known to have them."""
         assert self.offsets is not None
         return self.offsets
 
     def hasher(self, secret: Secret, out: NDArray[np.uint64]) -> Callable[[int, int], None]:
-        """Return the function that hashes a range of the keys into `out`."""
+        """Return a function of start and stop that hashes a range of the keys into `out`."""
         if self.integers is not None:
             return partial(hashing.hash_integers, self.integers, *secret, out)
         return partial(hashing.hash_strings, self.bounds, self.data, *secret, out)
@@ -88,9 +87,9 @@ def checked(keys: KeysLike, key_type: KeyType, vocabulary: str) -> Keys:
     Raises
     ------
     TypeError
-        They are not of the vocabulary's type; the message names the first that is not.
+        The keys are not of the vocabulary's type. The message names the first that is not.
     ValueError
-        One is missing (null), or a string has no UTF-8 or 2 GiB.
+        A key is missing (null), or a string cannot be encoded as UTF-8 or has 2 GiB or more.
     """
     return _integers(keys, vocabulary) if key_type == "int64" else _strings(keys, key_type, vocabulary)
 
@@ -110,11 +109,11 @@ def _integers(keys: KeysLike, vocabulary: str) -> Keys:
     if array.dtype.kind not in "iu":
         msg = f"vocabulary {vocabulary!r} has integer keys, got dtype {array.dtype}: {_excerpt(keys)}"
         raise TypeError(msg)
-    is_wide = array.dtype.kind == "u" and array.itemsize == 8  # in whatever order its bytes are
+    is_wide = array.dtype.kind == "u" and array.itemsize == 8  # in either byte order
     if is_wide and array.size and int(array.max()) >= 2**63:
         msg = (
             f"vocabulary {vocabulary!r} has int64 keys, and {int(array.max())} is larger; "
-            f"give hashes of 64 bits as keys.view('int64')"
+            f"pass 64-bit hashes as keys.view('int64')"
         )
         raise ValueError(msg)
     return Keys(array.shape, np.require(array, np.int64, ["C", "A", "W"]).reshape(-1))
@@ -131,13 +130,13 @@ def _strings(keys: KeysLike, key_type: KeyType, vocabulary: str) -> Keys:
             array = array.cast(array.type.value_type)
         found = str if _is_text(array.type) else bytes if _is_binary(array.type) else None
         if found is not wanted and len(array):
-            raise TypeError(f"Arrow's {array.type} is something else")
+            raise TypeError(f"an Arrow array of {array.type} has other values")
         array = array.cast(arrow_type(key_type))
     except (TypeError, pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
         msg = f"vocabulary {vocabulary!r} has keys of {wanted.__name__}: {error}; got {_excerpt(keys)}"
         raise TypeError(msg) from error
     except UnicodeEncodeError as error:
-        msg = f"vocabulary {vocabulary!r}: a key has no UTF-8 ({error}); use key_type='bytes' for such keys"
+        msg = f"vocabulary {vocabulary!r}: a key cannot be encoded as UTF-8 ({error}); use key_type='bytes' for it"
         raise ValueError(msg) from error
     array = array.combine_chunks() if _is_chunked(array) else array
     _refuse_nulls(array.null_count, array, vocabulary)
@@ -161,9 +160,9 @@ def _strings(keys: KeysLike, key_type: KeyType, vocabulary: str) -> Keys:
 
 
 def _flatten(keys: KeysLike, wanted: type) -> tuple[tuple[int, ...] | None, Any]:
-    """Return the shape of keys that are strings, and all of them in one list or Arrow array.
+    """Return the shape of strings, and all of them in one flat list or Arrow array.
 
-    Arrow alone is no judge of a list: it takes bytes for str and the reverse.
+    The types of a list's items are checked here, because Arrow accepts bytes for str and the reverse.
     """
     if _is_arrow(keys):
         return None, keys
@@ -181,13 +180,13 @@ def _flatten(keys: KeysLike, wanted: type) -> tuple[tuple[int, ...] | None, Any]
 
 def _unnested(keys: KeysLike) -> tuple[tuple[int, ...], list[Any]]:
     if isinstance(keys, Mapping) or not hasattr(keys, "__getitem__"):
-        raise TypeError(f"a {type(keys).__name__} is no sequence")
+        raise TypeError(f"a {type(keys).__name__} is not a sequence")
     keys = list(keys)
     shape: tuple[int, ...] = (len(keys),)
     while keys and all(_is_nested(each) for each in keys):
         lengths = {len(each) for each in keys}
         if len(lengths) > 1:
-            msg = f"nested lists of keys must be of one length, got {sorted(lengths)[:3]}"
+            msg = f"nested lists of keys must have the same length, got {sorted(lengths)[:3]}"
             raise ValueError(msg)
         shape = (*shape, lengths.pop())
         keys = [key for each in keys for key in each]
@@ -199,7 +198,7 @@ def _is_nested(each: Any) -> bool:  # noqa: ANN401
 
 
 def restored(keys: Keys, key_type: KeyType) -> NDArray[Any]:
-    """Return keys as the array in which they are given back: int64, or objects of str or bytes."""
+    """Return keys as the array that callers get: of int64, or of str or bytes objects."""
     if keys.integers is not None:
         return keys.integers.reshape(keys.shape)
     array = np.empty(keys.size, object)
@@ -218,7 +217,7 @@ def as_arrow(keys: Keys, key_type: KeyType) -> pa.Array:
 
 
 def arrow_type(key_type: KeyType) -> pa.DataType:
-    """Return the Arrow type in which keys are given back."""
+    """Return the Arrow type of keys that callers get."""
     import pyarrow as pa
 
     if key_type == "int64":
@@ -227,7 +226,7 @@ def arrow_type(key_type: KeyType) -> pa.DataType:
 
 
 def _is_arrow(keys: KeysLike) -> bool:
-    """Whether it is an Arrow array, chunked or not: no scalar, no table."""
+    """Return whether keys are an Arrow array, chunked or not. Scalars and tables are not."""
     return type(keys).__module__.partition(".")[0] == "pyarrow" and hasattr(keys, "null_count")
 
 

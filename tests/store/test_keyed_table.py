@@ -85,9 +85,7 @@ def test_what_a_table_tells(store):
 def test_unknown_keys_are_an_error_that_names_the_first(store):
     table = new_table(store, optimizer=SGD(lr=1.0))
     table.lookup(WORDS, create=True)
-    message = (
-        r"key 'that' at position \(1, 0\) has no row in vocabulary 'v' \(1 more have none either\): say what"
-    )
+    message = r"key 'that' at position \(1, 0\) has no row in vocabulary 'v' \(2 such keys\): say with"
     asked = [["to", "be"], ["that", "is"]]
     for call in (
         lambda: table.lookup(asked),
@@ -300,7 +298,7 @@ def test_eviction_knows_nothing_of_reserved_and_freed_rows(store):
 @pytest.mark.parametrize("how", [{}, {"keep": 1, "older_than": 1}, {"keep": 1, "by": "age"}, {"by": "lru"}])
 def test_evictions_that_say_nothing_clear(store, how):
     table = counted(store)
-    with pytest.raises(ValueError, match="give older_than or keep"):
+    with pytest.raises(ValueError, match="pass either older_than or keep"):
         table.evict(**how)
 
 
@@ -315,7 +313,9 @@ def test_evictions_that_cannot_be(store):
         with pytest.raises(error):
             table.evict(**how)
     plain = store.create_table("plain", vocabulary="v", embedding_dim=2)
-    with pytest.raises(ValueError, match="table 'plain' does not count: give create_table counters=True"):
+    with pytest.raises(
+        ValueError, match="table 'plain' does not count updates: create it with counters=True"
+    ):
         plain.evict(keep=1)
     assert len(table) == 10
 
