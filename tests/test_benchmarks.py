@@ -1,6 +1,8 @@
 """Every benchmark runs once, at a tiny size, so that none rots; what it counts stays within its bounds.
 
-Times are not looked at: a shared machine decides them. What `track_` benchmarks count is the same everywhere.
+Times are not looked at: a shared machine decides them. So a timed benchmark runs at its smallest sizes, with each of
+its other parameters once. What `track_` benchmarks count is the same everywhere: one that has a bound runs with all
+parameters, except sizes between the smallest and the largest of many. The soak runs the rest.
 """
 
 import ast
@@ -74,16 +76,41 @@ def _discover():
 
 
 def _parameters(benchmark):
-    return itertools.product(*([ast.literal_eval(value) for value in values] for values in benchmark.params))
+    """List the parameters of a benchmark, one list for each."""
+    return [[ast.literal_eval(value) for value in values] for values in benchmark.params]
+
+
+def _chosen(parameters, *, bounded):
+    """Return which combinations of parameters every run of the tests tries."""
+    if bounded:
+        ends = [[min(each), max(each)] if _are_many_sizes(each) else each for each in parameters]
+        return set(itertools.product(*ends))
+    ends = [[min(each)] if _are_sizes(each) else each for each in parameters]
+    longest = max(map(len, ends), default=1)
+    return {tuple(each[number % len(each)] for each in ends) for number in range(longest)}
+
+
+def _are_sizes(values):
+    return all(isinstance(value, int | float) for value in values)
+
+
+def _are_many_sizes(values):
+    return _are_sizes(values) and len(values) > 3
 
 
 BENCHMARKS = {benchmark.name: benchmark for benchmark in _discover()}
 
-CASES = [
-    pytest.param(name, index, parameters, id="-".join(map(str, (name, *parameters))))
-    for name, benchmark in BENCHMARKS.items()
-    for index, parameters in enumerate(_parameters(benchmark))
-]
+
+def _cases():
+    for name, benchmark in BENCHMARKS.items():
+        parameters = _parameters(benchmark)
+        chosen = _chosen(parameters, bounded=name in BOUNDS)
+        for index, each in enumerate(itertools.product(*parameters)):
+            mark = pytest.mark.slow if each in chosen else pytest.mark.soak
+            yield pytest.param(name, index, each, id="-".join(map(str, (name, *each))), marks=mark)
+
+
+CASES = list(_cases())
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +148,20 @@ def test_benchmark_runs_and_stays_in_bounds(name, index, parameters, setup_cache
     assert result is not None
     if name in BOUNDS:
         assert result <= BOUNDS[name](*parameters)
+
+
+def test_every_benchmark_runs_and_each_name_is_tried():
+    marks = {}
+    for case in CASES:
+        name, _, parameters = case.values
+        marks.setdefault(name, {})[parameters] = case.marks[0].name
+    assert marks.keys() == BENCHMARKS.keys()
+    for name, found in marks.items():
+        tried = [parameters for parameters, mark in found.items() if mark == "slow"]
+        for position, values in enumerate(_parameters(BENCHMARKS[name])):
+            some = {parameters[position] for parameters in tried}
+            assert some == set(values) or (_are_sizes(values) and min(values) in some)
+            assert name not in BOUNDS or max(values) in some or not _are_sizes(values)
 
 
 def test_all_that_is_tracked_has_a_bound():

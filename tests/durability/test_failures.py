@@ -1,25 +1,71 @@
 """Every operation on files fails once, in every way: the error has a name, and no acknowledged commit is lost.
 
-A workload runs with one call of ``files`` failing, at every position one after the other. Whatever it raises is one of
-shardemb's errors or an `OSError`; afterwards the store opens at the last acknowledged commit, or at the one under way.
-What gives a table another form, or copies a store, then does so when it is called again.
+A workload runs with one call of ``files`` failing, for each call site in each way; the soak lets every call fail.
+Whatever it raises is one of shardemb's errors or an `OSError`; afterwards the store opens at the last acknowledged
+commit, or at the one under way. What gives a table another form, or copies a store, then does so when it is called
+again.
 """
 
 import os
 import resource
 import signal
+from collections import Counter
 
 import numpy as np
 import pytest
-from support.failures import CHANGES, DIM, ROWS, THEIRS, WORKLOADS, change_everywhere, fail_everywhere
+from support.failures import (
+    CHANGES,
+    DIM,
+    KINDS,
+    ROWS,
+    THEIRS,
+    WORKLOADS,
+    Failing,
+    change_every_site,
+    every_site,
+    fail_every_site,
+)
 
 import shardemb
+from shardemb.storage import files
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(WORKLOADS))
 def test_every_operation_fails_once(seed, elsewhere):
-    assert {"write", "sync", "sync_data", "rename", "opened"} <= elsewhere(fail_everywhere)
+    assert {"write", "sync", "rename", "opened"} <= elsewhere(fail_every_site).keys()
+
+
+def test_every_call_site_fails_in_every_way():
+    a, b, c = ("write", ("x", 1)), ("sync", ("x", 2)), ("remove_tree", ("y", 1))
+    workloads = [Counter({a: 5, b: 1}), Counter({a: 2, c: 3})]
+    every = [[(one.site, one.kind, one.at) for one in every_site(workloads, number)] for number in range(2)]
+    assert sorted((site, kind) for found in every for site, kind, _ in found) == sorted(
+        (site, kind) for site, kinds in ((a, KINDS), (b, KINDS[:2]), (c, KINDS)) for kind in kinds
+    )
+    assert all(1 <= at <= workloads[number][site] for number in range(2) for site, _, at in every[number])
+
+
+def test_the_call_of_a_number_at_a_site_fails(tmp_path):
+    def write(at, site=None):
+        failing, done = Failing(at, "error", site), 0
+        with failing.on(), files.opened(tmp_path / "x", os.O_RDWR | os.O_CREAT) as descriptor:
+            try:
+                for _ in range(5):
+                    files.write(descriptor, b"x", 0, tmp_path / "x")
+                    done += 1
+            except OSError:
+                pass
+        return failing, done
+
+    assert write(4)[1] == 2  # the first is that of `opened`
+    calls, done = write(None)
+    assert (calls.count, done) == (6, 5)
+    (site,) = [site for site in calls.sites if site[0] == "write"]
+    assert calls.sites[site] == 5
+    failing, done = write(3, site)
+    assert done == 2
+    assert failing.failed == f"write of {tmp_path / 'x'}"
 
 
 # ---- tables of another form, and a store elsewhere --------------------------------------------------------------
@@ -28,7 +74,7 @@ def test_every_operation_fails_once(seed, elsewhere):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", CHANGES)
 def test_what_failed_once_succeeds_when_it_is_called_again(what, elsewhere):
-    assert {"write", "opened", *THEIRS.get(what, ())} <= elsewhere(change_everywhere)
+    assert {"write", "opened", *THEIRS.get(what, ())} <= elsewhere(change_every_site).keys()
 
 
 @pytest.mark.filterwarnings("ignore:the changes of")

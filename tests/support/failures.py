@@ -1,11 +1,18 @@
-"""Operations on files that fail, at any position of a workload."""
+"""Operations on files that fail, at any position of a workload.
+
+A workload of hundreds of operations makes most of them in few ways: one call site, which is the chain of calls that
+leads to the operation, is passed again and again. The tests let each call site fail in each way, once over all
+workloads; the soak lets every operation of every workload fail.
+"""
 
 import contextlib
 import errno
 import os
 import random
 import shutil
+import sys
 import warnings
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -41,11 +48,29 @@ CALLS = (
 )  # fmt: skip
 
 
-class Failing:
-    """Lets the call of a number fail, in one of three ways."""
+PACKAGE = str(Path(shardemb.__file__).parent)
 
-    def __init__(self, at=None, kind="full"):
-        self.at, self.kind, self.count, self.paused, self.failed = at, kind, 0, False, None
+
+def call_site(name):
+    """Return where an operation is asked for: its name, and the lines of the package that lead to it, innermost first.
+
+    Lines of ``files`` do not count: that is where operations end, whoever asks for them.
+    """
+    lines, frame = [name], sys._getframe(2)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if filename.startswith(PACKAGE) and filename != files.__file__:
+            lines.append((filename.removeprefix(PACKAGE), frame.f_lineno))
+        frame = frame.f_back
+    return tuple(lines)
+
+
+class Failing:
+    """Lets one call fail, in one of three ways: that of a number, or that of a number among those of a call site."""
+
+    def __init__(self, at=None, kind="full", site=None):
+        self.at, self.kind, self.site = at, kind, site
+        self.count, self.sites, self.paused, self.failed = 0, Counter(), False, None
 
     def on(self):
         real = {name: getattr(files, name) for name in CALLS}
@@ -55,7 +80,9 @@ class Failing:
                 if self.paused:
                     return real[name](*arguments, **options)
                 self.count += 1
-                if self.count == self.at:
+                site = call_site(name)
+                self.sites[site] += 1
+                if self.at == (self.sites[site] if site == self.site else None if self.site else self.count):
                     self.failed = (
                         f"{name} of {next(str(a) for a in reversed(arguments) if isinstance(a, Path))}"
                     )
@@ -94,6 +121,38 @@ class Failing:
 class _Undo:
     def __init__(self, patch):
         self.close = patch.undo
+
+
+def kinds_of(name):
+    """In how many ways an operation fails: only what is made of parts can stop half way."""
+    return KINDS if name in ("write", "remove_tree") else KINDS[:2]
+
+
+def every_position(count, seed=0):
+    """List every call of a workload, each to fail in one way: what the soak does."""
+    return [Failing(position, KINDS[(position + seed) % 3]) for position in range(1, count + 1)]
+
+
+def every_site(workloads, chosen):
+    """List for one of several workloads the calls to fail, such that over all of them each site fails in each way.
+
+    Parameters
+    ----------
+    workloads : list of Counter
+        How often each passes each call site.
+    chosen : int
+        The number of one of them.
+    """
+    found = []
+    for site in sorted(set().union(*workloads), key=str):
+        passing = [number for number, sites in enumerate(workloads) if sites[site]]
+        for kind in kinds_of(site[0]):
+            chance = random.Random(f"{site} {kind}")  # the same in every process, whatever else is passed
+            number = chance.choice(passing)
+            at = chance.randint(1, workloads[number][site])
+            if number == chosen:
+                found.append(Failing(at, kind, site))
+    return found
 
 
 def train(path, seed, failing):
@@ -196,29 +255,44 @@ def small():
         yield
 
 
+def trained(seed):
+    """Return the calls of a workload in which none fails."""
+    failing = Failing()
+    with scratch() as folder:
+        with failing.on():
+            allowed = train(Path(folder) / "store", seed, failing)
+        assert len(allowed) == 1
+        check(Path(folder) / "store", allowed, "nothing failed")
+    return failing
+
+
 def fail_everywhere(seed):
-    """Return which operations failed."""
+    """Let every call of a workload fail; return which operations did."""
     with small():
-        with scratch() as folder:
-            failing = Failing()
-            with failing.on():
-                allowed = train(Path(folder) / "store", seed, failing)
-            assert len(allowed) == 1
-            check(Path(folder) / "store", allowed, "nothing failed")
-        failed = set()
         # A fold in its thread makes the number vary a little.
-        for position in range(1, failing.count + 1):
-            with scratch() as folder:
-                one = Failing(position, KINDS[(position + seed) % 3])
-                path = Path(folder) / "store"
-                with one.on():
-                    try:
-                        allowed = train(path, seed, one)
-                    except (ShardEmbError, OSError):
-                        allowed = [NOTHING]  # the first opening
-                check(path, allowed, f"seed {seed}, call {position}, {one.kind}, {one.failed}")
-                failed.add(str(one.failed).split()[0])
-        return failed
+        return fail_each(seed, every_position(trained(seed).count, seed))
+
+
+def fail_every_site(seed):
+    """Let each call site of some workloads fail in each way, one workload's share; return which operations did."""
+    with small():
+        return fail_each(seed, every_site([trained(each).sites for each in range(WORKLOADS)], seed))
+
+
+def fail_each(seed, every):
+    """Return which operations failed, one in each run of a workload."""
+    failed = Counter()
+    for one in every:
+        with scratch() as folder:
+            path = Path(folder) / "store"
+            with one.on():
+                try:
+                    allowed = train(path, seed, one)
+                except (ShardEmbError, OSError):
+                    allowed = [NOTHING]  # the first opening
+            check(path, allowed, f"seed {seed}, call {one.at} {one.site or ''}, {one.kind}, {one.failed}")
+            failed[str(one.failed).split()[0]] += 1
+    return failed
 
 
 def resize(store, rows, names="a"):
@@ -309,7 +383,7 @@ def leave(store, failing):
 
 
 def undisturbed(path, what):
-    """Return how many calls a change makes, what each commit holds from the first one on, and what memory does then."""
+    """Return the calls that a change makes, what each commit holds from the first one on, and what memory does then."""
     states, mark, failing = [], TableCatalog.mark_committed, Failing()
 
     def note(catalog):
@@ -327,7 +401,7 @@ def undisturbed(path, what):
         with failing.off():
             after = contents(store)[1]
         leave(store, failing)
-    return failing.count, states, after
+    return failing, states, after
 
 
 def fail_once(path, what, failing, at_once, states, after):
@@ -376,23 +450,31 @@ def fail_once(path, what, failing, at_once, states, after):
         check(copied, [first], what)
 
 
-def change_everywhere(what):
-    """Return which operations failed."""
+def change_everywhere(what, *, sites_alone=False):
+    """Let every call of a change fail, or each call site in each way; return which operations did."""
     with small(), scratch() as folder:
         start = Path(folder) / "start"
         make(start)
         shutil.copytree(start, Path(folder) / "store")
-        count, states, after = undisturbed(Path(folder) / "store", what)
-        failed = set()
-        for position in range(1, count + 1):
+        calls, states, after = undisturbed(Path(folder) / "store", what)
+        every = every_site([calls.sites], 0) if sites_alone else every_position(calls.count)
+        failed = Counter()
+        for number, failing in enumerate(every, 1):
             with scratch() as other:
                 path = Path(other) / "store"
                 shutil.copytree(start, path)
-                failing = Failing(position, KINDS[position % 3])
+                at_once = number // (2 if sites_alone else 3) % 2
                 try:
-                    fail_once(path, what, failing, position // 3 % 2, states, after)
+                    fail_once(path, what, failing, at_once, states, after)
                 except BaseException as error:
-                    error.add_note(f"{failing.kind} at call {position}, {failing.failed}")
+                    error.add_note(
+                        f"{failing.kind} at call {failing.at} {failing.site or ''}, {failing.failed}"
+                    )
                     raise
-                failed.add(str(failing.failed).split()[0])
+                failed[str(failing.failed).split()[0]] += 1
         return failed
+
+
+def change_every_site(what):
+    """As `change_everywhere`, each call site in each way."""
+    return change_everywhere(what, sites_alone=True)

@@ -11,8 +11,9 @@ from shardemb.optim import SGD, Adam
 from support.power_loss import NOTHING, SITES, contents, explore, found_without, is_about_keys, leaving_out
 from support.small import pool_of
 from support.stores import close_quietly
+from support.witnesses import WITNESSES
 
-STATES = int(os.environ.get("SHARDEMB_STATES", "12000")) // 6
+STATES = int(os.environ.get("SHARDEMB_STATES", "3000")) // 3
 
 
 WORKLOADS = 4
@@ -106,4 +107,5 @@ NEEDED = [each for each in SITES if is_about_keys(each) and each not in OTHER_RE
 
 
 def found_without_call(site, **more):
+    more = {"witness": WITNESSES.get(site)} | more
     return found_without(leaving_out(site), kill=0.3, work=work, **more)

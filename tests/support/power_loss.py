@@ -28,8 +28,9 @@ from shardemb.storage import files, fold, log_writer, rewrite
 from support import inside
 from support.small import make_small
 from support.stores import close_quietly
+from support.witnesses import WITNESSES
 
-STATES = int(os.environ.get("SHARDEMB_STATES", "12000"))
+STATES = int(os.environ.get("SHARDEMB_STATES", "3000"))
 
 
 WORKLOADS = 12
@@ -643,10 +644,14 @@ LEFT_OUT = {
 }
 
 
-def found_without(skip, *, kill, states=8000, first_seed=0, work=work):
-    """Say which of up to so many states does not open at the last commit where some calls are left out."""
+def found_without(skip, *, kill, states=8000, first_seed=0, work=work, witness=None):
+    """Return which of up to `states` states does not open at the last commit where some calls are left out.
+
+    The workload of the seed `witness`, if there is one, is tried first.
+    """
     each = 500 // WORKLOADS
-    for seed in range(first_seed, first_seed + -(-states // each)):
+    seeds = range(first_seed, first_seed + -(-states // each))
+    for seed in seeds if witness is None else (witness, *seeds):
         try:
             explore(seed, each, again=0.5, kill=kill, skip=skip, work=work)
         except AssertionError as error:
@@ -657,7 +662,8 @@ def found_without(skip, *, kill, states=8000, first_seed=0, work=work):
 
 def found_without_barrier(what, **more):
     # Without the last, only a power cut soon after the kill of a process makes a difference.
-    return found_without(LEFT_OUT[what], kill=0.7 if "before recovery" in what else 0.1, **more)
+    kill = 0.7 if "before recovery" in what else 0.1
+    return found_without(LEFT_OUT[what], kill=kill, **{"witness": WITNESSES.get(what)} | more)
 
 
 SOURCE = Path(shardemb.__file__).parent
@@ -745,4 +751,4 @@ def leaving_out(site):
 
 
 def found_without_call(site, **more):
-    return found_without(leaving_out(site), kill=0.3, **more)
+    return found_without(leaving_out(site), kill=0.3, **{"witness": WITNESSES.get(site)} | more)

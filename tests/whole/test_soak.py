@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 from support import keys_power_loss as of_keys
-from support.power_loss import LEFT_OUT, OTHER_REASONS, SITES, found_without_barrier, found_without_call
+from support.damages import damage_many
+from support.failures import CHANGES, change_everywhere
+from support.power_loss import (
+    LEFT_OUT,
+    OTHER_REASONS,
+    SITES,
+    found_without_barrier,
+    found_without_call,
+    is_about_keys,
+)
 
 SCALE = float(os.environ.get("SHARDEMB_SOAK", "1.0"))
 FIRST_SEED = int(os.environ.get("SHARDEMB_SEED", str(random.SystemRandom().randrange(10**6))))
@@ -51,13 +60,26 @@ def test_failures(piece):
 
 
 @pytest.mark.parametrize("piece", range(PIECES))
-def test_damage(piece, monkeypatch):
-    test_verify = pytest.importorskip("test_verify")
+def test_failures_with_keys(piece):
+    from support.keys_failures import fail_everywhere
 
+    if piece >= max(1, 10 * SCALE):
+        pytest.skip("not at this scale")
+    announce("failures with keys", FIRST_SEED + piece, "every position")
+    assert fail_everywhere(FIRST_SEED + piece)
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_failures_of_changes(what):
+    announce(f"failures of {what}", "none", "every position")
+    assert change_everywhere(what)
+
+
+@pytest.mark.parametrize("piece", range(PIECES))
+def test_damage(piece):
     count = int(500_000 * SCALE / PIECES)
-    monkeypatch.setattr(test_verify, "DAMAGES", count * test_verify.PARTS)
     announce("damage", FIRST_SEED + piece, count)
-    print(test_verify.damage_many(FIRST_SEED + piece))
+    print(damage_many(FIRST_SEED + piece, count))
 
 
 @pytest.mark.parametrize("piece", range(PIECES))
@@ -79,7 +101,7 @@ def mutants():
         *(
             (found_without_call, site)
             for site in SITES
-            if site not in OTHER_REASONS and "keyindex" not in site
+            if site not in OTHER_REASONS and not is_about_keys(site)
         ),
         *((of_keys.found_without_call, site) for site in of_keys.NEEDED),
         *((found_without_barrier, what) for what in LEFT_OUT),
@@ -91,7 +113,7 @@ def test_mutants(found_without, what):
     """Found within so many states, from a seed that no run before has tried."""
     states = max(8000, int(20_000 * SCALE))
     announce(f"without {what}", FIRST_SEED, f"up to {states} states")
-    found = found_without(what, states=states, first_seed=FIRST_SEED)
+    found = found_without(what, states=states, first_seed=FIRST_SEED, witness=None)
     print(found)
     assert found
 
@@ -99,11 +121,14 @@ def test_mutants(found_without, what):
 @pytest.mark.parametrize(
     ("test", "counts"),
     [
-        ("test_killed_training.py", {"SHARDEMB_KILLS": 2000}),
-        ("test_fuzz.py", {"SHARDEMB_FUZZ_S": 3600}),
-        ("test_stateful.py", {"SHARDEMB_EXAMPLES": 5000, "SHARDEMB_EXAMPLE_STEPS": 100 / min(SCALE, 1.0)}),
+        ("durability/test_killed_training.py", {"SHARDEMB_KILLS": 2000}),
+        ("whole/test_fuzz.py", {"SHARDEMB_FUZZ_S": 3600}),
         (
-            "test_vocabulary_model.py",
+            "whole/test_stateful.py",
+            {"SHARDEMB_EXAMPLES": 5000, "SHARDEMB_EXAMPLE_STEPS": 100 / min(SCALE, 1.0)},
+        ),
+        (
+            "whole/test_vocabulary_model.py",
             {"SHARDEMB_EXAMPLES": 2000, "SHARDEMB_EXAMPLE_STEPS": 60 / min(SCALE, 1.0)},
         ),
     ],
@@ -122,5 +147,5 @@ def test_others_for_longer(test, counts):
         "timeout=0",
         f"--hypothesis-seed={FIRST_SEED}",
     ]
-    command += [str(Path(__file__).with_name(test))]
+    command += [str(Path(__file__).parents[1] / test)]
     subprocess.run(command, env=os.environ | settings | {"SHARDEMB_SEED": str(FIRST_SEED)}, check=True)
