@@ -1,12 +1,12 @@
-"""How a batch runs: the way from checked ids to kernels, for one table or several at once.
+"""How a batch runs: from checked ids to kernels, for one table or several together.
 
 ::
 
-    read     (cold: group by row, ask for all pages) -> cut into tasks -> gather
-    change   group by row -> (cold: ask for all pages) -> copy new rows into slots
-             -> cut into tasks, each row in one -> step
+    read     (if cold: group by row, request all pages) -> cut into tasks -> gather
+    change   group by row -> (if cold: request all pages) -> copy new rows into slots
+             -> cut into tasks, each row in one of them -> step
 
-Everything here has been checked by the caller, so nothing is refused any more.
+The caller has checked all arguments, so nothing here refuses them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,6 @@ from shardemb.engine.shards import PAGED_ROWS
 from shardemb.errors import ShardEmbError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-
-if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from shardemb.base.validation import Float32Array, Int64Array
@@ -39,26 +35,26 @@ if TYPE_CHECKING:
     from shardemb.optim import Optimizer
 
 SAMPLES = 32
-"""Rows of a batch that are looked for in memory, to tell whether it is cold."""
+"""Rows of a batch whose pages are searched in memory, to decide whether it is cold."""
 
 MIN_ROW_BYTES = 128
-"""What a row that is looked up costs at least, however short it is: two cache lines, its own and one of the index."""
+"""The least cost of a lookup of one row, however short it is: two cache lines, its own and one of the index."""
 
 DRAWN_WORK = 3
-"""How many times as long it takes to draw a row's initial values as to copy the row: 1.4 (uniform) to 2.8 (normal)."""
+"""Time to draw a row's initial values, in times of copying a row: it was measured as 1.4 (uniform) to 2.8 (normal)."""
 
 PREFETCH_ROWS = 4096
-"""Rows that a prefetch copies into slots while it holds the lock once."""
+"""Rows that a prefetch copies into slots each time that it holds the lock."""
 
 
 @dataclass
 class Training:
-    """What changes about a table besides its rows.
+    """The mutable state of a table besides its rows.
 
     Attributes
     ----------
     optimizer : Optimizer or None
-        With the hyper-parameters of the next update.
+        It has the hyper-parameters of the next update.
     step : int
         Updates so far.
     """
@@ -68,7 +64,7 @@ class Training:
 
 
 class PlannedRead(NamedTuple):
-    """A lookup in one table that was checked: what it asks for, and the shape of the result."""
+    """A checked lookup in one table, and the shape of its result."""
 
     shards: Shards
     column: str
@@ -76,8 +72,8 @@ class PlannedRead(NamedTuple):
     shape: tuple[int, ...]
 
     def into(self, result: Float32Array) -> Read:
-        """Say where it goes: an array of that shape, C-contiguous."""
-        # A subclass of ndarray, such as a memmap, would be another type to the kernels.
+        """Add the array that the result goes to; it has that shape and is C-contiguous."""
+        # To kernels, a subclass of ndarray such as memmap would be another type.
         flat = np.asarray(result).reshape(-1, self.shape[-1])
         return Read(self.shards, self.column, self.ids, flat)
 
@@ -93,9 +89,9 @@ class Read(NamedTuple):
 
 @dataclass(frozen=True)
 class Change:
-    """A change of one table: gradients for a step of its optimizer; weights to overwrite where `training` is None.
+    """A change of one table: gradients for a step of its optimizer, or, if `training` is None, weights to write.
 
-    The latter may also be as wide as whole records.
+    In the second case, `values` may also be as wide as whole records.
     """
 
     shards: Shards
@@ -106,23 +102,26 @@ class Change:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a lookup of a batch meets, see `Table.explain`; prints as a few lines.
+    """What a lookup of a batch involves, see `Table.explain`; prints as a few lines.
 
     Attributes
     ----------
     ids, rows : int
         Ids of the batch, and the distinct rows among them.
     rows_in_memory, rows_out, rows_never_written : int
-        Of these, rows that changed and lie in memory; that changed and are in the scratch file; and that get their
-        initial value without a look at the disk.
+        How many of these rows changed and are in memory, changed and are in the spill file, and were never written. The
+        last get their initial values without any access to the disk.
     shards, pages, pages_resident : int
-        All others are read from so many shards, on so many pages of 4,096 bytes, of which so many are in memory now.
+        All other rows are read from that many shards, on that many pages of 4,096 bytes, of which `pages_resident` are
+        in memory now.
     bytes_useful, bytes_read : int
-        Bytes of the result that come from these pages, each row once; and bytes that the disk has to read for them.
+        Bytes of the result that come from these pages, counting each row once, and bytes that have to be read from disk
+        for them.
     path : {"warm", "cold", "paged"}
-        Gathered as it is; sorted, and all pages asked for ahead; or brought back from the scratch file part by part.
+        Warm batches are gathered as they are. Cold ones are sorted, and all of their pages are requested ahead. While
+        the table has rows in the spill file, a batch is processed part by part, and the rows of each are reloaded.
     tasks : int
-        Pieces that the gathering is cut into.
+        Tasks that the gathering is cut into.
     """
 
     ids: int
@@ -144,11 +143,11 @@ class Explanation:
         )
         lines = [
             f"{plural(self.ids, 'id')}, {plural(self.rows, 'distinct row')}: "
-            f"{self.rows_in_memory:,} changed and in memory, {self.rows_out:,} in the scratch file, "
+            f"{self.rows_in_memory:,} changed and in memory, {self.rows_out:,} in the spill file, "
             f"{self.rows_never_written:,} never written",
-            f"the rest lies in {plural(self.shards, 'shard')}, on {plural(self.pages, 'page')}, "
+            f"the rest is in {plural(self.shards, 'shard')}, on {plural(self.pages, 'page')}, "
             f"{self.pages_resident:,} of them in memory",
-            f"{size(self.bytes_useful)} of them are asked for; to read {size(self.bytes_read)} ({read})",
+            f"{size(self.bytes_useful)} of them are needed; to read {size(self.bytes_read)} ({read})",
             f"{self.path}, in {plural(self.tasks, 'task')}",
         ]
         return "\n".join(lines)
@@ -157,18 +156,24 @@ class Explanation:
 def read(runtime: Runtime, reads: Sequence[Read]) -> None:
     """Carry out lookups in one or several tables, together.
 
-    Warm batches are gathered as they are: no sort, no system call a row. What is cold is grouped first, and the
-    pages of *all* of it are asked for before the first is waited for: the disk sees as many requests as it can take.
+    Warm batches are gathered as they are, without a sort or a system call for each row. Cold ones are grouped first,
+    and the pages of *all* of them are requested before the first is waited for, so that the disk always has as many
+    requests as it can take.
+
+    Raises
+    ------
+    StaleReaderError
+        Another writer has opened the store; see `Runtime.check_fresh`.
     """
     runtime.check_fresh()
     _without_lock(runtime, reads, _gather)
-    runtime.check_fresh()
+    runtime.check_fresh()  # a new writer may have changed the files while they were read
     for each in reads:
         each.shards.totals.add_lookup(each.ids.size)
 
 
 def explain(runtime: Runtime, shards: Shards, ids: Int64Array) -> Explanation:
-    """Tell what a lookup of the weights of a batch meets."""
+    """Describe what a lookup of the weights of a batch involves."""
     rows = plan.group(ids, shards.spec.num_embeddings).rows
     with runtime.lock:
         places = shards.overlay.places(rows)
@@ -194,7 +199,7 @@ def explain(runtime: Runtime, shards: Shards, ids: Int64Array) -> Explanation:
 
 
 def read_range(runtime: Runtime, shards: Shards, column: str, start: int, stop: int) -> Float32Array:
-    """Copy a column of rows ``start:stop`` in the calling thread, which may be a task."""
+    """Copy a column of rows ``start:stop``, all in the calling thread: this may be called from a task."""
     first, last = shards.spec.columns[column]
     ids = np.arange(start, stop, dtype=np.int64)
     out = np.empty((stop - start, last - first), np.float32)
@@ -205,7 +210,10 @@ def read_range(runtime: Runtime, shards: Shards, column: str, start: int, stop: 
 def _without_lock(
     runtime: Runtime, reads: Sequence[Read], gather: Callable[[Runtime, Sequence[Read]], None]
 ) -> None:
-    """Gather without the lock; again with it, where rows are out or left their slots meanwhile."""
+    """Gather without the lock; if rows are spilled or leave their slots meanwhile, start over under the lock.
+
+    Under the lock nothing moves rows, so the second attempt is always right.
+    """
     versions = [each.shards.overlay.version for each in reads]
     if None not in versions:
         gather(runtime, reads)
@@ -239,12 +247,16 @@ def _gather_range(runtime: Runtime, reads: Sequence[Read]) -> None:
 
 
 def _gather_paged(runtime: Runtime, read: Read) -> None:
-    """Bring rows back that are out, those of a part of the batch at a time."""
+    """Gather under the lock, part by part, and reload the spilled rows of each part first.
+
+    So a lookup exceeds the memory budget by one part at most, and others get the lock between parts.
+    """
     shards = read.shards
     for start in range(0, read.ids.size, PAGED_ROWS):
         stop = min(start + PAGED_ROWS, read.ids.size)
         rows = np.unique(read.ids[start:stop])
         with runtime.changing():
+            # This may release the lock, and spill rows of the part: they are searched again by `reload`.
             runtime.budget.make_room(shards.overlay.count_spilled(rows) * shards.overlay.row_bytes)
             with signals_deferred():
                 shards.overlay.reload(rows)
@@ -256,8 +268,17 @@ def _gather_paged(runtime: Runtime, read: Read) -> None:
 def change(runtime: Runtime, changes: Sequence[Change]) -> None:
     """Carry out changes of one or several tables, together: all of them or none.
 
-    Each distinct row belongs to one task. Up to the inner ``with`` anything may fail and nothing has changed; within
-    it nothing can.
+    Each distinct row belongs to one task. Until the inner ``with``, anything may fail, and nothing has changed; within
+    it, nothing is expected to fail.
+
+    Raises
+    ------
+    StoreClosedError, ReadOnlyError, PoisonedError
+        The store cannot be changed.
+    ShardEmbError
+        The table lost rows or its optimizer after the change was checked.
+    DiskFullError, OSError
+        There is no space for the rows.
     """
     with runtime.changing():
         changes = [_latest(each) for each in changes]
@@ -275,7 +296,9 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
         tasks = [partial(change_rows, task) for task in pieces]
         with runtime.all_or_nothing("an update or write"):
             for each, slots in zip(changes, places, strict=True):
-                each.shards.overlay.mark_changed(slots)
+                each.shards.overlay.mark_changed(
+                    slots
+                )  # first: whatever happens then, a rollback restores them
             scheduler.run(tasks, runtime.threads)
             for each in changes:
                 each.shards.totals.changes += 1
@@ -285,57 +308,62 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
 
 
 def _latest(change: Change) -> Change:
-    """Return a change of what its table is by now: it may have been resized, or resharded, since the ids were checked.
+    """Return the change for what its table is now, which may have been resized or resharded since the ids were checked.
 
     Raises
     ------
     ShardEmbError
-        The change is not one of that table any more.
+        The table does not have the rows or the optimizer any more.
     """
     shards = change.shards
     while shards.successor is not None:
         shards = shards.successor
     gone = change.batch.rows.size and change.batch.rows[-1] >= shards.spec.num_embeddings
     if gone or (change.training is not None and change.training.optimizer is None):
-        msg = f"the table in {shards.directory} lost rows or its optimizer while this waited; nothing was changed"
+        msg = (
+            f"the table in {shards.directory} lost rows or its optimizer while this change waited; "
+            f"nothing was changed"
+        )
         raise ShardEmbError(msg)
     return replace(change, shards=shards)
 
 
 def prefetch(runtime: Runtime, shards: Shards, rows: Int64Array, *, for_update: bool) -> None:
-    """Read the pages of ascending rows; copy the rows into slots where an update is to come."""
+    """Read the pages of ascending rows; copy the rows into slots too if an update is to follow."""
     shards.read_ahead(rows, 0, rows.size)
     if not for_update:
         return
     for start in range(0, rows.size, PREFETCH_ROWS):
-        with runtime.lock:  # for a moment at a time
+        with runtime.lock:  # each time for a moment, as nobody should wait for a prefetch
             if runtime.closed:
                 return
             some = rows[start : start + PREFETCH_ROWS]
             if not runtime.budget.evict(shards.overlay.count_new(some) * shards.overlay.row_bytes):
-                return  # a guess is not worth a fold, nor that others go out
+                return  # the rows may never be used: not worth a fold, or spilling others
             _fill_slots(runtime, [(shards, some)])
 
 
 def load(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> list[Int64Array]:
-    """Bring ascending rows of tables into slots, with the records that they have; return their places.
+    """Load ascending rows of tables into slots; return their places.
 
-    The lock may be let go at first, while a fold makes room; not once the first row is here.
+    The lock may be released at the beginning, while a fold frees memory, but not once the first row is loaded: places
+    are valid only as long as the caller holds the lock.
 
     Raises
     ------
     StoreClosedError
         The store was closed meanwhile.
     DiskFullError, OSError
-        There is no room.
+        There is no space.
     """
     _make_room(runtime, batches)
-    runtime.check_open()
-    with signals_deferred():  # the books of slots are whole or wrong
+    runtime.check_open()  # the lock may have been released
+    with signals_deferred():  # an interrupt half way would leave the counts of slots wrong
         return _fill_slots(runtime, batches)
 
 
 def _fill_slots(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> list[Int64Array]:
+    """Load ascending rows into slots without making room for them; return their places."""
     for shards, rows in batches:
         shards.overlay.reload(rows)
     places = [shards.overlay.places(rows) for shards, rows in batches]
@@ -355,6 +383,7 @@ def _fill_slots(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) 
         for (shards, _), slots in zip(new, reserved, strict=False):
             shards.overlay.unreserve(slots)
         raise
+    # Not before the copies are complete: a lookup without the lock reads a slot as soon as the index leads to it.
     for i, (shards, rows) in enumerate(new):
         shards.overlay.publish(rows, reserved[i])
         shards.totals.rows_copied += rows.size
@@ -363,18 +392,19 @@ def _fill_slots(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) 
 
 
 def _make_room(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> None:
+    """Make room for the rows of batches that are not in memory; the lock may be released meanwhile."""
     budget = runtime.budget
     if budget.has_room(sum(rows.size * shards.overlay.row_bytes for shards, rows in batches)):
-        return  # spares the counting
+        return  # there is room even if all of them are new, so they need not be counted
     for shards, rows in batches:
-        shards.overlay.touch(rows)
+        shards.overlay.touch(rows)  # or those of the batch that are in memory could be evicted
     budget.make_room(
         sum(shards.overlay.count_new(rows) * shards.overlay.row_bytes for shards, rows in batches)
     )
 
 
 def _work(change: Change, places: Int64Array) -> Callable[[int, int], None]:
-    """Return the function that changes the distinct rows ``start:stop`` of a batch, which lie in slots."""
+    """Return the function that changes the distinct rows ``start:stop`` of a batch, given the places of their slots."""
     shards, batch, values = change.shards, change.batch, change.values
 
     def overwrite(start: int, stop: int) -> None:
@@ -397,24 +427,24 @@ def _work(change: Change, places: Int64Array) -> Callable[[int, int], None]:
 
 
 def _samples(tables: int) -> int:
-    """How many rows of each of several tables are looked for in memory, at 2 us each."""
+    """Return how many rows of each of several tables to sample for `Shards.is_cold`, at 2 us each."""
     return max(SAMPLES // 4, SAMPLES // tables) if tables else 0
 
 
 def _row_bytes(shards: Shards, column: str, ids: Int64Array) -> int:
-    """Return what it costs to look up a row of a batch, as bytes that are copied."""
+    """Return the cost of looking up one row of a batch, as the bytes that could be copied in that time."""
     first, last = shards.spec.columns[column]
     copied = max(4 * (last - first), MIN_ROW_BYTES)
-    if ids.size * copied * DRAWN_WORK < 2 * plan.TASK_BYTES:  # one task in any case
-        return copied
+    if ids.size * copied * DRAWN_WORK < 2 * plan.TASK_BYTES:
+        return copied  # one task even if all rows are drawn, so the sample can be spared
     return round(copied * (1 + (DRAWN_WORK - 1) * shards.share_drawn(column, ids, SAMPLES)))
 
 
 def _read_ahead(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> None:
-    """Ask for the pages of ascending rows."""
-    asks = [partial(shards.read_ahead, rows) for shards, rows in batches]
-    # A row costs a system call and a page, however short it is.
-    run_pieces(runtime, asks, [rows.size for _, rows in batches], [PAGE] * len(batches))
+    """Request the pages of ascending rows."""
+    requests = [partial(shards.read_ahead, rows) for shards, rows in batches]
+    # However short a row is, it costs a system call and a page.
+    run_pieces(runtime, requests, [rows.size for _, rows in batches], [PAGE] * len(batches))
 
 
 def run_pieces(
@@ -423,7 +453,7 @@ def run_pieces(
     lengths: Sequence[int],
     row_bytes: Sequence[int],
 ) -> None:
-    """Call each function for all of a range of that length, piece by piece in balanced tasks."""
+    """Call each function for the whole range of its length, in pieces that are spread over balanced tasks."""
 
     def run(pieces: list[Piece]) -> None:
         for which, start, stop in pieces:
@@ -433,7 +463,10 @@ def run_pieces(
 
 
 def run_concurrently(runtime: Runtime, functions: Sequence[Callable[[], None]]) -> None:
-    """Call functions on as many threads as a batch may use, and one more, as one waits for the disk meanwhile."""
+    """Call functions concurrently, on one thread more than a batch may use, as one of them waits for the disk.
+
+    If batches may use one thread only, so do these.
+    """
     scheduler.run(functions, runtime.threads + 1 if runtime.threads > 1 else 1)
 
 

@@ -1,4 +1,4 @@
-"""What a table takes on the disk, shard by shard: rows that were written, and bytes that the file system gave them."""
+"""What a table takes on disk, shard by shard: rows that were written, and bytes that the file system allocated."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a table takes on the disk.
+    """What a table takes on disk.
 
     Attributes
     ----------
     rows_written : ndarray of int64, shape (num_shards,)
-        By shard, the rows that hold more than their initial value; those in memory that the files do not hold yet too.
+        For each shard, the number of rows that hold more than their initial values; it includes dirty rows.
     bytes_allocated : ndarray of int64, shape (num_shards,)
-        By shard, the disk space of its file.
+        For each shard, the disk space of its file.
     """
 
     rows_written: Int64Array
@@ -35,7 +35,7 @@ class Usage:
 
 
 def measure(shards: Shards) -> Usage:
-    """Look at every file of a table. Under the store's lock."""
+    """Measure all files of a table. The caller holds the store's lock."""
     spec = shards.spec
     every = [table_files.shard(spec, shards.directory, number) for number in range(spec.num_shards)]
     count = _rows_with_bit if spec.has_presence else _rows_of_blocks
@@ -59,7 +59,7 @@ def _rows_with_bit(shards: Shards, file: File) -> int:
 
 
 def _rows_of_blocks(shards: Shards, file: File) -> int:
-    """Count the rows of blocks that were ever written, where no bitmap says which of them were."""
+    """Count the rows in blocks that were ever written, for a table without a bitmap that says which rows were."""
     path, start = table_files.checksums_path(shards.directory), 8 * file.first
     written = 0
     with files.opened(path, os.O_RDONLY) as descriptor:

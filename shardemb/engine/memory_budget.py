@@ -1,7 +1,7 @@
-"""The memory budget of a store: how much memory rows may take that were changed, and what leaves when it is exceeded.
+"""The memory budget of a store: how much memory the rows in slots may take, and what happens when they take more.
 
-Rows leave in this order: copies of what the files hold are evicted; committed rows are folded into the files and then
-evicted; what is left is spilled to a file.
+Then memory is freed in this order: clean rows, of which the files hold the same, are evicted; committed rows are folded
+into the files and then evicted; the rest is spilled to a file.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Folds(Protocol):
         Raises
         ------
         DiskFullError, OSError, PoisonedError
-            They cannot.
+            The fold failed.
         """
 
     def try_to_drain(self) -> None:
-        """As `drain`, once; errors of the fold are left to whoever commits next.
+        """As `drain`, but fold only once; an error of the fold is left to the next commit.
 
         Raises
         ------
@@ -52,14 +52,14 @@ class Folds(Protocol):
         """
 
     def supplement(self, spec: TableSpec, ids: Int64Array, pack: Callable[[int, int, int], None]) -> None:
-        """Log records that say no more than the last commit did, then `drain`.
+        """Log records that are what the last commit has implicitly, then `drain`.
 
         Raises
         ------
         ShardEmbError
             The table is not part of the last commit.
         DiskFullError, OSError, PoisonedError
-            The files cannot take them.
+            They could not be logged or folded.
         """
 
 
@@ -67,30 +67,31 @@ class NoFolds:
     """The folds of a store that is open for reading, in which nothing is ever committed."""
 
     def wait(self) -> None:
-        """Nothing is running."""
+        """Do nothing: no fold ever runs."""
 
     def drain(self) -> None:
-        """The files hold what they should."""
+        """Do nothing: there is nothing to fold."""
 
     def try_to_drain(self) -> None:
-        """The files hold what they should."""
+        """Do nothing: there is nothing to fold."""
 
     def supplement(self, spec: TableSpec, ids: Int64Array, pack: Callable[[int, int, int], None]) -> None:
-        """Nobody asks for it."""
+        """Do nothing: only writers call this."""
 
 
 class MemoryBudget:
-    """Keeps the rows in memory of all tables of a store within a number of bytes. Used under the store's lock.
+    """Keeps the rows in slots of all tables of a store within a number of bytes. Callers hold the store's lock.
 
     Parameters
     ----------
     nbytes : int
         The budget.
     overlays : callable
-        Returns the rows in memory of all tables.
-    folds : Folds
+        Returns the overlays of all tables.
+    folds : Folds, optional
+        None in a store that is open for reading.
     spill_folder : Path, optional
-        Where spilled rows go.
+        Where spill files are created. Needed once the budget is exceeded.
     """
 
     def __init__(
@@ -106,19 +107,23 @@ class MemoryBudget:
         self._spill_folder = spill_folder
 
     def has_room(self, nbytes: int) -> bool:
-        """Whether so many more bytes are within the budget."""
+        """Return whether `nbytes` more are within the budget."""
         return self._excess(nbytes) <= 0
 
     def make_room(self, nbytes: int) -> None:
-        """Make room for so many bytes; may release the store's lock while it waits for a fold.
+        """Free memory until `nbytes` more are within the budget; may release the store's lock to wait for a fold.
+
+        A fold needs the lock when it ends, so to wait for one is to release the lock, however often it is held. When
+        this returns, other threads may have committed, moved rows or changed tables: callers look at them again.
 
         Raises
         ------
         DiskFullError, OSError
-            Rows would have to be spilled, and cannot be.
+            Rows have to be spilled, and cannot be.
         StoreClosedError
             The store was closed meanwhile.
         """
+        # The cheapest first. A fold that is running may free enough, so no second one is begun before it has ended.
         if self.evict(nbytes):
             return
         self._folds.wait()
@@ -128,14 +133,16 @@ class MemoryBudget:
         self.spill(nbytes)
 
     def evict(self, nbytes: int) -> bool:
-        """Evict copies of what the files hold, if need be; return whether there is room for so many bytes then."""
+        """Evict clean rows if need be; return whether `nbytes` more are within the budget then."""
         overlays = self._overlays()
         with signals_deferred():
             if self._excess(nbytes) > 0:
-                copies = {each: each.slots.count - each.slots.dirty for each in overlays}
-                # A little more than is needed, so that it has to be done less often.
-                for each, count in _shares(self._excess(nbytes) + self._nbytes // 32, copies):
+                clean = {each: each.slots.count - each.slots.dirty for each in overlays}
+                # A little more than is needed, so that it is done less often.
+                for each, count in _shares(self._excess(nbytes) + self._nbytes // 32, clean):
                     each.evict(count)
+            # The memory of free slots between used ones is not released, and not counted above. Moving rows to release
+            # it is worth the time once it is over half of the budget, and the budget is exceeded with it.
             idle = sum(each.idle_bytes for each in overlays)
             if idle > self._nbytes // 2 and self._excess(nbytes + idle) > 0:
                 for each in overlays:
@@ -143,18 +150,18 @@ class MemoryBudget:
         return self._excess(nbytes) <= 0
 
     def spill(self, nbytes: int) -> None:
-        """As `make_room`, without a fold: the lock stays held."""
+        """As `make_room`, but without waiting for a fold: the lock stays held."""
         if not self.evict(nbytes):
-            try:
+            try:  # more than is needed, so that it is done less often
                 self._spill(self._excess(nbytes) + self._nbytes // 4)
-            except DiskFullError:  # more than is needed, so that it has to be done less often
+            except DiskFullError:
                 self._spill(self._excess(nbytes))
 
     @property
     def needs_fold(self) -> bool:
-        """Whether rows that have to stay until they are folded take over half, so that others may soon have no room."""
-        kept = sum((each.slots.dirty + each.spilled) * each.row_bytes for each in self._overlays())
-        return bool(2 * kept > self._nbytes)
+        """Whether dirty rows, which cannot be evicted before a fold, would take over half of the budget."""
+        dirty = sum((each.slots.dirty + each.spilled) * each.row_bytes for each in self._overlays())
+        return bool(2 * dirty > self._nbytes)
 
     def _spill(self, nbytes: int) -> None:
         assert self._spill_folder is not None
@@ -167,7 +174,7 @@ class MemoryBudget:
 
 
 def _shares(nbytes: int, rows: Mapping[Overlay, int]) -> list[tuple[Overlay, int]]:
-    """Divide up how many of each table's rows have to leave memory so that so many bytes do."""
+    """Return how many of each table's `rows` to remove from memory to free `nbytes`: the same share of each table."""
     most = sum(count * each.slot_bytes for each, count in rows.items())
     share = min(1.0, nbytes / most) if most else 0.0
     return [(each, math.ceil(count * share)) for each, count in rows.items() if count]

@@ -1,9 +1,9 @@
-"""Memory of large results, used again once the caller has let them go.
+"""Memory for large results, which is used again once the caller has released them.
 
-Fresh memory costs more than what is put there: the kernel has to find and clear each page, which takes 0.5 ms a
-megabyte where two threads ask for it, and a gather of as much 0.2 ms. (The C library keeps memory too, but gives the
-end of its heap back.) A training loop lets the rows of one step go before those of the next, so it works in the same
-memory.
+Fresh memory costs more than what is written to it: the kernel has to find and clear each page, which takes 0.5 ms a
+megabyte if two threads do it, whereas a gather of a megabyte takes 0.2 ms. (The C library keeps memory too, but returns
+the end of its heap to the kernel.) A training loop releases the rows of one step before it gets those of the next, so
+it keeps working in the same memory.
 """
 
 from __future__ import annotations
@@ -22,37 +22,38 @@ if TYPE_CHECKING:
 
     from shardemb.base.validation import Float32Array
 
-LEAST_BYTES, MOST_BYTES = 2**20, 2**26
-"""A result of fewer bytes is left to the C library; of all the others, so many bytes are kept."""
+MIN_BYTES, MAX_BYTES = 2**20, 2**26
+"""Results of fewer or of more bytes are left to the C library; free memory of at most `MAX_BYTES` in all is kept."""
 
 ALIGNED = 16
-"""Arrays in one block of memory begin at whole cache lines of so many numbers."""
+"""Arrays in one block of memory begin at multiples of that many numbers, which is a cache line."""
 
 
 class OutputPool:
     """Makes the arrays that lookups return; safe from any thread.
 
-    It has no lock: an array may go wherever Python collects garbage, within this class too. Each step is one operation
-    of a list.
+    It has no lock, because garbage collection may release an array at any point, also within these methods, and
+    `put_back` would then wait for a lock that its own thread holds. Instead, each step is one atomic operation on a
+    list.
     """
 
     def __init__(self) -> None:
-        self._kept: list[address_space.AddressRange] = []
+        self._free: list[address_space.AddressRange] = []
         self._closed = False
 
     def empty(self, shape: tuple[int, ...]) -> Float32Array:
-        """Make an array of float32 that holds anything; nobody else has its memory until the last view of it goes."""
+        """Make an uninitialised array of float32, whose memory is its own until the last view of it is gone."""
         nbytes = 4 * math.prod(shape)
-        if not LEAST_BYTES <= nbytes <= MOST_BYTES:
+        if not MIN_BYTES <= nbytes <= MAX_BYTES:
             return np.empty(shape, np.float32)
-        memory = self._take(nbytes) or _new(nbytes)
+        memory = self._reuse(nbytes) or _new(nbytes)
         return np.asarray(_Lease(self, memory, shape))
 
     def empty_together(self, shapes: Sequence[tuple[int, ...]]) -> list[Float32Array]:
-        """Make several arrays as `empty` does, in one block of memory: alone, each would take whole huge pages."""
+        """Make several arrays as `empty` does, in one block of memory, so that they share its huge pages."""
         sizes = [math.prod(shape) for shape in shapes]
         ends = list(accumulate(round_up(size, ALIGNED) for size in sizes))
-        if not ends or not LEAST_BYTES <= 4 * ends[-1] <= MOST_BYTES:
+        if not ends or not MIN_BYTES <= 4 * ends[-1] <= MAX_BYTES:
             return [self.empty(shape) for shape in shapes]
         block = self.empty((ends[-1],))
         return [
@@ -61,35 +62,36 @@ class OutputPool:
         ]
 
     def close(self) -> None:
-        """Keep nothing any more."""
+        """Release all free memory, and from now on whatever is put back."""
         self._closed = True
-        self._kept.clear()
+        self._free.clear()
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept, and in no array."""
-        return sum(each.nbytes for each in self._kept[:])
+        """Bytes of free memory that are kept for later arrays."""
+        return sum(each.nbytes for each in self._free[:])
 
-    def _take(self, nbytes: int) -> address_space.AddressRange | None:
-        newest_first = self._kept[::-1]  # whose memory may still be in the processor's cache
+    def _reuse(self, nbytes: int) -> address_space.AddressRange | None:
+        # The smallest that is large enough. Of equal ones the newest, which may still be in the processor's cache.
+        newest_first = self._free[::-1]
         for memory in sorted(newest_first, key=lambda each: each.nbytes):
             if memory.nbytes >= nbytes:
                 try:
-                    self._kept.remove(memory)
-                except ValueError:  # another thread has it by now
+                    self._free.remove(memory)
+                except ValueError:  # another thread was faster
                     continue
                 return memory
         return None
 
-    def give(self, memory: address_space.AddressRange) -> None:
-        """Keep memory for a later array, unless enough is kept."""
-        self._kept.append(memory)
-        while self.nbytes > MOST_BYTES or (self._closed and self._kept):
-            del self._kept[:1]
+    def put_back(self, memory: address_space.AddressRange) -> None:
+        """Keep memory for a later array; release the oldest while more than `MAX_BYTES` are kept."""
+        self._free.append(memory)
+        while self.nbytes > MAX_BYTES or (self._closed and self._free):
+            del self._free[:1]
 
 
 class _Lease:
-    """What NumPy needs to know to make an array over memory, which goes back with the last of its arrays."""
+    """What NumPy needs to make an array over memory; the memory is put back when the last of its arrays is gone."""
 
     def __init__(self, pool: OutputPool, memory: address_space.AddressRange, shape: tuple[int, ...]) -> None:
         self._pool, self._memory = pool, memory
@@ -101,7 +103,7 @@ class _Lease:
         }
 
     def __del__(self) -> None:
-        self._pool.give(self._memory)
+        self._pool.put_back(self._memory)
 
 
 def _new(nbytes: int) -> address_space.AddressRange:

@@ -1,12 +1,20 @@
-"""The rows of a table that lie in memory, over its files: those that changed, and copies of those that are about to.
+"""The rows of a table that are in memory, over its files: rows that changed, and copies of rows that are about to.
 
-The newest record of a row is in one of three places: in the files; in a slot, which is memory of this process; or
-*out*, in the scratch file, where changed rows go that have no room in memory. An index tells which: a directory with
-one number for every 256 rows leads to a branch, with one number for every 16 of these, and that to a leaf of 16
-entries. All of it takes memory only where rows are in slots: a table of a billion rows costs what its changed rows do.
+The newest record of a row is in the files; or in a slot, which is memory of this process; or *spilled*, that is, in the
+spill file, where changed rows go that exceed the memory budget. An index says which, see ``compute/row_index.py``. It
+takes memory only around the rows that it holds: a table of a billion rows costs what its changed rows cost.
 
-Lookups follow the index without the store's lock. What they may meet: a row that comes into a slot is copied before its
-entry is set; where one has left before its slot is used again, `Overlay.version` tells, and they look again.
+Whatever moves rows holds the store's lock, but lookups follow the index without it. Two orders of steps make that safe:
+
+- A record is complete before the index leads to it: a reserved slot is filled first and published afterwards. So a
+  lookup finds either the old copy of a row or the whole new one.
+- Before a slot is used again, the index stops leading to it, and then `Overlay.version` changes. A lookup that began
+  earlier may still read that slot, and find another row there. So it compares the version before with the version
+  after, and starts over under the lock if they differ.
+
+A fold writes into the files that lookups read. Every row that it writes is in a slot or spilled until the fold ends, so
+a lookup that begins during the fold does not read such a row from the files. One that began earlier may, if it found
+the row in no slot; this is why the version changes when a fold begins, too.
 """
 
 from __future__ import annotations
@@ -32,31 +40,32 @@ if TYPE_CHECKING:
     from shardemb.base.validation import Float32Array, Int64Array
 
 SLOT_BYTES, NODE_BYTES = 16, 64
-"""What a slot takes besides its record, and what the index takes for a branch or a leaf."""
+"""Bytes of a slot besides its record, and bytes of a branch or a leaf of the index."""
 
 _MAX_SLOTS = 2**31 - 2
+"""An entry of the index is an int32, ``slot + 1`` or ``-(slot + 1)``."""
 _NO_ROWS = np.empty(0, np.int64)
 _NO_INDEX = np.empty(0, np.int32)
 
 
 class Overlay:
-    """The rows of one table that lie in memory. Everything is under the store's lock, but what says otherwise.
+    """The rows of one table that are in memory. Callers hold the store's lock, except where a method says otherwise.
 
     Parameters
     ----------
     memory : AddressRange
-        Holds the table's files, and behind them as much address space for slots.
+        Holds the table's files, and after them as much address space for slots.
     records : ndarray of float32, shape (twice the rows of the files, width)
-        The same, as records: rows of the files first, then slots.
+        The same memory as records: the rows of the files first, then the slots. A *place* is an index into it.
 
     Attributes
     ----------
     slots : Slots
-        Slots in memory.
-    spilled : int
-        Rows that are in the scratch file.
+        The slots in memory.
+    first_slot : int
+        The place of slot 0.
     slot_bytes, row_bytes : int
-        What a row takes in memory at least and at most.
+        The least and the most memory that a row in a slot takes, with its share of the index.
     """
 
     def __init__(self, memory: address_space.AddressRange, records: Float32Array) -> None:
@@ -80,39 +89,40 @@ class Overlay:
 
     @property
     def spilled(self) -> int:
-        """Rows that are in the scratch file."""
+        """The number of rows in the spill file."""
         return 0 if self._spill_file is None else self._spill_file.slots.count
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that rows in slots take, with the index."""
+        """Bytes of memory that rows in slots take, with their index."""
         nodes = sum(min(self.slots.count, nodes.used) for nodes in (self._branches, self._leaves))
         return self.slots.count * self.slot_bytes + nodes * NODE_BYTES
 
     @property
     def idle_bytes(self) -> int:
-        """Bytes of memory that slots take which no row is in."""
+        """Bytes of memory that free slots take."""
         return (self.slots.end - self.slots.count) * self._record_bytes
 
     @property
     def version(self) -> int | None:
-        """A number that is the same as long as no row leaves its slot; None while some are not in memory.
+        """A number that changes before a lookup without the lock could find a wrong record; None while each one could.
 
-        A lookup without the store's lock compares it before and after.
+        Such a lookup compares it before and after. It is None while any row is spilled, since only the holder of the
+        lock can reload rows, and while `rewinding`.
         """
         return None if self.spilled or self._rewinding else self._version
 
-    # ---- where rows are; needs no lock
+    # ---- where rows are; no lock needed
 
     @property
     def index(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], int]:
-        """What `kernels.place_of` follows, the first slot's place at the end; empty where no row is in a slot."""
+        """What `row_index.place_of` needs to find rows; the arrays are empty if no row is in a slot."""
         if self.slots.count == 0:
             return _NO_INDEX, _NO_INDEX, _NO_INDEX, self.first_slot
         return self._directory, self._branches.entries, self._leaves.entries, self.first_slot
 
     def places(self, rows: Int64Array) -> Int64Array:
-        """Return the places of rows among all records: their own for rows of the files, -1 for those that are out."""
+        """Return the place of each row: that of its slot; its own if only the files have it; -1 if it is spilled."""
         if not self.slots.count and not self.spilled:
             return rows.copy()
         directory, branches, leaves = self._directory, self._branches.entries, self._leaves.entries
@@ -125,11 +135,13 @@ class Overlay:
         return int(np.count_nonzero(self._entries(rows) <= 0))
 
     def count_spilled(self, rows: Int64Array) -> int:
-        """Count the rows that are out."""
+        """Count the rows that are spilled."""
         return int(np.count_nonzero(self._entries(rows) < 0))
 
     def reserve(self, rows: Int64Array) -> Int64Array:
-        """Take slots for rows of the files, and return their places, which are to be filled before `publish`.
+        """Allocate slots for rows that are only in the files; return their places, ascending.
+
+        The caller fills these, then calls `publish`, or `unreserve` if it cannot fill them.
 
         Raises
         ------
@@ -138,24 +150,25 @@ class Overlay:
         """
         empty, needed = self.slots.count == 0, self.slots.next_end(rows.size)
         if needed > self._max_slots:
-            msg = f"more than {self._max_slots} rows of a table cannot lie in memory at once; commit before"
+            msg = f"a table can have at most {self._max_slots} rows in memory at once; commit first"
             raise MemoryError(msg)
         self._map(needed * self._record_bytes)
         slots = self.slots.allocate(rows)
         if empty:
-            self._version += 1  # a lookup that found no index at all must look again
+            # A lookup that is running was given the empty index, so it will read all of its rows from the files.
+            self._version += 1
         return self.first_slot + slots
 
     def publish(self, rows: Int64Array, places: Int64Array) -> None:
-        """Let rows be found in slots that hold their records."""
+        """Let the index lead to slots, once they hold the records of their rows."""
         self._set_entries(rows, places - self.first_slot + 1)
 
     def unreserve(self, places: Int64Array) -> None:
-        """Give slots back that were not published."""
+        """Free reserved slots that were not published. No lookup can know of them, so the version stays."""
         self.slots.free(places - self.first_slot)
 
     def mark_dirty(self, places: Int64Array) -> None:
-        """Note that slots are about to hold committed records that the files do not."""
+        """Note that slots are about to hold committed records that the files do not hold."""
         self.slots.mark_dirty(places - self.first_slot)
 
     def mark_changed(self, places: Int64Array) -> None:
@@ -163,7 +176,7 @@ class Overlay:
         self.slots.mark_changed(places - self.first_slot)
 
     def touch(self, rows: Int64Array) -> None:
-        """Let those of the rows that are in slots be the last to leave."""
+        """Note that rows are in use, so that those in slots are evicted last."""
         entries = self._entries(rows)
         self.slots.touch(entries[entries > 0].astype(np.int64) - 1)
 
@@ -175,37 +188,37 @@ class Overlay:
         return sum(slots.changed for slots in self._all_slots())
 
     def changed_rows(self) -> Int64Array:
-        """List the rows that differ from the last commit, in the order of their slots, those that are out last."""
+        """List the rows that differ from the last commit, in the order of their slots, spilled rows last."""
         return np.concatenate([slots.owner[slots.changed_slots()] for slots in self._all_slots()])
 
     def are_dirty(self, rows: Int64Array) -> NDArray[np.bool_]:
-        """Tell which rows have a record here that the files do not hold, or may not hold yet."""
+        """Return for each row whether it is dirty: in a dirty slot, or spilled."""
         entries = self._entries(rows).astype(np.int64)
         dirty: NDArray[np.bool_] = self.slots.state[np.maximum(entries - 1, 0)] & DIRTY != 0
         return ((entries > 0) & dirty) | (entries < 0)
 
     def dirty_rows(self) -> Int64Array:
-        """List the rows that `are_dirty`."""
+        """List the dirty rows."""
         return np.concatenate([slots.owner[slots.dirty_slots()] for slots in self._all_slots()])
 
     def clear_changes(self) -> None:
-        """Let no row differ from the last commit any more."""
+        """Note that no row differs from the last commit: all changes were committed or undone."""
         for slots in self._all_slots():
             slots.clear_changes()
 
     # ---- folds
 
     def begin_fold(self) -> None:
-        """Note which rows are folded now; those with changes that are not committed stay newer all the same."""
-        # A lookup that found a row in no slot before this must not take its record from the files, half written.
+        """Note that the fold of all dirty rows begins. Rows with uncommitted changes will still be dirty after it."""
+        # A lookup that found a row in no slot before it was changed may read that row from the files, half written.
         self._version += 1
         for slots in self._all_slots():
             slots.begin_fold()
 
     def end_fold(self, *, folded: bool) -> None:
-        """Forget the note of `begin_fold`; or take it back, where the files do not hold those rows.
+        """Note that the fold has ended; unless `folded`, the files may not hold the rows and they stay dirty.
 
-        What the scratch file keeps of rows that the files now hold is given up.
+        Spilled rows that the files now hold are dropped from the spill file.
         """
         for slots in self._all_slots():
             slots.end_fold(folded=folded)
@@ -216,19 +229,19 @@ class Overlay:
     # ---- out of memory
 
     def evict(self, count: int) -> None:
-        """Let up to `count` rows leave memory that the files hold, those first that were not touched for long."""
+        """Evict up to `count` rows that the files hold, first those that were not touched for long."""
         if self.slots.count > self.slots.dirty:
             slots = self.slots.choose(count, exclude=DIRTY)
             if slots.size:
                 self._drop_slots(slots)
 
     def spill(self, count: int, folder: Path) -> None:
-        """Let up to `count` rows leave memory for the scratch file.
+        """Move up to `count` rows, clean or dirty, from memory to the spill file.
 
         Raises
         ------
         DiskFullError, OSError
-            They stay in memory.
+            The rows stay in memory.
         """
         if self._spill_file is None:
             self._spill_file = SpillFile(folder, self._record_bytes, self._max_slots)
@@ -236,30 +249,31 @@ class Overlay:
         if slots.size == 0:
             return
         rows = self.slots.owner[slots]
+        # From here on, until all of them are reloaded, `version` is None: lookups that are running will start over.
         spilled = self._spill_file.write(rows, self._addresses(slots))
         self._spill_file.slots.set_flags(spilled, self.slots.flags_of(slots))
         self._set_entries(rows, -(spilled + 1))
         self._free_slots(slots)
 
     def compact(self) -> None:
-        """Move rows into slots that are free, so that those in use lie side by side, and give the other memory back."""
+        """Move rows so that the slots in use are contiguous, and release the rest of the memory."""
         source, target = self.slots.compact()
         if source.size:
             row_kernels.copy_rows(
                 self._records, self.first_slot + source, self.first_slot + target, 0, source.size
             )
             self._set_entries(self.slots.owner[target], target + 1)
-            self._version += 1  # as in `_free_slots`
+            self._version += 1  # before the old slots are released, as in `_free_slots`
         used = round_up(self.slots.end * self._record_bytes, PAGE)
         self._memory.release(self._start + used, self._mapped_bytes - used)
 
     def reload(self, rows: Int64Array) -> None:
-        """Bring those of the rows, distinct, into memory that are out.
+        """Bring those of the distinct rows that are spilled back into memory.
 
         Raises
         ------
         OSError
-            The scratch file cannot be read. They stay out.
+            The spill file cannot be read. The rows stay spilled.
         """
         if self._spill_file is None or not self.spilled:
             return
@@ -279,7 +293,7 @@ class Overlay:
         self._spill_file.release(spilled)
 
     def drop(self, rows: Int64Array) -> None:
-        """Let the files hold the newest record of rows."""
+        """Drop whatever slots and the spill file hold of rows: their newest record is that of the files from now on."""
         entries = self._entries(rows)
         self._drop_slots(entries[entries > 0].astype(np.int64) - 1)
         if self._spill_file is not None:
@@ -287,19 +301,21 @@ class Overlay:
 
     @contextlib.contextmanager
     def rewinding(self) -> Iterator[None]:
-        """Tell lookups to wait for the lock, while rows are forgotten and put together anew."""
-        self._version += 1
+        """Make lookups take the lock, while rows are dropped and committed images are loaded in their stead."""
+        self._version += 1  # for lookups that began before this and end after it
         self._rewinding = True
         yield
-        self._rewinding = False  # unless it broke off
+        self._rewinding = False  # after an error, lookups take the lock until a later rewind succeeds
 
     def read_spilled(self, rows: Int64Array, target: int) -> None:
-        """Copy the records of those rows that are out to where they belong in a row of records at an address.
+        """Copy the records of those rows that are spilled to an address, where row ``i`` has the ``i``-th record.
+
+        The records of the other rows are left as they are.
 
         Raises
         ------
         OSError
-            The scratch file cannot be read.
+            The spill file cannot be read.
         """
         if self._spill_file is not None and self.spilled:
             entries = self._entries(rows)
@@ -334,20 +350,22 @@ class Overlay:
         )
 
     def _drop_slots(self, slots: Int64Array) -> None:
-        """Give up slots, of whose rows the files shall hold the newest."""
+        """Remove slots from the index and free them: the files hold the newest record of their rows from now on."""
         self._set_entries(self.slots.owner[slots], np.zeros(slots.size, np.int64))
         self._free_slots(slots)
 
     def _free_slots(self, slots: Int64Array) -> None:
-        """Give up slots that the index does not lead to any more."""
-        # A lookup that began before this may have found one there, and must not find it used for another row.
+        """Free slots that the index does not lead to any more."""
+        # The order matters. If the version changed before the index does, a lookup that begins in between would see the
+        # new version and the old slot. If it changed only after the slot's memory is released or used again, a lookup
+        # that reads the slot could end in between and take what it read for the row.
         self._version += 1
         self.slots.free(slots)
         if self.slots.count == 0:
             self._memory.release(self._start, self._mapped_bytes)
 
     def _drop_spilled(self, slots: Int64Array) -> None:
-        """Give up what the scratch file keeps, of which the files hold the same."""
+        """As `_drop_slots`, for slots of the spill file."""
         assert self._spill_file is not None
         self._set_entries(self._spill_file.slots.owner[slots], np.zeros(slots.size, np.int64))
         self._spill_file.release(slots)
@@ -357,24 +375,24 @@ class Overlay:
         return self._memory.nbytes // 2
 
     def _map(self, nbytes: int) -> None:
-        """Map memory for slots, at least so many bytes in all."""
+        """Map memory for slots, at least `nbytes` in all; twice as much as before, so that it is rarely done."""
         if nbytes <= self._mapped_bytes:
             return
         wanted = min(round_up(max(nbytes, 2 * self._mapped_bytes), address_space.HUGE_PAGE), self._start)
         self._memory.map_zeros(self._start + self._mapped_bytes, wanted - self._mapped_bytes)
-        if self._mapped_bytes:  # few rows shall not take a huge page
+        if self._mapped_bytes:  # not the first time, or a few rows would take a whole huge page
             self._memory.prefer_huge_pages(self._start + self._mapped_bytes, wanted - self._mapped_bytes)
         self._mapped_bytes = wanted
 
 
 class _Nodes:
-    """Branches or leaves: entries, 16 a node; and how many were ever used, how many of them are free now, and which."""
+    """The branches or the leaves of the index: 16 entries a node, and a free list as ``row_index.py`` describes it."""
 
-    def __init__(self, most: int) -> None:
-        self.entries: NDArray[np.int32] = address_space.zeros(np.int32, (most + 1) * NODE)
-        self.free_list: NDArray[np.int32] = address_space.zeros(np.int32, most + 2)
+    def __init__(self, capacity: int) -> None:
+        self.entries: NDArray[np.int32] = address_space.zeros(np.int32, (capacity + 1) * NODE)
+        self.free_list: NDArray[np.int32] = address_space.zeros(np.int32, capacity + 2)
 
     @property
     def used(self) -> int:
-        """How many are in use."""
+        """The number of nodes in use."""
         return int(self.free_list[0] - self.free_list[1])

@@ -1,7 +1,7 @@
 """What all tables of an open store share: its lock, its limits, and whether it may be used and changed.
 
-Settings that last as long as this opening of the store live here; what lasts as long as the files is in
-``spec.py``, and what lasts for one call is an argument of that call.
+A setting that lasts as long as this opening of the store is here. What lasts as long as the files is in
+``format/spec.py``, and what lasts for one call is an argument of that call.
 """
 
 from __future__ import annotations
@@ -45,17 +45,25 @@ class Runtime:
     log_bytes : int
         Bytes that the log may take before it is folded.
     lock : RLock
-        Held by everything that changes rows, moves rows or changes the set of tables. Lookups do without.
+        Held by everything that changes rows, moves rows or changes the set of tables. Lookups do not need it.
     fresh : callable, optional
-        In a reader that was opened beside a writer: whether that writer is still the last one.
+        For a reader that was opened while a writer was open: returns whether no other writer has come since.
     committed : Manifest
-        As of the last commit: the one place that says which that is.
+        The manifest of the last commit. Nothing else says which commit is the last.
     budget : MemoryBudget
         Keeps changed rows within `memory_budget`.
     folds : Folds
         Moves committed rows into the files.
     outputs : OutputPool
-        Where lookups get the arrays that they return.
+        Makes the arrays that lookups return.
+    closed : bool
+        Whether the store takes no more calls.
+    poisoned : str or None
+        Why nothing can be committed until the store is opened again.
+    half_done : str or None
+        The change that failed half way, so that nothing can be committed before a rollback.
+    pid : int
+        The process that opened the store.
     """
 
     path: Path
@@ -77,7 +85,7 @@ class Runtime:
     _background_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def become_writer(self, folds: Folds, overlays: Callable[[], Sequence[Overlay]]) -> None:
-        """Keep the rows in memory of all tables within the memory budget from now on."""
+        """Keep the rows in memory of all tables within the memory budget, and spill and fold for it, from now on."""
         self.folds = folds
         self.budget = MemoryBudget(self.memory_budget, overlays, folds, store_paths.private(self.path))
 
@@ -88,24 +96,24 @@ class Runtime:
             raise StoreClosedError(msg)
 
     def check_fresh(self) -> None:
-        """Raise `StaleReaderError` in a reader beside whose writer another one has come."""
+        """Raise `StaleReaderError` in a reader if another writer has opened the store since."""
         if self.fresh is not None and not self.fresh():
             msg = f"another writer has opened the store {self.path} since it was read; call store.refresh()"
             raise StaleReaderError(msg)
 
     def check_sound(self) -> None:
-        """Raise `PoisonedError` if memory may not be what its callers believe, so that nothing of it is kept."""
+        """Raise `PoisonedError` if a failure has left memory or the disk in a state that must not be committed."""
         if self.poisoned:
             msg = f"the store {self.path} cannot commit any more: {self.poisoned}; close it and open it again"
             raise PoisonedError(msg)
         if self.half_done:
-            msg = f"{self.half_done} broke off half way; call store.rollback() before anything else"
+            msg = f"{self.half_done} failed half way; call store.rollback() before anything else"
             raise PoisonedError(msg)
 
     def check_writable(self) -> None:
         """Raise `ReadOnlyError` in a store that was opened for reading."""
         if not self.owned:
-            msg = f"the store {self.path} belongs to process {self.pid}, of which this is a fork; change it there"
+            msg = f"the store {self.path} belongs to process {self.pid}, and this is a fork of it; change it there"
             raise ReadOnlyError(msg)
         if not self.writable:
             msg = f'the store {self.path} was opened with mode "r"; open it with mode "r+" to change it'
@@ -113,7 +121,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """Hold the lock, in a store that is open and may be written."""
+        """Hold the lock, and check that the store is open and may be written."""
         with self.lock:
             self.check_open()
             self.check_writable()
@@ -121,18 +129,18 @@ class Runtime:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """As `changing`, where memory is what its callers believe."""
+        """As `changing`, and check that no failure stands in the way, see `check_sound`."""
         with self.changing():
             self.check_sound()
             yield
 
     @property
     def owned(self) -> bool:
-        """Whether this is the process that opened the store, and no fork of it."""
+        """Whether this process opened the store, rather than a fork of it."""
         return os.getpid() == self.pid
 
     def in_background(self, work: Callable[[], None]) -> None:
-        """Run something that nobody waits for, after what was given before; dropped if the store closes first."""
+        """Run work in a background thread, in the order of the calls; it is dropped if the store closes first."""
         with self._background_lock:
             self.check_open()
             if self._background is None:
@@ -140,7 +148,7 @@ class Runtime:
             self._background.submit(work)
 
     def close(self) -> None:
-        """Take no more calls and wait for the background to end."""
+        """Take no more calls, and wait for the work that runs in the background."""
         with self._background_lock:
             self.closed = True
             background, self._background = self._background, None
@@ -152,7 +160,7 @@ class Runtime:
     def all_or_nothing(self, what: str) -> Iterator[None]:
         """Run the part of a change that must not stop half way.
 
-        Ctrl-C takes effect at its end. Should anything break all the same, commits are refused until rollback.
+        Ctrl-C takes effect at its end. If it fails nevertheless, commits are refused until a rollback.
         """
         with signals_deferred():
             try:

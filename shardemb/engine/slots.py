@@ -1,8 +1,14 @@
-"""Numbered places for records: which row each holds, whether the files hold the same, and which may be given up first.
+"""Numbered slots for records: which row each one holds, whether the files hold the same, and which to evict first.
 
-A slot is *newer* while it holds what the files do not: changes that are not committed, which makes it *changed* too, or
-committed ones that no fold has brought into the files. While a fold runs, `FOLDING` are those that were newer when it
-began.
+The state of a slot is a byte of bits:
+
+- `CHANGED`: its record differs from the last commit. A changed slot is always `UNFOLDED` as well.
+- `UNFOLDED`: the files do not hold its record, and no fold that runs now will write it.
+- `FOLDING`: it was unfolded when the fold that runs now began. Until this ends, the files may or may not hold its
+  record.
+- `TOUCHED`: it was used since the clock hand last passed it, see `Slots.choose`.
+
+A slot is *dirty* if it is unfolded or folding: its record must not be lost, because the files may not hold it.
 """
 
 from __future__ import annotations
@@ -22,41 +28,41 @@ if TYPE_CHECKING:
 
 USED, UNFOLDED, FOLDING, CHANGED, TOUCHED, _CHOSEN = (np.uint8(1 << bit) for bit in range(6))
 DIRTY = UNFOLDED | FOLDING
-"""What the files do not hold, or may not hold yet."""
+"""The bits of which a dirty slot has at least one."""
 
 _CHANGING = CHANGED | UNFOLDED | TOUCHED
 
 _AHEAD = 16
-"""How many slots ahead the processor is asked for a state: in one pass, half the time of two that do not ask."""
+"""How many slots ahead a state is prefetched: one pass that prefetches takes half the time of two that do not."""
 
 _EACH_BYTE = np.uint64(0x0101010101010101)
+"""Multiplied by a byte: a word with that byte in all eight places."""
 
 
 class Slots:
-    """Slots of one table. Everything is under the store's lock.
+    """Slots of one table. Callers hold the store's lock.
 
     Parameters
     ----------
-    most : int
-        How many there may be.
+    capacity : int
+        The largest number of slots.
 
     Attributes
     ----------
     owner : ndarray of int64
-        The row that a slot holds.
+        The row that each slot holds.
     state : ndarray of uint8
-        Bits of a slot; 0 where it is free.
+        The bits of each slot; 0 if it is free.
     end : int
-        One past the last slot that was ever used, until none is.
+        One past the last slot that was ever in use; 0 again once no slot is.
     count, dirty, changed : int
-        How many are used; how many of these hold what the files do not, or may not yet; and how many differ from the
-        last commit.
+        How many slots are in use, how many of these are dirty, and how many differ from the last commit.
     """
 
-    def __init__(self, most: int) -> None:
-        self.owner: NDArray[np.int64] = address_space.zeros(np.int64, most)
-        self._words: NDArray[np.uint64] = address_space.zeros(np.uint64, -(-most // 8))
-        self.state: NDArray[np.uint8] = self._words.view(np.uint8)[:most]
+    def __init__(self, capacity: int) -> None:
+        self.owner: NDArray[np.int64] = address_space.zeros(np.int64, capacity)
+        self._words: NDArray[np.uint64] = address_space.zeros(np.uint64, -(-capacity // 8))
+        self.state: NDArray[np.uint8] = self._words.view(np.uint8)[:capacity]
         self._free_slots = np.empty(0, np.int64)
         self.end: int = 0
         self.count: int = 0
@@ -65,11 +71,11 @@ class Slots:
         self._hand = 0
 
     def next_end(self, count: int) -> int:
-        """Tell what `end` will be once so many more are taken."""
+        """Return what `end` will be after `count` more slots are allocated."""
         return self.end + max(0, count - self._free_slots.size)
 
     def allocate(self, rows: Int64Array) -> Int64Array:
-        """Take slots for rows; return them, ascending."""
+        """Allocate a slot for each row; return them, ascending. Slots that were freed last are used first."""
         left = max(0, self._free_slots.size - rows.size)
         slots = np.concatenate(
             [np.sort(self._free_slots[left:], kind="stable"), np.arange(self.end, self.next_end(rows.size))]
@@ -80,18 +86,21 @@ class Slots:
         return slots
 
     def flags_of(self, slots: Int64Array) -> NDArray[np.uint8]:
-        """Tell what has to be known of slots where others take their records, see `set_flags`."""
+        """Return the flags that follow the records of slots to wherever they move, see `set_flags`."""
         flags: NDArray[np.uint8] = self.state[slots] & (DIRTY | CHANGED)
         return flags
 
     def set_flags(self, slots: Int64Array, flags: NDArray[np.uint8]) -> None:
-        """Take over what was known of records that lay elsewhere."""
+        """Give slots the flags of the records that were moved to them."""
         self.state[slots] |= flags
         self.dirty += int(np.count_nonzero(flags & DIRTY))
         self.changed += int(np.count_nonzero(flags & CHANGED))
 
     def free(self, slots: Int64Array, *, end: int | None = None) -> None:
-        """Give slots up; `end` as it was before, where those that were taken last go first."""
+        """Free slots.
+
+        To undo the last `allocate`, pass as `end` what it was before: slots from there on are then as never used.
+        """
         self.dirty -= int(np.count_nonzero(self.state[slots] & DIRTY))
         self.changed -= int(np.count_nonzero(self.state[slots] & CHANGED))
         self.state[slots] = 0
@@ -103,11 +112,11 @@ class Slots:
             self.end, self._free_slots = end, self._free_slots[self._free_slots < end]
 
     def mark_dirty(self, slots: Int64Array) -> None:
-        """Note that slots are about to hold what the files do not."""
+        """Note that slots are about to hold committed records that the files do not hold."""
         self.dirty += _set_bits(self.state, slots, UNFOLDED | TOUCHED, DIRTY)
 
     def mark_changed(self, slots: Int64Array) -> None:
-        """Note that slots are about to differ from the last commit."""
+        """Note that the records of slots are about to differ from the last commit."""
         new = np.zeros(2, np.int64)
         _mark_changed(self.state, slots, new)
         self.dirty, self.changed = self.dirty + int(new[0]), self.changed + int(new[1])
@@ -117,25 +126,31 @@ class Slots:
         return self._with_bits(CHANGED, self.changed)
 
     def dirty_slots(self) -> Int64Array:
-        """List the slots that hold what the files do not, or may not yet, ascending."""
+        """List the dirty slots, ascending."""
         return self._with_bits(DIRTY, self.dirty)
 
     def clear_changes(self) -> None:
-        """Let no slot differ from the last commit any more."""
+        """Note that no slot differs from the last commit: all changes were committed or undone."""
         if self.changed:
             self.state[: self.end] &= ~CHANGED
             self.changed = 0
 
     def touch(self, slots: Int64Array) -> None:
-        """Let slots be the last to be chosen."""
+        """Note that slots are in use, so that `choose` passes them over once."""
         _set_bits(self.state, slots, TOUCHED, TOUCHED)
 
     def begin_fold(self) -> None:
-        """Note which slots are folded now: those that are newer. What has changed since stays newer all the same."""
+        """Note that the unfolded slots are being folded.
+
+        Slots with uncommitted changes stay unfolded too: the fold writes the last commit's records, not theirs.
+        """
         _begin_fold(self.state[: self.end])
 
     def compact(self) -> tuple[Int64Array, Int64Array]:
-        """Let the slots in use lie side by side at the beginning; return those that moved, from where and to where."""
+        """Make the slots in use contiguous, from slot 0 on; return those that moved, from where and to where.
+
+        The caller moves their records.
+        """
         source = self.count + np.flatnonzero(self.state[self.count : self.end])
         target = np.sort(self._free_slots[self._free_slots < self.count])
         self.owner[target], self.state[target] = self.owner[source], self.state[source]
@@ -144,33 +159,33 @@ class Slots:
         return source, target
 
     def end_fold(self, *, folded: bool) -> None:
-        """Forget the note of `begin_fold`; or take it back, where the files do not hold those rows."""
+        """Note that the fold has ended; unless `folded`, the slots that it was to write are unfolded again."""
         self.dirty = _end_fold(self.state[: self.end], UNFOLDED if folded else DIRTY)
 
-    def choose(self, most: int, *, exclude: np.uint8) -> Int64Array:
-        """Choose up to `most` slots in use without certain bits, ascending.
+    def choose(self, limit: int, *, exclude: np.uint8) -> Int64Array:
+        """Choose up to `limit` slots in use that have none of the bits `exclude`, ascending.
 
-        They are looked for round and round, as the clock of virtual memory does: those are passed over once that were
-        touched since the last time.
+        This is the clock algorithm of virtual memory: a hand goes round and round over the slots. It passes over a slot
+        that was touched since it last came by, clears that bit, and chooses the slot the next time round.
         """
-        if self.count == 0 or most <= 0:
+        if self.count == 0 or limit <= 0:
             return np.empty(0, np.int64)
-        chosen = _choose(self.state[: self.end], min(most, self.count), self._hand % self.end, exclude)
+        chosen = _choose(self.state[: self.end], min(limit, self.count), self._hand % self.end, exclude)
         self.state[chosen] &= ~_CHOSEN
         if chosen.size:
             self._hand = int(chosen[-1]) + 1
-        chosen.sort(kind="stable")  # few runs that ascend: these it merges
+        chosen.sort(kind="stable")  # at most a few ascending runs, which this sort merges
         return chosen
 
     def _with_bits(self, bits: np.uint8, count: int) -> Int64Array:
-        """List the slots, of which there are so many, that have any of the bits, ascending."""
+        """List the `count` slots that have any of the bits, ascending."""
         slots: Int64Array = _with_bits(self.state, self._words[: -(-self.end // 8)], np.uint64(bits), count)
         return slots
 
 
 @kernel
 def _set_bits(state: NDArray[np.uint8], slots: Int64Array, bits: np.uint8, counted: np.uint8) -> int:
-    """Set bits of slots; return how many had none of those that are counted."""
+    """Set bits of slots; return how many slots had none of the bits `counted` before."""
     new = 0
     for i in range(slots.size):
         new += (state[slots[i]] & counted) == 0
@@ -180,7 +195,7 @@ def _set_bits(state: NDArray[np.uint8], slots: Int64Array, bits: np.uint8, count
 
 @kernel
 def _mark_changed(state: NDArray[np.uint8], slots: Int64Array, new: Int64Array) -> None:
-    """Set the bits of slots that change; add to `new` how many were not kept before, and how many not changed."""
+    """Set the bits of slots that change; add to `new` how many of them were not dirty, and how many not changed."""
     not_dirty, not_changed, last = 0, 0, slots.size - 1
     for i in range(slots.size):
         prefetch(state.ctypes.data + slots[min(i + _AHEAD, last)])
@@ -196,11 +211,11 @@ def _mark_changed(state: NDArray[np.uint8], slots: Int64Array, new: Int64Array) 
 def _with_bits(
     state: NDArray[np.uint8], words: NDArray[np.uint64], bits: np.uint64, count: int
 ) -> Int64Array:
-    """List the slots, of which there are so many, that have any of the bits; `words` is their state, 8 at a time."""
+    """List the `count` slots that have any of the bits. `words` are the states of 8 slots each."""
     slots = np.empty(count, np.int64)
     k, mask = 0, bits * _EACH_BYTE
     for word in range(words.size):
-        if words[word] & mask:  # of few slots among many, most words have none
+        if words[word] & mask:  # usually few slots have the bits, so most words can be skipped
             for slot in range(8 * word, 8 * word + 8):
                 if k < count and state[slot] & bits:
                     slots[k] = slot
@@ -214,14 +229,17 @@ def _begin_fold(state: NDArray[np.uint8]) -> None:
         if state[slot] & UNFOLDED:
             state[slot] |= FOLDING
             if not state[slot] & CHANGED:
-                state[slot] &= ~UNFOLDED
+                state[
+                    slot
+                ] &= ~UNFOLDED  # a change from now on sets it again, so the end of the fold spares it
 
 
 @kernel
-def _end_fold(state: NDArray[np.uint8], still: np.uint8) -> int:
+def _end_fold(state: NDArray[np.uint8], unfolded: np.uint8) -> int:
+    """Let slots with any of the bits `unfolded` be unfolded, and none be folding; return how many are dirty now."""
     dirty = 0
     for slot in range(state.size):
-        if state[slot] & still:
+        if state[slot] & unfolded:
             state[slot] |= UNFOLDED
             dirty += 1
         state[slot] &= ~FOLDING
@@ -229,12 +247,12 @@ def _end_fold(state: NDArray[np.uint8], still: np.uint8) -> int:
 
 
 @kernel
-def _choose(state: NDArray[np.uint8], most: int, hand: int, exclude: np.uint8) -> Int64Array:
-    chosen = np.empty(most, np.int64)
+def _choose(state: NDArray[np.uint8], limit: int, hand: int, exclude: np.uint8) -> Int64Array:
+    chosen = np.empty(limit, np.int64)
     count = 0
     slot = hand - 1
-    for _ in range(2 * state.size):
-        if count == most:
+    for _ in range(2 * state.size):  # the first round may do nothing but clear TOUCHED
+        if count == limit:
             break
         slot = slot + 1 if slot + 1 < state.size else 0
         if not state[slot] & USED or state[slot] & (exclude | _CHOSEN):
@@ -242,7 +260,7 @@ def _choose(state: NDArray[np.uint8], most: int, hand: int, exclude: np.uint8) -
         if state[slot] & TOUCHED:
             state[slot] &= ~TOUCHED
             continue
-        state[slot] |= _CHOSEN
+        state[slot] |= _CHOSEN  # so that the second round does not choose it again
         chosen[count] = slot
         count += 1
     return chosen[:count].copy()

@@ -1,7 +1,8 @@
-"""Where rows go that hold changes which the files do not, and have no room in memory: an unlinked file.
+"""The spill file: an unlinked file for changed rows that exceed the memory budget.
 
-It goes with the process. It is written in long stretches, read record by record, and neither synced nor recovered. What
-comes back is compared with a checksum kept in memory, because the kernel may drop a page that it could not write.
+It is gone once the table is closed or the process has ended. It is written in long stretches, read record by record,
+and neither synced nor recovered. Each record that is read is compared with a checksum in memory, because the kernel may
+drop a page that it could not write.
 """
 
 from __future__ import annotations
@@ -26,43 +27,43 @@ if TYPE_CHECKING:
     from shardemb.base.validation import Int64Array
 
 STAGE_BYTES = 4 * 2**20
-"""Bytes that are put together in memory before they are written."""
+"""Bytes that are collected in memory before they are written."""
 
 
 class SpillFile:
-    """Records of one table, kept in a file.
+    """Spilled records of one table. Callers hold the store's lock.
 
     Parameters
     ----------
     folder : Path
-        Where the file is made; it never has a name there.
-    record_bytes, most : int
-        Bytes of a record, and how many there may be.
+        Where the file is created; it has no name there.
+    record_bytes, capacity : int
+        Bytes of a record, and the largest number of records.
 
     Attributes
     ----------
     slots : Slots
-        Places in the file.
+        The slots of the file: slot ``k`` is at offset ``k * record_bytes``.
     """
 
-    def __init__(self, folder: Path, record_bytes: int, most: int) -> None:
-        self._path = folder / "(scratch)"
+    def __init__(self, folder: Path, record_bytes: int, capacity: int) -> None:
+        self._path = folder / "(spill file)"  # for error messages alone
         self._record_bytes = record_bytes
         self._descriptor = files.open_unnamed(folder)
         weakref.finalize(self, files.close, self._descriptor).atexit = False
-        self.slots = Slots(most)
-        self._checksums: NDArray[np.uint64] = address_space.zeros(np.uint64, most)
+        self.slots = Slots(capacity)
+        self._checksums: NDArray[np.uint64] = address_space.zeros(np.uint64, capacity)
         self._step = max(1, STAGE_BYTES // record_bytes)
         self._stage = address_space.AddressRange(round_up(self._step * record_bytes, PAGE))
         self._stage.map_zeros(0, self._stage.nbytes)
 
     def write(self, rows: Int64Array, addresses: Int64Array) -> Int64Array:
-        """Keep the records of rows that lie at addresses; return their slots.
+        """Write the records of rows, which are at the given addresses; return their slots.
 
         Raises
         ------
         DiskFullError, OSError
-            There is no room, or the file cannot be written; nothing is kept.
+            The disk is full, or the file cannot be written; none of the records is stored.
         """
         end, size = self.slots.end, self._record_bytes
         slots = self.slots.allocate(rows)
@@ -80,18 +81,19 @@ class SpillFile:
                     )
                 self._checksums[some] = [checksum(stage[i : i + size]) for i in range(0, len(stage), size)]
         except BaseException:
+            # The part that was written must not keep space on a disk that may be full.
             self.slots.free(slots, end=end)
             files.truncate(self._descriptor, self.slots.end * size)
             raise
         return slots
 
     def read(self, slots: Int64Array, addresses: Int64Array) -> None:
-        """Copy the records in slots to addresses; the slots stay theirs.
+        """Copy the records in slots to addresses; the slots stay allocated.
 
         Raises
         ------
         OSError
-            It cannot be read, or is not what was written.
+            A record cannot be read, or is not what was written.
         """
         order, size = np.argsort(slots), self._record_bytes
         slots, addresses = slots[order], addresses[order]
@@ -100,7 +102,7 @@ class SpillFile:
             for first, last in file_blocks.runs(slots)
             for part in range(0, last - first, self._step)
         ]
-        for first, last in runs:
+        for first, last in runs:  # request all of it before the first read waits
             files.will_need(self._descriptor, int(slots[first]) * size, (last - first) * size)
         for first, last in runs:
             view = self._stage.bytes(0, (last - first) * size)
@@ -112,7 +114,7 @@ class SpillFile:
             row_kernels.scatter_images(self._stage.address, size, addresses, first, last)
 
     def release(self, slots: Int64Array) -> None:
-        """Give up slots."""
+        """Free slots; once none is in use, the file takes no disk space."""
         self.slots.free(slots)
         if self.slots.count == 0:
             files.truncate(self._descriptor, 0)

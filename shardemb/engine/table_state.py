@@ -1,9 +1,9 @@
-"""One table of an open store: its memory, what changes about it, and the plans of its batches.
+"""One table of an open store: its memory, its mutable state, and the plans of its batches.
 
-A batch goes down through the rooms once: `validation` checks it, `plan` groups and cuts it, `batch` hands the pieces to
-`scheduler`, which runs them on threads, and `row_kernels` moves the numbers, in memory that `Shards` has mapped over
-the files. `plan_read` and `plan_change` are the checked half of that, so that a store can check many tables before it
-changes any.
+A batch passes through the folders once, downward: `validation` checks it, `plan` groups and cuts it, `batch` hands the
+pieces to `scheduler`, which runs them on threads, and `row_kernels` moves the numbers, in memory that `Shards` has
+mapped over the files. `plan_read` and `plan_change` are the first half, which only checks, so that a store can check
+the batches of many tables before it changes any.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MATERIALIZED_BYTES = 32 * 2**20
-"""Bytes of records that `TableState.materialize` sends through the log at once."""
+"""Bytes of records that `TableState.materialize` sends through the log at a time."""
 
 
 class TableState:
-    """A table as the rooms of a store see it; users hold a `Table`, which has the contracts.
+    """A table as the other modules see it. Users hold a `Table`, which documents the contracts.
 
     Parameters
     ----------
@@ -56,16 +56,16 @@ class TableState:
     shards : Shards
     training : Training
     vocabulary : str, optional
-        The uuid of the vocabulary that gives out its rows.
+        The uuid of the vocabulary that assigns its rows to keys.
 
     Attributes
     ----------
     runtime, name, training, vocabulary
         As the parameters.
     spec : TableSpec
-        What is fixed about it; stays when the store is closed.
+        The fixed properties of the table; it stays when the store is closed.
     dropped : bool
-        Whether every use is refused, unless a rollback brings the table back.
+        Whether the table was dropped, so that every use is refused until a rollback brings it back.
     """
 
     def __init__(
@@ -88,19 +88,19 @@ class TableState:
 
     @property
     def shards(self) -> Shards:
-        """The table's memory, as long as the store is open."""
+        """The table's memory, while the store is open."""
         assert self._shards is not None
         return self._shards
 
     @property
     def entry(self) -> TableEntry:
-        """What a commit would say about the table."""
+        """The entry that a commit now would write about the table."""
         training = self.training
         return TableEntry(self.spec.uuid, self.name, training.step, training.optimizer, self.vocabulary)
 
     @property
     def changed_rows(self) -> int | None:
-        """How many rows differ from the last commit; None once the table is closed."""
+        """The number of rows that differ from the last commit; None once the table is closed."""
         return None if self._shards is None or self.runtime.closed else self._shards.changes
 
     def live(self) -> Shards:
@@ -144,7 +144,7 @@ class TableState:
 
     def plan_read(self, column: str, ids: ArrayLike) -> batch.PlannedRead:
         """Check a lookup."""
-        # Against the memory that is read, and not what the table may become meanwhile, which may have fewer rows.
+        # Checked against the memory that will be read, not against the table, which may be resized in between.
         shards = self.live()
         checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
         first, last = shards.spec.columns[column]
@@ -152,10 +152,10 @@ class TableState:
 
     def read(self, column: str, ids: ArrayLike, out: NDArray[np.float32] | None = None) -> Float32Array:
         """Copy a column of rows into `out`, or into a new array."""
-        wanted = self.plan_read(column, ids)
-        made, shape = self.runtime.outputs, wanted.shape
-        result = made.empty(shape) if out is None else validation.output(out, shape)
-        batch.read(self.runtime, [wanted.into(result)])
+        planned = self.plan_read(column, ids)
+        pool, shape = self.runtime.outputs, planned.shape
+        result = pool.empty(shape) if out is None else validation.output(out, shape)
+        batch.read(self.runtime, [planned.into(result)])
         return result
 
     def read_unique(self, ids: ArrayLike) -> tuple[Float32Array, Int64Array, Int64Array]:
@@ -166,7 +166,7 @@ class TableState:
         return self.read("weight", unique_ids), unique_ids, inverse.reshape(checked.shape)
 
     def read_state(self, column: str, ids: ArrayLike) -> Float32Array:
-        """Copy a state column of rows; without its last axis where it is one number a row."""
+        """Copy a state column of rows; without its last axis if it has one number a row."""
         self.live()
         states = list(self.spec.columns)[1:]
         if column not in states:
@@ -187,7 +187,7 @@ class TableState:
         self.runtime.in_background(partial(batch.prefetch, self.runtime, shards, rows, for_update=for_update))
 
     def explain(self, ids: ArrayLike) -> batch.Explanation:
-        """Describe what a lookup of a batch meets."""
+        """Describe what a lookup of a batch involves."""
         shards = self.live()
         checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
         return batch.explain(self.runtime, shards, checked.flat)
@@ -214,7 +214,7 @@ class TableState:
         return batch.Change(shards, grouped, rows, self.training if what == "gradients" else None)
 
     def plan_reset(self, rows: Int64Array) -> batch.Change:
-        """Plan to give ascending rows their initial records again; those that have them already are left out."""
+        """Plan to give ascending rows their initial records again; rows that were never changed are left out."""
         return self._reset(self.live(), rows)
 
     def change(self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool) -> None:
@@ -238,13 +238,13 @@ class TableState:
             ):
                 msg = (
                     f"table {self.name!r} has the optimizer {now}; set_optimizer changes its hyper-parameters, "
-                    f"not its kind nor what its state starts from, got {optimizer!r}"
+                    f"but neither its kind nor its initial state, got {optimizer!r}"
                 )
                 raise ValueError(msg)
             self.training.optimizer = optimizer
 
     def _distinct(self, ids: ArrayLike) -> tuple[Shards, Int64Array]:
-        """Check row ids; return the memory that they are of, and the distinct ones, ascending."""
+        """Check row ids; return the memory that they were checked against, and the distinct ids, ascending."""
         shards = self.live()
         checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
         return shards, plan.group(checked.flat, shards.spec.num_embeddings).rows
@@ -261,6 +261,7 @@ class TableState:
         count = validation.count(num_embeddings, "num_embeddings", maximum=MAX_ROWS)
         with self.runtime.writing():
             self.live()
+            # The files are copied, so they have to hold the last commit. The fold may release the lock meanwhile.
             self.runtime.folds.drain()
             old = self.live()
             rows = self.spec.num_embeddings
@@ -277,7 +278,7 @@ class TableState:
                 self.become(self._resized(old, count), self.training)
 
     def resize_and_write(self, count: int, ids: Int64Array, records: Float32Array) -> None:
-        """Have another number of rows and other records in some of them: both or neither."""
+        """Change the number of rows and write the records of some of them: both or neither."""
         with self.runtime.writing():
             self.runtime.folds.drain()
             self.become(self._resized(self.live(), count, ids, records), self.training)
@@ -305,9 +306,10 @@ class TableState:
         rows_per_shard: int | None,
         progress: Progress,
     ) -> Iterator[None]:
-        """Continue with a copy that has other shards or another optimizer, if the body commits it.
+        """Continue with a copy that has other shards or another optimizer, if the body of the ``with`` commits it.
 
-        To be called when all is committed; interrupted, the next call for the same commit continues the copy.
+        All changes have to be committed before. If the copy is interrupted, the next call for the same commit
+        continues it.
         """
         commit = self.runtime.committed.commit
         assert commit is not None
@@ -330,7 +332,7 @@ class TableState:
         try:
             yield
         except BaseException:
-            # Unless it was committed, or may have been, which the next opening finds out.
+            # But not if it was committed, or if it may have been, which the next opening finds out.
             if self.runtime.committed.commit is commit and not self.runtime.poisoned:
                 self.become(old, before)
             raise
@@ -353,26 +355,26 @@ class TableState:
     # ---- its life within the store, under the store's lock
 
     def become(self, shards: Shards, training: Training) -> None:
-        """Continue with other memory, of a table with other rows, shards or state."""
+        """Continue with other memory, after the number of rows, the shards or the optimizer changed."""
         if self._shards is not None:
-            self._shards.successor = shards
+            self._shards.successor = shards  # for changes that wait for the lock
         shards.successor = None
         self._shards, self.spec = shards, shards.spec
         self.training.optimizer, self.training.step = training.optimizer, training.step
 
     def restore(self, name: str, shards: Shards, training: Training) -> None:
-        """Go back to what the table was."""
+        """Go back to what the table was at the last commit."""
         self.name, self.dropped = name, False
         self.become(shards, training)
 
     def adopt(self, newer: TableState) -> TableState:
-        """Become what a newer opening of the same table is."""
+        """Take over everything from a newer opening of the same table; return this table."""
         self.name, self.spec, self._shards = newer.name, newer.spec, newer.shards
         self.training, self.dropped = newer.training, False
         return self
 
     def release(self) -> None:
-        """Release the table's memory: it is unmapped once the last lookup that still runs has ended."""
+        """Release the table's memory; it is unmapped when the last lookup that uses it has ended."""
         self._shards = None
 
 
@@ -401,7 +403,7 @@ class TableSource:
         return scheduler.run(tasks, self.threads, stop)
 
     def release_pages(self, start: int, stop: int) -> None:
-        """Let the pages of a range of rows leave memory."""
+        """Release the pages of a range of rows from memory."""
         with self._table.runtime.lock:
             self._table.live().release_pages(start, stop)
 

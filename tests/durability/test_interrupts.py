@@ -503,7 +503,7 @@ def test_an_exception_among_the_kernels_makes_commits_refuse_until_rollback(stor
         with pytest.raises(MemoryError, match="in a task"):
             change(store)
     for refused in (store.commit, lambda: change(store), store.checkpoint):
-        with pytest.raises(PoisonedError, match=r"broke off half way; call store\.rollback\(\)"):
+        with pytest.raises(PoisonedError, match=r"failed half way; call store\.rollback\(\)"):
             refused()
     store.rollback()
     assert_same_bits(rows(table), before)

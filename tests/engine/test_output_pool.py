@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from shardemb.engine import output_pool
-from shardemb.engine.output_pool import LEAST_BYTES, MOST_BYTES, OutputPool
+from shardemb.engine.output_pool import MAX_BYTES, MIN_BYTES, OutputPool
 
-ROWS = LEAST_BYTES // 256
+ROWS = MIN_BYTES // 256
 SHAPE = ROWS, 64
 
 
@@ -29,101 +29,101 @@ def test_an_array_is_what_np_empty_makes():
 
 
 def test_memory_is_used_again_once_the_last_view_is_gone():
-    made = OutputPool()
-    first = made.empty(SHAPE)
+    pool = OutputPool()
+    first = pool.empty(SHAPE)
     where, view = address(first), first[5:, ::2].T
     del first
-    assert made.nbytes == 0
-    assert address(made.empty(SHAPE)) != where
+    assert pool.nbytes == 0
+    assert address(pool.empty(SHAPE)) != where
     del view
-    assert address(made.empty(SHAPE)) == where
+    assert address(pool.empty(SHAPE)) == where
 
 
 @pytest.mark.parametrize(
     "alive", [np.asarray, memoryview, lambda a: a.view(np.int32), lambda a: a.reshape(-1)]
 )
 def test_whatever_stands_for_the_array_keeps_its_memory(alive):
-    made = OutputPool()
-    array = made.empty(SHAPE)
+    pool = OutputPool()
+    array = pool.empty(SHAPE)
     array[:] = 7.0
     kept = alive(array)
     del array
     for _ in range(3):
-        made.empty(SHAPE)[:] = 9.0
+        pool.empty(SHAPE)[:] = 9.0
     assert (np.asarray(kept).view(np.float32) == 7.0).all()
 
 
 def test_a_tensor_keeps_its_memory():
     torch = pytest.importorskip("torch")
-    made = OutputPool()
-    tensor = torch.from_numpy(made.empty(SHAPE)).fill_(7.0)
+    pool = OutputPool()
+    tensor = torch.from_numpy(pool.empty(SHAPE)).fill_(7.0)
     for _ in range(3):
-        made.empty(SHAPE)[:] = 9.0
+        pool.empty(SHAPE)[:] = 9.0
     assert (tensor == 7.0).all()
 
 
 def test_two_arrays_never_share_memory():
-    made = OutputPool()
+    pool = OutputPool()
     for _ in range(3):
-        some = [made.empty(SHAPE) for _ in range(4)]
+        some = [pool.empty(SHAPE) for _ in range(4)]
         for i, each in enumerate(some):
             each[:] = i
         assert [each.min() == each.max() == i for i, each in enumerate(some)] == [True] * 4
 
 
 def test_the_smallest_that_is_large_enough_is_taken():
-    made = OutputPool()
-    large, small = made.empty((8 * ROWS, 64)), made.empty((3 * ROWS, 64))
+    pool = OutputPool()
+    large, small = pool.empty((8 * ROWS, 64)), pool.empty((3 * ROWS, 64))
     expected = address(small)
     del large, small
-    assert address(made.empty(SHAPE)) == expected
+    assert address(pool.empty(SHAPE)) == expected
 
 
 def test_no_more_is_kept_than_the_most():
-    made = OutputPool()
-    some = [made.empty((MOST_BYTES // 4 // 64, 64)) for _ in range(6)]
+    pool = OutputPool()
+    some = [pool.empty((MAX_BYTES // 4 // 64, 64)) for _ in range(6)]
     last = address(some[-1])
     while some:
         some.pop(0)
-        assert made.nbytes <= MOST_BYTES
-    assert made.nbytes == MOST_BYTES
-    assert last in [each.address for each in made._kept]  # the oldest went
+        assert pool.nbytes <= MAX_BYTES
+    assert pool.nbytes == MAX_BYTES
+    assert last in [each.address for each in pool._free]  # the oldest went
 
 
 def test_small_and_huge_results_are_not_kept():
-    made = OutputPool()
-    made.empty((ROWS - 1, 64))
-    made.empty((MOST_BYTES // 256 + 1, 64))
-    assert made.nbytes == 0
+    pool = OutputPool()
+    pool.empty((ROWS - 1, 64))
+    pool.empty((MAX_BYTES // 256 + 1, 64))
+    assert pool.nbytes == 0
 
 
 def test_nothing_is_kept_once_it_is_closed():
-    made = OutputPool()
-    alive, _gone = made.empty(SHAPE), made.empty(SHAPE)
+    pool = OutputPool()
+    alive, _gone = pool.empty(SHAPE), pool.empty(SHAPE)
     del _gone
-    made.close()
-    assert made.nbytes == 0
+    pool.close()
+    assert pool.nbytes == 0
     alive[:] = 1.0
     del alive
-    assert made.nbytes == 0
+    assert pool.nbytes == 0
 
 
 def test_it_may_be_collected_as_part_of_a_cycle():
-    made = OutputPool()
-    cycle = [made.empty(SHAPE)]
+    pool = OutputPool()
+    cycle = [pool.empty(SHAPE)]
     cycle.append(cycle)
     del cycle
     gc.collect()
-    assert made.nbytes > 0
+    assert pool.nbytes > 0
 
 
 def test_threads_never_get_the_same_memory(monkeypatch):
-    monkeypatch.setattr(output_pool, "LEAST_BYTES", 1)
-    made, wrong = OutputPool(), []
+    monkeypatch.setattr(output_pool, "MIN_BYTES", 1)
+    pool, wrong = OutputPool(), []
 
     def work(number):
         for _ in range(300):
-            some = [made.empty((64, 64)) for _ in range(3)]
+            some = [pool.empty((64, 64)) for _ in range(3)]
             for k, each in enumerate(some):
                 each[:] = 10 * number + k
             wrong.extend(each for k, each in enumerate(some) if (each != 10 * number + k).any())
@@ -139,7 +139,7 @@ def test_threads_never_get_the_same_memory(monkeypatch):
 SHAPES = [(3, 64), (0, 64), (ROWS // 2, 64), (64,), (2, 5, 7), (ROWS, 64)]
 
 
-@pytest.mark.parametrize("shapes", [[], SHAPES[:2], SHAPES, [(MOST_BYTES // 256, 64), SHAPE]], ids=len)
+@pytest.mark.parametrize("shapes", [[], SHAPES[:2], SHAPES, [(MAX_BYTES // 256, 64), SHAPE]], ids=len)
 def test_arrays_that_are_made_together_are_what_np_empty_makes(shapes):
     arrays = OutputPool().empty_together(shapes)
     assert [each.shape for each in arrays] == shapes
@@ -152,17 +152,17 @@ def test_arrays_that_are_made_together_are_what_np_empty_makes(shapes):
 
 
 def test_arrays_that_are_made_together_lie_side_by_side_until_the_last_is_gone():
-    made = OutputPool()
-    arrays = made.empty_together(SHAPES)
+    pool = OutputPool()
+    arrays = pool.empty_together(SHAPES)
     first = address(arrays[0])
     ends = [address(each) + each.nbytes - first for each in arrays]
     assert [(address(each) - first) % 64 for each in arrays] == [0] * len(arrays)
     assert max(ends) < sum(each.nbytes for each in arrays) + 64 * len(arrays)
     arrays[1:-1] = []
     del arrays[0]
-    assert made.nbytes == 0
+    assert pool.nbytes == 0
     arrays.clear()
-    assert address(made.empty((ends[-1] // 4,))) == first
+    assert address(pool.empty((ends[-1] // 4,))) == first
 
 
 def test_lookups_of_several_tables_use_it(store):

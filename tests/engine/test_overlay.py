@@ -128,14 +128,14 @@ def test_prefetch_for_an_update_brings_the_newest_back(store):
     assert_same_bits(table.lookup(ids), rows)
 
 
-def test_a_scratch_file_that_cannot_grow_changes_nothing(store, monkeypatch):
+def test_a_spill_file_that_cannot_grow_changes_nothing(store, monkeypatch):
     table = new(store)
     ids, rows = spread(1.0)
     table.write(ids, rows)
     real = files.write
 
     def write(descriptor, data, offset, path):
-        if "scratch" in str(path):
+        if "spill file" in str(path):
             raise DiskFullError(errno.ENOSPC, "no room left on the disk")
         real(descriptor, data, offset, path)
 
@@ -164,7 +164,7 @@ def test_rows_that_cannot_be_read_back_are_refused_and_rolled_back(store, monkey
     real = files.read_into
 
     def read_into(descriptor, view, offset, path):
-        if "scratch" in str(path):
+        if "spill file" in str(path):
             raise OSError(errno.EIO, "bad sector")
         real(descriptor, view, offset, path)
 
@@ -358,19 +358,19 @@ def test_a_spill_that_finds_the_disk_full_takes_no_room_of_it(store, monkeypatch
     table = new(store)
     table.write(np.arange(45), np.ones((45, DIM), np.float32))
     table.write(np.arange(100, 145), np.ones((45, DIM), np.float32))
-    scratch = inside.shards(table).overlay._spill_file
-    before = os.fstat(scratch._descriptor).st_size
+    spill_file = inside.shards(table).overlay._spill_file
+    before = os.fstat(spill_file._descriptor).st_size
     real = files.write
 
     def write(descriptor, data, offset, path):
         real(descriptor, data, offset, path)
-        if "scratch" in str(path):
+        if "spill file" in str(path):
             raise DiskFullError(errno.ENOSPC, "no room left on the disk")
 
     monkeypatch.setattr(files, "write", write)
     with pytest.raises(DiskFullError):
         table.write(np.arange(200, 245), np.ones((45, DIM), np.float32))
-    assert os.fstat(scratch._descriptor).st_size == before > 0
+    assert os.fstat(spill_file._descriptor).st_size == before > 0
     monkeypatch.undo()
 
 
@@ -502,7 +502,7 @@ def test_a_spill_asks_for_no_more_than_is_needed_where_there_is_no_more(store, m
     real = files.write
 
     def write(descriptor, data, offset, path):
-        if "scratch" in str(path) and len(data) > 10 * 240:
+        if "spill file" in str(path) and len(data) > 10 * 240:
             raise DiskFullError(errno.ENOSPC, "no room left on the disk")
         real(descriptor, data, offset, path)
 

@@ -187,8 +187,8 @@ def test_a_fork_may_not_change_its_parents_store():
 
 
 def test_a_poisoned_store_names_the_reason_and_the_way_out():
-    state = runtime(poisoned="a commit broke off")
-    with pytest.raises(PoisonedError, match="a commit broke off; close it and open it again"):
+    state = runtime(poisoned="a commit failed")
+    with pytest.raises(PoisonedError, match="a commit failed; close it and open it again"):
         state.check_sound()
 
 
@@ -221,7 +221,7 @@ def test_a_change_that_breaks_off_stops_commits_until_rollback(error):
     state = runtime()
     with pytest.raises(error), state.all_or_nothing("an update"):
         raise error
-    with pytest.raises(PoisonedError, match=r"an update broke off half way; call store.rollback\(\)"):
+    with pytest.raises(PoisonedError, match=r"an update failed half way; call store.rollback\(\)"):
         state.check_sound()
     state.half_done = None
     state.check_sound()

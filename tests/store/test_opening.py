@@ -432,7 +432,7 @@ def test_a_fork_cannot_change_the_store_and_its_parent_notices_nothing(store, pa
     for name, change in changes.items():
         error = in_fork(change)
         assert isinstance(error, ReadOnlyError), (name, error)
-        assert f"belongs to process {os.getpid()}, of which this is a fork" in str(error), name
+        assert f"belongs to process {os.getpid()}, and this is a fork of it" in str(error), name
     before = content(path)
     assert in_fork(lambda: (store.close(), "closed")[1]) == "closed"
     assert in_fork(lambda: (store.__exit__(None, None, None), "closed")[1]) == "closed"

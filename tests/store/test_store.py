@@ -563,7 +563,7 @@ def test_a_rollback_that_broke_off_is_done_again_and_nothing_else_before(path, m
             with pytest.raises(OSError, match="Input/output"):
                 store.rollback()
         for call in (store.commit, lambda: table.write([1], ONES[:1])):
-            with pytest.raises(PoisonedError, match="a rollback broke off.*call store.rollback"):
+            with pytest.raises(PoisonedError, match="a rollback failed half way.*call store.rollback"):
                 call()
         store.rollback()
         assert table.lookup([1, 2])[:, 0].tolist() == [5, 1]

@@ -622,7 +622,7 @@ def test_explain_counts_rows_by_where_they_lie(tmp_path):
         assert found.path == "paged"
         assert found.tasks == 1
         assert (
-            "9 ids, 8 distinct rows: 1 changed and in memory, 2 in the scratch file, 1 never written"
+            "9 ids, 8 distinct rows: 1 changed and in memory, 2 in the spill file, 1 never written"
             in str(found)
         )
         store.commit()
