@@ -1,7 +1,7 @@
-"""Address space into which files are mapped, and what the kernel is told about it.
+"""Ranges of address space into which files are mapped, and advice to the kernel about them.
 
-Linux only: mappings at fixed addresses, ``MADV_DONTNEED`` on memory of this process. Like ``files.py`` this is a door to
-the outside: callers use it as ``address_space.name(...)``, so that tests can replace it.
+Linux only: it maps at fixed addresses and uses ``MADV_DONTNEED`` on private memory. Like ``files.py`` this module makes
+system calls: callers write ``address_space.name(...)``, so that tests can replace it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MADV_RANDOM, MADV_WILLNEED, MADV_DONTNEED, MADV_POPULATE_READ, MADV_POPULATE_WRITE = 1, 3, 4, 22, 23
 
 MAX_MAPPINGS = 32_768
-"""Files that all open tables of a process may map; the kernel allows 65,530 mappings of any kind."""
+"""Most files that all open tables of a process may map together; the kernel allows 65,530 mappings of any kind."""
 
 HUGE_PAGE = 2 * 2**20
 
@@ -42,15 +42,15 @@ _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 
 def mappings_left() -> int:
-    """How many more files this process may map."""
+    """Return how many more files this process may map."""
     return MAX_MAPPINGS - files.counters.mappings
 
 
 class AddressRange:
-    """A stretch of address space, 2 MiB aligned, into which files are mapped privately.
+    """A range of address space, aligned to 2 MiB, into which files are mapped privately.
 
-    Until something is mapped there, it cannot be touched. It is unmapped when the last array over it goes, so a
-    thread that still reads from one is safe whatever the others do.
+    Memory in which nothing is mapped must not be accessed. The range is unmapped when the last array over it is
+    deleted, so a thread that still reads from such an array is safe whatever other threads do.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ class AddressRange:
     Raises
     ------
     OSError
-        The address space is not to be had.
+        The address space cannot be reserved.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -72,23 +72,23 @@ class AddressRange:
         weakref.finalize(self, _unmap, start, length, self._files).atexit = False
 
     def map_file(self, offset: int, path: Path, nbytes: int, start: int = 0) -> None:
-        """Map `nbytes` of a file, from `start` on, at `offset`: reads see the file, writes stay in this process."""
+        """Map `nbytes` of a file, from `start` on, at `offset`. Reads see the file; writes stay in this process."""
         with files.opened(path, os.O_RDONLY) as descriptor:
             _mmap(self.address + offset, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, descriptor, start)
         self._files[0] += 1
         files.counters.add(mappings=1)
 
     def map_zeros(self, offset: int, nbytes: int) -> None:
-        """Map zero bytes that take memory once they are written."""
+        """Map zero bytes, which take memory only once they are written."""
         _mmap(self.address + offset, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, -1)
 
     def array(self, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
-        """View the beginning of the range as an array, which keeps the range mapped."""
+        """Return an array over the beginning of the range. It keeps the range mapped."""
         view = _View(self, np.dtype(dtype).str, shape)
         return np.asarray(view)
 
     def bytes(self, offset: int, nbytes: int) -> memoryview:
-        """View a part of the range as bytes, which keeps the range mapped."""
+        """Return a view of a part of the range as bytes. It keeps the range mapped."""
         return self.array(np.uint8, (self.nbytes,)).data[offset : offset + nbytes]
 
     def advise(self, offset: int, nbytes: int, advice: int) -> None:
@@ -97,23 +97,26 @@ class AddressRange:
         Raises
         ------
         OSError
-            The kernel refused.
+            The kernel refused the advice.
         """
         files.check(_libc.madvise(self.address + offset, nbytes, advice), f"madvise({advice})")
 
     def release(self, offset: int, nbytes: int) -> None:
-        """Let memory of this process go, if the kernel takes it; what lay there is zeros, or as it was."""
-        with contextlib.suppress(OSError):  # locked memory, for example
+        """Return private memory to the kernel. Where it accepts, the content is that of the file again, or zeros.
+
+        Where it refuses, the content is unchanged.
+        """
+        with contextlib.suppress(OSError):  # the memory is locked, for example
             self.advise(offset, nbytes, MADV_DONTNEED)
 
     def prefer_huge_pages(self, offset: int, nbytes: int) -> None:
-        """Let a part of the range lie in huge pages, where the kernel has them: fewer faults, faster random reads."""
+        """Let a part of the range use huge pages if the kernel has them: fewer faults and faster random reads."""
         with contextlib.suppress(OSError):
             self.advise(offset, nbytes, _MADV_HUGEPAGE)
 
 
 class _View:
-    """What NumPy needs to know to make an array over a range."""
+    """Describes a range to NumPy, and keeps it mapped as long as an array uses it."""
 
     def __init__(self, owner: AddressRange, typestr: str, shape: tuple[int, ...]) -> None:
         self._owner = owner
@@ -126,7 +129,7 @@ class _View:
 
 
 def zeros(dtype: DTypeLike, count: int) -> NDArray[Any]:
-    """Make an array of zeros that takes memory page by page, as it is written."""
+    """Make an array of zeros that takes memory only page by page, as it is written."""
     nbytes = -(-max(count * np.dtype(dtype).itemsize, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
     memory = AddressRange(nbytes)
     memory.map_zeros(0, nbytes)
@@ -134,9 +137,9 @@ def zeros(dtype: DTypeLike, count: int) -> NDArray[Any]:
 
 
 def read_in_huge_pages(path: Path, start: int, nbytes: int) -> None:
-    """Read a part of a file into the page cache in pages of 2 MiB, if the kernel and the file system have them.
+    """Read a part of a file into the page cache in pages of 2 MiB, if kernel and file system support them.
 
-    What is advised page by page lies in small ones, for each of which a lookup has to walk the page table.
+    Read-ahead by advice gives small pages instead, for each of which a lookup has to walk the page table.
 
     Parameters
     ----------
@@ -152,7 +155,7 @@ def read_in_huge_pages(path: Path, start: int, nbytes: int) -> None:
 
 
 def cached_share(descriptor: int, offset: int, nbytes: int) -> float:
-    """Tell how much of a range the page cache holds, 0 to 1, without reading any of it."""
+    """Return the share of a range of a file that is in the page cache, 0 to 1, without reading any of it."""
     answer = (ctypes.c_ubyte * -(-nbytes // mmap.PAGESIZE))()
     address = _libc.mmap(0, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, offset)
     if address == _FAILED:

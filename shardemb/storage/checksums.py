@@ -1,9 +1,9 @@
-"""Checksums of the blocks of a table's files, so that what the disk has changed is found.
+"""Checksums of the blocks of a table's files, by which damage on the disk is found.
 
-A block is a page, 4,096 bytes. The checksums of all blocks of a table lie in one file, in the order of the shards and
-then of the chunks of the presence bitmap; 0 stands for a block that was never written and is all zero bytes. Whoever
-writes blocks says so first, durably, and notes the new checksums when the blocks are durable: a crash in between leaves
-blocks *in flux*, never a false alarm, and recovery writes those again.
+A block is a page, 4,096 bytes. The checksums of all blocks of a table are in one file, in the order of the shards and
+then of the chunks of the presence bitmap; 0 stands for a block that was never written and is all zero bytes. A writer
+first marks blocks as *in flux*, durably, then writes the blocks, and writes the new checksums once the blocks are
+durable. A crash in between leaves blocks in flux, and never raises a false alarm; recovery writes these blocks again.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from shardemb.base.validation import Int64Array
 
 NEVER_WRITTEN, IN_FLUX, DAMAGED = 0, 1, 2
-"""Checksums are even and larger than these. `IN_FLUX` is added to that of a block which is being written;
-`DAMAGED` stands for that of a block which was damaged when a part of it was written anew."""
+"""Real checksums are even and larger than these. `IN_FLUX` is added to the checksum of a block that is being written.
+`DAMAGED` takes the place of the checksum of a block that was damaged when a part of it was rewritten."""
 
 WINDOW_BYTES = 4 * 2**20
 _PER_PAGE = PAGE // 8
 
 
 def block_sums(data: memoryview, which: Int64Array | None = None) -> NDArray[np.uint64]:
-    """Checksums of the blocks that `data` consists of, or of some of them."""
+    """Return the checksums of the blocks of `data`, or only of the blocks `which`."""
     blocks = range(len(data) // PAGE) if which is None else which.tolist()
     return np.array([block_sum(data[block * PAGE : (block + 1) * PAGE]) for block in blocks], np.uint64)
 
 
 def block_sum(data: memoryview) -> int:
-    """Checksum of one block."""
+    """Return the checksum of one block."""
     return max(checksum(data) & ~IN_FLUX, DAMAGED + 2)
 
 
@@ -56,39 +56,40 @@ def differing(
     which: Int64Array,
     new_bits: Callable[[Int64Array], NDArray[np.uint8]],
 ) -> NDArray[np.bool_]:
-    """Whether blocks differ from what they should be.
+    """Return which of n blocks are damaged: they differ from their checksums, and the log does not explain it.
 
     Parameters
     ----------
     known : ndarray of uint64, shape (n,)
-        Their checksums.
+        The checksums of the blocks.
     content : ndarray of uint8, shape (m, PAGE)
     which : ndarray of int64, shape (n,)
-        Where in `content` they lie.
-    anew : callable
-        ``new_bits(i)``, shape (i.size, PAGE): for blocks `i` of the n, the bits set that the log says anew, so that a fold
-        may have changed them.
+        The index in `content` of each block.
+    new_bits : callable
+        ``new_bits(i)`` returns an array of uint8, shape (i.size, PAGE), for the blocks with indices `i` among the n. It
+        has those bits set for which the log holds new values, so that a fold may have written them already.
     """
     never, in_flux = known == NEVER_WRITTEN, (known & IN_FLUX == IN_FLUX) & (known != DAMAGED + IN_FLUX)
     differs = np.zeros(known.size, np.bool_)
-    noted = np.flatnonzero(~(never | in_flux))
-    differs[noted] = block_sums(content.reshape(-1).data, which[noted]) != known[noted]
+    certain = np.flatnonzero(~(never | in_flux))
+    differs[certain] = block_sums(content.reshape(-1).data, which[certain]) != known[certain]
+    # A block without a checksum is zeros, but for what a fold has written. Few are not zeros, so `new_bits` is cheap.
     never = np.flatnonzero(never)
-    never = never[content.view(np.uint64)[which[never]].any(axis=1)]  # few, so that the rest is cheap
+    never = never[content.view(np.uint64)[which[never]].any(axis=1)]
     differs[never] = (content[which[never]] & ~new_bits(never)).any(axis=1)
-    # A crash can have left it in any state; what is anew is written again.
+    # A crash can leave a block in flux in any state. That is fine if recovery writes it again, from the log.
     in_flux = np.flatnonzero(in_flux)
     differs[in_flux] = ~new_bits(in_flux).any(axis=1)
     return differs
 
 
 def mark_in_flux(path: Path, blocks: Int64Array) -> NDArray[np.uint64]:
-    """Say durably that blocks, ascending, are in flux; return their checksums before. By one thread at a time.
+    """Mark blocks, in ascending order, as in flux, durably; return their checksums so far. One thread at a time.
 
     Raises
     ------
     DiskFullError, OSError
-        Any part may have been written.
+        Any part of the marks may have been written.
     """
     before = np.empty(blocks.size, np.uint64)
 
@@ -101,12 +102,12 @@ def mark_in_flux(path: Path, blocks: Int64Array) -> NDArray[np.uint64]:
 
 
 def write_sums(path: Path, blocks: Int64Array, sums: NDArray[np.uint64]) -> None:
-    """Note the checksums of blocks, ascending, durably. By one thread at a time.
+    """Write the checksums of blocks, in ascending order, durably. One thread at a time.
 
     Raises
     ------
     DiskFullError, OSError
-        Any part may have been written.
+        Any part of the checksums may have been written.
     """
     _update(path, blocks, lambda words, part: sums[part])
 
@@ -118,7 +119,7 @@ def _update(
     starts = np.flatnonzero(np.diff(pages, prepend=-1))
     edges = [*starts.tolist(), blocks.size]
     with files.opened(path, os.O_RDWR) as descriptor:
-        # Runs of neighbouring pages at once, but not more than a window.
+        # Contiguous pages of checksums in one read and one write, but at most a window.
         for first, last in file_blocks.runs(pages[starts]):
             for some in range(first, last, WINDOW_BYTES // PAGE):
                 end = min(some + WINDOW_BYTES // PAGE, last)
@@ -132,7 +133,10 @@ def _update(
 
 
 def write_file_sums(file: File, directory: Path) -> None:
-    """Note the checksums of a file that was written in one go, where they were all `NEVER_WRITTEN`; not durable."""
+    """Compute and write the checksums of a new file, all of which were `NEVER_WRITTEN`. Not synced.
+
+    Holes and blocks of zeros keep `NEVER_WRITTEN`.
+    """
     path = checksums_path(directory)
     with files.opened(file.path, os.O_RDONLY) as source, files.opened(path, os.O_WRONLY) as target:
         for offset in range(0, file.nbytes, WINDOW_BYTES):
@@ -148,15 +152,15 @@ def write_file_sums(file: File, directory: Path) -> None:
 def differing_blocks(
     file: File, directory: Path, start: int, stop: int, memory: address_space.AddressRange
 ) -> Int64Array:
-    """Compare a stretch of a file with its checksums; return the numbers of the blocks that differ.
+    """Compare a stretch of a file with its checksums; return the table-wide numbers of the blocks that differ.
 
-    Reads from the disk, past the page cache where the file system can, into `memory`. A fold that comes between is no
-    difference: where the checksum has changed meanwhile, so may have the block.
+    Reads from the disk into `memory`, bypassing the page cache if the file system supports that. A concurrent fold
+    makes no difference: a block whose checksum changes meanwhile may have changed too, and is not reported.
 
     Raises
     ------
     OSError
-        It cannot be read.
+        The file or its checksums cannot be read.
     """
     first, count = file.first + start // PAGE, (stop - start) // PAGE
     path = checksums_path(directory)
@@ -173,18 +177,18 @@ def differing_blocks(
 
 
 def are_intact(file: File, directory: Path, start: int, data: memoryview) -> bool:
-    """Whether whole blocks of a file that nobody writes to, from a position on, are what their checksums say."""
+    """Whether whole blocks of a file, from `start` on, match their checksums. Nothing may write to them meanwhile."""
     known = read_sums(checksums_path(directory), file.first + start // PAGE, len(data) // PAGE)
     return bool((block_sums(data) == _content_sums(known)).all())
 
 
 def _content_sums(known: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return the checksums that blocks have if they are what is noted of them."""
+    """Return the checksums that the content of blocks must have, given those in the file of checksums."""
     return np.where(known == NEVER_WRITTEN, np.uint64(ZEROS), known)
 
 
 def read_sums(path: Path, first: int, count: int) -> NDArray[np.uint64]:
-    """Return what is noted of blocks of a table."""
+    """Read the checksums of `count` blocks of a table from its file of checksums."""
     with files.opened(path, os.O_RDONLY) as sums:
         return _read_sums(sums, first, count, path)
 

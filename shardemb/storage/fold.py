@@ -1,17 +1,16 @@
-"""Writes committed images into the shards, and makes them durable. Nothing else writes to the shards of a table.
+"""Writes committed images into the shards and makes them durable. Nothing else writes to the shards of a table.
 
-Whole blocks are written: read, changed in memory, and written with their new checksum (see ``checks.py``), in long
-stretches past the page cache where many of them lie close together and the page cache has them not, one by one where
-they are few. Images overwrite
-whatever is there, also where it looks the same: after a write-back that failed, what is in the page cache can be right
-and what is on the disk wrong.
+A fold writes whole blocks: it reads a block, changes it in memory, and writes it and its new checksum (see
+``checksums.py``). Where many of its blocks are close together and not in the page cache, it writes long stretches past
+the page cache; where they are few, it writes them one by one. Images are written even where the file seems to hold the
+same: after a failed write-back the page cache can be right and the disk wrong.
 
 ::
 
-    say that all blocks are in flux, synced -> write the blocks, synced file by file -> note their checksums, synced
+    mark all blocks as in flux, sync -> write the blocks, sync each file -> write their checksums, sync
 
-Blocks of the presence bitmap come after those of the shards: a row whose bit is set has its record, also for whoever
-looks it up meanwhile, and where a fold has broken off.
+Blocks of the presence bitmap are written after those of the shards. So a row whose bit is set has its record, also for
+a concurrent lookup, and after an interrupted fold.
 """
 
 from __future__ import annotations
@@ -40,25 +39,25 @@ if TYPE_CHECKING:
     from shardemb.storage.log_reader import Images
 
 BUFFER_BLOCKS = 2048
-"""Blocks that a task holds in memory."""
+"""Most blocks that a task holds in memory."""
 
 DIRECT_BLOCKS = 16
-"""Blocks in a row that are worth a read and a write past the page cache."""
+"""Fewest contiguous blocks for which reading and writing past the page cache pays off."""
 
 
 class FilePatch(NamedTuple):
-    """What is new in one file.
+    """The new content of one file.
 
     Attributes
     ----------
-    file : checks.File
+    file : table_files.File
     blocks : ndarray of int64
-        Within the file, ascending.
+        Numbers, within the file, of the blocks that change; ascending.
     whole : ndarray of bool
-        Whether nothing of a block remains as it was.
-    change, mark : callable
-        ``change(blocks, memory)`` puts what is new into blocks that lie one behind the other; `mark` sets the bits of
-        all that is new instead.
+        Whether a block is replaced entirely, so that its old content does not matter.
+    apply, set_bits : callable
+        ``apply(blocks, memory)`` writes the new content of some blocks to memory that holds these blocks contiguously.
+        ``set_bits(blocks, memory)`` sets to 1 every bit that `apply` would write.
     """
 
     file: table_files.File
@@ -68,16 +67,30 @@ class FilePatch(NamedTuple):
     set_bits: Callable[[Int64Array, NDArray[np.uint8]], None]
 
     def new_bits(self, blocks: Int64Array) -> NDArray[np.uint8]:
-        """Return blocks in which the bits are set of all that is new, shape (blocks, PAGE)."""
-        marks = np.zeros(blocks.size * PAGE, np.uint8)
+        """Return for some blocks which of their bits are new: those are 1, in an array of shape (blocks, PAGE)."""
+        bits = np.zeros(blocks.size * PAGE, np.uint8)
         if blocks.size:
-            self.set_bits(blocks, marks)
-        return marks.reshape(-1, PAGE)
+            self.set_bits(blocks, bits)
+        return bits.reshape(-1, PAGE)
+
+
+class _Stretch(NamedTuple):
+    """Contiguous blocks, which are read in one call and written in one call."""
+
+    descriptor: int
+    offset: int  # in the file
+    first: int  # first and one past the last block, in the buffer
+    last: int
+
+    @property
+    def buffer(self) -> slice:
+        """Where the blocks are in the buffer, in bytes."""
+        return slice(self.first * PAGE, self.last * PAGE)
 
 
 @dataclass
 class _Task:
-    """What is new in one file, with the table's checksums: their file, those before, and room for those after."""
+    """A patch to write, with the checksums of its blocks before, and an array for the checksums after."""
 
     patch: FilePatch
     checksums_path: Path
@@ -85,13 +98,10 @@ class _Task:
     sums: NDArray[np.uint64]
 
     def run(self) -> None:
-        """Write the blocks, and what is worth to be written along with them, and sync the file."""
+        """Write the blocks, and unchanged blocks between them where that is cheaper; sync the file."""
         file = self.patch.file
-        has_data = (
-            checksums.read_sums(self.checksums_path, file.first, file.nbytes // PAGE)
-            != checksums.NEVER_WRITTEN
-        )
-        blocks = file_blocks.fill_windows(self.patch.blocks, has_data)
+        sums = checksums.read_sums(self.checksums_path, file.first, file.nbytes // PAGE)
+        blocks = file_blocks.fill_windows(self.patch.blocks, sums != checksums.NEVER_WRITTEN)
         memory = address_space.AddressRange(min(BUFFER_BLOCKS, blocks.size) * PAGE)
         memory.map_zeros(0, memory.nbytes)
         with (
@@ -105,43 +115,46 @@ class _Task:
     def _write(
         self, blocks: Int64Array, cached: int, direct: int, memory: address_space.AddressRange
     ) -> None:
-        path, offsets = self.patch.file.path, (blocks * PAGE).tolist()
-        some = slice(*np.searchsorted(self.patch.blocks, [blocks[0], blocks[-1] + 1]).tolist())
-        new, whole, known = self.patch.blocks[some], self.patch.whole[some], self.known[some]
-        at = np.searchsorted(blocks, new)
-        complete = np.zeros(blocks.size, np.bool_)
-        complete[at] = whole
-        view = memory.bytes(0, blocks.size * PAGE)
-        stretches = []
-        for first, last in file_blocks.runs(blocks):
-            place, offset = slice(first * PAGE, last * PAGE), offsets[first]
-            is_long = last - first >= DIRECT_BLOCKS
-            # What is in the page cache is read and written there: a table that is warm stays so.
-            past = is_long and address_space.cached_share(cached, offset, place.stop - place.start) < 0.5
-            stretches.append((direct if past else cached, place, offset))
-        read = [
-            each for each in stretches if not complete[each[1].start // PAGE : each[1].stop // PAGE].all()
-        ]
-        for descriptor, place, offset in read:
-            if descriptor == cached:
-                files.will_need(descriptor, offset, place.stop - place.start)
-        for descriptor, place, offset in read:
-            files.read_into(descriptor, view[place], offset, path)
-        # A block that was damaged stays marked as damaged, although a part of it is rewritten.
-        content = memory.array(np.uint8, (blocks.size, PAGE))
-        kept = np.flatnonzero(~whole)
-        damaged = np.zeros(new.size, np.bool_)
-        damaged[kept] = checksums.differing(
-            known[kept], content, at[kept], lambda i: self.patch.new_bits(new[kept[i]])
+        """Read some blocks, check and change those of the patch, write all of them."""
+        patch, path = self.patch, self.patch.file.path
+        some = slice(*np.searchsorted(patch.blocks, [blocks[0], blocks[-1] + 1]).tolist())
+        changed, whole, known = patch.blocks[some], patch.whole[some], self.known[some]
+        at = np.searchsorted(blocks, changed)
+        needs_read = np.ones(blocks.size, np.bool_)
+        needs_read[at] = ~whole
+        view, content = memory.bytes(0, blocks.size * PAGE), memory.array(np.uint8, (blocks.size, PAGE))
+        stretches = _stretches(blocks, cached, direct)
+        read = [each for each in stretches if needs_read[each.first : each.last].any()]
+        for each in read:
+            if each.descriptor == cached:  # so that the disk works on all of them while the first is read
+                files.will_need(cached, each.offset, (each.last - each.first) * PAGE)
+        for each in read:
+            files.read_into(each.descriptor, view[each.buffer], each.offset, path)
+        # A new checksum must not hide damage in the old part of a block: such a block stays marked as damaged.
+        partly = np.flatnonzero(~whole)
+        damaged = np.zeros(changed.size, np.bool_)
+        damaged[partly] = checksums.differing(
+            known[partly], content, at[partly], lambda i: patch.new_bits(changed[partly[i]])
         )
-        self.patch.apply(blocks, content.reshape(-1))
+        patch.apply(blocks, content.reshape(-1))
         self.sums[some] = np.where(damaged, np.uint64(checksums.DAMAGED), checksums.block_sums(view, at))
-        for descriptor, place, offset in stretches:
-            files.write(descriptor, view[place], offset, path)
+        for each in stretches:
+            files.write(each.descriptor, view[each.buffer], each.offset, path)
+
+
+def _stretches(blocks: Int64Array, cached: int, direct: int) -> list[_Stretch]:
+    """Cut blocks into contiguous stretches, and choose for each whether it bypasses the page cache."""
+    stretches = []
+    for first, last in file_blocks.runs(blocks):
+        offset, nbytes = int(blocks[first]) * PAGE, (last - first) * PAGE
+        # A stretch that the page cache holds is read and written there, so that a warm table stays warm.
+        is_direct = last - first >= DIRECT_BLOCKS and address_space.cached_share(cached, offset, nbytes) < 0.5
+        stretches.append(_Stretch(direct if is_direct else cached, offset, first, last))
+    return stretches
 
 
 def write(tables: Sequence[tuple[TableSpec, Path, Images]], threads: int) -> None:
-    """Write the images of all tables, each file within one task, and sync every file that was written to.
+    """Write the images of all tables, each file in one task, and sync every file that was written.
 
     Raises
     ------
@@ -155,9 +168,9 @@ def write(tables: Sequence[tuple[TableSpec, Path, Images]], threads: int) -> Non
         changed = list(patches(spec, directory, images))
         if not changed:
             continue
+        path = table_files.checksums_path(directory)
         blocks = np.concatenate([patch.file.first + patch.blocks for patch in changed])
-        path, new = table_files.checksums_path(directory), np.empty(blocks.size, np.uint64)
-        known = checksums.mark_in_flux(path, blocks)
+        known, new = checksums.mark_in_flux(path, blocks), np.empty(blocks.size, np.uint64)
         sums.append((path, blocks, new))
         stop = 0
         for patch in changed:
@@ -180,14 +193,14 @@ def _run(tasks: Sequence[_Task], threads: int) -> None:
 
 
 def patches(spec: TableSpec, directory: Path, images: Images) -> Iterator[FilePatch]:
-    """List what is new, file by file, in the order of their blocks."""
+    """Yield what the images of a table change in each of its files, in the order of their blocks."""
     ones = np.full(spec.record_bytes, 255, np.uint8)
     for number, some in _by_file(images, spec.rows_per_shard):
         ids = some.ids - number * spec.rows_per_shard
         blocks = file_blocks.pages(ids, spec.record_bytes)
         covered = np.zeros(blocks.size, np.int64)
         file_blocks.count_bytes(ids, spec.record_bytes, blocks, covered)
-        same = np.full(ids.size, ones.ctypes.data)
+        same = np.full(ids.size, ones.ctypes.data)  # each record is "copied" from the ones
         yield FilePatch(
             table_files.shard(spec, directory, number),
             blocks,
@@ -199,15 +212,14 @@ def patches(spec: TableSpec, directory: Path, images: Images) -> Iterator[FilePa
         for number, some in _by_file(images, 8 * spec.presence_chunk_bytes):
             bits = some.ids - number * 8 * spec.presence_chunk_bytes
             blocks = file_blocks.pages(bits // 8, 1)
-            change = partial(file_blocks.patch_bits, bits)
+            set_bits = partial(file_blocks.patch_bits, bits)  # a fold only ever sets bits in a bitmap
             whole = np.zeros(blocks.size, np.bool_)
-            yield FilePatch(
-                table_files.presence_chunk(spec, directory, number), blocks, whole, change, change
-            )
+            file = table_files.presence_chunk(spec, directory, number)
+            yield FilePatch(file, blocks, whole, set_bits, set_bits)
 
 
 def _keeping(
-    ones: NDArray[np.uint8],  # keeps alive the memory whose address `set_bits` holds
+    ones: NDArray[np.uint8],  # the memory whose address `set_bits` holds, kept alive by this argument
     set_bits: Callable[[Int64Array, NDArray[np.uint8]], None],
     blocks: Int64Array,
     memory: NDArray[np.uint8],
@@ -216,6 +228,7 @@ def _keeping(
 
 
 def _by_file(images: Images, rows_per_file: int) -> Iterator[tuple[int, Images]]:
+    """Split images by the number of the file that their rows belong to."""
     numbers = images.ids // rows_per_file
     edges = [*np.flatnonzero(np.diff(numbers, prepend=-1)).tolist(), images.ids.size]
     for start, stop in pairwise(edges):

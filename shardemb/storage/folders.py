@@ -1,8 +1,8 @@
-"""Where the folders of a store's tables lie, and how they get there.
+"""Finds the folders of a store's tables, and moves them to where they belong.
 
-The manifest says which tables there are and what they are called; the folders follow it. A new table's folder
-waits under ``.shardemb/tables/UUID`` until the commit that makes it part of the store, and a dropped one ends
-there. Whatever a crash leaves in between, `arrange` puts every folder in its place by the uuid that it carries.
+The manifest says which tables exist and what they are named; the folders follow it. The folder of a new table waits at
+``.shardemb/tables/UUID`` for the commit that makes it part of the store. The folder of a dropped table is moved there
+and removed. After a crash at any point, `arrange` puts every folder in its place, by the uuid in its documents.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def keep_indexes(store: Path, uuids: Collection[str]) -> None:
-    """Remove the indexes of other vocabularies."""
+    """Remove all indexes except those of the vocabularies with these uuids."""
     folder = private(store) / "vocabularies"
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.name not in uuids:
@@ -32,16 +32,17 @@ def keep_indexes(store: Path, uuids: Collection[str]) -> None:
 
 
 def keep_rebuilt(store: Path, uuid: str) -> None:
-    """Remove what was begun to be made anew, but for one table."""
+    """Remove every unfinished rebuild of a table except the one with this uuid."""
     for path in _children(rebuilt(store)):
         if path.name != uuid:
-            files.remove(path / zarr_metadata.DOCUMENT)  # first: where that is, all but the shards is whole
+            # First, and synced: where the document exists, all files but the shards are complete.
+            files.remove(path / zarr_metadata.DOCUMENT)
             files.sync_directory(path)
             files.remove_tree(path)
 
 
 def foreign(store: Path) -> list[str]:
-    """Names in a folder that would not be there if it were empty, or a store whose creation was cut short."""
+    """Return the names in a folder that are not those of a store whose creation was interrupted."""
     if not store.exists():
         return []
     group = store / zarr_metadata.DOCUMENT
@@ -53,18 +54,18 @@ def foreign(store: Path) -> list[str]:
 
 
 def documents(directory: Path) -> dict[str, bytes]:
-    """Read a table's zarr documents, those that are there."""
+    """Read those of a table's zarr documents that exist."""
     paths = (zarr_metadata.DOCUMENT, *(f"{name}/{zarr_metadata.DOCUMENT}" for name in zarr_metadata.ARRAYS))
     return {path: data for path in paths if (data := _read(directory / path)) is not None}
 
 
 def locate(store: Path, tables: Iterable[TableEntry]) -> dict[str, Path]:
-    """Find each table's folder: under its name, parked, or under the name that it had before.
+    """Find each table's folder: under its name, parked, or under a former name.
 
     Raises
     ------
     FormatError
-        A table has no folder, or it cannot be told which of several is it.
+        A table has no folder, or several, of which any may be the right one.
     """
     found = {}
     for table in tables:
@@ -87,12 +88,12 @@ def locate(store: Path, tables: Iterable[TableEntry]) -> dict[str, Path]:
 def check_locations(
     store: Path, tables: Collection[TableEntry], dropped: Iterable[TableEntry] = ()
 ) -> dict[str, Path]:
-    """Find each table's folder, as `locate`, and check that nothing foreign stands where it belongs.
+    """Find each table's folder, as `locate` does, and check that nothing foreign is in the place where it belongs.
 
     Raises
     ------
     FormatError
-        Something does; it is never moved or deleted.
+        As `locate`, or something foreign is in such a place. It is never moved or deleted.
     """
     found = locate(store, tables)
     leaving = set(found.values()) | {store / table.name for table in dropped}
@@ -100,7 +101,7 @@ def check_locations(
         place = store / table.name
         if os.path.lexists(place) and place != found[table.uuid] and place not in leaving:
             msg = (
-                f"{place} stands where table {table.name!r} belongs and is none of the store's; "
+                f"{place} is where table {table.name!r} belongs, but is not part of the store; "
                 f"move it away, or give the table another name"
             )
             raise FormatError(msg)
@@ -113,14 +114,15 @@ def arrange(
     dropped: Iterable[TableEntry] = (),
     keep: Collection[str] = (),
 ) -> dict[str, Path]:
-    """Put the folders of all tables under their names and remove those of dropped ones; return where they are.
+    """Move the folders of all tables to their names and remove those of dropped tables; return the folders by uuid.
 
-    What is parked goes, but for the tables whose uuids are in `keep`. Can be cut short anywhere and done again.
+    Parked folders are removed, except those whose uuids are in `keep`. After an interruption at any point, calling this
+    again completes it.
 
     Raises
     ------
     FormatError
-        A table has no folder, or something else has its name.
+        As `check_locations`.
     """
     tables = list(tables)
     dropped = [table for table in dropped if _uuid(store / table.name) == table.uuid]
@@ -128,9 +130,9 @@ def arrange(
     misplaced = [table for table in tables if found[table.uuid] != store / table.name]
     aside = [(found[table.uuid], parked(store, table.uuid)) for table in misplaced]
     aside += [(store / table.name, parked(store, table.uuid)) for table in dropped]
-    # Aside first: two tables may have exchanged their names.
+    # All are moved aside before any gets its name: two tables may have swapped names.
     aside = [(source, target) for source, target in aside if source != target]
-    if aside or misplaced:  # those that were found aside may be there in the page cache alone
+    if aside or misplaced:  # a folder found aside may be there only in the page cache: sync that move too
         _move(store, aside)
     if misplaced:
         _move(store, [(parked(store, table.uuid), store / table.name) for table in misplaced])
@@ -141,7 +143,7 @@ def arrange(
 
 
 def _move(store: Path, moves: list[tuple[Path, Path]]) -> None:
-    """Move folders; durable are these moves then, and those before them."""
+    """Move folders, and make these moves and all earlier ones durable."""
     files.make_directory(parked(store, ""))
     for source, target in moves:
         files.rename(source, target)

@@ -1,7 +1,7 @@
-"""How the image log is laid out, and what it says: the newest committed image of every row since the base.
+"""Reads the image log, from which it learns the newest committed image of every row since the base.
 
-Wherever the power went: images whose commit record is missing are ignored, and what was once synced but cannot be
-read any more is damage. Nothing is believed, and nothing is allocated from a number that the files do not back.
+After a loss of power at any point, images without their commit record are ignored, and a record that was synced but
+cannot be read is damage. The reader trusts nothing, and allocates nothing for a number that the files do not back.
 
 ::
 
@@ -9,9 +9,9 @@ read any more is damage. Nothing is believed, and nothing is allocated from a nu
     header    magic, version, epoch, number, first sequence number, size, store's uuid, salt, checksum
     record    magic, type, length, epoch, sequence number, highest synced one, attempt, count, table's uuid,
               checksum of the payload, checksum of all this with the store's uuid and the segment's salt; payload
-    images    payload: `count` row ids as int64, then as many records
-    commit    payload: the manifest; `count` says how many rows' images the attempt wrote
-    end       no payload, and no number of its own: the next segment exists
+    images    payload: `count` row ids as int64, then the records of these rows
+    commit    payload: the manifest; `count` is the number of images that the attempt wrote
+    end       no payload, no sequence number of its own: says that the next segment exists
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from shardemb.errors import FormatError, LogDamagedError
 from shardemb.format.documents import FORMAT_VERSION, checksum
 from shardemb.format.log_records import COMMIT, END, HEADER, IMAGES, MAGIC, RECORD, RECORD_MAGIC, SUFFIX
 from shardemb.format.manifest import Manifest
-from shardemb.format.spec import TableSpec
 from shardemb.storage import address_space, files
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from shardemb.base.validation import Int64Array
+    from shardemb.format.spec import TableSpec
 
 
 class Images(NamedTuple):
-    """Committed images of rows of one table: the newest of each.
+    """The newest committed images of rows of one table.
 
     Attributes
     ----------
     ids : ndarray of int64, shape (n,)
-        Rows, ascending.
+        Row ids, ascending.
     addresses : ndarray of int64, shape (n,)
-        Where in memory the record of each lies.
+        Memory address of the record of each row.
     """
 
     ids: Int64Array
@@ -54,7 +54,7 @@ class Images(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Images that lie one after another in one record of the log."""
+    """The images of one record of the log: row ids, and the address of their records, which are contiguous."""
 
     ids: Int64Array
     address: int
@@ -63,37 +63,37 @@ class Run(NamedTuple):
 
 @dataclass
 class Replay:
-    """What a log holds.
+    """What a log holds, and the memory that holds the images.
 
     Attributes
     ----------
     manifest : Manifest
-        As of the last commit in the log; the base's own where there is none.
+        As of the last commit in the log, or the base if the log has no commit.
     sequence, attempt : int
-        Lowest numbers that were not used yet.
+        The lowest numbers that are not used yet.
     """
 
     manifest: Manifest
     sequence: int
     attempt: int
     _runs: dict[str, list[Run]] = field(default_factory=dict)
-    _memory: list[address_space.AddressRange] = field(default_factory=list)  # what the images lie in
+    _memory: list[address_space.AddressRange] = field(default_factory=list)  # that the images are in
 
     def keep_mapped(self, memory: address_space.AddressRange) -> None:
-        """Keep the memory in which images lie mapped."""
+        """Keep memory that holds images mapped."""
         self._memory.append(memory)
 
     def add(self, table: str, run: Run) -> None:
-        """Add committed images of a table, which are newer than those before."""
+        """Add committed images of a table, which are newer than all added before."""
         self._runs.setdefault(table, []).append(run)
 
     def images(self, spec: TableSpec) -> Images:
-        """Return the images of a table, which are there as long as this object.
+        """Return the images of a table. They are valid as long as this object exists.
 
         Raises
         ------
         LogDamagedError
-            They are not of the table's rows.
+            The images cannot be of rows of the table.
         """
         runs = self._runs.get(spec.uuid, [])
         if not runs:
@@ -106,11 +106,12 @@ class Replay:
             raise LogDamagedError(msg)
         addresses = np.concatenate([run.address + np.arange(run.ids.size) * run.record_bytes for run in runs])
         grouped = plan.group(ids, spec.num_embeddings)
-        return Images(grouped.rows, addresses[grouped.order[grouped.starts[1:] - 1]])
+        newest = grouped.order[grouped.starts[1:] - 1]  # the last of each row's images
+        return Images(grouped.rows, addresses[newest])
 
 
 def segments(folder: Path) -> list[int]:
-    """Numbers of the segments that there are, ascending."""
+    """Return the numbers of the segments in the log's folder, ascending."""
     if not folder.is_dir():
         return []
     names = [path.stem for path in folder.iterdir() if path.suffix == SUFFIX]
@@ -118,7 +119,7 @@ def segments(folder: Path) -> list[int]:
 
 
 def sync(folder: Path, base: Manifest) -> None:
-    """Make the segments since the base durable: what is about to be relied on may be in the page cache alone."""
+    """Make the segments since the base durable. After the death of a writer they may be only in the page cache."""
     for number in segments(folder):
         if number >= base.segment:
             files.sync_file(folder / f"{number:08d}{SUFFIX}")
@@ -130,11 +131,11 @@ def read(folder: Path, base: Manifest, end: tuple[int, int] | None = None) -> Re
     Parameters
     ----------
     folder : Path
-        Where the segments lie.
+        The folder of the segments.
     base : Manifest
-        Its `segment` is the first that is read. A clean one has no log.
+        Its `segment` is the first that is read. A clean base has no log.
     end : (int, int), optional
-        Segment and position at which reading ends, in the log of a living writer.
+        Segment and position at which reading ends, for the log of a running writer.
 
     Raises
     ------
@@ -144,12 +145,12 @@ def read(folder: Path, base: Manifest, end: tuple[int, int] | None = None) -> Re
     replay = Replay(base, base.sequence, base.attempt)
     if base.clean:
         return replay
-    there = [number for number in segments(folder) if number >= base.segment]
-    if not there or there[0] != base.segment:
+    numbers = [number for number in segments(folder) if number >= base.segment]
+    if not numbers or numbers[0] != base.segment:
         msg = f"{folder}: segment {base.segment} of the log is missing; restore it from a copy of the store"
         raise LogDamagedError(msg)
     reader = _Reader(replay, uuid.UUID(base.uuid).bytes, base.epoch)
-    for number in there:
+    for number in numbers:
         if end is not None and number > end[0]:
             break
         path = folder / f"{number:08d}{SUFFIX}"
@@ -165,7 +166,7 @@ def read(folder: Path, base: Manifest, end: tuple[int, int] | None = None) -> Re
 
 
 class _Reader:
-    """Reads segments one after the other, and judges what is torn and what is damaged."""
+    """Reads segments in order, and decides whether an unreadable record is a torn end or damage."""
 
     def __init__(self, replay: Replay, store: bytes, epoch: int) -> None:
         self.replay = replay
@@ -173,11 +174,11 @@ class _Reader:
         self._epoch = epoch
         self._pending: list[tuple[str, Run]] = []
         self._pending_attempt = 0
-        self._required: int | None = None  # number of the segment that must follow
+        self._required: int | None = None  # number of the segment that must come next
         self._last = 0
 
     def read_segment(self, path: Path, number: int, end: int | None) -> bool:
-        """Read a segment; return whether those after it belong to the same log."""
+        """Read a segment; return whether the segments after it belong to the same log."""
         nbytes = files.size(path) or 0
         memory = address_space.AddressRange(max(round_up(nbytes, PAGE), PAGE))
         if nbytes < PAGE:
@@ -187,7 +188,7 @@ class _Reader:
         if not salt:
             return False
         if self._last and number != self._last + 1:
-            self._damaged(path, f"segment {self._last + 1} before it is missing")
+            self._damaged(path, f"the preceding segment {self._last + 1} is missing")
         self._last, self._required = number, None
         self.replay.keep_mapped(memory)
         position = PAGE
@@ -203,7 +204,7 @@ class _Reader:
         return True
 
     def finish(self, folder: Path) -> None:
-        """Judge what is not there."""
+        """Raise `LogDamagedError` if a segment is missing at the end."""
         if self._required is not None:
             msg = f"{folder}: segment {self._required} of the log is missing; restore it from a copy of the store"
             raise LogDamagedError(msg)
@@ -222,17 +223,18 @@ class _Reader:
         if store != self._store or own != number:
             self._damaged(path, "it belongs elsewhere")
         if epoch > self._epoch:
-            return b"", 0  # of an opening that did not come to its base: it holds nothing
+            # Its writer stopped before it replaced the base, so the segment holds no commit.
+            return b"", 0
         if epoch != self._epoch or size > nbytes or size % PAGE:
-            self._damaged(path, "it was cut short or exchanged")
+            self._damaged(path, "it was truncated or replaced")
         if first != self.replay.sequence:
-            self._damaged(path, f"record {self.replay.sequence} before it is missing")
+            self._damaged(path, f"the preceding record {self.replay.sequence} is missing")
         return salt, size
 
     def _record(
         self, path: Path, memory: address_space.AddressRange, position: int, stop: int, salt: bytes
     ) -> int:
-        """Take a record in; return the bytes that it fills, 0 where there is none."""
+        """Read a record; return the number of bytes that it fills, or 0 if there is no valid record."""
         head = self._record_header(memory, position, salt)
         if head is None:
             return 0
@@ -280,7 +282,7 @@ class _Reader:
         if not count or length % count or length // count <= 8:
             self._damaged(path, "a record of images has an impossible size")
         if self._pending and self._pending_attempt != attempt:
-            self._pending = []  # an attempt that broke off
+            self._pending = []  # they are of an attempt that failed
         self._pending_attempt = attempt
         ids = np.frombuffer(memory.bytes(offset, count * 8), np.int64)
         run = Run(ids, memory.address + offset + count * 8, length // count - 8)
@@ -301,7 +303,11 @@ class _Reader:
     def _require_torn(
         self, path: Path, memory: address_space.AddressRange, position: int, stop: int, salt: bytes
     ) -> None:
-        """Check that nothing behind a bad record says that it had been synced."""
+        """Check that a record that cannot be read was never synced.
+
+        It was if the header of a later record in the segment says so: that is damage. Otherwise the log ends here, at a
+        record that a crash has torn.
+        """
         _populate(memory, 0, stop)
         words = np.frombuffer(memory.bytes(0, stop), np.uint32)[:: PAGE // 4]
         magic = np.frombuffer(RECORD_MAGIC, np.uint32)[0]
@@ -316,7 +322,7 @@ class _Reader:
 
 
 def _populate(memory: address_space.AddressRange, offset: int, nbytes: int) -> None:
-    """Read pages so that a bad sector is an error and not the end of the process."""
+    """Read mapped pages ahead of use, so that a bad sector raises an error and does not kill the process (SIGBUS)."""
     first = offset // PAGE * PAGE
     try:
         memory.advise(first, round_up(offset + nbytes, PAGE) - first, address_space.MADV_POPULATE_READ)

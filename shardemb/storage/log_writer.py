@@ -1,8 +1,8 @@
-"""The writer's end of the image log: what makes a commit durable.
+"""The writer's end of the image log, which makes commits durable.
 
-A log is a sequence of segment files, laid out as ``replay.py`` says. A commit appends the *images* of the rows that it
-changed, their whole records, and then one commit record that carries the new `Manifest`; one sync makes all of it
-count. A commit lies in one segment, so a segment always ends where no attempt is open.
+The log is a sequence of segment files with the layout given in ``log_reader.py``. A commit appends *images* of the rows
+that it changed, which are their whole records, and then one commit record with the new `Manifest`. One sync makes all
+of it durable. A commit lies within one segment, so a segment never ends in the middle of an attempt to commit.
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ if TYPE_CHECKING:
     from shardemb.format.manifest import Manifest
 
 FIRST_SEGMENT = 64 * 2**10
-"""Bytes of a store's first segment, so that opening writes little; one that is full is followed by a larger one."""
+"""Bytes of the first segment after opening: few, so that opening writes little. Later segments are larger."""
 
 SEGMENT_BYTES = 64 * 2**20
 LARGE_COMMIT = 4 * 2**20
-"""Bytes of a commit in which the sync of a segment that was only allocated makes no difference."""
+"""Bytes of a commit from which on it makes no difference to the sync if the segment was only allocated before."""
 
 STAGE_BYTES = 8 * 2**20
-"""Bytes that are put together in memory before they are written."""
+"""Bytes of records that are assembled in memory before they are written."""
 
 
 class Log:
-    """The writer's end of the log. Everything is under the store's lock but `discard`.
+    """The writer's end of the log. Call its methods under the store's lock, except `discard`.
 
     Parameters
     ----------
     folder : Path
-        Where the segments lie.
+        The folder of the segments.
     manifest : Manifest
-        Whose `segment`, `sequence`, `attempt` and `epoch` the log begins with; its first segment is made.
+        The log begins with its `segment`, `sequence`, `attempt` and `epoch`. The first segment is created.
     segment_bytes : int
         Usual size of a segment.
     spares : int
-        Segments of that size that are kept to be used again.
+        Most discarded segments of that size that are kept for reuse.
 
     Raises
     ------
     DiskFullError
-        There is no room for the first segment.
+        The disk has no space for the first segment.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Log:
         self._spares: list[Path] = []
         self._most_spares = spares
         self.nbytes = 0
-        """Bytes that were appended since the base."""
+        """Bytes appended since the base."""
         self._begin_segment(FIRST_SEGMENT)
 
     @property
@@ -95,12 +95,12 @@ class Log:
         return self.number, self._position
 
     def begin(self, nbytes: int) -> None:
-        """Begin an attempt to commit, in a segment that has room for `nbytes` of records.
+        """Begin an attempt to commit, in a segment into which `nbytes` of records fit.
 
         Raises
         ------
         DiskFullError
-            There is none; nothing was changed.
+            The disk has no space for such a segment; nothing was changed.
         """
         self._drop_staged()
         if self._position + nbytes + PAGE > self._size:
@@ -114,7 +114,7 @@ class Log:
     def append_images(
         self, table: str, ids: Int64Array, record_bytes: int, pack: Callable[[int, int, int], None]
     ) -> None:
-        """Append images of rows; ``pack(start, stop, address)`` puts the records of ``ids[start:stop]`` there."""
+        """Append images of rows; ``pack(start, stop, address)`` copies the records of ``ids[start:stop]`` to memory."""
         step = images_per_record(record_bytes)
         for start in range(0, ids.size, step):
             stop = min(start + step, ids.size)
@@ -126,7 +126,7 @@ class Log:
             self._count += stop - start
 
     def append_commit(self, manifest: bytes) -> None:
-        """Append the record that makes the attempt count, and make all of it durable."""
+        """Append the commit record, which makes the images of the attempt valid, and make all of it durable."""
         offset = self._reserve(RECORD.size + len(manifest))
         payload = self._stage.bytes(offset + RECORD.size, len(manifest))
         payload[:] = manifest
@@ -135,12 +135,12 @@ class Log:
         self._sync()
 
     def close_segments(self) -> list[Path]:
-        """Go on in a new segment; return those before, which are closed.
+        """Continue in a new segment; return the earlier ones, which are closed.
 
         Raises
         ------
         DiskFullError
-            There is no room for it; nothing was changed.
+            The disk has no space for the new segment; nothing was changed.
         """
         self._drop_staged()
         number = self.number
@@ -149,7 +149,7 @@ class Log:
         return [self._path(each) for each in segments(self._folder) if each <= number]
 
     def discard(self, closed: Sequence[Path]) -> None:
-        """Let go of closed segments, which the base has passed; some are used again."""
+        """Remove closed segments that the base no longer needs, or keep them for reuse."""
         for path in closed:
             if files.size(path) == self._usual_bytes and len(self._spares) < self._most_spares:
                 spare = path.with_suffix(".spare")
@@ -164,18 +164,18 @@ class Log:
             files.close(self._descriptor)
             self._descriptor = None
 
-    # ---- within
+    # ---- internal
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:08d}{SUFFIX}"
 
     def _next_segment(self, nbytes: int, *, zeros: bool = True) -> None:
-        """Begin a segment of so many bytes; the one before is all durable by then."""
+        """Begin a segment of `nbytes`, after making the previous one durable."""
         self._sync()
         before, position, sequence = self._descriptor, self._position, self.sequence
         salt = self._salt
         self._begin_segment(nbytes, zeros=zeros)
-        # Says that the next segment is there, so that its loss is noticed.
+        # The END record says that the next segment exists, so that its loss is noticed.
         assert before is not None
         path = self._path(self.number - 1)
         self._put_record(0, END, b"", 0, NO_TABLE, sequence - 1, salt, sequence)
@@ -183,15 +183,15 @@ class Log:
             files.write(before, self._stage.bytes(0, PAGE), position, path)
             files.sync_data(before, path)
         except OSError as error:
-            # Of a full disk too: the next segment is there, and this one does not say so.
-            raise OSError(errno.EIO, f"{path} cannot be ended ({error})") from error
+            # No DiskFullError, even on a full disk: the next segment exists, and this one does not say so.
+            raise OSError(errno.EIO, f"the END record of {path} cannot be written ({error})") from error
         finally:
             files.close(before)
 
     def _begin_segment(self, nbytes: int, *, zeros: bool = True) -> None:
         number, salt = self.number + 1, uuid.uuid4().bytes
         temporary = self._path(number).with_suffix(".new")
-        files.remove(temporary)  # a writer before may have died over it
+        files.remove(temporary)  # left by a writer that died while creating it
         descriptor = None
         try:
             if nbytes == self._usual_bytes and self._spares:
@@ -208,7 +208,7 @@ class Log:
             block[HEADER.size - 8 : HEADER.size] = checksum(header[:-8]).to_bytes(8, "little")
             files.write(descriptor, block, 0, temporary)
             files.sync(descriptor, temporary)
-            # Under its name a segment has a header: one that has none is damaged and not new.
+            # A segment gets its name after its header, so one without a header is damaged and not just new.
             files.rename(temporary, self._path(number))
         except BaseException:
             if descriptor is not None:
@@ -219,16 +219,19 @@ class Log:
             files.sync_directory(self._folder)
         except BaseException as error:
             files.close(descriptor)
-            # Going on in the old segment would contradict the new one, so this is no disk that is merely full.
+            # No DiskFullError: appending to the old segment after a retry would contradict the new one.
             raise OSError(errno.EIO, f"{self._folder} cannot be synced ({error})") from error
         self._descriptor, self._size, self._salt, self.number = descriptor, nbytes, salt, number
         self._position = PAGE
 
     def _fill(self, descriptor: int, nbytes: int, path: Path, *, zeros: bool) -> None:
-        """Secure the space of a segment; where it is full of `zeros`, later appends need one cheap sync."""
+        """Allocate the disk space of a segment.
+
+        If it is filled with `zeros`, appends change no metadata of the file, and need only one cheap sync each.
+        """
         if (files.size(path) or 0) >= nbytes:
             return
-        if not zeros:  # writing it twice would cost more
+        if not zeros:  # a large commit writes the segment itself soon: writing it twice would cost more
             files.allocate(descriptor, 0, nbytes, path)
             files.write(descriptor, _zeros(self._stage, PAGE), nbytes - PAGE, path)
             return
@@ -237,7 +240,7 @@ class Log:
             files.write(descriptor, _zeros(self._stage, length), offset, path)
 
     def _reserve(self, nbytes: int) -> int:
-        """Find room for a record in the stage."""
+        """Reserve space for a record in the stage; return its offset."""
         length = round_up(nbytes, PAGE)
         if self._staged + length > self._stage.nbytes:
             self._flush()
@@ -284,7 +287,7 @@ class Log:
 
     def _flush(self) -> None:
         assert self._descriptor is not None
-        with signals_deferred():  # what is in the file and what is known of it go together
+        with signals_deferred():  # a signal in between would leave the position behind what the file holds
             path = self._path(self.number)
             files.write(self._descriptor, self._stage.bytes(0, self._staged), self._position, path)
             self._position += self._staged
@@ -292,7 +295,7 @@ class Log:
             self._staged, self._next_on_disk = 0, self.sequence
 
     def _drop_staged(self) -> None:
-        """Forget what an attempt that broke off has left in memory: its sequence numbers are not in the file."""
+        """Drop what a failed attempt has staged, and reuse its sequence numbers, which are not in the file."""
         self._staged, self.sequence = 0, self._next_on_disk
 
     def _sync(self) -> None:
@@ -302,12 +305,12 @@ class Log:
 
 
 def images_per_record(record_bytes: int) -> int:
-    """Rows whose images one record may hold."""
+    """Return how many rows' images one record may hold."""
     return (STAGE_BYTES - PAGE) // (8 + record_bytes)
 
 
 def needed_bytes(counts: Sequence[tuple[int, int]], manifest_bytes: int) -> int:
-    """Bytes that a commit appends: ``(rows, record bytes)`` of each table, and the record with the manifest."""
+    """Return the bytes that a commit appends, given ``(rows, record bytes)`` of each table and the manifest's bytes."""
     total = round_up(RECORD.size + manifest_bytes, PAGE)
     for rows, record_bytes in counts:
         full, rest = divmod(rows, images_per_record(record_bytes))
@@ -327,7 +330,7 @@ def _zeros(memory: address_space.AddressRange, nbytes: int) -> memoryview:
 
 
 def clear(folder: Path, first: int) -> None:
-    """Remove the segments before `first`, and everything else that is no segment."""
+    """Remove the segments before `first`, and everything else in the folder that is not a segment."""
     files.make_directory(folder)
     for path in list(folder.iterdir()):
         if not (path.suffix == SUFFIX and path.stem.isdigit() and int(path.stem) >= first):

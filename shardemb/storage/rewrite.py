@@ -1,8 +1,8 @@
-"""Makes a table's folder anew: with more or fewer rows, shards of another size, another optimizer, or elsewhere.
+"""Rewrites a table into a new folder: with other rows, other shards, another optimizer, or in another place.
 
-A table that changes so gets a new folder and a new uuid, and keeps its name and the stream of its initial values: to a
-commit and to recovery it is a table that was created while another was dropped. Nothing here touches the old folder.
-Blocks are compared with their checksums before they get new ones, so that damage is not made good for sound.
+The rewritten table gets a new folder and a new uuid, and keeps its name and the stream of its initial values. To a
+commit and to recovery it is a new table that replaces a dropped one. Nothing here changes the old folder. Blocks are
+compared with their checksums before new checksums are computed, so that damage is not passed off as valid data.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from shardemb.format.table_files import File
 
 WINDOW_BYTES = 4 * 2**20
-"""Bytes that are copied at once."""
+"""Most bytes that are copied in one step."""
 
 
-# ---- other numbers of rows ------------------------------------------------------------------------------------
+# ---- another number of rows -----------------------------------------------------------------------------------
 
 
 def resized(spec: TableSpec, num_embeddings: int) -> TableSpec:
@@ -48,18 +48,19 @@ def resized(spec: TableSpec, num_embeddings: int) -> TableSpec:
 
 
 def resize(old: TableLocation, new: TableLocation) -> None:
-    """Make the folder of `new`, which has another number of rows, and otherwise what `old` has.
+    """Make the folder of `new`, which has the rows of `old` but another number of them.
 
-    Shards whose rows all stay are the same files under a second name. Nothing is durable yet.
+    Shards that keep all of their rows are not copied: they get a second name (a hard link). Nothing is durable yet.
 
     Raises
     ------
     FormatError
-        What has to be copied is damaged; nothing is left behind.
+        A block that has to be copied is damaged. The new folder is removed.
     DiskFullError, OSError
-        There is no room; nothing is left behind.
+        The disk is full, or fails. The new folder is removed.
     """
     spec, rows = new.spec, min(old.spec.num_embeddings, new.spec.num_embeddings)
+    # Shards to link. If the table grows, its last one is among them: the new rows in it were never written.
     whole = old.spec.num_shards if rows == old.spec.num_embeddings else rows // spec.rows_per_shard
     table_folder.check_mappings(spec)
     try:
@@ -75,7 +76,7 @@ def resize(old: TableLocation, new: TableLocation) -> None:
                 copy_data(source.path, target.path, spec.shard_bytes)
         sums = whole * spec.shard_bytes // PAGE * 8
         copy_data(table_files.checksums_path(old.directory), table_files.checksums_path(new.directory), sums)
-        if whole < spec.num_shards and rows < old.spec.num_embeddings:
+        if whole < spec.num_shards and rows < old.spec.num_embeddings:  # the table shrinks within a shard
             cut = (rows - whole * spec.rows_per_shard) * spec.record_bytes
             _copy_checked(old, _shard(old, whole), _shard(new, whole), cut)
             checksums.write_file_sums(_shard(new, whole), new.directory)
@@ -97,7 +98,7 @@ def _copy_presence(old: TableLocation, new: TableLocation, rows: int) -> None:
 
 
 def _copy_checked(old: TableLocation, source: File, target: File, nbytes: int) -> None:
-    """Copy the beginning of a file that its checksums say is sound; those of the copy are not noted yet."""
+    """Copy the beginning of a file, after comparing it with its checksums. Writes no checksums of the copy."""
     with files.opened(source.path, os.O_RDONLY) as descriptor:
         for start, stop in _windows(descriptor, -(-nbytes // PAGE) * PAGE):
             _read_intact(old, source, descriptor, start, stop)
@@ -105,10 +106,10 @@ def _copy_checked(old: TableLocation, source: File, target: File, nbytes: int) -
 
 
 def _clear_after(path: Path, bits: int) -> None:
-    """Clear the bits of rows that go, in the byte that they share with the last ones that stay."""
+    """Clear the bits of dropped rows in the byte that they share with the last rows that stay."""
     with files.opened(path, os.O_RDWR) as descriptor:
         last = files.read_at(descriptor, 1, bits // 8, path)[0]
-        if last >> bits % 8:  # a hole stays one
+        if last >> bits % 8:  # do not write to a hole for nothing
             files.write(descriptor, bytes([last & ((1 << bits % 8) - 1)]), bits // 8, path)
 
 
@@ -118,14 +119,14 @@ def _clear_after(path: Path, bits: int) -> None:
 def reshaped(
     store: Path, old: TableLocation, spec: TableSpec, *, keep_state: bool, progress: Progress
 ) -> Path:
-    """Copy a table as `reshape` does, into a folder of a store that waits for the next commit; return the folder."""
+    """Copy a table as `reshape` does, into a parked folder, where it waits for the next commit; return the folder."""
     table_folder.check_mappings(spec)
     new, parked = (
         TableLocation(spec, store_paths.rebuilt(store) / spec.uuid),
         store_paths.parked(store, spec.uuid),
     )
     folders.keep_rebuilt(store, spec.uuid)
-    if parked.exists():  # all of it was done before, and not committed
+    if parked.exists():  # the copy was completed before, but not committed
         files.make_directory(new.directory.parent)
         files.rename(parked, new.directory)
     with track(spec.num_embeddings, "resharding", progress=progress) as advance:
@@ -136,26 +137,26 @@ def reshaped(
 
 
 def reshape(old: TableLocation, new: TableLocation, *, keep_state: bool, advance: Advance) -> None:
-    """Copy a table's written rows into the folder of `new`, shard by shard.
+    """Copy the written rows of a table into the folder of `new`, shard by shard.
 
-    Called again after it was cut short, it goes on with the first shard that was not finished: a shard has its name
-    once all that belongs to it is durable. The folder as a whole is not.
+    After an interruption, another call continues with the first unfinished shard: a shard gets its name only when it,
+    its bits and its checksums are durable. The folder as a whole is not durable when this returns.
 
     Parameters
     ----------
     old, new : TableLocation
         `old` must not change meanwhile.
     keep_state : bool
-        Whether the state of the optimizer is copied too; otherwise it starts anew.
+        Whether the state of the optimizer is copied too; otherwise it is freshly initialised.
     advance : callable
-        Told the rows that are done.
+        Called with the number of rows that were completed.
 
     Raises
     ------
     FormatError
         A block is damaged.
     DiskFullError, OSError
-        There is no room. What is done stays.
+        The disk is full, or fails. Completed shards stay.
     """
     _begin(new)
     for number in range(new.spec.num_shards):
@@ -172,7 +173,7 @@ def reshape(old: TableLocation, new: TableLocation, *, keep_state: bool, advance
 
 
 def _begin(new: TableLocation) -> None:
-    """Make all files but the shards, and the table's document last: where that is, the others are whole."""
+    """Make all files except the shards. The table's document comes last: if it exists, the others are complete."""
     document = new.directory / zarr_metadata.DOCUMENT
     if files.size(document) is not None:
         return
@@ -189,7 +190,7 @@ def _begin(new: TableLocation) -> None:
 
 
 def _fill(old: TableLocation, new: TableLocation, file: File, staged: Path, *, keep_state: bool) -> None:
-    """Write a shard, the bits of its rows and its checksums, and make them durable."""
+    """Write a shard under the name `staged`, the bits of its rows and its checksums, and make them durable."""
     spec, (begin, end) = new.spec, file.rows
     multiple = shard_rows_multiple(spec.record_bytes)
     step = max(1, WINDOW_BYTES // (multiple * spec.record_bytes)) * multiple
@@ -209,13 +210,13 @@ def _fill(old: TableLocation, new: TableLocation, file: File, staged: Path, *, k
             memory[: stop - start][written, columns:] = spec.initial_state[columns - spec.embedding_dim :]
             blocks = memory.reshape(-1).view(np.uint64).reshape(-1, PAGE // 8)
             offset = (start - begin) * spec.record_bytes
-            filled = np.flatnonzero(blocks.any(axis=1))
+            filled = np.flatnonzero(blocks.any(axis=1))  # blocks of zeros stay holes
             for begins, ends in file_blocks.runs(filled):
                 first, last = int(filled[begins]), int(filled[ends - 1]) + 1
                 stretch = memory.reshape(-1).view(np.uint8)[first * PAGE : last * PAGE]
                 files.write(target, stretch.data, offset + first * PAGE, staged)
-                noted = checksums.block_sums(stretch.data)
-                files.write(sums, noted.data, (file.first + offset // PAGE + first) * 8, sums_path)
+                found = checksums.block_sums(stretch.data)
+                files.write(sums, found.data, (file.first + offset // PAGE + first) * 8, sums_path)
             if spec.has_presence:
                 _write_presence(new, start, written)
         files.sync(target, staged)
@@ -224,7 +225,7 @@ def _fill(old: TableLocation, new: TableLocation, file: File, staged: Path, *, k
 
 
 def _write_presence(new: TableLocation, start: int, written: NDArray[np.bool_]) -> None:
-    """Set the bits of rows from `start` on, a multiple of 8, in the presence bitmap, durably."""
+    """Write the presence bits of rows from `start` on, which is a multiple of 8, durably."""
     bits, done = np.packbits(written, bitorder="little").data, 0
     for file, begin, end in table_files.presence_of(new.spec, new.directory, (start, start + written.size)):
         with files.opened(file.path, os.O_WRONLY) as descriptor:
@@ -234,7 +235,7 @@ def _write_presence(new: TableLocation, start: int, written: NDArray[np.bool_]) 
 
 
 def _read(old: TableLocation, start: int, stop: int) -> tuple[Float32Array, NDArray[np.bool_]]:
-    """Read the records of rows ``start:stop``, and which of them were ever written."""
+    """Read the records of rows ``start:stop``, and whether each row was ever written."""
     spec = old.spec
     records = np.zeros((stop - start, spec.width), np.float32)
     for number in range(start // spec.rows_per_shard, (stop - 1) // spec.rows_per_shard + 1):
@@ -264,11 +265,11 @@ def _written(old: TableLocation, start: int, stop: int) -> NDArray[np.bool_]:
     return written
 
 
-# ---- elsewhere ------------------------------------------------------------------------------------------------
+# ---- another place --------------------------------------------------------------------------------------------
 
 
 def require_absent(path: Path) -> None:
-    """Raise `StoreExistsError` if there is something where a copy is to go."""
+    """Raise `StoreExistsError` if something exists at the path of a copy to make."""
     if os.path.lexists(path):
         msg = f"{path} exists; a copy needs a new folder"
         raise StoreExistsError(msg)
@@ -277,16 +278,16 @@ def require_absent(path: Path) -> None:
 def copy_store(
     manifest: Manifest, tables: Mapping[str, TableLocation], path: Path, progress: Progress
 ) -> None:
-    """Make a new store that holds what `manifest` says of tables, by their uuids, which must not change meanwhile.
+    """Make a new store with the tables of a manifest, given by uuid. They must not change meanwhile.
 
-    Holes stay holes. Until the last moment it is no store, and what is there when that does not come is removed.
+    Holes stay holes. The copy becomes a store only in its last step; after a failure, whatever was copied is removed.
     """
-    total = sum(_bytes_of(tables[record.uuid]) for record in manifest.tables)
+    total = sum(_bytes_of(tables[entry.uuid]) for entry in manifest.tables)
     try:
         files.make_directory(store_paths.private(path))
         with track(total, "copying", progress=progress) as advance:
-            for record in manifest.tables:
-                _copy_table(tables[record.uuid], path / record.name, advance)
+            for entry in manifest.tables:
+                _copy_table(tables[entry.uuid], path / entry.name, advance)
         identity = str(uuid.uuid4())
         for name, document in zarr_metadata.store_documents(identity).items():
             files.write_new(path / name, document)
@@ -306,37 +307,37 @@ def copy_store(
         raise
 
 
-def _bytes_of(place: TableLocation) -> int:
-    """Bytes of the files of a table, holes included."""
-    return sum(nbytes for _, nbytes in table_files.expected_files(place.spec, place.directory))
+def _bytes_of(table: TableLocation) -> int:
+    """Return the bytes of the files of a table, including holes."""
+    return sum(nbytes for _, nbytes in table_files.expected_files(table.spec, table.directory))
 
 
-def _copy_table(place: TableLocation, directory: Path, advance: Advance) -> None:
-    table_folder.write_documents(directory, zarr_metadata.table_documents(place.spec))
-    for path, nbytes in table_files.expected_files(place.spec, place.directory):
-        target = directory / path.relative_to(place.directory)
+def _copy_table(table: TableLocation, directory: Path, advance: Advance) -> None:
+    table_folder.write_documents(directory, zarr_metadata.table_documents(table.spec))
+    for path, nbytes in table_files.expected_files(table.spec, table.directory):
+        target = directory / path.relative_to(table.directory)
         files.create_sparse(target, nbytes)
         copy_data(path, target, nbytes)
         advance(nbytes)
 
 
 def copy_data(source: Path, target: Path, nbytes: int) -> None:
-    """Copy the beginning of a file into another that is all zeros there, and leave holes out."""
+    """Copy the beginning of a file, except its holes, into another file that is all zeros there."""
     with files.opened(source, os.O_RDONLY) as reading, files.opened(target, os.O_WRONLY) as writing:
         for start, stop in _windows(reading, nbytes):
             data = memoryview(files.read_at(reading, stop - start, start, source))
             files.write(writing, data, start, target)
 
 
-# ---- within ---------------------------------------------------------------------------------------------------
+# ---- reading --------------------------------------------------------------------------------------------------
 
 
-def _shard(place: TableLocation, number: int) -> File:
-    return table_files.shard(place.spec, place.directory, number)
+def _shard(table: TableLocation, number: int) -> File:
+    return table_files.shard(table.spec, table.directory, number)
 
 
 def _windows(descriptor: int, nbytes: int) -> list[tuple[int, int]]:
-    """Cut what is no hole at the beginning of a file into pieces."""
+    """Cut the data at the beginning of a file, without its holes, into pieces of at most `WINDOW_BYTES`."""
     return [
         (start, min(start + WINDOW_BYTES, last))
         for first, last in files.data(descriptor, 0, nbytes)
@@ -344,18 +345,16 @@ def _windows(descriptor: int, nbytes: int) -> list[tuple[int, int]]:
     ]
 
 
-def _read_intact(place: TableLocation, file: File, descriptor: int, start: int, stop: int) -> bytearray:
-    """Read whole blocks of a file that are what their checksums say.
+def _read_intact(table: TableLocation, file: File, descriptor: int, start: int, stop: int) -> bytearray:
+    """Read whole blocks of a file and compare them with their checksums.
 
     Raises
     ------
     FormatError
-        One is not.
+        A block does not match.
     """
     data = files.read_at(descriptor, stop - start, start, file.path)
-    if not checksums.are_intact(file, place.directory, start, memoryview(data)):
-        msg = (
-            f"{file.path} is damaged; store.verify() tells which rows, restore them from a copy of the store"
-        )
+    if not checksums.are_intact(file, table.directory, start, memoryview(data)):
+        msg = f"{file.path} is damaged; store.verify() lists the rows, restore them from a copy of the store"
         raise FormatError(msg)
     return data

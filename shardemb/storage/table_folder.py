@@ -1,4 +1,4 @@
-"""The folder of a table: creating it, and opening one while believing nothing that it says."""
+"""The folder of a table: creates one, and checks an existing one before it is mapped, trusting none of its metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 from shardemb.base.progress import track
 from shardemb.errors import FormatError, ShardEmbError
 from shardemb.format import table_files, zarr_metadata
-from shardemb.format.spec import TableSpec
 from shardemb.storage import address_space, checksums, files, folders
 
 if TYPE_CHECKING:
@@ -20,32 +19,32 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Advance, Progress
     from shardemb.base.validation import Rows
-
+    from shardemb.format.spec import TableSpec
 
 _BLOCK_BYTES = 4 * 2**20
 
 
 def check_mappings(spec: TableSpec) -> None:
-    """Raise `ShardEmbError` if the files of one more table cannot all be mapped."""
+    """Raise `ShardEmbError` if the process cannot map all files of one more table."""
     more, used = spec.num_shards + spec.num_presence_chunks, files.counters.mappings
     if used + more > address_space.MAX_MAPPINGS:
         msg = (
-            f"the table takes {more} files of {spec.shard_bytes} bytes, and the tables open in this process {used} "
-            f"more, but a process maps at most {address_space.MAX_MAPPINGS}: use larger shards or close a store"
+            f"the table takes {more} files of {spec.shard_bytes} bytes, and this process has mapped {used} already, "
+            f"but a process maps at most {address_space.MAX_MAPPINGS}: use larger shards or close a store"
         )
         raise ShardEmbError(msg)
 
 
 def create(spec: TableSpec, directory: Path, rows: Rows | None, progress: Progress = None) -> None:
-    """Create a table's folder, its zarr documents and all its files, sparse; with `rows`, every row of it.
+    """Create a table's folder with its zarr documents and all its files, which are sparse unless `rows` is given.
 
-    They are asked for in consecutive ranges of a few MiB; `progress` is told of rows when they are written.
-    Nothing is durable yet (`files.sync_tree` makes it so).
+    `rows` is called for the values of all rows, in consecutive ranges of a few MiB; `progress` counts rows as they are
+    written. Nothing is durable yet (`files.sync_tree` makes it durable).
 
     Raises
     ------
     ShardEmbError, OSError
-        It cannot be mapped, or there is no room; nothing is left behind.
+        The table cannot be mapped, or the disk is full. The folder is removed.
     """
     check_mappings(spec)
     try:
@@ -62,34 +61,39 @@ def create(spec: TableSpec, directory: Path, rows: Rows | None, progress: Progre
 
 
 def write_documents(directory: Path, documents: Mapping[str, bytes]) -> None:
-    """Make a table's folder with its zarr documents. Not synced."""
+    """Create a table's folder with its zarr documents. Not synced."""
     for name, document in documents.items():
         files.make_directory((directory / name).parent)
         files.write_new(directory / name, document)
 
 
 def open_existing(directory: Path, *, may_miss: bool, may_create: bool) -> tuple[TableSpec, Collection[Path]]:
-    """Read and check a table's folder, believing nothing that its metadata say before it is checked.
+    """Read and check a table's folder, trusting none of its metadata before it is checked.
+
+    Returns the spec, and the files that are missing.
 
     Parameters
     ----------
     directory : Path
         The table's folder.
     may_miss : bool
-        Whether a file of a table that starts from zeros may be missing: zarr deletes a chunk that it is asked to
-        fill with zeros.
+        Whether files may be missing from a table whose fresh rows are zeros: zarr deletes a chunk when it writes
+        zeros to all of it.
     may_create : bool
-        Whether such a file is made anew, or only read as zeros.
+        Whether to create such files; otherwise they have to be read as zeros.
 
     Raises
     ------
     FormatError
-        The documents are not those of a table; a file is missing or has another size.
+        The documents are not those of a table, or a file is missing or has the wrong size.
     """
     spec = spec_of(directory, may_miss=may_miss)
     missing = dict(find_missing(spec, directory))
     if may_create and missing:
-        for path, nbytes in missing.items():  # under its name a file has its size
+        for (
+            path,
+            nbytes,
+        ) in missing.items():  # staged, because a file must have its size when it gets its name
             files.remove(files.staged(path))
             files.create_sparse(files.staged(path), nbytes)
             files.sync_file(files.staged(path))
@@ -100,7 +104,7 @@ def open_existing(directory: Path, *, may_miss: bool, may_create: bool) -> tuple
 
 @contextlib.contextmanager
 def naming(name: str, directory: Path) -> Iterator[None]:
-    """Say of which table it is that something is wrong with the files."""
+    """Prefix a `FormatError` raised within the block with the table's name and folder."""
     try:
         yield
     except FormatError as error:
@@ -109,7 +113,7 @@ def naming(name: str, directory: Path) -> Iterator[None]:
 
 
 def spec_of(directory: Path, *, may_miss: bool) -> TableSpec:
-    """Read what a table is, and check that its files are there.
+    """Read a table's spec from its documents, and check that its files exist.
 
     Raises
     ------
@@ -117,7 +121,7 @@ def spec_of(directory: Path, *, may_miss: bool) -> TableSpec:
         As `open_existing`.
     """
     spec = zarr_metadata.table_spec(folders.documents(directory))
-    check_mappings(spec)  # before so many files are looked for
+    check_mappings(spec)  # before looking for that many files
     missing = find_missing(spec, directory)
     fatal = [
         path
@@ -131,12 +135,12 @@ def spec_of(directory: Path, *, may_miss: bool) -> TableSpec:
 
 
 def find_missing(spec: TableSpec, directory: Path) -> list[tuple[Path, int]]:
-    """List the files of a table that are not there, with the size that they should have.
+    """List the files of a table that do not exist, each with the size that it should have.
 
     Raises
     ------
     FormatError
-        A file has another size than the metadata says.
+        The size of a file is not what the metadata says.
     """
     missing = []
     for path, nbytes in table_files.expected_files(spec, directory):
@@ -145,7 +149,7 @@ def find_missing(spec: TableSpec, directory: Path) -> list[tuple[Path, int]]:
             missing.append((path, nbytes))
         elif found != nbytes:
             msg = (
-                f"{path} has {found} bytes instead of {nbytes}: it was cut short or replaced; "
+                f"{path} has {found} bytes instead of {nbytes}: it was truncated or replaced; "
                 f"restore it from a copy of the store"
             )
             raise FormatError(msg)
@@ -153,7 +157,7 @@ def find_missing(spec: TableSpec, directory: Path) -> list[tuple[Path, int]]:
 
 
 def _write_rows(spec: TableSpec, directory: Path, rows: Rows, advance: Advance) -> None:
-    """Write all rows straight into new files: bulk data never becomes private memory."""
+    """Write all rows directly into new files, so that bulk data never takes private memory."""
     block_rows = max(1, _BLOCK_BYTES // spec.record_bytes)
     for shard in range(spec.num_shards):
         file = table_files.shard(spec, directory, shard)

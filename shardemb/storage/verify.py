@@ -1,10 +1,10 @@
-"""Compares the files of committed tables with what they should be: documents, sizes, and the checksum of every block.
+"""Checks the files of committed tables: their documents, their sizes, and the checksum of every block.
 
 ::
 
-    scan      all files, without a lock, beside training: what may be wrong
-    confirm   only that, again, while no fold is under way or with what the log holds left out
-    again     if a table has moved meanwhile
+    scan      read all files without a lock, while training may continue: finds what may be damaged
+    confirm   read only that again, while no fold runs, or ignoring what a fold may be writing from the log
+    repeat    if a table has moved in between
 """
 
 from __future__ import annotations
@@ -22,11 +22,6 @@ from shardemb.compute import file_blocks, scheduler
 from shardemb.errors import FormatError
 from shardemb.format import table_files, zarr_metadata
 from shardemb.storage import address_space, checksums, files, fold, folders
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
-
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,20 +42,20 @@ if TYPE_CHECKING:
 
 STRETCH_BYTES = 4 * 2**20
 CONFIRMATIONS = 3
-"""How often what seems damaged is looked at, before it is said so."""
+"""How often apparent damage is read again before it is reported."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Something that `Store.verify` found; prints as one line.
+    """Damage found by `Store.verify`. Prints as one line.
 
     Attributes
     ----------
     table : str
     shard : int or None
-        The shard, or the chunk of the presence bitmap; None where it is about the whole table.
+        Number of the shard or of the chunk of the presence bitmap; None if the damage concerns the whole table.
     rows : tuple of int or None
-        ``(start, stop)``, half-open: the rows that may be wrong; None where nothing of the table can be trusted.
+        Half-open range ``(start, stop)`` of the rows that may be wrong; None if no row of the table can be trusted.
     path : str
         The file, or the table's folder.
     problem : str
@@ -86,7 +81,7 @@ class Target(NamedTuple):
 
 
 class Suspect(NamedTuple):
-    """Blocks of a file that are not what they should be, unless somebody writes them just now."""
+    """Blocks of a file that are damaged, unless they are just being written."""
 
     target: Target
     file: table_files.File
@@ -94,45 +89,45 @@ class Suspect(NamedTuple):
 
 
 def damage(targets: Mapping[str, Target], threads: int, shown: Progress, steady: Steady) -> list[Damage]:
-    """Say what is wrong with tables, by their uuids; those that move meanwhile are looked at again, where they are.
+    """Find the damage in tables, given by uuid. If tables move meanwhile, they are all checked again.
 
-    ``steady(suspected)``, told whether any block is, gives the tables' places and the newest images, and keeps both so
-    for a while.
+    ``steady(suspected)``, called with whether any block is suspect, is a context manager that yields the folders of the
+    tables by uuid, and a function that reads the newest images. In a writer, no table moves and no fold runs within it.
     """
     while True:
         found, suspects = scan(list(targets.values()), threads, shown)
         if not found and not suspects:
             return []
-        with steady(bool(suspects)) as (places, newest):
-            if all(places.get(uuid) == target.directory for uuid, target in targets.items()):
+        with steady(bool(suspects)) as (directories, newest):
+            if all(directories.get(uuid) == target.directory for uuid, target in targets.items()):
                 return found + confirm(suspects, newest)
-        # What is not found any more is no damage.
+        # A table that does not exist any more was dropped: that is no damage.
         targets = {
-            uuid: Target(target.name, target.spec, places[uuid])
+            uuid: Target(target.name, target.spec, directories[uuid])
             for uuid, target in targets.items()
-            if uuid in places
+            if uuid in directories
         }
 
 
 def scan(targets: Sequence[Target], threads: int, shown: Progress) -> tuple[list[Damage], list[Suspect]]:
-    """Look at every file; return what is wrong for certain, and what may be.
+    """Read every file; return what is certainly damaged, and what may be.
 
-    Bounded memory: one stretch a task. What a function given as `shown` raises ends the scan.
+    Memory is bounded: each task holds one stretch. An exception raised by a function given as `shown` ends the scan.
     """
-    damage, sound = [], []
+    damage, readable = [], []
     for target in targets:
         found = list(_structure(target))
         damage += found
         names = {each.path for each in found}
         if not names & {str(target.directory), str(table_files.checksums_path(target.directory))}:
-            sound += [
+            readable += [
                 (target, file)
                 for file in table_files.all_files(target.spec, target.directory)
                 if str(file.path) not in names
             ]
     stretches = [
         (target, file, start, min(start + STRETCH_BYTES, file.nbytes))
-        for target, file in sound
+        for target, file in readable
         for start in range(0, file.nbytes, STRETCH_BYTES)
     ]
     total = sum(stop - start for *_, start, stop in stretches)
@@ -146,7 +141,7 @@ def scan(targets: Sequence[Target], threads: int, shown: Progress) -> tuple[list
             for target, file, begin, end in stretches[task::number]:
                 if stop.is_set():
                     break
-                blocks = _wrong(target, file, begin, end, memory)
+                blocks = _differing(target, file, begin, end, memory)
                 suspects += [Suspect(target, file, blocks)] if blocks.size else []
                 advance(end - begin)
             return suspects
@@ -156,35 +151,38 @@ def scan(targets: Sequence[Target], threads: int, shown: Progress) -> tuple[list
 
 
 def confirm(suspects: Sequence[Suspect], newest: Callable[[], Replay]) -> list[Damage]:
-    """Look at what may be wrong once more, but for the blocks that the log says anew; a fold may come between."""
+    """Read suspect blocks several times more, and return those that stay damaged.
+
+    A block that the log has new values for is not damaged: a concurrent fold may be writing it.
+    """
     left = list(suspects)
     for _ in range(CONFIRMATIONS):
-        confirmed = (Suspect(each.target, each.file, _still_wrong(each, newest())) for each in left)
+        confirmed = (Suspect(each.target, each.file, _still_damaged(each, newest())) for each in left)
         left = [each for each in confirmed if each.blocks.size]
     return [damage for each in left for damage in _damage(each)]
 
 
-def _still_wrong(suspect: Suspect, newer: Replay) -> Int64Array:
+def _still_damaged(suspect: Suspect, newest: Replay) -> Int64Array:
     target, file, blocks = suspect
-    written = fold.patches(target.spec, target.directory, newer.images(target.spec))
-    patch = next((patch for patch in written if patch.file.path == file.path), None)
+    patches = fold.patches(target.spec, target.directory, newest.images(target.spec))
+    patch = next((each for each in patches if each.file.path == file.path), None)
     memory = address_space.AddressRange(PAGE)
     memory.map_zeros(0, PAGE)
-    wrong = [block for block in blocks.tolist() if _is_wrong(target, file, block, patch, memory)]
-    return np.array(wrong, np.int64)
+    damaged = [block for block in blocks.tolist() if _is_damaged(target, file, block, patch, memory)]
+    return np.array(damaged, np.int64)
 
 
 def _damage(suspect: Suspect) -> Iterator[Damage]:
     target, file, blocks = suspect
     for first, last in file_blocks.runs(blocks):
         start, stop = file.rows_of(int(blocks[first]))[0], file.rows_of(int(blocks[last - 1]))[1]
-        if start < stop:  # and not behind the last row
+        if start < stop:  # otherwise the blocks are after the last row
             begin, end = ((int(blocks[each]) - file.first) * PAGE for each in (first, last - 1))
             what = f"is not what was written, from byte {begin} to {end + PAGE}"
             yield Damage(target.name, file.number, (start, stop), str(file.path), what)
 
 
-def _is_wrong(
+def _is_damaged(
     target: Target,
     file: table_files.File,
     block: int,
@@ -224,10 +222,10 @@ def _structure(target: Target) -> Iterator[Damage]:
             yield Damage(name, number, rows, str(path), what)
 
 
-def _wrong(
+def _differing(
     target: Target, file: table_files.File, start: int, stop: int, memory: address_space.AddressRange
 ) -> Int64Array:
     try:
         return checksums.differing_blocks(file, target.directory, start, stop, memory)
-    except OSError:  # a sector that cannot be read, or the file has gone meanwhile
+    except OSError:  # a bad sector, or the file was removed meanwhile: confirm it
         return file.first + np.arange(start // PAGE, stop // PAGE)

@@ -102,7 +102,7 @@ def test_a_failure_while_staging_leaves_the_original_and_nothing_else(tmp_path, 
     path = tmp_path / "manifest.json"
     path.write_bytes(b"old")
     monkeypatch.setattr(os, function, refuse(code))
-    with pytest.raises(OSError, match=os.strerror(code) if code == errno.EIO else "no room"):
+    with pytest.raises(OSError, match=os.strerror(code) if code == errno.EIO else "no space left"):
         files.stage(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["manifest.json"]
@@ -268,7 +268,7 @@ def test_write_goes_on_after_a_short_write(tmp_path, monkeypatch, counted):
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_no_room_is_an_error_of_its_own_with_the_way_out(tmp_path, monkeypatch, code):
     monkeypatch.setattr(os, "pwrite", refuse(code))
-    with pytest.raises(DiskFullError, match="make room") as caught:
+    with pytest.raises(DiskFullError, match="free some space") as caught:
         written(tmp_path / "a", b"data", 0)
     assert caught.value.errno == code
     assert str(tmp_path / "a") in str(caught.value)
@@ -324,7 +324,7 @@ def test_allocating_goes_on_after_a_signal(tmp_path, monkeypatch):
 
 def test_allocating_without_room_is_disk_full(tmp_path, monkeypatch):
     fail_fallocate(monkeypatch, errno.ENOSPC)
-    with pytest.raises(DiskFullError, match="make room"):
+    with pytest.raises(DiskFullError, match="free some space"):
         allocate(tmp_path / "a", 0, PAGE)
 
 
@@ -397,7 +397,7 @@ def test_a_disk_that_is_really_full(new_disk):
         lambda: files.write_new(disk / "b", bytes(100_000)),
         lambda: allocate(disk / "b", 0, 100_000),
     ):
-        with pytest.raises(DiskFullError, match="make room"):
+        with pytest.raises(DiskFullError, match="free some space"):
             fill()
     assert path.read_bytes() == b"old"
     files.remove(disk / "b")
@@ -419,7 +419,7 @@ def test_a_file_on_a_tmpfs_has_all_of_its_memory_or_does_not_exist(new_disk):
     files.create_sparse(path, 2**19 + 1)
     assert path.read_bytes() == bytes(2**19 + 1)
     assert files.allocated(path) >= 2**19 + 1
-    with pytest.raises(DiskFullError, match="make room"):
+    with pytest.raises(DiskFullError, match="free some space"):
         files.create_sparse(disk.place / "b", 2**19)
     files.create_sparse(disk.place / "empty", 0)
     assert sorted(each.name for each in disk.place.iterdir()) == ["a", "empty"]
@@ -445,7 +445,7 @@ def test_a_table_on_a_full_tmpfs_is_an_error_and_no_signal(new_disk, in_fork):
             store.commit(step=1)
             table.write([1], np.ones((1, 64)))
             store.commit(step=2)
-            with pytest.raises(DiskFullError, match="make room"):
+            with pytest.raises(DiskFullError, match="free some space"):
                 store.create_table("u", num_embeddings=20_000, embedding_dim=64)
             disk.leave(0)
             before = table.lookup(np.arange(5000))

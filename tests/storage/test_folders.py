@@ -213,7 +213,7 @@ def test_what_stands_in_a_tables_place_is_neither_moved_nor_deleted(store, kind)
     else:
         place.symlink_to(store / "a" if kind == "link" else store / "nowhere")
     before = sorted(os.listdir(store))
-    with pytest.raises(FormatError, match=r"x stands where table 'x' belongs.*move it away"):
+    with pytest.raises(FormatError, match=r"x is where table 'x' belongs.*move it away"):
         folders.arrange(store, tables(x=0, b=1, c=2) if kind != "link" else tables(a=0, x=1, c=2))
     assert sorted(os.listdir(store)) == before
     assert (store / "a").is_dir()

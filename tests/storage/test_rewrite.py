@@ -501,7 +501,7 @@ def test_rows_keep_their_values_at_any_moment_while_they_are_materialized(path, 
         expected, run = everything(table), fold._Task.run
 
         def look_meanwhile(task):
-            if full and task.part.file.path == path / "t" / full:
+            if full and task.patch.file.path == path / "t" / full:
                 raise DiskFullError(28, "no room")
             run(task)
             assert_equal(everything(table), expected)

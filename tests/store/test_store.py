@@ -998,7 +998,7 @@ def test_a_full_disk_fails_the_commit_and_nothing_else(small_disk):
         everything = np.arange(20_000)
         table.write(everything, np.full((20_000, 256), 3.0))
         for _ in range(2):
-            with pytest.raises(DiskFullError, match="no room.*make room") as caught:
+            with pytest.raises(DiskFullError, match="no space left.*free some space") as caught:
                 store.commit(step=2)
             assert caught.value.errno == errno.ENOSPC
         assert store.last_commit == first
