@@ -8,7 +8,7 @@
 >>> rows.shape
 (2, 2, 128)
 
-Importing shardemb loads none of zarr, numba, dask and pyarrow; the first store that is opened does.
+Importing shardemb does not load zarr, numba, dask or pyarrow; opening the first store does.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""When a key earns its row: after it was seen some times, as a count-min sketch counts.
+"""When a key gets its row: after it has occurred a number of times, as counted by a count-min sketch.
 
 The sketch (Cormode, Muthukrishnan 2005) has `depth` rows of `width` counters. A key has one counter in each row, chosen
-by its hash; a sighting raises the smallest of them (conservative update: Estan, Varghese 2002), and the smallest is the
-count. It is never too low, and too high by more than ``e / width`` of all sightings with a probability of at most
-``exp(-depth)``.
+by its hash. An occurrence increments the smallest of them (conservative update: Estan, Varghese 2002), and the smallest
+is the key's count. It is never too low. With a probability of at most ``exp(-depth)`` it is too high by more than
+``e / width`` times the number of all occurrences.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Admission:
-    """A key gets a row when it was seen `after` times.
+    """A key gets a row when it occurs for the `after`-th time.
 
     Parameters
     ----------
     after : int
-        Sightings, the one that earns the row included; 1 gives every key a row at once.
+        Occurrences, including the one that earns the row; with 1, every key gets a row immediately.
     width : int
-        Counters of a row of the sketch, of 4 bytes; rounded up to a multiple of 16.
+        Counters in a row of the sketch, 4 bytes each; rounded up to a multiple of 16.
     depth : int
         Rows of the sketch.
 
@@ -58,26 +58,27 @@ class Admission:
 
     @property
     def error(self) -> float:
-        """Share of all sightings by which a count may be too high."""
+        """By how much a count may be too high, as a fraction of the number of all occurrences."""
         return math.e / self.width
 
     @property
     def failure(self) -> float:
-        """Probability that it is too high by more than that."""
+        """Probability that a count is too high by more than that."""
         return math.exp(-self.depth)
 
     def counters(self, hashes: NDArray[np.uint64], secret: tuple[np.uint64, np.uint64]) -> NDArray[np.int64]:
-        """Choose a counter of each row of the sketch for keys, shape (n, depth): those of row k follow those before.
+        """Choose each key's counter in every row of the sketch: indices, shape (n, depth), row k from ``k * width`` on.
 
-        ``h1 + k * h2`` modulo `width` (Kirsch, Mitzenmacher 2006), of two halves of the hash mixed with a secret.
+        ``h1 + k * h2`` modulo `width` (Kirsch, Mitzenmacher 2006), where h1 and h2 are the halves of the hash after it
+        was mixed with a secret.
         """
         mixed = (hashes ^ secret[1]) * np.uint64(0x9E3779B97F4A7C15)
         mixed ^= mixed >> np.uint64(29)
         first, second = mixed & np.uint64(0xFFFFFFFF), (mixed >> np.uint64(32)) | np.uint64(1)
         number = np.arange(self.depth, dtype=np.uint64)
         columns = (first[:, None] + number * second[:, None]) % np.uint64(self.width)
-        places: NDArray[np.int64] = (columns + number * np.uint64(self.width)).astype(np.int64)
-        return places
+        indices: NDArray[np.int64] = (columns + number * np.uint64(self.width)).astype(np.int64)
+        return indices
 
 
 ADMISSIONS: dict[str, type[Admission]] = {"Admission": Admission}

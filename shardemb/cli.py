@@ -1,6 +1,6 @@
 """The command ``shardemb``: each subcommand is one call into the library.
 
-Exit codes: 0 done; 1 the library refused, its message is on stderr; 2 the command line makes no sense; 130 Ctrl-C.
+Exit codes: 0 done; 1 an error, whose message is on stderr; 2 a wrong command line; 130 Ctrl-C.
 Results go to stdout, everything else to stderr.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """Show what the library refuses as one line, without a traceback."""
+    """Show an error of the library as one line, without a traceback."""
     try:
         yield
     except (shardemb.ShardEmbError, OSError, ValueError, TypeError) as error:
@@ -45,16 +45,16 @@ def main() -> None:
 
 @main.command()
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("quickstart"), show_default=True,
-              help="Where the store and the parquet file go.")  # fmt: skip
+              help="Folder for the store and parquet file.")  # fmt: skip
 @click.option("--vocabulary", type=int, help="Number of words.")
-@click.option("--dim", type=int, help="Values in a vector.")
+@click.option("--dim", type=int, help="Dimension of a vector.")
 @click.option("--steps", type=int, help="Batches to train on.")
-@click.option("--seed", type=int, help="Same seed, same vectors.")
+@click.option("--seed", type=int, help="The same seed gives the same vectors.")
 @click.option("--commit-every", type=int, help="Steps between commits.")
 def quickstart(folder: Path, **given: int | None) -> None:
     """Train word vectors on the documentation that comes with Python.
 
-    Continues from the last commit if the folder holds one. Under a minute on two cores.
+    Continues from the last commit if there is one in the folder. Takes less than a minute on two cores.
 
     \b
     Example:
@@ -70,7 +70,7 @@ def quickstart(folder: Path, **given: int | None) -> None:
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 @click.option("--plot", is_flag=False, flag_value="-", metavar="[FILE]",
-              help="A heat map too, of shards by the rows written: here, or as a PNG file.")  # fmt: skip
+              help="Also show which shards have been written, as a heat map: here, or in a PNG file.")  # fmt: skip
 def info(store: Path, as_json: bool, plot: str | None) -> None:
     """Show what a store holds: its last commit, its tables, its size.
 
@@ -89,7 +89,7 @@ def info(store: Path, as_json: bool, plot: str | None) -> None:
         click.echo(display.describe(facts))
     if plot == "-":
         for name, each in shares.items():
-            click.echo(f"\nRows written of {name!r}, a character a shard, none to all: ' ·░▒▓█'")
+            click.echo(f"\nRows written of {name!r}, one character per shard, from none to all: ' ·░▒▓█'")
             for line in display.heat_map(each):
                 click.echo(f"|{line}|")
     elif plot:
@@ -98,13 +98,13 @@ def info(store: Path, as_json: bool, plot: str | None) -> None:
 
 
 def _rows(store: shardemb.Store, name: str) -> shardemb.Table:
-    """Return a table by row id, whether it has a vocabulary or not."""
+    """Return a table by its name, as a `Table` of row ids even if it has a vocabulary."""
     table = store[name]
     return table.rows if isinstance(table, shardemb.KeyedTable) else table
 
 
 def _written_shares(table: shardemb.Table) -> list[float]:
-    """Tell by shard which share of its rows was written."""
+    """Return for each shard what share of its rows was written."""
     rows, total = table.rows_per_shard, table.num_embeddings
     return [
         shard["rows_written"] / min(rows, total - number * rows)
@@ -117,7 +117,7 @@ def _draw(shares: dict[str, list[float]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        msg = "a picture needs matplotlib: pip install 'shardemb[plot]'; or leave the file name out to see it here"
+        msg = "a picture needs matplotlib: pip install 'shardemb[plot]'; or omit the file name to see it here"
         raise ValueError(msg) from error
     figure = Figure(figsize=(8, 0.6 + 1.2 * len(shares)), layout="constrained")
     for axes, (name, each) in zip(
@@ -131,13 +131,13 @@ def _draw(shares: dict[str, list[float]], path: Path) -> None:
 
 @main.command()
 @click.argument("store", type=click.Path(path_type=Path))
-@click.option("--table", "tables", multiple=True, help="Look at this table only; may be repeated.")
+@click.option("--table", "tables", multiple=True, help="Check only this table; may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def verify(store: Path, tables: tuple[str, ...], as_json: bool, quiet: bool) -> None:
-    """Compare a store with its checksums, and tell which rows the disk has changed.
+    """Compare a store with its checksums, and report the rows that the disk has damaged.
 
-    Changes nothing, and may run beside a writer. Exit code 1 if anything is wrong.
+    Changes nothing, and may run while the store is being written to. Exit code 1 if anything is wrong.
 
     \b
     Example:
@@ -159,9 +159,11 @@ def verify(store: Path, tables: tuple[str, ...], as_json: bool, quiet: bool) -> 
 @click.argument("store", type=click.Path(path_type=Path))
 @click.argument("table")
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--column", "columns", multiple=True, help="Optimizer state column to add; may be repeated.")
 @click.option(
-    "--rows", type=(int, int), metavar="START STOP", help="Half-open range of row ids; all by default."
+    "--column", "columns", multiple=True, help="Optimizer state column to include; may be repeated."
+)
+@click.option(
+    "--rows", type=(int, int), metavar="START STOP", help="Half-open range of row ids; all rows by default."
 )
 @click.option("--parts", type=int, help="Write a folder of this many files, several at a time.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
@@ -174,7 +176,7 @@ def export(
     parts: int | None,
     quiet: bool,
 ) -> None:
-    """Write a table to a parquet file, or to a folder of them.
+    """Write a table to a parquet file, or to a folder of parquet files.
 
     \b
     Example:
@@ -194,12 +196,12 @@ def export(
 @click.argument("store", type=click.Path(path_type=Path))
 @click.argument("table")
 @click.option("--rows-per-shard", type=int, help="Rows in a shard; rounded up to whole pages.")
-@click.option("--drop-optimizer", is_flag=True, help="Keep the weights alone.")
+@click.option("--drop-optimizer", is_flag=True, help="Keep only the weights.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def reshard(store: Path, table: str, rows_per_shard: int | None, drop_optimizer: bool, quiet: bool) -> None:
-    """Copy a table into shards of another size, or without its optimizer's state, and commit that.
+    """Rewrite a table with shards of another size, or without its optimizer's state, and commit that.
 
-    Cut short, the table is what it was, and the same command goes on where it stopped.
+    If interrupted, the table is unchanged, and the same command continues where it stopped.
 
     \b
     Example:
@@ -215,7 +217,9 @@ def reshard(store: Path, table: str, rows_per_shard: int | None, drop_optimizer:
 @click.argument("store", type=click.Path(path_type=Path))
 @click.argument("table")
 @click.argument("rows", type=int)
-@click.option("--drop-rows", is_flag=True, help="Allow fewer rows than now; those behind the end are gone.")
+@click.option(
+    "--drop-rows", is_flag=True, help="Allow fewer rows than now; the rows past the new end are lost."
+)
 def resize(store: Path, table: str, rows: int, drop_rows: bool) -> None:
     """Change the number of rows of a table, and commit that.
 
@@ -236,7 +240,7 @@ def resize(store: Path, table: str, rows: int, drop_rows: bool) -> None:
 def materialize(store: Path, table: str, quiet: bool) -> None:
     """Write the initial values of rows that were never written, for readers that know only zarr.
 
-    Cut short, it goes on where it stopped when it is run again.
+    If interrupted, it continues where it stopped when it is run again.
 
     \b
     Example:
@@ -251,7 +255,7 @@ def materialize(store: Path, table: str, quiet: bool) -> None:
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def copy(store: Path, target: Path, quiet: bool) -> None:
-    """Copy a store's last commit into a new folder, holes as holes.
+    """Copy a store's last commit into a new folder. Sparse files stay sparse.
 
     \b
     Example:

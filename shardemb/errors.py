@@ -1,30 +1,30 @@
 """What can go wrong, grouped by what a handler would do about it.
 
-Every error that shardemb raises on its own account is a `ShardEmbError` and also the built-in exception that
-a caller would expect, so ``except IndexError`` keeps working in code that has never heard of shardemb.
-Wrong dtypes and shapes are plain `TypeError` and `ValueError`.
+Every error of shardemb's own is a `ShardEmbError`, and also the built-in exception that a caller would expect, so
+``except IndexError`` keeps working in code that does not know shardemb. Wrong dtypes and shapes are plain `TypeError`
+and `ValueError`.
 
 ::
 
     ShardEmbError
-    |-- the call names something that is not there
+    |-- the call names something that does not exist, or exists already
     |   |-- RowIdError (IndexError)               an id outside the table
     |   |-- TableNotFoundError (KeyError)         no table of that name
-    |   |-- TableExistsError (FileExistsError)    a table of that name exists
+    |   |-- TableExistsError (FileExistsError)    a table of that name exists already
     |   |-- VocabularyNotFoundError (KeyError)    no vocabulary of that name
     |   |-- VocabularyExistsError (FileExistsError)
     |   |-- UnknownKeyError (KeyError)            a key that has no row
     |   |-- StoreNotFoundError (FileNotFoundError)
     |   `-- StoreExistsError (FileExistsError)
     |-- the store is not open for this
-    |   |-- StoreLockedError (BlockingIOError)    another process writes to it
+    |   |-- StoreLockedError (BlockingIOError)    it is already open for writing
     |   |-- StoreClosedError (ValueError)         it was closed
     |   `-- ReadOnlyError (PermissionError)       it was opened with mode "r"
     `-- the disk
         |-- FormatError (ValueError)              the files are not what the metadata says
-        |   `-- LogDamagedError                   the log lost what it had made durable
-        |-- StaleReaderError (RuntimeError)       another writer came; refresh
-        |-- DiskFullError (OSError)               nothing was changed; make room and call again
+        |   `-- LogDamagedError                   the log lost something that was durable
+        |-- StaleReaderError (RuntimeError)       another writer opened the store; refresh
+        |-- DiskFullError (OSError)               nothing was changed; free some space and call again
         `-- PoisonedError (RuntimeError)          memory and disk may disagree; reopen
 
 All of them survive pickling.
@@ -54,11 +54,11 @@ __all__ = [
 
 
 class ShardEmbError(Exception):
-    """Root of every error that shardemb raises on its own account."""
+    """Base class of all errors of shardemb's own."""
 
 
 class RowIdError(ShardEmbError, IndexError):
-    """A row id lies outside the table. Nothing wraps around: negative ids are refused too."""
+    """A row id is outside the table. Ids do not wrap around, so negative ones are refused too."""
 
 
 def _message(error: BaseException) -> str:
@@ -93,19 +93,19 @@ class VocabularyExistsError(ShardEmbError, FileExistsError):
 
 
 class StoreNotFoundError(ShardEmbError, FileNotFoundError):
-    """There is no store at that path, or what is there is not a store."""
+    """There is no store at that path, or what is there is not one."""
 
 
 class StoreExistsError(ShardEmbError, FileExistsError):
-    """There is a store at that path already and the mode asked for a new one."""
+    """The mode asks for a new store, but there already is one at that path."""
 
 
 class StoreLockedError(ShardEmbError, BlockingIOError):
-    """Another opening of the store holds its lock: one writer at a time."""
+    """The store is already open for writing, here or in another process; only one writer is allowed at a time."""
 
 
 class StoreClosedError(ShardEmbError, ValueError):
-    """The store was closed; so are its tables."""
+    """The store was closed, and its tables with it."""
 
 
 class ReadOnlyError(ShardEmbError, PermissionError):
@@ -117,7 +117,7 @@ class FormatError(ShardEmbError, ValueError):
 
 
 class LogDamagedError(FormatError):
-    """The log lost something that it had made durable: what is left is not a commit."""
+    """The log lost something that was durable already: what is left of it is not a commit."""
 
 
 class StaleReaderError(ShardEmbError, RuntimeError):
@@ -125,8 +125,8 @@ class StaleReaderError(ShardEmbError, RuntimeError):
 
 
 class DiskFullError(ShardEmbError, OSError):
-    """The disk has no room. The call changed nothing; make room and call it again."""
+    """The disk is full. The call changed nothing; free some space and call it again."""
 
 
 class PoisonedError(ShardEmbError, RuntimeError):
-    """A write, a sync or an update broke off half way: commits are refused. The message says what helps."""
+    """A write, a sync or an update failed halfway, so commits are refused. The message says what to do."""

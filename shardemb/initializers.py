@@ -1,16 +1,16 @@
 """What a row holds before it is first written: a pure function of (seed, table, row, column).
 
-The value never depends on the shard size, the batch, the threads or the machine, and costs no disk. The random
-ones come from a counter-based generator, Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as
-1, 2, 3", 2011): the counter is (row, block of four columns), the key is `stream_key` of the seed and the table.
+The value does not depend on the shard size, the batch, the threads or the machine, and takes no disk space. Random
+values come from a counter-based generator, Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+2011). Its counter is (row, block of four columns); its key is `stream_key` of the seed and the table.
 
 Each initializer is a frozen dataclass with its `parameters` and `fill_rows`, a plain function that writes rows.
-``kernels.py`` compiles it. Only operations that IEEE 754 rounds correctly are used (no call into libm), so every
-machine gets the same bits.
+``compute/row_kernels.py`` compiles it. It uses only operations that IEEE 754 rounds correctly (no call into libm), so
+every machine computes the same bits.
 
-Their loops are written so that a compiler does many columns at a time: each takes one step of the way for all columns
-of a row, has a body without branches, and passes what it made on in memory. What few columns need is put off until
-many rows have some.
+Their loops are written so that a compiler can vectorise them: each does one step of the computation for all columns of
+a row, has a body without branches, and leaves its results in memory for the next one. What only few columns need is
+deferred until many rows have such columns.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Initializer(ABC):
-    """What every initializer has; use one of its subclasses."""
+    """Base class of all initializers; use one of its subclasses."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            # NumPy's scalars become what JSON can hold.
+            # Scalars of NumPy become floats and ints, which JSON can hold.
             if each.type in ("float", "float | None"):
                 object.__setattr__(self, each.name, validation.number(value, each.name))
             else:
@@ -75,12 +75,12 @@ class Initializer(ABC):
         key: np.uint64,
         parameters: NDArray[np.float64],
     ) -> None:
-        """``out[places[k]]`` becomes the weight of row ``rows[k]``, for each k."""
+        """Set ``out[places[k]]`` to the initial weight of row ``rows[k]``, for each k."""
 
 
 @dataclass(frozen=True)
 class Constant(Initializer):
-    """Every value of an untouched row is `value`.
+    """Every value of a row that was never written is `value`.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ class Uniform(Initializer):
             raise ValueError(msg)
 
     def parameters(self) -> tuple[float, ...]:  # noqa: D102
-        # Rounding to float32 could reach high: the largest float32 below it is the largest value.
+        # Rounding to float32 could yield high, so values are limited to the largest float32 below it.
         last = np.nextafter(np.float32(self.high), np.float32(self.low))
         return (self.low, self.high - self.low, float(last))
 
@@ -187,7 +187,7 @@ class Normal(Initializer):
 
     Notes
     -----
-    By inversion of the distribution function at one of 2**32 points, so no value is further out than 6.34 `std`.
+    By inversion of the distribution function at one of 2**32 points, so no value is more than 6.34 `std` from `mean`.
 
     Examples
     --------
@@ -216,28 +216,29 @@ class Normal(Initializer):
         parameters: NDArray[np.float64],
     ) -> None:
         """Write rows."""
-        # Constants that a compiler sees through; what is added to -0.0 stays what it is, as not with 0.0.
+        # Constants, so that the compiler removes the arithmetic: x + -0.0 is x, whatever x is. With 0.0 it could not,
+        # because -0.0 + 0.0 is 0.0.
         fill_normal(out, places, rows, key, -0.0, 1.0, parameters)
 
 
 @dataclass(frozen=True)
 class TruncatedNormal(Initializer):
-    """Normal distribution, of which nothing lies outside ``[low, high]``.
+    """Normal distribution, truncated to ``[low, high]``.
 
     Parameters
     ----------
     mean, std : float
-        Mean and standard deviation before the cut; ``std > 0``.
+        Mean and standard deviation before truncation; ``std > 0``.
     low, high : float, optional
-        Bounds, as the values have them (torch's `a` and `b`), ``low < high`` in float32. By default two `std` below
+        Bounds of the values themselves (torch's `a` and `b`), ``low < high`` in float32. By default two `std` below
         and above `mean`, as in keras. At least a tenth of the distribution must lie between them.
     seed : int
         0 to 2**64 - 1. Two tables of different names draw different values from the same seed.
 
     Notes
     -----
-    By inversion of the distribution function: none is drawn again. Cut at two `std`, values have a standard deviation
-    of 0.88 `std`.
+    By inversion of the distribution function, so no value has to be drawn again. Truncated at two `std`, the values
+    have a standard deviation of 0.88 `std`.
 
     Examples
     --------
@@ -302,9 +303,9 @@ class TruncatedNormal(Initializer):
         return float(first), float(last)
 
     def _cut(self) -> tuple[float, float, float]:
-        """Return where the part between the bounds begins among all probabilities, its size, and the sign of values.
+        """Return the probability below the lower bound, that between the bounds, and the sign of the values.
 
-        A part above the mean is turned over to below it, where probabilities are small and so more exact.
+        If both bounds are above the mean, they are mirrored at it: small probabilities are more exact.
         """
         low, high = ((bound - self.mean) / self.std for bound in self._bounds())
         sign = 1.0
@@ -320,32 +321,34 @@ INITIALIZERS: dict[str, type[Initializer]] = {
 }
 
 
-# ---- recipes, which ask for the table's shape -----------------------------------------------------------------
+# ---- recipes, which depend on the table's shape ---------------------------------------------------------------
 
 Fan: TypeAlias = Literal["fan_in", "fan_out", "fan_avg"]
 Distribution: TypeAlias = Literal["truncated_normal", "normal", "uniform"]
 
 _STD_WITHIN_TWO = 0.87962566103423978
-"""Standard deviation of a standard normal distribution cut at -2 and 2, as keras has it."""
+"""Standard deviation of a standard normal distribution truncated to [-2, 2], as in keras."""
 
 
 @dataclass(frozen=True)
 class VarianceScaling:
-    """A distribution around 0 whose variance is ``scale / fan``, by the table's shape at creation, as in keras.
+    """A distribution around 0 of variance ``scale / fan``, which depends on the table's shape at creation, as in keras.
 
-    `Store.create_table` makes a `TruncatedNormal`, `Normal` or `Uniform` of it, which is what the table keeps and
-    `Table.initializer` shows: values do not change when a table grows.
+    `Store.create_table` turns it into a `TruncatedNormal`, `Normal` or `Uniform`. That is what the table stores and
+    `Table.initializer` returns, so initial values do not change when the table grows.
 
     Parameters
     ----------
     scale : float
         Greater than 0.
     fan : {"fan_in", "fan_out", "fan_avg"}
-        What to divide by: the number of embeddings, the embedding dim, or their mean. (So keras counts for a matrix of
-        shape ``(num_embeddings, embedding_dim)``. The functions of ``torch.nn.init`` take the same matrix for that
-        of a linear layer, transposed: their ``fan_in`` is the embedding dim, ``fan_out`` the number of embeddings.)
+        What to divide by: the number of embeddings, the embedding dim, or their mean. (This is how keras counts for a
+        matrix of shape ``(num_embeddings, embedding_dim)``. The functions of ``torch.nn.init`` regard the same matrix
+        as that of a linear layer, which is transposed: their ``fan_in`` is the embedding dim, and their ``fan_out`` the
+        number of embeddings.)
     distribution : {"truncated_normal", "normal", "uniform"}
-        The first is cut at two standard deviations of the uncut one, and has the variance after the cut.
+        The first is truncated at two standard deviations of the normal distribution; the variance is that after
+        truncation.
     seed : int
         0 to 2**64 - 1. Two tables of different names draw different values from the same seed.
 
@@ -406,7 +409,7 @@ class VarianceScaling:
         return TruncatedNormal(0.0, math.sqrt(variance) / _STD_WITHIN_TWO, seed=self.seed)
 
 
-def GlorotUniform(seed: int = 0) -> VarianceScaling:  # noqa: N802 these are known by names of classes
+def GlorotUniform(seed: int = 0) -> VarianceScaling:  # noqa: N802 users know these as classes
     """Draw uniformly within ``sqrt(6 / (num_embeddings + embedding_dim))`` of 0 (Glorot and Bengio, 2010; "Xavier").
 
     Parameters
@@ -470,23 +473,23 @@ def HeNormal(seed: int = 0) -> VarianceScaling:  # noqa: N802
     return VarianceScaling(2.0, "fan_in", "truncated_normal", seed)
 
 
-# ---- what a table is created with, and kept with --------------------------------------------------------------
+# ---- what a table is created with, and what it stores ---------------------------------------------------------
 
 
 Initial: TypeAlias = (
     "Initializer | VarianceScaling | ArrayLike | validation.Sliceable | Callable[[int, int], ArrayLike]"
 )
-"""What a table can be created with."""
+"""What the argument `initializer` of a new table may be."""
 
 
 def resolve(given: object, shape: tuple[int, int]) -> tuple[Initializer, validation.Rows | None]:
-    """Tell what fresh rows of a new table hold from the rows that it is filled with at once.
+    """Return a new table's initializer, and a function of ranges that returns its first rows if they are given.
 
     Raises
     ------
     TypeError, ValueError
-        Neither an initializer, nor an array of that shape, nor a function of two numbers. (What is wrong with
-        *rows* of the last two is seen when they are read.)
+        `given` is neither an initializer, nor an array of that shape, nor a function of two numbers. (Errors in the
+        *rows* of an array or function are found when they are read.)
     """
     if given is None:
         return Constant(0.0), None
@@ -498,14 +501,14 @@ def resolve(given: object, shape: tuple[int, int]) -> tuple[Initializer, validat
 
 
 def from_json(document: Mapping[str, object]) -> Initializer:
-    """Build the initializer that `persisted.to_json` described.
+    """Build the initializer that `serialization.to_json` described.
 
     Raises
     ------
     FormatError
-        Not one that this version knows, or parameters that it refuses.
+        This version does not know the initializer, or refuses its parameters.
     """
-    if None in document.values():  # for `TruncatedNormal` that is a default, and a file has none
+    if None in document.values():  # `TruncatedNormal` accepts it, but no version writes it
         msg = f"initializer {document.get('name')!r} has a field without a value"
         raise FormatError(msg)
     return serialization.from_json("initializer", INITIALIZERS, document)

@@ -1,10 +1,10 @@
-"""What does an embedding layer do with sentences? Cuts them into words, finds the rows of these, and pads.
+"""Text for an embedding layer: split sentences into tokens, find the rows of these, and pad.
 
 1. A sentence is split into tokens: by `words`, by a function of your own, or by a tokenizer of Hugging Face.
-2. The tokens are the keys of a `Vocabulary`. All those of a batch are looked up in one call.
-3. Sentences of one batch become one array: shorter ones are filled up with a row that stands for nothing. Words that
-   have no row get one that stands for all of them.
-4. A table of the vocabulary gives vectors for this array, ``table.rows.lookup(ids)``, and takes their gradients.
+2. The tokens are the keys of a `Vocabulary`. All tokens of a batch are looked up in one call.
+3. The sentences of a batch become one array. Shorter ones are filled up with a row for padding; all tokens that have
+   no row share one for unknown tokens.
+4. A table of the vocabulary returns vectors for this array, ``table.rows.lookup(ids)``, and takes their gradients.
 
 >>> import shardemb
 >>> from shardemb import text
@@ -49,25 +49,25 @@ if TYPE_CHECKING:
 __all__ = ["UNKNOWN", "Encoder", "Tokenizer", "read_lines", "words"]
 
 UNKNOWN = "<unknown>"
-"""What `Encoder.decode` gives for a reserved row: `words` never finds such a word."""
+"""What `Encoder.decode` returns for a reserved row. `words` never returns it."""
 
 _ASCII_WORD = re.compile(r"[A-Za-z0-9_]+(?:['-][A-Za-z0-9_]+)*")
-"""What `_word` finds where all is ASCII, in half the time."""
+"""Finds what `_word` finds in a sentence that is all ASCII, in half the time."""
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What `Encoder` asks of a tokenizer; ``tokenizers.Tokenizer`` is one."""
+    """What `Encoder` needs of a tokenizer; ``tokenizers.Tokenizer`` has it."""
 
     def encode_batch(self, sentences: list[str], /, *, add_special_tokens: bool) -> Sequence[Any]:
-        """Return for each sentence an object with ``tokens`` and, for each of these, ``attention_mask``."""
+        """Return an object for each sentence, with ``tokens`` and an ``attention_mask`` of as many numbers."""
 
 
 def words(sentence: str) -> list[str]:
     """Find the words of a sentence: letters, their marks, digits and underscores, of any script.
 
-    An apostrophe or hyphen between two of these is part of the word. Scripts that put no blanks between words give
-    whole phrases: take a tokenizer for them.
+    An apostrophe or hyphen between two of these is part of the word. In scripts without spaces between words, it finds
+    whole phrases; use a tokenizer for these.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def words(sentence: str) -> list[str]:
     Returns
     -------
     list of str
-        Pieces of the sentence as they stand there, in lower case only if that is.
+        Pieces of the sentence, unchanged: their case is that of the sentence.
 
     Examples
     --------
@@ -88,33 +88,33 @@ def words(sentence: str) -> list[str]:
 
 @cache
 def _word() -> re.Pattern[str]:
-    """Make the pattern of a word of any script."""
-    # To re a mark is no part of a word: it would cut "हिन्दी" in three, and an "ï" of two code points off its "i". The
-    # joiners of Persian and Hindi stand within words as well.
+    """Compile the pattern of a word of any script."""
+    # To re, a mark is not part of a word: it would cut "हिन्दी" in three, and split a decomposed "ï". The joiners of
+    # Persian and Hindi also occur within words.
     marks = [c for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)).startswith("M")]
-    # As ranges, which re searches twice as fast as single characters. In a range, code point less number is the same.
+    # As ranges, which re searches twice as fast as single characters: in a range, code point minus index is constant.
     ranges = [[c for _, c in run] for _, run in groupby(enumerate(marks), lambda each: each[1] - each[0])]
     joined = "".join(f"{chr(run[0])}-{chr(run[-1])}" for run in ranges)
     return re.compile(rf"\w+(?:['\u2019-]\w+|[{joined}\u200c\u200d]\w*)*")
 
 
 def read_lines(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Iterator[str]:
-    r"""Read text files line by line, one file after the other.
+    r"""Yield the lines of text files, one file after the other.
 
     Parameters
     ----------
     paths : path-like or iterable of path-like
-        Files in UTF-8. What is none in them becomes U+FFFD, so that one bad byte does not end a long run.
+        Files in UTF-8. Invalid bytes become U+FFFD, so that one of them does not end a long run.
 
     Yields
     ------
     str
-        Every line, empty ones too, without its end. One line is in memory at a time.
+        Every line, including empty ones, without its newline. One line is in memory at a time.
 
     Raises
     ------
     OSError
-        When the turn of a file comes that cannot be read.
+        A file cannot be read. Raised when its turn comes.
 
     Examples
     --------
@@ -131,29 +131,29 @@ def read_lines(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Sentences to row ids of one shape, and back. Keeps nothing of what it has seen: that is in the vocabulary.
+    """Turns batches of sentences into arrays of row ids, and back. All of its state is in the vocabulary.
 
     Parameters
     ----------
     vocabulary : Vocabulary
         Of strings, with at least one reserved row.
     split : callable or Tokenizer
-        Function of a sentence that returns its tokens, list of str; default `words`. Or a ``tokenizers.Tokenizer``,
-        of which ``tokens`` are taken: without special ones and padding, which an embedding has rows of its own for.
+        Function of a sentence that returns its tokens, a list of str; default `words`. Or a ``tokenizers.Tokenizer``,
+        of which the ``tokens`` are used, but not its special tokens and padding: there are reserved rows for these.
     lower : bool
-        Sentences are made lower case before a function splits them. A tokenizer has rules of its own for that, and gets
-        them as they are.
+        Convert sentences to lower case before a function splits them. A tokenizer has its own rules for that, so it
+        gets sentences as they are.
     max_length : int, optional
-        Tokens of a sentence that are kept, from its beginning. What is cut off is neither looked up nor added.
+        Maximum number of tokens per sentence. Tokens after these are neither looked up nor added.
     padding_row : int
         Reserved row of the vocabulary that fills up short sentences.
     unknown_row : int
-        Reserved row for tokens that have no row; may be the same.
+        Reserved row for tokens that have no row; may be the same one.
 
     Raises
     ------
     TypeError, ValueError
-        Keys that are no strings; rows that are not reserved; a number out of range; a `split` that cannot split.
+        The keys are not strings, a row is not reserved, a number is out of range, or `split` is neither of the above.
 
     Examples
     --------
@@ -178,7 +178,7 @@ class Encoder:
     def __post_init__(self) -> None:
         vocabulary = self.vocabulary
         if vocabulary.key_type != "string":
-            msg = f"vocabulary {vocabulary.name!r} has keys of {vocabulary.key_type}, and tokens are strings"
+            msg = f"vocabulary {vocabulary.name!r} has keys of {vocabulary.key_type}, but tokens are strings"
             raise TypeError(msg)
         _require_split(self.split)
         for name in ("padding_row", "unknown_row"):
@@ -186,35 +186,35 @@ class Encoder:
             if row >= vocabulary.reserved:
                 msg = (
                     f"{name} is {row}, but vocabulary {vocabulary.name!r} reserves {vocabulary.reserved} rows: "
-                    f"make it by create_vocabulary(..., reserved={row + 1}), or name a lower row"
+                    f"create it with create_vocabulary(..., reserved={row + 1}), or choose a lower row"
                 )
                 raise ValueError(msg)
         if self.max_length is not None:
             validation.count(self.max_length, "max_length")
 
     def encode(self, sentences: Iterable[str], *, create: bool = False) -> NDArray[np.int64]:
-        """Find the rows of all tokens of some sentences, in one call to the vocabulary.
+        """Find the rows of all tokens of a batch of sentences, in one call to the vocabulary.
 
         Parameters
         ----------
         sentences : iterable of str
         create : bool
-            Give new tokens rows first, as `Vocabulary.add` does, in the order in which they are read.
+            Add new tokens to the vocabulary first, as `Vocabulary.add` does, in the order in which they occur.
 
         Returns
         -------
         ndarray of int64, shape (number of sentences, length)
-            The longest sentence decides the length, which is 0 where no sentence has a token. `padding_row` fills up
-            the others; `unknown_row` stands for tokens without a row, be it that they are not admitted yet.
+            The length is that of the longest sentence, 0 if no sentence has a token. Shorter sentences are filled up
+            with `padding_row`. Tokens without a row, including those not admitted yet, become `unknown_row`.
 
         Raises
         ------
         TypeError
-            A single string, or something in between that is none.
+            `sentences` is a single string, or one of them is not a string.
         ValueError
-            A token has no UTF-8.
+            A token cannot be encoded in UTF-8.
         ReadOnlyError, StoreClosedError, VocabularyNotFoundError, DiskFullError
-            As `Vocabulary.lookup` and, with `create`, `Vocabulary.add`; no token was added.
+            As for `Vocabulary.lookup` and, with `create`, `Vocabulary.add`. No token was added.
 
         Examples
         --------
@@ -236,26 +236,27 @@ class Encoder:
     def batches(
         self, sentences: Iterable[str], size: int, *, create: bool = False
     ) -> Iterator[NDArray[np.int64]]:
-        """Encode a stream of sentences, of which only one batch is in memory.
+        """Encode a stream of sentences, with only one batch in memory at a time.
 
         Parameters
         ----------
         sentences : iterable of str
-            As `read_lines` yields them, say.
+            For example, what `read_lines` yields.
         size : int
-            Sentences of a batch; the last one may have fewer.
+            Sentences in a batch; the last one may have fewer.
         create : bool
             As for `encode`.
 
         Yields
         ------
         ndarray of int64, shape (size, length)
-            What `encode` returns; each batch has a length of its own.
+            What `encode` returns; each batch has its own length.
 
         Raises
         ------
         TypeError, ValueError
-            As `encode`, for the batch that is asked for; those before it are done. A `size` that is none, at once.
+            As for `encode`, when the batch is asked for; the batches before it are done. A wrong `size` is refused
+            immediately.
 
         Examples
         --------
@@ -266,7 +267,7 @@ class Encoder:
         return (self.encode(some, create=create) for some in iter(lambda: list(islice(stream, size)), []))
 
     def decode(self, ids: ArrayLike) -> list[list[str]]:
-        """Find the tokens of encoded sentences.
+        """Return the tokens of encoded sentences.
 
         Parameters
         ----------
@@ -276,16 +277,16 @@ class Encoder:
         Returns
         -------
         list of list of str
-            Without padding. `UNKNOWN` stands for other reserved rows.
+            Without padding. Other reserved rows become `UNKNOWN`.
 
         Raises
         ------
         RowIdError
-            A row has no key: it was never given out, or has lost it since.
+            A row has no key: it was never assigned one, or has lost it since.
         TypeError, ValueError
-            No integers; another number of dimensions.
+            The ids are not integers, or do not have two dimensions.
         StoreClosedError, VocabularyNotFoundError
-            As `Vocabulary.keys`.
+            As for `Vocabulary.keys`.
 
         Examples
         --------
@@ -295,12 +296,12 @@ class Encoder:
         vocabulary = self.vocabulary
         checked = validation.row_ids(ids, max(vocabulary.num_rows, 1), vocabulary.name)
         if len(checked.shape) != 2:
-            msg = f"ids must have the two dimensions of what encode returns, got shape {checked.shape}"
+            msg = f"ids must have two dimensions, as encode returns them, got shape {checked.shape}"
             raise ValueError(msg)
         rows, which = np.unique(checked.flat, return_inverse=True)
         tokens = np.full(rows.size, UNKNOWN, object)
-        given_out = rows >= vocabulary.reserved
-        tokens[given_out] = vocabulary.keys(rows[given_out])
+        assigned = rows >= vocabulary.reserved
+        tokens[assigned] = vocabulary.keys(rows[assigned])
         kept = (checked.flat != self.padding_row).reshape(checked.shape)
         found = tokens[which].reshape(checked.shape)
         return [sentence[keep].tolist() for sentence, keep in zip(found, kept, strict=True)]
@@ -308,7 +309,7 @@ class Encoder:
     def _tokens(self, sentences: list[str]) -> list[list[str]]:
         if isinstance(self.split, Tokenizer):
             encoded = self.split.encode_batch(sentences, add_special_tokens=False)
-            # The mask tells padding, where the tokenizer was told to pad.
+            # The mask is 0 for padding, if the tokenizer is configured to pad.
             split = [list(compress(each.tokens, each.attention_mask)) for each in encoded]
         elif self.lower:
             split = [list(self.split(sentence.lower())) for sentence in sentences]
@@ -324,7 +325,7 @@ def _require_split(split: object) -> None:
 
 
 def _several(sentences: Iterable[object]) -> Iterator[str]:
-    """Refuse what are no sentences; a single string would be taken for as many as it has letters."""
+    """Refuse what are not sentences. A single string would be taken for as many sentences as it has letters."""
     if isinstance(sentences, str | bytes):
         msg = f"sentences must be several strings, got {sentences!r:.80}; put it into a list"
         raise TypeError(msg)
@@ -333,6 +334,6 @@ def _several(sentences: Iterable[object]) -> Iterator[str]:
 
 def _sentence(given: object) -> str:
     if not isinstance(given, str):
-        msg = f"a sentence must be a str, got {given!r:.80}; an Arrow column becomes strings by to_pylist()"
+        msg = f"a sentence must be a str, got {given!r:.80}; convert an Arrow column with to_pylist()"
         raise TypeError(msg)
     return given

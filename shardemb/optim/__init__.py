@@ -1,17 +1,17 @@
-"""Optimizers: one plain function over one row, plus the names of its state columns.
+"""Optimizers: one plain function over one row, and the names of its state columns.
 
-An optimizer is a frozen dataclass of its hyper-parameters with three facts about itself:
+An optimizer is a frozen dataclass of its hyper-parameters. It defines:
 
-- `state_columns`: the names (torch's) and widths of the numbers it keeps beside each row;
+- `state_columns`: the names (those of torch) and widths of the numbers that it stores next to each row;
 - `scalars`: everything in its formula that is the same for all rows of one step, computed in float64;
 - `row_step`: the formula, a function of one row's weight, state, gradient and those scalars.
 
 ``compute/row_kernels.py`` compiles `row_step` into the loop over rows. To add an optimizer, add a module here with its
-class, its name to `OPTIMIZERS`, and its test.
+class, add the class to `OPTIMIZERS`, and write its test.
 
-A row's gradient has its duplicates summed already, in the order of the batch. All arithmetic on rows is float32;
-`step` counts the updates of the whole table, beginning with 1, as torch does, and not those of a row. Rows that
-are not in a batch do not move, and neither does their state.
+If a row occurs several times in a batch, its gradients are summed in the order of the batch before `row_step` is
+called. All arithmetic on rows is float32. `step` counts the updates of the whole table, as in torch, not those of a
+row; it begins with 1. Rows that are not in a batch do not change, and neither does their state.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {cls.__name__: cls for cls in (SGD, Ada
 
 
 def from_json(document: Mapping[str, object]) -> Optimizer:
-    """Build the optimizer that `persisted.to_json` described.
+    """Build the optimizer that `serialization.to_json` described.
 
     Raises
     ------
     FormatError
-        Not one that this version knows, or hyper-parameters that it refuses.
+        This version does not know the optimizer, or refuses its hyper-parameters.
     """
     return serialization.from_json("optimizer", OPTIMIZERS, document)

@@ -1,4 +1,4 @@
-"""Adagrad, with an accumulator for each value or for each row."""
+"""Adagrad, with one accumulator per value or one per row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Adagrad(Optimizer):
-    """Adagrad: each value divides its step by the root of its summed squared gradients.
+    """Adagrad: the step of each value is divided by the root of the sum of its squared gradients.
 
     ``sum += g*g;  w -= lr_t * g / (sqrt(sum) + eps)`` with ``lr_t = lr / (1 + (step - 1) * lr_decay)``.
 
@@ -23,7 +23,7 @@ class Adagrad(Optimizer):
     lr, lr_decay, eps : float
         Learning rate, its decay, and the number that keeps the division finite. At least 0.
     initial_accumulator_value : float
-        What ``sum`` starts from. At least 0.
+        Initial value of ``sum``. At least 0.
 
     Notes
     -----
@@ -63,7 +63,7 @@ class Adagrad(Optimizer):
 
 @dataclass(frozen=True)
 class RowWiseAdagrad(Optimizer):
-    """Adagrad with one accumulator a row: the mean of the squared gradient over the row.
+    """Adagrad with one accumulator per row: the mean of the squared gradient over the row.
 
     ``sum += mean(g*g);  w -= lr / (sqrt(sum) + eps) * g``.
 
@@ -74,8 +74,8 @@ class RowWiseAdagrad(Optimizer):
 
     Notes
     -----
-    Formula and defaults of FBGEMM's exact row-wise Adagrad without weight decay. State column ``sum``, one number
-    a row. The mean is taken over eight interleaved partial sums, added pairwise.
+    Formula and defaults of FBGEMM's exact row-wise Adagrad without weight decay. State column ``sum``, one number per
+    row. The mean is computed from eight interleaved partial sums, which are added pairwise.
 
     Examples
     --------
@@ -100,7 +100,7 @@ class RowWiseAdagrad(Optimizer):
         """Take one step on one row, in place."""
         lr, eps = scalars[0], scalars[1]
         dim = weight.size
-        # One running sum would wait for each addition before the next; the order of these is fixed all the same.
+        # Eight sums, because in a single one each addition would wait for the last. Their order is fixed too.
         s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = state.dtype.type(0)
         whole = dim - dim % 8
         for j in range(0, whole, 8):

@@ -1,4 +1,4 @@
-"""Adam."""
+"""Adam for sparse gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Adam(Optimizer):
-    """Adam on the rows of the batch alone ("lazy" Adam).
+    """Adam, applied only to the rows of the batch ("lazy" Adam).
 
     ``m += (1 - b1) * (g - m);  v += (1 - b2) * (g*g - v);``
     ``w -= lr * sqrt(1 - b2**step) / (1 - b1**step) * (m / (sqrt(v) + eps))``.
@@ -34,7 +34,7 @@ class Adam(Optimizer):
     Notes
     -----
     Formula and defaults of ``torch.optim.SparseAdam``. State columns ``exp_avg`` and ``exp_avg_sq``, shape (dim,)
-    each. The powers of the betas are taken in float64.
+    each. The powers of the betas are computed in float64.
 
     Examples
     --------
@@ -49,7 +49,7 @@ class Adam(Optimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Lists are what JSON gives back; as a tuple the dataclass compares equal and hashes.
+        # JSON gives back lists. With a tuple, the dataclass is hashable and equal to the original.
         given = self.betas if np.iterable(self.betas) else ()
         betas = tuple(validation.number(beta, "betas", minimum=0.0) for beta in given)
         if len(betas) != 2 or max(betas) >= 1:

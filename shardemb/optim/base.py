@@ -1,4 +1,4 @@
-"""What every optimizer has."""
+"""The base class of all optimizers."""
 
 from __future__ import annotations
 
@@ -14,29 +14,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Optimizer(ABC):
-    """What every optimizer has; use one of its subclasses."""
+    """Base class of all optimizers; use one of its subclasses."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            if each.type == "float":  # NumPy's scalars become what JSON can hold
+            if each.type == "float":  # scalars of NumPy become floats, which JSON can hold
                 value = validation.number(getattr(self, each.name), each.name, minimum=0.0)
                 object.__setattr__(self, each.name, value)
 
     @abstractmethod
     def state_columns(self, embedding_dim: int) -> dict[str, int]:
-        """Name and width (values per row) of each state column, in the order of the record."""
+        """Return name and width (values per row) of each state column, in the order of the record."""
 
     @abstractmethod
     def scalars(self, step: int) -> tuple[float, ...]:
-        """Return the numbers that `row_step` reads, for the `step`-th update (1 for the first)."""
+        """Return the numbers that `row_step` reads, for update number `step` (1 for the first)."""
 
     @staticmethod
     @abstractmethod
     def row_step(
         weight: Float32Array, state: Float32Array, gradient: Float32Array, scalars: Float32Array
     ) -> None:
-        """Take one step on one row, in place: `weight` and `gradient` of shape (dim,), all of its state in a row."""
+        """Take one step on one row, in place.
+
+        `weight` and `gradient` have shape (dim,). `state` holds all state columns of the row, one after the other.
+        """
 
     def initial_state(self) -> dict[str, float]:
-        """Value that a state column starts from; columns not named start from zero."""
+        """Return the initial value of each state column; columns that are not named start from zero."""
         return {}
