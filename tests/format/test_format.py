@@ -1,4 +1,4 @@
-"""What version 1 of the format wrote stays readable: the stores that ``tests/data/make.py`` once made."""
+"""Stores of version 1 of the format stay readable. ``tests/data/make.py`` has created those that are read here."""
 
 import zipfile
 from pathlib import Path

@@ -31,7 +31,7 @@ FULL = Manifest(
 
 
 def sealed(document):
-    """The bytes of a document with the checksum that it should have."""
+    """The bytes of a document with its right checksum."""
     document = {name: value for name, value in document.items() if name != "crc32"}
     crc = zlib.crc32(json.dumps(document, sort_keys=True).encode())
     return json.dumps(document | {"crc32": crc}).encode()
@@ -45,7 +45,7 @@ def full():
 
 
 @pytest.mark.parametrize("manifest", [FULL, Manifest(uuid=A)], ids=["full", "new"])
-def test_bytes_give_back_the_same_manifest(manifest):
+def test_a_manifest_survives_a_round_trip(manifest):
     assert Manifest.from_bytes(manifest.to_bytes()) == manifest
 
 
@@ -74,7 +74,7 @@ def test_the_file_is_pinned():
 
 
 def test_the_file_is_a_line_of_ascii():
-    """Whatever the metadata say, no byte of it depends on a locale."""
+    """Whatever the metadata holds, no byte depends on a locale."""
     text = FULL.to_bytes().decode("ascii")
     assert text.endswith("}\n")
     assert text.count("\n") == 1
@@ -86,7 +86,7 @@ def test_the_checksum_is_over_everything_else():
 
 
 @pytest.mark.parametrize("name", [name for name in json.loads(FULL.to_bytes()) if name != "crc32"])
-def test_a_missing_field_is_a_format_error_though_the_checksum_is_right(name):
+def test_a_missing_field_is_a_format_error_even_if_the_checksum_is_right(name):
     document = full()
     del document[name]
     with pytest.raises(FormatError, match=name):
@@ -153,7 +153,7 @@ def test_two_tables_cannot_share_a_name_or_a_uuid(what):
         Manifest.from_bytes(sealed(document))
 
 
-def test_a_newer_version_asks_for_an_upgrade_whatever_else_it_says():
+def test_a_newer_version_asks_for_an_upgrade_whatever_else_the_document_holds():
     with pytest.raises(FormatError, match="format version 2 is newer"):
         Manifest.from_bytes(b'{"format_version": 2}')
 
@@ -175,11 +175,11 @@ def test_a_damaged_file_is_a_format_error(data):
         assert Manifest.from_bytes(data) == FULL  # only blanks were changed
 
 
-def test_json_nested_deeply_is_a_format_error_or_taken():
-    """Reading it, its checksum and writing it again go as deep as the nesting, and Python's stack ends somewhere."""
+def test_deeply_nested_json_is_a_format_error_or_accepted():
+    """Reading it, its checksum and writing it recurse as deep as the nesting, and Python's stack is limited."""
     document = {name: value for name, value in full().items() if name != "crc32"}
     document["commit"]["metadata"] = {"a": "nested"}
-    taken = 0
+    accepted = 0
     for depth in (10, *range(sys.getrecursionlimit() - 200, sys.getrecursionlimit() + 20), 10_000):
         nested = "[" * depth + "]" * depth
         crc = zlib.crc32(json.dumps(document, sort_keys=True).replace('"nested"', nested).encode())
@@ -187,8 +187,8 @@ def test_json_nested_deeply_is_a_format_error_or_taken():
         with contextlib.suppress(FormatError):
             manifest = Manifest.from_bytes(data)
             assert len(str(manifest.commit.metadata["a"])) == 2 * depth
-            taken += 1
-    assert taken > 0
+            accepted += 1
+    assert accepted > 0
 
 
 # ---- metadata ---------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ json_values = st.recursive(
 
 
 @given(st.dictionaries(st.text(), json_values))
-def test_metadata_comes_back_as_a_copy_that_can_be_kept(metadata):
+def test_metadata_is_returned_as_a_copy_that_can_be_stored(metadata):
     copy = check_metadata(metadata)
     assert copy == metadata
     assert copy is not metadata
@@ -229,7 +229,7 @@ def test_any_mapping_is_metadata():
     "metadata",
     [5, "ab", [], [("a", 1)], {1: 2}, {None: 1}, {"a": {1, 2}}, {"a": b"b"}, {"a": object()}, {"a": 1j}],
 )
-def test_metadata_that_json_does_not_have_is_a_type_error(metadata):
+def test_metadata_that_json_cannot_express_is_a_type_error(metadata):
     with pytest.raises(TypeError, match="metadata must be a dict"):
         check_metadata(metadata)
 
@@ -262,12 +262,12 @@ def test_metadata_is_small():
     with pytest.raises(ValueError, match="more than 1 MiB"):
         check_metadata({"a": "x" * (2**20 - 8)})
     with pytest.raises(ValueError, match="more than 1 MiB"):
-        check_metadata({"a": "π" * 2**18})  # as it stands on disk
+        check_metadata({"a": "π" * 2**18})  # as it is written to disk
 
 
 @pytest.mark.parametrize("depth", range(20, 1001, 70))
 def test_what_check_metadata_accepts_can_be_read_from_any_stack(depth):
-    """Otherwise the commit breaks, or, worse, the store cannot be opened again from a caller further down."""
+    """Otherwise the commit fails or, worse, the store cannot be opened by a caller that is deeper in the stack."""
     try:
         metadata = check_metadata(nested(depth))
     except ValueError:

@@ -98,7 +98,7 @@ def test_a_given_number_of_rows_is_rounded_up_by_less_than_one_multiple(dim, opt
 
 
 @given(st.integers(1, 2**18).map(lambda width: 4 * width))
-def test_the_multiple_is_the_smallest_that_will_do(record_bytes):
+def test_the_multiple_is_the_smallest_that_is_valid(record_bytes):
     multiple = shard_rows_multiple(record_bytes)
     fits = [rows for rows in range(64, multiple + 1, 64) if rows * record_bytes % 4096 == 0]
     assert fits == [multiple]
@@ -112,7 +112,7 @@ def test_the_multiple_is_the_smallest_that_will_do(record_bytes):
         (10**8, 512, 30_000, 64 * MiB // 512),  # 48 GB: still the smallest
         (2**31, 128, 30_000, 256 * MiB // 128),  # 256 GB: 1024 shards
         (2**40, 512, 2**30, 512 * MiB // 512),  # 512 TB: the largest
-        (2**40, 512, 1000, 2**40 // 1000 + 1),  # as large as the mappings that are left ask for
+        (2**40, 512, 1000, 2**40 // 1000 + 1),  # as large as the remaining mappings require
     ],
 )
 def test_automatic_sizes(num_embeddings, record_bytes, max_shards, expected):
@@ -121,14 +121,14 @@ def test_automatic_sizes(num_embeddings, record_bytes, max_shards, expected):
 
 
 @given(row_counts, st.integers(1, 2**18).map(lambda width: 4 * width), st.integers(-5, 40_000))
-def test_an_automatic_size_honours_the_mappings_that_are_left(num_embeddings, record_bytes, max_shards):
+def test_an_automatic_size_respects_the_remaining_mappings(num_embeddings, record_bytes, max_shards):
     rows = choose_rows_per_shard(num_embeddings, record_bytes, None, max_shards)
     assert -(-num_embeddings // rows) <= max(max_shards, 1)
     assert rows < num_embeddings + shard_rows_multiple(record_bytes)
 
 
 @given(row_counts, st.integers(1, 2**18).map(lambda width: 4 * width))
-def test_automatic_shards_are_of_64_to_512_mib_where_nothing_else_is_asked(num_embeddings, record_bytes):
+def test_automatic_shards_take_64_to_512_mib_if_mappings_allow_it(num_embeddings, record_bytes):
     rows = choose_rows_per_shard(num_embeddings, record_bytes, None, 2**60)
     slack = shard_rows_multiple(record_bytes) * record_bytes
     assert rows * record_bytes <= 512 * MiB + slack
@@ -137,7 +137,7 @@ def test_automatic_shards_are_of_64_to_512_mib_where_nothing_else_is_asked(num_e
 
 
 @given(row_counts, dims)
-def test_the_presence_bitmap_has_a_bit_a_row_in_chunks_of_whole_pages(num_embeddings, dim):
+def test_the_presence_bitmap_has_a_bit_per_row_in_chunks_of_whole_pages(num_embeddings, dim):
     table = make(num_embeddings, dim, initializer=Constant(1.0))
     assert table.presence_bytes == math.ceil(num_embeddings / 8)
     assert table.presence_chunk_bytes % PAGE == 0
@@ -151,7 +151,7 @@ def test_the_presence_bitmap_has_a_bit_a_row_in_chunks_of_whole_pages(num_embedd
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
 @pytest.mark.parametrize("initializer", [Constant(0.25), Uniform(-1, 1, seed=5), Normal(std=0.5)], ids=str)
-def test_json_gives_back_the_same_spec(optimizer, initializer):
+def test_a_spec_survives_a_round_trip_through_json(optimizer, initializer):
     table = make(optimizer=optimizer, initializer=initializer)
     assert TableSpec.from_json(json.loads(json.dumps(table.to_json()))) == table
 
@@ -183,7 +183,7 @@ def test_the_first_stores_had_no_checksum():
     st.sampled_from(["stream", "low", "high", "seed", "lr"]),
     st.one_of(st.integers(1, 100), st.floats(0.001, 50.0), st.text()),
 )
-def test_a_value_that_could_be_but_was_not_written_is_a_format_error(name, value):
+def test_a_plausible_value_that_was_not_written_is_a_format_error(name, value):
     written = make(optimizer=SGD(lr=0.5), initializer=Uniform(-1, 60, seed=0))
     document = written.to_json()
     for part in (document, document["optimizer"], document["initializer"]):
@@ -260,12 +260,12 @@ def test_a_damaged_spec_is_a_format_error_or_a_spec(document):
         table = TableSpec.from_json(document)
     except FormatError:
         return
-    # What was accepted makes sense, and is what was written.
+    # What was accepted is consistent, and survives a round trip.
     assert TableSpec.from_json(json.loads(json.dumps(table.to_json()))) == table
     assert table.shard_bytes % PAGE == 0
 
 
-# ---- the parts --------------------------------------------------------------------------------------------------
+# ---- names and fields -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_a_name_is_a_str(name):
     "data",
     [b"", b"{", b"[]", b"5", b"null", b'"a"', b"\xff\xfe", b"{} x", b"[" * 100_000, b'{"a":' * 100_000],
 )
-def test_what_is_no_json_object_is_a_format_error(data):
+def test_anything_but_a_json_object_is_a_format_error(data):
     with pytest.raises(FormatError, match="it is not"):
         documents.parse_json(data)
 
@@ -323,7 +323,7 @@ def test_damaged_json_is_a_format_error_or_an_object(data):
 
 
 @pytest.mark.parametrize("value", HOSTILE, ids=lambda value: repr(value)[:20])
-def test_int_field_takes_integers_within_its_limits_only(value):
+def test_int_field_accepts_only_integers_in_its_range(value):
     if type(value) is int and 1 <= value <= 100:
         assert documents.int_field({"n": value}, "n", 100) == value
         return

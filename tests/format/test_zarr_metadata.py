@@ -64,7 +64,7 @@ def test_a_store_is_a_zarr_group_with_its_uuid():
         ({"attributes": {"shardemb": {"format_version": 1, "uuid": "../x"}}}, "uuid is"),
     ],
 )
-def test_what_is_no_store_is_a_format_error(change, message):
+def test_anything_but_the_document_of_a_store_is_a_format_error(change, message):
     document = json.loads(zarr_metadata.store_documents(UUID)["zarr.json"]) | change
     with pytest.raises(FormatError, match=message):
         zarr_metadata.store_uuid(json.dumps(document).encode())
@@ -82,12 +82,12 @@ def test_a_damaged_group_is_a_format_error_or_the_group(data):
 
 
 @TABLES
-def test_documents_give_back_the_spec(table):
+def test_documents_contain_the_spec(table):
     assert zarr_metadata.table_spec(zarr_metadata.table_documents(table)) == table
     assert zarr_metadata.table_uuid(zarr_metadata.table_documents(table)["zarr.json"]) == table.uuid
 
 
-def test_rows_are_what_format_says():
+def test_rows_are_as_the_format_specifies():
     rows = as_json(zarr_metadata.table_documents(PLAIN))["rows/zarr.json"]
     assert rows["shape"] == [1000, 18]
     assert rows["data_type"] == "float32"
@@ -98,7 +98,7 @@ def test_rows_are_what_format_says():
     assert rows["dimension_names"] == ["row", "column"]
 
 
-def test_the_presence_bitmap_is_what_format_says():
+def test_the_presence_bitmap_is_as_the_format_specifies():
     present = as_json(zarr_metadata.table_documents(WITH_PRESENCE))["present/zarr.json"]
     assert present["shape"] == [WITH_PRESENCE.presence_bytes] == [12_500_000]
     assert present["data_type"] == "uint8"
@@ -191,7 +191,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("path", "change", "message"), CHANGES)
-def test_an_array_that_is_not_what_the_table_asks_for_is_a_format_error(path, change, message):
+def test_an_array_that_disagrees_with_the_spec_is_a_format_error(path, change, message):
     documents = as_json(zarr_metadata.table_documents(PLAIN))
     documents[path] |= change
     with pytest.raises(FormatError, match=message):
@@ -199,15 +199,15 @@ def test_an_array_that_is_not_what_the_table_asks_for_is_a_format_error(path, ch
 
 
 @TABLES
-def test_documents_that_are_as_they_were_written_are_not_checked_again(table, monkeypatch):
+def test_unchanged_documents_are_not_checked_by_zarr(table, monkeypatch):
     documents = zarr_metadata.table_documents(table)
     monkeypatch.setattr(zarr_metadata, "_check_arrays", lambda *_: pytest.fail("asked zarr"))
     assert zarr_metadata.table_spec(documents) == table
 
 
 @pytest.mark.parametrize("recorded", [0, None, "no number"])
-def test_documents_without_a_right_checksum_are_checked_by_zarr(recorded, monkeypatch):
-    """Such as those of the first stores, which recorded none."""
+def test_documents_without_a_matching_checksum_are_checked_by_zarr(recorded, monkeypatch):
+    """For example those of the first stores, which have no checksum."""
     asked = []
     monkeypatch.setattr(zarr_metadata, "_check_arrays", lambda table, _: asked.append(table))
     documents = as_json(zarr_metadata.table_documents(PLAIN))
@@ -218,7 +218,7 @@ def test_documents_without_a_right_checksum_are_checked_by_zarr(recorded, monkey
     assert asked == [PLAIN]
 
 
-def test_attributes_that_others_changed_are_checked_against_the_arrays():
+def test_attributes_that_another_program_changed_are_checked_against_the_arrays():
     documents = as_json(zarr_metadata.table_documents(PLAIN))
     attributes = documents["zarr.json"]["attributes"]["shardemb"]
     attributes["num_embeddings"] += 1
@@ -227,7 +227,7 @@ def test_attributes_that_others_changed_are_checked_against_the_arrays():
         zarr_metadata.table_spec(as_bytes(documents))
 
 
-def test_attributes_that_others_add_do_no_harm():
+def test_attributes_that_another_program_adds_are_ignored():
     documents = as_json(zarr_metadata.table_documents(PLAIN))
     documents["zarr.json"]["attributes"]["theirs"] = {"a": 1}
     documents["rows/zarr.json"]["attributes"]["units"] = "m"
@@ -254,8 +254,8 @@ def test_damaged_documents_are_a_format_error_or_a_spec(documents):
 
 
 @pytest.mark.parametrize("name", ["num_embeddings", "embedding_dim", "rows_per_shard"])
-def test_the_largest_sizes_are_a_format_error_or_taken_but_nothing_is_made_of_them(name):
-    """Metadata can say anything; nobody may allocate before it is checked."""
+def test_the_largest_sizes_are_a_format_error_and_allocate_nothing(name):
+    """Metadata can hold anything; nothing may be allocated before it is checked."""
     documents = as_json(zarr_metadata.table_documents(make()))
     documents["zarr.json"]["attributes"]["shardemb"] |= {
         "num_embeddings": 2**48,
@@ -271,5 +271,5 @@ def test_the_largest_sizes_are_a_format_error_or_taken_but_nothing_is_made_of_th
 @pytest.mark.parametrize(
     "data", [b"", b"{}", b"[]", b"\xff", zarr_metadata.table_documents(PLAIN)["rows/zarr.json"]]
 )
-def test_what_is_no_group_of_ours_has_no_uuid(data):
+def test_a_document_of_no_shardemb_group_has_no_uuid(data):
     assert zarr_metadata.table_uuid(data) is None

@@ -30,18 +30,18 @@ def test_blocks_are_numbered_through_shards_and_presence(tmp_path):
 
 
 def test_rows_of_a_block():
-    """Rows of 20 bytes: 204.8 in a block, so some lie in two."""
+    """A block has 204.8 rows of 20 bytes, so some rows lie in two blocks."""
     first, last, bits = (list(table_files.all_files(SPEC, Path("x")))[i] for i in (0, 3, 4))
     assert first.rows_of(0) == (0, 205)
     assert first.rows_of(1) == (204, 410)
     assert last.rows_of(300) == (61_440, 61_645)
     start, stop = last.rows_of(399)
-    assert start == stop  # behind the last row
+    assert start == stop  # after the last row
     assert bits.rows_of(401) == (32_768, 65_536)
     assert bits.rows_of(402) == (65_536, 70_000)
 
 
-def test_a_checksum_is_xxh3_of_a_block_and_never_one_of_the_two_words():
+def test_a_checksum_is_xxh3_of_a_block_and_never_a_reserved_value():
     data = np.random.default_rng(0).bytes(3 * PAGE)
     expected = [xxhash.xxh3_64_intdigest(data[i : i + PAGE]) & ~1 for i in range(0, len(data), PAGE)]
     assert checksums.block_sums(memoryview(data)).tolist() == expected
@@ -50,7 +50,7 @@ def test_a_checksum_is_xxh3_of_a_block_and_never_one_of_the_two_words():
         assert checksums.block_sum(b"") > checksums.DAMAGED
 
 
-def test_what_a_block_may_be():
+def test_which_blocks_are_damaged():
     random = np.random.default_rng(0)
     content = random.integers(1, 256, (9, PAGE), np.uint8)
     content[[1, 2]] = 0
@@ -58,12 +58,12 @@ def test_what_a_block_may_be():
     sums = checksums.block_sums(content.reshape(-1).data)
     known = np.array([0, 0, 0, sums[3], sums[3], sums[5] | 1, sums[3] | 1, 2, 3], np.uint64)
     marks = np.zeros((9, PAGE), np.uint8)
-    marks[[0, 2, 3, 4, 6]] = 255  # the log says these anew
+    marks[[0, 2, 3, 4, 6]] = 255  # the log has new values for these
     marks[0, 9] = 0
     which = np.arange(9)
     found = checksums.differing(known, content, which, lambda i: marks[i])
-    # Data where there was none, outside of what is anew; zeros; only what is anew; sound; another's checksum;
-    # in flux and not in the log; in flux and in the log; damaged, twice.
+    # Data where there was none, outside of the new bits; zeros; new bits alone; intact; another block's checksum;
+    # in flux and not in the log; in flux and in the log; damaged; damaged and in flux.
     assert found.tolist() == [True, False, False, False, True, True, False, True, True]
     assert (
         checksums.differing(known[::-1], content, which[::-1], lambda i: marks[8 - i]).tolist()
@@ -124,7 +124,7 @@ def test_pages_of_rows():
 
 
 def test_a_file_is_read_past_the_page_cache(tmp_path):
-    """What lies on the disk is compared, not what memory remembers of it."""
+    """Checksums are compared with the disk's content, not with a copy of it in memory."""
     path = tmp_path / "f"
     path.write_bytes(bytes(PAGE))
     with files.opened_direct(path) as descriptor:

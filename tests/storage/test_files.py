@@ -58,7 +58,7 @@ def test_staging_changes_nothing_until_it_is_published(tmp_path):
     assert os.listdir(tmp_path) == ["manifest.json"]
 
 
-def test_what_a_crash_left_staged_is_staged_anew(tmp_path):
+def test_a_staged_file_that_a_crash_left_is_replaced(tmp_path):
     path = tmp_path / "manifest.json"
     files.staged(path).write_bytes(b"what a crash left, longer than the next")
     files.replace(path, b"new")
@@ -66,13 +66,13 @@ def test_what_a_crash_left_staged_is_staged_anew(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["zarr.json", "no_suffix", "a.b.c", ".hidden"])
-def test_any_name_is_staged_beside_itself(tmp_path, name):
+def test_a_file_of_any_name_can_be_staged(tmp_path, name):
     files.replace(tmp_path / name, b"x")
     assert os.listdir(tmp_path) == [name]
 
 
 def test_content_is_synced_before_it_gets_its_name_and_the_name_after(tmp_path, monkeypatch):
-    """The order that makes it durable in one instant."""
+    """This order makes the replacement atomic and durable."""
     path, events = tmp_path / "manifest.json", []
 
     def watch(module, name, describe):
@@ -146,7 +146,7 @@ def test_allocated_counts_what_files_and_folders_take(tmp_path):
     assert 100_000 <= files.allocated(tmp_path) - empty < 300_000
 
 
-def test_size_is_that_of_regular_files_alone(tmp_path):
+def test_only_regular_files_have_a_size(tmp_path):
     (tmp_path / "file").write_bytes(b"12345")
     (tmp_path / "link").symlink_to("file")
     assert files.size(tmp_path / "file") == 5
@@ -156,7 +156,7 @@ def test_size_is_that_of_regular_files_alone(tmp_path):
     assert files.size(tmp_path / "file" / "below") is None
 
 
-def test_read_takes_small_files_only(tmp_path):
+def test_read_accepts_only_small_files(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"12345")
     assert files.read(path) == b"12345"
@@ -170,7 +170,7 @@ def test_read_takes_small_files_only(tmp_path):
 # ---- folders ----------------------------------------------------------------------------------------------------
 
 
-def test_folders_are_made_with_those_above_them_and_may_exist(tmp_path):
+def test_folders_are_made_with_their_parents_and_may_exist(tmp_path):
     for _ in range(2):
         files.make_directory(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
@@ -192,7 +192,7 @@ def test_removing_a_tree_spares_what_links_point_to(tmp_path):
     assert (tmp_path / "theirs" / "data").read_bytes() == b"precious"
 
 
-def test_rename_replaces_a_file_in_one_instant(tmp_path):
+def test_rename_replaces_a_file(tmp_path):
     (tmp_path / "a").write_bytes(b"new")
     (tmp_path / "b").write_bytes(b"old")
     files.rename(tmp_path / "a", tmp_path / "b")
@@ -220,7 +220,7 @@ def test_syncing_counts(tmp_path, counted):
 # ---- open files -------------------------------------------------------------------------------------------------
 
 
-def test_opened_closes_also_after_an_error(tmp_path):
+def test_opened_closes_the_file_after_an_error_too(tmp_path):
     def use():
         with files.opened(tmp_path / "a", os.O_WRONLY | os.O_CREAT) as descriptor:
             descriptors.append(descriptor)
@@ -246,17 +246,17 @@ def written(path, data, offset):
 
 
 @pytest.mark.parametrize("data", [b"abcdef", bytearray(b"abcdef"), memoryview(b"abcdef"), b""])
-def test_write_puts_all_of_it_at_its_offset(tmp_path, data):
+def test_write_writes_all_data_at_its_offset(tmp_path, data):
     assert written(tmp_path / "a", data, 3) == (b"\0\0\0" + bytes(data) if data else b"")
 
 
-def test_write_takes_arrays_of_any_shape_as_their_bytes(tmp_path):
+def test_write_accepts_arrays_of_any_shape(tmp_path):
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
     assert written(tmp_path / "a", values.data, 0) == values.tobytes()
 
 
-def test_write_goes_on_after_a_short_write(tmp_path, monkeypatch, counted):
-    """Linux writes at most 2 GiB at once, and a signal can stop it anywhere."""
+def test_write_continues_after_a_short_write(tmp_path, monkeypatch, counted):
+    """Linux writes at most 2 GiB in one call, and a signal can interrupt it anywhere."""
     original = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: original(descriptor, data[:7], offset))
     data = os.urandom(100)
@@ -266,7 +266,7 @@ def test_write_goes_on_after_a_short_write(tmp_path, monkeypatch, counted):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_no_room_is_an_error_of_its_own_with_the_way_out(tmp_path, monkeypatch, code):
+def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path, monkeypatch, code):
     monkeypatch.setattr(os, "pwrite", refuse(code))
     with pytest.raises(DiskFullError, match="free some space") as caught:
         written(tmp_path / "a", b"data", 0)
@@ -287,7 +287,7 @@ def allocate(path, offset, nbytes):
         files.allocate(descriptor, offset, nbytes, path)
 
 
-def test_allocating_takes_disk_and_changes_nothing_else(tmp_path):
+def test_allocating_takes_disk_space_and_changes_nothing_else(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"content")
     allocate(path, 0, 10 * PAGE)
@@ -315,14 +315,14 @@ def test_a_file_system_that_cannot_allocate_is_fine(tmp_path, monkeypatch, code)
     assert files.allocated(tmp_path / "a") == 0
 
 
-def test_allocating_goes_on_after_a_signal(tmp_path, monkeypatch):
-    """Python repeats its own calls after a signal, but nobody repeats those made through ctypes."""
+def test_allocating_continues_after_a_signal(tmp_path, monkeypatch):
+    """Python repeats its own system calls after a signal, but not those made through ctypes."""
     left = fail_fallocate(monkeypatch, errno.EINTR, errno.EINTR)
     allocate(tmp_path / "a", 0, PAGE)
     assert left == []
 
 
-def test_allocating_without_room_is_disk_full(tmp_path, monkeypatch):
+def test_allocating_without_space_is_disk_full(tmp_path, monkeypatch):
     fail_fallocate(monkeypatch, errno.ENOSPC)
     with pytest.raises(DiskFullError, match="free some space"):
         allocate(tmp_path / "a", 0, PAGE)
@@ -334,7 +334,7 @@ def test_allocating_a_file_that_cannot_be_that_large_is_an_error(tmp_path, monke
         allocate(tmp_path / "a", 0, PAGE)
 
 
-BLOCK = 65_536  # what any file system keeps apart
+BLOCK = 65_536  # holes of this size exist on any file system
 
 
 def sparse(path, data, blocks=8):
@@ -367,13 +367,13 @@ def holes(path, start, stop):
         ([], 5, 5, []),
     ],
 )
-def test_holes_are_what_takes_no_disk(tmp_path, data, start, stop, expected):
-    """Data that is not on the disk yet is none: it will be."""
+def test_holes_take_no_disk_space(tmp_path, data, start, stop, expected):
+    """Data that is not on the disk yet is not a hole, because it will be."""
     assert holes(sparse(tmp_path / "a", data), start, stop) == expected
 
 
-def test_punching_gives_back_what_was_allocated_and_leaves_the_rest(tmp_path):
-    """Holes are asked for before: pages of zeros in memory make allocated space look like data."""
+def test_punching_releases_allocated_space_and_nothing_else(tmp_path):
+    """Holes are listed before: pages of zeros in memory make allocated space look like data."""
     path = sparse(tmp_path / "a", [1])
     files.sync_file(path)
     before, taken = path.read_bytes(), files.allocated(path)
@@ -405,7 +405,7 @@ def test_a_disk_that_is_really_full(new_disk):
     assert path.read_bytes() == b"new"
 
 
-def test_a_note_replaces_the_one_before(tmp_path):
+def test_a_text_replaces_the_one_before(tmp_path):
     with files.opened(tmp_path / "lock", os.O_RDWR | os.O_CREAT) as descriptor:
         files.overwrite_text(descriptor, "process 12345\n", tmp_path / "lock")
         files.overwrite_text(descriptor, "6\n", tmp_path / "lock")
@@ -413,7 +413,7 @@ def test_a_note_replaces_the_one_before(tmp_path):
 
 
 def test_a_file_on_a_tmpfs_has_all_of_its_memory_or_does_not_exist(new_disk):
-    """Or reading a hole of it through a mapping would be a signal once the tmpfs is full."""
+    """Otherwise reading a hole through a mapping would be a signal once the tmpfs is full."""
     disk = new_disk("tmpfs", 2**20)
     path = disk.place / "a"
     files.create_sparse(path, 2**19 + 1)
@@ -436,7 +436,7 @@ def test_a_file_that_gets_no_size_does_not_exist(tmp_path, monkeypatch):
     assert not (tmp_path / "a").exists()
 
 
-def test_a_table_on_a_full_tmpfs_is_an_error_and_no_signal(new_disk, in_fork):
+def test_a_table_on_a_full_tmpfs_is_an_error_and_not_a_signal(new_disk, in_fork):
     disk = new_disk("tmpfs", 4 * 2**20)
 
     def life():
@@ -555,7 +555,7 @@ def test_a_range_begins_at_a_huge_page(path):
     assert ranges[0].array(np.uint8, (1,)).ctypes.data == ranges[0].address
 
 
-def test_arrays_are_writable_and_have_the_dtype_and_shape_that_is_asked_for(path):
+def test_arrays_are_writable_and_have_the_requested_dtype_and_shape(path):
     array = over(path).array(np.float32, (16, 256))
     assert array.dtype == np.float32
     assert array.shape == (16, 256)
@@ -570,7 +570,7 @@ def test_private_writes_never_reach_the_file(path):
     memory.array(np.float32, (PAGE,))[:] = -1
     files.sync_file(path)
     assert path.read_bytes() == before
-    assert (memory.array(np.float32, (PAGE,)) == -1).all()  # but all arrays over the range see them
+    assert (memory.array(np.float32, (PAGE,)) == -1).all()  # but all arrays over the range see the writes
     memory.advise(0, 4 * PAGE, address_space.MADV_DONTNEED)
     assert memory.array(np.uint8, (4 * PAGE,)).tobytes() == before
 
@@ -584,7 +584,7 @@ def test_dropping_one_page_keeps_the_private_copies_of_the_others(path):
     assert array[1].tolist() == list(range(1024, 2048))
 
 
-def test_what_is_written_to_the_file_is_seen_where_no_private_copy_is(path):
+def test_a_write_to_the_file_is_visible_where_there_is_no_private_copy(path):
     memory = over(path)
     array = memory.array(np.float32, (4, 1024))
     array[0, 0] = -1
@@ -614,7 +614,7 @@ def test_bytes_are_the_memory_itself(path):
     ],
     ids=["array", "slice", "transposed", "bytes", "slice of bytes"],
 )
-def test_every_view_keeps_the_range_mapped_and_the_last_one_takes_it_along(path, view):
+def test_every_view_keeps_the_range_mapped_and_the_last_one_unmaps_it(path, view):
     memory = over(path)
     kept = view(memory)
     del memory
@@ -625,14 +625,14 @@ def test_every_view_keeps_the_range_mapped_and_the_last_one_takes_it_along(path,
     assert mapped(path) == []
 
 
-def test_a_range_that_was_never_looked_at_is_unmapped_too(path):
+def test_a_range_without_views_is_unmapped_too(path):
     memory = over(path)
     assert len(mapped(path)) == 1
     del memory
     assert mapped(path) == []
 
 
-def test_the_whole_reservation_goes_with_the_range():
+def test_the_whole_reservation_is_released_with_the_range():
     def reserved():
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmSize:")[1].split()[0]) * 1024
@@ -669,7 +669,7 @@ def test_an_empty_range_is_an_empty_array():
     assert len(memory.bytes(0, 0)) == 0
 
 
-def test_address_space_that_is_not_to_be_had_says_what_may_be_in_the_way():
+def test_an_error_about_address_space_names_possible_limits():
     with pytest.raises(OSError, match="ulimit -v"):
         address_space.AddressRange(2**60)
 
@@ -729,7 +729,7 @@ def test_counters_lose_nothing_between_threads():
 
 
 def test_an_array_may_be_collected_while_something_is_counted(path, counted):
-    """A garbage collection can come anywhere, and unmapping counts: that must not wait for itself."""
+    """A garbage collection can run anywhere and unmap a range, which counts too: that must not deadlock."""
     arrays = [over(path).array(np.uint8, (1,))]
 
     class Collects(int):

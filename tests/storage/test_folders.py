@@ -14,7 +14,7 @@ UUIDS = [f"0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c{k:02d}" for k in range(6)]
 
 
 def folder(path, uuid):
-    """A table's folder: its document, and a file by which to know it."""
+    """A table's folder: its document, and a file that identifies it."""
     spec = dataclasses.replace(make(), uuid=uuid)
     (path / "rows").mkdir(parents=True)
     (path / zarr_metadata.DOCUMENT).write_bytes(zarr_metadata.table_documents(spec)[zarr_metadata.DOCUMENT])
@@ -22,7 +22,7 @@ def folder(path, uuid):
 
 
 def tables(**names):
-    """What a manifest says: name=number of the table."""
+    """The tables of a manifest: name=number of the table."""
     return [TableEntry(UUIDS[number], name, 0, None) for name, number in names.items()]
 
 
@@ -36,7 +36,7 @@ def store(tmp_path):
 
 
 def content(store):
-    """Name to number, of the tables that lie under their names."""
+    """Map names to numbers, for the tables that are at their names."""
     return {
         path.name: UUIDS.index((path / "rows" / "c.0.0").read_text())
         for path in store.iterdir()
@@ -49,7 +49,7 @@ def parked(store):
     return sorted(path.name for path in place.iterdir()) if place.exists() else []
 
 
-# ---- where things are -------------------------------------------------------------------------------------------
+# ---- finding folders --------------------------------------------------------------------------------------------
 
 
 def test_names_of_a_store_are_pinned(tmp_path):
@@ -76,7 +76,7 @@ def test_a_table_without_a_folder_is_named(store):
     assert content(store) == {"a": 0, "b": 1, "c": 2}
 
 
-def test_documents_are_those_that_there_are(store):
+def test_only_existing_documents_are_read(store):
     assert list(folders.documents(store / "a")) == ["zarr.json"]
     (store / "a" / "rows" / "zarr.json").write_bytes(b"{}")
     assert folders.documents(store / "a")["rows/zarr.json"] == b"{}"
@@ -86,21 +86,21 @@ def test_documents_are_those_that_there_are(store):
 # ---- arranging --------------------------------------------------------------------------------------------------
 
 
-def test_what_is_in_its_place_is_not_touched(store, monkeypatch):
+def test_a_folder_in_its_place_is_not_touched(store, monkeypatch):
     monkeypatch.setattr(files, "rename", lambda *paths: pytest.fail(f"renamed {paths}"))
     places = folders.arrange(store, tables(a=0, b=1, c=2))
     assert places == {UUIDS[k]: store / "abc"[k] for k in range(3)}
     assert content(store) == {"a": 0, "b": 1, "c": 2}
 
 
-def test_a_new_table_gets_its_name_and_what_is_parked_and_nobodys_goes(store):
+def test_a_new_table_gets_its_name_and_other_parked_folders_are_removed(store):
     folder(store_paths.parked(store, UUIDS[4]), UUIDS[4])
     folders.arrange(store, tables(a=0, b=1, c=2, d=3))
     assert content(store) == {"a": 0, "b": 1, "c": 2, "d": 3}
     assert parked(store) == []
 
 
-def test_a_dropped_table_goes_and_others_that_the_manifest_does_not_name_stay(store):
+def test_a_dropped_table_is_removed_and_folders_that_the_manifest_does_not_name_stay(store):
     """A folder that is not the store's is never deleted."""
     folders.arrange(store, tables(a=0), tables(b=1))
     assert content(store) == {"a": 0, "c": 2}
@@ -113,11 +113,11 @@ def test_a_new_table_may_have_the_name_of_a_dropped_one(store):
 
 
 CHANGES = [
-    (tables(b=0, a=1, c=2), []),  # two exchange their names
+    (tables(b=0, a=1, c=2), []),  # two swap their names
     (tables(b=0, c=1, a=2), []),  # three do
-    (tables(b=0, x=1, c=2), []),  # one takes the name that another gives up
+    (tables(b=0, x=1, c=2), []),  # one takes the former name of another
     (tables(x=0, y=1, z=2), []),
-    (tables(a=3, b=0, c=2), tables(b=1)),  # new, renamed and dropped at once
+    (tables(a=3, b=0, c=2), tables(b=1)),  # new, renamed and dropped in one commit
     (tables(c=3), tables(a=0, b=1, c=2)),
     (tables(), tables(a=0, b=1, c=2)),
 ]
@@ -128,7 +128,7 @@ class Crash(BaseException):
 
 
 def crash_at(monkeypatch, call):
-    """Let the call with this number, of all that change folders, be the last: it is not carried out."""
+    """Crash instead of making the call with this number, of all calls that change folders."""
     calls = itertools.count()
     for name in ("make_directory", "rename", "sync_directory", "remove_tree"):
         original = getattr(files, name)
@@ -142,7 +142,7 @@ def crash_at(monkeypatch, call):
 
 
 @pytest.mark.parametrize(("wanted", "dropped"), CHANGES)
-def test_it_can_be_cut_short_anywhere_and_done_again(tmp_path_factory, wanted, dropped):
+def test_it_can_be_interrupted_anywhere_and_repeated(tmp_path_factory, wanted, dropped):
     expected = {table.name: UUIDS.index(table.uuid) for table in wanted}
     for call in itertools.count():
         store = tmp_path_factory.mktemp("store")
@@ -156,7 +156,7 @@ def test_it_can_be_cut_short_anywhere_and_done_again(tmp_path_factory, wanted, d
                 crashed = False
             except Crash:
                 crashed = True
-        # A reader finds every table in between, and the next writer puts all in place.
+        # A reader finds every table in between, and the next writer puts each in its place.
         assert set(folders.locate(store, wanted)) == {table.uuid for table in wanted}
         folders.arrange(store, wanted, dropped)
         assert content(store) == expected
@@ -167,7 +167,7 @@ def test_it_can_be_cut_short_anywhere_and_done_again(tmp_path_factory, wanted, d
 
 
 @pytest.mark.parametrize(("wanted", "dropped"), CHANGES[:2])
-def test_it_can_be_cut_short_twice(tmp_path_factory, wanted, dropped):
+def test_it_can_be_interrupted_twice(tmp_path_factory, wanted, dropped):
     for first, second in itertools.product(range(7), repeat=2):
         store = tmp_path_factory.mktemp("store")
         for number, name in enumerate("abc"):
@@ -183,8 +183,8 @@ def test_it_can_be_cut_short_twice(tmp_path_factory, wanted, dropped):
         assert content(store) == {table.name: UUIDS.index(table.uuid) for table in wanted}
 
 
-def test_names_are_made_durable_before_others_follow(store, monkeypatch):
-    """Were the second renames to reach the disk without the first, two folders would have one name."""
+def test_the_first_renames_are_durable_before_the_second(store, monkeypatch):
+    """If the second renames reached the disk without the first, two folders would have one name."""
     events = []
     for name in ("rename", "sync_directory"):
         original = getattr(files, name)
@@ -198,11 +198,11 @@ def test_names_are_made_durable_before_others_follow(store, monkeypatch):
     assert events == ["rename", "rename", "sync_directory", "sync_directory"] * 2
 
 
-# ---- what is not ours -------------------------------------------------------------------------------------------
+# ---- foreign folders --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link", "broken link", "other table"])
-def test_what_stands_in_a_tables_place_is_neither_moved_nor_deleted(store, kind):
+def test_a_foreign_thing_in_a_tables_place_is_neither_moved_nor_deleted(store, kind):
     place = store / "x"
     if kind == "file":
         place.write_text("theirs")
@@ -230,7 +230,7 @@ def test_foreign_folders_and_files_stay(store):
 
 
 def test_a_copy_of_a_tables_folder_is_not_taken_for_the_table(store):
-    """Somebody makes a backup beside it; then the table is renamed, or dropped."""
+    """A user makes a backup next to the table, and then renames or drops the table."""
     folder(store / "a copy", UUIDS[1])
     folder(store / "z copy", UUIDS[1])
     places = folders.arrange(store, tables(a=0, b=1, c=2))
@@ -246,7 +246,7 @@ def test_dropping_a_table_with_a_copy_of_its_folder_works(store):
 
 
 def test_renaming_a_table_with_a_copy_of_its_folder_does_not_guess(store):
-    """Which of the two is the table cannot be known; taking the wrong one would be old rows under a new commit."""
+    """Which of the two is the table cannot be known; the wrong one would have old rows under a new commit."""
     folder(store / "A copy", UUIDS[1])
     (store / "A copy" / "rows" / "c.0.0").write_text(UUIDS[5])
     try:
@@ -275,7 +275,7 @@ def test_a_link_to_a_tables_folder_is_no_copy(store):
         ([".git"], [".git"]),
     ],
 )
-def test_a_store_may_be_created_in_an_empty_folder_or_where_creation_was_cut_short(tmp_path, names, foreign):
+def test_a_store_may_be_created_in_an_empty_folder_or_after_an_interrupted_creation(tmp_path, names, foreign):
     for name in names:
         if name == "zarr.json":
             (tmp_path / name).write_bytes(zarr_metadata.store_documents(UUIDS[0])[name])
@@ -284,7 +284,7 @@ def test_a_store_may_be_created_in_an_empty_folder_or_where_creation_was_cut_sho
     assert folders.foreign(tmp_path) == foreign
 
 
-def test_a_zarr_group_that_is_not_ours_is_foreign(tmp_path):
+def test_a_zarr_group_of_another_program_is_foreign(tmp_path):
     (tmp_path / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group"}')
     assert folders.foreign(tmp_path) == ["zarr.json"]
 

@@ -1,4 +1,4 @@
-"""The log, written and read again: whole, torn, damaged and lying."""
+"""The log, written and read again: intact, torn, damaged, and with false numbers."""
 
 import shutil
 import struct
@@ -22,7 +22,7 @@ BASE = Manifest(uuid=STORE, epoch=3, segment=5, sequence=11, attempt=2)
 
 
 def write_commits(folder, commits, *, segment_bytes=1):
-    """Write ``[(rows, value, whole), ...]`` as commits, broken-off ones where not whole; return the log."""
+    """Write ``[(rows, value, whole), ...]`` as commits, which are interrupted if not whole; return the log."""
     folder.mkdir(exist_ok=True)
     writer = log_writer.Log(folder, BASE, segment_bytes)
     for number, (rows, value, whole) in enumerate(commits, 1):
@@ -50,7 +50,7 @@ def manifest(number):
 
 
 def found(folder, base=BASE, end=None):
-    """What the log says: number of the last commit, and the rows with their values."""
+    """What the log holds: the number of the last commit, and the rows with their values."""
     newer = log_reader.read(folder, base, end)
     images = newer.images(SPEC)
     values = [
@@ -80,7 +80,7 @@ COMMITS = st.lists(
 
 @settings(max_examples=60)
 @given(COMMITS, st.sampled_from([1, 200_000, 2**20]))
-def test_the_newest_image_of_every_committed_row_comes_back(tmp_path_factory, commits, segment_bytes):
+def test_the_newest_image_of_every_committed_row_is_read(tmp_path_factory, commits, segment_bytes):
     folder = tmp_path_factory.mktemp("log")
     writer = write_commits(folder, commits, segment_bytes=segment_bytes)
     assert found(folder) == expected(commits)
@@ -92,7 +92,7 @@ def test_the_newest_image_of_every_committed_row_comes_back(tmp_path_factory, co
 MANY = [(range(k % 3, 1000, 3), k, k % 4 != 3) for k in range(20)]
 
 
-def test_segments_follow_each_other_and_are_full_of_zeros_behind_the_end(tmp_path):
+def test_segments_are_consecutive_and_filled_with_zeros_after_the_end(tmp_path):
     writer = write_commits(tmp_path, MANY)
     assert log_reader.segments(tmp_path) == list(range(5, writer.number + 1))
     assert writer.number > 5
@@ -103,7 +103,7 @@ def test_segments_follow_each_other_and_are_full_of_zeros_behind_the_end(tmp_pat
 
 
 def test_cut_anywhere_the_log_ends_with_a_commit(tmp_path):
-    """As a loss of power leaves it: the blocks from some place on are zeros."""
+    """A loss of power leaves it so: the blocks from some position on are zeros."""
     folder = tmp_path / "log"
     commits = [([k, 10 + k, 999], k, True) for k in range(12)]
     write_commits(folder, commits).close()
@@ -134,7 +134,9 @@ def test_a_record_that_was_synced_and_cannot_be_read_is_damage(tmp_path):
             broken = bytearray(data)
             broken[block * PAGE + at] ^= 16
             path.write_bytes(broken)
-            if block < used - 2:  # the last commit is two blocks, and nothing says yet that they were synced
+            if (
+                block < used - 2
+            ):  # the last commit is two blocks, and no record says yet that they were synced
                 with pytest.raises(LogDamagedError, match="was synced and cannot be read"):
                     found(tmp_path)
             else:
@@ -151,7 +153,7 @@ def test_a_missing_segment_is_damage(tmp_path, number):
         found(tmp_path)
 
 
-def test_segments_that_were_exchanged_or_cut_short_are_damage(tmp_path):
+def test_swapped_or_truncated_segments_are_damage(tmp_path):
     write_commits(tmp_path, MANY).close()
     five, six = tmp_path / "00000005.log", tmp_path / "00000006.log"
     before = five.read_bytes(), six.read_bytes()
@@ -181,7 +183,7 @@ def test_a_segment_of_another_store_or_header_with_a_flipped_bit_is_damage(tmp_p
             found(tmp_path)
 
 
-def test_a_segment_of_a_writer_that_did_not_get_to_its_base_is_ignored(tmp_path):
+def test_a_segment_of_a_writer_that_never_replaced_the_base_is_ignored(tmp_path):
     commits = [([1], 1, True)]
     write_commits(tmp_path, commits).close()
     later = Manifest(uuid=STORE, epoch=4, segment=6, sequence=13)
@@ -195,7 +197,7 @@ def test_a_clean_base_has_no_log(tmp_path):
 
 
 def forge(folder, count, ids, nbytes):
-    """Write a log by hand whose sums are right and whose numbers lie."""
+    """Write a log by hand, with right checksums and possibly false numbers."""
     store, salt = uuid.UUID(STORE).bytes, bytes(range(16))
     header = struct.pack("<8sQQQQQ16s16s", b"shardlog", 1, 3, 5, 11, 16 * PAGE, store, salt)
     blocks = [(header + xxhash.xxh3_64_intdigest(header).to_bytes(8, "little")).ljust(PAGE, b"\0")]
@@ -231,14 +233,14 @@ def test_a_log_written_by_hand_from_the_specification_is_read(tmp_path):
         (3, [1, 2], 24),
     ],
 )
-def test_numbers_that_lie_are_damage_although_the_sums_are_right(tmp_path, count, ids, nbytes):
+def test_false_numbers_are_damage_although_the_checksums_are_right(tmp_path, count, ids, nbytes):
     forge(tmp_path, count, ids, nbytes)
     with pytest.raises(LogDamagedError):
         found(tmp_path)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_random_damage_is_never_anything_else_than_a_commit_or_an_error(tmp_path, seed):
+def test_random_damage_is_always_a_commit_or_an_error(tmp_path, seed):
     rng = np.random.default_rng(seed)
     writer = write_commits(tmp_path, MANY)
     writer.close()
@@ -275,7 +277,7 @@ def test_a_full_disk_leaves_the_log_as_it_was(tmp_path, monkeypatch):
     assert found(tmp_path) == (1, {1: 1.0})
 
 
-def test_segments_are_used_again_and_their_old_records_mean_nothing(tmp_path):
+def test_segments_are_reused_and_their_old_records_are_ignored(tmp_path):
     writer = write_commits(tmp_path, [(range(900), 1, True)], segment_bytes=log_writer.FIRST_SEGMENT)
     for _ in range(3):
         closed = writer.close_segments()

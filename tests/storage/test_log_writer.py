@@ -1,4 +1,4 @@
-"""The image log as it is written and read: what comes back, what is torn, and what is damage."""
+"""The image log as it is written and read: round trips, torn ends, damage, full disks."""
 
 import random
 import shutil
@@ -36,7 +36,7 @@ def manifest_of(number, base=BASE):
 
 
 def append(log, ids, value, spec=SPEC):
-    """Append the images of an attempt, not its commit record; rows hold `value` and their id."""
+    """Append the images of an attempt, but no commit record; rows hold `value` and their id."""
     ids = np.array(ids, np.int64)
     records = np.full((ids.size, spec.width), value, np.float32)
     records[:, 0] = ids
@@ -58,7 +58,7 @@ def commit(log, ids, number, spec=SPEC):
 
 
 def rows_of(found, spec=SPEC):
-    """Rows and the value that each holds, out of memory."""
+    """Map rows to the value that the image of each holds in memory."""
     images = found.images(spec)
     values = {}
     for row, address in zip(images.ids.tolist(), images.addresses.tolist(), strict=True):
@@ -87,7 +87,7 @@ def last(folder, base=BASE):
     return found.manifest.commit.id if found.manifest.commit else 0
 
 
-# ---- a reader and a packer of its own, from the description of the format ---------------------------------------
+# ---- files ------------------------------------------------------------------------------------------------------
 
 
 def only(folder):
@@ -103,7 +103,7 @@ attempts = st.lists(
 
 @settings(max_examples=50)
 @given(attempts)
-def test_the_newest_committed_image_of_every_row_comes_back(tmp_path_factory, history):
+def test_the_newest_committed_image_of_every_row_is_read(tmp_path_factory, history):
     folder = tmp_path_factory.mktemp("log")
     log, expected, commits = Log(folder, BASE, 2**16), {}, 0
     for number, (ids, ends) in enumerate(history, 1):
@@ -114,7 +114,7 @@ def test_the_newest_committed_image_of_every_row_comes_back(tmp_path_factory, hi
         else:
             log.begin(needed_bytes([(len(ids), SPEC.record_bytes)], 0))
             append(log, ids, number)
-            log._flush()  # as a large attempt does on its way
+            log._flush()  # as a large attempt does before its commit record
     log.close()
     found = log_reader.read(folder, BASE)
     assert rows_of(found) == expected
@@ -124,7 +124,7 @@ def test_the_newest_committed_image_of_every_row_comes_back(tmp_path_factory, hi
     shutil.rmtree(folder)
 
 
-def test_an_independent_reader_finds_the_same(folder, log):
+def test_an_independent_reader_finds_the_same_rows(folder, log):
     for number in range(1, 40):
         commit(log, [number, number + 1], number)
     rows, pending, sequence = {}, {}, 11
@@ -154,7 +154,7 @@ def test_an_independent_reader_finds_the_same(folder, log):
     assert len(list(folder.glob("*.log"))) > 2
 
 
-def test_every_segment_but_the_last_ends_with_a_record_that_says_so(folder, log):
+def test_every_segment_but_the_last_ends_with_an_end_record(folder, log):
     for number in range(1, 40):
         commit(log, [number], number)
     kinds = [[fields[1] for _, fields, _ in independent(path)[1]] for path in sorted(folder.glob("*.log"))]
@@ -171,7 +171,7 @@ def test_a_commit_larger_than_a_segment_has_one_of_its_own(folder, log):
     assert rows_of(log_reader.read(folder, BASE), big)[5] == 2
 
 
-def test_segments_that_were_let_go_are_used_again_and_their_records_forgotten(folder, log):
+def test_discarded_segments_are_reused_and_their_records_ignored(folder, log):
     commit(log, [1], 1)
     closed = log.close_segments()
     inodes = {path.stat().st_ino for path in closed}
@@ -186,7 +186,7 @@ def test_segments_that_were_let_go_are_used_again_and_their_records_forgotten(fo
 # ---- torn and damaged -------------------------------------------------------------------------------------------
 
 
-def test_a_log_cut_at_any_block_gives_the_commit_before(folder, log):
+def test_a_log_truncated_at_any_block_ends_with_the_commit_before(folder, log):
     for number in range(1, 6):
         commit(log, [number], number)
     path = only(folder)
@@ -212,7 +212,7 @@ def test_a_bad_record_that_a_later_one_calls_synced_is_damage(folder, log):
             with pytest.raises(LogDamagedError, match="was synced"):
                 log_reader.read(folder, BASE)
         else:
-            assert last(folder) == 2  # torn: nothing says that it had been synced
+            assert last(folder) == 2  # torn: no record says that it had been synced
 
 
 @pytest.mark.parametrize("which", [0, 1, -1])
@@ -224,7 +224,7 @@ def test_a_missing_segment_is_damage(folder, log, which):
         log_reader.read(folder, BASE)
 
 
-def test_segments_that_were_exchanged_are_damage(folder, log):
+def test_swapped_segments_are_damage(folder, log):
     for number in range(1, 40):
         commit(log, [number], number)
     first, second = sorted(folder.glob("*.log"))[:2]
@@ -269,7 +269,7 @@ def test_a_damaged_header_is_damage(folder, log, position):
     ],
     ids=str,
 )
-def test_a_record_of_images_that_lies_is_never_believed(folder, log, lie):
+def test_a_record_of_images_with_false_numbers_is_never_trusted(folder, log, lie):
     commit(log, [1], 1)
     rewrite(only(folder), PAGE, **lie)
     if "table" in lie:
@@ -291,14 +291,14 @@ def test_a_last_record_with_impossible_numbers_ends_the_log(folder, log, lie):
 
 
 @pytest.mark.parametrize("lie", [{"count": 2}, {"payload": b"{}"}, {"payload": b""}], ids=str)
-def test_a_commit_record_that_lies_is_an_error(folder, log, lie):
+def test_a_commit_record_with_false_numbers_is_an_error(folder, log, lie):
     commit(log, [1], 1)
     rewrite(only(folder), 2 * PAGE, **lie)
     with pytest.raises(FormatError):
         log_reader.read(folder, BASE)
 
 
-def test_random_damage_gives_a_commit_that_was_or_an_error(folder, log):
+def test_random_damage_gives_an_earlier_commit_or_an_error(folder, log):
     for number in range(1, 21):
         commit(log, [number], number)
     paths = sorted(folder.glob("*.log"))
@@ -325,7 +325,7 @@ def test_random_damage_gives_a_commit_that_was_or_an_error(folder, log):
 
 
 @pytest.mark.parametrize("call", ["write_new", "open_direct", "write", "sync", "rename"])
-def test_a_full_disk_when_a_segment_is_made_leaves_the_log_as_it_was(folder, log, monkeypatch, call):
+def test_a_full_disk_while_a_segment_is_created_leaves_the_log_unchanged(folder, log, monkeypatch, call):
     commit(log, [1], 1)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -348,7 +348,7 @@ def test_no_block_of_a_segment_is_written_again_once_it_is_durable(folder, log, 
     def watched(descriptor, data, offset, path):
         assert offset % PAGE == 0
         assert len(data) % PAGE == 0
-        # Filling a new segment with zeros and its header come before its first record.
+        # A new segment is filled with zeros, and gets its header, before its first record.
         if path.suffix == ".log":
             blocks = {(path, block) for block in range(offset // PAGE, (offset + len(data)) // PAGE)}
             assert not blocks & durable
@@ -367,8 +367,8 @@ def test_no_block_of_a_segment_is_written_again_once_it_is_durable(folder, log, 
     assert durable == fresh
 
 
-def test_a_folder_that_cannot_be_synced_is_no_full_disk(tmp_path, monkeypatch):
-    """The new segment has its name already: commits that went on in the old one could not be read again."""
+def test_a_folder_that_cannot_be_synced_is_not_a_full_disk(tmp_path, monkeypatch):
+    """The new segment has its name already: further commits in the old segment could not be read."""
     writer = Log(tmp_path, Manifest(uuid="00000000-0000-0000-0000-000000000007"))
     monkeypatch.setattr(
         files, "sync_directory", lambda path: (_ for _ in ()).throw(DiskFullError(28, "no room"))

@@ -1,4 +1,4 @@
-"""Tables with other rows, other shards, another optimizer, and elsewhere; and rows that were never written, written."""
+"""Tables rewritten with other rows, other shards, another optimizer, or as a copy; and rows that are materialized."""
 
 import contextlib
 import os
@@ -62,7 +62,7 @@ def inodes(path):
     return {int(each.name.split(".")[1]): each.stat().st_ino for each in (path / "t" / "rows").glob("c.*")}
 
 
-# ---- other numbers of rows --------------------------------------------------------------------------------------
+# ---- another number of rows -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,10 +78,10 @@ def inodes(path):
     st.sampled_from([0, 2**30]),
     st.sampled_from([64, 192, 1024]),
 )
-def test_a_table_that_grows_and_shrinks_is_as_one_that_keeps_everything(
+def test_a_table_that_grows_and_shrinks_equals_one_that_keeps_everything(
     tmp_path_factory, kind, events, budget, rows_per_shard
 ):
-    """The model is a table that is large from the start, and what it held at each resize is forgotten by hand."""
+    """The model is a table that is large from the start, in which each resize resets the dropped rows."""
     path = tmp_path_factory.mktemp("grown") / "s"
     store = shardemb.open(path, memory_budget=budget)
     table = create(store, 700, kind, rows_per_shard=rows_per_shard)
@@ -128,7 +128,7 @@ def test_a_table_that_grows_and_shrinks_is_as_one_that_keeps_everything(
         assert store.verify() == []
 
 
-def test_growth_leaves_the_files_as_they_are(path):
+def test_growth_keeps_the_files(path):
     with shardemb.open(path) as store:
         table = create(store, 500)
         train(table, 1)
@@ -144,7 +144,7 @@ def test_growth_leaves_the_files_as_they_are(path):
     assert [each.name for each in (path / ".shardemb" / "tables").iterdir()] == []
 
 
-def test_fewer_rows_only_if_asked_for(path):
+def test_rows_are_dropped_only_on_request(path):
     with shardemb.open(path) as store:
         table = create(store, 500)
         store.commit()
@@ -158,7 +158,7 @@ def test_fewer_rows_only_if_asked_for(path):
         assert not store.has_changes
 
 
-def test_too_many_shards_are_refused_and_nothing_stays(path):
+def test_too_many_shards_are_refused_and_leave_nothing_behind(path):
     with shardemb.open(path) as store:
         table = create(store, 500)
         store.commit()
@@ -169,7 +169,7 @@ def test_too_many_shards_are_refused_and_nothing_stays(path):
         assert list((path / ".shardemb" / "tables").iterdir()) == []
 
 
-def test_a_reader_opened_before_sees_the_old_size_until_it_asks(path):
+def test_an_earlier_reader_sees_the_old_size_until_it_refreshes(path):
     with shardemb.open(path) as store:
         table = create(store, 500)
         train(table, 1)
@@ -228,7 +228,7 @@ def test_a_resized_table_can_be_dropped_and_comes_back(path):
         assert list(store) == []
 
 
-def test_where_there_are_no_links_shards_are_copied(path, monkeypatch):
+def test_without_hard_links_shards_are_copied(path, monkeypatch):
     monkeypatch.setattr(os, "link", lambda *names: (_ for _ in ()).throw(PermissionError(1, "no links here")))
     with shardemb.open(path) as store:
         table = create(store, 500)
@@ -278,7 +278,7 @@ def test_other_shards_hold_the_same_bits(tmp_path_factory, kind, rows, before, a
 
 @pytest.mark.parametrize("old", KINDS)
 @pytest.mark.parametrize("new", [None, SGD(), Adam(lr=0.5), Adagrad(initial_accumulator_value=0.25)], ids=str)
-def test_another_optimizer_keeps_the_weights_and_starts_anew(path, old, new):
+def test_another_optimizer_keeps_the_weights_and_starts_with_a_fresh_state(path, old, new):
     with shardemb.open(path) as store:
         table = create(store, 1000, old)
         train(table, 1)
@@ -299,7 +299,7 @@ def test_another_optimizer_keeps_the_weights_and_starts_anew(path, old, new):
         assert store.verify() == []
 
 
-def test_rows_never_written_take_no_disk_in_other_shards(path):
+def test_rows_never_written_take_no_disk_space_in_other_shards(path):
     with shardemb.open(path) as store:
         table = store.create_table(
             "t", num_embeddings=10**8, embedding_dim=32, initializer=Uniform(-1, 1), rows_per_shard=2**20
@@ -311,7 +311,7 @@ def test_rows_never_written_take_no_disk_in_other_shards(path):
         assert (table.lookup([0, 10**8 - 1]) == 1).all()
 
 
-def test_resharding_goes_on_where_it_was_cut_short(path, monkeypatch):
+def test_resharding_continues_after_an_interruption(path, monkeypatch):
     with shardemb.open(path) as store:
         table = create(store, 12_000)
         train(table, 1, 8000)
@@ -340,7 +340,7 @@ def test_resharding_goes_on_where_it_was_cut_short(path, monkeypatch):
         assert not list((path / ".shardemb" / "rebuilt").iterdir())
 
 
-def test_what_was_begun_before_another_commit_is_begun_anew(path, monkeypatch):
+def test_a_rewrite_interrupted_before_another_commit_is_started_again(path, monkeypatch):
     with shardemb.open(path) as store:
         table = create(store, 3000)
         store.commit()
@@ -355,7 +355,7 @@ def test_what_was_begun_before_another_commit_is_begun_anew(path, monkeypatch):
         assert_equal(everything(table), expected)
 
 
-def test_what_was_begun_and_half_removed_is_begun_anew(path, monkeypatch):
+def test_a_rewrite_interrupted_and_half_removed_is_started_again(path, monkeypatch):
     with shardemb.open(path) as store:
         table = create(store, 5000)
         train(table, 1, 2000)
@@ -381,7 +381,7 @@ def test_what_was_begun_and_half_removed_is_begun_anew(path, monkeypatch):
 
 
 @pytest.mark.parametrize("new", ["keep", None], ids=str)
-def test_resharding_that_cannot_be_committed_leaves_the_table_and_is_not_done_again(path, monkeypatch, new):
+def test_resharding_that_cannot_be_committed_leaves_the_table_and_is_not_repeated(path, monkeypatch, new):
     with shardemb.open(path) as store:
         table = create(store, 5000)
         train(table, 1, 2000)
@@ -405,7 +405,7 @@ def test_resharding_that_cannot_be_committed_leaves_the_table_and_is_not_done_ag
         assert store.verify() == []
 
 
-def test_resharding_wants_everything_committed(path):
+def test_resharding_requires_that_everything_is_committed(path):
     with shardemb.open(path) as store:
         table = create(store, 500)
         with pytest.raises(ShardEmbError, match="not committed"):
@@ -428,7 +428,7 @@ def damage(path, offset=100):
 
 
 @pytest.mark.parametrize("where", ["rows/c.0.0", "present/c.0"])
-def test_damage_is_not_copied_for_sound(path, where):
+def test_damage_is_not_copied_as_valid_data(path, where):
     with shardemb.open(path) as store:
         table = create(store, 500)
         table.write(np.arange(500), np.ones((500, DIM)))
@@ -443,7 +443,7 @@ def test_damage_is_not_copied_for_sound(path, where):
         assert len(store.verify()) == 1
 
 
-def test_damage_where_the_last_byte_that_stays_begins_a_block_is_not_copied_for_sound(path):
+def test_damage_in_a_block_of_which_one_byte_stays_is_not_copied_as_valid_data(path):
     rows = 8 * PAGE + 3  # with three bits in the second block of the bitmap
     with shardemb.open(path) as store:
         table = create(store, 40_000)
@@ -481,7 +481,7 @@ def test_materialized_rows_are_what_zarr_reads(path, kind, monkeypatch):
         assert_equal(everything(table), now)
         store.rollback()
         committed = everything(table)
-        table.materialize()  # those that had changes
+        table.materialize()  # the rows that had changes
         assert_equal(everything(table), committed)
         assert store.last_commit.id == 1
         assert store.verify() == []
@@ -494,7 +494,7 @@ def test_materialized_rows_are_what_zarr_reads(path, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("full", ["rows/c.1.0", "present/c.0", None])
-def test_rows_keep_their_values_at_any_moment_while_they_are_materialized(path, monkeypatch, full):
+def test_rows_keep_their_values_while_they_are_materialized(path, monkeypatch, full):
     with shardemb.open(path, threads=1) as store:
         table = create(store, 3000)
         store.commit()
@@ -522,7 +522,7 @@ def test_rows_keep_their_values_at_any_moment_while_they_are_materialized(path, 
             other.rollback()
 
 
-def test_materializing_goes_on_where_it_was_cut_short(path, monkeypatch):
+def test_materializing_continues_after_an_interruption(path, monkeypatch):
     monkeypatch.setattr(table_state, "MATERIALIZED_BYTES", 16_384)
     with shardemb.open(path) as store:
         table = create(store, 2000)
@@ -548,7 +548,7 @@ def test_materializing_goes_on_where_it_was_cut_short(path, monkeypatch):
     assert_same_bits(zarr.open_array(str(path / "t" / "rows"), mode="r")[:], np.concatenate(expected, axis=1))
 
 
-# ---- elsewhere --------------------------------------------------------------------------------------------------
+# ---- copies -----------------------------------------------------------------------------------------------------
 
 
 def test_a_copy_is_the_last_commit_and_keeps_its_holes(path, tmp_path):
@@ -583,7 +583,7 @@ def train_any(table):
     table.write([3, table.num_embeddings - 1], np.ones((2, table.embedding_dim)))
 
 
-def test_commits_go_on_beside_a_copy_and_are_none_of_it(path, tmp_path, monkeypatch):
+def test_commits_continue_during_a_copy_and_are_not_in_it(path, tmp_path, monkeypatch):
     with shardemb.open(path) as store:
         table = create(store, 500)
         train(table, 1)
@@ -605,7 +605,7 @@ def test_commits_go_on_beside_a_copy_and_are_none_of_it(path, tmp_path, monkeypa
         assert_equal(everything(table), newest)
 
 
-def test_a_copy_that_breaks_off_leaves_nothing(path, tmp_path, monkeypatch):
+def test_a_failed_copy_leaves_nothing_behind(path, tmp_path, monkeypatch):
     with shardemb.open(path) as store:
         create(store, 500)
         store.commit()
@@ -614,4 +614,4 @@ def test_a_copy_that_breaks_off_leaves_nothing(path, tmp_path, monkeypatch):
             with pytest.raises(OSError, match="bad disk"):
                 store.copy(tmp_path / "c")
         assert not (tmp_path / "c").exists()
-        store.checkpoint()  # folds go on
+        store.checkpoint()  # folds still work

@@ -1,4 +1,4 @@
-"""Damage of every kind is found: by `open`, by `verify`, or it changes nothing that anybody sees."""
+"""Damage of every kind is found by `open` or `verify`, or has no visible effect."""
 
 import errno
 import os
@@ -34,13 +34,13 @@ def verified(path, mode="r", **more):
         return store.verify(**more)
 
 
-# ---- what it says -----------------------------------------------------------------------------------------------
+# ---- reports ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["r", "r+"])
 def test_damage_is_named_by_table_shard_and_rows(path, mode):
     assert verified(path, mode) == []
-    flip(path / "plain/rows/c.1.0", 5000)  # 64 bytes a row, 64 rows a block
+    flip(path / "plain/rows/c.1.0", 5000)  # 64 bytes per row, 64 rows per block
     (damage,) = verified(path, mode)
     assert (damage.table, damage.shard, damage.rows) == ("plain", 1, (256 + 64, 256 + 128))
     assert damage.path == str(path / "plain/rows/c.1.0")
@@ -60,7 +60,7 @@ def test_damaged_presence_bits_are_rows_too(path):
     assert [(each.table, each.shard, each.rows) for each in verified(path)] == [("drawn", 0, (0, ROWS))]
 
 
-def test_one_table_alone_can_be_asked_for(path):
+def test_single_tables_can_be_verified(path):
     flip(path / "plain/rows/c.0.0", 0)
     assert verified(path, tables=["drawn"]) == []
     assert len(verified(path, tables=["plain", "drawn"])) == 1
@@ -96,10 +96,10 @@ def test_a_sector_that_cannot_be_read_is_damage(path, monkeypatch):
     assert [(each.shard, each.rows) for each in verified(path)] == [(2, (640, 700))]
 
 
-# ---- beside others ----------------------------------------------------------------------------------------------
+# ---- concurrency and crashes ------------------------------------------------------------------------------------
 
 
-def test_a_part_written_anew_does_not_hide_the_damage_of_the_rest(path):
+def test_rewriting_a_part_of_a_block_does_not_hide_damage_in_the_rest(path):
     flip(path / "plain/rows/c.0.0", 0)  # row 0
     with shardemb.open(path) as store:
         store["plain"].write([1, 3], np.ones((2, DIM), np.float32))
@@ -109,11 +109,11 @@ def test_a_part_written_anew_does_not_hide_the_damage_of_the_rest(path):
         store["plain"].write(np.arange(64), np.ones((64, DIM), np.float32))
         store.commit()
         store.checkpoint()
-        assert store.verify() == []  # nothing of it is left
+        assert store.verify() == []  # none of the damage is left
 
 
 @pytest.mark.parametrize("who", ["writer", "reader"])
-def test_it_runs_beside_training_without_a_false_alarm(path, who):
+def test_it_runs_during_training_without_a_false_alarm(path, who):
     with shardemb.open(path, log_bytes=100_000) as store:
         stop, problems = threading.Event(), []
 
@@ -137,7 +137,7 @@ def test_it_runs_beside_training_without_a_false_alarm(path, who):
 
 
 def full_at(monkeypatch, what, only):
-    """Let a call of ``files`` find a full disk, where a path has a part."""
+    """Let a call of ``files`` raise `DiskFullError` if its path contains `only`."""
     real = getattr(files, what)
 
     def sometimes(*arguments):
@@ -149,7 +149,7 @@ def full_at(monkeypatch, what, only):
 
 
 def test_a_table_that_gets_its_place_late_is_no_damage(tmp_path, monkeypatch):
-    """The disk was full when a fold had written some of its blocks, and the next fold moves its folder."""
+    """The disk was full after a fold had written some of its blocks; the next fold moves its folder."""
     with shardemb.open(tmp_path / "s") as store:
         with monkeypatch.context() as patch:
             full_at(patch, "sync_data", "rows/c.2.0")
@@ -172,7 +172,7 @@ def moving(store):
     return move
 
 
-def test_a_table_that_moves_while_it_is_looked_at_is_no_damage(path):
+def test_a_table_that_moves_during_verification_is_no_damage(path):
     with shardemb.open(path) as store:
         assert store.verify(progress=moving(store)) == []
         assert list(store) == ["moved"]
@@ -180,7 +180,7 @@ def test_a_table_that_moves_while_it_is_looked_at_is_no_damage(path):
         assert [each.table for each in store.verify()] == ["moved"]
 
 
-def test_a_table_that_a_writer_moves_while_a_reader_looks_at_it_is_no_damage(path):
+def test_a_table_that_a_writer_moves_while_a_reader_verifies_it_is_no_damage(path):
     with shardemb.open(path) as store, shardemb.open(path, "r") as reader:
         assert reader.verify(progress=moving(store)) == []
         assert list(reader) == ["plain", "drawn"]
@@ -189,15 +189,15 @@ def test_a_table_that_a_writer_moves_while_a_reader_looks_at_it_is_no_damage(pat
         assert [each.table for each in reader.verify()] == ["plain"]
 
 
-def test_a_reader_reports_damage_of_what_cannot_be_opened_any_more(path):
+def test_a_reader_reports_a_table_that_can_no_longer_be_opened(path):
     with shardemb.open(path, "r") as reader:
         (path / "plain" / "rows" / "zarr.json").write_text("{}")
         assert [each.table for each in reader.verify()] == ["plain"]
 
 
 @pytest.mark.parametrize("stage", ["nothing written", "some written", "all written"])
-def test_a_fold_that_was_cut_short_is_no_damage(path, stage, in_fork):
-    """Readers leave out what the log says anew; recovery writes it, and then nothing is unknown."""
+def test_an_interrupted_fold_is_no_damage(path, stage, in_fork):
+    """Readers ignore what the log has new values for. Recovery writes it, and then no block is in flux."""
 
     def die_within_a_fold():
         store = shardemb.open(path)
@@ -219,7 +219,7 @@ def test_a_fold_that_was_cut_short_is_no_damage(path, stage, in_fork):
     assert [each.rows for each in verified(path)] == [(0, 64)]
 
 
-# ---- any damage whatever ----------------------------------------------------------------------------------------
+# ---- random damage ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
