@@ -1,4 +1,4 @@
-"""The whole life of a store in one program, with the text that it trains on.
+"""The whole life of a store in one program, and the text that it trains on.
 
-Stands on the public names alone, as a user's program does, except for progress bars.
+Like a user's program, it uses only public names, except for the helper that formats sizes.
 """

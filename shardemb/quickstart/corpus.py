@@ -1,18 +1,16 @@
-"""English prose that every Python carries, and the batches that word vectors are trained on.
+"""English prose that comes with every Python, and the batches that word vectors are trained on.
 
-Where does a program find real text to learn from, without a download? In the language reference that
-``help()`` prints, and in the docstrings and comments of the standard library's source files: some 380,000
-words.
+Real text can be had without a download: in the language reference that ``help()`` prints, and in the docstrings and
+comments of the standard library's source files. Together these are some 380,000 words.
 
-1. `passages` reads the texts: one passage is a topic, a docstring or a block of comment lines. Files come in
-   the order of their paths, so the text is the same each time; files that cannot be read are left out.
+1. `passages` reads the texts: a passage is a topic, a docstring or a block of comment lines. Files are read in order
+   of their paths, so the text is always the same. Files that cannot be read are left out.
 2. `prose` keeps the lines that are English rather than code, in lower case, and splits them into paragraphs.
-3. `build` leaves out paragraphs seen before (licences, and what stands over every second method), and finds
-   the most frequent words.
-4. `Batches` cuts the text, once it is row ids, into batches. Each is a function of the seed and its number
-   alone, so that a run that was stopped can go on as if it had not been.
+3. `build` drops paragraphs that occurred before (licences, boilerplate of methods), and finds the most frequent words.
+4. `Batches` cuts the text, once it is row ids, into batches. A batch depends only on the seed and its number, so a run
+   that was stopped can continue as if nothing had happened.
 
-Another version of Python has another library and so another text; `Corpus.fingerprint` tells them apart.
+Another version of Python has another library, and so another text; `Corpus.fingerprint` distinguishes them.
 """
 
 from __future__ import annotations
@@ -51,19 +49,19 @@ SKIPPED_FOLDERS = frozenset(
     {"__pycache__", "dist-packages", "ensurepip", "idle_test", "idlelib", "lib2to3"}
     | {"pydoc_data", "site-packages", "test", "tests", "turtledemo"}
 )
-"""Not installed everywhere, not the library's own, or hardly any prose. (pydoc_data is imported instead.)"""
+"""Folders that are not installed everywhere, not part of the library, or without prose. (pydoc_data is imported.)"""
 
 SPANS, SPAN_LENGTH = 256, 32
-"""A batch is so many stretches of text of so many words: 8,192 words, some 40,000 pairs of neighbours."""
+"""Spans of text in a batch, and words in a span: 8,192 words in all, with some 40,000 pairs of neighbours."""
 
 WINDOW = 5
-"""Neighbours stand at most so far apart; how far is drawn anew for each word, so near ones count more."""
+"""The largest distance of neighbours. The actual one is drawn for each word, so near neighbours count more."""
 
 NOISE, NOISE_PER_PAIR = 32, 5
-"""Random words drawn for each span and shared by its pairs, and how many of them a pair should weigh as."""
+"""Random words per span, shared by all of its pairs; and how many of them each pair should be trained against."""
 
 SUBSAMPLE = 1e-3
-"""Words more frequent than this are thinned out first: "the" says little about what stands beside it."""
+"""Words more frequent than this are subsampled, because "the" says little about its neighbours."""
 
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _WORD = re.compile(r"[a-z]+(?:['-][a-z]+)*")
@@ -79,9 +77,9 @@ class Corpus:
     Attributes
     ----------
     words : tuple of str
-        Its most frequent words, the more frequent one first.
+        Its most frequent words, in descending order of frequency.
     passages : tuple of str
-        All words of each passage, with blanks between them. Words of two passages are not each other's context.
+        All words of each passage, separated by blanks. Words of different passages are not neighbours.
     """
 
     words: tuple[str, ...]
@@ -103,7 +101,7 @@ class Encoded:
     rows : ndarray of int64, shape (n,)
         The text.
     passage : ndarray of int64, shape (n,)
-        Number of the passage in which each stands.
+        Number of the passage that each word is in.
     """
 
     rows: Int64Array
@@ -111,7 +109,7 @@ class Encoded:
 
     @property
     def counts(self) -> Int64Array:
-        """How often each row occurs, shape (largest row + 1,)."""
+        """Number of occurrences of each row, shape (largest row + 1,)."""
         return np.bincount(self.rows)
 
 
@@ -121,10 +119,10 @@ def build(vocabulary: int, stdlib: Path | None = None) -> Corpus:
     Parameters
     ----------
     vocabulary : int
-        Words to keep, the most frequent ones; words of one frequency in alphabetical order. There are fewer
-        where the text does not have as many.
+        How many of the most frequent words to keep; equally frequent ones are in alphabetical order. The result has
+        fewer if the text does not have as many.
     stdlib : Path, optional
-        Folder of source files; default the running interpreter's standard library.
+        Folder of source files; default: the standard library of this interpreter.
 
     Returns
     -------
@@ -133,7 +131,7 @@ def build(vocabulary: int, stdlib: Path | None = None) -> Corpus:
     Raises
     ------
     FileNotFoundError
-        There is no prose in `stdlib`: some distributions ship the library without its sources.
+        There is no prose in `stdlib`. Some distributions ship the library without its sources.
 
     Examples
     --------
@@ -160,10 +158,10 @@ class Batch:
     words : ndarray of int64, shape (spans, span_length)
         The text.
     contexts : ndarray of int64, shape (spans, span_length + noise)
-        The same text again, as neighbours of itself, then the noise.
+        The same text again, as neighbours of the words, then the noise.
     weights : ndarray of float32, shape (spans, span_length, span_length + noise)
-        How much the pair of a word and a context counts: 1 for neighbours, 0 for other words of the span.
-        Noise weighs `NOISE_PER_PAIR` times as much as the word has neighbours, spread evenly.
+        Weight of the pair of a word and a context: 1 for neighbours, 0 for other words of the span. The noise of a word
+        weighs `NOISE_PER_PAIR` times as much as its neighbours do, distributed evenly.
     """
 
     words: Int64Array
@@ -179,8 +177,8 @@ class Batch:
 class Batches:
     """The batches of a run: ``batches[step]`` depends on the text, the seed and the step, and nothing else.
 
-    An epoch goes over the text once: it thins out the frequent words, cuts what is left into spans and
-    shuffles them. Every epoch has `per_epoch` batches, so the step alone tells where in which epoch it lies.
+    An epoch goes over the text once: it subsamples the frequent words, cuts what is left into spans, and shuffles
+    these. Every epoch has `per_epoch` batches, so the step alone determines the epoch and the position in it.
 
     Examples
     --------
@@ -204,7 +202,7 @@ class Batches:
         """Make the batch of a step, counted from 0."""
         epoch, number = divmod(step, self.per_epoch)
         spans = self._epoch(epoch)
-        # An epoch that happened to keep too few words begins again from its start.
+        # If an epoch happens to keep too few words, it starts over.
         positions = spans[np.arange(number * SPANS, (number + 1) * SPANS) % len(spans)]
         random = np.random.default_rng((self._seed, 1, step))
         words, passage = self._text.rows[positions], self._text.passage[positions]
@@ -219,7 +217,7 @@ class Batches:
         return Batch(words, np.concatenate([words, noise], axis=1), weights)
 
     def _make_epoch(self, epoch: int) -> Int64Array:
-        """Positions in the text, shape (spans, SPAN_LENGTH), shuffled."""
+        """Return positions in the text, shape (spans, SPAN_LENGTH), shuffled."""
         random = np.random.default_rng((self._seed, 0, epoch))
         kept = np.flatnonzero(random.random(len(self._text.rows)) < self._kept[self._text.rows])
         kept = kept[random.integers(SPAN_LENGTH) :]
@@ -232,9 +230,11 @@ def passages(stdlib: Path) -> Iterator[str]:
     yield from _topics()
     for path in _source_files(stdlib):
         try:
-            with tokenize.open(path) as file:  # minds the file's own declaration of its encoding
+            with tokenize.open(path) as file:  # respects the file's declaration of its encoding
                 source = file.read()
-            with warnings.catch_warnings(action="ignore"):  # a parser's remarks on somebody else's escapes
+            with warnings.catch_warnings(
+                action="ignore"
+            ):  # the parser warns of odd escapes in other people's code
                 tree = ast.parse(source)
         except (OSError, SyntaxError, ValueError, RecursionError):
             continue
@@ -272,7 +272,7 @@ def _without_repeats(stdlib: Path) -> Iterator[list[str]]:
 def _topics() -> Iterator[str]:
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions package the documentation apart
+    except ImportError:  # some distributions package the documentation separately
         return
     for name in sorted(topics):
         yield topics[name]
@@ -280,7 +280,7 @@ def _topics() -> Iterator[str]:
 
 def _source_files(stdlib: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(stdlib):
-        # Sorting in place steers the walk: the order of a directory's entries is otherwise the file system's.
+        # os.walk follows this list, so it must be changed in place. Otherwise the file system would decide the order.
         folders[:] = sorted(set(folders) - SKIPPED_FOLDERS)
         for name in sorted(names):
             if name.endswith(".py"):
@@ -293,13 +293,13 @@ def _docstrings(tree: ast.AST) -> Iterator[str]:
         if text:
             yield text
     for child in ast.iter_child_nodes(tree):
-        if isinstance(child, (ast.stmt, ast.ExceptHandler)):  # expressions hold no docstrings, and are many
+        if isinstance(child, (ast.stmt, ast.ExceptHandler)):  # expressions are many, and have no docstrings
             yield from _docstrings(child)
 
 
 def _comments(source: str) -> Iterator[str]:
-    # Only lines that are comments as a whole: what stands after code is mostly a note on that code. tokenize
-    # would also tell a "#" within a string, but takes longer than all the rest of this module together.
+    # Only lines that are nothing but a comment: one after code is mostly a note on that code. tokenize would also
+    # recognise a "#" within a string, but takes longer than the rest of this module together.
     block: list[str] = []
     for line in source.split("\n"):
         stripped = line.lstrip()

@@ -1,20 +1,20 @@
 """Word vectors from the standard library's own prose: the whole life of a store in one short program.
 
-How does one train embeddings with shardemb? A vocabulary gives each word a row, and two tables in one store
-have these rows: ``words`` holds the vectors that are wanted, ``contexts`` those they are trained against. The
-method is skip-gram with negative sampling (Mikolov and others, "Distributed representations of words and
-phrases and their compositionality", 2013). Before the first step `encode` brings the text to row ids. A step:
+This is how to train embeddings with shardemb. A vocabulary gives each word a row, and two tables in one store have
+these rows: ``words`` holds the vectors that are wanted, ``contexts`` those that they are trained against. The method is
+skip-gram with negative sampling (Mikolov and others, "Distributed representations of words and phrases and their
+compositionality", 2013). Before the first step, `encode` turns the text into row ids. Then each step has five parts:
 
-1. `corpus.Batches` makes the batch: a function of (seed, step) and of nothing else.
-2. ``lookup`` brings the rows of both tables.
+1. `corpus.Batches` makes the batch, as a function of nothing but (seed, step).
+2. ``lookup`` reads the rows of both tables.
 3. `gradients` does the mathematics: three matrix products in NumPy.
 4. ``update`` takes one optimizer step on each row of the batch.
-5. Every so often ``store.commit`` makes all of it durable, together with the step and the options.
+5. Every `commit_every` steps, ``store.commit`` makes everything durable, together with the step and the options.
 
-So whatever stops a run, the next one goes on from the last commit and ends with the same bits as a run that
-was never stopped (on one machine: another processor's matrix product may round differently).
+So whatever stops a run, the next one continues from the last commit and ends with the same bits as a run that was never
+stopped. (This holds on one machine: another processor's matrix product may round differently.)
 
-What a run leaves in its folder::
+A run leaves two things in its folder::
 
     store.zarr/       the store with the vocabulary and both tables
     words.parquet     the table "words": columns id, key (the word) and embedding
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 __all__ = ["OptionError", "Options", "Result", "encode", "gradients", "nearest", "run"]
 
 LEARNING_RATE = 0.3
-"""High, for Adagrad, which divides by the size of past gradients: the sum over a word's hundreds of pairs in
-a batch moves it no further than one pair would. Frequent words do not run away, and rare ones still move."""
+"""High, because Adagrad divides by the size of past gradients: the sum over a word's hundreds of pairs in a batch moves
+it no further than a single pair would. So frequent words do not diverge, and rare ones still move."""
 
 _FIXED = ("vocabulary", "dim", "seed")
 """Options that cannot change from one run in a folder to the next."""
@@ -59,14 +59,14 @@ SHOWN = (
 """Words whose neighbours are shown at the end."""
 
 PASSAGES = 256
-"""Passages that are encoded at once, each filled up to the longest of them."""
+"""Passages encoded in one call, each padded to the longest of them."""
 
 FREQUENT = 2000
-"""Neighbours are looked for among so many words: rarer ones were seen too seldom to be placed well."""
+"""Neighbours are searched among this many words: rarer ones occur too seldom to have good vectors."""
 
 
 class OptionError(shardemb.ShardEmbError, ValueError):
-    """An option is out of range, or is not what the folder was trained with."""
+    """An option is out of range, or differs from what the folder was trained with."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +76,17 @@ class Options:
     Attributes
     ----------
     folder : Path
-        Where everything is kept; made if missing.
+        Where everything is stored; created if missing.
     vocabulary : int
-        Words that get a row: the most frequent ones.
+        Number of words that get a row: the most frequent ones.
     dim : int
-        Values of a vector.
+        Dimension of a vector.
     steps : int
-        Batches to train on, those of earlier runs in this folder included.
+        Batches to train on, including those of earlier runs in this folder.
     seed : int
-        Of the initial vectors, and of what is drawn for the batches; at least 0.
+        Seed of the initial vectors and of the batches; at least 0.
     commit_every : int
-        Steps between two commits; also between two lines of output where that is not a terminal.
+        Steps between two commits, and between two lines of output if that is not a terminal.
 
     Raises
     ------
@@ -108,33 +108,33 @@ class Options:
 
     @property
     def store(self) -> Path:
-        """The store."""
+        """Path of the store."""
         return self.folder / "store.zarr"
 
     @property
     def parquet(self) -> Path:
-        """Words and vectors, for everybody else."""
+        """Path of the words and vectors, for programs that do not use shardemb."""
         return self.folder / "words.parquet"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run ended with.
+    """Outcome of a run.
 
     Attributes
     ----------
     steps : int
-        Steps the vectors have been trained for, in all runs together.
+        Steps that the vectors have been trained for, in all runs together.
     trained : int
-        Steps that this run made of them.
+        How many of these this run made.
     loss : float
         Mean loss of a pair in the steps before the last commit.
     neighbours : mapping of str to tuple of str
         What `nearest` finds for the words of `SHOWN`.
     bytes_on_disk : int
-        Disk space that the store takes. Its files are sparse: ``ls -l`` shows more than there is.
+        Disk space that the store takes. Its files are sparse, so ``ls -l`` shows more.
     parquet : Path
-        Words and vectors, in the order of the rows: the more frequent word first.
+        Words and vectors, in the order of the rows: the most frequent word first.
     """
 
     steps: int
@@ -149,7 +149,7 @@ class Result:
 
 
 def encode(passages: Sequence[str], vocabulary: shardemb.Vocabulary) -> corpus.Encoded:
-    """Bring passages to row ids; words that have no row are left out.
+    """Turn passages into row ids; words that have no row are left out.
 
     Parameters
     ----------
@@ -182,7 +182,7 @@ def encode(passages: Sequence[str], vocabulary: shardemb.Vocabulary) -> corpus.E
 def gradients(
     words: Float32Array, contexts: Float32Array, weights: Float32Array
 ) -> tuple[float, Float32Array, Float32Array]:
-    """Loss of a batch, and its derivatives with respect to all looked-up rows.
+    """Compute the loss of a batch, and its derivatives with respect to all rows that were looked up.
 
     The loss is the sum of ``-log(sigmoid(score))`` over the neighbours and of ``-log(sigmoid(-score))`` over
     the noise, each times its weight; the score of a word and a context is the dot product of their rows.
@@ -198,8 +198,8 @@ def gradients(
     -------
     loss : float
     words_gradient, contexts_gradient : ndarray of float32
-        Of the shapes of `words` and `contexts`. A row that was looked up twice has its gradient in two parts,
-        which ``store.update`` adds up.
+        In the shapes of `words` and `contexts`. The gradient of a row that was looked up twice is in two parts, which
+        ``store.update`` adds up.
 
     Examples
     --------
@@ -210,7 +210,7 @@ def gradients(
     """
     is_neighbour = np.arange(contexts.shape[1]) < words.shape[1]
     sign = np.where(is_neighbour, 1, -1).astype(words.dtype)
-    # Beyond 30 the sigmoid is 1 in float32, and exp would soon overflow.
+    # Beyond 30 the sigmoid is 1 in float32; far beyond it, exp would overflow.
     scores = np.clip(words @ contexts.transpose(0, 2, 1) * sign, -30, 30)
     right = 1 / (1 + np.exp(-scores))
     loss = -float(np.sum(weights * np.log(right)))
@@ -219,7 +219,7 @@ def gradients(
 
 
 def nearest(word: str, words: Sequence[str], vectors: Float32Array, count: int = 8) -> tuple[str, ...]:
-    """Words whose vectors make the smallest angles with that of `word`, nearest first, itself not among them.
+    """Return the words whose vectors have the smallest angles to that of `word`, nearest first, without itself.
 
     Parameters
     ----------
@@ -245,24 +245,24 @@ def nearest(word: str, words: Sequence[str], vectors: Float32Array, count: int =
 
 
 def run(options: Options, console: Console | None = None) -> Result:
-    """Train, or go on training, and show what was learnt.
+    """Train, or continue to train, and show what was learnt.
 
     Parameters
     ----------
     options : Options
         What to do.
     console : rich.console.Console, optional
-        Where to report; default stdout. A terminal gets a live bar, anything else a line for each commit.
+        Where to report; default stdout. A terminal gets a live bar, anything else one line per commit.
 
     Raises
     ------
     OptionError
-        The folder was trained with another vocabulary, dim or seed, or on another Python's text. Nothing was
+        The folder was trained with another vocabulary, dim or seed, or on the text of another Python. Nothing was
         changed.
     FileNotFoundError
-        This Python has no standard library sources to read.
+        This Python has no source files of the standard library.
     SystemExit
-        With code 130, on Ctrl-C: the store is closed then, and the next run goes on from its last commit.
+        On Ctrl-C, with code 130. The store is closed, and the next run continues from its last commit.
 
     Examples
     --------
@@ -275,7 +275,7 @@ def run(options: Options, console: Console | None = None) -> Result:
     try:
         return _run(options, console)
     except KeyboardInterrupt:
-        _say(console, f"\nStopped. {_saved(options)} Run the same command again to go on.")
+        _say(console, f"\nStopped. {_saved(options)} Run the same command again to continue.")
         raise SystemExit(130) from None
 
 
@@ -289,7 +289,7 @@ def _run(options: Options, console: Console) -> Result:
             try:
                 last = _train(store, options, console)
             except KeyboardInterrupt:
-                store.rollback()  # given up on purpose: closing warns of changes that are merely forgotten
+                store.rollback()  # on purpose: close() warns of changes that were merely forgotten
                 raise
         else:
             _say(console, f"{options.folder} is trained already: {last.step:,} steps")
@@ -315,7 +315,7 @@ def _train(store: shardemb.Store, options: Options, console: Console) -> shardem
     encoded = encode(text.passages, store.vocabularies["words"])
     _say(console, f"Text: {len(encoded.rows):,} words of prose, {len(text.words):,} different ones")
     if last.step:
-        _say(console, f"Going on from step {last.step:,}")
+        _say(console, f"Continuing from step {last.step:,}")
     batches = corpus.Batches(encoded, options.seed)
     meter = _Meter(store)
     with _progress(console, last.step, options.steps) as show:
@@ -333,7 +333,7 @@ def _train(store: shardemb.Store, options: Options, console: Console) -> shardem
 def _begin(store: shardemb.Store, options: Options, text: corpus.Corpus) -> shardemb.Commit:
     words = store.create_vocabulary("words", key_type="string", reserved=2)
     words.add(text.words)
-    # Tables that grow begin with rows for a million words; these words are all that there will be.
+    # By default a table begins with rows for a million words, so that it can grow; this vocabulary will not grow.
     create = partial(
         store.create_table, vocabulary="words", embedding_dim=options.dim, rows_per_shard=words.num_rows
     )
@@ -358,7 +358,7 @@ def _step(store: shardemb.Store, batch: corpus.Batch) -> float:
 
 
 def _rows(store: shardemb.Store, name: str) -> shardemb.Table:
-    """Return one of the two tables, by row id."""
+    """Return one of the two tables as a `Table` of row ids."""
     table = store[name]
     assert isinstance(table, shardemb.KeyedTable)
     return table.rows
@@ -376,7 +376,7 @@ def _check_options(options: Options, metadata: Mapping[str, Any]) -> None:
         given, held = getattr(options, name), metadata.get(name)
         if given != held:
             trained = f"{options.folder} was trained with {held}"
-            raise _refusal(options, f"{name} is {given}, but {trained}; give that")
+            raise _refusal(options, f"{name} is {given}, but {trained}; use that")
 
 
 def _refusal(options: Options, reason: str) -> OptionError:
@@ -387,7 +387,7 @@ def _refusal(options: Options, reason: str) -> OptionError:
 
 
 class _Meter:
-    """Counts from one commit to the next."""
+    """Counts what happens from one commit to the next."""
 
     def __init__(self, store: shardemb.Store) -> None:
         self._store, self._start = store, time.perf_counter()
@@ -433,7 +433,7 @@ def _show(options: Options, result: Result, console: Console) -> None:
 
 
 def _say(console: Console, text: str) -> None:
-    # Plain text: a file name may look like markup, and a line cut at 80 columns cannot be copied.
+    # Plain text, because a file name may look like markup; unwrapped, because a wrapped line is hard to copy.
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""The quickstart: its text, its batches, its mathematics, and runs that stop and go on."""
+"""The quickstart: its text, its batches, its mathematics, and runs that stop and continue."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def text():
 
 
 def encoded_by_hand(text):
-    """Bring a text to row ids from 2 on, with a dict."""
+    """Turn a text into row ids from 2 on, with a dict."""
     row_of = {word: row for row, word in enumerate(text.words, 2)}
     rows = [[row_of[word] for word in passage.split() if word in row_of] for passage in text.passages]
     return corpus.Encoded(
@@ -91,7 +91,7 @@ def test_the_encoder_finds_the_rows_that_a_dict_does(store, text, encoded):
     found = training.encode(text.passages, words)
     np.testing.assert_array_equal(found.rows, encoded.rows)
     np.testing.assert_array_equal(found.passage, encoded.passage)
-    words.add([word for passage in text.passages for word in passage.split()])  # none left out: none is split
+    words.add([word for passage in text.passages for word in passage.split()])  # none left out
     assert len(training.encode(text.passages, words).rows) == sum(len(p.split()) for p in text.passages)
 
 
@@ -154,7 +154,7 @@ def test_a_damaged_library_gives_what_can_be_read_of_it(library):
         "class text number five",
         "method text number six",
     )
-    assert built.words[:2] == ("number", "text")  # as frequent as each other: by the alphabet
+    assert built.words[:2] == ("number", "text")  # equally frequent, so in alphabetical order
 
 
 def test_a_small_vocabulary_keeps_the_frequent_words(library):
@@ -314,13 +314,13 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(small, tmp_path)
     assert not np.array_equal(contents(small)[0], contents(other)[0])
 
 
-def test_a_second_run_goes_on_and_a_third_has_nothing_to_do(small, tmp_path):
+def test_a_second_run_continues_and_a_third_has_nothing_to_do(small, tmp_path):
     short = dataclasses.replace(small, steps=8)
     assert run(short, quiet()).trained == 8
     console = Console(file=io.StringIO(), width=80)
     result = run(small, console)
     assert (result.steps, result.trained) == (20, 12)
-    assert "Going on from step 8" in console.file.getvalue()
+    assert "Continuing from step 8" in console.file.getvalue()
     whole = dataclasses.replace(small, folder=tmp_path / "whole")
     run(whole, quiet())
     assert_same(contents(small), contents(whole))
@@ -338,7 +338,9 @@ def test_a_second_run_goes_on_and_a_third_has_nothing_to_do(small, tmp_path):
 
 
 @pytest.mark.parametrize(("stopped_after", "saved"), [(13, 10), (3, 0)])
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(small, tmp_path, monkeypatch, stopped_after, saved):
+def test_an_interrupted_run_continues_as_if_nothing_had_happened(
+    small, tmp_path, monkeypatch, stopped_after, saved
+):
     step, calls = training._step, iter(range(1000))
 
     def interrupted(store, batch):
@@ -470,7 +472,7 @@ def test_ctrl_c_on_a_real_process_leaves_the_last_commit(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("committed", [0, 10])
-def test_a_killed_process_goes_on_as_if_it_had_not_been(small, tmp_path, committed):
+def test_a_killed_process_continues_as_if_nothing_had_happened(small, tmp_path, committed):
     options = dataclasses.replace(small, folder=tmp_path / "killed")
     program = (
         "import pathlib; from shardemb.quickstart import training as quickstart; "
