@@ -84,7 +84,7 @@ class View(NamedTuple):
     def probe(
         self, hashes: NDArray[np.uint64], skip: int, end: int, out: Int64Array, start: int, stop: int
     ) -> None:
-        """Set ``out[i]`` to row number `skip` of those below `end` that may hold the key of ``hashes[i]``, or to -1."""
+        """Set ``out[i]`` to the ``skip + 1``-th row below `end` that may hold the key of ``hashes[i]``, or to -1."""
         table, level = self
         index_kernels.probe(
             *table, level.spans, level.entries, level.bits, hashes, skip, end, out, start, stop

@@ -1,4 +1,4 @@
-"""A store whose index was lost, damaged or replaced finds all its keys: what the index does not know is learnt."""
+"""A store whose index was lost, damaged or replaced finds all its keys: an opening indexes what the files lack."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def index_of(path):
 
 
 def fill(path, keys=KEYS):
-    """Return one of the parts of the index of a new store."""
+    """Create a store with keys; return one of the parts of its index."""
     with shardemb.open(path) as store:
         words = store.create_vocabulary("v", key_type="int64")
         words.add(keys)
@@ -53,7 +53,7 @@ def fill(path, keys=KEYS):
 
 
 def found(path, mode="a"):
-    """How many keys a store finds, which knows all of them."""
+    """Open a store that has all keys; return how many of them it finds."""
     with shardemb.open(path, mode) as store:
         words = store.vocabularies["v"]
         assert inside.key_rows(words).check_index()
@@ -65,7 +65,7 @@ def found(path, mode="a"):
         return int((rows == np.arange(KEYS.size)).sum())
 
 
-# ---- the file ---------------------------------------------------------------------------------------------------
+# ---- damaged files ----------------------------------------------------------------------------------------------
 
 
 def flip(data, at, bit):
@@ -81,14 +81,14 @@ DAMAGES = {
     "a flipped bit of the header": lambda data, rng: flip(
         data, int(rng.integers(0, 200)), int(rng.integers(8))
     ),
-    "a header that is no UTF-8": lambda data, rng: data.__setitem__(slice(0, 4), b"\xff\xfe\xff\xff"),
+    "a header that is not UTF-8": lambda data, rng: data.__setitem__(slice(0, 4), b"\xff\xfe\xff\xff"),
     "a header that is a list": lambda data, rng: data.__setitem__(slice(0, PAGE), b"[1]".ljust(PAGE)),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("mode", ["a", "r"])
-def test_a_file_that_is_not_what_it_was_is_not_taken_up(path, damage, mode):
+def test_a_damaged_file_is_ignored(path, damage, mode):
     file = fill(path)
     sound = file.read_bytes()
     for seed in range(10 if damage in ("cut", "noise", "a flipped bit of the header") else 1):
@@ -103,7 +103,7 @@ def header_of(file):
 
 
 def write_header(file, header):
-    """A header that is believed as far as its checksum goes."""
+    """Write a header with a valid checksum."""
     header["crc32"] = crc32(header)
     file.write_bytes(json.dumps(header).encode().ljust(PAGE) + file.read_bytes()[PAGE:])
 
@@ -126,13 +126,13 @@ def write_header(file, header):
         {"coverage": None},
     ],
 )
-def test_a_header_that_cannot_be_true_is_not_believed(path, change):
+def test_an_impossible_header_is_ignored(path, change):
     file = fill(path)
     write_header(file, header_of(file) | change)
     assert found(path) == KEYS.size
 
 
-def test_the_file_of_another_vocabulary_is_not_taken_up(path, tmp_path):
+def test_the_file_of_another_vocabulary_is_ignored(path, tmp_path):
     file = fill(path)
     other = fill(tmp_path / "other", KEYS[::-1].copy())
     file.write_bytes(other.read_bytes())
@@ -140,22 +140,22 @@ def test_the_file_of_another_vocabulary_is_not_taken_up(path, tmp_path):
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
-def test_a_missing_file_is_made_anew_and_is_whole_then(path, times):
-    # Learning merges on the way; the file that it leaves must not say that it knows what came after.
+def test_a_missing_file_is_rebuilt_completely(path, times):
+    # The index is merged while it is rebuilt. Files written on the way must not claim to cover what came later.
     fill(path).unlink()
     for _ in range(times):
         assert found(path) == KEYS.size
     assert index_of(path).exists()
 
 
-def test_a_file_that_knows_less_is_completed(path):
+def test_an_older_file_is_completed(path):
     fill(path, KEYS[:160])
     old = {file.name: file.read_bytes() for file in index_of(path).iterdir()}
     with shardemb.open(path) as store:
         words = store.vocabularies["v"]
         words.remove(KEYS[10:30])
         store.commit()
-        words.add(KEYS[10:30])  # in rows that the file knows as those of the same keys, one after the other
+        words.add(KEYS[10:30])  # in the rows that the file has for the same keys
         words.remove(KEYS[40:60])
         store.commit()
         words.add(KEYS[:300])
@@ -180,7 +180,7 @@ def test_a_file_that_cannot_be_read_is_not_needed(path):
 
 
 def test_a_file_that_is_replaced_while_it_is_opened_is_one_of_both(tmp_path, monkeypatch):
-    """A reader beside a writer: the header is one file's, and what is mapped then must be of the same."""
+    """A reader reads a header while a writer replaces the file; what it maps then must belong to that header."""
     path = tmp_path / "index"
     hashes = np.random.default_rng(1).integers(0, 2**64, 200, np.uint64)
     writer = new_index(path)
@@ -208,7 +208,7 @@ def test_a_file_that_is_replaced_while_it_is_opened_is_one_of_both(tmp_path, mon
 @pytest.mark.parametrize("first", ["_open_pairs", "_level"])
 def test_pairs_that_are_merged_while_they_are_counted_are_not_missed(tmp_path, first):
     class Merging(KeyIndex):
-        """Is merged right after one of the two numbers is read that are added up."""
+        """Is merged right after `len` has read the first of its two numbers."""
 
         armed = False
 
@@ -240,7 +240,7 @@ def test_a_merge_that_fails_leaves_everything_as_it_was(path, monkeypatch, call)
 
         def fail(*arguments, **options):
             if any("vocabularies" in str(each) for each in arguments):
-                raise DiskFullError("no room")
+                raise DiskFullError("disk full")
             return real(*arguments, **options)
 
         monkeypatch.setattr(files, call, fail)
@@ -258,7 +258,7 @@ def test_a_merge_that_fails_leaves_everything_as_it_was(path, monkeypatch, call)
 
 
 @pytest.mark.parametrize("call", ["write", "rename", "remove_tree"])
-def test_an_index_that_cannot_be_made_anew_stays(path, monkeypatch, call):
+def test_an_index_that_cannot_be_rebuilt_stays(path, monkeypatch, call):
     monkeypatch.setattr(hash_index, "_STALE", 10)
     with shardemb.open(path) as store:
         words = store.create_vocabulary("v", key_type="int64")
@@ -269,7 +269,7 @@ def test_an_index_that_cannot_be_made_anew_stays(path, monkeypatch, call):
 
         def fail(*arguments):
             if any("vocabularies" in str(each) for each in arguments):
-                raise DiskFullError("no room")
+                raise DiskFullError("disk full")
             return real(*arguments)
 
         monkeypatch.setattr(files, call, fail)
@@ -285,7 +285,7 @@ def test_an_index_that_cannot_be_made_anew_stays(path, monkeypatch, call):
         assert store.vocabularies["v"].lookup(KEYS).tolist() == [*range(10), *[-1] * 190, *range(200, 300)]
 
 
-def test_the_ring_of_freed_rows_stays_as_long_as_it_has_to_be(path, monkeypatch):
+def test_the_ring_of_freed_rows_grows_no_longer_than_it_must(path, monkeypatch):
     monkeypatch.setattr(hash_index, "OPEN_PAIRS", (2**20, 2**20))  # no file at all
     shapes = key_tables.table_shapes
     monkeypatch.setattr(
@@ -306,7 +306,7 @@ def test_the_ring_of_freed_rows_stays_as_long_as_it_has_to_be(path, monkeypatch)
         assert (np.sort(store.vocabularies["v"].lookup(KEYS)) == np.arange(300)).all()
 
 
-def test_files_of_vocabularies_that_are_gone_go_with_the_next_opening(path):
+def test_an_opening_removes_the_files_of_dropped_vocabularies(path):
     file = fill(path)
     stray = file.with_name("stray")
     stray.write_bytes(b"")

@@ -1,4 +1,4 @@
-"""Vocabularies: what is refused, what keys come back as, and what happens when something breaks off."""
+"""Vocabularies: the forms of keys, what is refused, concurrent lookups, and changes that fail."""
 
 import itertools
 import random
@@ -46,7 +46,7 @@ def key_type(request):
 
 
 def forms(key_type, keys):
-    """One batch in all forms that are taken, with the shape that is given back."""
+    """Yield a batch in all forms that are accepted, each with the shape of the result."""
     kind = {"int64": pa.int64(), "string": pa.string(), "bytes": pa.binary()}[key_type]
     size = len(keys)
     yield keys, (size,)
@@ -83,7 +83,7 @@ def flat(given):
     return np.asarray(array, object).reshape(-1).tolist()
 
 
-def test_keys_are_taken_in_many_forms_and_shapes(store, key_type):
+def test_keys_are_accepted_in_many_forms_and_shapes(store, key_type):
     words = store.create_vocabulary("v", key_type=key_type)
     model = VocabularyModel()
     for given, shape in forms(key_type, KEYS[key_type]):
@@ -175,7 +175,7 @@ def test_an_empty_vocabulary(store, key_type):
 
 
 def test_reserved_rows_beyond_the_first_tables(path, small):
-    """The table of keys begins with some rows; of more that are reserved, none must be looked for behind its end."""
+    """The table of keys begins with few rows. If more are reserved, none of them may be read behind its end."""
     with shardemb.open(path) as store:
         words = store.create_vocabulary("v", key_type="int64", reserved=5000)
         table = store.create_table("t", vocabulary="v", embedding_dim=2, rows_per_shard=64)
@@ -193,7 +193,7 @@ def test_reserved_rows_beyond_the_first_tables(path, small):
         assert list(store.vocabularies["v"]) == [1, 2]
 
 
-def test_reserved_rows_of_the_sizes_that_tables_really_have(path):
+def test_reserved_rows_beyond_the_first_tables_at_their_real_size(path):
     shapes = key_tables.table_shapes
     with shardemb.open(path) as store:
         rows = shapes(inside.key_rows(store.create_vocabulary("v", key_type="int64")).entry)["keys"][0]
@@ -205,7 +205,7 @@ def test_reserved_rows_of_the_sizes_that_tables_really_have(path):
         close_quietly(store)
 
 
-def test_freed_rows_are_given_out_after_the_commit_in_the_order_in_which_they_were_freed(store):
+def test_freed_rows_are_reused_after_the_commit_in_the_order_in_which_they_were_freed(store):
     words = store.create_vocabulary("v", key_type="int64")
     words.add(np.arange(10))
     store.commit()
@@ -235,10 +235,10 @@ def test_bytes_of_a_freed_row_are_used_again(store):
         store.commit()
         assert words.keys([0, 1]).tolist() == [key, b"b" * 100]
         sizes.append(inside.key_rows(words).entry.text_bytes)
-    assert sizes[-1] <= 200 + 2 * 110 + 10  # it moved once, with room for twice as much
+    assert sizes[-1] <= 200 + 2 * 110 + 10  # it moved once, and got a capacity of twice its length
 
 
-def test_keys_larger_than_what_is_compared_at_once(store, monkeypatch):
+def test_keys_larger_than_what_is_compared_in_one_step(store, monkeypatch):
     monkeypatch.setattr(key_tables, "SLICE_BYTES", 1000)
     words = store.create_vocabulary("v", key_type="bytes")
     keys = [bytes([i]) * (i * 500) for i in range(12)] + [b"\1" * 499 + b"\2"]
@@ -247,7 +247,7 @@ def test_keys_larger_than_what_is_compared_at_once(store, monkeypatch):
     assert words.lookup([keys[3][:-1], keys[3]]).tolist() == [-1, 3]
 
 
-# ---- stores that do not let it ----------------------------------------------------------------------------------
+# ---- stores that do not allow it --------------------------------------------------------------------------------
 
 
 def test_a_store_for_reading_refuses_changes(path):
@@ -316,7 +316,7 @@ def test_a_dropped_vocabulary_refuses_everything_until_a_rollback_brings_it_back
     store.close()
 
 
-def test_a_vocabulary_that_no_commit_knows_goes_with_a_rollback(path):
+def test_a_rollback_removes_a_vocabulary_that_was_never_committed(path):
     store = shardemb.open(path)
     words = store.create_vocabulary("v", key_type="string")
     words.add(["a"])
@@ -329,7 +329,7 @@ def test_a_vocabulary_that_no_commit_knows_goes_with_a_rollback(path):
     assert [each.name for each in (path / ".shardemb" / "tables").iterdir()] == []
 
 
-def test_a_fork_may_look_keys_up_and_change_none(store, in_fork):
+def test_a_fork_may_look_up_keys_but_not_change_them(store, in_fork):
     words = store.create_vocabulary("v", key_type="int64")
     words.add([1, 2])
 
@@ -346,7 +346,7 @@ def test_a_fork_may_look_keys_up_and_change_none(store, in_fork):
     assert words.add([3]).tolist() == [2]
 
 
-def test_what_it_tells_at_a_glance(store):
+def test_attributes_repr_and_stats(store):
     words = store.create_vocabulary("v", key_type="bytes", admission=shardemb.Admission(after=2, width=64))
     words.add([b"a", b"a", b"b"])
     assert repr(words) == "Vocabulary 'v': 1 bytes keys"
@@ -361,11 +361,11 @@ def test_what_it_tells_at_a_glance(store):
     assert list(words) == []
 
 
-# ---- what happens within a lookup -------------------------------------------------------------------------------
+# ---- lookups and concurrent changes -----------------------------------------------------------------------------
 
 
 def once(patch, owner, name, action):
-    """Do something right before the next call of a method."""
+    """Call `action` right before the next call of a method."""
     real = getattr(owner, name)
 
     def call(*arguments, **options):
@@ -376,8 +376,8 @@ def once(patch, owner, name, action):
     patch.setattr(owner, name, call)
 
 
-def test_a_lookup_beside_a_rollback_does_not_take_old_pairs_for_new_ones(store, monkeypatch):
-    """As many pairs as keys are those of the keys: if both are counted at one moment."""
+def test_a_lookup_during_a_rollback_does_not_take_old_pairs_for_new_ones(store, monkeypatch):
+    """As many pairs as keys means that each pair is that of a key, but only if both are counted at the same moment."""
     words = store.create_vocabulary("v", key_type="int64")
     words.add([1, 2, 3])
     store.commit()
@@ -396,17 +396,17 @@ def test_a_lookup_beside_a_rollback_does_not_take_old_pairs_for_new_ones(store, 
         return found
 
     monkeypatch.setattr(key_rows.KeyRows, "__len__", count)
-    assert words.lookup([1, 4, 5]).tolist() == [0, -1, -1]  # those of before
+    assert words.lookup([1, 4, 5]).tolist() == [0, -1, -1]  # the rows before the rollback
     assert words.lookup([1, 4, 5]).tolist() == [0, -1, 3]
 
 
-def test_after_a_checkpoint_an_opening_learns_few_keys(path, monkeypatch):
+def test_after_a_checkpoint_an_opening_indexes_few_keys(path, monkeypatch):
     monkeypatch.setattr(hash_index, "_QUICKLY_INDEXED", 100)
     with shardemb.open(path) as store:
         words = store.create_vocabulary("v", key_type="int64")
         words.add(np.arange(500))
         store.commit()
-        words.add(np.arange(500, 600))  # not committed, and in the files all the same
+        words.add(np.arange(500, 600))  # not committed, but in the files nevertheless
         store.checkpoint()
         assert store.has_changes
         assert words.stats()["index_bytes_on_disk"] > 0
@@ -422,8 +422,8 @@ def test_after_a_checkpoint_an_opening_learns_few_keys(path, monkeypatch):
         assert store.vocabularies["v"].lookup(np.arange(700)).tolist() == list(range(700))
 
 
-def test_a_lookup_beside_a_merge_finds_keys_behind_many_others(store, monkeypatch):
-    """Pairs that are in the index twice are there once after a merge: to be counted in one view of it."""
+def test_a_lookup_during_a_merge_finds_keys_behind_many_others(store, monkeypatch):
+    """A merge leaves one of several equal pairs, so a lookup has to count candidates in one view of the index."""
     words = store.create_vocabulary("v", key_type="string")
     store.commit()
     for _ in range(3):
@@ -443,7 +443,7 @@ def test_a_lookup_beside_a_merge_finds_keys_behind_many_others(store, monkeypatc
     assert next(calls) == 4
 
 
-def test_a_lookup_beside_an_index_that_is_made_anew(store, monkeypatch):
+def test_a_lookup_while_the_index_is_rebuilt(store, monkeypatch):
     monkeypatch.setattr(hash_index, "_STALE", 0)
     words = store.create_vocabulary("v", key_type="string")
     store.commit()
@@ -456,11 +456,11 @@ def test_a_lookup_beside_an_index_that_is_made_anew(store, monkeypatch):
     assert len(inside.key_rows(words).index) == 2
 
 
-# ---- what breaks off --------------------------------------------------------------------------------------------
+# ---- changes that fail ------------------------------------------------------------------------------------------
 
 
 class Failing:
-    """Lets the n-th call of a function fail."""
+    """Makes the n-th call of a function fail."""
 
     def __init__(self, patch, module, name, error):
         self.real, self.error, self.left = getattr(module, name), error, 0
@@ -476,7 +476,7 @@ class Failing:
 @pytest.mark.parametrize("error", [DiskFullError, KeyboardInterrupt])
 @pytest.mark.parametrize("key_type", ["int64", "string"])
 def test_a_change_that_fails_changes_nothing(path, small, monkeypatch, key_type, error):
-    """Each of the changes of rows that a call makes fails once, the one that moves the ring of freed rows included."""
+    """Each change of rows that a call makes fails once, also the one that moves the ring of freed rows."""
     pool = pool_of(key_type, np.random.default_rng(0))
     with shardemb.open(path) as store:
         words = store.create_vocabulary("v", key_type=key_type)
@@ -487,7 +487,7 @@ def test_a_change_that_fails_changes_nothing(path, small, monkeypatch, key_type,
         for turn in range(38):
             some = [pool[i] for i in rng.integers(0, len(pool), 120).tolist()]
             add = turn % 3 != 2 if turn < 30 else turn > 32
-            if turn == 32:  # more than the ring has room for, and what is in it has gone round by then
+            if turn == 32:  # more than fit into the ring, whose content has wrapped around by then
                 some = list(model.rows)
                 assert (
                     inside.key_rows(words).entry.tail

@@ -1,4 +1,4 @@
-"""The set of a store's vocabularies: names, dropping, rollback, copies, other openings, and stores that lack one."""
+"""The vocabularies of a store: names, dropping, rollback, copies, other openings, and stores that lack one."""
 
 import json
 import random
@@ -37,7 +37,7 @@ def bound(store, name="t", vocabulary="v", **more):
 # ---- names ------------------------------------------------------------------------------------------------------
 
 
-def test_names_of_vocabularies_and_tables_are_apart(store):
+def test_names_of_vocabularies_and_tables_are_independent(store):
     words = store.create_vocabulary("v", key_type="string")
     table = bound(store, "v")
     assert (store["v"], store.vocabularies["v"]) == (table, words)
@@ -59,13 +59,13 @@ def test_names_of_vocabularies_and_tables_are_apart(store):
 
 
 @pytest.mark.parametrize("name", ["v@keys", "@", "v@", "", "a/b", "-a", ".a", "a" * 65, None, 7])
-def test_names_that_cannot_be(store, name):
+def test_invalid_names_are_refused(store, name):
     with pytest.raises((TypeError, ValueError)):
         store.create_vocabulary(name, key_type="int64")
     assert (dict(store.vocabularies), store.has_changes) == ({}, False)
 
 
-def test_tables_of_a_vocabulary_are_none_of_the_users(store):
+def test_tables_of_a_vocabulary_are_hidden_from_users(store):
     store.create_vocabulary("v", key_type="string")
     store.commit()
     for call in (
@@ -97,14 +97,14 @@ def test_tables_of_a_vocabulary_are_none_of_the_users(store):
         ({"key_type": "int64", "reserved": 2**40}, ValueError, "reserved"),
     ],
 )
-def test_what_a_vocabulary_cannot_be_made_of(store, arguments, error, message):
+def test_invalid_arguments_create_no_vocabulary(store, arguments, error, message):
     with pytest.raises(error, match=message):
         store.create_vocabulary("v", **arguments)
     assert (dict(store.vocabularies), store.has_changes) == ({}, False)
     assert not list((store.path / ".shardemb").glob("tables/*"))
 
 
-def test_what_a_table_cannot_be_bound_to(store):
+def test_a_table_needs_either_an_existing_vocabulary_or_a_size(store):
     with pytest.raises(VocabularyNotFoundError, match="has no vocabulary 'v'; its vocabularies: none"):
         bound(store)
     store.create_vocabulary("w", key_type="int64")
@@ -143,7 +143,7 @@ def test_a_vocabulary_with_tables_is_not_dropped(store):
     assert (store["t"].vocabulary, len(words)) == (words, 0)
 
 
-def test_a_vocabulary_is_dropped_and_another_made_of_the_same_name(path):
+def test_a_vocabulary_is_dropped_and_another_created_with_the_same_name(path):
     with shardemb.open(path) as store:
         old = store.create_vocabulary("v", key_type="int64")
         bound(store).lookup([1, 2], create=True)
@@ -171,12 +171,12 @@ def test_a_vocabulary_is_dropped_and_another_made_of_the_same_name(path):
     assert "vocabularies" not in manifest_of(path)
 
 
-def test_a_vocabulary_that_finds_no_room_leaves_nothing(store, monkeypatch):
+def test_a_vocabulary_that_finds_the_disk_full_leaves_nothing(store, monkeypatch):
     real = files.create_sparse
 
     def fail(path, nbytes):
         if "present" not in str(path) and len(list((store.path / ".shardemb" / "tables").iterdir())) == 2:
-            raise shardemb.DiskFullError("no room")
+            raise shardemb.DiskFullError("disk full")
         real(path, nbytes)
 
     monkeypatch.setattr(files, "create_sparse", fail)
@@ -271,7 +271,7 @@ def test_a_refresh_shows_new_dropped_and_grown_vocabularies(path):
             found.lookup([b"x"])
 
 
-def test_a_reader_beside_another_writer_must_refresh(path):
+def test_a_reader_must_refresh_after_another_writer_opened_the_store(path):
     with shardemb.open(path) as store:
         words = store.create_vocabulary("v", key_type="int64")
         words.add([1])
@@ -321,7 +321,7 @@ def test_a_new_store_in_place_of_another_has_none_of_its_vocabularies(path):
         assert list(store.vocabularies["v"]) == ["b"]
 
 
-def test_a_new_store_whose_making_is_cut_short_opens_empty(path, tmp_path, monkeypatch):
+def test_a_new_store_whose_creation_is_interrupted_opens_as_the_old_or_empty(path, tmp_path, monkeypatch):
     make_small(monkeypatch, random.Random(0))
     with shardemb.open(path) as store:
         store.create_vocabulary("v", key_type="string").add(["a"])
@@ -382,7 +382,7 @@ def manifest_of(path):
         {"sightings": "1"},
     ],
 )
-def test_a_record_that_cannot_be_is_not_believed(path, change):
+def test_an_impossible_entry_is_refused(path, change):
     with shardemb.open(path) as store:
         store.create_vocabulary("v", key_type="string").add(["a", "b"])
         store.commit()
@@ -397,7 +397,7 @@ def test_a_record_that_cannot_be_is_not_believed(path, change):
 
 
 @pytest.mark.parametrize("what", ["keys", "bytes", "freed"])
-def test_a_store_without_a_table_of_its_vocabulary_says_so(path, what):
+def test_a_store_that_lacks_a_table_of_its_vocabulary_names_it(path, what):
     with shardemb.open(path) as store:
         store.create_vocabulary("v", key_type="string").add(["a", "b"])
         store.commit()
@@ -406,7 +406,7 @@ def test_a_store_without_a_table_of_its_vocabulary_says_so(path, what):
         shardemb.open(path)
 
 
-def test_a_manifest_without_a_table_of_its_vocabulary_is_not_believed(path):
+def test_a_manifest_that_lacks_a_table_of_its_vocabulary_is_refused(path):
     with shardemb.open(path) as store:
         store.create_vocabulary("v", key_type="string").add(["a", "b"])
         bound(store)

@@ -1,15 +1,13 @@
-"""Pairs of an index, laid out by the text of the format."""
+"""Pairs of an index, laid out as the docstrings of ``index_kernels.py`` and ``index_files.py`` describe."""
 
 import numpy as np
 
 LAST = 2**64 - 1
-
-
 NO_ROW = LAST
 
 
 def level(pairs, bits, share=0.75, deep=()):
-    """Spans, entries and bits of pairs; parts with numbers in `deep` of one bit less are two parts of as many bits."""
+    """Return spans, entries and bits of pairs. Parts have ``bits - 1`` bits; two of `bits` replace each in `deep`."""
     spans, entries, number = [], [], 0
     while number < 2**bits:
         own_bits = bits if bits == 0 or number // 2 in deep else bits - 1
@@ -30,5 +28,5 @@ def first_bits(value, bits):
 
 
 def bucket_in(value, bits, buckets):
-    """Of a part."""
+    """Return the bucket of a hash, counted from the beginning of its part."""
     return ((value << bits) % 2**64 >> 32) * buckets >> 32

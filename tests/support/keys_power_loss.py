@@ -1,4 +1,4 @@
-"""A workload of keys on the simulated disk."""
+"""A workload with keys on the simulated disk."""
 
 import os
 import random
@@ -23,7 +23,7 @@ DIM = 8
 
 
 def work(path, seed, recording):
-    """Add, remove and evict keys, train their rows, commit, roll back, reopen; note what each commit holds."""
+    """Add, remove and evict keys, train their rows, commit, roll back, reopen; record what each commit holds."""
     chance, rng = random.Random(seed), np.random.default_rng(seed)
     options = {
         "log_bytes": chance.choice([1, 60_000, 2**30]),
@@ -37,7 +37,7 @@ def work(path, seed, recording):
     def commit(step):
         expected, before = contents(store)[1], store.last_commit
         future = ((before.id if before else 0) + 1, step, ()), expected
-        recording.acknowledged.append((None, future))  # from here on it may be found
+        recording.acknowledged.append((None, future))  # from here on a crash may leave this commit
         store.commit(step=step)
         recording.acknowledged.append((len(recording.operations), future))
 
@@ -93,13 +93,13 @@ def explore_keys(seed):
     return explore(seed, STATES // WORKLOADS, work=work)
 
 
-# What may be left out without a wrong state after a loss of power, and why it is there.
+# Calls that can be left out without a wrong state after a loss of power, and why they are made.
 OTHER_REASONS = {
-    "index_files.stage:write": "header and all: without it, a file is no part, and the index is made anew",
-    "hash_index._publish:rename": "the next part in the place of the last, which is as right as that",
-    "hash_index._publish:sync_directory": "those before go after it: without either, the index is made anew",
-    "hash_index.relocate:rename": "without a folder, the index is made anew",
-    "hash_index.load:sync_directory": "files that know more than the last commit, as where a store is put together",
+    "index_files.stage:write": "it writes the header, too: without it, the file is no part, and the index is rebuilt",
+    "hash_index._publish:rename": "it replaces a part by a newer one, but the older one is valid, too",
+    "hash_index._publish:sync_directory": "older parts are removed after it: without either, the index is rebuilt",
+    "hash_index.relocate:rename": "without a folder, the index is rebuilt",
+    "hash_index.load:sync_directory": "after files from elsewhere, which know more than the last commit, are removed",
 }
 
 

@@ -1,4 +1,4 @@
-"""What takes millions of keys, with dozens: small tables, small indexes, hashes that fall together."""
+"""With dozens of keys, what otherwise takes millions: small tables and indexes, and hashes that collide."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ KEY_TYPES = ["int64", "string", "bytes"]
 
 
 def pool_of(key_type, rng):
-    """Keys that a test draws from, none of them twice."""
+    """Return distinct keys that a test draws from."""
     whole = [0, -1, 1, 2**63 - 1, -(2**63), *rng.integers(-(2**63), 2**63 - 1, 500).tolist(), *range(2, 500)]
     if key_type == "int64":
         return whole
@@ -28,7 +28,7 @@ def pool_of(key_type, rng):
 
 
 def make_small(patch, chance):
-    """Let what takes millions of keys happen with dozens."""
+    """Lower the limits of tables and index, so that dozens of keys do what otherwise takes millions."""
     shapes = key_tables.table_shapes
 
     def small_shapes(entry):
@@ -45,12 +45,12 @@ def make_small(patch, chance):
     patch.setattr(hash_index, "PARALLEL_PAIRS", chance.choice([1, 2**13]))
     patch.setattr(hash_index, "_FIRST_BUCKETS", chance.choice([2, 64]))
     patch.setattr(hash_index, "PART_BITS", chance.choice([6, 9]))
-    # The same from one run to the next.
+    # So that hashes are the same in each run.
     patch.setattr(hashing, "secret_of", lambda identity: hashing.Secret(np.uint64(1), np.uint64(2)))
 
 
 def let_hashes_collide(patch):
-    """Leave strings so few hashes that almost none has one of its own."""
+    """Give strings so few hashes that almost all of them collide."""
     real = hashing.hash_strings
 
     def few(*arguments):

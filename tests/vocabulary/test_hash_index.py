@@ -1,4 +1,4 @@
-"""The index against a dict of hash -> rows: adding, merging, taking up its files again, and files that are damaged."""
+"""The index against a dict of hash -> rows: adding, merging, opening its files again, and damaged files."""
 
 import errno
 import json
@@ -41,7 +41,7 @@ def run(functions):
 
 @contextmanager
 def small(open_pairs=(8, 32), part_bits=6):
-    """Merge a few pairs already, into parts of a few entries; put some into slots by halves."""
+    """Make an index merge after a few pairs, into parts of a few entries, and insert by two threads."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hash_index, "PARALLEL_PAIRS", 5)
         patch.setattr(hash_index, "OPEN_PAIRS", open_pairs)
@@ -59,7 +59,7 @@ def new_index(path, *, writable=True):
     return KeyIndex(path, NAME, run, writable=writable)
 
 
-def taken_up(path, now=Coverage(10, ANY, ANY), *, writable=False):  # noqa: B008
+def opened(path, now=Coverage(10, ANY, ANY), *, writable=False):  # noqa: B008
     index = new_index(path, writable=writable)
     index.load(now)
     return index
@@ -74,7 +74,7 @@ def add(index, pairs, coverage=Coverage()):  # noqa: B008
 
 
 def rows_of(index, values, end=ANY):
-    """All rows of each hash, as `skip` lists them."""
+    """Return all rows of each hash, as `skip` lists them."""
     values, find = np.array(values, np.uint64).reshape(-1), index.view.probe
     found = [[] for _ in range(values.size)]
     for skip in range(1000):
@@ -91,7 +91,7 @@ def rows_of(index, values, end=ANY):
 
 
 def assert_holds(index, pairs, end=ANY):
-    """It names the rows below `end` that the dict has for each hash, and no others."""
+    """Assert that an index names the rows below `end` that a dict has for each hash, and no others."""
     model = {value: set() for value in (0, 2, LAST // 3, LAST)}
     for value, row in pairs:
         model.setdefault(value, set())
@@ -115,7 +115,7 @@ def assert_holds(index, pairs, end=ANY):
 @example([[(5 << 60, row) for row in range(31)], [(0, 1)]], 8, 4, 20)
 @example([[(n, n) for n in range(40)]], 8, 4, 31)  # all in the first part
 @example([[(n << 58, n) for n in range(31)]], 8, 4, 31)
-def test_it_names_the_rows_that_a_dict_has(tmp_path_factory, batches, most, bits, end):
+def test_an_index_names_the_rows_that_a_dict_has(tmp_path_factory, batches, most, bits, end):
     path = tmp_path_factory.mktemp("index") / NAME
     pairs = []
     with small((most, 4 * most), bits):
@@ -132,7 +132,7 @@ def test_it_names_the_rows_that_a_dict_has(tmp_path_factory, batches, most, bits
         )  # a pair once, however often it came
         assert len(index) == len(set(pairs))
         assert index.check()
-        again = taken_up(path)
+        again = opened(path)
         assert again.coverage == Coverage(3, 2, 1)
         assert_holds(again, pairs, end)
         assert len(again) == len(index)
@@ -140,7 +140,7 @@ def test_it_names_the_rows_that_a_dict_has(tmp_path_factory, batches, most, bits
 
 
 def test_what_is_in_memory_is_a_share_of_what_is_on_disk(path):
-    """Slots grow, but to no more than are merged at once; and the more there is, the more that is."""
+    """The table grows to no more pairs than one merge takes; the larger the files, the more these are."""
     with small((100, 1000), part_bits=14):
         index, sizes = new_index(path), []
         for start in range(0, 20_000, 10):
@@ -152,7 +152,7 @@ def test_what_is_in_memory_is_a_share_of_what_is_on_disk(path):
         assert_holds(index, [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(20_000)])
 
 
-def test_a_checkpoint_writes_down_what_would_take_long_to_learn(path, monkeypatch):
+def test_a_checkpoint_writes_pairs_that_would_take_long_to_index(path, monkeypatch):
     monkeypatch.setattr(hash_index, "_QUICKLY_INDEXED", 20)
     pairs = [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(700)]
     with small((10**6, 10**6), part_bits=8):
@@ -163,7 +163,7 @@ def test_a_checkpoint_writes_down_what_would_take_long_to_learn(path, monkeypatc
             written.append(index.coverage.rows)
             assert_holds(index, pairs[:stop])
         assert written == [0, 21, 600, 600, 638]
-        reader = taken_up(path)
+        reader = opened(path)
         add(reader, pairs)
         reader.checkpoint(Coverage(2, 700, 0))
         assert reader.coverage.rows == 638
@@ -187,7 +187,7 @@ def test_an_index_that_may_not_write_keeps_all_in_memory(path):
 
 
 def test_hashes_that_begin_alike_are_merged_too(path):
-    """More than may lie near one home: in memory they have no order."""
+    """There are more of them than may lie near one bucket, so that the table gets a salt."""
     pairs = [((7 << 40) + n * 7919 % 5000, n) for n in range(3 * index_kernels.MAX_DISTANCE)]
     pairs += [(n << 50, n) for n in range(99)] + [((n << 58) - 1, n) for n in range(1, 65)]
     with small((10**6, 10**6), part_bits=6):
@@ -202,15 +202,15 @@ def test_hashes_that_begin_alike_are_merged_too(path):
         assert_holds(index, pairs)
         assert len(index) == len(set(pairs)) + 5
         assert index.check()
-        assert_holds(taken_up(path), pairs)
+        assert_holds(opened(path), pairs)
 
 
-def test_a_salt_is_drawn_anew_and_never_none():
+def test_each_salt_is_new_and_none_is_zero():
     assert 0 not in {int(hash_index.new_salt()) for _ in range(10)}
     assert len({int(hash_index.new_salt()) for _ in range(10)}) == 10
 
 
-def test_parts_side_by_side_write_what_they_write_one_by_one(path, tmp_path):
+def test_parts_merged_concurrently_are_the_same_as_one_by_one(path, tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
     pairs = [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(3000)]
@@ -261,7 +261,7 @@ def test_the_files_are_what_their_docstring_says(path):
 
 
 def test_parts_are_replaced_one_by_one_and_each_state_is_a_whole_index(path, tmp_path):
-    """As a crash may leave them: some of now, some of before, deeper ones beside those that they replace."""
+    """As a crash may leave them: some new, some old, and parts of longer prefixes next to those that they replace."""
     from shardemb.vocabulary import index_files
 
     pairs = [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(600)]
@@ -291,7 +291,7 @@ def test_parts_are_replaced_one_by_one_and_each_state_is_a_whole_index(path, tmp
         folder.mkdir(parents=True)
         for name, data in state.items():
             (folder / name).write_bytes(data)
-        again = taken_up(folder, writable=number % 2 == 0)
+        again = opened(folder, writable=number % 2 == 0)
         found.add(again.coverage)
         assert again.check()
         assert len(again) >= len(pairs[:200])
@@ -305,13 +305,13 @@ def test_parts_are_replaced_one_by_one_and_each_state_is_a_whole_index(path, tmp
             again.merge(known)
             assert len(again) == 600
             assert again.check()
-            assert_holds(taken_up(folder), pairs)
+            assert_holds(opened(folder), pairs)
     assert found == {Coverage(1, 200, 0), known}
     assert index_files.assign_prefixes([]) is None
 
 
 @pytest.mark.parametrize("sample", [1, 32])
-def test_asking_for_pages_changes_nothing(path, sample, monkeypatch):
+def test_reading_ahead_changes_nothing(path, sample, monkeypatch):
     monkeypatch.setattr(hash_index, "SAMPLES", sample)
     pairs = [((n * 0x9E3779B97F4A7C15) % 2**64, n) for n in range(3000)]
     with small((10**6, 10**6)):
@@ -325,8 +325,8 @@ def test_asking_for_pages_changes_nothing(path, sample, monkeypatch):
     assert_holds(index, pairs)
 
 
-def test_a_view_keeps_the_order_in_which_it_knows_rows(path):
-    """Rows of one hash change places when slots grow that went round at the end; one could be skipped for another."""
+def test_a_view_keeps_its_order_of_rows(path):
+    """When a table grows, rows of one hash that had wrapped around change order. A lookup could then skip one."""
     with small((1000, 1000)):
         index = new_index(path)
         add(index, [(LAST, 1), (LAST, 2), (LAST, 3)])
@@ -340,7 +340,7 @@ def test_a_view_keeps_the_order_in_which_it_knows_rows(path):
         assert out[0] == row
 
 
-# ---- taking up a file -------------------------------------------------------------------------------------------
+# ---- opening files ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -356,7 +356,7 @@ def written(path):
 
 
 @pytest.mark.parametrize(
-    ("now", "is_taken"),
+    ("now", "is_opened"),
     [
         (Coverage(5, 300, 7), True),
         (Coverage(6, 400, 8), True),
@@ -365,15 +365,15 @@ def written(path):
         (Coverage(5, 300, 6), False),
     ],
 )
-def test_a_file_that_knows_more_than_the_commit_is_refused(written, now, is_taken):
+def test_a_file_that_knows_more_than_the_commit_is_refused(written, now, is_opened):
     path, pairs = written
-    index = taken_up(path, now)
-    assert index.has_files == is_taken
-    assert index.coverage == (Coverage(5, 300, 7) if is_taken else Coverage())
-    assert_holds(index, pairs if is_taken else [])
+    index = opened(path, now)
+    assert index.has_files == is_opened
+    assert index.coverage == (Coverage(5, 300, 7) if is_opened else Coverage())
+    assert_holds(index, pairs if is_opened else [])
     assert path.exists()
-    taken_up(path, now, writable=True)
-    assert path.exists() == is_taken  # or a later commit might believe it
+    opened(path, now, writable=True)
+    assert path.exists() == is_opened  # or a later commit might trust it
 
 
 def test_the_file_of_another_vocabulary_is_refused(written):
@@ -383,35 +383,35 @@ def test_the_file_of_another_vocabulary_is_refused(written):
     assert (index.has_files, len(index)) == (False, 0)
 
 
-def test_no_folder_and_a_file_in_its_place_are_no_index(path):
-    assert len(taken_up(path)) == 0
+def test_an_index_is_empty_without_a_folder_or_with_a_file_in_its_place(path):
+    assert len(opened(path)) == 0
     path.parent.mkdir()
     path.write_bytes(b"")
-    assert len(taken_up(path)) == 0
-    index = taken_up(path, writable=True)
+    assert len(opened(path)) == 0
+    index = opened(path, writable=True)
     assert not path.exists()
     add(index, [(1, 2)])
     index.merge(Coverage())
-    assert_holds(taken_up(path), [(1, 2)])
+    assert_holds(opened(path), [(1, 2)])
 
 
 @pytest.mark.parametrize("number", range(8))
-def test_where_a_part_is_missing_none_is_believed(written, number):
+def test_no_part_is_trusted_if_one_is_missing(written, number):
     path, _ = written
     (path / f"03-{number}").unlink()
-    assert not taken_up(path).has_files
-    assert not taken_up(path, writable=True).has_files
+    assert not opened(path).has_files
+    assert not opened(path, writable=True).has_files
     assert not path.exists()
 
 
-def test_what_a_crash_left_behind_goes(written):
+def test_a_writer_removes_what_a_crash_left_behind(written):
     path, pairs = written
     (path / "03-1.tmp").write_bytes(b"half")
     (path / ".nfs000").write_bytes(b"")
     (path / "03-9").mkdir()
-    assert_holds(taken_up(path), pairs)
+    assert_holds(opened(path), pairs)
     assert (path / "03-1.tmp").exists()
-    assert_holds(taken_up(path, writable=True), pairs)
+    assert_holds(opened(path, writable=True), pairs)
     assert len(os.listdir(path)) == 8
 
 
@@ -422,13 +422,13 @@ def test_a_file_cut_short_or_longer_is_refused(written):
     cuts = {*range(0, len(data), 61), *range(PAGE - 2, PAGE + 2), *range(len(data) - 80, len(data))}
     for length in sorted(cuts):
         path.write_bytes(data[:length])
-        assert not taken_up(path.parent).has_files, length
+        assert not opened(path.parent).has_files, length
     path.write_bytes(data + b"\0")
-    assert not taken_up(path.parent).has_files
+    assert not opened(path.parent).has_files
 
 
 def test_a_flip_in_the_header_is_refused(written):
-    """Of each bit of each byte, and some of those behind the JSON."""
+    """Each bit of each byte of the JSON is flipped, and of some behind it."""
     path, _ = written
     path /= "03-2"
     data = path.read_bytes()
@@ -437,9 +437,9 @@ def test_a_flip_in_the_header_is_refused(written):
         for at in [*range(end + 3), PAGE - 1]:
             for bit in range(8):
                 os.pwrite(file.fileno(), bytes([data[at] ^ 1 << bit]), at)
-                assert not taken_up(path.parent).has_files, (at, bit)
+                assert not opened(path.parent).has_files, (at, bit)
             os.pwrite(file.fileno(), data[at : at + 1], at)
-    assert taken_up(path.parent).has_files
+    assert opened(path.parent).has_files
 
 
 FIELDS = [
@@ -457,7 +457,7 @@ FIELDS = [
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_a_header_that_lies_under_a_right_checksum_is_refused(written, name):
+def test_a_false_header_with_a_valid_checksum_is_refused(written, name):
     path, _ = written
     path /= "03-2"
     data = path.read_bytes()
@@ -471,19 +471,19 @@ def test_a_header_that_lies_under_a_right_checksum_is_refused(written, name):
         could_be = name in ("pairs", "homes", "checksum") and type(value) is int
         if len(head) <= PAGE and not is_one and not could_be:
             path.write_bytes(head.ljust(PAGE) + data[PAGE:])
-            assert not taken_up(path.parent).has_files, value
+            assert not opened(path.parent).has_files, value
 
 
 # ---- damage that shows later ------------------------------------------------------------------------------------
 
 
 def flips(data, start, stop, step=1):
-    """Files with a bit flipped, each at another place."""
+    """Yield copies of a file with one bit flipped, each in another byte."""
     for n, at in enumerate(range(start, stop, step)):
         yield at, data[:at] + bytes([data[at] ^ 1 << n % 8]) + data[at + 1 :]
 
 
-def test_more_pairs_than_entries_or_far_too_many_homes_are_refused(written):
+def test_more_pairs_than_entries_or_far_too_many_buckets_are_refused(written):
     path, _ = written
     path /= "03-2"
     data = path.read_bytes()
@@ -493,31 +493,31 @@ def test_more_pairs_than_entries_or_far_too_many_homes_are_refused(written):
             lying[name] = value
             lying["crc32"] = documents.crc32(lying)
             path.write_bytes(json.dumps(lying).encode().ljust(PAGE) + data[PAGE:])
-            assert not taken_up(path.parent).has_files, value
+            assert not opened(path.parent).has_files, value
 
 
 @pytest.mark.parametrize("homes", [0, 1, 2**40])
-def test_homes_that_lie_lead_to_nothing_else(written, homes):
+def test_a_false_number_of_buckets_leads_to_no_other_row(written, homes):
     path, pairs = written
     path /= "03-2"
     data = path.read_bytes()
     lying = json.loads(data[:PAGE]) | {"homes": homes}
     lying["crc32"] = documents.crc32(lying)
     path.write_bytes(json.dumps(lying).encode().ljust(PAGE) + data[PAGE:])
-    index = taken_up(path.parent)
+    index = opened(path.parent)
     for (value, row), found in zip(pairs, rows_of(index, [value for value, _ in pairs]), strict=True):
         assert found == [row] or (found == [] and value >> 61 == 2)
 
 
-def test_flips_in_the_entries_are_found_by_check_and_lead_nowhere(written):
-    """Whoever looks something up may miss it, but reads nothing beyond the file and is told no row that is none."""
+def test_flips_in_the_entries_are_found_by_check_and_do_no_harm(written):
+    """A lookup may miss a key, but it reads nothing beyond the file and returns no impossible row."""
     path, pairs = written
     path /= "03-2"
     data = path.read_bytes()
     values = [value for value, _ in pairs] + [0, LAST]
     for at, damaged in flips(data, PAGE, len(data), 3):
         path.write_bytes(damaged)
-        index = taken_up(path.parent)
+        index = opened(path.parent)
         assert index.has_files, at
         assert not index.check(), at
         for rows in rows_of(index, values, 1000):
@@ -527,23 +527,23 @@ def test_flips_in_the_entries_are_found_by_check_and_lead_nowhere(written):
 
 def test_a_file_that_changes_in_place_is_found_by_check(written):
     path, _ = written
-    index = taken_up(path)
+    index = opened(path)
     assert index.check()
     with (path / "03-7").open("r+b") as file:
         file.write(b"[")
     assert not index.check()
 
 
-@pytest.mark.parametrize("part_bits", [6, 4])  # the parts of now, and four of each
+@pytest.mark.parametrize("part_bits", [6, 4])  # as many parts as before, and four times as many
 def test_a_damaged_file_is_not_merged_into_a_sound_one(written, part_bits):
-    """Where it leaves out a key, so would the next one, under checksums that are right."""
+    """If it lacks a key, the new file would lack it, too, under a valid checksum."""
     path, _ = written
     with (path / "03-5").open("r+b") as file:
         os.pwrite(file.fileno(), b"\xff", PAGE + 5)
     damaged = (path / "03-5").read_bytes()
     more = [(n << 40, 1000 + n) for n in range(500)]
     with small((100, 100), part_bits):
-        index = taken_up(path, writable=True)
+        index = opened(path, writable=True)
         assert not index.is_stale(300)
         add(index, more)
         assert (path / "03-5").read_bytes() == damaged
@@ -552,19 +552,19 @@ def test_a_damaged_file_is_not_merged_into_a_sound_one(written, part_bits):
             range(1000, 1500)
         )
         assert not list(path.glob("*.tmp"))
-    assert not taken_up(path).check()
+    assert not opened(path).check()
 
 
-# ---- trouble while merging --------------------------------------------------------------------------------------
+# ---- failures while merging -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["full", "error", "short"])
 @pytest.mark.parametrize("part_bits", [6, 5])
-def test_where_the_next_files_have_no_room_nothing_is_lost(written, kind, part_bits):
+def test_nothing_is_lost_if_new_files_cannot_be_written(written, kind, part_bits):
     path, pairs = written
     more = [(n << 50, 1000 + n) for n in range(60)]
     with small((1000, 1000), part_bits):
-        index = taken_up(path, writable=True)
+        index = opened(path, writable=True)
         add(index, more)
         for at in range(1, 200):
             failing = Failing(at, kind)
@@ -578,7 +578,7 @@ def test_where_the_next_files_have_no_room_nothing_is_lost(written, kind, part_b
             assert len(index) >= len(pairs) + len(more)
             assert index.check()
             assert not list(path.glob("*.tmp"))
-            again = taken_up(path)
+            again = opened(path)
             assert again.coverage in (Coverage(5, 300, 7), Coverage(6, 301, 7))
             assert {row for rows in rows_of(again, [value for value, _ in pairs]) for row in rows} >= set(
                 range(300)
@@ -588,12 +588,12 @@ def test_where_the_next_files_have_no_room_nothing_is_lost(written, kind, part_b
         assert index.coverage == Coverage(6, 301, 7)
         assert_holds(index, pairs + more)
         assert len(index) == len(pairs) + len(more)
-        assert_holds(taken_up(path), pairs + more)
+        assert_holds(opened(path), pairs + more)
 
 
-def test_pairs_that_had_no_room_come_with_the_next(path, monkeypatch):
+def test_pairs_that_could_not_be_merged_can_be_added_again(path, monkeypatch):
     def full(*given):
-        raise DiskFullError(errno.ENOSPC, "no room left on the disk")
+        raise DiskFullError(errno.ENOSPC, "no space left on the disk")
 
     with small((100, 100)):
         index = new_index(path)
@@ -608,52 +608,52 @@ def test_pairs_that_had_no_room_come_with_the_next(path, monkeypatch):
         assert_holds(index, pairs)
 
 
-# ---- when to make it anew ---------------------------------------------------------------------------------------
+# ---- when to rebuild --------------------------------------------------------------------------------------------
 
 
-def test_it_is_stale_when_more_than_half_is_of_no_use(path, monkeypatch):
+def test_an_index_is_stale_when_more_than_half_of_its_pairs_are_useless(path, monkeypatch):
     monkeypatch.setattr(hash_index, "_STALE", 10)
     index = new_index(path)
     add(index, [(n, n) for n in range(30)])
     assert [index.is_stale(live) for live in (0, 9, 10, 30)] == [True, True, False, False]
 
 
-def test_one_that_was_made_anew_takes_the_place_of_the_other(written):
+def test_a_rebuilt_index_takes_the_place_of_the_old_one(written):
     path, pairs = written
-    old = taken_up(path, writable=True)
+    old = opened(path, writable=True)
     with small((1000, 1000), 8):  # it has fewer parts
         fresh = old.empty_copy()
         add(fresh, pairs[:100])
         fresh.merge(Coverage(7, 100, 0))
-        assert_holds(taken_up(path), pairs)
+        assert_holds(opened(path), pairs)
         fresh.relocate(old.retire())
-        assert_holds(taken_up(path), pairs[:100])
+        assert_holds(opened(path), pairs[:100])
         assert os.listdir(path.parent) == [NAME]
         add(fresh, pairs[100:])
         fresh.merge(Coverage(8, 300, 0))
-        assert_holds(taken_up(path), pairs)
-        add(old, [(7, 7)] * 1500)  # it writes nothing any more, and finds all the same
-        assert_holds(taken_up(path), pairs)
+        assert_holds(opened(path), pairs)
+        add(old, [(7, 7)] * 1500)  # it writes no more files, but still finds all pairs
+        assert_holds(opened(path), pairs)
         assert set(range(300)) <= {
             row for rows in rows_of(old, [value for value, _ in pairs]) for row in rows
         }
         assert old.is_stale(10**6)
 
 
-def test_one_without_files_takes_those_of_the_other_away(written):
+def test_a_rebuilt_index_without_files_removes_those_of_the_old_one(written):
     path, pairs = written
-    old = taken_up(path, writable=True)
+    old = opened(path, writable=True)
     fresh = old.empty_copy()
     add(fresh, pairs[:10])
     fresh.relocate(old.retire())
     assert os.listdir(path.parent) == []
     fresh.merge(Coverage(7, 10, 0))
-    assert_holds(taken_up(path), pairs[:10])
+    assert_holds(opened(path), pairs[:10])
 
 
-def test_the_files_of_one_that_is_given_up_go(written):
+def test_the_files_of_an_abandoned_index_are_removed(written):
     path, pairs = written
-    fresh = taken_up(path).empty_copy()
+    fresh = opened(path).empty_copy()
     fresh._writable = True
     add(fresh, pairs)
     fresh.merge(Coverage())

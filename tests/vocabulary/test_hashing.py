@@ -1,4 +1,4 @@
-"""Hashes against Python's own SipHash and against the formulas, and how well they spread."""
+"""Hashes, against Python's own SipHash and against the formulas; and how well they are distributed."""
 
 import ast
 import hashlib
@@ -37,11 +37,11 @@ def hash_integers(keys, secret=(0, 0)):
 
 
 def test_strings_have_the_hashes_that_python_gives_them():
-    """Of every length up to 300: Python hashes bytes by SipHash-1-3, with a key of zeros where nothing is random."""
+    """Of every length up to 300: Python hashes bytes by SipHash-1-3, with a key of zeros if PYTHONHASHSEED is 0."""
     if sys.hash_info.algorithm != "siphash13":
-        pytest.skip("this Python hashes by something else")
+        pytest.skip("this Python uses another hash function")
     rng = np.random.default_rng(0)
-    strings = [rng.bytes(length) for length in range(1, 300)]  # the empty one is 0 to Python
+    strings = [rng.bytes(length) for length in range(1, 300)]  # Python hashes the empty one to 0
     code = "import sys, ast; print([hash(each) for each in ast.literal_eval(sys.stdin.read())])"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -52,12 +52,12 @@ def test_strings_have_the_hashes_that_python_gives_them():
         check=True,
     )
     expected = np.array(ast.literal_eval(done.stdout), np.int64)
-    assert -2 not in expected  # which may stand for -1
+    assert -2 not in expected  # Python replaces -1 by it
     np.testing.assert_array_equal(hash_strings(strings).view(np.int64), expected)
 
 
 def test_the_reference_is_siphash():
-    """Vectors of the reference implementation (``vectors.h``, SipHash-2-4): key and message count up from 0."""
+    """Test vectors of its reference implementation (``vectors.h``, SipHash-2-4); key and message count up from 0."""
     key = 0x0706050403020100, 0x0F0E0D0C0B0A0908
     found = [siphash13(bytes(range(n)), *key, rounds=(2, 4)).to_bytes(8, "little").hex() for n in (0, 1, 15)]
     assert found == ["310e0edd47db6f72", "fd67dc93c539f874", "e545be4961ca29a1"]
@@ -77,7 +77,7 @@ def test_the_length_counts_modulo_256_as_the_formula_says():
     assert len(set(found)) == len(found)
 
 
-def test_only_a_part_of_the_strings_is_hashed():
+def test_only_a_range_of_the_strings_is_hashed():
     strings = [b"a", b"", b"bcd", b"e"]
     whole = hash_strings(strings)
     assert hash_strings(strings, start=1, stop=3).tolist() == [0, *whole[1:3].tolist(), 0]
@@ -88,7 +88,7 @@ def test_only_a_part_of_the_strings_is_hashed():
 
 @given(st.lists(st.sampled_from(LIMITS) | st.integers(-(2**63), 2**63 - 1)), words, words)
 def test_integers_are_only_permuted(keys, first, second):
-    """The formula, and back by its inverse: what has one, gives different keys different hashes."""
+    """The hash has an inverse, so different keys have different hashes."""
     hashes = hash_integers(keys, (first, second))
     assert hashes.tolist() == [splitmix(key % 2**64, first, second) for key in keys]
     assert unsplitmix(hashes, first, second).tolist() == keys
@@ -105,7 +105,7 @@ def test_the_permutation_of_integers_is_that_of_splitmix64():
     ]
 
 
-# ---- how they spread --------------------------------------------------------------------------------------------
+# ---- distribution -----------------------------------------------------------------------------------------------
 
 
 def integers_with_bit(rng, bit):
@@ -122,8 +122,8 @@ def strings_with_bit(rng, bit):
 
 
 @pytest.mark.parametrize("pairs", [integers_with_bit, strings_with_bit])
-def test_each_bit_of_a_key_turns_half_the_bits_of_its_hash(pairs):
-    """Of 4,096 keys each bit of the hash turns in 2,048, give or take five standard deviations of 32."""
+def test_each_bit_of_a_key_flips_half_the_bits_of_its_hash(pairs):
+    """For 4,096 keys, each bit of the hash flips 2,048 times, within five standard deviations of 32."""
     rng = np.random.default_rng(1)
     for bit in range(64):
         before, after = pairs(rng, bit)
@@ -132,8 +132,8 @@ def test_each_bit_of_a_key_turns_half_the_bits_of_its_hash(pairs):
 
 
 @pytest.mark.parametrize("step", [1, 2**20, 2**40, -7])
-def test_neighbours_fall_far_apart(step):
-    """Into 1,024 buckets by their first bits: chi-squared of 1,023 degrees has a deviation of 45."""
+def test_hashes_of_evenly_spaced_integers_are_uniform(step):
+    """In 1,024 buckets by their first bits: chi-squared of 1,023 degrees of freedom has a standard deviation of 45."""
     hashes = hash_integers(np.arange(2**16) * step, hashing.secret_of("one"))
     counts = np.bincount((hashes >> np.uint64(54)).astype(np.int64), minlength=1024)
     assert abs(((counts - 64.0) ** 2 / 64).sum() - 1023) < 5 * 45
@@ -152,7 +152,7 @@ def test_a_secret_is_the_beginning_of_a_digest():
 
 
 def test_keys_that_collide_without_the_secret_do_not_with_it():
-    """Made for the secret 0 to have the same first 40 bits; 2,048 buckets of another vocabulary get 32 each."""
+    """Constructed for the secret 0 to share 40 bits. With another secret, 2,048 buckets have about 32 of them each."""
     alike = (np.uint64(0xABCDEF0123) << np.uint64(24)) + np.arange(2**16, dtype=np.uint64)
     keys = unsplitmix(alike, 0, 0)
     assert np.unique(hash_integers(keys) >> np.uint64(24)).size == 1

@@ -1,4 +1,4 @@
-"""The loops of the index against lists and dicts: with hashes at random, all alike, at both ends, and far too close."""
+"""The loops of the index against lists and dicts, with hashes that are random, equal, extreme, or clustered."""
 
 from bisect import bisect_left, bisect_right
 
@@ -14,7 +14,7 @@ PLAIN, SALTED = np.uint64(0), np.uint64(0x123456789ABCDEF1)
 NO_LEVEL = np.zeros((1, 4), np.int64), np.empty((0, 2), np.uint64), 0
 
 few = st.sampled_from([0, 1, 5 << 60, (5 << 60) + 1, LAST - 1, LAST])
-at_the_end = st.integers(LAST - 2**40, LAST)  # their buckets are the last, so that they wrap around
+at_the_end = st.integers(LAST - 2**40, LAST)  # their buckets are the last ones, so that they wrap around
 hashes_ = few | at_the_end | st.integers(0, LAST)
 pairs_ = st.lists(st.tuples(hashes_, st.integers(0, 9)), max_size=48)
 salts = st.sampled_from([PLAIN, SALTED])
@@ -25,7 +25,7 @@ def uint64(values):
 
 
 def empty(capacity):
-    """Slots and their filters."""
+    """Return the buckets of an empty table, and their filters."""
     return np.zeros((capacity, 2), np.uint64), np.zeros(capacity, np.uint8)
 
 
@@ -64,11 +64,11 @@ def all_rows(table, value, **options):
     return found
 
 
-# ---- homes ------------------------------------------------------------------------------------------------------
+# ---- buckets ----------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(hashes_, min_size=1), st.integers(1, 2**31))
-def test_homes_ascend_with_hashes_and_lie_among_the_slots(values, capacity):
+def test_buckets_ascend_with_hashes_and_lie_in_the_table(values, capacity):
     buckets = [index_kernels.bucket_of(np.uint64(value), capacity, PLAIN) for value in sorted(values)]
     assert buckets == [(value >> 32) * capacity >> 32 for value in sorted(values)]
     assert buckets == sorted(buckets)
@@ -83,12 +83,12 @@ def test_a_salt_spreads_hashes_that_begin_alike():
     assert buckets != [index_kernels.bucket_of(value, 64, np.uint64(3)) for value in values]
 
 
-# ---- slots ------------------------------------------------------------------------------------------------------
+# ---- the hash table ---------------------------------------------------------------------------------------------
 
 
 @given(pairs_, salts, st.integers(0, 10))
-@example([(LAST, row) for row in range(10)], PLAIN, 10)  # nine of ten behind the end, at the beginning
-def test_probe_lists_the_pairs_in_slots_as_they_came(pairs, salt, end):
+@example([(LAST, row) for row in range(10)], PLAIN, 10)  # nine of ten wrap around to the beginning
+def test_probe_lists_the_pairs_of_a_table_in_the_order_of_insertion(pairs, salt, end):
     table = filled(pairs, salt=salt)
     for value in {value for value, _ in pairs} | {0, LAST}:
         expected = [row for each, row in pairs if each == value and row < end]
@@ -96,7 +96,7 @@ def test_probe_lists_the_pairs_in_slots_as_they_came(pairs, salt, end):
 
 
 @given(pairs_, salts, st.integers(49, 300))
-def test_other_slots_hold_the_same_pairs(pairs, salt, capacity):
+def test_a_rehashed_table_holds_the_same_pairs(pairs, salt, capacity):
     moved = empty(capacity)
     assert index_kernels.insert_all(*moved, salt, filled(pairs)[0])
     for value in {value for value, _ in pairs}:
@@ -105,20 +105,20 @@ def test_other_slots_hold_the_same_pairs(pairs, salt, capacity):
         )
 
 
-def test_slots_without_an_empty_one_are_searched_once_around():
+def test_a_table_without_an_empty_bucket_is_searched_once_around():
     table = filled([(5 << 60, row) for row in range(16)], capacity=16)
     assert all_rows(table, 5 << 60) == list(range(16))
     assert all_rows(table, 0) == []
 
 
-def test_only_a_part_of_the_hashes_is_looked_up():
-    values = list(range(0, 2**63, 2**57))  # more than are asked for at once
+def test_only_a_range_of_the_hashes_is_looked_up():
+    values = list(range(0, 2**63, 2**57))  # more than are prefetched ahead
     table = filled([(value, row) for row, value in enumerate(values)], capacity=128)
     assert probe(table, values, start=3, stop=50) == [-7] * 3 + list(range(3, 50)) + [-7] * 14
     assert probe(table, values) == list(range(64))
 
 
-def test_where_a_pair_would_lie_too_far_nothing_is_put_without_a_salt():
+def test_pairs_that_would_lie_too_far_from_their_bucket_need_a_salt():
     far, capacity = index_kernels.MAX_DISTANCE, 8 * index_kernels.MAX_DISTANCE
     values, rows = uint64(range(2 * far)), np.arange(2 * far)
     table = empty(capacity)
@@ -132,7 +132,7 @@ def test_where_a_pair_would_lie_too_far_nothing_is_put_without_a_salt():
     assert not index_kernels.insert_all(*empty(capacity), PLAIN, salted[0])
 
 
-def test_random_hashes_never_come_too_far():
+def test_random_hashes_never_lie_too_far_from_their_bucket():
     rng = np.random.default_rng(0)
     values = rng.integers(0, LAST, 1_500_000, np.uint64)
     table = empty(2_000_000)
@@ -141,8 +141,8 @@ def test_random_hashes_never_come_too_far():
 
 @given(pairs_, salts, st.integers(48, 80), st.data())
 @example([(LAST, row) for row in range(9)] + [(LAST // 2, 3)] * 9, PLAIN, 48, None)
-def test_pairs_are_put_into_stretches_of_slots_whoever_comes_first(pairs, salt, capacity, data):
-    """What does not belong there, or would lie beyond, is left; all together are as if one had put them."""
+def test_ranges_of_a_table_are_filled_separately_in_any_order(pairs, salt, capacity, data):
+    """Pairs of other ranges, or that would lie beyond the range, are left out; in the end every pair is there."""
     middle = capacity // 2 if data is None else data.draw(st.integers(0, capacity))
     table, rows = empty(capacity), np.array([row for _, row in pairs], np.int64)
     values = uint64([value for value, _ in pairs])
@@ -164,7 +164,7 @@ def test_pairs_are_put_into_stretches_of_slots_whoever_comes_first(pairs, salt, 
 
 
 @given(pairs_, salts, st.lists(hashes_, max_size=20))
-def test_a_hash_without_its_mark_is_in_no_slot(pairs, salt, others):
+def test_a_hash_that_its_filter_rules_out_is_not_in_the_table(pairs, salt, others):
     _, filters = filled(pairs, salt=salt)
     for value in uint64([value for value, _ in pairs] + others):
         marked = (
@@ -174,7 +174,7 @@ def test_a_hash_without_its_mark_is_in_no_slot(pairs, salt, others):
         assert marked >= (int(value) in [each for each, _ in pairs])
 
 
-def test_few_hashes_have_a_mark_that_is_not_theirs():
+def test_filters_let_few_other_hashes_pass():
     rng = np.random.default_rng(0)
     values, others = rng.integers(0, LAST, (2, 40_000), np.uint64)
     _, filters = filled([(int(value), 0) for value in values], capacity=64_000)
@@ -185,14 +185,14 @@ def test_few_hashes_have_a_mark_that_is_not_theirs():
     assert 0.05 < np.mean(marked) < 0.1
 
 
-# ---- slots over entries -----------------------------------------------------------------------------------------
+# ---- table and entries ------------------------------------------------------------------------------------------
 
 
 deep_ = st.sets(st.integers(0, 31))
 
 
 @given(pairs_, pairs_, st.integers(0, 6), st.integers(0, 10), deep_)
-@example([], [(3, row) for row in range(40)], 4, 30, set())  # more at one home than are looked at one by one
+@example([], [(3, row) for row in range(40)], 4, 30, set())  # more in one bucket than are scanned one by one
 @example([(3, 1)], [(LAST, row) for row in range(40)], 0, 40, set())
 def test_pairs_in_memory_come_before_those_in_the_file(new, old, bits, end, deep):
     table, old = filled(new), sorted(set(old))
@@ -214,8 +214,8 @@ def test_entries_between_two_hashes_are_those_that_bisect_finds(pairs, bits, fir
 
 
 @pytest.mark.parametrize("many", [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 100, 1000])
-def test_hashes_that_fall_together_are_searched_by_halves(many):
-    """And nobody falls between them: each hash, and those beside it."""
+def test_clustered_hashes_are_found_by_bisection(many):
+    """No hash gets lost at the edges of a step: each of them is looked up, and its neighbours."""
     pairs = [(3 * row, row) for row in range(many)]
     spans, entries, _ = level(pairs, 0)
     bounds = [between(spans, entries, 0, value, value) for value in range(3 * many)]
@@ -225,8 +225,8 @@ def test_hashes_that_fall_together_are_searched_by_halves(many):
 
 
 @given(pairs_, st.integers(0, 3), st.data())
-def test_damaged_entries_lead_nowhere_but_to_those_of_the_part(pairs, bits, data):
-    """Beyond them lies what belongs to others, and what cannot be read at all."""
+def test_damaged_entries_lead_only_to_rows_of_the_same_part(pairs, bits, data):
+    """Memory beyond the part belongs to others, or cannot be read at all."""
     spans, entries, _ = level(pairs, bits, deep=range(8))
     anywhere = st.integers(0, LAST)
     if entries.size:
@@ -241,14 +241,14 @@ def test_damaged_entries_lead_nowhere_but_to_those_of_the_part(pairs, bits, data
         assert begin <= high <= end
 
 
-def test_rows_that_are_none_do_not_count():
-    """Room between pairs, and damage in the file."""
+def test_negative_rows_do_not_count():
+    """They are gaps between pairs, or damage in the file."""
     entries = np.array([[9, LAST], [9, 2**63], [9, 4]], np.uint64)
     assert all_rows(empty(16), 9, level=(np.array([[0, 3, 3, 0]]), entries, 0)) == [4]
 
 
 @given(st.lists(hashes_, max_size=200), st.integers(0, 4), deep_)
-def test_homes_among_entries_are_those_of_the_parts(values, bits, deep):
+def test_buckets_among_entries_are_those_of_the_parts(values, bits, deep):
     spans = level([(value, 1) for value in values], bits, deep=deep)[0]
     found = np.empty(len(values), np.int64)
     index_kernels.entry_buckets(spans, bits, uint64(values), found)
@@ -257,7 +257,7 @@ def test_homes_among_entries_are_those_of_the_parts(values, bits, deep):
         assert at == min(begin + bucket_in(value, own, buckets), end - 1)
 
 
-def test_few_pairs_lie_far_from_their_homes():
+def test_few_pairs_lie_far_from_their_buckets():
     values = np.sort(np.random.default_rng(0).integers(0, LAST, 100_000, np.uint64))
     spans, entries, _ = level([(int(value), 1) for value in values], 3)
     buckets = np.empty(values.size, np.int64)
@@ -273,7 +273,7 @@ def test_few_pairs_lie_far_from_their_homes():
 
 @given(pairs_, hashes_, hashes_)
 @example([(LAST, row) for row in range(10)], 0, LAST)
-@example([(LAST, row) for row in range(10)], 0, 5)  # those at the beginning belong to the end
+@example([(LAST, row) for row in range(10)], 0, 5)  # pairs at the beginning of the table have wrapped around
 def test_take_between_sorts_the_pairs_of_a_range(pairs, first, last):
     first, last = sorted([first, last])
     (table, _), bounds = filled(pairs), (np.uint64(first), np.uint64(last))
@@ -286,7 +286,7 @@ def test_take_between_sorts_the_pairs_of_a_range(pairs, first, last):
 
 
 @given(pairs_, st.integers(0, 6))
-def test_ranges_side_by_side_share_out_all_pairs(pairs, bits):
+def test_adjacent_ranges_of_hashes_have_all_pairs_between_them(pairs, bits):
     table, _ = filled(pairs)
     found = [
         index_kernels.count_between(
@@ -300,7 +300,7 @@ def test_ranges_side_by_side_share_out_all_pairs(pairs, bits):
 @given(pairs_, pairs_, st.integers(0, 6), st.data())
 def test_merge_makes_a_part_of_pairs_and_entries_each_pair_once(new, old, bits, data):
     number, old_bits = data.draw(st.integers(0, 2**bits - 1)), data.draw(st.integers(0, bits))
-    new = sorted(new, key=lambda pair: pair[0])  # rows as they came
+    new = sorted(new, key=lambda pair: pair[0])  # pairs of one hash stay in their order
     _, old_entries, _ = level(set(old), old_bits)
     first, last = number << (64 - bits), (number + 1 << 64 - bits) - 1
     own, others = (
@@ -332,6 +332,6 @@ def test_first_of_each_is_where_a_dict_has_it(values, salt):
 
 
 @pytest.mark.parametrize("salt", [PLAIN, SALTED])
-def test_first_of_each_goes_round_at_the_end(salt):
+def test_first_of_each_wraps_around_at_the_end(salt):
     values = [LAST - n for n in range(16)]
     assert index_kernels.first_of_each(uint64(values), salt, np.full(16, -1)).tolist() == list(range(16))

@@ -1,4 +1,4 @@
-"""The loops over the keys of rows against plain Python."""
+"""The loops over the keys of rows, against plain Python."""
 
 import numpy as np
 from hypothesis import given
@@ -6,29 +6,29 @@ from hypothesis import strategies as st
 
 from shardemb.vocabulary import key_kernels, key_records
 
-# Few, alike and of many lengths, so that some are the same and some begin the same.
+# Few different bytes and many lengths, so that some are equal and some have a common beginning.
 texts = st.text("ab\0", max_size=6).map(str.encode) | st.binary(max_size=20)
 integers = st.sampled_from([0, 1, -1, 2**32, 2**63 - 1, -(2**63)])
 
 
 def flat(strings):
-    """Strings one behind the other, and where each begins and ends."""
+    """Return the bounds and the bytes of contiguous strings."""
     return np.cumsum([0, *map(len, strings)]), np.frombuffer(b"".join(strings), np.uint8).copy()
 
 
 def scattered(strings, gap=3):
-    """The same with gaps between them, which hold what no string may touch."""
+    """Return where strings begin that have gaps between them, and memory for them. Nothing may write to the gaps."""
     begins = np.array([gap + sum(map(len, strings[:i])) + gap * i for i in range(len(strings))], np.int64)
     return begins, np.full(sum(map(len, strings)) + gap * (len(strings) + 1), 0xEE, np.uint8)
 
 
 def candidates(kind):
-    """What a row holds or None, which key it is looked up for, and whether there is such a row."""
+    """Draw what a row holds (or None), the key that it is compared with, and whether there is such a row."""
     return st.lists(st.tuples(st.none() | kind, kind, st.booleans()), max_size=20)
 
 
 def assert_drops(drop, batch, same):
-    """`drop` leaves the rows whose key is the same, and tells of those that are others'."""
+    """Assert that `drop` keeps the rows that hold the given key, and notes those that do not."""
     rows = np.where([there for *_, there in batch], np.arange(len(batch)) + 5, -1).astype(np.int64)
     dropped = np.zeros(rows.size, np.bool_)
     count = drop(rows, dropped)
@@ -73,7 +73,7 @@ def test_strings_are_compared_by_hash_and_length_first(batch):
 
 @given(st.lists(st.tuples(texts, st.none() | texts, st.booleans()), max_size=20))
 def test_strings_of_one_length_are_compared_byte_by_byte(batch):
-    """Those that are looked at; what the others hold is of no account."""
+    """Only those that are asked for are compared; what the others hold is ignored."""
     cut = [
         (key if other is None else other[: len(key)].ljust(len(key), b"b"), key, there)
         for key, other, there in batch
@@ -122,7 +122,7 @@ def test_bytes_go_where_they_belong_and_come_back(strings):
     st.sampled_from([0, 2**32 - 3]),
 )
 def test_the_smallest_counters_of_a_key_are_raised(cells, occurrences, start):
-    """Conservative update, as its paper has it: to the least plus one, those that are below; none goes round."""
+    """A conservative update, as in its paper: counters below the least plus one are raised to it; none overflows."""
     occurrences = [each % len(cells) for each in occurrences]
     model, counts = [[start] * 4, [start] * 4], [0] * len(cells)
     for key in occurrences:

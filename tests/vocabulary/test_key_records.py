@@ -1,4 +1,4 @@
-"""Records of keys, read and written word by word as FORMAT.md has them."""
+"""Records of keys, read and written word by word, as FORMAT.md describes them."""
 
 import numpy as np
 from hypothesis import example, given
@@ -16,7 +16,7 @@ LIVE = 1 << 31
 
 
 def halves(number):
-    """The two words of 64 bits, the lower first."""
+    """Return the two words of a 64-bit number, the lower one first."""
     return [number % 2**32, number % 2**64 >> 32]
 
 
@@ -37,7 +37,7 @@ def test_integers(keys):
     gone = key_records.without_key(words)
     assert not gone.any()
     assert key_records.are_live(gone).tolist() == [False] * len(keys)
-    assert key_records.integers_of(words).tolist() == keys  # as it was
+    assert key_records.integers_of(words).tolist() == keys  # the argument is unchanged
 
 
 @given(st.lists(strings))
@@ -45,8 +45,8 @@ def test_integers(keys):
 def test_strings(spans):
     words = made(spans)
     assert words.tolist() == [
-        [*halves(value), begin % 2**32, begin >> 32 | LIVE, length, room]
-        for value, begin, length, room in spans
+        [*halves(value), begin % 2**32, begin >> 32 | LIVE, length, capacity]
+        for value, begin, length, capacity in spans
     ]
     assert key_records.hashes_of(words).tolist() == [value for value, *_ in spans]
     assert list(zip(*map(np.ndarray.tolist, key_records.spans_of(words)), strict=True)) == [
@@ -56,17 +56,17 @@ def test_strings(spans):
 
 
 @given(st.lists(strings))
-def test_a_string_that_goes_leaves_its_room(spans):
+def test_a_string_that_is_removed_leaves_its_capacity(spans):
     words = made(spans)
     gone = key_records.without_key(words)
     assert key_records.are_live(gone).tolist() == [False] * len(spans)
     begins, lengths, capacities = key_records.spans_of(gone)
     assert list(zip(begins.tolist(), capacities.tolist(), strict=True)) == [
-        (begin, room) for _, begin, _, room in spans
+        (begin, capacity) for _, begin, _, capacity in spans
     ]
     assert not lengths.any()
     assert not key_records.hashes_of(gone).any()
-    assert key_records.are_live(words).all()  # as it was
+    assert key_records.are_live(words).all()  # the argument is unchanged
 
 
 def test_a_record_that_was_never_written_has_no_key():

@@ -1,4 +1,4 @@
-"""Every way in which keys come in, what is refused, and that they come back as they were."""
+"""Every form in which keys can be given, what is refused, and that keys come back as they were."""
 
 import math
 
@@ -67,11 +67,11 @@ def test_integers_of_any_dtype_and_shape_that_fit(array):
     ],
     ids=str,
 )
-def test_integers_as_python_and_numpy_have_them(given, shape):
+def test_integers_of_python_and_numpy(given, shape):
     assert_same(restored(given, "int64"), np.asarray(given).reshape(-1).tolist(), shape)
 
 
-def test_hashes_of_64_bits_come_in_by_the_way_that_the_message_names():
+def test_hashes_of_64_bits_can_be_given_as_the_message_says():
     hashes = np.array([2**64 - 1, 5], np.uint64)
     assert restored(hashes.view("int64"), "int64").view(np.uint64).tolist() == hashes.tolist()
 
@@ -95,7 +95,7 @@ def test_integers_of_arrow(kind):
         [True, False],
         1.0,
         [1, 2.5],
-        np.array([]),  # a list would do, but here somebody meant floats
+        np.array([]),  # an empty list is accepted, but this is explicitly of floats
         "1",
         ["1"],
         [b"1"],
@@ -114,7 +114,7 @@ def test_integers_of_arrow(kind):
     ],
     ids=lambda each: f"{type(each).__name__}-{each}"[:30],
 )
-def test_what_is_no_integer_is_refused(given):
+def test_anything_but_integers_is_refused(given):
     with pytest.raises(TypeError, match="vocabulary 'words' has integer keys, got dtype"):
         checked(given, "int64")
 
@@ -123,7 +123,7 @@ def test_what_is_no_integer_is_refused(given):
 
 
 def in_every_form(values, kind):
-    """The same strings in all forms in which a flat batch can come, by name."""
+    """Return the same strings in all forms of a flat batch, by name."""
     wide = pa.array(values, WIDE[kind])
     narrow, view = (pa.string(), pa.string_view()) if kind is str else (pa.binary(), pa.binary_view())
     around = pa.array([values[0] * 2, *values, values[0]], narrow)
@@ -139,7 +139,7 @@ def in_every_form(values, kind):
         "dictionary": around.dictionary_encode()[1:-1],
         "chunked": pa.chunked_array([around[1:3], around[:0], around[3:-1]]),
         "chunked dictionary": pa.chunked_array([around[1:3], around[3:-1]]).dictionary_encode(),
-        "no chunk but one": pa.chunked_array([wide]),
+        "a single chunk": pa.chunked_array([wide]),
     }
 
 
@@ -160,13 +160,13 @@ def test_strings_in_every_form(key_type, values):
         assert_same(keys.restored(found, key_type), values, (len(values),))
 
 
-def test_strings_of_numpy_have_no_zeros_at_their_end():
+def test_strings_of_numpy_keep_zeros_except_at_their_end():
     for array in (np.array(["to", "a\0b"]), np.array(["to", "a\0b"], np.dtypes.StringDType())):
         assert_same(restored(array, "string"), ["to", "a\0b"], (2,))
     assert_same(restored(np.array([b"to", b"a\0b"]), "bytes"), [b"to", b"a\0b"], (2,))
 
 
-def test_a_fixed_size_of_arrow():
+def test_binaries_of_a_fixed_size_of_arrow():
     assert_same(restored(pa.array([b"ab", b"c\0"], pa.binary(2)), "bytes"), [b"ab", b"c\0"], (2,))
 
 
@@ -191,7 +191,7 @@ def test_strings_of_any_shape_in_c_order(given, shape):
 
 
 @pytest.mark.parametrize("key_type", ["int64", "string", "bytes"])
-def test_nothing_in_every_form(key_type):
+def test_no_keys_in_every_form(key_type):
     kind = {"int64": pa.int64(), "string": pa.string(), "bytes": pa.binary()}[key_type]
     some = pa.array([1, 2] if key_type == "int64" else ["a", "b"] if key_type == "string" else [b"a"], kind)
     dtype = np.dtype({"int64": np.int64, "string": "U1", "bytes": "S1"}[key_type])
@@ -223,7 +223,7 @@ def test_nothing_in_every_form(key_type):
 
 @pytest.mark.parametrize(("key_type", "kind"), [("string", str), ("bytes", bytes)])
 def test_strings_of_the_other_kind_are_refused_in_every_form(key_type, kind):
-    """Also where Arrow would take the one for the other; a single str is not the bytes of its letters."""
+    """Also if Arrow would accept one for the other. A single str is not taken for a sequence of its characters."""
     other = OTHER[kind]
     forms = [*in_every_form(other, type(other[0])).values(), other[0], [other[:2]], np.array(other[:3])]
     for form in forms:
@@ -231,7 +231,7 @@ def test_strings_of_the_other_kind_are_refused_in_every_form(key_type, kind):
             checked(form, key_type)
 
 
-def test_the_first_that_is_none_is_named():
+def test_the_first_key_of_another_type_is_named():
     with pytest.raises(TypeError, match="keys of str: b'be' is a bytes; got"):
         checked(["to", b"be", 5], "string")
 
@@ -266,7 +266,7 @@ def test_the_first_that_is_none_is_named():
     ids=lambda each: f"{type(each).__name__}-{sorted(each) if isinstance(each, set) else each}"[:30],
 )
 @pytest.mark.parametrize("key_type", ["string", "bytes"])
-def test_what_is_no_string_is_refused(given, key_type):
+def test_anything_but_strings_is_refused(given, key_type):
     with pytest.raises(TypeError, match="vocabulary 'words' has keys of"):
         checked(given, key_type)
 
@@ -309,13 +309,13 @@ def test_lone_surrogates_have_no_utf8(given):
 
 
 def test_strings_of_two_gibibytes_are_refused(monkeypatch):
-    """Only their bounds are looked at: these zeros are no memory."""
+    """Only their bounds are read, so the zeros take no memory."""
     zeros = pa.py_buffer(np.zeros(2**31, np.uint8))
     array = pa.Array.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(np.array([0, 2**31])), zeros])
     with pytest.raises(ValueError, match="'words': a key has 2147483648 bytes, more than 2147483647"):
         checked(array, "bytes")
     monkeypatch.setattr(keys, "MOST_BYTES", 5)
-    assert checked(["12345"] * 3, "string").size == 3  # together they may have more
+    assert checked(["12345"] * 3, "string").size == 3  # the limit is for each, not for the sum
     with pytest.raises(ValueError, match="a key has 6 bytes, more than 5"):
         checked(["1", "123456"], "string")
 
@@ -327,7 +327,7 @@ def test_ragged_lists_are_refused(key_type):
         checked(ragged, key_type)
 
 
-# ---- what is done with them -------------------------------------------------------------------------------------
+# ---- what comes back --------------------------------------------------------------------------------------------
 
 
 def batches_of(kind):
@@ -345,7 +345,7 @@ ANY = {
 
 @pytest.mark.parametrize("key_type", ANY)
 @given(st.data())
-def test_keys_come_back_and_some_of_them_too(key_type, data):
+def test_all_keys_and_some_of_them_come_back(key_type, data):
     batch, which = data.draw(ANY[key_type])
     found = checked(batch, key_type)
     assert found.size == len(batch)
@@ -365,7 +365,7 @@ def test_keys_come_back_and_some_of_them_too(key_type, data):
 
 
 def test_what_is_given_stays_as_it_was():
-    """Where nothing has to change, integers are taken without a copy; so nobody may write to them."""
+    """Integers are not copied unless they must be converted, so nothing may write to them."""
     array = np.arange(5)
     assert np.shares_memory(checked(array, "int64").integers, array)
     array.flags.writeable = False

@@ -1,4 +1,4 @@
-"""Real words: the 400,000 tokens of GloVe with their vectors, and English as it comes, in a long tail."""
+"""Real words: the 400,000 tokens of GloVe with their vectors, and English with its long tail of rare words."""
 
 from collections import Counter
 from pathlib import Path
@@ -32,7 +32,7 @@ def glove():
 
 @pytest.fixture(scope="module")
 def frequencies():
-    """Of English words, by wordfreq."""
+    """Frequencies of English words, by wordfreq."""
     return wordfreq.get_frequency_dict("en")
 
 
@@ -56,7 +56,7 @@ def imported(glove, tmp_path_factory):
 
 
 def neighbours(vectors, at, number=10):
-    """The rows whose cosine with some others is largest, these left out."""
+    """Return for some rows the other rows whose cosine with them is largest."""
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     cosines = unit[at] @ unit.T
     nearest = np.argpartition(-cosines, number, axis=1)[:, : number + 1]
@@ -65,7 +65,7 @@ def neighbours(vectors, at, number=10):
 
 
 def test_tokens_get_rows_in_the_order_of_their_frequency(imported, frequencies):
-    """That in which they are added; wordfreq, of other texts, agrees: most of what is said lies in the first rows."""
+    """They are added in that order. By wordfreq, from other texts, the first rows have the most frequent words, too."""
     path, rows = imported
     assert rows.tolist() == list(range(400_000))
     with shardemb.open(path, mode="r") as store:
@@ -92,7 +92,7 @@ def test_tokens_come_back_as_they_were(imported, glove):
 
 
 def test_words_have_the_neighbours_that_their_vectors_have(imported, glove):
-    """Asked for by key; those that GloVe is known for among them."""
+    """Looked up by key. Some of the neighbours are those that GloVe is known for."""
     tokens, vectors = glove
     row_of = {token: row for row, token in enumerate(tokens.to_pylist())}
     expected = neighbours(vectors, [row_of[word] for word in WORDS])
@@ -109,8 +109,8 @@ def test_words_have_the_neighbours_that_their_vectors_have(imported, glove):
     assert {"guitar", "cello"} & set(near["violin"])
 
 
-def test_english_as_it_comes_is_a_dict(store, frequencies):
-    """Drawn by frequency: few words again and again, and to the end some that never came before."""
+def test_a_vocabulary_of_english_text_is_a_dict(store, frequencies):
+    """The words are drawn by frequency: few of them again and again, and until the end some that are new."""
     known = np.array(list(frequencies), object)
     weights = np.array(list(frequencies.values()))
     stream = np.random.default_rng(0).choice(known, DRAWS, p=weights / weights.sum())

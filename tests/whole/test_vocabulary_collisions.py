@@ -1,4 +1,4 @@
-"""Keys that nobody would wish for: with hashes that collide, at the limits of their type, and made to fall together."""
+"""Difficult keys: with hashes that collide, at the limits of their type, and constructed to cluster."""
 
 import errno
 import time
@@ -27,13 +27,13 @@ _hash_strings = hashing.hash_strings
 
 
 def weak_strings(offsets, data, first, second, out, start, stop):
-    """Only three bits of a hash."""
+    """Keep only three bits of each hash."""
     _hash_strings(offsets, data, first, second, out, start, stop)
     out[start:stop] &= np.uint64(7 << 61)
 
 
 def weak_integers(keys, first, second, out, start, stop):
-    """A permutation, but neighbours stay neighbours."""
+    """Permute integers, but leave neighbours next to each other."""
     out[start:stop] = keys[start:stop].view(np.uint64)
 
 
@@ -49,7 +49,7 @@ def colliding(*, merge_at=(16, 64)):
 
 
 class Model:
-    """A vocabulary as a dict, and the rows that nobody has."""
+    """A vocabulary as a dict, and the rows that no key has."""
 
     def __init__(self):
         self.rows, self.count, self.free, self.freed = {}, 0, [], []
@@ -93,7 +93,7 @@ def assert_same(words, model, more=()):
 @settings(max_examples=25)
 @given(data=st.data())
 def test_a_vocabulary_is_a_dict_whatever_the_hashes(new_store, key_type, data):
-    """Through adding, removing, committing, and opening again with and without the file of the index."""
+    """While keys are added and removed, and the store is committed and opened again."""
     batch = st.lists(KINDS[key_type], max_size=20)
     steps = data.draw(
         st.lists(st.tuples(st.sampled_from(["add", "add", "remove", "commit", "open"]), batch), max_size=12)
@@ -118,7 +118,7 @@ def test_a_vocabulary_is_a_dict_whatever_the_hashes(new_store, key_type, data):
 
 @pytest.mark.parametrize("key_type", ["string", "bytes"])
 def test_many_keys_of_one_hash(store, key_type):
-    """Far more than slots and buckets are searched for at once."""
+    """Far more than one cache line or one scan of the index holds."""
     keys = [f"{n}" if key_type == "string" else b"%d" % n for n in range(1500)]
     with colliding():
         words = store.create_vocabulary("words", key_type=key_type)
@@ -135,7 +135,7 @@ def test_many_keys_of_one_hash(store, key_type):
 
 
 def comes_back(store, key_type, batches):
-    """Add keys, and find them again: at once, after the commit, and in another opening."""
+    """Add keys, and find them again: immediately, after the commit, and in another opening."""
     words = store.create_vocabulary("words", key_type=key_type)
     keys = [key for batch in batches for key in batch]
     rows = np.concatenate([words.add(batch) for batch in batches])
@@ -161,7 +161,7 @@ def test_strings_that_are_short_long_or_odd(store):
     assert words.add(["short", "y" * 2**21]).tolist() == [
         13,
         15,
-    ]  # within the room of the first, and beyond that of the other
+    ]  # within the capacity of the first row, and beyond that of the other
     assert words.keys([13, 14, 15]).tolist() == ["short", long[1], "y" * 2**21]
 
 
@@ -173,8 +173,8 @@ def test_every_code_point_is_a_key(store):
     assert words.lookup(["ab", "\0\0"]).tolist() == [-1, -1]
 
 
-def test_words_that_are_no_numbers_as_floats(store):
-    """Records lie in tables of float32: signalling NaNs, infinities, subnormal numbers and -0 keep their bits."""
+def test_integers_whose_words_are_no_numbers_as_floats(store):
+    """Records are in tables of float32. Signalling NaNs, infinities, subnormal numbers and -0 must keep their bits."""
     halves = [
         0x7F800001,
         0x7FA00000,
@@ -202,22 +202,26 @@ def test_the_limits_of_integers(store):
     limits = [0, -1, 1, 2**63 - 1, -(2**63), 2**63 - 2, -(2**63) + 1, 2**31, -(2**31), 2**32, -(2**32)]
     words = comes_back(store, "int64", [limits, list(range(100, 200))])
     words.remove([0, -1])
-    assert words.lookup(limits).tolist() == [-1, -1, *range(2, len(limits))]  # a record without a key is no 0
+    assert words.lookup(limits).tolist() == [
+        -1,
+        -1,
+        *range(2, len(limits)),
+    ]  # a record without a key is not the key 0
 
 
-def test_strings_that_were_not_added_after_all_leave_no_room_to_their_rows(store, monkeypatch):
-    """Rows that an addition wrote before it broke off: their bytes are still everybody's."""
+def test_strings_whose_addition_failed_leave_no_capacity_to_their_rows(store, monkeypatch):
+    """An addition wrote these rows before it failed, but the bytes that they name belong to no row yet."""
     words, change, left = store.create_vocabulary("words", key_type="string"), batch.change, [1]
 
-    def break_off(*given):
+    def fail_later(*given):
         if not left:
-            raise DiskFullError(errno.ENOSPC, "no room left on the disk")
+            raise DiskFullError(errno.ENOSPC, "no space left on the disk")
         left.pop()
         change(*given)
 
     with monkeypatch.context() as patch:
         patch.setattr(key_rows, "SLICE_ROWS", 10)
-        patch.setattr(batch, "change", break_off)
+        patch.setattr(batch, "change", fail_later)
         with pytest.raises(DiskFullError):
             words.add([f"never added {n}" for n in range(20)])
     keys = [f"{n}" for n in range(5)] + [f"longer than all of those {n}" for n in range(15)]
@@ -225,22 +229,14 @@ def test_strings_that_were_not_added_after_all_leave_no_room_to_their_rows(store
     assert words.keys(np.arange(20)).tolist() == keys
 
 
-# ---- keys that were made to fall together -----------------------------------------------------------------------
+# ---- keys that are constructed to cluster -----------------------------------------------------------------------
 
 MANY = 2_000_000
 
 
 def seconds_to_add(store, name, keys):
     words = store.create_vocabulary(name, key_type="int64")
-    keys = (
-        keys(
-            inside.key_rows(
-                inside.key_rows(inside.key_rows(inside.key_rows(inside.key_rows(inside.key_rows(words)))))
-            )._secret
-        )
-        if callable(keys)
-        else keys
-    )
+    keys = keys(inside.key_rows(words)._secret) if callable(keys) else keys
     started = time.perf_counter()
     rows = words.add(keys)
     found = words.lookup(keys)
@@ -252,13 +248,13 @@ def seconds_to_add(store, name, keys):
 
 
 def alike(secret):
-    """Keys whose hashes have the same first 40 bits."""
+    """Construct keys whose hashes have the same first 40 bits."""
     return unsplitmix((np.uint64(0xABCDEF0123) << np.uint64(24)) + np.arange(MANY, dtype=np.uint64), *secret)
 
 
 @pytest.mark.parametrize("secret", [(0, 0), None], ids=["without the secret", "with the secret"])
-def test_keys_that_fall_together_take_little_longer_than_others(store, secret):
-    """Each behind all before it, they would take a million times as long."""
+def test_keys_that_cluster_take_little_longer_than_others(store, secret):
+    """If each key had to be searched for behind all others, they would take a million times as long."""
     rng = np.random.default_rng(0)
     seconds_to_add(store, "warm", np.arange(1000))
     usual = seconds_to_add(store, "usual", rng.integers(-(2**63), 2**63, MANY))

@@ -1,7 +1,7 @@
-"""Any sequence of calls on a vocabulary with two tables against a dict: each key, row and bit the same after each.
+"""Any sequence of calls on a vocabulary with two tables, against a dict: after each call all keys, rows and bits agree.
 
-All that is large is made small, so that in a few dozen calls the index is merged and made anew, tables and the ring of
-freed rows grow, and batches are cut into slices.
+Limits are so small that in a few dozen calls the index is merged and rebuilt, tables and the ring of freed rows grow,
+and batches are split into slices.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ MISSING = object()
 
 
 class VocabularyMachine(RuleBasedStateMachine):
-    """A store with a vocabulary, what it should hold, and what can be done to it."""
+    """A store with a vocabulary, what it should hold, and the calls that change it."""
 
     @initialize(
         seed=SEEDS,
@@ -88,14 +88,14 @@ class VocabularyMachine(RuleBasedStateMachine):
         )
         self.made[name] = object()
 
-    # ---- what to do it with
+    # ---- arguments of calls
 
     @property
     def vocabulary(self):
         return self.store.vocabularies["v"]
 
     def some_keys(self, most=60):
-        """A batch of keys, all over the pool or a few of them many times."""
+        """Draw a batch of keys: uniformly from the pool, or a few of them many times."""
         size = int(self.rng.integers(0, most))
         which = (
             self.rng.integers(0, len(self.pool), size)
@@ -105,7 +105,7 @@ class VocabularyMachine(RuleBasedStateMachine):
         return [self.pool[i] for i in which.tolist()]
 
     def given(self, keys):
-        """The same batch in one of the forms that are taken."""
+        """Return a batch in one of the forms that are accepted."""
         kind = {"int64": pa.int64(), "string": pa.string(), "bytes": pa.binary()}[self.key_type]
         form = self.rng.integers(0, 4)
         if form == 0:
@@ -237,7 +237,7 @@ class VocabularyMachine(RuleBasedStateMachine):
         rows = self.rng.integers(0, table.rows.num_embeddings, 5)
         table.rows.reset_rows(rows)
         model.reset(rows)
-        self.changed.add(MISSING)  # rows that were never written may not count
+        self.changed.add(MISSING)  # unknown: rows that were never written may not count as changed
 
     # ---- tables
 
@@ -304,7 +304,7 @@ class VocabularyMachine(RuleBasedStateMachine):
 
     @rule(first=st.booleans(), change=st.booleans())
     def crash(self, first, change):
-        """Leave the store as a process leaves it that is killed now, with all that it has not committed."""
+        """Continue with the files as a process leaves them that is killed now."""
         if first:
             self.commit()
         if change:
@@ -312,7 +312,7 @@ class VocabularyMachine(RuleBasedStateMachine):
             self.vocabulary.remove(self.some_keys(20))
         self.close_reader()
         left = self.path.with_name(f"{self.path.name}+")
-        with inside.runtime(self.store).lock:  # nothing is copied that is half way; other tests crash there
+        with inside.runtime(self.store).lock:  # other tests crash within a change
             inside.journal(self.store)._wait()
             shutil.copytree(self.path, left)
         close_quietly(self.store)
@@ -343,7 +343,7 @@ class VocabularyMachine(RuleBasedStateMachine):
         self.model, self.tables = now
         shutil.rmtree(to)
 
-    # ---- what always holds
+    # ---- invariants
 
     def assert_matches(self, store):
         found = store.vocabularies["v"]
@@ -369,13 +369,13 @@ class VocabularyMachine(RuleBasedStateMachine):
 
 
 def _with(weights, rows, other):
-    """Rows of an array, and another value for row -1."""
+    """Return rows of an array, and another value for row -1."""
     rows = np.array(rows, np.int64)
     return np.where(rows[:, None] >= 0, weights[rows], other).reshape(-1, DIM)
 
 
 def damage_index(folder, damage, rng):
-    """Damage one of its files."""
+    """Damage one of the files in a folder."""
     path = folder / str(rng.choice(sorted(os.listdir(folder))))
     data = bytearray(path.read_bytes())
     if damage == "missing":
