@@ -248,9 +248,7 @@ class Journal:
         runtime, problem = self._runtime, None
         try:
             newer = log_reader.read(store_paths.log(runtime.path), self._base, end)
-            fold.write(
-                [(each.spec, each.directory, newer.images(each.spec)) for each in live], runtime.threads
-            )
+            fold.write([(each.location, newer.images(each.spec)) for each in live], runtime.threads)
         except Exception as error:  # raised or returned by the calls that wait for the fold
             problem = error
         with runtime.lock:

@@ -19,6 +19,7 @@ from shardemb.engine.runtime import Runtime
 from shardemb.errors import FormatError, StoreExistsError, StoreLockedError, StoreNotFoundError
 from shardemb.format import store_paths, zarr_metadata
 from shardemb.format.manifest import Manifest
+from shardemb.format.table_files import TableLocation
 from shardemb.storage import address_space, files, fold, folders, log_reader, table_folder
 from shardemb.store.session import Reader, Session
 from shardemb.store.store import Store
@@ -241,7 +242,7 @@ def _recover(runtime: Runtime, base: Manifest) -> Manifest:
         directory = directories[record.uuid]
         with table_folder.naming(record.name, directory):
             spec = table_folder.spec_of(directory, may_miss=base.clean)
-            images.append((spec, directory, replay.images(spec)))
+            images.append((TableLocation(spec, directory), replay.images(spec)))
     # Every image, even where the files look right: after a failed write-back, only the page cache may be.
     fold.write(images, runtime.threads)
     current = {table.uuid for table in replay.manifest.tables}

@@ -275,6 +275,7 @@ class Session:
                 tables=self.tables.entries(),
                 vocabularies=self.vocabularies.entries(),
             )
+            # Listed again: while `wait_for_space` waited, others may have changed the set of tables.
             shards = [table.shards for table in self.tables.current.values()]
             journal.commit(manifest, shards, self._mark_committed)
             self.vocabularies.rebuild_stale_indexes()
@@ -316,6 +317,7 @@ class Session:
             msg = f'the store {runtime.path} is open for writing; only one opened with mode "r" is refreshed'
             raise ReadOnlyError(msg)
         with signals_deferred(), runtime.lock:
+            # Take over what the new opening has mapped and locked. Closing it then releases the lock held before.
             fresh = self._reader.reopen()
             self.tables.adopt(fresh.tables)
             self.vocabularies.adopt(fresh.vocabularies)
@@ -340,7 +342,7 @@ class Session:
         """Compare the files of committed tables with their checksums; see `Store.verify`."""
         self.runtime.check_open()
         targets = {
-            uuid: verify.Target(each.table.name, each.shards.spec, each.shards.directory)
+            uuid: verify.Target(each.table.name, each.shards.location)
             for uuid, each in self.tables.select(names).items()
         }
         return [
@@ -419,7 +421,7 @@ class Session:
         if self.runtime.closed:
             return
         with signals_deferred():  # Ctrl-C half way would leave the lock held
-            self.runtime.close()
+            self.runtime.close()  # before taking the lock, for which the background work that this waits for may wait
             with self.runtime.lock:
                 try:
                     if self.runtime.owned and self.runtime.writable:

@@ -134,10 +134,13 @@ class Table:
             The store was opened for reading, and another writer has opened it since: call `Store.refresh`.
         DiskFullError, OSError
             Rows have to be reloaded from the spill file, and there is no space for the rows that they displace.
+        ReadOnlyError
+            In a fork of the process, while rows of the table are spilled.
 
         Notes
         -----
-        Safe from any thread, also concurrently with changes.
+        Safe from any thread, also concurrently with changes. The memory of a large result is reused once no array or
+        view of it is left; a bare address does not keep it.
 
         Examples
         --------

@@ -11,7 +11,6 @@ from shardemb.engine.table_state import TableState
 from shardemb.errors import FormatError, TableExistsError, TableNotFoundError
 from shardemb.format import store_paths
 from shardemb.format.spec import is_internal
-from shardemb.format.table_files import TableLocation
 from shardemb.storage import files, folders, table_folder
 
 if TYPE_CHECKING:
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from shardemb.engine.shards import Shards
     from shardemb.format.manifest import TableEntry
     from shardemb.format.spec import TableSpec
+    from shardemb.format.table_files import TableLocation
     from shardemb.storage.log_reader import Replay
 
 
@@ -98,10 +98,7 @@ class TableCatalog:
 
     def locations(self) -> dict[str, TableLocation]:
         """Return the spec and folder of each table of the last commit, by uuid."""
-        return {
-            uuid: TableLocation(each.shards.spec, each.shards.directory)
-            for uuid, each in self.committed.items()
-        }
+        return {uuid: each.shards.location for uuid, each in self.committed.items()}
 
     def bound_to(self, vocabulary: str) -> list[TableState]:
         """Return the tables whose rows a vocabulary, given by its uuid, gives out."""

@@ -1,4 +1,4 @@
-"""A store is plain zarr v3: zarr, tensorstore, xarray, dask and NumPy read it, and what zarr writes is seen."""
+"""A store is plain zarr v3: zarr, tensorstore, xarray, dask and NumPy read it, and shardemb sees what zarr writes."""
 
 import json
 import warnings
@@ -31,7 +31,7 @@ KINDS = {
 
 @pytest.fixture(params=KINDS)
 def written(request, path):
-    """A closed store whose table "t" has every row written; its path and what is in it."""
+    """Make a closed store with a table "t" of which every row was written; return its path and a model of the table."""
     arguments = {"num_embeddings": ROWS, "embedding_dim": DIM} | KINDS[request.param]
     model = TableModel.new("t", **arguments)
     rng = np.random.default_rng(0)
@@ -53,7 +53,7 @@ def attributes(path):
 
 
 def assert_shows(path, model, array):
-    """Assert that an array as another library shows it holds the weights and the state columns."""
+    """Assert that an array read by another library holds the weights and the state columns."""
     array = np.asarray(array)
     assert_same_bits(array[:, : model.weights.shape[1]], model.weights)
     columns = attributes(path)["columns"]
@@ -88,7 +88,7 @@ def test_tensorstore_shows_weights_and_state(written):
 def test_xarray_shows_weights_and_state(written):
     path, model = written
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of xarray's own
+        warnings.simplefilter("ignore")  # of xarray itself
         with xarray.open_zarr(path, group="t", consolidated=False) as dataset:
             assert dataset["rows"].dims == ("row", "column")
             assert_shows(path, model, dataset["rows"].values)
@@ -144,7 +144,7 @@ def test_rows_never_written_read_zero_there(path):
 # ---- metadata -------------------------------------------------------------------------------------------------
 
 
-def test_the_metadata_are_those_of_the_design(path):
+def test_the_metadata_follows_the_format(path):
     with shardemb.open(path) as store:
         store.create_table(
             "t",
@@ -284,7 +284,7 @@ def test_what_zarr_writes_into_a_closed_store_is_seen(path):
             assert table.state("exp_avg", 999).tolist() == [0.5] * 4
             assert not store.has_changes
             if mode == "a":
-                table.update([500], np.ones((1, 4)))  # training goes on from there
+                table.update([500], np.ones((1, 4)))  # training continues from there
                 assert (np.abs(table.lookup(500) - np.arange(4) + 0.001) < 0.0005).all()
                 store.commit()
 
@@ -296,7 +296,7 @@ def test_what_zarr_writes_is_seen_in_rows_whose_bit_is_set(path):
         store.commit()
     open_for_writing(path)[1:4] = 5
     with shardemb.open(path, "r") as store:
-        # FORMAT.md: a write by zarr to a row whose presence bit is 0 is not seen.
+        # FORMAT.md: what zarr writes to a row is not seen while its presence bit is 0.
         assert store["t"].lookup([1, 2, 3])[:, 0].tolist() == [5, 7, 7]
     present = open_for_writing(path, "t/present")
     present[0] = present[0] | 0b100
@@ -320,7 +320,7 @@ def test_a_chunk_that_zarr_filled_with_zeros_in_a_closed_store_reads_as_zeros(pa
         rows = table.lookup(range(1000))[:, 0]
         assert rows.tolist() == [1] * 256 + [0] * 256 + [1] * 488
         assert missing.exists() == (mode != "r")
-        assert {each.rows for each in store.verify()} == {(256, 512)}  # which shardemb has not written
+        assert {each.rows for each in store.verify()} == {(256, 512)}  # shardemb has not written these
         if mode != "r":
             table.write([300], np.full((1, 4), 2.0))
             store.commit()
@@ -330,7 +330,7 @@ def test_a_chunk_that_zarr_filled_with_zeros_in_a_closed_store_reads_as_zeros(pa
         assert open_for_writing(path)[300, 0] == 2
 
 
-def test_a_missing_chunk_is_damage_where_the_store_was_not_closed_or_keeps_a_bitmap(path, in_fork):
+def test_a_missing_chunk_is_damage_if_the_store_was_not_closed_or_keeps_a_bitmap(path, in_fork):
     with shardemb.open(path) as store:
         for name, initializer in [("t", None), ("u", Constant(1.0))]:
             table = store.create_table(name, num_embeddings=1000, embedding_dim=4, initializer=initializer)
@@ -342,7 +342,7 @@ def test_a_missing_chunk_is_damage_where_the_store_was_not_closed_or_keeps_a_bit
         with pytest.raises(FormatError, match=r"'u'.*u/rows/c\.0\.0 is missing.*restore it"):
             shardemb.open(path, mode)
     (path / "u/rows/c.0.0").write_bytes(kept)
-    in_fork(lambda: shardemb.open(path).last_commit and None)  # opened, and gone without closing
+    in_fork(lambda: shardemb.open(path).last_commit and None)  # opened, and never closed
     open_for_writing(path)[:] = 0
     for mode in ("r", "a"):
         with pytest.raises(FormatError, match=r"'t'.*t/rows/c\.0\.0 is missing.*restore it"):
@@ -370,7 +370,7 @@ def test_attributes_and_arrays_that_zarr_adds_are_left_alone(path):
     assert group["u/rows"][:3, 0].tolist() == [0, 1, 2]
 
 
-def test_a_commit_is_seen_by_zarr_beside_the_writer(store, path):
+def test_zarr_sees_a_commit_while_the_writer_is_open(store, path):
     table = store.create_table("t", num_embeddings=1000, embedding_dim=4)
     table.write([1, 999], np.ones((2, 4)))
     store.commit()

@@ -1,3 +1,5 @@
+"""Exports to parquet and Arrow: what they hold, where they are written, what goes wrong, how much memory they take."""
+
 import doctest
 import errno
 import json
@@ -33,7 +35,7 @@ from shardemb.storage import files
 
 @dataclass
 class Rows:
-    """A table in memory, which remembers what was asked of it."""
+    """A table in memory that records which rows were read and released."""
 
     weights: np.ndarray
     states: dict = field(default_factory=dict)
@@ -69,7 +71,7 @@ class Rows:
         return arrays
 
     def release_pages(self, start, stop):
-        self.events.append(("give back", start, stop))
+        self.events.append(("release", start, stop))
 
     def describe(self):
         return {"step": 7, "optimizer": "Adam"}
@@ -112,7 +114,7 @@ RUNS = {"one by one": one_by_one, "threads": in_threads, "dask": partial(schedul
 
 
 def running(source, run, workers=2):
-    """Let the tasks of an export run in another way than one by one."""
+    """Make an export run its tasks with `run`."""
     source.run, source.threads = run, workers
     return source
 
@@ -128,7 +130,7 @@ def small_batches(monkeypatch):
 
 
 def bits(column):
-    """Give the bits of an Arrow column of floats or of lists of floats as one flat array."""
+    """Return the bits of an Arrow column of floats or of lists of floats as one flat array."""
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     assert column.null_count == 0
@@ -283,7 +285,7 @@ def test_nothing_else_is_left(tmp_path):
 
 
 @pytest.mark.parametrize(("num_rows", "parts"), [(10_000, 7), (100_000, 2), (999, 100), (12, 12), (5, 8)])
-def test_parts_are_exactly_so_many_and_of_about_equal_size(tmp_path, num_rows, parts):
+def test_there_are_exactly_that_many_parts_of_about_equal_size(tmp_path, num_rows, parts):
     source = Rows(any_bits(num_rows, 2), rows_per_shard=4096)
     report = export_parquet(source, tmp_path / "t", parts=parts)
     sizes = [pq.ParquetFile(file).metadata.num_rows for file in report.files]
@@ -393,20 +395,20 @@ def test_bad_input_changes_nothing(tmp_path, options, error, message):
 
 
 @pytest.mark.parametrize("name", ["unknown column", "stop past the end"])
-def test_bad_input_of_a_stream_is_refused_at_once(name):
+def test_bad_input_of_a_stream_is_refused_immediately(name):
     options, error, message = BAD[name]
     with pytest.raises(error, match=message):
         to_arrow_batches(trained(10), **options)
 
 
-def test_a_state_column_called_like_another_field():
+def test_a_state_column_with_the_name_of_another_field():
     with pytest.raises(ValueError, match="'id'"):
         schema(Rows(any_bits(3, 2), {"id": any_bits(3, 1)}), ["id"])
 
 
 @pytest.fixture(params=[None, 3], ids=["file", "parts"])
 def target(request, tmp_path):
-    """A target with something in its place, and a check that it is still there, alone."""
+    """A target at which something exists, and a check that this is unchanged and nothing else is there."""
     path = tmp_path / "target"
     (path.mkdir if request.param else partial(path.write_text, "old"))()
     yield path, request.param
@@ -433,19 +435,19 @@ def test_reading_fails(target, run, at, error, small_batches):
         export_parquet(running(source, run), path, parts=parts)
 
 
-@pytest.mark.parametrize("room", ["write", "sync", "rename"])
-def test_the_disk_is_full(target, monkeypatch, room, run):
+@pytest.mark.parametrize("call", ["write", "sync", "rename"])
+def test_the_disk_is_full(target, monkeypatch, call, run):
     def full(*args):
-        raise DiskFullError(errno.ENOSPC, "no room left")
+        raise DiskFullError(errno.ENOSPC, "no space left")
 
     path, parts = target
-    monkeypatch.setattr(files, room, full)
-    with pytest.raises(DiskFullError, match="no room left"):
+    monkeypatch.setattr(files, call, full)
+    with pytest.raises(DiskFullError, match="no space left"):
         export_parquet(running(trained(1000), run), path, parts=parts)
 
 
 def test_the_disk_becomes_full_half_way(target, monkeypatch, run, small_batches):
-    """The kernel's own error, out of the middle of Arrow."""
+    """The kernel's own error, raised through Arrow."""
     real, left = os.pwrite, [20_000]
 
     def pwrite(descriptor, data, offset):
@@ -456,7 +458,7 @@ def test_the_disk_becomes_full_half_way(target, monkeypatch, run, small_batches)
 
     path, parts = target
     monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(DiskFullError, match="room"):
+    with pytest.raises(DiskFullError, match="no space left on the disk"):
         export_parquet(running(trained(3000), run), path, parts=parts)
 
 
@@ -471,8 +473,8 @@ def test_progress_may_end_it(target, run, small_batches):
 
 
 def test_ctrl_c_waits_for_the_threads_and_then_cleans_up(target, run, small_batches):
-    """A signal interrupts only the main thread, while the others go on writing."""
-    signal.siginterrupt(signal.SIGINT, True)  # polars has put in a handler that lets a thread go on waiting
+    """A signal interrupts only the main thread; the others continue to write."""
+    signal.siginterrupt(signal.SIGINT, True)  # polars has set a handler after which waits are resumed
     source = trained(2048)
     reading, interrupted, lock = set(), threading.Event(), threading.Lock()
 
@@ -495,7 +497,7 @@ def test_ctrl_c_waits_for_the_threads_and_then_cleans_up(target, run, small_batc
         export_parquet(running(source, run), path, parts=parts)
     assert reading == set()
     count = len(source.events)
-    assert count < 32  # of 128: no task went on to the end of its part
+    assert count < 32  # of 128: no task ran to the end of its part
     time.sleep(0.2)
     assert len(source.events) == count
 
@@ -571,7 +573,8 @@ def test_a_stream_copies_nothing_and_keeps_nothing(small_batches):
     reader.read_next_batch()
     reader.read_next_batch()
     alive = [weights() is not None for weights, _ in source.arrays]
-    assert alive == [True, False, False, True]  # ours; two given up by the consumer; one that waits
+    # The first is held by this test, two were dropped by it, the last was read ahead.
+    assert alive == [True, False, False, True]
     del first
     assert weights() is None
 
@@ -581,11 +584,11 @@ def test_a_stream_copies_nothing_and_keeps_nothing(small_batches):
     lambda source, path: export_parquet(source, path),
     lambda source, path: export_parquet(source, path, parts=2),
 ])  # fmt: skip
-def test_pages_are_given_back_once_read(tmp_path, export_all, small_batches):
+def test_pages_are_released_once_read(tmp_path, export_all, small_batches):
     source = trained(500)
     export_all(source, tmp_path / "t")
     pairs = [source.events[k : k + 2] for k in range(0, len(source.events), 2)]
-    assert all(pair == [("read", *pair[0][1:]), ("give back", *pair[0][1:])] for pair in pairs)
+    assert all(pair == [("read", *pair[0][1:]), ("release", *pair[0][1:])] for pair in pairs)
     assert source.reads[0][0] == 0
     assert [stop for _, stop in source.reads] == [start for start, _ in source.reads[1:]] + [500]
 
@@ -620,7 +623,7 @@ def test_batches_are_large_but_not_too_large():
     long = to_arrow_batches(Rows(np.zeros((200_000, 1), np.float32), rows_per_shard=1024))
     assert [batch.num_rows for batch in long] == [65_536, 65_536, 65_536, 3392]
     huge = to_arrow_batches(Rows(np.zeros((2, 9 * 2**20), np.float32), rows_per_shard=64))
-    assert [batch.num_rows for batch in huge] == [1, 1]  # there is nothing smaller than a row
+    assert [batch.num_rows for batch in huge] == [1, 1]  # a batch has at least one row
 
 
 @st.composite
@@ -640,7 +643,7 @@ def cases(draw):
 
 @pytest.mark.parametrize(("rows_per_shard", "max_rows"), [(10, 4), (7, 3), (3, 7), (8, 8)])
 def test_every_range_of_a_small_table(monkeypatch, rows_per_shard, max_rows):
-    """Shards that do not divide evenly, and ranges that begin and end at every row of one."""
+    """Shards that do not divide evenly, and ranges that begin and end at every row."""
     monkeypatch.setattr(arrow, "MAX_ROWS", max_rows)
     source = Rows(np.zeros((17, 1), np.float32), rows_per_shard=rows_per_shard)
     for start in range(18):
@@ -695,9 +698,9 @@ def anonymous_bytes():
 
 
 class Synthetic(Rows):
-    """Rows made when they are read, in memory that goes back to the kernel as soon as nobody holds it.
+    """Rows created when they are read, in memory that goes back to the kernel as soon as it is dropped.
 
-    (Blocks of this size are kept by malloc, which would blur what the export itself holds.)
+    (malloc keeps blocks of this size, which would hide what the export itself holds.)
     """
 
     def __init__(self, num_rows):
@@ -730,7 +733,7 @@ def test_memory_does_not_grow_with_rows(tmp_path, run, export_all):
         source = Synthetic(num_rows)
         export_all(source, tmp_path / str(num_rows), run)
         peaks.append(source.peak)
-    # The table grew by 358 MB; three batches are 50 MB. How many are alive at a sample is a matter of luck.
+    # The table grew by 358 MB; three batches are 50 MB. How many are alive at a sample varies.
     assert peaks[1] - peaks[0] < 3 * 65_536 * 256
 
 

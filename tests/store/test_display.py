@@ -1,3 +1,5 @@
+"""Descriptions of stores and tables: one line, for a terminal, for a notebook."""
+
 import dataclasses
 from html.parser import HTMLParser
 
@@ -27,7 +29,7 @@ def facts(**changes):
     return dataclasses.replace(FACTS, **changes)
 
 
-# ---- a line -----------------------------------------------------------------------------------------------------
+# ---- one line -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_no_tables_and_no_caption():
     assert cells.caption == ""
 
 
-def test_whatever_names_say_is_text_and_not_html():
+def test_names_are_escaped_in_html():
     text = html_table([facts(optimizer="<script>alert(1)</script>")], "/tmp/<b>&")
     assert "<script>" not in text
     assert Cells(text).caption == "/tmp/<b>&"
@@ -166,7 +168,7 @@ def test_size(nbytes, text):
     assert size(nbytes) == text
 
 
-def test_every_line_of_the_report_is_text_alone():
+def test_every_description_is_plain_text():
     assert all(isinstance(value, str) for value in (one_line(FACTS), html_table([FACTS]), describe(info())))
     assert "\n" not in one_line(FACTS)
     assert display.__doc__

@@ -1,4 +1,4 @@
-"""Folds beside training, rollback beside folds, and readers beside both."""
+"""Folds during training, rollbacks during folds, and readers next to both."""
 
 import errno
 import os
@@ -32,18 +32,18 @@ def fill(table, value, rows=range(ROWS)):
 
 @pytest.fixture
 def slow_fold(monkeypatch):
-    """Folds that wait, once they have written the first half, until the event that this returns is set."""
-    begun, go_on = threading.Event(), threading.Event()
+    """Let folds wait before they write. Returns two events: a fold has begun; it may continue."""
+    begun, proceed = threading.Event(), threading.Event()
     write = fold.write
 
     def slow(tables, threads):
         begun.set()
-        assert go_on.wait(30)
+        assert proceed.wait(30)
         write(tables, threads)
 
     monkeypatch.setattr(fold, "write", slow)
-    yield begun, go_on
-    go_on.set()
+    yield begun, proceed
+    proceed.set()
 
 
 def background_fold(store, begun):
@@ -53,20 +53,20 @@ def background_fold(store, begun):
     return thread
 
 
-def test_training_goes_on_beside_a_fold(path):
+def test_training_continues_during_a_fold(path):
     with shardemb.open(path) as store:
         table = new_table(store, optimizer=SGD(lr=1.0))
         fill(table, 1)
         store.commit(step=1)
-        begun, go_on, write = threading.Event(), threading.Event(), fold.write
+        begun, proceed, write = threading.Event(), threading.Event(), fold.write
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fold, "write", lambda *given: (begun.set(), go_on.wait(30), write(*given)))
+            patch.setattr(fold, "write", lambda *given: (begun.set(), proceed.wait(30), write(*given)))
             thread = background_fold(store, begun)
             table.update([1, 2], np.ones((2, DIM)))
             store.commit(step=2)
             table.update([2, 3], np.ones((2, DIM)))
             assert table.lookup([1, 2, 3])[:, 0].tolist() == [0, -1, 0]
-            go_on.set()
+            proceed.set()
             thread.join()
         assert table.lookup([1, 2, 3])[:, 0].tolist() == [0, -1, 0]
         with shardemb.open(path, "r") as reader:
@@ -76,15 +76,15 @@ def test_training_goes_on_beside_a_fold(path):
 
 
 @pytest.mark.parametrize("initializer", [None, Uniform(-1, 1, seed=3)])
-def test_rollback_beside_a_fold_gives_back_what_is_being_folded(path, slow_fold, initializer):
-    begun, go_on = slow_fold
-    go_on.set()
+def test_rollback_during_a_fold_restores_what_is_being_folded(path, slow_fold, initializer):
+    begun, proceed = slow_fold
+    proceed.set()
     with shardemb.open(path) as store:
         table = new_table(store, initializer=initializer)
         fresh = table.lookup(range(ROWS))
         fill(table, 1, range(0, ROWS, 3))
         store.commit(step=1)
-        go_on.clear()
+        proceed.clear()
         thread = background_fold(store, begun)
         fill(table, 2, range(0, ROWS, 7))
         store.commit(step=2)
@@ -93,7 +93,7 @@ def test_rollback_beside_a_fold_gives_back_what_is_being_folded(path, slow_fold,
         store.rollback()
         assert np.array_equal(table.lookup(range(ROWS)), expected)
         assert np.array_equal(expected[1], fresh[1])
-        go_on.set()
+        proceed.set()
         thread.join()
         assert np.array_equal(table.lookup(range(ROWS)), expected)
     with shardemb.open(path) as store:
@@ -110,18 +110,18 @@ def test_the_log_is_bounded(path):
             store.commit(step=step)
             most = max(most, sum(each.stat().st_size for each in (path / ".shardemb" / "log").iterdir()))
         interval = 1000 * (8 + 4 * DIM)
-        assert most < 2 * (limit + interval)  # segments that are not full yet, and those to be used again
+        assert most < 2 * (limit + interval)  # segments that are not full yet, and spare ones
         assert store["t"].lookup(39)[0] == 39
 
 
-def test_a_fold_that_finds_the_disk_full_loses_nothing_and_is_tried_again(path, monkeypatch):
+def test_a_fold_that_finds_the_disk_full_loses_nothing_and_is_retried(path, monkeypatch):
     store = shardemb.open(path)
     table = new_table(store)
     fill(table, 1)
     store.commit(step=1)
     with monkeypatch.context() as patch:
         patch.setattr(
-            fold, "write", lambda *given: (_ for _ in ()).throw(DiskFullError(errno.ENOSPC, "no room"))
+            fold, "write", lambda *given: (_ for _ in ()).throw(DiskFullError(errno.ENOSPC, "no space left"))
         )
         with pytest.raises(DiskFullError):
             store.checkpoint()
@@ -137,12 +137,12 @@ def test_a_fold_that_finds_the_disk_full_loses_nothing_and_is_tried_again(path, 
 
 
 def test_a_checkpoint_that_waits_for_a_fold_that_fails_fails_too(path, slow_fold, monkeypatch):
-    begun, go_on = slow_fold
-    go_on.set()
+    begun, proceed = slow_fold
+    proceed.set()
     with shardemb.open(path, log_bytes=1) as store:
         table = new_table(store)
         fill(table, 1)
-        go_on.clear()
+        proceed.clear()
         begun.clear()
         store.commit(step=1)
         assert begun.wait(30)
@@ -150,21 +150,21 @@ def test_a_checkpoint_that_waits_for_a_fold_that_fails_fails_too(path, slow_fold
             patch.setattr(
                 files, "sync_data", lambda *given: (_ for _ in ()).throw(OSError(errno.EIO, "bad disk"))
             )
-            threading.Timer(0.1, go_on.set).start()
+            threading.Timer(0.1, proceed.set).start()
             with pytest.raises(OSError, match="bad disk"):
                 store.checkpoint()
     with shardemb.open(path) as store:
         assert (store["t"].lookup(range(ROWS)) == 1).all()
 
 
-def test_folders_that_a_fold_has_moved_before_it_broke_off_are_found_by_the_next(path, monkeypatch):
+def test_folders_that_a_fold_moved_before_it_failed_are_found_by_the_next(path, monkeypatch):
     with shardemb.open(path) as store:
         tables = [store.create_table(name, num_embeddings=ROWS, embedding_dim=DIM) for name in "ab"]
         rename = files.rename
 
         def full(source, target):
             if target == path / "b":
-                raise DiskFullError(errno.ENOSPC, "no room")
+                raise DiskFullError(errno.ENOSPC, "no space left")
             rename(source, target)
 
         with monkeypatch.context() as patch:
@@ -218,7 +218,7 @@ def test_a_reader_after_a_crash_sees_the_last_commit_and_writes_nothing(path, in
     assert {each: each.read_bytes() for each in path.rglob("*") if each.is_file()} == before
 
 
-def test_refresh_moves_a_reader_on(path):
+def test_refresh_moves_a_reader_to_the_newest_commit(path):
     with shardemb.open(path) as store:
         table = new_table(store)
         fill(table, 1)
@@ -260,8 +260,8 @@ def test_a_reader_notices_another_writer(path):
             assert reader["t"].lookup(5)[0] == 2
 
 
-def test_a_reader_beside_a_training_writer_sees_committed_values_only(path):
-    """Each row carries the number of its commit; between commits rows hold what must never be seen."""
+def test_a_reader_next_to_a_training_writer_sees_only_committed_values(path):
+    """Each row holds the number of its commit. Between commits, rows hold -1, which a reader must never see."""
     stop = threading.Event()
     store = shardemb.open(path, log_bytes=300_000)
     table = new_table(store)
@@ -288,7 +288,7 @@ def test_a_reader_beside_a_training_writer_sees_committed_values_only(path):
                     assert rows.max() <= committed[0] + 1
                     assert opened_at == 0 or rows.max() > 0
         until = time.monotonic() + 60
-        while committed[0] <= 10 and time.monotonic() < until:  # on a busy machine it may have come less far
+        while committed[0] <= 10 and time.monotonic() < until:  # a busy machine may need more time
             time.sleep(0.01)
     finally:
         stop.set()

@@ -1,4 +1,4 @@
-"""Tables by key: what unknown keys get, which keys are evicted, and that the rest is as by row id."""
+"""Tables by key: what unknown keys get, which keys are evicted, and that everything else equals access by row id."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def ones(*shape):
 @pytest.mark.parametrize("counters", [False, True])
 @pytest.mark.parametrize("initializer", [Constant(0.0), Uniform(-1, 1, seed=2)], ids=["zeros", "drawn"])
 def test_updates_by_key_are_those_by_row(store, optimizer, counters, initializer):
-    """Counters lie behind the optimizer's state, and must not be taken for it."""
+    """Counters follow the optimizer's state in a record, and must not be mistaken for it."""
     arguments = {"optimizer": optimizer, "initializer": initializer, "counters": counters}
     table = new_table(store, key_type="int64", **arguments)
     model = KeyedModel.new("t", num_embeddings=200, embedding_dim=DIM, **arguments)
@@ -66,7 +66,7 @@ def test_updates_by_key_are_those_by_row(store, optimizer, counters, initializer
         assert table.stats()["updates"] == int(model.counts.sum())
 
 
-def test_what_a_table_tells(store):
+def test_properties_stats_and_repr(store):
     table = new_table(store, optimizer=SGD(lr=0.5), initializer=Constant(1.0), counters=True)
     assert (table.name, table.embedding_dim, table.optimizer) == ("t", DIM, SGD(lr=0.5))
     assert (table.num_embeddings, table.shape, len(table)) == (0, (0, DIM), 0)
@@ -118,7 +118,7 @@ def test_what_unknown_keys_get(store, initializer):
     zeros = table.lookup(asked, missing="zeros")
     assert_same_bits(zeros[[1, 4]], known)
     assert not zeros[[0, 2, 3]].any()
-    # The rows that they would get, one after the other, in the order of first appearance.
+    # The rows that they would get, in the order of first appearance.
     assert_same_bits(
         table.lookup(asked, missing="initial"), np.stack([fresh[6], known[0], fresh[7], fresh[6], known[1]])
     )
@@ -129,7 +129,7 @@ def test_what_unknown_keys_get(store, initializer):
     assert_same_bits(out, zeros)
     assert_same_bits(table.lookup("new", missing="initial"), fresh[6])
     assert table.lookup("new", missing="zeros").tolist() == [0] * DIM
-    # After a commit, rows that became free are the next.
+    # After a commit, freed rows are given out first.
     store.commit()
     table.vocabulary.remove(["not", "to"])
     assert_same_bits(table.lookup(["new"], missing="initial"), fresh[[6]])
@@ -139,7 +139,7 @@ def test_what_unknown_keys_get(store, initializer):
     assert_same_bits(table.lookup(["a", "b", "c"], create=True), fresh[[2, 5, 6]])
 
 
-def test_what_missing_cannot_be(store):
+def test_invalid_values_of_missing(store):
     table = new_table(store, optimizer=SGD(lr=1.0))
     table.vocabulary.add(["a"])
     store.commit()
@@ -180,7 +180,7 @@ def test_keys_that_are_not_admitted_yet_get_what_missing_says(store):
     assert table.lookup(["b"], create=True).shape == (1, DIM)
 
 
-def test_unknown_keys_are_left_out_of_updates_or_stand_for_a_row(store):
+def test_updates_skip_unknown_keys_or_use_a_given_row(store):
     table = new_table(store, reserved=1, optimizer=SGD(lr=1.0), counters=True)
     table.vocabulary.add(["a", "b"])
     gradients = np.arange(12, dtype=np.float32).reshape(3, DIM)
@@ -203,7 +203,7 @@ def test_unknown_keys_are_left_out_of_updates_or_stand_for_a_row(store):
     assert table.step == 5
 
 
-def test_a_prefetch_takes_unknown_keys(store):
+def test_a_prefetch_ignores_unknown_keys(store):
     table = new_table(store)
     table.vocabulary.add(["a"])
     table.prefetch(["a", "b"], for_update=True)
@@ -228,11 +228,11 @@ def test_rows_are_reset(store):
             table.rows.reset_rows(wrong)
     table.rows.reset_rows([])
     store.commit()
-    table.rows.reset_rows([2, 4])  # they have records by now
+    table.rows.reset_rows([2, 4])  # the commit has given them records
     assert store.has_changes
 
 
-def test_rows_of_a_table_that_was_never_written_are_reset_for_nothing(store):
+def test_resetting_rows_that_were_never_written_changes_nothing(store):
     table = new_table(store, key_type="int64", initializer=Normal(seed=1))
     table.vocabulary.add(np.arange(6))
     store.commit()
@@ -284,7 +284,7 @@ def test_which_keys_are_evicted(store, how, gone):
     assert table.evict(**how).tolist() == []
 
 
-def test_eviction_knows_nothing_of_reserved_and_freed_rows(store):
+def test_eviction_ignores_reserved_and_freed_rows(store):
     table = counted(store, reserved=3)
     table.vocabulary.remove([10, 19])
     table.rows.update([0, 1], ones(2))
@@ -292,17 +292,17 @@ def test_eviction_knows_nothing_of_reserved_and_freed_rows(store):
     assert table.rows.state("count", [0, 1]).tolist() == [1, 1]
     store.commit()
     assert table.vocabulary.add([50]).tolist() == [3]
-    assert table.evict(older_than=1).tolist() == [50, 14, 15]  # by their rows
+    assert table.evict(older_than=1).tolist() == [50, 14, 15]  # in the order of their rows
 
 
 @pytest.mark.parametrize("how", [{}, {"keep": 1, "older_than": 1}, {"keep": 1, "by": "age"}, {"by": "lru"}])
-def test_evictions_that_say_nothing_clear(store, how):
+def test_ambiguous_evictions_are_refused(store, how):
     table = counted(store)
     with pytest.raises(ValueError, match="pass either older_than or keep"):
         table.evict(**how)
 
 
-def test_evictions_that_cannot_be(store):
+def test_invalid_evictions_are_refused(store):
     table = counted(store)
     for how, error in (
         ({"keep": -1}, ValueError),
@@ -322,7 +322,7 @@ def test_evictions_that_cannot_be(store):
 
 def test_counters_stay_where_float32_ends(store):
     table = counted(store)
-    table.rows.write([0], ones(1))  # a slot
+    table.rows.write([0], ones(1))  # now the row has a slot
     shards = inside.shards(table.rows)
     last = shards.spec.columns["count"][0]
     for keys in [10], [10, 10, 10]:
@@ -332,10 +332,10 @@ def test_counters_stay_where_float32_ends(store):
             assert table.state("count", [10]) == 2**24
 
 
-# ---- where it ends ----------------------------------------------------------------------------------------------
+# ---- dropped, closed, read-only, resharded -----------------------------------------------------------------------
 
 
-def test_a_dropped_or_closed_table_says_so(path):
+def test_a_dropped_or_closed_table_refuses_every_use(path):
     store = shardemb.open(path)
     table = new_table(store, optimizer=SGD(lr=1.0), counters=True)
     table.vocabulary.add(WORDS)

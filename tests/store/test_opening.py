@@ -1,4 +1,4 @@
-"""Opening: what each mode makes, deletes and refuses; one writer at a time; forks; and being killed at any moment."""
+"""Opening: what each mode creates, deletes and refuses; one writer at a time; forks; and kills at any moment."""
 
 import contextlib
 import gc
@@ -26,7 +26,7 @@ ONES = np.ones((2, 4), np.float32)
 
 
 def make(path, *names, **options):
-    """Make a store of small tables, each with the number of its place in `names` in row 1."""
+    """Make a store of small tables. Row 1 of each holds its position in `names`."""
     with shardemb.open(path, **options) as store:
         for number, name in enumerate(names):
             table = store.create_table(name, num_embeddings=100, embedding_dim=4, initializer=Constant(0.5))
@@ -45,7 +45,7 @@ def content(path):
 
 @pytest.mark.parametrize("mode", ["a", "w", "w-"])
 @pytest.mark.parametrize("there", ["nothing", "parents missing", "an empty folder"])
-def test_modes_that_create_make_an_empty_store(tmp_path, mode, there):
+def test_modes_that_create_create_an_empty_store(tmp_path, mode, there):
     path = tmp_path / "above" / "store.zarr" if there == "parents missing" else tmp_path / "store.zarr"
     if there == "an empty folder":
         path.mkdir()
@@ -159,13 +159,13 @@ def test_a_file_is_refused(path, mode):
         ({"log_bytes": None}, TypeError, "log_bytes must be an integer"),
     ],
 )
-def test_options_are_checked_before_anything_is_made(path, options, error, message):
+def test_options_are_checked_before_anything_is_created(path, options, error, message):
     with pytest.raises(error, match=message):
         shardemb.open(path, **options)
     assert not path.exists()
 
 
-def test_options_that_are_fine(path):
+def test_valid_options(path):
     with shardemb.open(str(path), threads=np.int64(3), memory_budget=0, log_bytes=1) as store:
         assert len(store) == 0
     with shardemb.open(os.fspath(path), mode="r", threads=1024, memory_budget=2**50):
@@ -206,7 +206,7 @@ def test_a_second_writer_in_this_process_is_refused(path, mode):
 
 
 @pytest.mark.parametrize("mode", ["r+", "a", "w"])
-def test_a_writer_waits_for_no_reader_but_says_that_there_is_one(path, mode):
+def test_a_writer_is_refused_while_there_is_a_reader(path, mode):
     make(path, "a")
     with shardemb.open(path, "r") as reader:
         with pytest.raises(
@@ -219,7 +219,7 @@ def test_a_writer_waits_for_no_reader_but_says_that_there_is_one(path, mode):
     shardemb.open(path, mode).close()
 
 
-def test_a_reader_beside_a_writer_sees_commits_only(path):
+def test_a_reader_next_to_a_writer_sees_only_commits(path):
     make(path, "a", "b")
     with shardemb.open(path) as writer:
         writer["a"].write([5], np.full((1, 4), 9.0))
@@ -279,7 +279,7 @@ def test_a_reader_that_opens_while_a_commit_moves_folders_sees_one_commit(path, 
                 assert found == ({"b": 0, "a": 1} if moved else {"a": 0, "b": 1}), number
                 assert reader.verify() == []
             if left[0] >= 0:
-                assert number > 10  # the opening has that many calls
+                assert number > 10  # an opening makes at least that many calls
                 return
 
 
@@ -313,7 +313,7 @@ def test_an_opening_that_fails_leaves_nothing_open(path):
     for mode in ("r", "r+", "a", "r"):
         with pytest.raises(FormatError):
             shardemb.open(path, mode)
-        gc.collect()  # would raise, in an error-turned warning, what __del__ stumbles over
+        gc.collect()  # errors in __del__ become warnings, which raise here
     with shardemb.open(path, "w"):
         pass
 
@@ -333,7 +333,7 @@ PROGRAM = """
 
 @contextlib.contextmanager
 def another_process(path, program):
-    """Run a program that has opened the store for writing; it goes on a step with each line that it is sent."""
+    """Run a program that has opened the store for writing. Each line sent to it makes it continue by one step."""
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(PROGRAM) + textwrap.dedent(program), str(path)],
         stdin=subprocess.PIPE,
@@ -406,7 +406,8 @@ def trained(store):
 
 def test_a_fork_reads_small_and_large_batches(store, in_fork):
     table = trained(store)
-    everything = np.arange(60_000)  # enough for tasks, whose threads the fork does not have
+    # Enough rows for several tasks. The fork does not have the threads that run them.
+    everything = np.arange(60_000)
     expected = table.lookup(everything)
     assert in_fork(lambda: np.array_equal(table.lookup(everything), expected)) is True
     assert in_fork(lambda: np.array_equal(store.lookup({"t": [1, 2]})["t"], expected[1:3])) is True
@@ -438,7 +439,7 @@ def test_a_fork_cannot_change_the_store_and_its_parent_notices_nothing(store, pa
     assert in_fork(lambda: (store.__exit__(None, None, None), "closed")[1]) == "closed"
     assert content(path) == before
     with pytest.raises(StoreLockedError):
-        shardemb.open(path)  # the lock is still the parent's
+        shardemb.open(path)  # the parent still holds the lock
     assert isinstance(in_fork(lambda: shardemb.open(path)), StoreLockedError)
     assert_same_bits(table.lookup(everything), expected)
     assert store.has_changes
@@ -452,7 +453,7 @@ def test_a_fork_sees_the_rows_as_they_were(store, in_fork):
 
     def child():
         os.close(writer)
-        os.read(reader, 1)  # until the parent has gone on
+        os.read(reader, 1)  # until the parent has updated the table
         return table.lookup([1, 2]).tobytes()
 
     def parent():
@@ -471,12 +472,13 @@ def test_a_fork_sees_the_rows_as_they_were(store, in_fork):
 
 # ---- killed at any moment -------------------------------------------------------------------------------------
 
-# What leaves a mark: a kill at any other moment looks like one at these. (Syncs mean nothing: the page cache lives.)
-CALLS = ["make_directory", "create_sparse", "write", "rename", "remove", "remove_tree", "note"]
+# Calls that change files: a kill at any other moment looks like one at these. (Syncs do not matter: the page cache
+# survives a kill.)
+CALLS = ["make_directory", "create_sparse", "write", "rename", "remove", "remove_tree", "overwrite_text"]
 
 
 def die_at(number, operation):
-    """Run an operation here, which dies before its `number`-th call about a file; a tree dies half deleted."""
+    """Run an operation in this process, which dies before its `number`-th such call; a tree is half deleted then."""
     left = [number]
 
     def dying(name, real):
@@ -499,7 +501,7 @@ def die_at(number, operation):
 
 
 def killed_everywhere(in_fork, template, path, operation):
-    """Yield once for every moment at which an operation on a copy of `template` at `path` can be killed."""
+    """Kill an operation at every possible moment, each time on a new copy of `template` at `path`; yield after each."""
     for number in range(200):
         shutil.rmtree(path, ignore_errors=True)
         if template is not None:
@@ -508,13 +510,13 @@ def killed_everywhere(in_fork, template, path, operation):
         assert survived in (None, "survived"), survived
         yield number
         if survived:
-            assert number > 5  # the calls were counted at all
+            assert number > 5  # the calls are counted
             return
     raise AssertionError("never done")
 
 
 def sound(path, *allowed):
-    """Assert that a store opens in every mode with one of the allowed sets of tables, and holds nothing else."""
+    """Assert that a store opens, for reading and for writing, with an allowed set of tables and nothing else."""
     with shardemb.open(path, "r") as reader:
         found = [(name, table.lookup([0, 1])[:, 0].tolist()) for name, table in reader.items()]
     assert found in allowed
@@ -531,7 +533,7 @@ def sound(path, *allowed):
 
 
 @pytest.mark.parametrize("mode", ["a", "w", "w-"])
-def test_killed_while_a_store_is_made(path, in_fork, mode):
+def test_killed_while_a_store_is_created(path, in_fork, mode):
     for number in killed_everywhere(in_fork, None, path, lambda: shardemb.open(path, mode).close()):
         if number % 2:
             sound_or_nothing(path)
@@ -615,7 +617,7 @@ def test_killed_while_a_commit_changes_the_set_of_tables(path, tmp_path, in_fork
 
 
 def test_killed_while_the_store_after_a_kill_is_opened(path, tmp_path, in_fork):
-    # The opening that tidies up may die too.
+    # The opening that recovers may be killed too.
     make(tmp_path / "made", "a", "b")
 
     def commit():
@@ -632,7 +634,7 @@ def test_killed_while_the_store_after_a_kill_is_opened(path, tmp_path, in_fork):
         sound(path, [("a", [0.5, 1])])
 
 
-def test_a_killed_commit_happened_or_not(path, tmp_path, in_fork):
+def test_a_killed_commit_is_there_as_a_whole_or_not_at_all(path, tmp_path, in_fork):
     template = tmp_path / "template"
     with shardemb.open(template) as store:
         table = store.create_table(

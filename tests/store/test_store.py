@@ -1,4 +1,4 @@
-"""A store: a mapping of tables with one commit point, what commits, rollbacks and closing do, what it costs on disk."""
+"""A store: a mapping of tables with one commit point; what commits, rollbacks and closing do; what it costs on disk."""
 
 import contextlib
 import errno
@@ -35,7 +35,7 @@ ONES = np.ones((2, 4), np.float32)
 
 
 def small(store, name="t", **arguments):
-    """A table of 100 rows of four values, with Adam and a presence bitmap unless told otherwise."""
+    """Create a table of 100 rows of four values, by default with Adam and a presence bitmap."""
     defaults = {
         "num_embeddings": 100,
         "embedding_dim": 4,
@@ -67,7 +67,7 @@ def test_a_store_is_a_mapping_of_its_tables(store):
         store["c"]
 
 
-def test_stores_are_themselves(store, path):
+def test_a_store_equals_only_itself(store, path):
     with shardemb.open(path, "r") as reader:
         assert store == store
         assert store != reader
@@ -131,7 +131,7 @@ def test_rollback_undoes_create(store, path):
     store.commit()
 
 
-def test_drop_takes_effect_with_the_next_commit_and_rollback_brings_the_table_back(store, path):
+def test_drop_takes_effect_with_the_next_commit_and_rollback_restores_the_table(store, path):
     table = small(store)
     table.update([1, 2], ONES)
     store.commit()
@@ -174,7 +174,7 @@ def test_rename_takes_effect_with_the_next_commit_and_rollback_undoes_it(store, 
     table.write([1], ONES[:1] * 5)
     store.commit()
     assert folder_names(path) == ["new", "zarr.json"]
-    table.write([2], ONES[:1] * 6)  # its files have moved
+    table.write([2], ONES[:1] * 6)  # the commit has moved its files
     store.commit()
     store.close()
     with shardemb.open(path) as again:
@@ -221,7 +221,7 @@ def test_a_dropped_tables_name_is_free_in_the_same_transaction(store, path):
     assert not any((path / ".shardemb" / "tables").iterdir())
 
 
-def test_a_table_created_and_dropped_at_once_leaves_nothing(store, path):
+def test_a_table_dropped_before_its_first_commit_leaves_nothing(store, path):
     table = store.create_table("t", num_embeddings=1000, embedding_dim=100, initializer=np.ones((1000, 100)))
     store.drop_table("t")
     assert not store.has_changes
@@ -247,7 +247,7 @@ def test_names_must_be_free(store):
     assert list(store) == ["a", "b"]
 
 
-def test_a_foreign_folder_that_stands_where_a_table_belongs_is_never_touched(store, path):
+def test_a_foreign_folder_in_the_place_of_a_table_is_never_touched(store, path):
     (path / "t").mkdir()
     (path / "t" / "thesis.txt").write_text("mine")
     small(store)
@@ -282,7 +282,7 @@ def test_a_table_of_an_array_starts_with_its_rows(store, path, initializer):
 # ---- commits --------------------------------------------------------------------------------------------------
 
 
-def test_a_commit_gives_back_what_it_was_given(store, path):
+def test_a_commit_returns_its_step_and_metadata(store, path):
     assert store.last_commit is None
     commit = store.commit(step=100, metadata={"loss": 0.3, "data": {"file": "a", "at": [1, 2]}, "none": None})
     assert commit == shardemb.Commit(1, 100, {"loss": 0.3, "data": {"file": "a", "at": [1, 2]}, "none": None})
@@ -309,7 +309,7 @@ def test_commits_count_up_and_keep_the_step_where_none_is_given(store, path):
         assert again.last_commit.metadata == {}
 
 
-def test_metadata_are_a_copy(store):
+def test_metadata_is_copied(store):
     given = {"list": [1]}
     returned = store.commit(metadata=given)
     given["list"].append(2)
@@ -331,7 +331,7 @@ def test_metadata_are_a_copy(store):
         ({"metadata": {"x": "y" * 2**20}}, ValueError, "1 MiB"),
     ],
 )
-def test_a_commit_that_cannot_be_changes_nothing(store, arguments, error, message):
+def test_an_invalid_commit_changes_nothing(store, arguments, error, message):
     small(store).write([1], ONES[:1])
     first = store.commit(step=5)
     store["t"].write([1], ONES[:1] * 2)
@@ -342,8 +342,8 @@ def test_a_commit_that_cannot_be_changes_nothing(store, arguments, error, messag
     assert store.commit().id == 2
 
 
-def test_deeply_nested_metadata_never_make_a_store_unreadable(store, path):
-    # As indented JSON, each of these numbers would take a line of hundreds of spaces.
+def test_deeply_nested_metadata_never_makes_a_store_unreadable(store, path):
+    # In indented JSON, each of these numbers would take a line with hundreds of spaces.
     metadata = [0] * 100_000
     for _ in range(200):
         metadata = [metadata]
@@ -358,7 +358,7 @@ def test_deeply_nested_metadata_never_make_a_store_unreadable(store, path):
     "optimizer", [SGD(lr=0.5), Adagrad(initial_accumulator_value=1.0), RowWiseAdagrad(), Adam()]
 )
 @pytest.mark.parametrize("initializer", [None, Normal(seed=1)])
-def test_reopening_gives_back_rows_state_steps_and_hyper_parameters(path, optimizer, initializer):
+def test_reopening_restores_rows_state_steps_and_hyper_parameters(path, optimizer, initializer):
     arguments = {
         "num_embeddings": 300,
         "embedding_dim": 5,
@@ -398,7 +398,7 @@ def test_hyper_parameters_are_part_of_a_commit(store, path):
         assert again["t"].optimizer == Adam(lr=0.3)
 
 
-def test_has_changes_tells_every_kind_of_change(store):
+def test_has_changes_notices_every_kind_of_change(store):
     table = small(store)
     store.commit()
 
@@ -477,7 +477,7 @@ def test_rollback_restores_rows_presence_state_steps_and_hyper_parameters(store,
         store.rollback()
         model.assert_matches(store)
         assert not store.has_changes
-        change(store, model.tables)  # also what comes after a rollback is right
+        change(store, model.tables)  # changes after a rollback are right too
         model.assert_matches(store)
         store.commit(step=4)
         model.commit(4, {})
@@ -488,7 +488,7 @@ def test_rollback_restores_rows_presence_state_steps_and_hyper_parameters(store,
 
 @pytest.mark.parametrize("initializer", [None, Uniform(-1, 1, seed=1)])
 def test_changes_all_over_a_large_table(path, initializer):
-    # A page of the presence bitmap holds 32,768 bits; these pages, shards and pages of rows all end at different rows.
+    # A page of the presence bitmap holds 32,768 bits. Such pages, shards and pages of rows all end at different rows.
     arguments = {
         "num_embeddings": 150_000,
         "embedding_dim": 5,
@@ -539,7 +539,7 @@ def test_rows_on_both_sides_of_the_files_of_the_presence_bitmap(path):
         assert store["t"].lookup(ids)[:, 0].tolist() == expected
 
 
-def test_rollback_takes_new_tables_away_and_puts_back_what_is_only_in_the_log(store):
+def test_rollback_removes_new_tables_and_restores_what_is_only_in_the_log(store):
     table = small(store)
     store.commit()
     table.write([1], ONES[:1] * 5)
@@ -551,7 +551,7 @@ def test_rollback_takes_new_tables_away_and_puts_back_what_is_only_in_the_log(st
     assert table.lookup([1, 2])[:, 0].tolist() == [5, 1]
 
 
-def test_a_rollback_that_broke_off_is_done_again_and_nothing_else_before(path, monkeypatch):
+def test_after_a_failed_rollback_only_another_rollback_is_allowed(path, monkeypatch):
     with shardemb.open(path) as store:
         table = small(store)
         store.commit()
@@ -671,7 +671,7 @@ def test_close_warns_of_nothing_else(path):
         store.rollback()
 
 
-def test_close_closes_all_where_its_warning_is_an_error(path):
+def test_close_closes_everything_even_if_its_warning_is_an_error(path):
     store = shardemb.open(path)
     table = small(store)
     store.commit()
@@ -682,7 +682,8 @@ def test_close_closes_all_where_its_warning_is_an_error(path):
             store.close()
     with pytest.raises(StoreClosedError):
         table.lookup([1])
-    (path / "t" / "rows" / "c.0.0").unlink()  # as zarr may, in a table without presence: see test_interop.py
+    # As zarr may do, but only in a table without a presence bitmap: see test_interop.py.
+    (path / "t" / "rows" / "c.0.0").unlink()
     with pytest.raises(shardemb.FormatError, match="missing"):
         shardemb.open(path)
 
@@ -746,12 +747,12 @@ def test_use_of_a_dropped_table_raises(store, use):
         store.commit()
 
 
-def test_results_outlive_the_store_and_lazy_ones_refuse(store):
+def test_results_outlive_the_store_and_lazy_ones_raise(store):
     table = small(store)
     store.commit()
     found, lazy = rows(table), table.to_dask_array()
     store.close()
-    store.close()  # once more does nothing
+    store.close()  # a second call does nothing
     del table
     gc.collect()
     assert (found == 1).all()
@@ -759,7 +760,7 @@ def test_results_outlive_the_store_and_lazy_ones_refuse(store):
         lazy.compute()
 
 
-def test_a_store_that_is_forgotten_warns_and_frees_the_lock(path):
+def test_a_store_that_is_garbage_collected_warns_and_releases_the_lock(path):
     store = shardemb.open(path)
     with pytest.warns(ResourceWarning, match="was not closed"):
         del store
@@ -811,7 +812,7 @@ def test_a_store_opened_for_reading_refuses_every_change(path, use):
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
 
 
-def test_stores_and_tables_refuse_to_be_pickled_with_directions(store):
+def test_pickling_a_store_or_table_is_refused_with_directions(store):
     table = small(store)
     with pytest.raises(TypeError, match=r"store.*cannot be pickled.*shardemb\.open\('.*', mode=\"r\"\)"):
         pickle.dumps(store)
@@ -828,7 +829,7 @@ def test_commits_and_descriptions_can_be_pickled(store):
         assert pickle.loads(pickle.dumps(value)) == value
 
 
-def test_repr_tells_what_a_person_wants_to_know(store, path):
+def test_repr_shows_what_a_person_wants_to_know(store, path):
     assert repr(store) == f"Store '{path}': 0 tables, no commit yet"
     table = store.create_table("tokens", num_embeddings=400_000, embedding_dim=16, optimizer=SGD(lr=0.5))
     assert repr(table) == "Table 'tokens': 400,000 x 16 float32, SGD(lr=0.5), step 0, 1 shard"
@@ -913,14 +914,14 @@ def test_a_huge_table_costs_nothing_until_it_is_written(path):
         initial = table.lookup(some)
         assert len(np.unique(initial)) == 48
         table.update(some, np.ones((3, 16)))
-        assert store.stats()["bytes_written"] < 300_000  # most of it zeros of the first segments
+        assert store.stats()["bytes_written"] < 300_000  # mostly zeros of the first segments
         store.commit()
         trained = table.lookup(some)
         assert not np.isclose(trained, initial).any()
     assert files.allocated(path) < 3 * 2**20
     with shardemb.open(path, "r") as store:
         assert_same_bits(store["t"].lookup(some), trained)
-    assert time.perf_counter() - started < 20  # about one second on a free machine
+    assert time.perf_counter() - started < 20  # about one second on an idle machine
 
 
 def test_a_commit_writes_changed_rows_only(store):
@@ -944,7 +945,7 @@ def test_a_commit_writes_changed_rows_only(store):
     assert store.stats()["syncs"] > 0
 
 
-def test_memory_budget_zero_gives_memory_back_after_every_fold(path):
+def test_memory_budget_zero_releases_memory_after_every_fold(path):
     used, found = {}, {}
     for budget in (0, 2**40):
         store = shardemb.open(f"{path}{budget}", memory_budget=budget)
@@ -960,7 +961,7 @@ def test_memory_budget_zero_gives_memory_back_after_every_fold(path):
         found[budget] = rows(table)
         store.close()
     assert used[0] == 0
-    assert used[2**40] > 20e6  # what the budget saves
+    assert used[2**40] > 20e6  # the memory that the budget saves
     assert_same_bits(found[0], found[2**40])
 
 

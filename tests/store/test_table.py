@@ -1,4 +1,4 @@
-"""Tables against a plain NumPy model: lookup, lookup_unique, state, write, update, and whose memory results are."""
+"""Tables against a plain NumPy model: lookup, lookup_unique, state, write, update, and who owns the results."""
 
 import copy
 from dataclasses import replace
@@ -39,7 +39,7 @@ def by_repr(values):
 
 @st.composite
 def tables(draw, optimizers=(None, *OPTIMIZERS)):
-    """Arguments of create_table: one row to several shards (of 64 to 1,024 rows, by the bytes of a record)."""
+    """Arguments of create_table, for one row up to several shards (of 64 to 1,024 rows, depending on the record)."""
     num_embeddings = draw(st.sampled_from([1, 2, 63, 64, 65, 130, 500, 2100]))
     return {
         "num_embeddings": num_embeddings,
@@ -52,7 +52,7 @@ def tables(draw, optimizers=(None, *OPTIMIZERS)):
 
 @st.composite
 def batches(draw, num_embeddings, *, max_size=60):
-    """Ids of any integer dtype, shape and memory order, or a nested list of them; duplicates are likely."""
+    """Ids of any integer dtype, shape and memory order, or as a nested list; duplicates are likely."""
     shape = draw(st.sampled_from([(), (0,), (1,), (7,), (3, 0), (2, 3), (2, 3, 4), (max_size,)]))
     count = int(np.prod(shape))
     some = st.integers(0, num_embeddings - 1)
@@ -73,7 +73,7 @@ def batches(draw, num_embeddings, *, max_size=60):
 
 @st.composite
 def values(draw, ids, dim):
-    """Gradients or rows for some ids: of any float dtype, of all magnitudes, zeros of both signs among them."""
+    """Gradients or rows for some ids: of any float dtype and all magnitudes, with zeros of both signs."""
     seed, dtype = draw(st.integers(0, 2**32 - 1)), draw(st.sampled_from(["f2", "f4", "f8", ">f4"]))
     rng = np.random.default_rng(seed)
     shape = (*np.shape(ids), dim)
@@ -129,7 +129,7 @@ def test_empty_ids_are_fine_everywhere(store, ids):
     table.write(ids, np.empty((*shape, 3)))
     assert not store.has_changes
     table.update(ids, np.empty((*shape, 3)))
-    assert table.step == 1  # one count per call, whatever is in it
+    assert table.step == 1  # every call counts, even an empty one
     table.prefetch(ids, for_update=True)
 
 
@@ -166,7 +166,7 @@ def test_out_may_be_a_memory_mapped_file(store, tmp_path):
     assert_same_bits(np.asarray(buffer), model.lookup([7, 8]))
 
 
-# ---- whose memory it is ---------------------------------------------------------------------------------------
+# ---- who owns the memory --------------------------------------------------------------------------------------
 
 
 def results(table):
@@ -294,7 +294,7 @@ def test_update_is_the_optimizers_formula_bit_for_bit(new_store, data, arguments
 
 
 @pytest.mark.parametrize("optimizer", by_repr(OPTIMIZERS))
-def test_rows_that_are_not_in_the_batch_do_not_move(store, optimizer):
+def test_rows_that_are_not_in_the_batch_do_not_change(store, optimizer):
     arguments = {"num_embeddings": 300, "embedding_dim": 5, "optimizer": optimizer, "initializer": Normal()}
     table, _ = create(store, arguments)
     everything, rng = np.arange(300), np.random.default_rng(1)
@@ -324,14 +324,14 @@ def test_gradients_of_duplicate_ids_are_summed_before_one_step(store, optimizer)
 
 
 def test_duplicates_are_added_in_the_order_of_the_batch(store):
-    # In float32 the order shows: 1 is lost beside 1e8, unless the large ones cancel first.
+    # In float32 the order matters: 1 is lost next to 1e8, unless the large ones cancel first.
     table = store.create_table("t", num_embeddings=10, embedding_dim=1, optimizer=SGD(lr=1.0))
     table.update([1, 2, 1, 2, 1, 2], [[1.0], [1e8], [1e8], [-1e8], [-1e8], [1.0]])
     assert table.lookup([1, 2])[:, 0].tolist() == [0, -1]
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
-def test_gradients_are_brought_to_float32_before_they_are_summed(store, dtype):
+def test_gradients_are_converted_to_float32_before_they_are_summed(store, dtype):
     table = store.create_table("t", num_embeddings=10, embedding_dim=1, optimizer=SGD(lr=1.0))
     tenth = np.array([[0.1], [0.1], [0.1]], dtype)
     table.update([1, 1, 1], tenth)
@@ -386,7 +386,7 @@ def test_hyper_parameters_can_change_between_updates(new_store, data):
 
 
 @pytest.mark.parametrize("initializer", by_repr(INITIALIZERS[1:]))
-def test_initial_values_depend_on_seed_name_row_and_column_alone(path, initializer):
+def test_initial_values_depend_only_on_seed_name_row_and_column(path, initializer):
     everything = np.arange(300)
     expected = None
     for number, (threads, rows_per_shard) in enumerate([(1, None), (2, 64), (5, 128), (1, 300)]):
@@ -417,7 +417,7 @@ def test_uniform_values_stay_below_high_however_close_it_is(store):
     table = store.create_table(
         "t", num_embeddings=100, embedding_dim=4, initializer=Uniform(1.0, float(high))
     )
-    assert (table.lookup(range(100)) == 1).all()  # rounding alone would make every second one `high`
+    assert (table.lookup(range(100)) == 1).all()  # plain rounding would make every second value `high`
 
 
 def test_a_longer_table_begins_with_the_same_values_and_a_wider_one_too(store):
@@ -456,7 +456,7 @@ def test_a_renamed_table_keeps_its_initial_values(store, path):
 
 
 def test_a_table_created_under_the_freed_name_of_another_draws_other_values(store):
-    # A function of the seed and of the table, not of what the table is called now.
+    # Initial values depend on the seed and the table, not on its current name.
     arguments = {"num_embeddings": 50, "embedding_dim": 4, "initializer": Normal(seed=1)}
     first = store.create_table("words", **arguments)
     store.commit()
@@ -538,7 +538,7 @@ def test_state_has_the_shape_of_the_ids_and_one_number_or_a_row_of_them(store, o
 
 
 def test_state_of_width_one_is_a_row_where_the_embedding_has_one_value(store):
-    # ids.shape + (dim,), or ids.shape where it is one number a row.
+    # ids.shape + (dim,), or ids.shape if the column has one number a row.
     adam = store.create_table("adam", num_embeddings=10, embedding_dim=1, optimizer=Adam())
     row_wise = store.create_table("row_wise", num_embeddings=10, embedding_dim=1, optimizer=RowWiseAdagrad())
     assert adam.state("exp_avg", [1, 2]).shape == (2, 1)
@@ -603,8 +603,8 @@ def test_exporting_shows_changes_and_keeps_them(store):
 # ---- explained --------------------------------------------------------------------------------------------------
 
 
-def test_explain_counts_rows_by_where_they_lie(tmp_path):
-    """Records of 1,024 bytes: four rows a page, 64 rows a shard."""
+def test_explain_counts_rows_by_where_they_are(tmp_path):
+    """With records of 1,024 bytes, a page has four rows; a shard has 64."""
     with shardemb.open(tmp_path / "s", memory_budget=0) as store:
         arguments = {"num_embeddings": 300, "embedding_dim": 256, "rows_per_shard": 64}
         table = store.create_table("t", initializer=Uniform(-1, 1), **arguments)
@@ -621,9 +621,8 @@ def test_explain_counts_rows_by_where_they_lie(tmp_path):
         assert found.bytes_read == 4096 * (3 - found.pages_resident)
         assert found.path == "paged"
         assert found.tasks == 1
-        assert (
-            "9 ids, 8 distinct rows: 1 changed and in memory, 2 in the spill file, 1 never written"
-            in str(found)
+        assert "9 ids, 8 distinct rows: 1 changed and in memory, 2 in the spill file, 1 never written" in str(
+            found
         )
         store.commit()
         store.checkpoint()
@@ -649,11 +648,11 @@ def test_explain_of_a_cold_batch(tmp_path):
         assert found.path == "cold"
         assert found.bytes_read == 200 * 4096
         assert "16.0 x as much" in str(found)
-        assert table.explain(np.arange(0, 20_000, 100)) == found  # it has read nothing
+        assert table.explain(np.arange(0, 20_000, 100)) == found  # the first call has read nothing
 
 
 def since(table):
-    """What is counted since the table was opened, and what it takes in memory."""
+    """Return the stats that count since the table was opened, and those of its memory."""
     return {name: each for name, each in table.stats().items() if name not in ON_DISK}
 
 
@@ -661,7 +660,7 @@ ON_DISK = "bytes_mapped", "rows_written", "bytes_allocated", "shards"
 
 
 @pytest.mark.parametrize("initializer", [None, shardemb.initializers.Constant(1.0)])
-def test_stats_tell_what_is_written_by_shard(tmp_path, initializer):
+def test_stats_count_written_rows_by_shard(tmp_path, initializer):
     with shardemb.open(tmp_path / "s") as store:
         table = store.create_table(
             "t", num_embeddings=5000, embedding_dim=16, rows_per_shard=2048, initializer=initializer
@@ -676,9 +675,9 @@ def test_stats_tell_what_is_written_by_shard(tmp_path, initializer):
         table.prefetch([7], for_update=True)
         expected = [3, 1, 1]
         assert [shard["rows_written"] for shard in table.stats()["shards"]] == expected
-        store.commit()  # a new table is folded at once
+        store.commit()  # the first commit of a table folds it
         stats = table.stats()
-        # Without a bitmap whole blocks of 64 rows count, up to the last row.
+        # Without a bitmap, whole blocks of 64 rows are counted, up to the last row.
         written = expected if initializer else [64, 64, 64]
         assert [shard["rows_written"] for shard in stats["shards"]] == written
         assert [shard["bytes_allocated"] for shard in stats["shards"]] == [4096] * 3
