@@ -295,10 +295,9 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
         )
         tasks = [partial(change_rows, task) for task in pieces]
         with runtime.all_or_nothing("an update or write"):
-            for each, slots in zip(changes, places, strict=True):
-                each.shards.overlay.mark_changed(
-                    slots
-                )  # first: whatever happens then, a rollback restores them
+            # Marked before they change: should the change fail half way, a rollback has to find all of its rows.
+            for each, changed in zip(changes, places, strict=True):
+                each.shards.overlay.mark_changed(changed)
             scheduler.run(tasks, runtime.threads)
             for each in changes:
                 each.shards.totals.changes += 1
@@ -376,12 +375,12 @@ def _fill_slots(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) 
         for shards, rows in new:
             reserved.append(shards.overlay.reserve(rows))
         copies = [
-            partial(shards.copy, rows, slots) for (shards, rows), slots in zip(new, reserved, strict=True)
+            partial(shards.copy, rows, targets) for (shards, rows), targets in zip(new, reserved, strict=True)
         ]
         run_pieces(runtime, copies, [rows.size for _, rows in new], [s.spec.record_bytes for s, _ in new])
     except BaseException:
-        for (shards, _), slots in zip(new, reserved, strict=False):
-            shards.overlay.unreserve(slots)
+        for (shards, _), targets in zip(new, reserved, strict=False):
+            shards.overlay.unreserve(targets)
         raise
     # Not before the copies are complete: a lookup without the lock reads a slot as soon as the index leads to it.
     for i, (shards, rows) in enumerate(new):

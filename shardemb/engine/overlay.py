@@ -7,7 +7,7 @@ takes memory only around the rows that it holds: a table of a billion rows costs
 Whatever moves rows holds the store's lock, but lookups follow the index without it. Two orders of steps make that safe:
 
 - A record is complete before the index leads to it: a reserved slot is filled first and published afterwards. So a
-  lookup finds either the old copy of a row or the whole new one.
+  lookup finds the whole record, whether it looks before or after that.
 - Before a slot is used again, the index stops leading to it, and then `Overlay.version` changes. A lookup that began
   earlier may still read that slot, and find another row there. So it compares the version before with the version
   after, and starts over under the lock if they differ.
@@ -43,8 +43,8 @@ SLOT_BYTES, NODE_BYTES = 16, 64
 """Bytes of a slot besides its record, and bytes of a branch or a leaf of the index."""
 
 _MAX_SLOTS = 2**31 - 2
-"""An entry of the index is an int32, ``slot + 1`` or ``-(slot + 1)``."""
-_NO_ROWS = np.empty(0, np.int64)
+"""As many as an entry of the index can tell apart: it is an int32, ``slot + 1`` or ``-(slot + 1)``."""
+
 _NO_INDEX = np.empty(0, np.int32)
 
 

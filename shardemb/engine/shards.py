@@ -17,7 +17,7 @@ from shardemb.base.sampling import stream_key
 from shardemb.base.sizes import PAGE, round_up
 from shardemb.compute import residency, row_kernels
 from shardemb.engine.overlay import Overlay
-from shardemb.format import table_files
+from shardemb.format.table_files import TableLocation
 from shardemb.initializers import Constant
 from shardemb.storage import address_space, files, table_folder
 from shardemb.storage.log_reader import Images
@@ -96,7 +96,7 @@ class Shards:
     overlay : Overlay
         The rows in slots.
     successor : Shards or None
-        What took the place of this when the table was resized or resharded, or when that was undone.
+        What replaced this when the table was resized or resharded, or when that was undone.
     totals : Totals
     """
 
@@ -345,13 +345,18 @@ class Shards:
 
     # ---- files
 
+    @property
+    def location(self) -> TableLocation:
+        """The spec of the table and the folder that it is in now."""
+        return TableLocation(self.spec, self.directory)
+
     def shard_path(self, shard: int) -> Path:
         """Return the path of a row-shard's file, in the folder that the table is in now."""
-        return table_files.shard(self.spec, self.directory, shard).path
+        return self.location.shard(shard).path
 
     def presence_path(self, chunk: int) -> Path:
         """Return the path of a presence chunk's file, in the folder that the table is in now."""
-        return table_files.presence_chunk(self.spec, self.directory, chunk).path
+        return self.location.presence_chunk(chunk).path
 
 
 def create(spec: TableSpec, directory: Path, rows: Rows | None, progress: Progress = None) -> Shards:

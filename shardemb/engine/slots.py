@@ -36,7 +36,7 @@ _AHEAD = 16
 """How many slots ahead a state is prefetched: one pass that prefetches takes half the time of two that do not."""
 
 _EACH_BYTE = np.uint64(0x0101010101010101)
-"""Multiplied by a byte: a word with that byte in all eight places."""
+"""Times a byte, this is a word that repeats the byte eight times."""
 
 
 class Slots:

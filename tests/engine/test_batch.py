@@ -34,7 +34,7 @@ KINDS = {
 
 @pytest.fixture
 def tasks_run(monkeypatch):
-    """Make tasks as small as can be, and list how many each batch was cut into."""
+    """Make tasks as small as possible, and list how many each batch was cut into."""
     counts = []
     run = scheduler.run
 
@@ -156,7 +156,7 @@ def test_same_bits_for_any_task_size(path, tasks_run, monkeypatch, task_bytes, m
 )
 @settings(max_examples=60)
 def test_every_row_belongs_to_exactly_one_task(new_store, ids, threads, kind):
-    # Tasks of a position or two: where a row has more of them, cuts must be moved.
+    # Tasks of one or two positions: if a row has more, cuts have to be moved.
     with pytest.MonkeyPatch.context() as patch, new_store(threads=threads) as store:
         patch.setattr(plan, "TASK_BYTES", 1)
         arguments = {"num_embeddings": 200, "embedding_dim": 2, "rows_per_shard": 64} | KINDS[kind]
@@ -210,7 +210,7 @@ def test_many_tables_are_one_plan(store, tasks_run):
     }
     tasks_run.clear()
     store.update(batches)
-    assert sum(count > 1 for count in tasks_run) <= 3  # to ask for pages, to copy new rows, to change rows
+    assert sum(count > 1 for count in tasks_run) <= 3  # to request pages, to copy new rows, to change rows
     assert max(tasks_run) == 2 * scheduler.CORES
     for name, (ids, gradients) in batches.items():
         models[name].update(ids, gradients)
@@ -226,7 +226,7 @@ def test_many_tables_are_one_plan(store, tasks_run):
 
 
 def drop_caches(table):
-    """Let a committed table's pages leave memory, this process's and the kernel's; return whether they did."""
+    """Drop a committed table's pages from this process's memory and the kernel's; return whether they are gone."""
     mapped = inside.shards(table)
     mapped.overlay.evict(mapped.overlay.slots.count)
     mapped.release_pages(0, mapped.spec.num_embeddings)
@@ -253,7 +253,7 @@ def pages_in_memory(file):
 
 @pytest.fixture
 def reads_ahead(monkeypatch):
-    """List the rows whose pages were asked for."""
+    """List the rows whose pages were requested."""
     asked = []
     read_ahead = Shards.read_ahead
 
@@ -281,13 +281,15 @@ def test_cold_batches_equal_warm_ones(path, tasks_run, reads_ahead, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cold", [True, False])
-def test_same_bits_whatever_a_batch_is_taken_for(path, tasks_run, reads_ahead, monkeypatch, kind, cold):
+def test_same_bits_whether_a_batch_is_held_to_be_cold_or_warm(
+    path, tasks_run, reads_ahead, monkeypatch, kind, cold
+):
     monkeypatch.setattr(Shards, "is_cold", lambda self, ids, most: cold)
     train(path, KINDS[kind])
     assert bool(reads_ahead) == cold
 
 
-def test_all_pages_of_a_cold_batch_are_asked_for_once(store, tasks_run, reads_ahead, monkeypatch):
+def test_all_pages_of_a_cold_batch_are_requested_once(store, tasks_run, reads_ahead, monkeypatch):
     monkeypatch.setattr(Shards, "is_cold", lambda self, ids, most: True)
     table = store.create_table("t", num_embeddings=ROWS, embedding_dim=DIM, rows_per_shard=64)
     other = store.create_table("other", num_embeddings=ROWS, embedding_dim=DIM)
@@ -322,7 +324,7 @@ def test_rows_never_written_are_never_cold(store):
     assert not inside.shards(table).is_cold(np.arange(10**5), 32)
 
 
-def test_a_scratch_thread_finds_the_same(store, tasks_run):
+def test_a_lookup_in_another_thread_finds_the_same(store, tasks_run):
     # dask keeps a pool for each thread that computes; results and errors must come back through any of them.
     table = store.create_table("t", num_embeddings=ROWS, embedding_dim=DIM, initializer=Normal())
     expected = table.lookup(EVERYTHING)

@@ -1,4 +1,4 @@
-"""Memory of results: used again when nobody has it any more, and not before."""
+"""The memory of results is used again once nobody holds it any more, and not before."""
 
 import gc
 import threading
@@ -42,7 +42,7 @@ def test_memory_is_used_again_once_the_last_view_is_gone():
 @pytest.mark.parametrize(
     "alive", [np.asarray, memoryview, lambda a: a.view(np.int32), lambda a: a.reshape(-1)]
 )
-def test_whatever_stands_for_the_array_keeps_its_memory(alive):
+def test_whatever_refers_to_the_array_keeps_its_memory(alive):
     pool = OutputPool()
     array = pool.empty(SHAPE)
     array[:] = 7.0
@@ -79,7 +79,7 @@ def test_the_smallest_that_is_large_enough_is_taken():
     assert address(pool.empty(SHAPE)) == expected
 
 
-def test_no_more_is_kept_than_the_most():
+def test_no_more_is_kept_than_the_limit():
     pool = OutputPool()
     some = [pool.empty((MAX_BYTES // 4 // 64, 64)) for _ in range(6)]
     last = address(some[-1])
@@ -151,7 +151,7 @@ def test_arrays_that_are_made_together_are_what_np_empty_makes(shapes):
     assert [(each == number).all() for number, each in enumerate(arrays)] == [True] * len(shapes)
 
 
-def test_arrays_that_are_made_together_lie_side_by_side_until_the_last_is_gone():
+def test_arrays_that_are_made_together_are_contiguous_until_the_last_is_gone():
     pool = OutputPool()
     arrays = pool.empty_together(SHAPES)
     first = address(arrays[0])

@@ -1,4 +1,4 @@
-"""What `test_shards.py` does not reach: lookups beside rows that leave, and when a store lets them."""
+"""What `test_shards.py` does not cover: lookups while rows are evicted and spilled, and when a store does that."""
 
 import errno
 import threading
@@ -35,12 +35,12 @@ def new(store, name="t", **more):
 
 
 def spread(value, count=100):
-    """So many rows apart, and what to write there."""
+    """Ids of `count` rows, far apart, and what to write there."""
     ids = np.arange(count) * 19
     return ids, np.full((count, DIM), value, np.float32) + ids[:, None].astype(np.float32)
 
 
-def test_changes_beyond_the_budget_go_out_and_are_looked_up_all_the_same(store):
+def test_changes_beyond_the_budget_are_spilled_and_can_be_looked_up(store):
     table = new(store)
     written = np.zeros((ROWS, DIM), np.float32)
     for step in range(5):
@@ -52,7 +52,7 @@ def test_changes_beyond_the_budget_go_out_and_are_looked_up_all_the_same(store):
     assert overlay.spilled > 100
     assert overlay.slots.count <= 50
     assert_same_bits(table.lookup(np.arange(ROWS)), written)
-    assert overlay.slots.count <= 4096 + 50  # a lookup brings back a part at a time
+    assert overlay.slots.count <= 4096 + 50  # a lookup reloads one part at a time
     store.commit()
     assert_same_bits(table.lookup(np.arange(ROWS)), written)
     store.checkpoint()
@@ -101,7 +101,7 @@ def test_a_table_of_twenty_times_the_budget_trains_as_one_in_memory(tmp_path, bu
     large.close()
 
 
-def test_rollback_takes_what_is_out_along(store):
+def test_rollback_drops_spilled_rows_too(store):
     table = new(store)
     table.write(*spread(1.0))
     store.commit()
@@ -114,7 +114,7 @@ def test_rollback_takes_what_is_out_along(store):
     assert_same_bits(table.lookup(ids), rows)
 
 
-def test_prefetch_for_an_update_brings_the_newest_back(store):
+def test_prefetch_for_an_update_reloads_the_newest_records(store):
     table = new(store, optimizer=SGD(lr=1.0))
     ids, rows = spread(1.0)
     table.write(ids, rows)
@@ -178,8 +178,8 @@ def test_rows_that_cannot_be_read_back_are_refused_and_rolled_back(store, monkey
     assert_same_bits(table.lookup(ids), rows)
 
 
-def test_lookups_beside_paging_see_whole_batches(tmp_path):
-    """Every row that goes out while a lookup runs is looked up again."""
+def test_lookups_while_rows_are_spilled_see_whole_batches(tmp_path):
+    """Every row that is spilled while a lookup runs is looked up again."""
     with shardemb.open(tmp_path / "s", memory_budget=0, threads=1) as store:
         table = new(store)
         ids = np.arange(1000)
@@ -203,7 +203,7 @@ def test_lookups_beside_paging_see_whole_batches(tmp_path):
         store.commit()
 
 
-def test_a_row_that_leaves_in_the_middle_of_a_lookup_is_looked_up_again(store, monkeypatch):
+def test_a_row_that_is_spilled_in_the_middle_of_a_lookup_is_looked_up_again(store, monkeypatch):
     table = new(store)
     ids, rows = spread(1.0, 40)
     table.write(ids, rows)
@@ -224,7 +224,7 @@ def test_a_row_that_leaves_in_the_middle_of_a_lookup_is_looked_up_again(store, m
     monkeypatch.undo()
 
 
-def test_a_fork_cannot_read_what_is_out(store):
+def test_a_fork_cannot_read_spilled_rows(store):
     import os
 
     table = new(store)
@@ -246,8 +246,8 @@ def test_a_fork_cannot_read_what_is_out(store):
     assert_same_bits(table.lookup(ids), rows)
 
 
-def test_a_lookup_that_found_no_index_looks_again(store, monkeypatch):
-    """A row gets its slot, and its bit in the presence bitmap, between the two looks of a lookup at them."""
+def test_a_lookup_that_found_an_empty_index_looks_again(store, monkeypatch):
+    """A row gets a slot after the lookup read the index, and before it reads the presence bitmap."""
     table = new(store, initializer=Constant(5.0))
     mapped = inside.shards(table)
     entered, go_on, found = threading.Event(), threading.Event(), []
@@ -274,8 +274,8 @@ def test_a_lookup_that_found_no_index_looks_again(store, monkeypatch):
     monkeypatch.undo()
 
 
-def test_a_slot_that_a_lookup_reads_is_not_used_for_another_row_unnoticed(store, monkeypatch):
-    """The lookup begins while a row leaves, after the choice and before the index has forgotten it."""
+def test_a_lookup_notices_that_a_slot_it_reads_is_used_for_another_row(store, monkeypatch):
+    """The lookup begins while a row is evicted: its slot is chosen, but the index still leads there."""
     table = new(store)
     ids = np.arange(50)
     table.write(ids, np.ones((50, DIM), np.float32))
@@ -312,7 +312,7 @@ def test_a_slot_that_a_lookup_reads_is_not_used_for_another_row_unnoticed(store,
     monkeypatch.undo()
 
 
-def test_memory_of_tables_that_are_trained_in_turns_is_given_back(tmp_path):
+def test_memory_of_tables_that_are_trained_in_turns_is_released(tmp_path):
     budget, rows = 16 * 2**20, 60_000
     with shardemb.open(tmp_path / "s", memory_budget=budget, threads=1) as store:
         tables = [store.create_table(f"t{k}", num_embeddings=rows, embedding_dim=60) for k in range(8)]
@@ -335,7 +335,7 @@ def test_leaves_of_the_index_are_used_again(tmp_path):
 
 
 def test_clean_rows_of_one_table_make_room_for_another(tmp_path, monkeypatch):
-    """No fold is waited for, and nothing goes out."""
+    """Without waiting for a fold, and without spilling a row."""
     with shardemb.open(tmp_path / "s", memory_budget=2000 * (240 + 80)) as store:
         clean, dirty = new(store, "clean"), new(store, "dirty")
         clean.write(np.arange(900), np.ones((900, DIM), np.float32))
@@ -352,7 +352,7 @@ def test_clean_rows_of_one_table_make_room_for_another(tmp_path, monkeypatch):
         store.rollback()
 
 
-def test_a_spill_that_finds_the_disk_full_takes_no_room_of_it(store, monkeypatch):
+def test_a_spill_that_finds_the_disk_full_takes_no_space_of_it(store, monkeypatch):
     import os
 
     table = new(store)
@@ -374,7 +374,7 @@ def test_a_spill_that_finds_the_disk_full_takes_no_room_of_it(store, monkeypatch
     monkeypatch.undo()
 
 
-def test_prefetched_rows_are_not_the_first_to_leave(tmp_path):
+def test_prefetched_rows_are_not_the_first_to_be_evicted(tmp_path):
     with shardemb.open(tmp_path / "s", memory_budget=1000 * (240 + 80)) as store:
         table = new(store)
         table.write(np.arange(900), np.ones((900, DIM), np.float32))
@@ -387,8 +387,8 @@ def test_prefetched_rows_are_not_the_first_to_leave(tmp_path):
         assert (inside.shards(table).overlay._entries(np.arange(5000, 5300)) > 0).all()
 
 
-def test_memory_of_rows_that_left_here_and_there_is_given_back(tmp_path):
-    """Every tenth row stays, so no page is empty: those that stay move together."""
+def test_memory_of_rows_that_were_evicted_here_and_there_is_released(tmp_path):
+    """Every tenth row stays, so no page is empty; the rows that stay are moved together."""
     count, anonymous = 100_000, lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
     with shardemb.open(tmp_path / "s") as store:
         table = store.create_table("t", num_embeddings=count, embedding_dim=DIM)
@@ -433,13 +433,13 @@ def test_rows_that_move_while_a_lookup_runs_are_looked_up_again(store, monkeypat
 
 
 def slow_folds(monkeypatch):
-    """Let folds wait until the event that is returned is set."""
+    """Make folds wait until the returned event is set."""
     go_on, write = threading.Event(), fold.write
     monkeypatch.setattr(fold, "write", lambda *arguments: (go_on.wait(20), write(*arguments)))
     return go_on
 
 
-def test_rows_that_a_fold_holds_do_not_keep_others_from_leaving(tmp_path, monkeypatch):
+def test_rows_that_are_being_folded_do_not_keep_others_from_being_evicted(tmp_path, monkeypatch):
     with shardemb.open(tmp_path / "s", memory_budget=2000 * (240 + 80)) as store:
         clean, busy = new(store, "clean"), new(store, "busy")
         clean.write(np.arange(700), np.ones((700, DIM), np.float32))
@@ -464,7 +464,7 @@ def test_one_fold_is_waited_for_where_one_is_enough(tmp_path, monkeypatch):
         table = new(store)
         go_on = slow_folds(monkeypatch)
         table.write(np.arange(900), np.ones((900, DIM), np.float32))
-        store.commit()  # much is newer, so the fold begins
+        store.commit()  # most of the budget is dirty, so a fold begins
         table.write([950], np.ones((1, DIM), np.float32))
         store.commit()
         folds, start = [], type(inside.journal(store))._start
@@ -478,7 +478,7 @@ def test_one_fold_is_waited_for_where_one_is_enough(tmp_path, monkeypatch):
         store.rollback()
 
 
-def test_a_rollback_beside_a_fold_keeps_nothing_that_the_files_hold(tmp_path, monkeypatch):
+def test_a_rollback_during_a_fold_keeps_no_rows_that_the_files_hold(tmp_path, monkeypatch):
     with shardemb.open(tmp_path / "s") as store:
         table = new(store, initializer=Uniform(-1, 1))
         before = table.lookup(np.arange(2000))
@@ -496,7 +496,7 @@ def test_a_rollback_beside_a_fold_keeps_nothing_that_the_files_hold(tmp_path, mo
         assert_same_bits(table.lookup(np.arange(2000)), before)
 
 
-def test_a_spill_asks_for_no_more_than_is_needed_where_there_is_no_more(store, monkeypatch):
+def test_a_spill_makes_do_with_what_is_needed_if_the_disk_has_no_more(store, monkeypatch):
     table = new(store)
     table.write(*spread(1.0, 45))
     real = files.write
@@ -512,7 +512,7 @@ def test_a_spill_asks_for_no_more_than_is_needed_where_there_is_no_more(store, m
     monkeypatch.undo()
 
 
-def test_a_prefetch_neither_waits_nor_drives_others_out(store, monkeypatch):
+def test_a_prefetch_neither_waits_nor_spills_other_rows(store, monkeypatch):
     table = new(store)
     table.write(*spread(1.0, 49))
     monkeypatch.setattr(

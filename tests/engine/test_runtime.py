@@ -22,7 +22,7 @@ def runtime(**settings):
 
 @pytest.fixture(autouse=True)
 def ctrl_c():
-    """That SIGINT raises KeyboardInterrupt, which it does not where a shell started the tests in the background."""
+    """Make SIGINT raise KeyboardInterrupt, which it does not if a shell started the tests in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -30,7 +30,7 @@ def ctrl_c():
 
 @pytest.fixture
 def heard(ctrl_c):
-    """Handlers for both signals, which note what they are called with."""
+    """Handlers for both signals, which record what they are called with."""
     calls = []
     before = {number: signal.getsignal(number) for number in BOTH}
     for number in BOTH:
@@ -73,7 +73,7 @@ def test_every_signal_is_heard_in_the_order_in_which_they_came(heard):
 
 
 def test_a_handler_that_raises_does_not_swallow_the_next_signal(heard):
-    """Ctrl-C and then a SIGTERM: the process is to end, not only the call."""
+    """Ctrl-C and then SIGTERM: the process has to end, not only the call."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt):
         with_signals(signal.SIGINT, signal.SIGTERM)
@@ -206,7 +206,7 @@ def test_changes_exclude_each_other_and_may_be_nested():
     assert can_be_changed_by_another_thread(state)
 
 
-def test_the_lock_is_given_back_after_an_error():
+def test_the_lock_is_released_after_an_error():
     state = runtime()
     with pytest.raises(ZeroDivisionError), state.changing():
         raise ZeroDivisionError
@@ -217,7 +217,7 @@ def test_the_lock_is_given_back_after_an_error():
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError, MemoryError, KeyboardInterrupt])
-def test_a_change_that_breaks_off_stops_commits_until_rollback(error):
+def test_a_change_that_fails_half_way_stops_commits_until_rollback(error):
     state = runtime()
     with pytest.raises(error), state.all_or_nothing("an update"):
         raise error
@@ -227,7 +227,7 @@ def test_a_change_that_breaks_off_stops_commits_until_rollback(error):
     state.check_sound()
 
 
-def test_ctrl_c_lets_a_change_end_and_does_no_harm():
+def test_ctrl_c_waits_for_a_change_and_does_no_harm():
     state, done = runtime(), []
 
     def change():

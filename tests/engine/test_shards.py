@@ -27,8 +27,8 @@ def int64(rows):
     return np.array(sorted(set(rows)), np.int64)
 
 
-def take_in(table, rows):
-    """As `batch` does it: bring back what is out, copy what is new into slots."""
+def load(table, rows):
+    """As `batch` does it: reload spilled rows, copy new rows into slots."""
     table.overlay.reload(rows)
     places = table.overlay.places(rows)
     new = places == rows
@@ -39,9 +39,9 @@ def take_in(table, rows):
 
 
 def write(table, rows, values):
-    """As `batch` does it: take in, mark, overwrite weights."""
+    """As `batch` does it: load, mark, overwrite weights."""
     batch = plan.group(np.array(rows, np.int64), table.spec.num_embeddings)
-    places = take_in(table, batch.rows)
+    places = load(table, batch.rows)
     table.overlay.mark_changed(places)
     values = np.ascontiguousarray(values, np.float32).reshape(len(rows), table.spec.embedding_dim)
     row_kernels.scatter(table.records, places, batch.starts, batch.order, values, 0, batch.rows.size)
@@ -55,12 +55,12 @@ def look_up(table, rows, column="weight"):
     return out
 
 
-ROOM = MemoryBudget()
+UNLIMITED = MemoryBudget()
 NO_IMAGES = Images(np.empty(0, np.int64), np.empty(0, np.int64))
 
 
 def images_of(table, rows):
-    """What a log would hold of rows; the second value is what the images lie in."""
+    """What a log would hold of rows; the second value is the memory of the images."""
     records = np.empty((rows.size, table.spec.width), np.float32)
     table.pack(rows, 0, rows.size, records.ctypes.data)
     return Images(rows, records.ctypes.data + np.arange(rows.size) * table.spec.record_bytes), records
@@ -71,7 +71,7 @@ def save(table):
     images, memory = images_of(table, np.sort(table.changed_rows()))  # as a replay has them
     table.clear_changes()
     table.begin_fold()
-    fold.write([(table.spec, table.directory, images)], 2)
+    fold.write([(table.location, images)], 2)
     table.overlay.end_fold(folded=True)
     del memory
 
@@ -93,7 +93,7 @@ def in_memory(table):
     present = np.unpackbits(table.present, bitorder="little")
     for slots in table.overlay._all_slots():
         present[slots.owner[np.flatnonzero(slots.state & DIRTY)]] = 1
-    records[present[: rows.size] == 0] = 0  # a row that was only taken in has what it starts from in its slot
+    records[present[: rows.size] == 0] = 0  # a row that was only loaded has its initial record in its slot
     return records.tobytes(), np.packbits(present, bitorder="little").tobytes()
 
 
@@ -128,8 +128,8 @@ def histories(draw):
     event = st.one_of(
         st.tuples(st.just("write"), rows),
         st.tuples(st.just("write"), rows),
-        st.tuples(st.just("take in"), rows),
-        st.tuples(st.just("give back"), span),
+        st.tuples(st.just("load"), rows),
+        st.tuples(st.just("release pages"), span),
         st.tuples(st.sampled_from(["spill", "evict"]), st.sampled_from([1, 2, 1000])),
         st.tuples(st.sampled_from(["save", "forget", "compact"]), st.none()),
     )
@@ -149,14 +149,14 @@ def step(table, model, number, event, argument):
         values[:, 0] = argument
         write(table, argument, values)
         model.now = {**model.now, **dict.fromkeys(argument, number)}
-    elif event == "take in":
-        take_in(table, int64(argument))
-    elif event == "give back":
+    elif event == "load":
+        load(table, int64(argument))
+    elif event == "release pages":
         table.release_pages(argument[0], argument[1] + 1)
     elif event == "spill":
-        out, count = table.overlay.spilled, min(argument, table.overlay.slots.count)
+        before, count = table.overlay.spilled, min(argument, table.overlay.slots.count)
         table.overlay.spill(argument, table.directory)
-        assert table.overlay.spilled == out + count
+        assert table.overlay.spilled == before + count
     elif event == "compact":
         table.overlay.compact()
         assert table.overlay.idle_bytes == 0
@@ -166,7 +166,7 @@ def step(table, model, number, event, argument):
         assert on_disk(table) == in_memory(table)
         model.saved = model.now
     elif event == "forget":
-        table.forget_changes(NO_IMAGES, ROOM)
+        table.forget_changes(NO_IMAGES, UNLIMITED)
         assert not table.changes
         assert on_disk(table) == in_memory(table)
         model.now = model.saved
@@ -176,7 +176,7 @@ def step(table, model, number, event, argument):
 
 
 def check_changes(table):
-    """None is listed twice, and as many as are counted."""
+    """No row is listed twice, and as many are listed as are counted."""
     assert np.unique(table.changed_rows()).size == table.changed_rows().size == table.changes
 
 
@@ -210,7 +210,7 @@ def test_memory_files_and_a_model_agree_whatever_happens(history):
             check_changes(table)
             differ = {row for row, value in model.now.items() if model.saved.get(row) != value}
             assert differ <= set(table.changed_rows().tolist())
-        table.forget_changes(NO_IMAGES, ROOM)
+        table.forget_changes(NO_IMAGES, UNLIMITED)
         assert in_memory(table) == on_disk(table)
         del table
 
@@ -259,7 +259,7 @@ def test_going_back_gives_images_that_the_files_do_not_hold(tmp_path, spec):
     expected = in_memory(table)
     write(table, [1, 2, 700], np.full((3, spec.embedding_dim), 6.0))
     assert in_memory(table) != expected
-    table.forget_changes(images, ROOM)
+    table.forget_changes(images, UNLIMITED)
     assert in_memory(table) == expected
     assert not table.changes
     del memory
@@ -284,7 +284,7 @@ def test_rows_stay_until_the_files_hold_them(tmp_path):
     assert in_slots(table) == {1000}
 
 
-def test_giving_back_spares_what_lies_in_slots(tmp_path):
+def test_releasing_pages_spares_slots(tmp_path):
     table = create(tmp_path)
     write(table, [0, ROWS - 1], np.ones((2, 5)))
     save(table)
@@ -294,7 +294,7 @@ def test_giving_back_spares_what_lies_in_slots(tmp_path):
     assert look_up(table, [1]).min() == 2
 
 
-def test_rows_that_leave_give_their_memory_back(tmp_path):
+def test_memory_of_evicted_rows_is_released(tmp_path):
     table = create(tmp_path)
     rows = np.arange(ROWS)
     write(table, rows, np.ones((ROWS, 5)))
@@ -310,9 +310,9 @@ def anonymous():
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
 
 
-def test_rows_taken_in_are_counted_and_not_changed(tmp_path):
+def test_loaded_rows_are_counted_and_not_changed(tmp_path):
     table = create(tmp_path, LARGE_RECORDS)
-    take_in(table, int64([0, 5]))
+    load(table, int64([0, 5]))
     assert in_slots(table) == {0, 5}
     assert table.overlay.nbytes == 2 * (4100 + 16) + 2 * 64
     assert not table.changes
@@ -334,10 +334,10 @@ def test_rows_never_written_have_their_initial_values_in_every_column(tmp_path):
     assert (look_up(table, [6, 7, 8], "sum") == 0.5).all()
 
 
-def test_a_row_that_was_never_written_comes_into_its_slot_as_it_was_seen(tmp_path):
+def test_a_row_that_was_never_written_is_loaded_as_it_was_looked_up(tmp_path):
     table = create(tmp_path, make(500, 4, RowWiseAdagrad(), Uniform(-1, 1, seed=3)))
     fresh = look_up(table, range(500))
-    places = take_in(table, int64([3, 499]))
+    places = load(table, int64([3, 499]))
     np.testing.assert_array_equal(table.records[places, :4], fresh[[3, 499]])
     np.testing.assert_array_equal(look_up(table, range(500)), fresh)
 
@@ -346,8 +346,8 @@ def test_the_share_of_rows_that_have_to_be_drawn(tmp_path):
     table = create(tmp_path, make(500, 4, RowWiseAdagrad(), Uniform(-1, 1, seed=3)))
     rows = int64(range(64))
     assert table.share_drawn("weight", rows, 32) == 1
-    assert table.share_drawn("sum", rows, 32) == 0  # state starts from one value
-    take_in(table, rows[:32])  # rows in slots are there, whatever their bit says
+    assert table.share_drawn("sum", rows, 32) == 0  # all of it has one initial value
+    load(table, rows[:32])  # rows in slots have records, whatever their bit says
     assert table.share_drawn("weight", rows, 32) == 0.5
     assert table.share_drawn("weight", rows[40:41], 32) == 1
 
@@ -369,7 +369,7 @@ def test_a_batch_is_cold_when_its_pages_are_not_in_memory(tmp_path):
 
 
 def test_one_row_of_a_sample_makes_a_batch_cold(tmp_path):
-    """A page that is waited for takes the disk 100 us: a tenth of 65,536 take two cores a third of a second."""
+    """To wait for a page takes 100 us, so for a tenth of 65,536 it takes two cores a third of a second."""
     table = create(tmp_path, values=np.ones((ROWS, 5), np.float32))
     rows = int64(range(0, ROWS, 400))
     if not table.is_cold(rows, 32):
@@ -408,7 +408,7 @@ def parts_read(monkeypatch):
         (5, 5, []),
     ],
 )
-def test_rows_in_a_row_are_read_in_huge_pages(tmp_path, parts_read, start, stop, expected):
+def test_contiguous_rows_are_read_in_huge_pages(tmp_path, parts_read, start, stop, expected):
     values = np.random.default_rng(0).random((40_960, 64), np.float32)
     table = create(tmp_path, HUGE, values)
     rows = np.arange(start, stop)
@@ -421,7 +421,7 @@ def test_rows_in_a_row_are_read_in_huge_pages(tmp_path, parts_read, start, stop,
 @pytest.mark.parametrize(
     "rows", [np.delete(np.arange(40_960), 20_000), np.arange(0, 40_960, 2), np.arange(8_000)]
 )
-def test_no_more_is_read_than_is_asked_for(tmp_path, parts_read, rows):
+def test_no_more_is_read_than_is_requested(tmp_path, parts_read, rows):
     table = create(tmp_path, HUGE, np.ones((40_960, 64), np.float32))
     table.read_ahead(rows, 0, rows.size)
     assert parts_read == []
@@ -577,7 +577,7 @@ def test_a_missing_presence_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("may_create", [False, True])
 def test_a_chunk_that_zarr_deleted_reads_as_zeros(tmp_path, may_create):
-    """It does so when it is asked to fill one with zeros."""
+    """zarr deletes a chunk that it is to fill with zeros."""
     table = create(tmp_path, values=np.ones((ROWS, 5), np.float32))
     gone = table.shard_path(1)
     gone.unlink()
@@ -588,8 +588,8 @@ def test_a_chunk_that_zarr_deleted_reads_as_zeros(tmp_path, may_create):
     assert (look_up(again, [*range(begin), *range(end, ROWS)]) == 1).all()
 
 
-def test_hostile_sizes_are_refused_before_their_files_are_looked_for(tmp_path, monkeypatch):
-    """Looking for 2**40 files would take weeks."""
+def test_hostile_sizes_are_refused_before_their_files_are_searched(tmp_path, monkeypatch):
+    """To look for 2**40 files would take weeks."""
     monkeypatch.setattr(files, "size", lambda path: pytest.fail(f"looked for {path}"))
     spec = make(2**46, 16, rows_per_shard=64)
     for path, document in zarr_metadata.table_documents(spec).items():

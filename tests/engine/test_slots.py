@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from shardemb.engine.slots import CHANGED, DIRTY, FOLDING, TOUCHED, UNFOLDED, USED, Slots
 
-MOST = 200
+CAPACITY = 200
 
 
 def int64(values):
@@ -30,15 +30,15 @@ events = st.lists(
 
 @given(events)
 def test_slots_are_what_a_model_says(history):
-    slots, model, next_row = Slots(MOST), {}, 0  # slot: [row, unfolded, folding, changed]
+    slots, model, next_row = Slots(CAPACITY), {}, 0  # slot: [row, unfolded, folding, changed]
     for event, argument in history:
         if event == "allocate":
-            count = min(argument, MOST - len(model))
+            count = min(argument, CAPACITY - len(model))
             rows = int64(range(next_row, next_row + count))
             next_row += count
             end = slots.next_end(count)
             taken = slots.allocate(rows)
-            assert slots.end == end <= MOST
+            assert slots.end == end <= CAPACITY
             assert sorted(taken.tolist()) == taken.tolist()
             assert not set(taken.tolist()) & set(model)
             model |= {
@@ -92,7 +92,7 @@ def test_slots_are_what_a_model_says(history):
         assert set(np.flatnonzero(slots.state & USED).tolist()) == set(model)
 
 
-def test_slots_that_are_given_up_are_taken_again():
+def test_slots_that_are_freed_are_allocated_again():
     slots = Slots(10)
     slots.allocate(int64(range(10)))
     slots.free(int64([3, 7]))
@@ -102,7 +102,7 @@ def test_slots_that_are_given_up_are_taken_again():
     assert slots.end == slots.dirty == 0
 
 
-def test_what_is_known_of_records_moves_with_them():
+def test_the_flags_of_records_move_with_them():
     here, there = Slots(10), Slots(10)
     slots = here.allocate(int64(range(6)))
     here.mark_dirty(slots[:4])
@@ -117,13 +117,13 @@ def test_what_is_known_of_records_moves_with_them():
     assert here.dirty == here.changed == 0
 
 
-def test_those_touched_since_are_passed_over_once():
+def test_slots_that_were_touched_are_passed_over_once():
     slots = Slots(10)
     slots.allocate(int64(range(10)))
     slots.state[:10] &= ~TOUCHED
     slots.touch(int64([0, 1, 2]))
     assert slots.choose(2, exclude=np.uint8(0)).tolist() == [3, 4]
-    assert slots.choose(2, exclude=np.uint8(0)).tolist() == [5, 6]  # on from there
+    assert slots.choose(2, exclude=np.uint8(0)).tolist() == [5, 6]  # the hand continues from there
     assert not (slots.state[[3, 4]] & TOUCHED).any()
     assert slots.choose(10, exclude=np.uint8(0)).tolist() == list(range(10))
     assert slots.choose(0, exclude=np.uint8(0)).size == 0

@@ -53,7 +53,7 @@ def test_records_come_back_as_they_were(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_slots_that_are_given_up_are_used_again(tmp_path):
+def test_slots_that_are_freed_are_used_again(tmp_path):
     spill_file = new_spill_file(tmp_path)
     rng = np.random.default_rng(1)
     model = {}
@@ -75,8 +75,8 @@ def test_slots_that_are_given_up_are_used_again(tmp_path):
     assert file_bytes(spill_file) == 0
 
 
-def test_what_was_not_written_in_truth_is_noticed(tmp_path):
-    """After a write that failed behind its back the kernel may give back what was on the disk before."""
+def test_a_record_that_did_not_reach_the_disk_is_noticed(tmp_path):
+    """If the kernel could not write a page back, it may return what was on the disk before."""
     spill_file = new_spill_file(tmp_path)
     slots = write(spill_file, range(10))
     os.pwrite(spill_file._descriptor, b"?", 4 * 4 * WIDTH + 100)
@@ -85,7 +85,7 @@ def test_what_was_not_written_in_truth_is_noticed(tmp_path):
         read(spill_file, slots[4:5])
 
 
-def test_a_full_disk_keeps_nothing_of_a_call(tmp_path, monkeypatch):
+def test_a_full_disk_stores_no_record_of_a_call(tmp_path, monkeypatch):
     spill_file = new_spill_file(tmp_path)
     before = write(spill_file, range(5), 1)
     real, calls = files.write, []
@@ -115,7 +115,7 @@ def test_the_file_goes_with_the_object(tmp_path):
         os.fstat(descriptor)
 
 
-def test_a_file_system_without_nameless_files_will_do(tmp_path, monkeypatch):
+def test_a_file_system_without_unnamed_files_will_do(tmp_path, monkeypatch):
     real = os.open
 
     def refuse(path, flags, *more, **named):
