@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shardemb.base.sizes import PAGE
-from shardemb.format import table_files
 from shardemb.storage import checksums, files
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ class Usage:
 def measure(shards: Shards) -> Usage:
     """Measure all files of a table. The caller holds the store's lock."""
     spec = shards.spec
-    every = [table_files.shard(spec, shards.directory, number) for number in range(spec.num_shards)]
+    every = [shards.location.shard(number) for number in range(spec.num_shards)]
     count = _rows_with_bit if spec.has_presence else _rows_of_blocks
     rows = np.array([count(shards, file) for file in every], np.int64)
     dirty = shards.overlay.dirty_rows()
@@ -50,7 +49,7 @@ def measure(shards: Shards) -> Usage:
 
 def _rows_with_bit(shards: Shards, file: File) -> int:
     total = 0
-    for chunk, start, stop in table_files.presence_of(shards.spec, shards.directory, file.rows):
+    for chunk, start, stop in shards.location.presence_of(file.rows):
         with files.opened(chunk.path, os.O_RDONLY) as descriptor:
             for begin, end in files.data(descriptor, start, stop):
                 data = files.read_at(descriptor, end - begin, begin, chunk.path)
@@ -60,7 +59,7 @@ def _rows_with_bit(shards: Shards, file: File) -> int:
 
 def _rows_of_blocks(shards: Shards, file: File) -> int:
     """Count the rows in blocks that were ever written, for a table without a bitmap that says which rows were."""
-    path, start = table_files.checksums_path(shards.directory), 8 * file.first
+    path, start = shards.location.checksums_path, 8 * file.first
     written = 0
     with files.opened(path, os.O_RDONLY) as descriptor:
         for begin, end in files.data(descriptor, start, start + 8 * file.nbytes // PAGE):

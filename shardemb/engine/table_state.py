@@ -288,7 +288,7 @@ class TableState:
     ) -> Shards:
         spec = rewrite.resized(old.spec, count)
         directory = store_paths.parked(self.runtime.path, spec.uuid)
-        rewrite.resize(TableLocation(old.spec, old.directory), TableLocation(spec, directory))
+        rewrite.resize(old.location, TableLocation(spec, directory))
         try:
             new = Shards(spec, directory)
             new.adopt_changes(old, self.runtime.budget)
@@ -322,11 +322,7 @@ class TableState:
             commit_id=str(commit.id),
         )
         directory = rewrite.reshaped(
-            self.runtime.path,
-            TableLocation(old.spec, old.directory),
-            spec,
-            keep_state=keep,
-            progress=progress,
+            self.runtime.path, old.location, spec, keep_state=keep, progress=progress
         )
         self.become(Shards(spec, directory), before if keep else batch.Training(spec.optimizer, 0))
         try:

@@ -14,13 +14,6 @@ if TYPE_CHECKING:
     from shardemb.format.spec import TableSpec
 
 
-class TableLocation(NamedTuple):
-    """A table and its folder."""
-
-    spec: TableSpec
-    directory: Path
-
-
 class File(NamedTuple):
     """A shard or a chunk of the presence bitmap.
 
@@ -56,59 +49,59 @@ class File(NamedTuple):
         )
 
 
-def checksums_path(directory: Path) -> Path:
-    """File of a table's checksums."""
-    return directory / zarr_metadata.CHECKS / zarr_metadata.presence_key(0)
+class TableLocation(NamedTuple):
+    """A table and its folder, which determine its files."""
 
+    spec: TableSpec
+    directory: Path
 
-def shard(spec: TableSpec, directory: Path, number: int) -> File:
-    """Describe a row-shard."""
-    start = number * spec.rows_per_shard
-    return File(
-        # One joinpath takes half the time of two "/", and a table can have a thousand shards.
-        directory.joinpath(zarr_metadata.ROWS, zarr_metadata.shard_key(number)),
-        spec.shard_bytes,
-        number * spec.shard_bytes // PAGE,
-        (start, min(start + spec.rows_per_shard, spec.num_embeddings)),
-        8 * spec.record_bytes,
-        number,
-    )
+    @property
+    def checksums_path(self) -> Path:
+        """File of the table's checksums."""
+        return self.directory / zarr_metadata.CHECKS / zarr_metadata.presence_key(0)
 
+    def shard(self, number: int) -> File:
+        """Describe a row-shard."""
+        spec, start = self.spec, number * self.spec.rows_per_shard
+        return File(
+            # One joinpath takes half the time of two "/", and a table can have a thousand shards.
+            self.directory.joinpath(zarr_metadata.ROWS, zarr_metadata.shard_key(number)),
+            spec.shard_bytes,
+            number * spec.shard_bytes // PAGE,
+            (start, min(start + spec.rows_per_shard, spec.num_embeddings)),
+            8 * spec.record_bytes,
+            number,
+        )
 
-def presence_chunk(spec: TableSpec, directory: Path, number: int) -> File:
-    """Describe a chunk of the presence bitmap. Its blocks are numbered after those of all shards."""
-    rows = 8 * spec.presence_chunk_bytes
-    return File(
-        directory.joinpath(zarr_metadata.PRESENT, zarr_metadata.presence_key(number)),
-        spec.presence_chunk_bytes,
-        (spec.num_shards * spec.shard_bytes + number * spec.presence_chunk_bytes) // PAGE,
-        (number * rows, min((number + 1) * rows, spec.num_embeddings)),
-        1,
-        number,
-    )
+    def presence_chunk(self, number: int) -> File:
+        """Describe a chunk of the presence bitmap. Its blocks are numbered after those of all shards."""
+        spec, rows = self.spec, 8 * self.spec.presence_chunk_bytes
+        return File(
+            self.directory.joinpath(zarr_metadata.PRESENT, zarr_metadata.presence_key(number)),
+            spec.presence_chunk_bytes,
+            (spec.num_shards * spec.shard_bytes + number * spec.presence_chunk_bytes) // PAGE,
+            (number * rows, min((number + 1) * rows, spec.num_embeddings)),
+            1,
+            number,
+        )
 
+    def presence_of(self, rows: tuple[int, int]) -> Iterator[tuple[File, int, int]]:
+        """Describe the chunks that hold the presence bits of a half-open range of rows.
 
-def presence_of(spec: TableSpec, directory: Path, rows: tuple[int, int]) -> Iterator[tuple[File, int, int]]:
-    """Describe the chunks that hold the presence bits of a half-open range of rows.
+        Yields each chunk with the half-open range of bytes in it.
+        """
+        start, stop, nbytes = rows[0] // 8, -(-rows[1] // 8), self.spec.presence_chunk_bytes
+        for number in range(start // nbytes, -(-stop // nbytes)):
+            first = number * nbytes
+            yield self.presence_chunk(number), max(start - first, 0), min(stop - first, nbytes)
 
-    Yields each chunk with the half-open range of bytes in it.
-    """
-    start, stop, nbytes = rows[0] // 8, -(-rows[1] // 8), spec.presence_chunk_bytes
-    for number in range(start // nbytes, -(-stop // nbytes)):
-        first = number * nbytes
-        yield presence_chunk(spec, directory, number), max(start - first, 0), min(stop - first, nbytes)
+    def files(self) -> Iterator[File]:
+        """Describe all files that have checksums, in the order of their blocks."""
+        yield from map(self.shard, range(self.spec.num_shards))
+        yield from map(self.presence_chunk, range(self.spec.num_presence_chunks))
 
-
-def all_files(spec: TableSpec, directory: Path) -> Iterator[File]:
-    """Describe all files of a table that have checksums, in the order of their blocks."""
-    for number in range(spec.num_shards):
-        yield shard(spec, directory, number)
-    for number in range(spec.num_presence_chunks):
-        yield presence_chunk(spec, directory, number)
-
-
-def expected_files(spec: TableSpec, directory: Path) -> Iterator[tuple[Path, int]]:
-    """List all files of a table except its documents, each with the size that it must have."""
-    for file in all_files(spec, directory):
-        yield file.path, file.nbytes
-    yield checksums_path(directory), round_up(8 * spec.num_blocks, PAGE)
+    def expected_files(self) -> Iterator[tuple[Path, int]]:
+        """List all files except the documents, each with the size that it must have."""
+        for file in self.files():
+            yield file.path, file.nbytes
+        yield self.checksums_path, round_up(8 * self.spec.num_blocks, PAGE)

@@ -16,7 +16,6 @@ import numpy as np
 from shardemb.base.sizes import PAGE
 from shardemb.compute import file_blocks
 from shardemb.format.documents import checksum
-from shardemb.format.table_files import File, checksums_path
 from shardemb.storage import address_space, files
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shardemb.base.validation import Int64Array
+    from shardemb.format.table_files import File, TableLocation
 
 NEVER_WRITTEN, IN_FLUX, DAMAGED = 0, 1, 2
 """Real checksums are even and larger than these. `IN_FLUX` is added to the checksum of a block that is being written.
@@ -132,12 +132,12 @@ def _update(
         files.sync_data(descriptor, path)
 
 
-def write_file_sums(file: File, directory: Path) -> None:
+def write_file_sums(table: TableLocation, file: File) -> None:
     """Compute and write the checksums of a new file, all of which were `NEVER_WRITTEN`. Not synced.
 
     Holes and blocks of zeros keep `NEVER_WRITTEN`.
     """
-    path = checksums_path(directory)
+    path = table.checksums_path
     with files.opened(file.path, os.O_RDONLY) as source, files.opened(path, os.O_WRONLY) as target:
         for offset in range(0, file.nbytes, WINDOW_BYTES):
             end = min(offset + WINDOW_BYTES, file.nbytes)
@@ -150,7 +150,7 @@ def write_file_sums(file: File, directory: Path) -> None:
 
 
 def differing_blocks(
-    file: File, directory: Path, start: int, stop: int, memory: address_space.AddressRange
+    table: TableLocation, file: File, start: int, stop: int, memory: address_space.AddressRange
 ) -> Int64Array:
     """Compare a stretch of a file with its checksums; return the table-wide numbers of the blocks that differ.
 
@@ -163,7 +163,7 @@ def differing_blocks(
         The file or its checksums cannot be read.
     """
     first, count = file.first + start // PAGE, (stop - start) // PAGE
-    path = checksums_path(directory)
+    path = table.checksums_path
     with files.opened(path, os.O_RDONLY) as sums, files.opened_direct(file.path) as descriptor:
         known = _read_sums(sums, first, count, path)
         if next(files.holes(descriptor, start, stop), None) == (start, stop):
@@ -176,9 +176,9 @@ def differing_blocks(
     return first + np.flatnonzero(steady & (found != _content_sums(known)))
 
 
-def are_intact(file: File, directory: Path, start: int, data: memoryview) -> bool:
+def are_intact(table: TableLocation, file: File, start: int, data: memoryview) -> bool:
     """Whether whole blocks of a file, from `start` on, match their checksums. Nothing may write to them meanwhile."""
-    known = read_sums(checksums_path(directory), file.first + start // PAGE, len(data) // PAGE)
+    known = read_sums(table.checksums_path, file.first + start // PAGE, len(data) // PAGE)
     return bool((block_sums(data) == _content_sums(known)).all())
 
 

@@ -25,7 +25,6 @@ import numpy as np
 
 from shardemb.base.sizes import PAGE
 from shardemb.compute import file_blocks, scheduler
-from shardemb.format import table_files
 from shardemb.storage import address_space, checksums, files
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shardemb.base.validation import Int64Array
-    from shardemb.format.spec import TableSpec
+    from shardemb.format.table_files import File, TableLocation
     from shardemb.storage.log_reader import Images
 
 BUFFER_BLOCKS = 2048
@@ -50,7 +49,7 @@ class FilePatch(NamedTuple):
 
     Attributes
     ----------
-    file : table_files.File
+    file : File
     blocks : ndarray of int64
         Numbers, within the file, of the blocks that change; ascending.
     whole : ndarray of bool
@@ -60,7 +59,7 @@ class FilePatch(NamedTuple):
         ``set_bits(blocks, memory)`` sets to 1 every bit that `apply` would write.
     """
 
-    file: table_files.File
+    file: File
     blocks: Int64Array
     whole: NDArray[np.bool_]
     apply: Callable[[Int64Array, NDArray[np.uint8]], None]
@@ -153,7 +152,7 @@ def _stretches(blocks: Int64Array, cached: int, direct: int) -> list[_Stretch]:
     return stretches
 
 
-def write(tables: Sequence[tuple[TableSpec, Path, Images]], threads: int) -> None:
+def write(tables: Sequence[tuple[TableLocation, Images]], threads: int) -> None:
     """Write the images of all tables, each file in one task, and sync every file that was written.
 
     Raises
@@ -164,11 +163,11 @@ def write(tables: Sequence[tuple[TableSpec, Path, Images]], threads: int) -> Non
     records: list[_Task] = []
     bits: list[_Task] = []
     sums = []
-    for spec, directory, images in tables:
-        changed = list(patches(spec, directory, images))
+    for table, images in tables:
+        changed = list(patches(table, images))
         if not changed:
             continue
-        path = table_files.checksums_path(directory)
+        path = table.checksums_path
         blocks = np.concatenate([patch.file.first + patch.blocks for patch in changed])
         known, new = checksums.mark_in_flux(path, blocks), np.empty(blocks.size, np.uint64)
         sums.append((path, blocks, new))
@@ -192,8 +191,9 @@ def _run(tasks: Sequence[_Task], threads: int) -> None:
     scheduler.run([partial(some, task, number) for task in range(number)], threads)
 
 
-def patches(spec: TableSpec, directory: Path, images: Images) -> Iterator[FilePatch]:
+def patches(table: TableLocation, images: Images) -> Iterator[FilePatch]:
     """Yield what the images of a table change in each of its files, in the order of their blocks."""
+    spec = table.spec
     ones = np.full(spec.record_bytes, 255, np.uint8)
     for number, some in _by_file(images, spec.rows_per_shard):
         ids = some.ids - number * spec.rows_per_shard
@@ -202,7 +202,7 @@ def patches(spec: TableSpec, directory: Path, images: Images) -> Iterator[FilePa
         file_blocks.count_bytes(ids, spec.record_bytes, blocks, covered)
         same = np.full(ids.size, ones.ctypes.data)  # each record is "copied" from the ones
         yield FilePatch(
-            table_files.shard(spec, directory, number),
+            table.shard(number),
             blocks,
             covered == PAGE,
             partial(file_blocks.patch, some.addresses, ids, spec.record_bytes),
@@ -214,8 +214,7 @@ def patches(spec: TableSpec, directory: Path, images: Images) -> Iterator[FilePa
             blocks = file_blocks.pages(bits // 8, 1)
             set_bits = partial(file_blocks.patch_bits, bits)  # a fold only ever sets bits in a bitmap
             whole = np.zeros(blocks.size, np.bool_)
-            file = table_files.presence_chunk(spec, directory, number)
-            yield FilePatch(file, blocks, whole, set_bits, set_bits)
+            yield FilePatch(table.presence_chunk(number), blocks, whole, set_bits, set_bits)
 
 
 def _keeping(

@@ -18,7 +18,7 @@ from shardemb.base.progress import track
 from shardemb.base.sizes import PAGE
 from shardemb.compute import file_blocks
 from shardemb.errors import FormatError, StoreExistsError
-from shardemb.format import store_paths, table_files, zarr_metadata
+from shardemb.format import store_paths, zarr_metadata
 from shardemb.format.manifest import Manifest
 from shardemb.format.spec import shard_rows_multiple
 from shardemb.format.table_files import TableLocation
@@ -65,21 +65,21 @@ def resize(old: TableLocation, new: TableLocation) -> None:
     table_folder.check_mappings(spec)
     try:
         table_folder.write_documents(new.directory, zarr_metadata.table_documents(spec))
-        linked = {_shard(new, number).path for number in range(whole)}
-        for path, nbytes in table_files.expected_files(spec, new.directory):
+        linked = {new.shard(number).path for number in range(whole)}
+        for path, nbytes in new.expected_files():
             if path not in linked:
                 files.create_sparse(path, nbytes)
         for number in range(whole):
-            source, target = _shard(old, number), _shard(new, number)
+            source, target = old.shard(number), new.shard(number)
             if not files.link(source.path, target.path):
                 files.create_sparse(target.path, spec.shard_bytes)
                 copy_data(source.path, target.path, spec.shard_bytes)
         sums = whole * spec.shard_bytes // PAGE * 8
-        copy_data(table_files.checksums_path(old.directory), table_files.checksums_path(new.directory), sums)
+        copy_data(old.checksums_path, new.checksums_path, sums)
         if whole < spec.num_shards and rows < old.spec.num_embeddings:  # the table shrinks within a shard
             cut = (rows - whole * spec.rows_per_shard) * spec.record_bytes
-            _copy_checked(old, _shard(old, whole), _shard(new, whole), cut)
-            checksums.write_file_sums(_shard(new, whole), new.directory)
+            _copy_checked(old, old.shard(whole), new.shard(whole), cut)
+            checksums.write_file_sums(new, new.shard(whole))
         _copy_presence(old, new, rows)
     except BaseException:
         files.remove_tree(new.directory)
@@ -88,13 +88,13 @@ def resize(old: TableLocation, new: TableLocation) -> None:
 
 def _copy_presence(old: TableLocation, new: TableLocation, rows: int) -> None:
     for number in range(min(old.spec.num_presence_chunks, new.spec.num_presence_chunks)):
-        source = table_files.presence_chunk(old.spec, old.directory, number)
-        target = table_files.presence_chunk(new.spec, new.directory, number)
+        source = old.presence_chunk(number)
+        target = new.presence_chunk(number)
         bits = min(8 * min(source.nbytes, target.nbytes), rows - target.rows[0])
         _copy_checked(old, source, target, -(-bits // 8))
         if bits % 8:
             _clear_after(target.path, bits)
-        checksums.write_file_sums(target, new.directory)
+        checksums.write_file_sums(new, target)
 
 
 def _copy_checked(old: TableLocation, source: File, target: File, nbytes: int) -> None:
@@ -160,7 +160,7 @@ def reshape(old: TableLocation, new: TableLocation, *, keep_state: bool, advance
     """
     _begin(new)
     for number in range(new.spec.num_shards):
-        file = _shard(new, number)
+        file = new.shard(number)
         if files.size(file.path) is None:
             staged = files.staged(file.path)
             files.remove(staged)
@@ -169,7 +169,7 @@ def reshape(old: TableLocation, new: TableLocation, *, keep_state: bool, advance
             files.publish(file.path)
         advance(file.rows[1] - file.rows[0])
     for number in range(new.spec.num_presence_chunks):
-        checksums.write_file_sums(table_files.presence_chunk(new.spec, new.directory, number), new.directory)
+        checksums.write_file_sums(new, new.presence_chunk(number))
 
 
 def _begin(new: TableLocation) -> None:
@@ -182,7 +182,7 @@ def _begin(new: TableLocation) -> None:
     table_folder.write_documents(
         new.directory, {name: each for name, each in documents.items() if name != zarr_metadata.DOCUMENT}
     )
-    for path, nbytes in table_files.expected_files(new.spec, new.directory):
+    for path, nbytes in new.expected_files():
         if path.parent.name != zarr_metadata.ROWS:
             files.create_sparse(path, nbytes)
     files.sync_tree(new.directory)
@@ -194,7 +194,7 @@ def _fill(old: TableLocation, new: TableLocation, file: File, staged: Path, *, k
     spec, (begin, end) = new.spec, file.rows
     multiple = shard_rows_multiple(spec.record_bytes)
     step = max(1, WINDOW_BYTES // (multiple * spec.record_bytes)) * multiple
-    sums_path = table_files.checksums_path(new.directory)
+    sums_path = new.checksums_path
     with (
         files.opened(staged, os.O_WRONLY) as target,
         files.opened(sums_path, os.O_WRONLY) as sums,
@@ -227,7 +227,7 @@ def _fill(old: TableLocation, new: TableLocation, file: File, staged: Path, *, k
 def _write_presence(new: TableLocation, start: int, written: NDArray[np.bool_]) -> None:
     """Write the presence bits of rows from `start` on, which is a multiple of 8, durably."""
     bits, done = np.packbits(written, bitorder="little").data, 0
-    for file, begin, end in table_files.presence_of(new.spec, new.directory, (start, start + written.size)):
+    for file, begin, end in new.presence_of((start, start + written.size)):
         with files.opened(file.path, os.O_WRONLY) as descriptor:
             files.write(descriptor, bits[done : done + end - begin], begin, file.path)
             files.sync_data(descriptor, file.path)
@@ -239,7 +239,7 @@ def _read(old: TableLocation, start: int, stop: int) -> tuple[Float32Array, NDAr
     spec = old.spec
     records = np.zeros((stop - start, spec.width), np.float32)
     for number in range(start // spec.rows_per_shard, (stop - 1) // spec.rows_per_shard + 1):
-        file = _shard(old, number)
+        file = old.shard(number)
         begin, end = max(start, file.rows[0]), min(stop, file.rows[1])
         first, last = ((row - file.rows[0]) * spec.record_bytes for row in (begin, end))
         low, high = first // PAGE * PAGE, -(-last // PAGE) * PAGE
@@ -255,7 +255,7 @@ def _read(old: TableLocation, start: int, stop: int) -> tuple[Float32Array, NDAr
 def _written(old: TableLocation, start: int, stop: int) -> NDArray[np.bool_]:
     """Read the presence bits of rows ``start:stop``."""
     parts = []
-    for file, begin, end in table_files.presence_of(old.spec, old.directory, (start, stop)):
+    for file, begin, end in old.presence_of((start, stop)):
         low, high = begin // PAGE * PAGE, -(-end // PAGE) * PAGE
         with files.opened(file.path, os.O_RDONLY) as descriptor:
             data = _read_intact(old, file, descriptor, low, high)
@@ -309,12 +309,12 @@ def copy_store(
 
 def _bytes_of(table: TableLocation) -> int:
     """Return the bytes of the files of a table, including holes."""
-    return sum(nbytes for _, nbytes in table_files.expected_files(table.spec, table.directory))
+    return sum(nbytes for _, nbytes in table.expected_files())
 
 
 def _copy_table(table: TableLocation, directory: Path, advance: Advance) -> None:
     table_folder.write_documents(directory, zarr_metadata.table_documents(table.spec))
-    for path, nbytes in table_files.expected_files(table.spec, table.directory):
+    for path, nbytes in table.expected_files():
         target = directory / path.relative_to(table.directory)
         files.create_sparse(target, nbytes)
         copy_data(path, target, nbytes)
@@ -330,10 +330,6 @@ def copy_data(source: Path, target: Path, nbytes: int) -> None:
 
 
 # ---- reading --------------------------------------------------------------------------------------------------
-
-
-def _shard(table: TableLocation, number: int) -> File:
-    return table_files.shard(table.spec, table.directory, number)
 
 
 def _windows(descriptor: int, nbytes: int) -> list[tuple[int, int]]:
@@ -354,7 +350,7 @@ def _read_intact(table: TableLocation, file: File, descriptor: int, start: int, 
         A block does not match.
     """
     data = files.read_at(descriptor, stop - start, start, file.path)
-    if not checksums.are_intact(file, table.directory, start, memoryview(data)):
+    if not checksums.are_intact(table, file, start, memoryview(data)):
         msg = f"{file.path} is damaged; store.verify() lists the rows, restore them from a copy of the store"
         raise FormatError(msg)
     return data

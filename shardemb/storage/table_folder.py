@@ -10,7 +10,8 @@ import numpy as np
 
 from shardemb.base.progress import track
 from shardemb.errors import FormatError, ShardEmbError
-from shardemb.format import table_files, zarr_metadata
+from shardemb.format import zarr_metadata
+from shardemb.format.table_files import TableLocation
 from shardemb.storage import address_space, checksums, files, folders
 
 if TYPE_CHECKING:
@@ -49,12 +50,12 @@ def create(spec: TableSpec, directory: Path, rows: Rows | None, progress: Progre
     check_mappings(spec)
     try:
         write_documents(directory, zarr_metadata.table_documents(spec))
-        for path, nbytes in table_files.expected_files(spec, directory):
+        for path, nbytes in TableLocation(spec, directory).expected_files():
             files.create_sparse(path, nbytes)
         total = 0 if rows is None else spec.num_embeddings
         with track(total, f"copying rows into {spec.stream!r}", progress=progress) as advance:
             if rows is not None:
-                _write_rows(spec, directory, rows, advance)
+                _write_rows(TableLocation(spec, directory), rows, advance)
     except BaseException:
         files.remove_tree(directory)
         raise
@@ -126,7 +127,7 @@ def spec_of(directory: Path, *, may_miss: bool) -> TableSpec:
     fatal = [
         path
         for path, _ in missing
-        if spec.has_presence or not may_miss or path == table_files.checksums_path(directory)
+        if spec.has_presence or not may_miss or path == TableLocation(spec, directory).checksums_path
     ]
     if fatal:
         msg = f"{fatal[0]} is missing ({len(missing)} in all); restore it from a copy of the store"
@@ -143,7 +144,7 @@ def find_missing(spec: TableSpec, directory: Path) -> list[tuple[Path, int]]:
         The size of a file is not what the metadata says.
     """
     missing = []
-    for path, nbytes in table_files.expected_files(spec, directory):
+    for path, nbytes in TableLocation(spec, directory).expected_files():
         found = files.size(path)
         if found is None:
             missing.append((path, nbytes))
@@ -156,11 +157,12 @@ def find_missing(spec: TableSpec, directory: Path) -> list[tuple[Path, int]]:
     return missing
 
 
-def _write_rows(spec: TableSpec, directory: Path, rows: Rows, advance: Advance) -> None:
+def _write_rows(table: TableLocation, rows: Rows, advance: Advance) -> None:
     """Write all rows directly into new files, so that bulk data never takes private memory."""
+    spec = table.spec
     block_rows = max(1, _BLOCK_BYTES // spec.record_bytes)
-    for shard in range(spec.num_shards):
-        file = table_files.shard(spec, directory, shard)
+    for number in range(spec.num_shards):
+        file = table.shard(number)
         begin, end = file.rows
         with files.opened(file.path, os.O_WRONLY) as descriptor:
             for start in range(begin, end, block_rows):
@@ -170,12 +172,12 @@ def _write_rows(spec: TableSpec, directory: Path, rows: Rows, advance: Advance) 
                 records[:, spec.embedding_dim :] = spec.initial_state
                 files.write(descriptor, records.data, (start - begin) * spec.record_bytes, file.path)
                 advance(stop - start)
-            checksums.write_file_sums(file, directory)
+            checksums.write_file_sums(table, file)
             files.sync(descriptor, file.path)
             files.drop_cached(descriptor)
-    for chunk in range(spec.num_presence_chunks):
-        file = table_files.presence_chunk(spec, directory, chunk)
+    for number in range(spec.num_presence_chunks):
+        file = table.presence_chunk(number)
         bits = np.packbits(np.ones(file.rows[1] - file.rows[0], np.bool_), bitorder="little")
         with files.opened(file.path, os.O_WRONLY) as descriptor:
             files.write(descriptor, bits.data, 0, file.path)
-        checksums.write_file_sums(file, directory)
+        checksums.write_file_sums(table, file)

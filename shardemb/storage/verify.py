@@ -20,7 +20,8 @@ from shardemb.base import progress
 from shardemb.base.sizes import PAGE
 from shardemb.compute import file_blocks, scheduler
 from shardemb.errors import FormatError
-from shardemb.format import table_files, zarr_metadata
+from shardemb.format import zarr_metadata
+from shardemb.format.table_files import TableLocation
 from shardemb.storage import address_space, checksums, files, fold, folders
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Progress
     from shardemb.base.validation import Int64Array
-    from shardemb.format.spec import TableSpec
+    from shardemb.format.table_files import File
     from shardemb.storage.log_reader import Replay
 
     Steady: TypeAlias = Callable[
@@ -76,15 +77,14 @@ class Target(NamedTuple):
     """A table to verify."""
 
     name: str
-    spec: TableSpec
-    directory: Path
+    table: TableLocation
 
 
 class Suspect(NamedTuple):
     """Blocks of a file that are damaged, unless they are just being written."""
 
     target: Target
-    file: table_files.File
+    file: File
     blocks: Int64Array
 
 
@@ -99,11 +99,11 @@ def damage(targets: Mapping[str, Target], threads: int, shown: Progress, steady:
         if not found and not suspects:
             return []
         with steady(bool(suspects)) as (directories, newest):
-            if all(directories.get(uuid) == target.directory for uuid, target in targets.items()):
+            if all(directories.get(uuid) == target.table.directory for uuid, target in targets.items()):
                 return found + confirm(suspects, newest)
         # A table that does not exist any more was dropped: that is no damage.
         targets = {
-            uuid: Target(target.name, target.spec, directories[uuid])
+            uuid: Target(target.name, TableLocation(target.table.spec, directories[uuid]))
             for uuid, target in targets.items()
             if uuid in directories
         }
@@ -119,12 +119,8 @@ def scan(targets: Sequence[Target], threads: int, shown: Progress) -> tuple[list
         found = list(_structure(target))
         damage += found
         names = {each.path for each in found}
-        if not names & {str(target.directory), str(table_files.checksums_path(target.directory))}:
-            readable += [
-                (target, file)
-                for file in table_files.all_files(target.spec, target.directory)
-                if str(file.path) not in names
-            ]
+        if not names & {str(target.table.directory), str(target.table.checksums_path)}:
+            readable += [(target, file) for file in target.table.files() if str(file.path) not in names]
     stretches = [
         (target, file, start, min(start + STRETCH_BYTES, file.nbytes))
         for target, file in readable
@@ -141,7 +137,7 @@ def scan(targets: Sequence[Target], threads: int, shown: Progress) -> tuple[list
             for target, file, begin, end in stretches[task::number]:
                 if stop.is_set():
                     break
-                blocks = _differing(target, file, begin, end, memory)
+                blocks = _differing(target.table, file, begin, end, memory)
                 suspects += [Suspect(target, file, blocks)] if blocks.size else []
                 advance(end - begin)
             return suspects
@@ -163,12 +159,12 @@ def confirm(suspects: Sequence[Suspect], newest: Callable[[], Replay]) -> list[D
 
 
 def _still_damaged(suspect: Suspect, newest: Replay) -> Int64Array:
-    target, file, blocks = suspect
-    patches = fold.patches(target.spec, target.directory, newest.images(target.spec))
+    (_, table), file, blocks = suspect
+    patches = fold.patches(table, newest.images(table.spec))
     patch = next((each for each in patches if each.file.path == file.path), None)
     memory = address_space.AddressRange(PAGE)
     memory.map_zeros(0, PAGE)
-    damaged = [block for block in blocks.tolist() if _is_damaged(target, file, block, patch, memory)]
+    damaged = [block for block in blocks.tolist() if _is_damaged(table, file, block, patch, memory)]
     return np.array(damaged, np.int64)
 
 
@@ -183,13 +179,13 @@ def _damage(suspect: Suspect) -> Iterator[Damage]:
 
 
 def _is_damaged(
-    target: Target,
-    file: table_files.File,
+    table: TableLocation,
+    file: File,
     block: int,
     patch: fold.FilePatch | None,
     memory: address_space.AddressRange,
 ) -> bool:
-    content, path = memory.array(np.uint8, (1, PAGE)), table_files.checksums_path(target.directory)
+    content, path = memory.array(np.uint8, (1, PAGE)), table.checksums_path
     inside = np.array([block - file.first])
     try:
         known = checksums.read_sums(path, block, 1)
@@ -206,26 +202,26 @@ def _is_damaged(
 
 
 def _structure(target: Target) -> Iterator[Damage]:
-    name, spec, directory = target
+    name, table = target
     try:
-        zarr_metadata.table_spec(folders.documents(directory))
+        zarr_metadata.table_spec(folders.documents(table.directory))
     except FormatError as error:
-        yield Damage(name, None, None, str(directory), str(error))
+        yield Damage(name, None, None, str(table.directory), str(error))
         return
-    of_path = {file.path: file for file in table_files.all_files(spec, directory)}
-    for path, nbytes in table_files.expected_files(spec, directory):
+    of_path = {file.path: file for file in table.files()}
+    for path, nbytes in table.expected_files():
         found = files.size(path)
         if found != nbytes:
             what = "is missing" if found is None else f"has {found} bytes instead of {nbytes}"
             file = of_path.get(path)
-            number, rows = (file.number, file.rows) if file else (None, (0, spec.num_embeddings))
+            number, rows = (file.number, file.rows) if file else (None, (0, table.spec.num_embeddings))
             yield Damage(name, number, rows, str(path), what)
 
 
 def _differing(
-    target: Target, file: table_files.File, start: int, stop: int, memory: address_space.AddressRange
+    table: TableLocation, file: File, start: int, stop: int, memory: address_space.AddressRange
 ) -> Int64Array:
     try:
-        return checksums.differing_blocks(file, target.directory, start, stop, memory)
+        return checksums.differing_blocks(table, file, start, stop, memory)
     except OSError:  # a bad sector, or the file was removed meanwhile: confirm it
         return file.first + np.arange(start // PAGE, stop // PAGE)

@@ -11,7 +11,7 @@ from support.specs import make
 
 from shardemb.base.sizes import PAGE
 from shardemb.compute import file_blocks
-from shardemb.format import table_files
+from shardemb.format.table_files import TableLocation
 from shardemb.initializers import Constant
 from shardemb.storage import checksums, files
 
@@ -21,7 +21,7 @@ SPEC = make(
 
 
 def test_blocks_are_numbered_through_shards_and_presence(tmp_path):
-    every = list(table_files.all_files(SPEC, tmp_path))
+    every = list(TableLocation(SPEC, tmp_path).files())
     assert [file.first for file in every] == [0, 100, 200, 300, 400]
     assert sum(file.nbytes for file in every) == SPEC.num_blocks * PAGE == 403 * PAGE
     assert every[3].rows == (61_440, 70_000)
@@ -31,7 +31,7 @@ def test_blocks_are_numbered_through_shards_and_presence(tmp_path):
 
 def test_rows_of_a_block():
     """A block has 204.8 rows of 20 bytes, so some rows lie in two blocks."""
-    first, last, bits = (list(table_files.all_files(SPEC, Path("x")))[i] for i in (0, 3, 4))
+    first, last, bits = (list(TableLocation(SPEC, Path("x")).files())[i] for i in (0, 3, 4))
     assert first.rows_of(0) == (0, 205)
     assert first.rows_of(1) == (204, 410)
     assert last.rows_of(300) == (61_440, 61_645)

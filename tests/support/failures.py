@@ -23,7 +23,8 @@ import shardemb
 from shardemb.compute import file_blocks
 from shardemb.engine import table_state
 from shardemb.errors import DiskFullError, PoisonedError, ShardEmbError
-from shardemb.format import table_files, zarr_metadata
+from shardemb.format import zarr_metadata
+from shardemb.format.table_files import TableLocation
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD, Adam
 from shardemb.storage import files, fold, log_writer
@@ -237,7 +238,7 @@ def strays(store):
             folder / zarr_metadata.DOCUMENT,
             *(folder / each / zarr_metadata.DOCUMENT for each in zarr_metadata.ARRAYS),
         }
-        own |= {path for path, _ in table_files.expected_files(inside.state(table).spec, folder)}
+        own |= {path for path, _ in TableLocation(inside.state(table).spec, folder).expected_files()}
     found = {path for path in store.path.glob("[!.]*/**/*") if path.is_file()}
     found |= {path for path in store.path.iterdir() if path.name != ".shardemb" and path.name not in store}
     return sorted(found - own) + sorted(store.path.glob(".shardemb/tables/*"))

@@ -308,9 +308,7 @@ def presence_not_folded(patch):
     patch.setattr(
         fold,
         "patches",
-        lambda spec, directory, images: (
-            each for each in real(spec, directory, images) if "present" not in each.file.path.parts
-        ),
+        lambda table, images: (each for each in real(table, images) if "present" not in each.file.path.parts),
     )
 
 
