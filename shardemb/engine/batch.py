@@ -396,7 +396,7 @@ def _make_room(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -
     if budget.has_room(sum(rows.size * shards.overlay.row_bytes for shards, rows in batches)):
         return  # there is room even if all of them are new, so they need not be counted
     for shards, rows in batches:
-        shards.overlay.touch(rows)  # or those of the batch that are in memory could be evicted
+        shards.overlay.mark_touched(rows)  # or those of the batch that are in memory could be evicted
     budget.make_room(
         sum(shards.overlay.count_new(rows) * shards.overlay.row_bytes for shards, rows in batches)
     )

@@ -175,10 +175,10 @@ class Overlay:
         """Note that rows in slots are about to differ from the last commit."""
         self.slots.mark_changed(places - self.first_slot)
 
-    def touch(self, rows: Int64Array) -> None:
+    def mark_touched(self, rows: Int64Array) -> None:
         """Note that rows are in use, so that those in slots are evicted last."""
         entries = self._entries(rows)
-        self.slots.touch(entries[entries > 0].astype(np.int64) - 1)
+        self.slots.mark_touched(entries[entries > 0].astype(np.int64) - 1)
 
     # ---- changes
 

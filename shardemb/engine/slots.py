@@ -135,7 +135,7 @@ class Slots:
             self.state[: self.end] &= ~CHANGED
             self.changed = 0
 
-    def touch(self, slots: Int64Array) -> None:
+    def mark_touched(self, slots: Int64Array) -> None:
         """Note that slots are in use, so that `choose` passes them over once."""
         _set_bits(self.state, slots, TOUCHED, TOUCHED)
 

@@ -15,7 +15,7 @@ events = st.lists(
     st.one_of(
         st.tuples(st.just("allocate"), st.integers(0, 30)),
         st.tuples(
-            st.sampled_from(["free", "mark_dirty", "mark_changed", "touch"]),
+            st.sampled_from(["free", "mark_dirty", "mark_changed", "mark_touched"]),
             st.randoms(use_true_random=False),
         ),
         st.tuples(st.just("begin fold"), st.none()),
@@ -45,7 +45,7 @@ def test_slots_are_what_a_model_says(history):
                 slot: [row, False, False, False]
                 for slot, row in zip(taken.tolist(), rows.tolist(), strict=True)
             }
-        elif event in ("free", "mark_dirty", "mark_changed", "touch"):
+        elif event in ("free", "mark_dirty", "mark_changed", "mark_touched"):
             some = [slot for slot in model if argument.random() < 0.4]
             getattr(slots, event)(int64(some))
             for slot in some:
@@ -121,7 +121,7 @@ def test_slots_that_were_touched_are_passed_over_once():
     slots = Slots(10)
     slots.allocate(int64(range(10)))
     slots.state[:10] &= ~TOUCHED
-    slots.touch(int64([0, 1, 2]))
+    slots.mark_touched(int64([0, 1, 2]))
     assert slots.choose(2, exclude=np.uint8(0)).tolist() == [3, 4]
     assert slots.choose(2, exclude=np.uint8(0)).tolist() == [5, 6]  # the hand continues from there
     assert not (slots.state[[3, 4]] & TOUCHED).any()
