@@ -44,6 +44,19 @@ if TYPE_CHECKING:
     from shardemb.vocabulary.keyed_rows import KeyedRows
 
 
+class TableRequest(NamedTuple):
+    """What a user asks of a new table, none of it checked; see `Store.create_table`."""
+
+    name: str
+    num_embeddings: int | None
+    embedding_dim: int
+    vocabulary: str | None
+    counters: bool
+    initializer: initializers.Initial | None
+    optimizer: Optimizer | None
+    rows_per_shard: int | None
+
+
 class Reader(NamedTuple):
     """How a store that is open for reading sees what a writer has changed meanwhile.
 
@@ -139,35 +152,24 @@ class Session:
         table = self.find(name)
         return self.vocabularies.keyed(table) or table
 
-    def create_table(
-        self,
-        name: str,
-        *,
-        num_embeddings: int | None,
-        embedding_dim: int,
-        vocabulary: str | None,
-        counters: bool,
-        initializer: initializers.Initial | None,
-        optimizer: Optimizer | None,
-        rows_per_shard: int | None,
-        progress: Progress,
-    ) -> TableState:
+    def create_table(self, wanted: TableRequest, progress: Progress) -> TableState:
         """Create a table; see `Store.create_table`."""
+        name, vocabulary = wanted.name, wanted.vocabulary
         # A vocabulary must not give out rows while it is decided how many the table begins with.
         with self.vocabularies.all_locked() if vocabulary else self.runtime.changing():
             self.runtime.check_sound()
             self.tables.require_free(check_name(name))
             bound = None if vocabulary is None else self.vocabularies.find(vocabulary)
             shape, rows_per_shard = keyed_rows.first_shape(
-                bound, num_embeddings, embedding_dim, rows_per_shard
+                bound, wanted.num_embeddings, wanted.embedding_dim, wanted.rows_per_shard
             )
-            kind, rows = initializers.resolve(initializer, shape)
+            kind, rows = initializers.resolve(wanted.initializer, shape)
             spec = new_spec(
                 self.tables.unused_stream(name),
                 shape,
                 initializer=kind,
-                optimizer=optimizer,
-                counters=counters,
+                optimizer=wanted.optimizer,
+                counters=wanted.counters,
                 rows_per_shard=rows_per_shard,
                 max_shards=address_space.mappings_left(),
             )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from weakref import WeakValueDictionary
 
 from shardemb.store.keyed_table import KeyedTable
+from shardemb.store.session import TableRequest
 from shardemb.store.table import Table
 from shardemb.store.vocabulary import Vocabulary
 
@@ -160,8 +161,8 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> table.shape
         (1000000, 16)
         """
-        created = self._session.create_table(
-            name,
+        wanted = TableRequest(
+            name=name,
             num_embeddings=num_embeddings,
             embedding_dim=embedding_dim,
             vocabulary=vocabulary,
@@ -169,9 +170,8 @@ class Store(Mapping[str, "Table | KeyedTable"]):
             initializer=initializer,
             optimizer=optimizer,
             rows_per_shard=rows_per_shard,
-            progress=progress,
         )
-        return self._table(created)
+        return self._table(self._session.create_table(wanted, progress))
 
     def drop_table(self, name: str) -> None:
         """Drop a table with the next commit. Until then `rollback` restores it.
