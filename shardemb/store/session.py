@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 class TableRequest(NamedTuple):
-    """What a user asks of a new table, none of it checked; see `Store.create_table`."""
+    """The arguments of `Store.create_table`, none of them checked yet."""
 
     name: str
     num_embeddings: int | None

@@ -694,7 +694,7 @@ def anonymous_bytes():
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
-    pytest.skip("this kernel does not tell RssAnon")
+    pytest.skip("this kernel does not report RssAnon")
 
 
 class Synthetic(Rows):
