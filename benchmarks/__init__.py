@@ -1,1 +1,1 @@
-"""Benchmarks for asv; `README.md` in this folder says how to run and how to read them."""
+"""Benchmarks for asv; `README.md` in this folder says how to run them and how to read the results."""

@@ -1,4 +1,4 @@
-"""Lookups from disk: the table's pages have left memory before every call."""
+"""Lookups from disk: before every call, the table's pages are dropped from memory."""
 
 import resource
 import time
@@ -24,15 +24,14 @@ class _Cold(common.Timed):
     def setup(self, path, rows, distribution, batch):
         if not self.has_run:
             self.open_cold(path)
-            self.table.lookup(
-                common.make_ids(distribution, rows, batch)
-            )  # loads the kernels of a cold lookup
+            # This loads the kernels of a cold lookup.
+            self.table.lookup(common.make_ids(distribution, rows, batch))
             self.has_run = True
         self.open_cold(path)
         self.ids = common.make_ids(distribution, rows, batch)
 
     def open_cold(self, path):
-        common.close(path)  # pages that are mapped cannot be dropped
+        common.close(path)  # mapped pages cannot be dropped
         pagecache.require_cold(path)
         self.table = common.store(path)["rows"]
 
@@ -41,7 +40,7 @@ class _Cold(common.Timed):
 
 
 class ColdLookup(_Cold):
-    """One batch of a table of which no page is in memory. Skipped where the page cache cannot be dropped."""
+    """One batch of a table with no page in memory. Skipped where the page cache cannot be dropped."""
 
     params = [[ROWS], ["uniform", "zipf"], [MEDIUM, LARGE]]
 
@@ -50,18 +49,18 @@ class ColdLookup(_Cold):
 
 
 class ColdReads(_Cold):
-    """What the kernel did for a batch."""
+    """What the kernel does for a batch."""
 
     params = [[ROWS], ["uniform", "zipf"], [MEDIUM]]
 
     def track_bytes_read_per_page(self, *_):
-        """Bytes read from the device for each byte of the pages that hold the batch's rows; 1 is ideal."""
+        """Bytes read from the device, per byte of the pages that hold the batch's rows; 1 is ideal."""
         return _bytes_read_per_page(self.table, self.ids)
 
     track_bytes_read_per_page.unit = "bytes per byte"
 
     def track_major_faults_per_page(self, *_):
-        """Pages that the gather had to wait for, though the whole batch was asked for ahead."""
+        """Pages that the gather had to wait for, although the whole batch was read ahead."""
         before = _major_faults()
         self.table.lookup(self.ids)
         return (_major_faults() - before) / _num_pages(self.ids)
@@ -70,7 +69,7 @@ class ColdReads(_Cold):
 
 
 class Prefetch(_Cold):
-    """A lookup whose pages were asked for, and have had the time to come."""
+    """A lookup whose pages were prefetched, with enough time to arrive."""
 
     params = [[ROWS], ["uniform", "zipf"], [MEDIUM]]
 
@@ -83,7 +82,7 @@ class Prefetch(_Cold):
         self.table.lookup(self.ids)
 
     def track_bytes_read_per_page(self, *_):
-        """Bytes that are read all the same, for each byte of the pages that hold the batch's rows; 0 is ideal."""
+        """Bytes that are still read, per byte of the pages that hold the batch's rows; 0 is ideal."""
         return _bytes_read_per_page(self.table, self.ids)
 
     track_bytes_read_per_page.unit = "bytes per byte"

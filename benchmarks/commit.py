@@ -24,7 +24,7 @@ class _Changed(common.Timed):
 
 
 class Commit(_Changed):
-    """A commit, or a rollback, after a batch of uniform ids was written into a table of eight shards."""
+    """A commit or a rollback, after a batch of uniform ids was written into a table of eight shards."""
 
     params = [[ROWS], CHANGED]
     param_names = ["rows", "changed"]
@@ -55,15 +55,13 @@ class CommitBytes(_Changed):
 
     def setup(self, path, rows, distribution):
         self.ids = common.make_ids(distribution, rows, LARGE)
-        for _ in range(
-            2
-        ):  # until the log has a segment with room for it, as it has after a while of training
+        for _ in range(2):  # until a segment of the log is large enough, as after a while of training
             self.change(path, self.ids)
             self.store.commit()
         self.change(path, self.ids)
 
     def track_bytes_per_changed_row(self, *_):
-        """Bytes that reached files inside `commit`, for each changed row of 256 bytes."""
+        """Bytes written to files within `commit`, per changed row of 256 bytes."""
         before = self.store.stats()["bytes_written"]
         self.store.commit()
         return (self.store.stats()["bytes_written"] - before) / np.unique(self.ids).size
@@ -72,7 +70,7 @@ class CommitBytes(_Changed):
 
 
 class CommitSyncs(_Changed):
-    """How often a commit waits for the disk; rows of all eight shards changed."""
+    """How often a commit waits for the disk, after rows of all eight shards changed."""
 
     params = [[ROWS]]
     param_names = ["rows"]

@@ -1,7 +1,7 @@
 """What the benchmarks share: sizes, ids, and stores that stay open as long as their process.
 
-asv runs `setup` before *every* timed call. A table that is opened there would be mapped anew each time, and a warm
-lookup would pay for page faults. So stores are opened once per process here, and `setup` only makes fresh ids.
+asv runs `setup` before *every* timed call. A table opened there would be mapped again each time, and a warm lookup
+would pay for page faults. So stores are opened once per process, here, and `setup` only makes fresh ids.
 """
 
 import atexit
@@ -25,7 +25,7 @@ SMALL, MEDIUM, LARGE = 16, 4096, 65_536
 
 DISTRIBUTIONS = ["uniform", "zipf", "sorted"]
 ZIPF_EXPONENT = 1.05
-_SCATTER = 2_654_435_761  # a prime, so multiplying by it permutes the ids of any table that is smaller
+_SCATTER = 2_654_435_761  # a prime, so multiplying by it permutes the ids of any smaller table
 
 LEARNING_RATE = 1e-3
 INITIAL = shardemb.initializers.Uniform(-0.05, 0.05, seed=0)
@@ -36,7 +36,7 @@ random = np.random.default_rng(20)
 
 
 def scaled(rows):
-    """Rows of a table at this scale."""
+    """Return the number of rows of a table at this scale."""
     return max(_LEAST_ROWS, int(rows * SCALE))
 
 
@@ -44,7 +44,7 @@ ROWS = scaled(4_000_000)
 
 
 class Timed:
-    """For whatever is timed: one call after each `setup`, because a second call would find another state."""
+    """Base of all timed benchmarks: one call after each `setup`, because a second call would find another state."""
 
     number = 1
     warmup_time = 0.0
@@ -55,7 +55,7 @@ class Timed:
 
 
 def make_ids(distribution, rows, size):
-    """Fresh ids: uniform; Zipf with the hot rows scattered; or a run of neighbours in ascending order."""
+    """Draw ids: uniform; Zipf with the hot rows scattered; or a run of neighbours in ascending order."""
     if distribution == "uniform":
         return random.integers(0, rows, size)
     if distribution == "zipf":
@@ -64,24 +64,24 @@ def make_ids(distribution, rows, size):
 
 
 def _zipf_ranks(rows, size):
-    # Inverse of the continuous distribution, which has no table and takes any number of rows.
+    # Inversion of the continuous distribution, which needs no table and allows any number of rows.
     power = 1 - ZIPF_EXPONENT
     ranks = (1 - random.random(size) * (1 - float(rows) ** power)) ** (1 / power)
     return np.clip(ranks.astype(np.int64) - 1, 0, rows - 1)
 
 
 def make_values(size, dim=DIM):
-    """Fresh rows or gradients."""
+    """Draw rows or gradients."""
     return random.random((size, dim), dtype=np.float32)
 
 
 def optimizer(name):
-    """Make an optimizer of `shardemb.optim` by its name."""
+    """Create an optimizer of `shardemb.optim` by its name."""
     return getattr(shardemb.optim, name)(lr=LEARNING_RATE)
 
 
 def blocks(rows):
-    """All ids of a table, a large batch at a time."""
+    """Return all ids of a table, a large batch at a time."""
     return (np.arange(start, min(start + LARGE, rows)) for start in range(0, rows, LARGE))
 
 
@@ -89,9 +89,9 @@ def blocks(rows):
 
 
 def _load_heavy():
-    """Import once, for all processes that asv forks, what the first store would import; but not the package itself.
+    """Import what the first store would import, once for all processes that asv forks, but not the package itself.
 
-    A process forked after the package has loaded its scheduler runs every batch on one thread.
+    A process that was forked after the package had loaded its scheduler runs every batch on one thread.
     """
     for name in ("dask.threaded", "numba", "zarr"):
         importlib.import_module(name)
@@ -114,7 +114,7 @@ _prepared = set()
 
 
 def build(name, **tables):
-    """Make a store in the current folder with the given tables (arguments of `create_table`); return its path."""
+    """Create a store in the current folder with the given tables (arguments of `create_table`); return its path."""
     path = str(Path(name).absolute())
     with shardemb.open(path, mode="w") as made:
         for table, arguments in tables.items():
@@ -124,7 +124,7 @@ def build(name, **tables):
 
 
 def store(path):
-    """Open a store unless this process has it open."""
+    """Open a store, unless this process already has it open."""
     if os.getpid() in _forked_late:
         raise RuntimeError(
             "the package was loaded before asv forked this process: it would measure one thread"
@@ -135,12 +135,12 @@ def store(path):
 
 
 def warm_table(path, name):
-    """Return a table of which every page is in memory and mapped."""
+    """Return a table whose pages are all in memory and mapped."""
     return _prepare(path, name, lambda table, ids: table.lookup(ids))
 
 
 def trained_table(path, name):
-    """Return a table of which every row was updated: no page is left to be copied, no row to be initialised."""
+    """Return a table whose rows were all updated, so none has to be copied or initialised any more."""
     return _prepare(path, name, lambda table, ids: table.update(ids, np.zeros((ids.size, DIM), np.float32)))
 
 
@@ -154,7 +154,7 @@ def _prepare(path, name, touch):
 
 
 def roll_back(path):
-    """Bring a store back to its last commit; its tables count as unprepared."""
+    """Roll a store back to its last commit; its tables have to be prepared again."""
     store(path).rollback()
     _prepared.difference_update([key for key in _prepared if key[0] == path])
 
@@ -162,7 +162,7 @@ def roll_back(path):
 def close(path):
     """Close a store if this process has it open; nothing is committed."""
     if path in _open:
-        roll_back(path)  # or close() would warn about changes that are lost
+        roll_back(path)  # else close() would warn about lost changes
         _open.pop(path).close()
 
 

@@ -1,7 +1,7 @@
-"""Compare shardemb with what people use instead, and with what the machine allows; see README.md here.
+"""Compare shardemb with what people use instead, and with the limits of the machine; see README.md here.
 
 python benchmarks/compare.py                     everything: 15 minutes, 25 GB of disk
-python benchmarks/compare.py --only W1,W3        some of it
+python benchmarks/compare.py --only W1,W3        some workloads only
 python benchmarks/compare.py --scale 0.01        does it work? the numbers mean nothing
 """
 
@@ -18,7 +18,7 @@ from benchmarks.comparison.data import Settings
 
 
 def main(arguments=None):
-    """Run the command; the exit status is 1 if a workload failed, whatever became of its bars."""
+    """Run the command; the exit status is 1 if a workload failed, whether or not bars were met."""
     options = _options().parse_args(arguments)
     names = [name for part in options.only for name in part.split(",")] or list(workloads.WORKLOADS)
     unknown = set(names) - workloads.WORKLOADS.keys()
@@ -42,11 +42,15 @@ def _options():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", action="append", default=[], metavar="W1,W3", help="these workloads alone")
-    parser.add_argument("--folder", type=Path, help="where data is made and deleted again; a real disk")
-    parser.add_argument("--scale", type=float, default=1.0, help="size of all tables, 1 for numbers")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="all that was measured, for programs")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="pictures of it (needs matplotlib)")
+    parser.add_argument("--only", action="append", default=[], metavar="W1,W3", help="only these workloads")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where data is created and deleted again; a real disk",
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="size of all tables; 1 for numbers to quote")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements, for programs")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw pictures (needs matplotlib)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Folds, paging and recovery: what keeps a commit and a memory budget costs later."""
+"""Folds, paging and recovery: what commits and a memory budget cost later."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ from .common import LARGE, ROWS
 
 BATCHES = 4
 ROW_BYTES = 800
-"""What a row of 768 bytes takes in memory."""
+"""Memory that a row of 768 bytes takes."""
 
 
 def _table():
@@ -22,7 +22,7 @@ def _table():
 
 
 def _train(store, batches):
-    """Update uniform rows; return how many different ones."""
+    """Update uniform rows; return how many distinct ones."""
     rows = [common.make_ids("uniform", ROWS, LARGE // BATCHES) for _ in range(batches)]
     for ids in rows:
         store["rows"].update(ids, common.make_values(ids.size))
@@ -45,7 +45,7 @@ class Fold(common.Timed):
         self.store.checkpoint()
 
     def track_bytes_per_changed_row(self, _):
-        """Bytes that a fold writes, shards and checksums, for each changed row of 768 bytes."""
+        """Bytes that a fold writes to shards and checksums, per changed row of 768 bytes."""
         before = self.store.stats()["bytes_written"]
         self.store.checkpoint()
         return (self.store.stats()["bytes_written"] - before) / self.rows
@@ -61,7 +61,7 @@ class Fold(common.Timed):
 
 
 class Paging(common.Timed):
-    """Updates of uniform rows with a memory budget of one batch: most rows go out and come back."""
+    """Updates of uniform rows with a memory budget of one batch: most rows are spilled and reloaded."""
 
     def setup_cache(self):
         return common.build("paging.zarr", **_table())
@@ -78,7 +78,7 @@ class Paging(common.Timed):
         _train(self.store, 1)
 
     def track_bytes_written_per_row(self, _):
-        """Bytes that go to the scratch file for each updated row."""
+        """Bytes written to the spill file, per updated row."""
         before = self.store.stats()["bytes_written"]
         _train(self.store, BATCHES)
         return (self.store.stats()["bytes_written"] - before) / LARGE

@@ -1,4 +1,4 @@
-"""Parquet export: time, and memory that must not grow with the table."""
+"""Parquet export: its time, and its memory, which must not grow with the table."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,7 @@ TARGET = Path("exported")
 
 
 class Export(common.Timed):
-    """The whole table, every row of it written."""
+    """The whole table, after all of its rows were written."""
 
     params = [[ROWS], list(PARTS)]
     param_names = ["rows", "into"]
@@ -38,7 +38,7 @@ class Export(common.Timed):
         self.table.export_parquet(TARGET, parts=self.parts)
 
     def track_anonymous_growth(self, *_):
-        """Most memory that the process had to itself during the export, beyond what it had before."""
+        """Peak growth of the process's anonymous memory during the export."""
         before = _anonymous_bytes()
         seen = [before]
         self.table.export_parquet(

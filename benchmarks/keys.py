@@ -1,4 +1,4 @@
-"""Vocabularies: keys a second, alone and against what a program would use in their place, and what they take."""
+"""Vocabularies: keys per second, alone and against alternatives, and the memory and disk space that they take."""
 
 import importlib.util
 import shutil
@@ -24,17 +24,17 @@ KINDS = ["known", "unknown", "mixed"]
 
 
 def integers(numbers):
-    """Keys like hashes: the same for each number, and in no order."""
+    """Return keys that look like hashes: a function of the numbers, in no order."""
     return (numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)).view(np.int64)
 
 
 def strings(numbers):
-    """Words of 8 or 16 letters, as Arrow has them."""
+    """Return words of 8 or 16 letters, as an Arrow array."""
     return pa.array([f"{word & 0xFFFFFFFF:08x}" * (1 + word % 2) for word in integers(numbers).tolist()])
 
 
 def asked(kind, size):
-    """Numbers of keys to look for, of `size` that are known."""
+    """Draw the numbers of keys to look up; the first `size` are known."""
     numbers = common.random.integers(0, size, BATCH)
     if kind != "known":
         numbers[:: 2 if kind == "mixed" else 1] += size
@@ -42,14 +42,14 @@ def asked(kind, size):
 
 
 class Keys(common.Timed):
-    """A vocabulary of integers by its size."""
+    """A vocabulary of integers, by its size."""
 
     params = [SIZES, KINDS]
     param_names = ["keys", "asked"]
     timeout = 600
 
     def setup_cache(self):
-        """Fill the vocabularies; return what that took, by size."""
+        """Fill the vocabularies; return the speed and memory of that, by size."""
         return {size: filled(size) for size in SIZES}
 
     def setup(self, took, size, kind):
@@ -62,11 +62,11 @@ class Keys(common.Timed):
         self.vocabulary.lookup(self.keys)
 
     def track_keys_added_per_second(self, took, size, _):
-        """While the vocabulary was filled, commits left out."""
+        """While the vocabulary was filled, without commits."""
         return took[size][0]
 
     def track_anonymous_bytes(self, took, size, _):
-        """Most memory while it was filled, beyond that before."""
+        """Peak growth of memory while it was filled."""
         return took[size][1]
 
     def track_bytes_on_disk_per_key(self, _, size, __):
@@ -79,12 +79,12 @@ class Keys(common.Timed):
 
 
 def path_of(size):
-    """A store in the current folder."""
+    """Return the path of a store in the current folder."""
     return str(Path(f"keys-{size}.zarr").absolute())
 
 
 def filled(size):
-    """Fill a vocabulary with so many keys; return how many a second, and the memory that it took."""
+    """Fill a vocabulary with `size` keys; return the keys per second and the memory that it took."""
     with shardemb.open(path_of(size), mode="w", memory_budget=256 * 2**20) as store:
         vocabulary = store.create_vocabulary("v", key_type="int64")
         store.commit()
@@ -102,7 +102,7 @@ def filled(size):
 
 
 class KeysRatio(common.Timed):
-    """Time of a lookup as a multiple of the peer's, on the same keys. Below 1 is faster."""
+    """Time of a lookup as a multiple of the peer's, with the same keys. Below 1 is faster."""
 
     params = [["int64", "string"], KINDS]
     param_names = ["type", "asked"]
@@ -121,24 +121,24 @@ class KeysRatio(common.Timed):
         self.kind = kind
 
     def teardown(self, *_):
-        if self.store is not None:  # a peer that is missing leaves nothing to close
+        if self.store is not None:  # None if the peer is missing
             self.store.close()
             shutil.rmtree(self.folder)
 
     def track_lookup_vs_dict(self, *_):
-        """A dict of Python objects, and a list that is there."""
+        """A dict of Python objects; the keys are in a list already."""
         rows = {key: row for row, key in enumerate(self.all.tolist())}
         return self._against(lambda _, keys: [rows.get(key, -1) for key in keys])
 
     def track_lookup_vs_arrow(self, *_):
-        """`pyarrow.compute.index_in`, which makes a hash table of all keys in each call."""
+        """`pyarrow.compute.index_in`, which builds a hash table of all keys in each call."""
         values = pa.array(self.all)
         return self._against(
             lambda keys, _: pc.fill_null(pc.index_in(pa.array(keys), value_set=values), -1).to_numpy()
         )
 
     def _against(self, theirs):
-        """`theirs` gets the keys as an array and as a list, and takes what suits it."""
+        """Measure against `theirs`, which gets the keys as an array and as a list, and uses what suits it."""
 
         def fresh():
             keys = self.keys_of(asked(self.kind, self.size))
@@ -150,7 +150,7 @@ class KeysRatio(common.Timed):
 
 
 class KeysRatioLmdb(KeysRatio):
-    """The same against lmdb, where it is installed."""
+    """The same against lmdb, if it is installed."""
 
     track_lookup_vs_dict = track_lookup_vs_arrow = None
 
@@ -160,7 +160,7 @@ class KeysRatioLmdb(KeysRatio):
         super().setup(key_type, kind)
 
     def track_lookup_vs_lmdb(self, *_):
-        """One transaction, a `get` for each key."""
+        """One transaction, with a `get` for each key."""
         import lmdb
 
         def encode(key):

@@ -1,4 +1,4 @@
-"""Lookups in memory: warm rows, optimizer state, rows never written."""
+"""Lookups in memory: warm rows, optimizer state, rows that were never written."""
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class _Lookup(common.Timed):
     def setup(self, path, rows, distribution, batch):
         self.table = common.warm_table(path, "rows")
         self.ids = common.make_ids(distribution, rows, batch)
-        self.out = np.ones((batch, DIM), np.float32)  # not empty: its pages must be there
+        self.out = np.ones((batch, DIM), np.float32)  # not np.empty, so that its pages exist
         self.table.lookup_unique(self.ids[:1])
 
 
@@ -49,7 +49,7 @@ class Lookup(_Lookup):
 class LookupSmall(common.Timed):
     """Many batches of 16 ids: what a call costs, however many files the table has.
 
-    One call after a `setup` would be timed with a processor's caches full of something else.
+    A single call after `setup` would be timed with other data in the processor's caches.
     """
 
     params = [[ROWS], SHARDS]
@@ -88,12 +88,12 @@ class LookupUnique(_Lookup):
 
 
 class LookupMemory(_Lookup):
-    """Highest resident memory of the process, the touched pages of the table included."""
+    """Peak resident memory of the process, including the touched pages of the table."""
 
     params = [[ROWS], ["uniform"], [LARGE]]
 
     def setup(self, path, rows, distribution, batch):
-        self.table = common.store(path)["rows"]  # not warmed: that would map all of it
+        self.table = common.store(path)["rows"]  # not warmed, because that would map all of it
         self.ids = common.make_ids(distribution, rows, batch)
 
     def peakmem_lookup(self, *_):
@@ -129,7 +129,7 @@ class LookupState(common.Timed):
 
 
 class LookupPresence(common.Timed):
-    """Tables that keep a presence bitmap: rows never written are computed, written ones are copied."""
+    """Tables with a presence bitmap: rows that were never written are computed, the others are copied."""
 
     params = [[ROWS], [*UNTOUCHED, WRITTEN]]
     param_names = ["rows", "table"]

@@ -1,4 +1,4 @@
-"""Many tables in one call, as a recommender has them, against one table of the same size."""
+"""Many tables in one call, as in a recommender, against one table of the same size."""
 
 from . import common
 from .common import MEDIUM, ROWS

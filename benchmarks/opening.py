@@ -1,4 +1,4 @@
-"""Opening and creating: a store of any size is there at once and takes no disk."""
+"""Opening and creating: a store of any size opens immediately and takes no disk space."""
 
 import shutil
 import tempfile
@@ -9,9 +9,9 @@ import shardemb
 from . import common
 
 SIZES = [10**3, 10**6, 10**9]
-"""Rows. Not scaled: tables that nobody has written to take no disk and no time, and that is what is measured."""
+"""Rows. Not scaled: a table that was never written to takes no disk space and no time, which is what is measured."""
 
-BLOCK = 512  # what st_blocks counts
+BLOCK = 512  # the unit of st_blocks
 
 
 def _table(rows):
@@ -19,7 +19,7 @@ def _table(rows):
 
 
 class Open(common.Timed):
-    """A store with one Adam table that nobody has written to."""
+    """A store with one Adam table that was never written to."""
 
     params = [SIZES]
     param_names = ["rows"]
@@ -42,7 +42,7 @@ class Open(common.Timed):
         self.open_and_look_up(rows)
 
     def track_disk_bytes(self, *_):
-        """Bytes that the store takes on disk, all its files and folders together."""
+        """Disk space of the store: all its files and folders together."""
         found = [Path(self.path), *Path(self.path).rglob("*")]
         return sum(path.lstat().st_blocks for path in found) * BLOCK
 
@@ -50,7 +50,7 @@ class Open(common.Timed):
 
 
 class Create(common.Timed):
-    """A store and its table, until they are durable."""
+    """Creating a store and its table, until they are durable."""
 
     params = [SIZES]
     param_names = ["rows"]

@@ -1,4 +1,4 @@
-"""Dropping files from the page cache, and proof that they are gone: otherwise a cold benchmark measures a warm one."""
+"""Dropping files from the page cache, and checking that they are gone: else a cold benchmark would be a warm one."""
 
 import ctypes
 import mmap
@@ -17,7 +17,7 @@ def require_cold(folder):
     Raises
     ------
     NotImplementedError
-        Pages stay (a file system in memory, a sandbox, files of somebody else): asv skips the benchmark.
+        Pages stay (a file system in memory, a sandbox, another user's files). asv then skips the benchmark.
     """
     files = [path for path in Path(folder).rglob("*") if path.is_file()]
     for path in files:

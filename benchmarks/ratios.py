@@ -1,4 +1,4 @@
-"""Lookups and training steps against NumPy in RAM, in one process: a ratio says more than a time on a noisy machine."""
+"""Lookups and training steps against NumPy in RAM, in one process: on a noisy machine, ratios say more than times."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +13,11 @@ from .comparison.torches import numpy_rowwise_adagrad
 from .lookup import UNTOUCHED, _Lookup
 
 PAIRS = 15
-"""Repetitions; ours and the peer take turns, so both meet the same noise."""
+"""Repetitions. Ours and the peer take turns, so both meet the same noise."""
 
 
 class LookupRatio(_Lookup):
-    """Time of a warm `Table.lookup` as a multiple of the peer's, the table on disk and the peer's array in RAM.
+    """Time of a warm `Table.lookup` of a table on disk, as a multiple of the peer's on an array in RAM.
 
     Below 1 is faster than RAM. asv counts a growing number as a regression, which it is.
     """
@@ -30,7 +30,7 @@ class LookupRatio(_Lookup):
         self.fresh = lambda: common.make_ids(distribution, rows, batch)
 
     def track_lookup_out_vs_take(self, *_):
-        """Both into an array that is there; `mode="clip"` is what keeps `np.take` from buffering it."""
+        """Both into an existing array; with `mode="clip"`, `np.take` does not buffer it."""
         theirs = np.zeros((LARGE, DIM), np.float32)
         return _ratio(
             self.fresh,
@@ -43,7 +43,7 @@ class LookupRatio(_Lookup):
         return _ratio(self.fresh, self.table.lookup, lambda ids: self.array[ids])
 
     def track_lookup_out_vs_pool(self, *_):
-        """Both ours; the other runs all its tasks on a pool that dask's configuration names, as dask itself would."""
+        """Both ours; the other runs all its tasks on a pool from dask's configuration, as dask itself would."""
         with ThreadPoolExecutor(dask.system.CPU_COUNT) as pool:
 
             def pooled(ids):
@@ -57,7 +57,7 @@ class LookupRatio(_Lookup):
 
 
 class TrainingRatio(common.Timed):
-    """Time of a lookup and a row-wise Adagrad update as a multiple of NumPy's on arrays in RAM."""
+    """Time of a lookup and a row-wise Adagrad update, as a multiple of NumPy's on arrays in RAM."""
 
     params = [[ROWS], DISTRIBUTIONS, [LARGE]]
     param_names = ["rows", "ids", "batch"]
@@ -93,13 +93,13 @@ class TrainingRatio(common.Timed):
 
 
 class UntouchedRatio(common.Timed):
-    """Time of a lookup of rows never written, all or half of them, as a multiple of that of the same rows written."""
+    """Time of a lookup of rows all or half of which were never written, as a multiple of that after writing them."""
 
     params = [[ROWS], list(UNTOUCHED), ["all", "every other row"]]
     param_names = ["rows", "table", "never written"]
 
     def setup_cache(self):
-        # A table's name decides its values: so stores of the same tables.
+        # Values depend on the table's name, so there are several stores with the same tables.
         tables = {
             type(each).__name__: {"num_embeddings": ROWS, "initializer": each} for each in UNTOUCHED.values()
         }
@@ -110,7 +110,7 @@ class UntouchedRatio(common.Timed):
         }
 
     def write(self, path, first):
-        """Write each row, or each second one, with what it holds."""
+        """Write every row, or every second one, with its own values."""
         for table in common.store(path).values() if first is not None else ():
             for block in common.blocks(ROWS):
                 ids = block[first :: first + 1]
@@ -127,7 +127,7 @@ class UntouchedRatio(common.Timed):
         self.fresh = lambda: common.make_ids("uniform", rows, LARGE)
 
     def track_untouched_vs_written(self, *_):
-        """Both into an array that is there."""
+        """Both into an existing array."""
         return _ratio(
             self.fresh,
             lambda ids: self.table.lookup(ids, out=self.out),
@@ -138,18 +138,18 @@ class UntouchedRatio(common.Timed):
 
 
 REST_S = 0.02
-"""Before each call: in a job there is other work between two batches, and threads fall asleep."""
+"""Pause before each call: a real job has other work between two batches, and threads fall asleep."""
 
 
 def _ratio(make_ids, ours, theirs):
-    """Median time of ours over median time of theirs, fresh ids each time; both must return the same bytes."""
+    """Return our median time over theirs, with fresh ids each time; both must return the same bytes."""
     times = {ours: [], theirs: []}
     for repetition in range(PAIRS):
         ids = make_ids()
         if repetition == 0 and not np.array_equal(ours(ids), theirs(ids)):
             raise AssertionError("the peer returned other rows")
         for call in (ours, theirs) if repetition % 2 else (theirs, ours):
-            ids = make_ids()  # or the second would find the rows of the first in the CPU's cache
+            ids = make_ids()  # else the second would find the rows of the first in the CPU's cache
             time.sleep(REST_S)
             start = time.perf_counter()
             call(ids)

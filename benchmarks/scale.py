@@ -1,4 +1,4 @@
-"""What a table costs by its size, where few of its rows were ever written: nothing should depend on the size."""
+"""What a table costs by its size if only a few rows were ever written: nothing should depend on the size."""
 
 import re
 import shutil
@@ -14,20 +14,20 @@ from . import common
 from .common import DIM
 
 SIZES = [10**6, 10**7, 10**8, 10**9]
-"""Rows. Not scaled, see `opening`."""
+"""Rows. Not scaled; see `opening`."""
 
 WRITTEN, BATCH = 16_384, 16_384
 BUDGET = 256 * 2**20
 
 
 def anonymous_bytes():
-    """Anonymous memory of this process."""
+    """Return the anonymous memory of this process."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) * 1024
 
 
 class Scale(common.Timed):
-    """An Adam table of random initial values, of which 16,384 random rows were updated and committed."""
+    """An Adam table with random initial values, after 16,384 random rows were updated and committed."""
 
     params = [SIZES]
     param_names = ["rows"]
@@ -60,11 +60,11 @@ class Scale(common.Timed):
         shutil.rmtree(self.folder)
 
     def time_lookup(self, _):
-        """Half of the rows were written, and half never."""
+        """Half of the rows were written, the other half never."""
         self.table.lookup(self.ids, out=self.out)
 
     def track_create_seconds(self, _):
-        """Until the table is there; its commit makes it durable."""
+        """Until the table exists; a commit makes it durable."""
         return self.seconds_to_create
 
     track_create_seconds.unit = "s"
@@ -78,13 +78,13 @@ class Scale(common.Timed):
     track_open_seconds.unit = "s"
 
     def track_anonymous_bytes(self, _):
-        """Memory beyond that before the store was opened, the updated rows included."""
+        """Growth of memory since before the store was opened, including the updated rows."""
         return anonymous_bytes() - self.before
 
     track_anonymous_bytes.unit = "bytes"
 
     def track_bytes_on_disk_per_row(self, _):
-        """Disk that the shards take for a row that was written; a page is 4,096 bytes."""
+        """Disk space of the shards, per row that was written; a page is 4,096 bytes."""
         self.store.checkpoint()
         stats = self.table.stats()
         return stats["bytes_allocated"] / stats["rows_written"]

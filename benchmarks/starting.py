@@ -1,4 +1,4 @@
-"""The first seconds of a process: import, kernels compiled or found in numba's cache."""
+"""The first seconds of a process: its import, and kernels that are compiled or found in numba's cache."""
 
 import json
 import os
@@ -35,7 +35,7 @@ print(json.dumps({"hits": sum(sum(s.cache_hits.values()) for s in stats),
 
 
 def timeraw_import():
-    """In a process of its own, as asv does with `timeraw` benchmarks."""
+    """Import in a process of its own, as for all `timeraw` benchmarks."""
     return "import shardemb"
 
 
@@ -44,7 +44,7 @@ timeraw_import.repeat = 5
 
 
 def track_heavy_imports():
-    """How many of zarr, numba, dask and pyarrow `import shardemb` alone has loaded."""
+    """Count which of zarr, numba, dask and pyarrow `import shardemb` loads."""
     code = f"import sys, shardemb; print(sum(name in sys.modules for name in {HEAVY}))"
     return int(_python("-c", code))
 
@@ -53,7 +53,7 @@ track_heavy_imports.unit = "modules"
 
 
 class Start(common.Timed):
-    """A process that opens a new store and looks up its first rows, with numba's cache empty and filled."""
+    """A process that opens a new store and looks up its first rows, with an empty or filled cache of numba."""
 
     params = [["empty cache", "filled cache"]]
     param_names = ["numba"]
@@ -75,7 +75,7 @@ class Start(common.Timed):
 
 
 class SecondStart:
-    """What numba does in the second process that runs every kind of call, with the cache that the package uses."""
+    """What numba does in the second process that makes every kind of call, with the cache that the package uses."""
 
     def setup_cache(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +86,7 @@ class SecondStart:
         return counts["misses"]
 
     def track_kernels_found(self, counts):
-        """Fewer is better here too: each takes milliseconds to load."""
+        """Fewer is better here too, because each takes milliseconds to load."""
         return counts["hits"]
 
     track_kernels_compiled.unit = track_kernels_found.unit = "kernels"

@@ -1,4 +1,4 @@
-"""Into how many tasks for dask a batch is cut: none for a small one, a few for a large one, never one a shard."""
+"""How many dask tasks a batch is cut into: none for a small one, a few for a large one, never one per shard."""
 
 import time
 
@@ -16,7 +16,7 @@ NUM_SHARDS = 64
 
 
 class Tasks:
-    """A table of 64 shards on two cores, whatever the machine has."""
+    """A table of 64 shards on two cores, however many the machine has."""
 
     params = [[ROWS], [SMALL, MEDIUM, LARGE]]
     param_names = ["rows", "batch"]
@@ -33,7 +33,7 @@ class Tasks:
         self.store = shardemb.open(path, threads=CORES)
         self.ids = common.make_ids("uniform", rows, batch)
         self.values = common.make_values(batch)
-        self.store["rows"].lookup(self.ids)  # warm: a cold batch is read ahead in tasks of its own
+        self.store["rows"].lookup(self.ids)  # warm, because a cold batch is read ahead in separate tasks
 
     def teardown(self, *_):
         self.store.rollback()
@@ -53,7 +53,7 @@ class Tasks:
 
 
 class Rested(Timed):
-    """From which size on a lookup in memory is worth two tasks, where `plan.TASK_BYTES` comes from."""
+    """The size from which a lookup in memory is worth two tasks; `plan.TASK_BYTES` is based on this."""
 
     params = [[2, 4, 8, 16], [1, 2], [0.0, 0.02]]
     param_names = ["MiB", "tasks", "seconds of sleep before"]

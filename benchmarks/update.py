@@ -22,7 +22,7 @@ class _Change(common.Timed):
 
 
 class Update(_Change):
-    """One step of rows that have been updated before: the steady state of training."""
+    """One step on rows that were updated before: the steady state of training."""
 
     params = [[ROWS], DISTRIBUTIONS, OPTIMIZERS]
     param_names = ["rows", "ids", "optimizer"]
@@ -36,7 +36,7 @@ class Update(_Change):
 
 
 class FirstUpdate(_Change):
-    """One step of rows never written: each gets its initial values, each page is copied."""
+    """One step on rows that were never written: each gets its initial values, and each page is copied."""
 
     params = [[ROWS], DISTRIBUTIONS]
 
@@ -54,7 +54,7 @@ class FirstUpdate(_Change):
 
 
 class Write(_Change):
-    """Weights overwritten, in rows that have been written before."""
+    """Overwriting the weights of rows that were written before."""
 
     params = [[ROWS], DISTRIBUTIONS]
 

@@ -1,5 +1,6 @@
-"""shardemb against what people use instead, workload by workload; `benchmarks/compare.py` is its command.
+"""shardemb against what people use instead, workload by workload; `benchmarks/compare.py` is the command for it.
 
-`workloads` lists what is measured; `reading`, `training`, `capped`, `committing` and `around` measure; `peers` and
-`torches` wrap the others; `racing` takes the times; `machine` says what the device can do; `report` prints and draws.
+`workloads` lists what is measured. `reading`, `training`, `capped`, `committing` and `around` measure it, with `peers`
+and `torches` as wrappers of the other libraries. `racing` takes the times, `machine` measures what the machine can do,
+and `report` prints and draws.
 """

@@ -1,4 +1,4 @@
-"""Around the rows: export, a huge table, the first seconds of a process (W9, W10, W13)."""
+"""Not about rows: export, a huge table, the first seconds of a process (W9, W10, W13)."""
 
 import itertools
 import os
@@ -35,11 +35,11 @@ PARQUET = {
     "write_statistics": ["id"],
     "write_page_index": True,
 }
-"""What `export_parquet` writes with."""
+"""The options that `export_parquet` uses."""
 
 
 def export(settings):
-    """W9: the whole table, to as many files as there are cores and to one."""
+    """W9: the whole table, into as many files as there are cores, and into one."""
     return [_export(settings, CORES), _export(settings, None)]
 
 
@@ -111,7 +111,7 @@ def _write_parquet(path, chunk):
 
 
 def _exported(path, data):
-    """Whether the files hold the table, read back by pyarrow."""
+    """Return whether the files hold the table, as read by pyarrow."""
     from pyarrow import parquet
 
     at = 0
@@ -128,7 +128,7 @@ def _exported(path, data):
 
 
 def huge(settings):
-    """W10: a billion rows with Adam, 768 GB of records that nobody has written."""
+    """W10: a billion rows with Adam, which are 768 GB of records that were never written."""
     rows = max(10**6, settings.rows(10**9))
     path = settings.folder / "huge.zarr"
     created, opened = [], []
@@ -165,7 +165,7 @@ with shardemb.open(sys.argv[1], mode="r") as store:
 
 
 def first_use(settings):
-    """W13: a process imports, opens and looks up, numba's cache empty, then filled."""
+    """W13: a process imports, opens and looks up, first with numba's cache empty, then filled."""
     path = settings.folder / "first.zarr"
     with shardemb.open(path, mode="w") as store:
         table = store.create_table("rows", num_embeddings=10_000, embedding_dim=DIM)

@@ -1,4 +1,4 @@
-"""Training when the table is larger than memory (W4), and with the next batch read ahead (W7)."""
+"""Training if the table is larger than memory (W4), and if the next batch is read ahead (W7)."""
 
 import mmap
 import shutil
@@ -33,20 +33,20 @@ STORE = "row-wise"
 COMMIT_EVERY = 100
 SEED = 11
 COMPARED = 2
-"""Step of which the lookups are checked; each arm takes at least as many."""
+"""The step whose lookups are checked; each arm takes at least this many steps."""
 
 LEAST_CAP = 256 * MIB
-"""A process with its batches takes that much, however small the table of a smoke test."""
+"""Memory that a process needs for itself and its batches, even with the small table of a smoke test."""
 
 BUDGET_SHARE = 2 / 5
-"""Share of the limit that is our memory budget; batches, and pages that are only read, need the rest."""
+"""The fraction of the limit that is our memory budget; batches, and pages that are only read, need the rest."""
 
 OURS = "shardemb with commits"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every arm does: as many steps as time allows, at least `COMPARED`, at most `steps`."""
+    """What every arm does: as many steps as fit in the time, at least `COMPARED`, at most `steps`."""
 
     rows: int
     batch: int
@@ -64,7 +64,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Contestant:
-    """An arm: how its data is made, and how it is trained in the child process."""
+    """An arm: how its data is created, and how it is trained in the child process."""
 
     name: str
     make: Callable[[], Path]
@@ -73,7 +73,7 @@ class Contestant:
 
 
 def capped_training(settings):
-    """W4: each arm in a process of its own under the kernel's memory limit, from a cold start."""
+    """W4: each arm in its own process under a memory limit of the kernel, from a cold start."""
     data = settings.data(LARGE)
     batch = settings.batch(BATCH, data.rows)
     cap = max(LEAST_CAP, data.rows * RECORD_BYTES // 4)
@@ -124,7 +124,7 @@ def _arms(settings, data, batch, cap):
 
 
 def _under(cap, arm):
-    """Make the arm's data, train it cold in a child process that is limited, delete the data."""
+    """Create the arm's data, train it from a cold start in a child process under the limit, and delete the data."""
     path = arm.make()
     drop_caches(path)
     try:
@@ -152,7 +152,7 @@ def _copy(data):
 
 
 def _expected(job):
-    """Rows that step `COMPARED` looks up, worked out on the rows of the first steps alone."""
+    """Return the rows that step `COMPARED` looks up, computed from only the rows of the first steps."""
     common.random = np.random.default_rng(SEED)
     make = make_batches("zipf", job.rows)
     taken = [make(job.batch) for _ in range(COMPARED)]
@@ -194,7 +194,7 @@ def _train_ours(path, job, budget, every):
 
         trained = _run(job, step)
         start = time.perf_counter()
-        store.commit(step=len(taken))  # where time was up before the next was due
+        store.commit(step=len(taken))  # the time may have been up before the next commit
         return replace(
             trained, seconds=(*trained.seconds[:-1], trained.seconds[-1] + time.perf_counter() - start)
         )
@@ -235,7 +235,7 @@ AHEAD_BATCH, AHEAD_STEPS = 8192, 20
 
 
 def look_ahead(settings):
-    """W7: cold lookups and updates with something to compute in between, the next batch asked for ahead."""
+    """W7: cold lookups and updates with computation in between, during which the next batch is prefetched."""
     data = settings.data(LARGE)
     size, steps = settings.batch(AHEAD_BATCH, data.rows), AHEAD_STEPS if settings.scale >= 0.2 else 4
     path = data.store(STORE, common.optimizer(OPTIMIZER))

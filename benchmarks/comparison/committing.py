@@ -17,7 +17,7 @@ from .results import Case, at_most, faster
 
 UPDATED = 1000
 ENGINES = {"RocksDB": None, "lmdb": 10, "h5py": 3, "zarr": 3, "tensorstore": 3}
-"""Engines that a write makes durable, and their repetitions: those of the race by default."""
+"""Engines whose writes are durable, and how often to repeat them; None: as often as the race."""
 
 OURS = "write + commit"
 
@@ -26,7 +26,7 @@ OURS = "write + commit"
 
 
 def durable_update(settings):
-    """W5: 1,000 warm random rows are on the disk when the call returns."""
+    """W5: 1,000 warm random rows are on disk when the call returns."""
     data = settings.data(FULL)
     size = min(UPDATED, data.rows // 4)
     path = data.store("updated")
@@ -68,7 +68,7 @@ def _distinct_writes(rows):
     ids = ids_of("uniform", rows)
 
     def make(size):
-        unique = np.unique(ids(size + size // 4 + 64))  # ascending, as h5py wants them
+        unique = np.unique(ids(size + size // 4 + 64))  # ascending, as h5py requires
         chosen = np.sort(common.random.permutation(unique)[:size])
         return chosen, common.make_values(chosen.size)
 
@@ -76,7 +76,7 @@ def _distinct_writes(rows):
 
 
 def _all_write(batch, contenders, readers):
-    """Let everybody write the same rows and read them back."""
+    """Check that everyone writes the same rows and reads them back."""
     for each in contenders:
         each.call(batch)
         if not same_bytes(readers[each.name](batch[0]), batch[1]):
@@ -87,11 +87,11 @@ def _all_write(batch, contenders, readers):
 # ---- W8: one percent of a table -----------------------------------------------------------------------------------
 
 GROWING = 4
-"""Commits after which the log has room for the next, as after a while of training."""
+"""Commits after which the log is large enough for the next one, as after a while of training."""
 
 
 def incremental(settings):
-    """W8: what a commit writes when 1 % of the rows have changed, against saving the whole table."""
+    """W8: what a commit writes after 1 % of the rows changed, against saving the whole table."""
     data = settings.data(FULL)
     size = data.rows // 100
     saved = data.folder / "saved.npy"
@@ -150,7 +150,7 @@ def _save(path, array):
 
 
 def _reads_back(path, store):
-    """Whether a reader beside sees what was committed."""
+    """Return whether another reader sees what was committed."""
     ids = common.make_ids("uniform", store["rows"].num_embeddings, 4096)
     with shardemb.open(path, mode="r") as reader:
         return same_bytes(reader["rows"].lookup(ids), store["rows"].lookup(ids))

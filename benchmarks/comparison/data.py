@@ -1,4 +1,4 @@
-"""The tables that all arms hold: values that are a function of row and column, in memory, in a file, in a store."""
+"""The tables that all arms hold, in memory, in a file or in a store. Values are a function of row and column."""
 
 import os
 import shutil
@@ -22,31 +22,31 @@ _ONE = np.uint32(0x3F800000)
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run was asked for, and the machine that it is on."""
+    """The options of a run, and the machine that it is on."""
 
     folder: Path
     scale: float
     machine: Machine
 
     def rows(self, full):
-        """Rows of a table at this scale."""
+        """Return the number of rows of a table at this scale."""
         return max(4096, int(full * self.scale))
 
     def batch(self, full, rows):
-        """Ids of a batch: as many as at full scale, but no larger part of a table that is small."""
+        """Return the size of a batch: as at full scale, but not too large a part of a small table."""
         return min(full, max(64, rows // 16))
 
     def times(self, full):
-        """Repetitions: few in a smoke test."""
+        """Return the number of repetitions: few in a smoke test."""
         return full if self.scale >= 0.2 else min(full, 3)
 
     def data(self, full):
-        """Return the table of that many rows, made at its first use."""
+        """Return the table with that many rows, which is created at its first use."""
         return Data(self.folder, self.rows(full))
 
 
 def make_values(ids):
-    """Values of rows: random bits in the mantissa, the same wherever they are asked for."""
+    """Return the values of rows: random bits in the mantissa, always the same for the same row."""
     bits = np.asarray(ids, np.uint32)[..., None] * np.uint32(DIM) + np.arange(DIM, dtype=np.uint32)
     bits *= _MULTIPLIERS[0]
     bits ^= bits >> np.uint32(15)
@@ -60,12 +60,12 @@ def make_values(ids):
 
 
 def batches(rows, size=BLOCK):
-    """All ids of a table, a block at a time."""
+    """Return all ids of a table, a block at a time."""
     return (np.arange(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
 class Data:
-    """One table's values below a folder."""
+    """One table's values, in several forms below a folder."""
 
     def __init__(self, folder, rows):
         self.rows = rows
@@ -79,7 +79,7 @@ class Data:
 
     @property
     def raw(self):
-        """That file as a memory map for reading."""
+        """That file, as a read-only memory map."""
         return np.memmap(self.raw_file, np.float32, "r", shape=(self.rows, DIM))
 
     @cached_property
@@ -88,7 +88,7 @@ class Data:
         return np.fromfile(self.raw_file, np.float32).reshape(self.rows, DIM)
 
     def store(self, name="store", optimizer=None, **how):
-        """Path of a store with the values in its table `rows`."""
+        """Return the path of a store with the values in its table `rows`."""
 
         def build(path):
             with shardemb.open(path, mode="w") as store:
@@ -99,18 +99,18 @@ class Data:
         return self.made(f"{name}.zarr", build)
 
     def made(self, name, build):
-        """Path of what `build(path)` makes, once; half of it never counts."""
+        """Return the path of what `build(path)` creates, once; an incomplete result is never used."""
         path = self.folder / name
         if not path.exists():
             half = self.folder / f"half-{name}"
             remove(half)
             build(half)
             half.rename(path)
-            os.sync()  # or writing it back would disturb what is timed next
+            os.sync()  # else writing it back would disturb what is timed next
         return path
 
     def remove(self):
-        """Delete all of it."""
+        """Delete all forms."""
         remove(self.folder)
 
     def _write_raw(self, path):
@@ -120,7 +120,7 @@ class Data:
 
 
 def remove(path):
-    """Delete a file or a folder if it is there."""
+    """Delete a file or a folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -128,7 +128,7 @@ def remove(path):
 
 
 def ids_of(distribution, rows):
-    """Make a function from a number to that many fresh ids."""
+    """Make a function that returns a given number of fresh ids."""
     return lambda size: common.make_ids(distribution, rows, size)
 
 

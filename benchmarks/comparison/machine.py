@@ -1,4 +1,4 @@
-"""What the machine can do, measured before anything is compared with it."""
+"""The limits of the machine, measured before anything is compared with them."""
 
 import json
 import mmap
@@ -27,19 +27,19 @@ class Machine:
     memory_bytes: int
     linux: str
     copy_bytes_per_s: float
-    """Bytes copied a second from memory to memory by all cores, each byte counted once."""
+    """Bytes per second that all cores together copy from memory to memory; each byte counts once."""
     read_pages_per_s: float
     """Random reads of 4 KiB, many at a time."""
     reader: str
-    """What measured that: fio with io_uring, or threads of this program."""
+    """What measured this: fio with io_uring, or threads of this program."""
     write_bytes_per_s: float
-    """One sequential writer past the page cache."""
+    """A single sequential writer past the page cache."""
     sync_s: float
-    """Median `fdatasync` after a write of 4 KiB at the end of a file."""
+    """Median of `fdatasync` after 4 KiB were appended to a file."""
 
 
 def calibrate(folder, scale=1.0):
-    """Measure this machine, the disk that `folder` is on."""
+    """Measure this machine, and the disk that `folder` is on."""
     folder = Path(folder)
     file = folder / "calibration"
     write_speed = _sequential_writes(file, max(2**26, int(2**31 * scale)))
@@ -58,7 +58,7 @@ def calibrate(folder, scale=1.0):
 
 
 def _copies():
-    """All cores copy at once; the best of some rounds, since nothing but noise makes it slower."""
+    """All cores copy concurrently; the best of several rounds, because only noise makes a round slower."""
     pairs = [(np.ones(COPIED, np.uint8), np.ones(COPIED, np.uint8)) for _ in range(CORES)]
     rates = []
     with ThreadPoolExecutor(CORES) as pool:
@@ -75,7 +75,7 @@ def _sequential_writes(file, nbytes):
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
         descriptor = os.open(file, flags | os.O_DIRECT)
-    except OSError:  # a file system without it
+    except OSError:  # not every file system has O_DIRECT
         descriptor = os.open(file, flags)
     start = time.perf_counter()
     for _ in range(nbytes // len(block)):
@@ -103,7 +103,7 @@ def _syncs(file):
 
 
 def random_reads(file, seconds):
-    """Random 4 KiB reads a second past the page cache, and what measured them."""
+    """Return the random 4 KiB reads per second past the page cache, and what measured them."""
     if shutil.which("fio"):
         try:
             return _fio(file, seconds), "fio, io_uring, depth 64, 2 jobs"

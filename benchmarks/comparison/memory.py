@@ -1,4 +1,4 @@
-"""The same work within a memory budget: the same bits, and no more memory of its own than was allowed."""
+"""The same work within a memory budget: the same bits, and no more anonymous memory than allowed."""
 
 import hashlib
 import tempfile
@@ -14,12 +14,12 @@ from .processes import MIB, Watch, alone
 from .results import Bar, Case, at_most
 
 ALLOWANCE = 300 * MIB
-"""What a process may take beside the budget: compiled kernels, batches, results."""
+"""Memory that a process may take in addition to the budget: compiled kernels, batches, results."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is done within the budget: lookups of a store that is there, or training or writing in a new one."""
+    """What to do within the budget: lookups in an existing store, or training or writing in a new one."""
 
     rows: int
     batch: int
@@ -55,7 +55,7 @@ def _state(optimizer):
 
 
 def _run(work, fresh, budget):
-    """Digest of every result and of the rows in the end, and the growth of anonymous memory."""
+    """Return a digest of every result and of the final rows, and the growth of anonymous memory."""
     common.random = np.random.default_rng(7)
     digest = hashlib.blake2b(digest_size=16)
     with Watch() as watch, _opened(work, fresh, budget) as store:

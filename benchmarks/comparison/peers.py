@@ -1,7 +1,7 @@
-"""Engines that keep rows on disk, each with its best batched call.
+"""Engines that store rows on disk, each with its fastest batched call.
 
-All have the same shape: made once from a table's values, opened, `read(ids)` gives float32 rows, `write(ids, rows)` is
-durable when it returns, `close`. Keys of key-value engines are the row's id in 8 bytes.
+All have the same interface: data is created once from a table's values; `open`; `read(ids)` returns float32 rows;
+`write(ids, rows)` is durable when it returns; `close`. In key-value engines, the key is the row's id in 8 bytes.
 """
 
 import importlib.util
@@ -24,16 +24,16 @@ MODULES = {
     "Lance": "lance",
     "h5py": "h5py",
 }
-"""The module that each peer is."""
+"""The module of each peer."""
 
 ROWS_PER_CHUNK = 1024
-"""Rows in a chunk of zarr, tensorstore and h5py: smaller ones are too many files, larger ones cost more a row."""
+"""Rows in a chunk of zarr, tensorstore and h5py: smaller ones make too many files, larger ones cost more per row."""
 
 _SYNCERS = 16
 
 
 def has(name):
-    """Whether a peer is installed."""
+    """Return whether a peer is installed."""
     return importlib.util.find_spec(MODULES[name]) is not None
 
 
@@ -43,7 +43,7 @@ def missing(names):
 
 
 class Peer:
-    """What the engines share: data that is made once."""
+    """Base class of the engines, which creates their data once."""
 
     name = ""
 
@@ -56,7 +56,7 @@ class Peer:
         raise NotImplementedError
 
     def open(self):
-        """Open it; nothing of it is in the process's own memory yet."""
+        """Open it, without reading any of it into the process's memory."""
         raise NotImplementedError
 
     def close(self):
@@ -115,7 +115,7 @@ class TensorStore(Zarr):
 
 
 class H5py(Peer):
-    """h5py: one chunked dataset; ids ascending and distinct, which is all that it takes."""
+    """h5py: one chunked dataset; ids are made ascending and distinct, because it accepts no others."""
 
     name = "h5py"
 
@@ -149,7 +149,7 @@ class H5py(Peer):
 
 
 class Lmdb(Peer):
-    """lmdb: `getmulti` of one cursor with integer keys; a transaction a write, which syncs."""
+    """lmdb: `getmulti` of one cursor, integer keys; every write is a transaction, which syncs."""
 
     name = "lmdb"
 
@@ -181,12 +181,12 @@ class Lmdb(Peer):
         import lmdb
 
         size = 2 * ROW_BYTES * self.data.rows + 2**28
-        # Read-ahead of the whole file hurts where little of it is asked for, as here.
+        # Read-ahead hurts if little of the file is needed, as here.
         return lmdb.open(str(path), map_size=size, max_dbs=1, readahead=False)
 
 
 class RocksDB(Peer):
-    """RocksDB through rocksdict: MultiGet, no compression; a batch a write, the write-ahead log synced or not."""
+    """RocksDB through rocksdict: MultiGet, no compression; a write is a batch, with or without a sync of the log."""
 
     name = "RocksDB"
 

@@ -1,4 +1,4 @@
-"""Processes of their own: one workload's memory, threads and crashes are nobody else's."""
+"""A process for each workload, so that its memory, threads and crashes do not affect others."""
 
 import contextlib
 import ctypes
@@ -16,29 +16,29 @@ _PR_SET_PDEATHSIG = 1
 
 def alone(function, *arguments, first=None):
     """Call a function in a fresh process, after `first()` if given; return what it returns."""
-    context = multiprocessing.get_context("spawn")  # peers have threads, which a fork would lose
+    context = multiprocessing.get_context("spawn")  # peers have threads, which would not survive a fork
     with ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=(first,)) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def _begin(first):
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # not to outlive a command that was killed
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # do not outlive a command that was killed
     if first is not None:
         first()
 
 
 def anonymous_bytes():
-    """Memory that this process has to itself: heap and copied pages, not the pages of files."""
+    """Return the anonymous memory of this process: heap and copied pages, not the pages of files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("RssAnon")))
 
 
 class CannotRun(Exception):
-    """This machine lacks what a workload needs: a page cache that can be dropped, a memory limit."""
+    """This machine lacks something that a workload needs: a page cache that can be dropped, a memory limit."""
 
 
 class Watch:
-    """Follows the process's anonymous memory while it is entered; `growth` is the most beyond the beginning."""
+    """Follows the process's anonymous memory during a ``with`` block; `growth` is its peak growth."""
 
     def __enter__(self):
         self._before = self._peak = anonymous_bytes()
@@ -67,7 +67,7 @@ V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 
 
 class Capped:
-    """A control group with a memory limit, page cache included."""
+    """A control group with a memory limit, which includes the page cache."""
 
     def __init__(self, name, nbytes):
         old = (V1 / "cgroup.procs").exists()
@@ -91,5 +91,5 @@ class Capped:
             time.sleep(0.1)
 
     def join(self):
-        """Put this process under the limit."""
+        """Subject this process to the limit."""
         (self.path / "cgroup.procs").write_text("0")

@@ -1,4 +1,4 @@
-"""Taking times: arms in turns, fresh input each time, results kept; and cold files that are proven cold."""
+"""Taking times: arms take turns with fresh input, and results are kept. Also, making files cold and checking it."""
 
 import os
 import time
@@ -15,38 +15,38 @@ from .processes import CannotRun
 from .results import Arm
 
 SETTLE_S = 0.02
-"""Rest before each call: threads of the last one may still spin on the cores."""
+"""Seconds of rest before each call: threads of the last one may still spin on the cores."""
 
 TOUCHED = 256 * 2**20
-"""Bytes of free memory that are touched before each call, more than any call takes."""
+"""Bytes of free memory that are touched before each call: more than any call needs."""
 
 DROP = Path("/proc/sys/vm/drop_caches")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One arm of a race: a call that takes the input and returns the result."""
+    """One arm of a race: a function that takes the input and returns the result."""
 
     name: str
     call: Callable[[Any], Any]
     size: int | None = None
-    """Rows a call; those of the race by default. Slow arms get fewer: rates are compared."""
+    """Rows per call; by default, those of the race. Slow arms get fewer, because rates are compared."""
     repetitions: int | None = None
     prepare: Callable[[], None] = lambda: None
-    """Done before each call and not timed."""
+    """Called before each call, and not timed."""
 
     def note(self, size, repetitions):
-        """Say where it was asked for less than the others."""
+        """Say if it was given less to do than the others."""
         less = [f"{self.size:,} rows a call"] if self.size not in (None, size) else []
         few = self.repetitions is not None and self.repetitions < repetitions
         return ", ".join([*less, *[f"{self.repetitions} repetitions"] * few])
 
 
 def race(contenders, make_input, size, repetitions, *, between=lambda: None, keep=True):
-    """Time the contenders by turns, there and back again; return arms by name.
+    """Time the contenders in turns, in alternating order; return arms by name.
 
-    `make_input(rows)` is asked before each call. Results are kept to the end, so that no arm gets memory that an
-    earlier result has left.
+    `make_input(rows)` is called before each call. Results are kept to the end, so that no arm can reuse memory of an
+    earlier result.
     """
     seconds: dict[str, list[float]] = {each.name: [] for each in contenders}
     kept = []
@@ -59,7 +59,7 @@ def race(contenders, make_input, size, repetitions, *, between=lambda: None, kee
             each.prepare()
             memory = touched_memory()
             time.sleep(SETTLE_S)
-            let_go(memory)
+            release(memory)
             start = time.perf_counter()
             result = each.call(given)
             seconds[each.name].append(time.perf_counter() - start)
@@ -72,10 +72,10 @@ def race(contenders, make_input, size, repetitions, *, between=lambda: None, kee
 
 
 def touched_memory():
-    """Return memory that was written to, for `let_go` when the call begins.
+    """Return memory that was written to, for `release` when the call begins.
 
-    A virtual machine gives free memory back to its host within seconds, and then a page's first touch takes ten times
-    as long as any other. Without this, arms that make much memory would be slower for no reason of theirs.
+    A virtual machine returns free memory to its host within seconds, and then the first touch of a page takes ten times
+    as long as usual. Without this, arms that allocate much memory would be slower through no fault of theirs.
     """
     memory = [np.empty(TOUCHED, np.uint8) for _ in os.sched_getaffinity(0)]
     for each in memory:
@@ -83,8 +83,8 @@ def touched_memory():
     return memory
 
 
-def let_go(memory):
-    """Free a part of the memory on each core: the kernel keeps it there, for what this core asks for next."""
+def release(memory):
+    """Free a part of the memory on each core: the kernel keeps it for the next allocations of this core."""
     cores = os.sched_getaffinity(0)
     try:
         for core in cores:
@@ -95,7 +95,7 @@ def let_go(memory):
 
 
 def all_equal(contenders, make_input, size, expected):
-    """Check that every contender returns the expected bytes; whoever does not is named and ends the workload."""
+    """Check that every contender returns the expected bytes; one that does not is named, and ends the workload."""
     for each in contenders:
         ids = make_input(each.size or size)
         each.prepare()
@@ -111,9 +111,10 @@ def same_bytes(found, expected):
 
 
 def drop_caches(*paths):
-    """Take files, or all files of folders, out of the page cache and prove it.
+    """Drop files, or all files of folders, from the page cache, and check that they are gone.
 
-    Each file by itself first, which leaves the rest of the machine alone; the whole cache where that is not enough.
+    It first drops each file by itself, which leaves the rest of the machine alone, and the whole cache only if that is
+    not enough.
     """
     files = [file for path in paths for file in _files(Path(path))]
     for file in files:
@@ -129,7 +130,7 @@ def drop_caches(*paths):
 def read_files(path):
     """Read a file, or all files of a folder, into the page cache.
 
-    A virtual machine may page out what nobody used for seconds, so that who comes after slow arms would not be warm.
+    A virtual machine may page out what was not used for seconds, so an arm that follows slow ones would not be warm.
     """
     buffer = bytearray(4 * 2**20)
     for each in _files(Path(path)):

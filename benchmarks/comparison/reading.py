@@ -1,4 +1,4 @@
-"""Lookups: warm and cold, large and small, many tables (W1, W2, W3, W11, W12)."""
+"""Lookups: warm and cold, large and small, of many tables (W1, W2, W3, W11, W12)."""
 
 import mmap
 import time
@@ -25,7 +25,7 @@ SLOW_CALLS = {
     "Lance": (None, 3),
     "h5py": (1024, 1),
 }
-"""Ids a call and repetitions of the engines that are slow when all is in memory."""
+"""Ids per call, and repetitions, of engines that are slow even if everything is in memory."""
 
 COPY = "copy bandwidth"
 
@@ -34,7 +34,7 @@ COPY = "copy bandwidth"
 
 
 def warm_uniform(settings):
-    """W1."""
+    """W1: warm lookups of uniform ids."""
     return _warm(settings, "W1", "uniform", 40_960)
 
 
@@ -100,7 +100,7 @@ def _in_memory(data, batch):
 
 
 def _engines(data, batch, stack):
-    """Open the engines on disk, warm."""
+    """Open the engines on disk, and warm them up."""
     found = []
     for name, (size, repetitions) in SLOW_CALLS.items():
         if peers.has(name):
@@ -126,7 +126,7 @@ def _warm_bars(arms):
 
 
 def _unique(table, data, make_ids, batch, settings):
-    """Each distinct row once, with the inverse."""
+    """Look up each distinct row once, with the inverse."""
     array = data.array
 
     def theirs(ids):
@@ -150,7 +150,7 @@ def _unique(table, data, make_ids, batch, settings):
 
 
 def cold_uniform(settings):
-    """W3: nothing of the table in memory, proven before every call."""
+    """W3: none of the table is in memory, which is checked before every call."""
     data = settings.data(LARGE)
     batch = settings.batch(65_536, data.rows)
     make_ids = ids_of("uniform", data.rows)
@@ -160,7 +160,7 @@ def cold_uniform(settings):
     maps = [
         Contender("np.memmap", cold.map, repetitions=3, prepare=cold.open_plain),
         Contender("np.memmap MADV_RANDOM", cold.map, repetitions=3, prepare=cold.open_advised),
-        # Read-ahead brings in most of the table by the end of a large batch, and nothing of use for a small one.
+        # Read-ahead loads most of the table by the end of a large batch, but nothing useful for a small one.
         Contender("np.memmap, small batch", cold.map, small, 3, prepare=cold.open_plain),
         Contender("lookup, small batch", cold.lookup, small, prepare=cold.open_store),
     ]
@@ -200,7 +200,7 @@ def cold_uniform(settings):
 
 
 class _Cold:
-    """Opens what is to be read, each time after all of its files have left memory."""
+    """Opens what is to be read, each time after its files were dropped from memory."""
 
     def __init__(self, data):
         self.data, self.store, self.array = data, None, None
@@ -233,7 +233,7 @@ class _Cold:
 
 
 def _race_cold_engine(name, data, ours, make_ids, batch, settings, arms):
-    """Make one engine's data, race it with ours, and delete it: together they would fill the disk."""
+    """Create one engine's data, race it against ours, and delete it: all engines together would fill the disk."""
     how = {"mapped": False} if name == "RocksDB" else {}
     peer = peers.ENGINES[name](data, **how)
     peer.open()
@@ -252,7 +252,7 @@ def _race_cold_engine(name, data, ours, make_ids, batch, settings, arms):
 
 
 def _mean_pages(make_ids, batch):
-    """Distinct pages that a batch lies on, records of one row's weight."""
+    """Return the mean number of distinct pages that hold the rows of a batch, if records are only weights."""
     return float(np.mean([np.unique(make_ids(batch) * ROW_BYTES // machine.PAGE).size for _ in range(5)]))
 
 
@@ -326,7 +326,7 @@ def many_tables(settings):
 
 
 def _one_by_one(store, ids):
-    """Whether one call for all tables does what a call for each does, also after an update."""
+    """Return whether one call for all tables returns what separate calls do, also after an update."""
     store.update({name: (each, common.make_values(each.size)) for name, each in ids.items()})
     together = store.lookup(ids)
     return all(same_bytes(rows, store[name].lookup(ids[name])) for name, rows in together.items())

@@ -1,4 +1,4 @@
-"""A run for people: one table, and pictures of it."""
+"""The results of a run, for people: as a table and as pictures."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ def heading(machine):
             f"{machine.cores} cores, {machine.memory_bytes / 2**30:.0f} GiB of memory, Linux {machine.linux}",
             f"  copies          {machine.copy_bytes_per_s / 1e9:>10.1f} GB/s",
             f"  random reads    {machine.read_pages_per_s:>10,.0f} of 4 KiB a second ({machine.reader})",
-            f"  writes          {machine.write_bytes_per_s / 1e9:>10.2f} GB/s, one after the other",
+            f"  writes          {machine.write_bytes_per_s / 1e9:>10.2f} GB/s, sequential",
             f"  fdatasync       {1e6 * machine.sync_s:>10,.0f} us",
         ]
     )
 
 
 def outcome(result):
-    """Write what a workload found: its arms, then its bars."""
+    """Format the results of a workload: its arms, then its bars."""
     lines = [f"\n{result.workload}  {result.title}  ({result.seconds:.0f} s)"]
     if result.missing:
         lines.append(f"  missing: {', '.join(result.missing)}")
@@ -57,7 +57,7 @@ def _bar(bar):
 
 
 def summary(outcomes):
-    """Count the bars."""
+    """Count the bars that were met."""
     bars = [bar for result in outcomes for case in result.cases for bar in case.bars]
     counts = [sum(bar.met is kind for bar in bars) for kind in (True, False, None)]
     failed = [result.workload for result in outcomes if result.error]
@@ -69,7 +69,7 @@ def summary(outcomes):
 
 
 def plot(outcomes, folder):
-    """Draw rows a second by arm, a picture for each case, with the device's limit as a line."""
+    """Draw rows per second by arm, in one picture per case, with the device's limit as a line."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -1,4 +1,4 @@
-"""What a run found out, as frozen data: arms, bars, cases, outcomes."""
+"""The results of a run, as frozen data: arms, bars, cases, outcomes."""
 
 import statistics
 from dataclasses import asdict, dataclass, field
@@ -9,7 +9,7 @@ OURS = "shardemb"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to do the work: how many rows a call has, and what each call took."""
+    """One way to do the work: how many rows a call has, and how long each call took."""
 
     name: str
     rows: float
@@ -23,13 +23,13 @@ class Arm:
 
     @property
     def rate(self):
-        """Rows a second of the median call."""
+        """Rows per second of the median call."""
         return self.rows / self.median
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A promise with what was measured; `value` is None where the peer is missing or could not run."""
+    """A promise and what was measured; `value` is None if the peer is missing or could not run."""
 
     what: str
     value: float | None
@@ -40,12 +40,12 @@ class Bar:
 
     @property
     def met(self):
-        """Whether it holds; None where nothing was measured."""
+        """Whether the promise holds; None if nothing was measured."""
         return None if self.value is None else self._reaches(self.target)
 
     @property
     def stretch_met(self):
-        """Whether the further goal holds, if there is one."""
+        """Whether the stretch goal holds; None if there is none, or nothing was measured."""
         return None if self.value is None or self.stretch is None else self._reaches(self.stretch)
 
     def _reaches(self, target):
@@ -60,9 +60,9 @@ class Case:
     arms: tuple[Arm, ...] = ()
     bars: tuple[Bar, ...] = ()
     equal: bool | None = None
-    """Whether all arms returned the same; None where there is nothing to compare."""
+    """Whether all arms returned the same; None if there is nothing to compare."""
     limit: float | None = None
-    """Rows a second that the device allows."""
+    """Rows per second that the device allows."""
     notes: tuple[str, ...] = ()
     facts: dict[str, float] = field(default_factory=dict)
 
@@ -82,19 +82,19 @@ class Outcome:
 
 
 def at_most(what, value, target, unit):
-    """Make a bar that small values meet."""
+    """Make a bar that is met by values of at most `target`."""
     return Bar(what, value, target, unit, at_least=False)
 
 
 def faster(arms, ours, peer, target, stretch=None):
-    """Make a bar: how many times as fast as the peer ours is, rows a second, both of `arms` by name."""
+    """Make a bar: how many times as fast as the peer ours is, in rows per second; both are names in `arms`."""
     known = ours in arms and peer in arms
     value = arms[ours].rate / arms[peer].rate if known else None
     return Bar(f"{ours} vs {peer}", value, target, stretch=stretch)
 
 
 def as_document(machine, outcomes, settings) -> dict[str, Any]:
-    """Turn a run into what JSON holds, with what is computed from it."""
+    """Turn a run into a JSON document, including the values computed from it."""
     return {
         "machine": asdict(machine),
         "settings": settings,

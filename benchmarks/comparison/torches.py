@@ -1,4 +1,4 @@
-"""torch and FBGEMM: tables in memory, one training step a call."""
+"""torch and FBGEMM: tables in memory, one training step per call."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ class TorchAdam:
         return rows.detach()
 
     def save(self, path):
-        """Save table and optimizer, durably, as a job does that must survive: a new file, synced, then renamed."""
+        """Save table and optimizer durably, as a job would that must survive: in a new file, synced, then renamed."""
         half = Path(f"{path}.half")
         with half.open("wb") as file:
             self.torch.save(
@@ -44,7 +44,7 @@ class TorchAdam:
 
 
 class FbgemmAdagrad:
-    """FBGEMM's fused kernel for processors: exact row-wise Adagrad within the backward pass."""
+    """FBGEMM's fused kernel for CPUs: exact row-wise Adagrad within the backward pass."""
 
     name = "FBGEMM row-wise Adagrad in RAM"
 
@@ -81,7 +81,7 @@ class FbgemmAdagrad:
 
 
 def embedding(array, out):
-    """Make the lookups of torch on an array in memory: into new memory, and into an array of that many rows."""
+    """Make the lookups of torch on an array in memory: into new memory, and into an existing array."""
     import torch
 
     table, target = torch.from_numpy(array), torch.from_numpy(out)
@@ -96,7 +96,7 @@ def embedding(array, out):
 
 
 def numpy_rowwise_adagrad(weights, sums, ids, grads):
-    """Take the step as users write it, on any two arrays; return the rows before it."""
+    """Take the step as users would write it, on any two arrays; return the rows before the step."""
     rows = weights[ids]
     unique, inverse = np.unique(ids, return_inverse=True)
     summed = np.zeros((unique.size, DIM), np.float32)

@@ -19,7 +19,7 @@ BATCH = 65_536
 
 
 def make_batches(distribution, rows):
-    """Make a function from a number to that many ids with gradients."""
+    """Make a function that returns a given number of ids with gradients."""
     ids = ids_of(distribution, rows)
     return lambda size: (ids(size), common.make_values(size) - np.float32(0.5))
 
@@ -37,7 +37,7 @@ def step_of(table):
 
 
 def settle(table):
-    """Bring a table to its steady state: every page copied, so that no step pays for it."""
+    """Bring a table to its steady state: every row was updated before, so no step pays for a first update."""
     for ids in batches(table.num_embeddings):
         table.update(ids, np.zeros((ids.size, DIM), np.float32))
 
@@ -46,7 +46,7 @@ def settle(table):
 
 
 def warm_steps(settings):
-    """W6a."""
+    """W6a: steps on rows in memory."""
     data = settings.data(FULL)
     batch = settings.batch(BATCH, data.rows)
     adam = _against(settings, data, batch, "Adam", "torch", {"uniform": 2.5, "zipf": 3.0})
@@ -56,7 +56,7 @@ def warm_steps(settings):
 
 
 def _against(settings, data, batch, optimizer, peer, targets):
-    """Race our step with one peer's, a case for each distribution of ids."""
+    """Race our step against one peer's, with one case per distribution of ids."""
     kind = {"torch": torches.TorchAdam, "FBGEMM": torches.FbgemmAdagrad}[peer]
     theirs = kind(np.array(data.raw)) if peers.missing(("torch", peer)) == () else None
     with shardemb.open(data.store(f"train-{optimizer}", common.optimizer(optimizer))) as store:
@@ -75,7 +75,7 @@ def _against(settings, data, batch, optimizer, peer, targets):
 
 
 def _meet(ours, theirs, data, batch):
-    """Before the first step both return the same bytes; torch makes its state in it."""
+    """Check that both return the same bytes before the first step, in which torch creates its state."""
     given = make_batches("uniform", data.rows)(batch)
     if not same_bytes(ours(given), theirs.step(given).numpy()):
         raise AssertionError(f"{theirs.name} returned other bytes")
@@ -87,7 +87,7 @@ def _steps(settings, table, contenders, distribution, batch, target, peer):
     ours = contenders[0].name
     distinct = np.unique(make(batch)[0]).size / batch
     record = table.nbytes / table.num_embeddings
-    # Rows out, gradients in, and each distinct record read and written.
+    # Rows are returned, gradients are read, and each distinct record is read and written.
     moved = 2 * ROW_BYTES + distinct * record
     return Case(
         f"{distribution}, {contenders[0].name}",
@@ -103,14 +103,14 @@ def _steps(settings, table, contenders, distribution, batch, target, peer):
 
 STEPS, COMMIT_EVERY = 300, 100
 LONG_LOG = 8 * 2**30
-"""Takes all that is committed here: what a job gains that has disk to spare."""
+"""Holds everything that is committed here: what a job gains if it can spare the disk space."""
 
 GRADIENTS = 8
-"""Arrays of gradients, used in turns: as many as there are steps would not fit in memory."""
+"""Arrays of gradients, used in turn: one per step would not fit in memory."""
 
 
 def committed_steps(settings):
-    """W6b: the total time of 300 steps, durable every 100."""
+    """W6b: the total time of 300 steps with a durable commit every 100."""
     data = settings.data(FULL)
     work = memory.Work(
         data.rows, settings.batch(BATCH, data.rows), "uniform", 20, optimizer="Adam", commit_every=10
@@ -178,7 +178,7 @@ def _train_torch(data, inputs, every, sample):
 
 
 def _timed_steps(step, commit, inputs, every):
-    """Seconds of each run of steps, and of each commit after one."""
+    """Return the seconds of each run of steps, and of the commit after it."""
     step_s, commit_s = [], []
     for first in range(0, len(inputs), every):
         start = time.perf_counter()

@@ -13,21 +13,21 @@ from .results import Outcome
 
 @dataclass(frozen=True)
 class Workload:
-    """What is measured, by which function, against whom."""
+    """What is measured, by which function, and against which peers."""
 
     name: str
     title: str
     run: Callable
     peers: tuple[str, ...] = ()
     data: int | None = None
-    """Rows at full scale of the table that it shares with others."""
+    """Rows, at full scale, of the table that it shares with other workloads."""
 
 
 WARM = ("torch", "zarr", "lmdb", "RocksDB", "Lance", "h5py")
 
 WORKLOADS = {
     each.name: each
-    for each in (  # those that share a table stand together, so that it can be deleted early
+    for each in (  # those that share a table are next to each other, so that it can be deleted early
         Workload("W1", "warm lookup, uniform ids", reading.warm_uniform, WARM, reading.FULL),
         Workload("W2", "warm lookup, Zipf ids", reading.warm_zipf, WARM, reading.FULL),
         Workload("W5", "durable update", committing.durable_update, tuple(committing.ENGINES), reading.FULL),
@@ -47,7 +47,7 @@ WORKLOADS = {
 
 
 def run_all(names, settings, say):
-    """Run workloads one after the other; `say` gets each outcome as soon as it is there."""
+    """Run workloads one after the other; `say` is called with each outcome as soon as it is known."""
     chosen = [workload for workload in WORKLOADS.values() if workload.name in names]
     outcomes = []
     for number, workload in enumerate(chosen):
