@@ -172,7 +172,7 @@ class _Reader:
         self.replay = replay
         self._store = store
         self._epoch = epoch
-        self._pending: list[tuple[str, Run]] = []
+        self._pending: list[tuple[str, Run]] = []  # images of an attempt whose commit record may follow
         self._pending_attempt = 0
         self._required: int | None = None  # number of the segment that must come next
         self._last = 0
@@ -212,6 +212,7 @@ class _Reader:
     def _header(
         self, path: Path, memory: address_space.AddressRange, number: int, nbytes: int
     ) -> tuple[bytes, int]:
+        """Check the header of a segment; return its salt, or nothing if the segment is to be ignored, and its size."""
         _populate(memory, 0, PAGE)
         block = bytes(memory.bytes(0, HEADER.size))
         magic, version, epoch, own, first, size, store, salt, found = HEADER.unpack(block)
@@ -262,6 +263,7 @@ class _Reader:
     def _record_header(
         self, memory: address_space.AddressRange, position: int, salt: bytes
     ) -> tuple[bytes, int, int, int, int, int, int, int, bytes, int, int] | None:
+        """Return the fields of the record header at a position; None if there is no valid header."""
         _populate(memory, position, PAGE)
         block = bytes(memory.bytes(position, RECORD.size))
         if block[:4] != RECORD_MAGIC:
@@ -284,12 +286,14 @@ class _Reader:
         if self._pending and self._pending_attempt != attempt:
             self._pending = []  # they are of an attempt that failed
         self._pending_attempt = attempt
+        # The images stay in the mapped file until a fold or a reader uses them: nothing is copied here.
         ids = np.frombuffer(memory.bytes(offset, count * 8), np.int64)
         run = Run(ids, memory.address + offset + count * 8, length // count - 8)
         self._pending.append((str(uuid.UUID(bytes=table)), run))
 
     def _read_commit(self, path: Path, payload: bytes, count: int, attempt: int) -> None:
         pending = self._pending if self._pending and self._pending_attempt == attempt else []
+        # The commit record counts its images, so that a lost record of images is noticed.
         if sum(run.ids.size for _, run in pending) != count:
             self._damaged(path, "images of a commit are missing")
         manifest = Manifest.from_bytes(payload)

@@ -76,8 +76,8 @@ class Log:
         self.number = manifest.segment - 1
         self.sequence = manifest.sequence
         self.attempt = manifest.attempt
-        self._next_on_disk = manifest.sequence
-        self._synced = manifest.sequence - 1
+        self._next_on_disk = manifest.sequence  # of the first record that is not in the file
+        self._synced = manifest.sequence - 1  # of the last record that is known to be synced
         self._count = 0
         self._stage = address_space.AddressRange(STAGE_BYTES)
         self._stage.map_zeros(0, STAGE_BYTES)
@@ -189,7 +189,8 @@ class Log:
             files.close(before)
 
     def _begin_segment(self, nbytes: int, *, zeros: bool = True) -> None:
-        number, salt = self.number + 1, uuid.uuid4().bytes
+        """Create a segment under a temporary name; give it its name once its space and header are durable."""
+        number, salt = self.number + 1, uuid.uuid4().bytes  # a new salt invalidates what a reused file holds
         temporary = self._path(number).with_suffix(".new")
         files.remove(temporary)  # left by a writer that died while creating it
         descriptor = None
@@ -244,10 +245,11 @@ class Log:
         length = round_up(nbytes, PAGE)
         if self._staged + length > self._stage.nbytes:
             self._flush()
-        if length > self._stage.nbytes:
+        if length > self._stage.nbytes:  # a commit record with a very large manifest
             self._stage = address_space.AddressRange(length)
             self._stage.map_zeros(0, length)
         offset = self._staged
+        # Only the padding is cleared: the caller writes the rest.
         self._stage.bytes(offset, length)[nbytes:] = bytes(length - nbytes)
         self._staged += length
         return offset
@@ -255,6 +257,7 @@ class Log:
     def _seal(
         self, offset: int, kind: int, payload: memoryview | bytes, count: int, table: bytes = NO_TABLE
     ) -> None:
+        """Complete a staged record with its header, which takes the next sequence number."""
         self._put_record(offset, kind, payload, count, table, self._synced, self._salt, self.sequence)
         self.sequence += 1
 
@@ -269,6 +272,7 @@ class Log:
         salt: bytes,
         sequence: int,
     ) -> None:
+        """Write the header of a record to the stage."""
         header = RECORD.pack(
             RECORD_MAGIC,
             kind,
@@ -286,6 +290,7 @@ class Log:
         self._stage.bytes(offset, RECORD.size)[:] = header[:-8] + crc
 
     def _flush(self) -> None:
+        """Write the stage to the file. Not synced."""
         assert self._descriptor is not None
         with signals_deferred():  # a signal in between would leave the position behind what the file holds
             path = self._path(self.number)
