@@ -52,13 +52,13 @@ CALLS = (
 PACKAGE = str(Path(shardemb.__file__).parent)
 
 
-def call_site(name):
+def call_site(name, depth):
     """Return where an operation is asked for: its name, and the lines of the package that lead to it, innermost first.
 
     Lines of ``files`` do not count: that is where operations end, whoever asks for them.
     """
     lines, frame = [name], sys._getframe(2)
-    while frame is not None:
+    while frame is not None and len(lines) <= depth:
         filename = frame.f_code.co_filename
         if filename.startswith(PACKAGE) and filename != files.__file__:
             lines.append((filename.removeprefix(PACKAGE), frame.f_lineno))
@@ -69,8 +69,8 @@ def call_site(name):
 class Failing:
     """Lets one call fail, in one of three ways: that of a number, or that of a number among those of a call site."""
 
-    def __init__(self, at=None, kind="full", site=None):
-        self.at, self.kind, self.site = at, kind, site
+    def __init__(self, at=None, kind="full", site=None, depth=100):
+        self.at, self.kind, self.site, self.depth = at, kind, site, depth
         self.count, self.sites, self.paused, self.failed = 0, Counter(), False, None
 
     def on(self):
@@ -81,7 +81,7 @@ class Failing:
                 if self.paused:
                     return real[name](*arguments, **options)
                 self.count += 1
-                site = call_site(name)
+                site = call_site(name, self.depth)
                 self.sites[site] += 1
                 if self.at == (self.sites[site] if site == self.site else None if self.site else self.count):
                     self.failed = (
@@ -134,7 +134,7 @@ def every_position(count, seed=0):
     return [Failing(position, KINDS[(position + seed) % 3]) for position in range(1, count + 1)]
 
 
-def every_site(workloads, chosen):
+def every_site(workloads, chosen, depth=100):
     """List for one of several workloads the calls to fail, such that over all of them each site fails in each way.
 
     Parameters
@@ -143,16 +143,19 @@ def every_site(workloads, chosen):
         How often each passes each call site.
     chosen : int
         The number of one of them.
+    depth : int, optional
+        How many lines of the package make a call site, as in `workloads`.
     """
     found = []
     for site in sorted(set().union(*workloads), key=str):
         passing = [number for number, sites in enumerate(workloads) if sites[site]]
         for kind in kinds_of(site[0]):
             chance = random.Random(f"{site} {kind}")  # the same in every process, whatever else is passed
-            number = chance.choice(passing)
+            cheap = [1 / workloads[each].total() for each in passing]
+            number = chance.choices(passing, cheap)[0]
             at = chance.randint(1, workloads[number][site])
             if number == chosen:
-                found.append(Failing(at, kind, site))
+                found.append(Failing(at, kind, site, depth))
     return found
 
 

@@ -21,6 +21,8 @@ from support.small import make_small, pool_of
 from support.stores import close_quietly
 
 WORKLOADS, DIM = 4, 4
+DEPTH = 2
+"""Lines of the package that make a call site: calls on keys go through many layers, in every order."""
 
 
 def train(path, seed, failing):
@@ -131,7 +133,7 @@ def small(seed):
 
 def trained(seed):
     """Return the calls of a workload in which none fails."""
-    failing = Failing()
+    failing = Failing(depth=DEPTH)
     with small(seed), scratch() as folder:
         with failing.on():
             allowed = train(Path(folder) / "store", seed, failing)
@@ -147,7 +149,7 @@ def fail_everywhere(seed):
 
 def fail_every_site(seed):
     """Let each call site of some workloads fail in each way, one workload's share; return which operations did."""
-    return fail_each(seed, every_site([trained(each).sites for each in range(WORKLOADS)], seed))
+    return fail_each(seed, every_site([trained(each).sites for each in range(WORKLOADS)], seed, DEPTH))
 
 
 def fail_some(seed, most):
