@@ -188,9 +188,10 @@ def test_ctrl_c_before_rows_change_changes_nothing(store, monkeypatch):
 def test_ctrl_c_at_any_moment_of(path, loop):
     # In a process of its own: a signal at the wrong moment can kill one (numba 0.66: in a kernel that returns a tuple).
     program = f"import sys, test_interrupts as t; t.interrupted_{loop}(sys.argv[1])"
+    folders = [Path(__file__).parent, Path(__file__).parents[1]]  # the latter holds `support`
     done = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-c", program, str(path)],
-        cwd=Path(__file__).parent,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [*folders, *filter(None, sys.path)]))},
         capture_output=True,
         text=True,
         timeout=120,

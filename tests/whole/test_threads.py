@@ -265,16 +265,14 @@ def test_a_lookup_of_keys_that_meets_a_close_finds_them_or_is_told(store, monkey
     words = store.create_vocabulary("words", key_type="int64")
     words.add(np.arange(100))
     store.commit()
-    hashes = inside.key_rows(
-        inside.key_rows(inside.key_rows(inside.key_rows(inside.key_rows(inside.key_rows(words)))))
-    )._hashes
+    hashes = inside.key_rows(words)._hashes
 
     def close_meanwhile(checked):
         found = hashes(checked)
         store.close()
         return found
 
-    monkeypatch.setattr(words, "_hashes", close_meanwhile)
+    monkeypatch.setattr(inside.key_rows(words), "_hashes", close_meanwhile)
     with pytest.raises(StoreClosedError):
         words.lookup(np.arange(100))
 
