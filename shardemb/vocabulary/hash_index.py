@@ -166,7 +166,9 @@ class KeyIndex:
         OSError
             Some files may be left. The index must be rebuilt at some later time.
         """
-        self._damaged = True
+        self._damaged = (
+            True  # if some files stay, nothing may be merged with them, and the index must be rebuilt
+        )
         files.remove_tree(self._folder)
         return self._folder
 
@@ -202,16 +204,14 @@ class KeyIndex:
     def nbytes(self) -> tuple[int, int]:
         """Bytes in memory and on disk."""
         table = self._table
-        return table.buckets.nbytes + table.filters.nbytes, files.allocated(
-            self._folder
-        ) if self.has_files else 0
+        on_disk = files.allocated(self._folder) if self.has_files else 0
+        return table.buckets.nbytes + table.filters.nbytes, on_disk
 
     @property
     def view(self) -> View:
         """A snapshot for lookups."""
-        table = (
-            self._table
-        )  # before the level: pairs that are merged meanwhile are then in both, not in neither
+        # The table before the level: pairs that are merged in between are then in both, rather than in neither.
+        table = self._table
         return View(table, self._level)
 
     # ---- changing
@@ -231,7 +231,7 @@ class KeyIndex:
         while start < hashes.size:
             stop = min(start + most - self._open_pairs, hashes.size)
             self._reserve(self._open_pairs + stop - start)
-            self._open_pairs += stop - start  # before they are there: `len` may be read meanwhile
+            self._open_pairs += stop - start  # before the pairs are there: `len` may be read concurrently
             self._insert(hashes[start:stop], rows[start:stop])
             start = stop
             if self._open_pairs >= most:

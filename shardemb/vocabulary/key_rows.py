@@ -456,7 +456,7 @@ def _no_tables(identity: str) -> tuple[TableState, ...]:
 
 
 def _first_of_each(new: Keys, hashes: NDArray[np.uint64]) -> tuple[Int64Array, Int64Array]:
-    """Return the positions where a distinct key occurs first, and for each key which of these is its own."""
+    """Return where each distinct key occurs first, ascending; and for each key, which of these keys it is."""
     table = np.full(max(16, 2 * hashes.size), -1)
     leader = index_kernels.first_of_each(hashes, new_salt(), table)
     if new.integers is None and key_kernels.detach_unequal(new.bounds, new.data, leader):

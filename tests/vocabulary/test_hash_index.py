@@ -127,9 +127,8 @@ def test_an_index_names_the_rows_that_a_dict_has(tmp_path_factory, batches, most
             assert len(index) >= len(set(pairs))
         index.merge(Coverage(3, 2, 1))
         found = assert_holds(index, pairs)
-        assert all(
-            len(rows) == len(set(rows)) for rows in found.values()
-        )  # a pair once, however often it came
+        # Each pair is there once, however often it was added.
+        assert all(len(rows) == len(set(rows)) for rows in found.values())
         assert len(index) == len(set(pairs))
         assert index.check()
         again = opened(path)
