@@ -391,7 +391,7 @@ BAD_TABLES = {
     "initializer class": (
         {"initializer": Uniform},
         TypeError,
-        r"must be one of shardemb\.initializers or an array",
+        r"must be one of shardemb\.initializers, an array, or a function",
     ),
     "initializer by name": ({"initializer": "normal"}, TypeError, "initializer"),
     "a number": ({"initializer": 0.5}, ValueError, r"initializer: the array has shape \(\)"),

@@ -157,7 +157,7 @@ BAD = {
     "NaN of a function": (
         lambda path: of_function(spoiled(values_of(), path), path),
         ValueError,
-        r"rows 192 to 255, the values hold nan at position \(217, 3\)",
+        r"values of the function for rows 192 to 255 hold nan at position \(217, 3\)",
     ),
     "infinite in float32": (
         lambda path: lambda a, b: np.full((b - a, DIM), 1e39),
@@ -167,7 +167,7 @@ BAD = {
     "too few rows": (
         lambda path: cut_short,
         ValueError,
-        r"rows 256 to 299, the values have shape \(43, 16\).*\(44, 16\)",
+        r"values of the function for rows 256 to 299 have shape \(43, 16\).*\(44, 16\)",
     ),
     "a vector": (lambda path: lambda a, b: np.ones(b - a), ValueError, r"shape \(64,\)"),
     "a scalar": (lambda path: lambda a, b: 0.0, ValueError, r"shape \(\)"),
