@@ -31,6 +31,7 @@ def sort_rows(ids: Int64Array, position_bits: int, id_bits: int) -> NDArray[np.u
 
     All numbers are unsigned, because numba checks at every use whether a signed index is negative.
     """
+    # As few passes as possible, and then digits as short as these passes allow.
     passes = max(1, -(-id_bits // _DIGIT_BITS))
     bits, low = np.uint64(-(-id_bits // passes)), np.uint64(position_bits)
     mask, one = (np.uint64(1) << bits) - np.uint64(1), np.uint32(1)
@@ -52,7 +53,7 @@ def sort_rows(ids: Int64Array, position_bits: int, id_bits: int) -> NDArray[np.u
             digit = (words[i] >> low) & mask
             others[np.uint64(counter[digit])] = words[i]
             counter[digit] += one
-            if k + 1 < passes:
+            if k + 1 < passes:  # while the word is at hand, instead of in a pass of its own
                 following[(words[i] >> low + bits) & mask] += one
         low += bits
         words, others = others, words
@@ -78,7 +79,7 @@ def list_groups(
         group += np.uint64(row != last)
         last = row
         rows[group] = row
-        starts[group + one] = i + 1
+        starts[group + one] = i + 1  # the last word of the group writes the value that stays
         order[i] = words[i] & ((one << low) - one)
     return int(np.int64(group)) + 1
 
@@ -94,6 +95,6 @@ def list_inverse(words: NDArray[np.uint64], position_bits: int, rows: Int64Array
         row = words[i] >> low
         group += np.uint64(row != last)
         last = row
-        rows[group] = row
+        rows[group] = row  # written again by each word of the group, which costs less than a branch
         inverse[words[i] & ((one << low) - one)] = group
     return int(np.int64(group)) + 1

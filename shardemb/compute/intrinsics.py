@@ -42,6 +42,7 @@ def prefetch(typing_context: Any, address: Any) -> Any:  # noqa: ANN401
         pointer = _BYTE.as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [pointer, _WORD, _WORD, _WORD])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        # For reading, into all levels of the cache, and into that of data rather than of instructions.
         read, keep, data = _WORD(0), _WORD(3), _WORD(1)
         builder.call(function, [builder.inttoptr(args[0], pointer), read, keep, data])
         return context.get_dummy_value()
@@ -59,6 +60,7 @@ def stream(typing_context: Any, target: Any, source: Any) -> Any:  # noqa: ANN40
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
         pointer = ir.VectorType(_FLOAT, STREAMED // 4).as_pointer()
         target, source = (builder.inttoptr(address, pointer) for address in args)
+        # A source may begin at any float; a store past the caches needs an aligned target.
         store = builder.store(builder.load(source, align=4), target, align=STREAMED)
         store.set_metadata("nontemporal", builder.module.add_metadata([_WORD(1)]))
         return context.get_dummy_value()
@@ -71,6 +73,7 @@ def fence(typing_context: Any) -> Any:  # noqa: ANN401
     """Make everything written before visible to other threads before anything that is written after."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+        # On x86 a weaker fence is no instruction at all, and would not order stores past the caches.
         builder.fence("seq_cst")
         return context.get_dummy_value()
 

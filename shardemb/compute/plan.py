@@ -59,7 +59,7 @@ class Piece(NamedTuple):
 def group(ids: Int64Array, num_embeddings: int) -> Grouped:
     """Group equal ids; O(n) whatever the size of the table."""
     words = _sort(ids, num_embeddings)
-    if words is None:
+    if words is None:  # a huge table: slower, and equally right
         order = np.argsort(ids, kind="stable")
         rows, starts = np.unique(ids[order], return_index=True)
         return Grouped(rows, np.append(starts, ids.size), order)
@@ -127,6 +127,7 @@ def cut(lengths: Sequence[int], tasks: int) -> list[list[Piece]]:
     total = sum(lengths)
     stretches: list[list[Piece]] = []
     for task in range(tasks):
+        # Both in terms of all sequences laid end to end.
         first, last = total * task // tasks, total * (task + 1) // tasks
         pieces, begin = [], 0
         for which, length in enumerate(lengths):

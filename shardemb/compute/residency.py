@@ -48,6 +48,7 @@ def sample_resident(
         ) != row:
             resident += 1
             continue
+        # Only the first page of the record: this is a sample.
         page = (base + row * record_bytes) & -PAGE
         if _mincore(page, PAGE, answer.ctypes.data) != 0:
             return -1
@@ -88,12 +89,13 @@ def advise(
     first, last, failed = np.int64(0), np.int64(-2), 0
     for i in range(start, stop):
         row = sorted_ids[i]
+        # The bit first, because it costs less than the way through the index.
         if present.size and not (present[row >> 3] >> (row & 7)) & 1:
             continue
         if place_of(directory, branches, leaves, slots, row) != row:
             continue
         low, high = row * record_bytes // PAGE, ((row + 1) * record_bytes - 1) // PAGE
-        if low > last + 1:
+        if low > last + 1:  # a gap ends the run; one call for a run costs less than one for each page
             failed += _advise_pages(base, int(first), int(last) + 1, advice, most_pages)
             first = low
         last = max(last, high)

@@ -86,6 +86,7 @@ def _copy_from(source: int, record_bytes: int, places: Int64Array, target: int, 
 
     With prefetches, 40,960 random rows of 256 bytes take 1.0 ms instead of 1.25.
     """
+    # Large enough, aligned, and without gaps: only then can it be streamed.
     if (
         places.size * row_bytes >= _STREAMED_BYTES
         and (target | row_bytes) % STREAMED == 0
@@ -110,7 +111,7 @@ def _stream_from(source: int, record_bytes: int, places: Int64Array, target: int
         record, row = source + places[i] * record_bytes, target + i * row_bytes
         for start in range(0, row_bytes, STREAMED):
             stream(row + start, record + start)
-    fence()
+    fence()  # another core may read the result as soon as this returns
 
 
 @kernel
@@ -168,6 +169,7 @@ def _gather_or_fill(
     fresh, rows, count = np.empty(stop - start, np.int64), np.empty(stop - start, np.int64), 0
     for i in range(start, stop):
         row, ahead = ids[i], min(i + 2 * _AHEAD, stop - 1)
+        # The bit matters only if the row is in the files.
         if places[ahead - start] == ids[ahead]:
             prefetch(present.ctypes.data + (ids[ahead] >> 3))
         # A row that is computed leaves a gap in the copy.
@@ -216,6 +218,7 @@ def _copy_or_fill(
         if (present[row >> 3] >> (row & 7)) & 1:
             copy(base + places[i] * record_bytes, base + row * record_bytes, record_bytes)
             continue
+        # The weights follow below, for all such rows in one call.
         for j in range(initial_state.size):
             records[places[i], dim + j] = initial_state[j]
         fresh[count], rows[count] = places[i], row
@@ -237,7 +240,7 @@ def scatter(
     source, target = values.ctypes.data, records.ctypes.data
     row_bytes, record_bytes = 4 * values.shape[1], 4 * records.shape[1]
     for u in range(start, stop):
-        last = order[starts[u + 1] - 1]
+        last = order[starts[u + 1] - 1]  # positions of a row ascend
         copy(target + places[u] * record_bytes, source + last * row_bytes, row_bytes)
 
 
@@ -269,6 +272,7 @@ def _step(
         first, last = starts[u], starts[u + 1]
         if u + _AHEAD < stop:
             _prefetch_bytes(target + places[u + _AHEAD] * record_bytes, record_bytes)
+        # By positions, not rows: however often rows occur, the next gradients are on their way.
         _prefetch_bytes(source + order[min(first + 2 * _AHEAD, end)] * row_bytes, row_bytes)
         record = records[places[u]]
         if counting:
@@ -277,6 +281,7 @@ def _step(
         if last - first == 1:  # most rows occur once: no copy of their gradient
             _row_step(record[:dim], record[dim:], gradients[order[first]], scalars)
             continue
+        # The order of these additions is part of the contract: it decides the bits.
         for j in range(dim):
             scratch[j] = gradients[order[first], j]
         for k in range(first + 1, last):

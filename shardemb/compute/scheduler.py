@@ -72,6 +72,7 @@ def run(tasks: Sequence[Callable[[], T]], threads: int, stop: threading.Event | 
     if len(tasks) < 2 or os.getpid() != _PID:  # the threads of a pool do not survive a fork
         return [task() for task in tasks]
     stop = stop or threading.Event()
+    # A task that begins in another thread marks its future as running. After an error, the others are cancelled.
     begun: list[Future[None]] = [Future() for _ in tasks]
     caller = threading.get_ident()
 

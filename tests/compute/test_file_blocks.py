@@ -22,7 +22,7 @@ some_bits = st.sets(st.integers(0, 255))
 
 @given(some_bits, st.integers(0, 6))
 def test_patch_bits_sets_those_that_lie_in_the_blocks_given(bits, most):
-    """Bits of eight blocks; of the blocks only some are in memory."""
+    """There are bits in eight blocks, of which only some are in memory."""
     bits = sorted(bit * PAGE for bit in bits if bit < 64)
     blocks = sorted({bit // ROWS_PER_BLOCK for bit in bits})[:most]
     memory = np.zeros(len(blocks) * PAGE, np.uint8)

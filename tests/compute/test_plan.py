@@ -12,7 +12,9 @@ from shardemb.compute.plan import Piece, align, cut, distinct, group, num_tasks
 @st.composite
 def batches(draw):
     """Ids in a table: hot rows, neighbours in one word, and rows far apart."""
-    num_rows = draw(st.sampled_from([1, 64, 65, 1000, 10**6, 2**62]))  # the last has no room for positions
+    num_rows = draw(
+        st.sampled_from([1, 64, 65, 1000, 10**6, 2**62])
+    )  # in the last, ids take all bits of a word
     row = st.integers(0, num_rows - 1)
     near = st.integers(0, min(num_rows - 1, 200))
     hot = st.just(draw(row))
@@ -45,10 +47,12 @@ def test_distinct_is_np_unique(batch):
     for found, expected in zip(distinct(ids, num_rows), np.unique(ids, return_inverse=True), strict=True):
         np.testing.assert_array_equal(found, expected)
         assert found.dtype == np.int64
-        assert found.base is None or found.base.nbytes == found.nbytes  # no more than the caller may keep
+        assert (
+            found.base is None or found.base.nbytes == found.nbytes
+        )  # a caller who keeps it keeps nothing else
 
 
-@pytest.mark.parametrize("num_rows", [2**51, 2**51 + 1])  # 51 bits or 52, and 13 for the positions
+@pytest.mark.parametrize("num_rows", [2**51, 2**51 + 1])  # 51 or 52 bits for the id, and 13 for the position
 def test_words_are_taken_where_64_bits_hold_id_and_position(num_rows, monkeypatch):
     sort_rows, sorted_by_words = grouping.sort_rows, []
     monkeypatch.setattr(grouping, "sort_rows", lambda *args: sorted_by_words.append(1) or sort_rows(*args))
@@ -70,7 +74,7 @@ def test_cut_covers_every_element_once_and_in_order(lengths, tasks):
 
 
 @given(st.lists(st.integers(0, 50), max_size=6), tasks)
-def test_cut_makes_at_most_so_many_tasks_of_equal_size(lengths, tasks):
+def test_cut_makes_at_most_that_many_tasks_of_equal_size(lengths, tasks):
     stretches = cut(lengths, tasks)
     sizes = [sum(stop - start for _, start, stop in pieces) for pieces in stretches]
     assert len(sizes) == min(tasks, sum(lengths))
@@ -78,7 +82,7 @@ def test_cut_makes_at_most_so_many_tasks_of_equal_size(lengths, tasks):
     assert all(start < stop for pieces in stretches for _, start, stop in pieces)
 
 
-def test_cut_of_a_table_that_is_small_beside_another():
+def test_cut_of_a_table_that_is_small_next_to_another():
     assert cut([1, 0, 9], 2) == [[Piece(0, 0, 1), Piece(2, 0, 4)], [Piece(2, 4, 9)]]
 
 
@@ -100,7 +104,7 @@ def test_every_row_is_in_exactly_one_task(batch, tasks):
 @given(batches(), tasks)
 @example((np.array([63, 64, 64, 64, 128]), 1000), 5)
 def test_no_task_has_much_more_than_its_share(batch, tasks):
-    """More than its share is only the row that its share ends in, which cannot be divided."""
+    """It exceeds its share only by the row at the end of it, which cannot be divided."""
     grouped = group(*batch)
     share = -(-grouped.order.size // tasks)
     work = np.diff(grouped.starts)
@@ -154,7 +158,7 @@ def test_a_plan_of_any_size_has_no_more_parts_than_tasks(count):
     assert len(cut([count], 8)) <= 8
 
 
-def test_group_goes_without_one_word_for_row_and_position_where_there_is_no_room_for_both():
+def test_group_also_works_if_row_and_position_do_not_fit_in_a_word():
     ids = np.array([2**62 - 1, 5, 2**62 - 1, 0], np.int64)
     grouped = group(ids, 2**62)
     assert grouped.rows.tolist() == [0, 5, 2**62 - 1]

@@ -32,7 +32,9 @@ def where(tasks=5):
 
 
 def named(choice):
-    return getattr(choice, "__name__", str(choice))  # no address: a test is called the same in every process
+    return getattr(
+        choice, "__name__", str(choice)
+    )  # without an address: a test has one name in all processes
 
 
 # ---- who runs them ----------------------------------------------------------------------------------------------
@@ -51,7 +53,7 @@ def test_the_calling_thread_and_others_run_them_by_default(choice):
 
 
 def test_the_calling_thread_does_what_others_do_not_come_to():
-    """However long the others' tasks are, none waits while one of the threads has nothing to do."""
+    """However long the others' tasks are, no task waits while a thread has nothing to do."""
     began, last = threading.Event(), threading.Event()
 
     def first():
@@ -79,7 +81,7 @@ def test_tasks_that_dask_is_told_to_hand_out_together(threads):
 
 
 def test_each_thread_has_its_own_helpers():
-    """Or the short tasks of one would wait for the long ones of another."""
+    """Otherwise the short tasks of one would wait for the long ones of another."""
     long_ones, go_on = threading.Barrier(3, timeout=60), threading.Event()
 
     def long_one():
@@ -112,7 +114,7 @@ def test_the_helpers_of_a_thread_end_after_it():
 
 @pytest.fixture
 def kept_to(monkeypatch):
-    """What helpers were told: (thread, cores, the core that this is said on)."""
+    """Record what helpers are told: (thread, cores, the core of the caller)."""
     calls, keep_to, here = [], scheduler._keep_to, scheduler._getcpu
 
     def note(thread, cores):
@@ -124,7 +126,7 @@ def kept_to(monkeypatch):
 
 
 def meet():
-    """Have the caller and one helper run a task each; return the cores that they may use then."""
+    """Have the caller and one helper run a task each; return the cores that each may use in it."""
     meeting = threading.Barrier(2, timeout=60)
     return run([lambda: meeting.wait() >= 0 and os.sched_getaffinity(0)] * 2, 2)
 
@@ -183,13 +185,13 @@ def test_an_executor_of_the_configuration_is_used(setting):
 @pytest.mark.parametrize(
     "choice", ["processes", "multiprocessing", "distributed", "dask.distributed", "nonsense"]
 )
-def test_what_runs_elsewhere_is_not_used(choice):
-    """The memory that tasks work on is mapped into this process."""
+def test_a_scheduler_of_other_processes_is_not_used(choice):
+    """Tasks work on memory that is mapped into this process."""
     with dask.config.set(scheduler=choice):
         where()
 
 
-def test_a_scheduler_of_somebody_else_is_not_used():
+def test_an_unknown_scheduler_is_not_used():
     def elsewhere(*args, **options):
         raise AssertionError("called")
 
@@ -198,7 +200,7 @@ def test_a_scheduler_of_somebody_else_is_not_used():
 
 
 class Elsewhere(ThreadPoolExecutor):
-    """As an executor of processes or interpreters may be built."""
+    """Built as an executor of processes or interpreters may be."""
 
     def submit(self, *args, **options):
         raise AssertionError("called")
@@ -237,7 +239,7 @@ def test_no_tasks_no_results():
     assert run([], 2) == []
 
 
-def test_tasks_run_side_by_side():
+def test_tasks_run_concurrently():
     meeting = threading.Barrier(2, timeout=60)
     assert sorted(run([meeting.wait, meeting.wait], 2)) == [0, 1]
 
@@ -344,16 +346,16 @@ def test_without_an_error_nobody_is_told_anything():
 
 @pytest.fixture
 def ctrl_c():
-    """That SIGINT raises KeyboardInterrupt, which it does not where a shell started the tests in the background."""
+    """Let SIGINT raise KeyboardInterrupt, which it does not if a shell started the tests in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_breaks_off_the_task_of_the_calling_thread_and_waits_for_the_others():
+def test_ctrl_c_interrupts_the_task_of_the_calling_thread_and_waits_for_the_others():
     ended, caller = [], threading.get_ident()
-    both_run = threading.Barrier(2)  # a task that has not begun would be left out
+    both_run = threading.Barrier(2)  # a task that has not begun would never run
 
     def task():
         both_run.wait(60)

@@ -1,0 +1,351 @@
+"""How kernels are compiled: what they may do, for which arguments, and when the cache on disk is used."""
+
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import shardemb
+from shardemb.compute import file_blocks, grouping, residency, row_index, row_kernels
+from shardemb.engine import slots
+from shardemb.initializers import Uniform
+from shardemb.optim import Adam
+from shardemb.vocabulary import hashing, index_kernels, key_kernels
+
+# ---- what kernels are -------------------------------------------------------------------------------------------
+
+WITH_KERNELS = (
+    row_kernels,
+    row_index,
+    residency,
+    grouping,
+    file_blocks,
+    hashing,
+    index_kernels,
+    key_kernels,
+    slots,
+)
+
+
+def is_kernel(each):
+    """Not what is only a part of others."""
+    return hasattr(each, "py_func") and each.targetoptions.get("inline") != "always"
+
+
+def dispatchers():
+    specialised = [
+        row_kernels.step(Adam),
+        row_kernels.gather_or_fill(Uniform),
+        row_kernels.copy_or_fill(Uniform),
+    ]
+    named = [each for module in WITH_KERNELS for each in vars(module).values() if is_kernel(each)]
+    return {each.py_func.__name__: each for each in (*named, *specialised)}
+
+
+def test_every_kernel_is_cached_releases_the_gil_and_keeps_ieee_arithmetic():
+    found = dispatchers()
+    assert {"sort_rows", "gather", "scatter", "advise", "patch_bits", "places_of"} <= set(found)
+    for name, each in found.items():
+        options = each.targetoptions
+        assert options["nogil"], name
+        assert options["error_model"] == "numpy", name
+        assert not options.get("fastmath"), name
+        assert not options.get("parallel"), name
+        assert each._cache.cache_path, name
+
+
+def test_no_kernel_returns_a_tuple():
+    """If a signal is pending while numba builds one for Python, the process crashes."""
+    functions = {
+        name: getattr(each, "py_func", each) for module in WITH_KERNELS for name, each in vars(module).items()
+    }
+    returns = {
+        name: each.__annotations__["return"]
+        for name, each in functions.items()
+        if inspect.isfunction(each)
+        and each.__module__ in [module.__name__ for module in WITH_KERNELS]
+        and not inspect.isgeneratorfunction(each)  # which numba compiles for nobody here
+    }
+    assert {"sort_rows", "_step", "_gather_or_fill"} <= set(returns)
+    assert [name for name, kind in returns.items() if "tuple" in kind] == []
+
+
+# ---- for which arguments ----------------------------------------------------------------------------------------
+
+
+def run_python(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+USE_EVERYTHING = """
+    import sys
+    import numpy as np
+    import shardemb
+    from shardemb.compute import file_blocks, grouping, plan, residency, row_index, row_kernels
+    from shardemb.engine import slots
+    from shardemb.vocabulary import hash_index, hashing, index_kernels, key_kernels
+    from shardemb.initializers import Uniform
+    from shardemb.optim import Adam
+
+    plan.TASK_BYTES = 1000  # small batches are cut into tasks too
+
+    def batches():
+        ids = np.arange(6, dtype=np.int64)
+        read_only = ids.copy()
+        read_only.flags.writeable = False
+        yield from ([], [1], [[1, 2], [2, 1]], ids, ids[::2], ids.astype(np.uint8), read_only, ids[:0], np.int32(3))
+
+    path = sys.argv[1]
+    with shardemb.open(path, memory_budget=0) as store:
+        for name, more in {"plain": {}, "drawn": {"initializer": Uniform(-1, 1)}}.items():
+            store.create_table(name, num_embeddings=70_000, embedding_dim=3, optimizer=Adam(), **more)
+        for table in store.values():
+            for ids in batches():
+                rows = table.lookup(ids)
+                table.lookup(ids, out=np.empty_like(rows))
+                table.lookup_unique(ids)
+                table.state("exp_avg", ids)
+                for kind in (np.float16, np.float32, np.float64):
+                    table.update(ids, rows.astype(kind))
+                    table.write(ids, np.asfortranarray(rows.astype(kind)))
+                table.prefetch(ids, for_update=True)
+        store.commit()
+        repr(store)
+        for ids in (np.arange(60_000), np.arange(10)):
+            store["plain"].write(ids, np.ones((ids.size, 3), np.float32))  # beyond the budget: rows go out
+        store["plain"].lookup([50_000])
+        store.commit()
+        store["plain"].write([5], [[1.0, 2, 3]])
+        store.rollback()
+        store["plain"].write([5, 6, 7], np.ones((3, 3)))
+        over = store["plain"]._state.shards.overlay
+        over.drop(over.slots.owner[np.flatnonzero(over.slots.state)[:1]])
+        over.compact()
+        store.rollback()
+    with shardemb.open(path + "2") as store:
+        table = store.create_table("plain", num_embeddings=10, embedding_dim=3, initializer=Uniform(-1, 1))
+        store.commit()
+        for value in (1, 2):
+            table.write([5], np.full((1, 3), value, np.float32))
+            table.lookup(np.arange(100) % 10)
+            value == 1 and store.commit()
+        store.rollback()
+        words = store.create_vocabulary("words", key_type="int64")
+        for count in (500, 2000):  # the second do not find room in the slots of the first
+            words.add(np.arange(count))
+        store.rollback()
+    hash_index.OPEN_PAIRS = 2, 4
+    with shardemb.open(path + "3") as store:
+        given = {"int64": list(range(3000)), "string": ["", "a", "bc" * 9], "bytes": [b"", b"x" * 99]}
+        for kind, keys in given.items():
+            words = store.create_vocabulary(kind, key_type=kind, admission=shardemb.Admission(after=2))
+            table = store.create_table(
+                kind, vocabulary=kind, embedding_dim=3, optimizer=Adam(), counters=True, initializer=Uniform(-1, 1)
+            )
+            for some in (keys, keys[:1], np.array(keys), keys[:0]):
+                table.lookup(some, create=True, missing="initial")
+            words.add(keys)
+            table.update(keys, np.ones((len(keys), 3)))
+            store.commit()
+            table.evict(keep=1)
+            words.keys(words.lookup(list(words)))
+            store.commit()
+            words.add(keys)
+            words.add(keys)
+            words.remove(keys[:1])
+            words.lookup(keys)
+        store.commit()
+    with shardemb.open(path + "3", mode="r") as store:
+        [list(each) for each in store.vocabularies.values()]
+    with shardemb.open(path, mode="r") as store:
+        for table in store.values():
+            for ids in batches():
+                table.lookup(ids)
+                table.prefetch(ids)
+            list(table.to_arrow_batches())
+    modules = row_kernels, row_index, residency, grouping, file_blocks, hashing, index_kernels, key_kernels, slots
+    inner = hashing._rotate_left, hashing._sip_round, index_kernels.bucket_of, index_kernels._filter_bit
+    inner += index_kernels.first_bits, index_kernels._bucket_in_part
+    inner += row_index._take_node, row_index._free_if_empty, residency._advise_pages
+    inner += row_kernels._copy_from, row_kernels._stream_from
+    found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
+    found = [each for each in found if each.targetoptions.get("inline") != "always"]
+    found += [row_kernels.step(Adam), row_kernels.gather_or_fill(Uniform), row_kernels.copy_or_fill(Uniform)]
+    found = [each for each in found if each not in inner]  # for kernels alone
+    assert len(found) > 12
+    print({each.py_func.__name__: len(each.signatures) for each in found if len(each.signatures) != 1})
+"""
+
+
+def test_every_kernel_is_compiled_for_one_kind_of_arguments_whatever_a_caller_passes(tmp_path):
+    """Every other kind would be compiled for seconds, in the middle of somebody's training."""
+    assert run_python(USE_EVERYTHING.replace("sys.argv[1]", repr(str(tmp_path / "store")))).strip() == "{}"
+
+
+# ---- the cache on disk ------------------------------------------------------------------------------------------
+
+
+LOOK_UP = """
+    import numpy as np
+    from shardemb import initializers
+    from shardemb.compute import row_kernels
+    made = {"Uniform": (0.0, 1.0), "Normal": (), "TruncatedNormal": ()}
+    no_index = *[np.empty(0, np.int32)] * 3, 0
+    for name in NAMES:
+        each = getattr(initializers, name)(*made[name])
+        got, expected = np.empty((1, 3), np.float32), np.empty((1, 3), np.float32)
+        parameters = np.array(each.parameters(), np.float64)
+        row_kernels.gather_or_fill(type(each))(
+            got, *no_index, np.zeros(1, np.uint8), 0, np.zeros(1, np.int64), got, np.uint64(5), parameters, 0, 1)
+        each.fill_rows(expected, np.zeros(1, int), np.zeros(1, int), np.uint64(5), parameters)
+        assert (got == expected).all(), (name, got, expected)
+"""
+
+
+def test_kernels_of_different_processes_do_not_get_into_each_others_way(tmp_path):
+    """Each is compiled in a process of its own; one that loads both gets each one's code, not the first's twice."""
+    for names in (["Uniform"], ["Normal"], ["TruncatedNormal"], ["Uniform", "Normal", "TruncatedNormal"]):
+        code = textwrap.dedent(LOOK_UP).replace("NAMES", repr(names))
+        run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
+
+
+# Run in a copy of the package: call one kernel on tiny arrays; print its result, cache hits and misses.
+CALL_KERNEL = """
+import json, sys
+import numpy as np
+import shardemb
+from shardemb.compute import residency, row_kernels
+from shardemb.initializers import Uniform
+from shardemb.optim import Adam
+
+zero, ones = np.zeros(1, np.int64), np.ones((1, 1), np.float32)
+
+
+def step():
+    kernel, record, scalars = row_kernels.step(Adam), np.zeros((1, 3), np.float32), np.ones(4, np.float32)
+    kernel(record, zero, np.array([0, 1]), zero, ones, scalars, ones[0].copy(), 0, 0, 1)
+    return kernel, record[0]
+
+
+def fill():
+    kernel, rows, parameters = row_kernels.fill(Uniform), np.zeros((1, 2), np.float32), Uniform(0, 1).parameters()
+    kernel(zero, rows, np.uint64(5), np.array(parameters), 0, 1)
+    return kernel, rows[0]
+
+
+def sample_resident():
+    index = np.ones(1, np.int32), np.ones(32, np.int32), np.ones(32, np.int32), 100  # row 0 is in the first slot
+    kernel = residency.sample_resident
+    return kernel, np.array([kernel(0, 4096, *index, np.empty(0, np.uint8), zero, 1)])
+
+
+def copy_rows():
+    kernel, records = row_kernels.copy_rows, np.array([[1, 2], [0, 0]], np.float32)
+    kernel(records, zero, zero + 1, 0, 1)
+    return kernel, records[1]
+
+
+kernel, result = globals()[sys.argv[1]]()
+hits, misses = (sum(each.values()) for each in (kernel.stats.cache_hits, kernel.stats.cache_misses))
+print(json.dumps([shardemb.__file__, result.tolist(), hits, misses]))
+"""
+
+
+class CopiedPackage:
+    """A copy of the package in a folder, and a cache of kernels that begins empty."""
+
+    def __init__(self, folder):
+        self.folder, self.package = folder, folder / "shardemb"
+        shutil.copytree(
+            Path(shardemb.__file__).parent, self.package, ignore=shutil.ignore_patterns("__pycache__")
+        )
+
+    def call(self, kernel):
+        """Call a kernel in a new process; return its result, and how often the cache had it and had it not."""
+        environment = {
+            "PYTHONPATH": str(self.folder),
+            "NUMBA_CACHE_DIR": str(self.folder / "cache"),
+            "PYTHONDONTWRITEBYTECODE": "1",  # Python's own cache goes by time and size too
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", CALL_KERNEL, kernel],
+            cwd=self.folder,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            timeout=120,
+        )
+        imported, *answer = json.loads(done.stdout)
+        assert Path(imported) == self.package / "__init__.py"
+        return answer
+
+    def edit(self, file, old, new):
+        """Replace the only occurrence of some code; time and size of all other files stay as they are."""
+        text, others = (self.package / file).read_text(), self.stamps(file)
+        assert text.count(old) == 1
+        (self.package / file).write_text(text.replace(old, new))
+        assert self.stamps(file) == others
+
+    def stamps(self, but):
+        paths = set(self.package.rglob("*.py")) - {self.package / but}
+        return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
+
+
+def first_uniform_values():
+    """By the plain function, which is not compiled."""
+    rows, zero = np.zeros((1, 2), np.float32), np.zeros(1, np.int64)
+    Uniform.fill_rows(rows, zero, zero, np.uint64(5), np.array(Uniform(0, 1).parameters()))
+    return rows[0].tolist()
+
+
+EDITS = {
+    "the step of an optimizer": (
+        ("step", "optim/adam.py"),
+        ("weight[j] -= step_size", "weight[j] += step_size"),
+        ([-0.5, 1.0, 1.0], [0.5, 1.0, 1.0]),
+    ),
+    "what an initializer calls": (
+        ("fill", "base/sampling.py"),
+        ("(np.float64(word) + 0.5) * 2.0**-32", "0.25"),
+        (first_uniform_values(), [0.25, 0.25]),
+    ),
+    "what a kernel inlines from another module": (
+        ("sample_resident", "compute/row_index.py"),
+        ("return first + entry - 1 if entry > 0 else -1", "return row"),  # of a page that is not mapped
+        ([1], [-1]),
+    ),
+    "machine code": (
+        ("copy_rows", "compute/intrinsics.py"),
+        ("source, args[2], itemsize=1)", "source, builder.sub(args[2], args[2].type(4)), itemsize=1)"),
+        ([1.0, 2.0], [1.0, 0.0]),
+    ),
+}
+
+
+@pytest.mark.parametrize(("place", "code", "results"), EDITS.values(), ids=EDITS)
+def test_another_process_finds_a_kernel_compiled_until_what_defines_it_is_edited(
+    tmp_path, place, code, results
+):
+    """numba looks only at the file that the kernel is in, and here another file is edited."""
+    copied, (kernel, file), (before, after) = CopiedPackage(tmp_path), place, results
+    assert copied.call(kernel) == [before, 0, 1]
+    assert copied.call(kernel) == [before, 1, 0]
+    copied.edit(file, *code)
+    assert copied.call(kernel) == [after, 0, 1]
