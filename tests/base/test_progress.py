@@ -85,7 +85,7 @@ def test_a_bar_on_a_terminal(monkeypatch):
     with on_a_terminal() as terminal, track(3000, "export [tokens]", progress=True) as advance:
         advance(3000)
     drawn = terminal.getvalue()
-    assert "export [tokens]" in drawn  # not taken for rich's markup
+    assert "export [tokens]" in drawn  # not read as markup of rich
     assert "3,000 of 3,000" in drawn
 
 

@@ -1,4 +1,4 @@
-"""Frozen dataclasses as JSON: there and back, and nothing else is believed."""
+"""Frozen dataclasses as JSON: a round trip, and refusal of everything else."""
 
 import json
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from shardemb.errors import FormatError
 
 @dataclass(frozen=True)
 class Pair:
-    """Refuses what is negative."""
+    """Refuses negative numbers."""
 
     a: float
     b: tuple[int, int] = (1, 2)

@@ -144,7 +144,7 @@ def test_a_narrow_dtype_in_a_large_table():
         ([1.0], "float64"),
         ([1, 2.5], "float64"),
         (np.array([1.0], np.float32), "float32"),
-        (np.array([]), "float64"),  # a list would do, but here somebody meant floats
+        (np.array([]), "float64"),  # a list would be fine, but this array is explicitly one of floats
         ([True, False], "bool"),
         (True, "bool"),
         (np.array([1 + 0j]), "complex128"),
@@ -218,7 +218,7 @@ def test_read_only_rows_are_copied():
 
 @pytest.mark.parametrize("shape", [(6,), (3, 2), (2, 3, 1), (1, 2, 3), (2, 4), (1, 3), (3,), ()])
 def test_rows_have_exactly_the_shape_that_the_ids_ask_for(shape):
-    """Nothing is broadcast: a gradient of the wrong shape is a mistake."""
+    """Nothing is broadcast, because a gradient of the wrong shape is a mistake."""
     with pytest.raises(
         ValueError, match=r"gradients have shape .* but the ids ask for .*embedding_dim"
     ) as caught:
@@ -272,7 +272,7 @@ def test_what_is_not_finite_is_let_in_where_that_is_wanted(dtype):
 
 
 def test_large_finite_values_are_finite():
-    """Though their sum is not."""
+    """Even if their sum is not."""
     largest = float(np.finfo(np.float32).max)
     assert rows(np.full((2, 3), largest), (2, 3)).min() == np.float32(largest)
 

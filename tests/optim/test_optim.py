@@ -104,7 +104,7 @@ def bits(values):
 
 def test_rows_outside_the_batch_do_not_move_and_neither_does_their_state(trained):
     table, _ = trained(references.PUBLISHED, np.float64, 3)
-    untouched = [ROWS - 2, ROWS - 1]  # `batches` leaves them out
+    untouched = [ROWS - 2, ROWS - 1]  # `batches` never draws these
     np.testing.assert_array_equal(table.lookup(untouched), start(3)[untouched])
     for name in columns(table):
         np.testing.assert_array_equal(
@@ -113,7 +113,7 @@ def test_rows_outside_the_batch_do_not_move_and_neither_does_their_state(trained
 
 
 def test_the_plain_function_of_a_row_gives_the_bits_of_the_kernel(trained, optimizer):
-    """So the formula can be read, and debugged, as Python."""
+    """So the formula can be read and debugged as Python."""
     dim = 13
     table, _ = trained(references.PUBLISHED, np.float64, dim)
     widths = optimizer.state_columns(dim)
@@ -133,8 +133,8 @@ def test_the_plain_function_of_a_row_gives_the_bits_of_the_kernel(trained, optim
     np.testing.assert_array_equal(bits(table.lookup(range(ROWS))), bits(weights))
 
 
-def test_a_gradient_that_is_not_finite_is_taken_as_numpy_takes_it(store, optimizer):
-    """No exception in the middle of an update, and no row but its own is hurt."""
+def test_a_gradient_that_is_not_finite_has_the_same_effect_as_in_numpy(store, optimizer):
+    """There is no exception in the middle of an update, and no other row is affected."""
     table = store.create_table("t", num_embeddings=4, embedding_dim=2, optimizer=optimizer)
     table.update([0, 1, 2], [[np.inf, 1], [np.nan, 1], [1.0, 1]], check_finite=False)
     rows = table.lookup(range(4))
@@ -155,7 +155,7 @@ def test_an_infinite_gradient_has_the_same_effect_in_every_column(store, place):
     np.testing.assert_array_equal(table.lookup(0), expected)
 
 
-def test_adam_with_a_zero_gradient_moves_by_what_it_remembers(store):
+def test_adam_with_a_zero_gradient_moves_by_its_moments(store):
     table = store.create_table("t", num_embeddings=1, embedding_dim=1, optimizer=Adam(lr=0.1))
     table.update([0], [[1.0]])
     first = float(table.lookup(0)[0])
