@@ -35,7 +35,7 @@ WITH_KERNELS = (
 
 
 def is_kernel(each):
-    """Not what is only a part of others."""
+    """Return whether a function is compiled by itself, and not only inlined into others."""
     return hasattr(each, "py_func") and each.targetoptions.get("inline") != "always"
 
 
@@ -71,7 +71,7 @@ def test_no_kernel_returns_a_tuple():
         for name, each in functions.items()
         if inspect.isfunction(each)
         and each.__module__ in [module.__name__ for module in WITH_KERNELS]
-        and not inspect.isgeneratorfunction(each)  # which numba compiles for nobody here
+        and not inspect.isgeneratorfunction(each)  # never compiled
     }
     assert {"sort_rows", "_step", "_gather_or_fill"} <= set(returns)
     assert [name for name, kind in returns.items() if "tuple" in kind] == []
@@ -128,7 +128,7 @@ USE_EVERYTHING = """
         store.commit()
         repr(store)
         for ids in (np.arange(60_000), np.arange(10)):
-            store["plain"].write(ids, np.ones((ids.size, 3), np.float32))  # beyond the budget: rows go out
+            store["plain"].write(ids, np.ones((ids.size, 3), np.float32))  # beyond the budget: rows are spilled
         store["plain"].lookup([50_000])
         store.commit()
         store["plain"].write([5], [[1.0, 2, 3]])
@@ -147,7 +147,7 @@ USE_EVERYTHING = """
             value == 1 and store.commit()
         store.rollback()
         words = store.create_vocabulary("words", key_type="int64")
-        for count in (500, 2000):  # the second do not find room in the slots of the first
+        for count in (500, 2000):  # the second ones do not fit in the slots of the first
             words.add(np.arange(count))
         store.rollback()
     hash_index.OPEN_PAIRS = 2, 4
@@ -187,14 +187,14 @@ USE_EVERYTHING = """
     found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
     found = [each for each in found if each.targetoptions.get("inline") != "always"]
     found += [row_kernels.step(Adam), row_kernels.gather_or_fill(Uniform), row_kernels.copy_or_fill(Uniform)]
-    found = [each for each in found if each not in inner]  # for kernels alone
+    found = [each for each in found if each not in inner]  # called only by kernels
     assert len(found) > 12
     print({each.py_func.__name__: len(each.signatures) for each in found if len(each.signatures) != 1})
 """
 
 
 def test_every_kernel_is_compiled_for_one_kind_of_arguments_whatever_a_caller_passes(tmp_path):
-    """Every other kind would be compiled for seconds, in the middle of somebody's training."""
+    """For any other kind, numba would compile for seconds in the middle of a training."""
     assert run_python(USE_EVERYTHING.replace("sys.argv[1]", repr(str(tmp_path / "store")))).strip() == "{}"
 
 
@@ -219,7 +219,7 @@ LOOK_UP = """
 
 
 def test_kernels_of_different_processes_do_not_get_into_each_others_way(tmp_path):
-    """Each is compiled in a process of its own; one that loads both gets each one's code, not the first's twice."""
+    """Each is compiled in its own process. One that loads all must not use the first for all."""
     for names in (["Uniform"], ["Normal"], ["TruncatedNormal"], ["Uniform", "Normal", "TruncatedNormal"]):
         code = textwrap.dedent(LOOK_UP).replace("NAMES", repr(names))
         run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
