@@ -8,9 +8,9 @@ a kernel around it: the kernel's code with the formula in place of a global name
 can inline and cache. (numba never finds a kernel in the cache that takes a function as an argument.)
 
 numba looks compiled code up by the name of the function, and notices only changes of the file that the function is in.
-Therefore the name contains a checksum of everything else that defines the machine code: the source of this folder and
-of the kernel's own folder, because kernels inline functions of other modules, and the source of each formula. So an
-edited formula never runs as it was before the edit.
+Therefore the name contains a checksum of everything else that defines the machine code: the source of this folder, of
+``base`` and of the kernel's own folder, because kernels inline functions and constants of other modules, and the source
+of each formula. So an edited formula never runs as it was before the edit.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def _source(function: Callable[..., Any]) -> bytes:
 
 @cache
 def _folder_crc(folder: Path) -> int:
-    """Checksum of all source files in a folder of kernels and in this folder."""
-    files = sorted({*folder.glob("*.py"), *_HERE.glob("*.py")})
+    """Checksum of the source of a folder of kernels, of this folder, and of ``base``, whose constants kernels use."""
+    folders = (folder, _HERE, _HERE.parent / "base")
+    files = sorted({file for each in folders for file in each.glob("*.py")})
     return zlib.crc32(b"".join(each.read_bytes() for each in files))

@@ -230,7 +230,7 @@ CALL_KERNEL = """
 import json, sys
 import numpy as np
 import shardemb
-from shardemb.compute import residency, row_kernels
+from shardemb.compute import file_blocks, residency, row_kernels
 from shardemb.initializers import Uniform
 from shardemb.optim import Adam
 
@@ -259,6 +259,12 @@ def copy_rows():
     kernel, records = row_kernels.copy_rows, np.array([[1, 2], [0, 0]], np.float32)
     kernel(records, zero, zero + 1, 0, 1)
     return kernel, records[1]
+
+
+def patch_bits():
+    kernel, target = file_blocks.patch_bits, np.zeros(8192, np.uint8)
+    kernel(zero + 8 * 4096, zero + 1, target)  # the first bit of the second block, if a block is a page of 4,096 bytes
+    return kernel, target[:1]
 
 
 kernel, result = globals()[sys.argv[1]]()
@@ -330,6 +336,11 @@ EDITS = {
         ("sample_resident", "compute/row_index.py"),
         ("return first + entry - 1 if entry > 0 else -1", "return row"),  # of a page that is not mapped
         ([1], [-1]),
+    ),
+    "a constant of another folder": (
+        ("patch_bits", "base/sizes.py"),
+        ("PAGE = 4096", "PAGE = 8192"),
+        ([1], [0]),
     ),
     "machine code": (
         ("copy_rows", "compute/intrinsics.py"),
