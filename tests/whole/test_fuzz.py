@@ -148,7 +148,7 @@ def test_the_metadata_readers():
     with scratch() as folder:
         crashed = a_crashed_store(Path(folder))
         document = json.loads(store_paths.manifest(crashed).read_bytes())
-        documents = {name: json.loads(data) for name, data in folders.documents(crashed / "t").items()}
+        found = {name: json.loads(data) for name, data in folders.documents(crashed / "t").items()}
     before, until = resident_bytes(), time.monotonic() + SECONDS
     counts = {"accepted": 0, "refused": 0}
     while time.monotonic() < until:
@@ -159,8 +159,8 @@ def test_the_metadata_readers():
                     changed["crc32"] = documents.crc32(changed)
                 Manifest.from_bytes(json.dumps(changed).encode())
             else:
-                name = chance.choice(list(documents))
-                changed = documents | {name: mutate(documents[name], chance)}
+                name = chance.choice(list(found))
+                changed = found | {name: mutate(found[name], chance)}
                 if chance.random() < 0.5:  # a hostile table has the right checksum
                     seal(changed[zarr_metadata.DOCUMENT])
                 data = {name: json.dumps(each).encode() for name, each in changed.items()}
