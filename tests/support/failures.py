@@ -283,7 +283,7 @@ def fail_every_site(seed):
         return fail_each(seed, every_site([trained(each).sites for each in range(WORKLOADS)], seed))
 
 
-def fail_each(seed, every):
+def fail_each(seed, every, train=train, check=check):
     """Return which operations failed, one in each run of a workload."""
     failed = Counter()
     for one in every:

@@ -3,7 +3,6 @@
 import contextlib
 import random
 import warnings
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from shardemb.errors import PoisonedError, ShardEmbError
 from shardemb.optim import SGD
 from shardemb.storage import log_writer
 from shardemb.vocabulary import hash_index
-from support import inside
+from support import failures, inside
 from support.failures import Failing, every_position, every_site
 from support.power_loss import NOTHING, contents, keys_that_are_wrong, scratch
 from support.small import make_small, pool_of
@@ -160,16 +159,5 @@ def fail_some(seed, most):
 
 def fail_each(seed, every):
     """Return which operations failed, one in each run of a workload."""
-    failed = Counter()
     with small(seed):
-        for one in every:
-            with scratch() as folder:
-                path = Path(folder) / "store"
-                with one.on():
-                    try:
-                        allowed = train(path, seed, one)
-                    except (ShardEmbError, OSError):
-                        allowed = [NOTHING]  # the first opening
-                check(path, allowed, f"seed {seed}, call {one.at} {one.site or ''}, {one.kind}, {one.failed}")
-                failed[str(one.failed).split()[0]] += 1
-    return failed
+        return failures.fail_each(seed, every, train, check)
