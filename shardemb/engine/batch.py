@@ -11,10 +11,10 @@ The caller has checked all arguments, so nothing here refuses them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from operator import mul
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -63,9 +63,29 @@ class Training:
     step: int
 
 
+class Target(Protocol):
+    """A table as a batch sees it. Its memory is replaced when it is resized or resharded, and when that is undone."""
+
+    training: Training
+
+    @property
+    def memory(self) -> Shards | None:
+        """Its memory now; None once it is released."""
+
+    def live(self) -> Shards:
+        """Return its memory now.
+
+        Raises
+        ------
+        StoreClosedError, TableNotFoundError
+            The store was closed; the table was dropped.
+        """
+
+
 class PlannedRead(NamedTuple):
     """A checked lookup in one table, and the shape of its result."""
 
+    table: Target
     shards: Shards
     column: str
     ids: Int64Array
@@ -75,29 +95,87 @@ class PlannedRead(NamedTuple):
         """Add the array that the result goes to; it has that shape and is C-contiguous."""
         # To kernels, a subclass of ndarray such as memmap would be another type.
         flat = np.asarray(result).reshape(-1, self.shape[-1])
-        return Read(self.shards, self.column, self.ids, flat)
+        return Read(self.table, self.shards, self.column, self.ids, flat)
 
 
 class Read(NamedTuple):
-    """A lookup in one table: ``out[i]`` becomes the column of row ``ids[i]``."""
+    """A lookup in one table: ``out[i]`` becomes the column of row ``ids[i]``. The ids were checked against `shards`."""
 
+    table: Target
     shards: Shards
     column: str
     ids: Int64Array
     out: Float32Array
 
+    def renewed(self) -> Read:
+        """Return the lookup in the memory that the table has now; itself if that is still the same."""
+        now = self.table.memory
+        if now is None or now is self.shards:
+            return self
+        if self.ids.size and int(self.ids.max()) >= now.spec.num_embeddings:
+            return self  # the table lost rows: the lookup sees them as they were when it began
+        return self._replace(shards=now)
+
 
 @dataclass(frozen=True)
 class Change:
-    """A change of one table: gradients for a step of its optimizer, or, if `training` is None, weights to write.
+    """A change of one table: gradients for a step of its optimizer, or weights to write.
 
-    In the second case, `values` may also be as wide as whole records.
+    Attributes
+    ----------
+    table : Target
+        Its memory is looked up when the change is carried out, and not before.
+    batch : Grouped
+        The rows.
+    values : ndarray of float32
+        Gradients or weights. Weights may also be as wide as whole records.
+    takes_step : bool
+        Whether the optimizer takes a step with the gradients.
+    renew : callable, optional
+        Returns the change as it has to be now, if what it was planned from has changed, otherwise None. It is called
+        with the store's lock held, again after every wait.
     """
 
-    shards: Shards
+    table: Target
     batch: Grouped
     values: Float32Array
-    training: Training | None
+    takes_step: bool
+    renew: Callable[[], Change | None] | None = None
+
+    def renewed(self) -> Change:
+        """Return the change as it has to be now; itself if nothing that it was planned from has changed.
+
+        Raises
+        ------
+        StoreClosedError, TableNotFoundError
+            The store was closed; the table was dropped.
+        ShardEmbError
+            The table does not have the rows or the optimizer any more.
+        """
+        change = (self.renew() if self.renew else None) or self
+        require_rows(change.table, change.batch.rows, takes_step=change.takes_step)
+        return change
+
+
+def require_rows(table: Target, rows: Int64Array, *, takes_step: bool = False) -> Shards:
+    """Return a table's memory, if it still has ascending rows that a change was planned for, and an optimizer.
+
+    Raises
+    ------
+    StoreClosedError, TableNotFoundError
+        The store was closed; the table was dropped.
+    ShardEmbError
+        The table does not have them any more.
+    """
+    shards = table.live()
+    gone = rows.size and rows[-1] >= shards.spec.num_embeddings
+    if gone or (takes_step and table.training.optimizer is None):
+        msg = (
+            f"the table in {shards.directory} lost rows or its optimizer while this change waited; "
+            f"nothing was changed"
+        )
+        raise ShardEmbError(msg)
+    return shards
 
 
 @dataclass(frozen=True)
@@ -198,12 +276,13 @@ def explain(runtime: Runtime, shards: Shards, ids: Int64Array) -> Explanation:
     )
 
 
-def read_range(runtime: Runtime, shards: Shards, column: str, start: int, stop: int) -> Float32Array:
+def read_range(runtime: Runtime, table: Target, column: str, start: int, stop: int) -> Float32Array:
     """Copy a column of rows ``start:stop``, all in the calling thread: this may be called from a task."""
+    shards = table.live()
     first, last = shards.spec.columns[column]
     ids = np.arange(start, stop, dtype=np.int64)
     out = np.empty((stop - start, last - first), np.float32)
-    _without_lock(runtime, [Read(shards, column, ids, out)], _gather_range)
+    _without_lock(runtime, [Read(table, shards, column, ids, out)], _gather_range)
     return out
 
 
@@ -212,13 +291,17 @@ def _without_lock(
 ) -> None:
     """Gather without the lock; if rows are spilled or leave their slots meanwhile, start over under the lock.
 
-    Under the lock nothing moves rows, so the second attempt is always right.
+    Under the lock nothing moves rows, so the second attempt is always right. A table that got other memory meanwhile is
+    read again from that: the two may share files, and only the version of the new one tells what is written to them.
     """
-    versions = [each.shards.overlay.version for each in reads]
-    if None not in versions:
+    while None not in (versions := [each.shards.overlay.version for each in reads]):
         gather(runtime, reads)
-        if [each.shards.overlay.version for each in reads] == versions:
+        if [each.shards.overlay.version for each in reads] != versions:
+            break
+        renewed = [each.renewed() for each in reads]
+        if all(new is old for new, old in zip(renewed, reads, strict=True)):
             return
+        reads = renewed
     for each in reads:
         _gather_paged(runtime, each)
 
@@ -251,13 +334,20 @@ def _gather_paged(runtime: Runtime, read: Read) -> None:
 
     So a lookup exceeds the memory budget by one part at most, and others get the lock between parts.
     """
-    shards = read.shards
     for start in range(0, read.ids.size, PAGED_ROWS):
         stop = min(start + PAGED_ROWS, read.ids.size)
         rows = np.unique(read.ids[start:stop])
-        with runtime.changing():
-            # This may release the lock, and spill rows of the part: they are searched again by `reload`.
-            runtime.budget.make_room(shards.overlay.count_spilled(rows) * shards.overlay.row_bytes)
+        with runtime.lock:
+            runtime.check_open()
+            while True:
+                read = read.renewed()
+                overlay = read.shards.overlay
+                if spilled := overlay.count_spilled(rows):
+                    # This may release the lock, and then the table may get other memory, so look once more.
+                    runtime.budget.make_room(spilled * overlay.row_bytes)
+                if read.renewed() is read:
+                    break
+            shards = read.shards
             with signals_deferred():
                 shards.overlay.reload(rows)
             if shards.is_cold(rows, SAMPLES):
@@ -281,61 +371,60 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
         There is no space for the rows.
     """
     with runtime.changing():
-        changes = [_latest(each) for each in changes]
-        places = load(runtime, [(each.shards, each.batch.rows) for each in changes])
+        changes, shards = _with_room(runtime, changes)
         runtime.check_sound()
-        work = [_work(*each) for each in zip(changes, places, strict=True)]
+        places = load(runtime, [(s, each.batch.rows) for s, each in zip(shards, changes, strict=True)])
+        work = [_work(*each) for each in zip(changes, shards, places, strict=True)]
 
         def change_rows(pieces: list[Piece]) -> None:
             for piece in pieces:
                 work[piece.which](*plan.align(changes[piece.which].batch, piece))
 
         pieces = _cut(
-            runtime, [c.batch.order.size for c in changes], [c.shards.spec.record_bytes for c in changes]
+            runtime, [c.batch.order.size for c in changes], [each.spec.record_bytes for each in shards]
         )
         tasks = [partial(change_rows, task) for task in pieces]
         with runtime.all_or_nothing("an update or write"):
             # Marked before they change: should the change fail half way, a rollback has to find all of its rows.
-            for each, changed in zip(changes, places, strict=True):
-                each.shards.overlay.mark_changed(changed)
+            for memory, changed in zip(shards, places, strict=True):
+                memory.overlay.mark_changed(changed)
             scheduler.run(tasks, runtime.threads)
-            for each in changes:
-                each.shards.totals.changes += 1
-                each.shards.totals.rows_changed += each.batch.rows.size
-                if each.training is not None:
-                    each.training.step += 1
+            for each, memory in zip(changes, shards, strict=True):
+                memory.totals.changes += 1
+                memory.totals.rows_changed += each.batch.rows.size
+                each.table.training.step += each.takes_step
 
 
-def _latest(change: Change) -> Change:
-    """Return the change for what its table is now, which may have been resized or resharded since the ids were checked.
+def _with_room(runtime: Runtime, changes: Sequence[Change]) -> tuple[list[Change], list[Shards]]:
+    """Make room for changes; return them as they have to be now, and the memory of their tables.
 
-    Raises
-    ------
-    ShardEmbError
-        The table does not have the rows or the optimizer any more.
+    To make room may release the lock. Other threads may then resize or drop a table, or take a key's row away. So
+    nothing that was looked up before a wait is used after it: this begins again until nothing has changed meanwhile.
     """
-    shards = change.shards
-    while shards.successor is not None:
-        shards = shards.successor
-    gone = change.batch.rows.size and change.batch.rows[-1] >= shards.spec.num_embeddings
-    if gone or (change.training is not None and change.training.optimizer is None):
-        msg = (
-            f"the table in {shards.directory} lost rows or its optimizer while this change waited; "
-            f"nothing was changed"
-        )
-        raise ShardEmbError(msg)
-    return replace(change, shards=shards)
+    while True:
+        changes = [each.renewed() for each in changes]
+        shards = [each.table.live() for each in changes]
+        _make_room(runtime, [(s, each.batch.rows) for s, each in zip(shards, changes, strict=True)])
+        runtime.check_open()
+        now = [each.renewed() for each in changes]
+        if all(
+            new is old and new.table.live() is s for new, old, s in zip(now, changes, shards, strict=True)
+        ):
+            return changes, shards
 
 
-def prefetch(runtime: Runtime, shards: Shards, rows: Int64Array, *, for_update: bool) -> None:
+def prefetch(runtime: Runtime, table: Target, rows: Int64Array, *, for_update: bool) -> None:
     """Read the pages of ascending rows; copy the rows into slots too if an update is to follow."""
+    shards = table.memory
+    if shards is None:
+        return
     shards.read_ahead(rows, 0, rows.size)
     if not for_update:
         return
     for start in range(0, rows.size, PREFETCH_ROWS):
         with runtime.lock:  # each time for a moment, as nobody should wait for a prefetch
-            if runtime.closed:
-                return
+            if runtime.closed or table.memory is not shards:
+                return  # the rows would be copied into memory that nobody looks at any more
             some = rows[start : start + PREFETCH_ROWS]
             if not runtime.budget.evict(shards.overlay.count_new(some) * shards.overlay.row_bytes):
                 return  # the rows may never be used: not worth a fold, or spilling others
@@ -343,20 +432,15 @@ def prefetch(runtime: Runtime, shards: Shards, rows: Int64Array, *, for_update: 
 
 
 def load(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> list[Int64Array]:
-    """Load ascending rows of tables into slots; return their places.
+    """Load ascending rows of tables into slots, without making room for them; return their places.
 
-    The lock may be released at the beginning, while a fold frees memory, but not once the first row is loaded: places
-    are valid only as long as the caller holds the lock.
+    Places are valid only as long as the caller holds the lock.
 
     Raises
     ------
-    StoreClosedError
-        The store was closed meanwhile.
-    DiskFullError, OSError
-        There is no space.
+    OSError
+        There is no more memory, or spilled rows cannot be read.
     """
-    _make_room(runtime, batches)
-    runtime.check_open()  # the lock may have been released
     with signals_deferred():  # an interrupt half way would leave the counts of slots wrong
         return _fill_slots(runtime, batches)
 
@@ -402,18 +486,18 @@ def _make_room(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -
     )
 
 
-def _work(change: Change, places: Int64Array) -> Callable[[int, int], None]:
+def _work(change: Change, shards: Shards, places: Int64Array) -> Callable[[int, int], None]:
     """Return the function that changes the distinct rows ``start:stop`` of a batch, given the places of their slots."""
-    shards, batch, values = change.shards, change.batch, change.values
+    batch, values, training = change.batch, change.values, change.table.training
 
     def overwrite(start: int, stop: int) -> None:
         row_kernels.scatter(shards.records, places, batch.starts, batch.order, values, start, stop)
 
-    if change.training is None or change.training.optimizer is None:
+    if not change.takes_step or training.optimizer is None:
         return overwrite
-    step = row_kernels.step(type(change.training.optimizer))
-    number = change.training.step + 1
-    scalars = np.array(change.training.optimizer.scalars(number), np.float32)
+    step = row_kernels.step(type(training.optimizer))
+    number = training.step + 1
+    scalars = np.array(training.optimizer.scalars(number), np.float32)
     counting = number if shards.spec.counters else 0
 
     def take_step(start: int, stop: int) -> None:

@@ -95,8 +95,6 @@ class Shards:
         yet.
     overlay : Overlay
         The rows in slots.
-    successor : Shards or None
-        What replaced this when the table was resized or resharded, or when that was undone.
     totals : Totals
     """
 
@@ -119,7 +117,6 @@ class Shards:
         self.present: NDArray[np.uint8] = self._present.array(np.uint8, (self._present.nbytes,))
         self.overlay = Overlay(self._rows, self.records)
         self.totals = Totals()
-        self.successor: Shards | None = None
         initializer = spec.initializer
         self._key = np.uint64(stream_key(getattr(initializer, "seed", 0), spec.stream))
         self._parameters = np.array(initializer.parameters(), np.float64)

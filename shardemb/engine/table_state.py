@@ -93,6 +93,11 @@ class TableState:
         return self._shards
 
     @property
+    def memory(self) -> Shards | None:
+        """The table's memory; None once it is released."""
+        return self._shards
+
+    @property
     def entry(self) -> TableEntry:
         """The entry that a commit now would write about the table."""
         training = self.training
@@ -148,7 +153,7 @@ class TableState:
         shards = self.live()
         checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
         first, last = shards.spec.columns[column]
-        return batch.PlannedRead(shards, column, checked.flat, (*checked.shape, last - first))
+        return batch.PlannedRead(self, shards, column, checked.flat, (*checked.shape, last - first))
 
     def read(self, column: str, ids: ArrayLike, out: NDArray[np.float32] | None = None) -> Float32Array:
         """Copy a column of rows into `out`, or into a new array."""
@@ -177,14 +182,14 @@ class TableState:
 
     def read_range(self, column: str, start: int, stop: int) -> Float32Array:
         """Copy a column of rows ``start:stop`` in the calling thread."""
-        return batch.read_range(self.runtime, self.live(), column, start, stop)
+        return batch.read_range(self.runtime, self, column, start, stop)
 
     def prefetch(self, ids: ArrayLike, *, for_update: bool) -> None:
         """Start to read rows into memory, in the background."""
-        shards, rows = self._distinct(ids)
+        rows = self._distinct(ids)
         if for_update:
             self.runtime.check_writable()
-        self.runtime.in_background(partial(batch.prefetch, self.runtime, shards, rows, for_update=for_update))
+        self.runtime.in_background(partial(batch.prefetch, self.runtime, self, rows, for_update=for_update))
 
     def explain(self, ids: ArrayLike) -> batch.Explanation:
         """Describe what a lookup of a batch involves."""
@@ -211,11 +216,24 @@ class TableState:
         shape = (*checked.shape, self.spec.embedding_dim)
         rows = validation.rows(values, shape, what=what, table=self.name, check_finite=check_finite)
         grouped = plan.group(checked.flat, shards.spec.num_embeddings)
-        return batch.Change(shards, grouped, rows, self.training if what == "gradients" else None)
+        return batch.Change(self, grouped, rows, what == "gradients")
 
     def plan_reset(self, rows: Int64Array) -> batch.Change:
         """Plan to give ascending rows their initial records again; rows that were never changed are left out."""
-        return self._reset(self.live(), rows)
+        shards = batch.require_rows(self, rows)
+
+        def changed() -> Int64Array:
+            some: Int64Array = rows[shards.were_written(rows) | (shards.overlay.places(rows) != rows)]
+            return some
+
+        def renew() -> batch.Change | None:
+            # Rows that were left out may have changed meanwhile.
+            same = self.memory is shards and np.array_equal(changed(), some)
+            return None if same else self.plan_reset(rows)
+
+        some = changed()
+        grouped = plan.Grouped(some, np.arange(some.size + 1), np.arange(some.size))
+        return batch.Change(self, grouped, shards.initial_records(some), takes_step=False, renew=renew)
 
     def change(self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool) -> None:
         """Carry out an update or a write; see `plan_change`."""
@@ -223,8 +241,7 @@ class TableState:
 
     def reset(self, ids: ArrayLike) -> None:
         """Give rows their initial records again."""
-        shards, rows = self._distinct(ids)
-        batch.change(self.runtime, [self._reset(shards, rows)])
+        batch.change(self.runtime, [self.plan_reset(self._distinct(ids))])
 
     def set_optimizer(self, optimizer: Optimizer) -> None:
         """Change hyper-parameters, from the next update on."""
@@ -243,16 +260,10 @@ class TableState:
                 raise ValueError(msg)
             self.training.optimizer = optimizer
 
-    def _distinct(self, ids: ArrayLike) -> tuple[Shards, Int64Array]:
-        """Check row ids; return the memory that they were checked against, and the distinct ids, ascending."""
-        shards = self.live()
-        checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
-        return shards, plan.group(checked.flat, shards.spec.num_embeddings).rows
-
-    def _reset(self, shards: Shards, rows: Int64Array) -> batch.Change:
-        rows = rows[shards.were_written(rows) | (shards.overlay.places(rows) != rows)]
-        grouped = plan.Grouped(rows, np.arange(rows.size + 1), np.arange(rows.size))
-        return batch.Change(shards, grouped, shards.initial_records(rows), None)
+    def _distinct(self, ids: ArrayLike) -> Int64Array:
+        """Check row ids; return the distinct ones, ascending."""
+        count = self.live().spec.num_embeddings
+        return plan.group(validation.row_ids(ids, count, self.name).flat, count).rows
 
     # ---- changing the table
 
@@ -352,9 +363,6 @@ class TableState:
 
     def become(self, shards: Shards, training: Training) -> None:
         """Continue with other memory, after the number of rows, the shards or the optimizer changed."""
-        if self._shards is not None:
-            self._shards.successor = shards  # for changes that wait for the lock
-        shards.successor = None
         self._shards, self.spec = shards, shards.spec
         self.training.optimizer, self.training.step = training.optimizer, training.step
 

@@ -27,7 +27,7 @@ from shardemb.store import display
 from shardemb.store.journal import Journal
 from shardemb.store.table_catalog import TableCatalog
 from shardemb.store.vocabulary_catalog import VocabularyCatalog
-from shardemb.vocabulary import keyed_rows
+from shardemb.vocabulary import key_rows, keyed_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -178,7 +178,9 @@ class Session:
 
     def drop_table(self, name: str) -> None:
         """Drop a table; see `Store.drop_table`."""
-        with self.runtime.writing():
+        # A vocabulary must not give out rows meanwhile, because its tables grow with it.
+        with self.vocabularies.all_locked():
+            self.runtime.check_sound()
             self.tables.drop(self.find(name).name)
 
     def rename_table(self, name: str, new_name: str) -> None:
@@ -196,9 +198,10 @@ class Session:
         progress: Progress,
     ) -> Commit:
         """Copy a table into other shards and commit that; see `Store.reshard`."""
-        with self.runtime.writing():
-            table = self.find(name)
+        with self.vocabularies.all_locked():
+            self.runtime.check_sound()
             self.journal.drain()
+            table = self.find(name)  # not before: it may have been dropped or renamed meanwhile
             commit, path = self.runtime.committed.commit, self.runtime.path
             if self._differs() or commit is None:
                 msg = (
@@ -217,19 +220,25 @@ class Session:
 
     def drop_vocabulary(self, name: str) -> None:
         """Drop a vocabulary; see `Store.drop_vocabulary`."""
-        with self.runtime.writing():
+        with self.vocabularies.all_locked():
+            self.runtime.check_sound()
             self.vocabularies.drop(name)
 
     # ---- batches of several tables
 
     def lookup(self, ids: Mapping[str, ArrayLike]) -> dict[str, Float32Array]:
         """Look up rows of several tables together; see `Store.lookup`."""
-        wanted = {name: self.batch_target(name).plan_read("weight", each) for name, each in ids.items()}
-        # One block of memory for all results: alone, each would take whole huge pages.
-        results = self.runtime.outputs.empty_together([each.shape for each in wanted.values()])
-        reads = [each.into(rows) for each, rows in zip(wanted.values(), results, strict=True)]
-        batch.read(self.runtime, reads)
-        return dict(zip(wanted, results, strict=True))
+        targets = {name: self.batch_target(name) for name in ids}
+
+        def read() -> dict[str, Float32Array]:
+            wanted = [target.plan_read("weight", ids[name]) for name, target in targets.items()]
+            # One block of memory for all results: alone, each would take whole huge pages.
+            results = self.runtime.outputs.empty_together([each.shape for each in wanted])
+            batch.read(self.runtime, [each.into(rows) for each, rows in zip(wanted, results, strict=True)])
+            return dict(zip(targets, results, strict=True))
+
+        keyed = [each.keys for each in targets.values() if isinstance(each, keyed_rows.KeyedRows)]
+        return key_rows.read_steadily(keyed, read)
 
     def update(self, batches: Mapping[str, tuple[ArrayLike, ArrayLike]], *, check_finite: bool) -> None:
         """Take one optimizer step in several tables together; see `Store.update`."""
@@ -288,8 +297,9 @@ class Session:
         with self.vocabularies.all_locked(), self.runtime.all_or_nothing("a rollback"):
             self.runtime.half_done = None
             self.runtime.check_sound()
-            self.tables.restore(self.journal.images())
-            self.vocabularies.restore()
+            with self.vocabularies.reassigning():
+                self.tables.restore(self.journal.images())
+                self.vocabularies.restore()
 
     def checkpoint(self) -> None:
         """Fold everything that is committed into the shards; see `Store.checkpoint`."""
@@ -318,7 +328,7 @@ class Session:
         if self._reader is None:
             msg = f'the store {runtime.path} is open for writing; only one opened with mode "r" is refreshed'
             raise ReadOnlyError(msg)
-        with signals_deferred(), runtime.lock:
+        with signals_deferred(), self.vocabularies.none_changing(), self.vocabularies.reassigning():
             # Take over what the new opening has mapped and locked. Closing it then releases the lock held before.
             fresh = self._reader.reopen()
             self.tables.adopt(fresh.tables)

@@ -110,16 +110,30 @@ class VocabularyCatalog:
         a fold. Otherwise keys that are being added could get rows that a rollback takes away, or that a table bound
         meanwhile does not have.
         """
+        with self.none_changing(), self._runtime.changing():
+            yield
+
+    @contextlib.contextmanager
+    def none_changing(self) -> Iterator[None]:
+        """As `all_locked`, also in a store that is open for reading."""
         while True:
             known = self._all()
             with contextlib.ExitStack() as stack:
                 for each in known:
                     stack.enter_context(each.lock)
-                stack.enter_context(self._runtime.changing())
+                stack.enter_context(self._runtime.lock)
                 # Another thread may have created or dropped a vocabulary before the store's lock was taken.
                 if self._all() == known:
                     yield
                     return
+
+    @contextlib.contextmanager
+    def reassigning(self) -> Iterator[None]:
+        """Make lookups by key wait, while all rows may change hands; see `KeyRows.reassigning`."""
+        with contextlib.ExitStack() as stack:
+            for each in self._all():
+                stack.enter_context(each.reassigning())
+            yield
 
     # ---- opening, creating, dropping
 

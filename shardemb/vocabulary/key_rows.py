@@ -13,7 +13,7 @@ import threading
 from dataclasses import replace
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from shardemb.format.manifest import VocabularyEntry
     from shardemb.vocabulary.hash_index import View
     from shardemb.vocabulary.keys import Keys, KeysLike, KeyType
+
+T = TypeVar("T")
 
 SLICE_ROWS = 2**18
 """How many rows are read or written in one step."""
@@ -71,6 +73,9 @@ class KeyRows:
     entry : VocabularyEntry
         What a commit would say about the vocabulary now.
     tables : KeyTables
+    reassigned : int
+        Changes whenever a key loses its row, once before and once after that: it is odd meanwhile. So if it was even
+        and has not changed, a row that was found for a key is still the row of that key.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class KeyRows:
         self._secret = hashing.secret_of(entry.uuid)
         self._index = self._new_index()
         self._dropped = False
+        self.reassigned = 0
 
     # ---- what it is
 
@@ -220,10 +226,19 @@ class KeyRows:
         ]
         found = self.tables.keys_in(words)
         if rows.size:
-            with signals_deferred():
+            with signals_deferred(), self.reassigning():
                 batch.change(self._runtime, changes)
                 self.entry = replace(entry, tail=entry.tail + rows.size)
         return found
+
+    @contextlib.contextmanager
+    def reassigning(self) -> Iterator[None]:
+        """Announce to lookups that keys lose their rows within the block. Called within `lock`."""
+        self.reassigned += 1
+        try:
+            yield
+        finally:
+            self.reassigned += 1
 
     # ---- its life within the store, under the store's lock
 
@@ -449,6 +464,25 @@ class KeyRows:
         # pair twice is never exact.
         new = self._candidates(index.view, hashes, 0, self.entry.rows) != rows
         index.add(hashes[new], rows[new], known)
+
+
+def read_steadily(vocabularies: Sequence[KeyRows], read: Callable[[], T]) -> T:
+    """Return what `read` returns, which looks rows up by key, if no key has lost its row meanwhile.
+
+    Otherwise it is called again, because the row may belong to another key by now; if that happens several times, then
+    while no vocabulary can change.
+    """
+    for _ in range(3):
+        seen = [each.reassigned for each in vocabularies]
+        if any(number % 2 for number in seen):
+            break
+        result = read()
+        if [each.reassigned for each in vocabularies] == seen:
+            return result
+    with contextlib.ExitStack() as stack:
+        for each in sorted(vocabularies, key=lambda each: each.entry.uuid):
+            stack.enter_context(each.lock)
+        return read()
 
 
 def _no_tables(identity: str) -> tuple[TableState, ...]:

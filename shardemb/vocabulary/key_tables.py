@@ -178,13 +178,14 @@ class KeyTables:
     def change(self, which: str, rows: Int64Array, words: Words) -> batch.Change:
         """Plan to write records of ascending rows."""
         grouped = plan.Grouped(rows, np.arange(rows.size + 1), np.arange(rows.size))
-        return batch.Change(self._tables[which].live(), grouped, words.view(np.float32), None)
+        return batch.Change(self._tables[which], grouped, words.view(np.float32), takes_step=False)
 
     def _words(self, which: str, rows: Int64Array) -> Words:
-        shards = self._tables[which].live()
+        table = self._tables[which]
+        shards = table.live()
         last = shards.spec.num_embeddings - 1
         out = np.empty((rows.size, shards.spec.embedding_dim), np.float32)
-        batch.read(self._runtime, [batch.Read(shards, "weight", np.minimum(rows, last), out)])
+        batch.read(self._runtime, [batch.Read(table, shards, "weight", np.minimum(rows, last), out)])
         # A lookup without a lock may ask for rows that do not exist: after a concurrent rollback, or because it saw a
         # record that was half written.
         out[rows > last] = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -12,6 +13,7 @@ from shardemb.engine.table_state import TableSource
 from shardemb.errors import UnknownKeyError
 from shardemb.format.spec import COUNT, LAST_STEP, MAX_ROWS, SHARD_BYTES, check_shape
 from shardemb.vocabulary import keys
+from shardemb.vocabulary.key_rows import read_steadily
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -69,7 +71,17 @@ class KeyedRows:
         if isinstance(missing, str) and missing not in ("error", "initial", "zeros"):
             msg = f'missing must be "error", "initial", "zeros" or a row id, got {missing!r}'
             raise ValueError(msg)
-        ids = self.keys.add(given) if create else self.keys.lookup(given)
+        steps = iter([self.keys.add] if create else [])  # keys are added, and counted, once
+
+        def read() -> Float32Array:
+            ids = next(steps, self.keys.lookup)(given)
+            return self._read(given, ids, missing, out)
+
+        return read_steadily([self.keys], read)
+
+    def _read(
+        self, given: KeysLike, ids: Int64Array, missing: Missing, out: NDArray[np.float32] | None
+    ) -> Float32Array:
         unknown = ids < 0
         if not unknown.any():
             return self.table.read("weight", ids, out)
@@ -84,7 +96,7 @@ class KeyedRows:
 
     def read_state(self, column: str, given: KeysLike) -> Float32Array:
         """Copy a state column of keys."""
-        return self.table.read_state(column, self._known(given))
+        return read_steadily([self.keys], lambda: self.table.read_state(column, self._known(given)))
 
     def prefetch(self, given: KeysLike, *, for_update: bool) -> None:
         """Start to read the rows of those keys that have one."""
@@ -110,6 +122,24 @@ class KeyedRows:
         check_finite: bool,
     ) -> batch.Change:
         """Check an update or a write; see `TableState.plan_change`."""
+        before = self.keys.reassigned
+        change = self._plan_change(given, values, what, missing, check_finite)
+
+        def renew() -> batch.Change | None:
+            if self.keys.reassigned == before:
+                return None
+            return self.plan_change(given, values, what, missing=missing, check_finite=check_finite)
+
+        return replace(change, renew=renew)
+
+    def _plan_change(
+        self,
+        given: KeysLike,
+        values: ArrayLike,
+        what: str,
+        missing: MissingChange,
+        check_finite: bool,
+    ) -> batch.Change:
         ids = self.keys.lookup(given)
         unknown = ids < 0
         if unknown.any():

@@ -16,10 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import inside
 from support.model import TableModel, assert_same_bits
+from support.stores import close_quietly
 
 import shardemb
 from shardemb.compute import plan, scheduler
+from shardemb.engine.memory_budget import MemoryBudget
 from shardemb.engine.shards import Shards
+from shardemb.errors import ShardEmbError, TableNotFoundError, UnknownKeyError
 from shardemb.initializers import Constant, Normal, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
 
@@ -359,3 +362,264 @@ def test_results_come_in_the_order_of_the_tasks():
     assert scheduler.run([lambda: 1], 2) == [1]
     slow = [partial(lambda k: (time.sleep(0.01 * (5 - k)), k)[1], k) for k in range(5)]
     assert scheduler.run(slow, 3) == [0, 1, 2, 3, 4]
+
+
+# ---- what others do while a batch waits for room
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """``meanwhile(function)``: when a batch next makes room, it seems to release the lock, and others do this first."""
+
+    def meanwhile(function):
+        make_room, left = MemoryBudget.make_room, [function]
+
+        def release_the_lock(self, nbytes):
+            if left:
+                left.pop()()
+            make_room(self, nbytes)
+
+        monkeypatch.setattr(MemoryBudget, "make_room", release_the_lock)
+        return left
+
+    return meanwhile
+
+
+def waiting_table(path, **options):
+    """A table of which some rows are spilled, in a store whose batches all have to make room."""
+    store = shardemb.open(path, memory_budget=0, log_bytes=1)
+    table = store.create_table(
+        "t",
+        num_embeddings=500,
+        embedding_dim=DIM,
+        optimizer=SGD(lr=1.0),
+        initializer=Constant(0.0),
+        rows_per_shard=64,
+        **options,
+    )
+    table.write(np.arange(100), np.ones((100, DIM)))
+    store.commit(step=1)
+    return store, table
+
+
+SEVENS = np.full((3, DIM), 7, np.float32)
+CHANGES = {
+    "write": lambda store, table, grads: table.write([3, 99, 450], SEVENS),
+    "update": lambda store, table, grads: table.update([3, 99, 450], grads),
+    "store.update": lambda store, table, grads: store.update({"t": ([3, 99, 450], grads)}),
+}
+WAITS = {
+    "resize": lambda store, table: table.resize(700),
+    "resize there and back": lambda store, table: (table.resize(700), table.resize(500, drop_rows=True)),
+    "reshard": lambda store, table: store.reshard("t", rows_per_shard=100),
+    "rollback": lambda store, table: store.rollback(),
+    "rollback of a resize": lambda store, table: store.rollback(),
+    "commit": lambda store, table: store.commit(step=2),
+    "rename": lambda store, table: store.rename_table("t", "u"),
+}
+
+
+@pytest.mark.parametrize("other", WAITS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_change_is_lost_whatever_others_do_while_it_waits(path, meanwhile, change, other):
+    store, table = waiting_table(path)
+    with store:
+        if other == "rollback of a resize":
+            table.resize(600)
+        before, grads = table.step, table.lookup([3, 99, 450]) - SEVENS
+        left = meanwhile(lambda: WAITS[other](store, table))
+        CHANGES[change](store, table, grads)
+        assert not left
+        assert (table.lookup([3, 99, 450]) == 7).all()
+        assert table.step == before + (change != "write")
+        assert (table.lookup(np.arange(4, 99)) == 1).all()
+        store.commit()
+    with shardemb.open(path, "r") as store:
+        assert (store[next(iter(store))].lookup([3, 99, 450]) == 7).all()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("other", ["drop", "rollback of its creation", "fewer rows", "no optimizer"])
+def test_a_change_of_what_is_gone_by_then_is_refused(path, meanwhile, change, other):
+    if other == "no optimizer" and change == "write":
+        pytest.skip("a write needs none")
+    store, table = waiting_table(path)
+    kept = table
+    others = {
+        "drop": (lambda: store.drop_table("t"), TableNotFoundError),
+        "rollback of its creation": (store.rollback, TableNotFoundError),
+        "fewer rows": (lambda: table.resize(300, drop_rows=True), ShardEmbError),
+        "no optimizer": (lambda: store.reshard("t", optimizer=None), ShardEmbError),
+    }
+    if other == "rollback of its creation":
+        store.drop_table("t")
+        store.commit()
+        table = store.create_table(
+            "t", num_embeddings=500, embedding_dim=DIM, optimizer=SGD(lr=1.0), initializer=Constant(0.0)
+        )
+    function, error = others[other]
+    left = meanwhile(function)
+    with pytest.raises(error):
+        CHANGES[change](store, table, SEVENS)
+    assert not left
+    if other == "drop":
+        store.rollback()
+        assert kept.step == 0
+        assert (kept.lookup([3, 99, 450])[:, 0] == [1, 1, 0]).all()
+    close_quietly(store)
+
+
+def test_rows_that_change_while_their_reset_waits_are_reset(path, meanwhile):
+    store, table = waiting_table(path)
+    with store:
+        left = meanwhile(
+            lambda: table.write([3, 450], SEVENS[:2])
+        )  # 450 was never written when the reset began
+        table.reset_rows([3, 99, 450])
+        assert not left
+        assert (table.lookup([3, 99, 450]) == 0).all()
+        store.commit()
+
+
+@pytest.mark.parametrize("other", ["resize", "resize there and back", "rename", "drop"])
+def test_a_lookup_that_waits_sees_the_rows(path, meanwhile, other):
+    store, table = waiting_table(path)
+    others = WAITS | {"drop": lambda store, table: store.drop_table("t")}
+    ids = np.arange(500)
+    table.write([7, 450], SEVENS[:2])  # spilled by the next batch
+    table.write([8], SEVENS[:1])
+    assert inside.shards(table).overlay.spilled
+    left = meanwhile(lambda: others[other](store, table))
+    seen = table.lookup(ids)
+    assert not left
+    assert (seen[[7, 8, 450]] == 7).all()
+    assert (seen[[6, 9, 99]] == 1).all()
+    store.rollback()
+    store.close()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_lookup_is_repeated_if_the_table_got_other_memory(path, monkeypatch, shared):
+    """The files of the old memory may be those of the new one, into which a fold writes."""
+    with shardemb.open(path) as store:
+        table = store.create_table("t", num_embeddings=500, embedding_dim=DIM, initializer=Constant(0.0))
+        gather, memories = Shards.gather, []
+
+        def slow(self, *arguments):
+            memories.append(self)
+            if len(memories) == 1:
+                table.resize(700)
+                table.write([1], SEVENS[:1])
+            gather(self, *arguments)
+
+        monkeypatch.setattr(Shards, "gather", slow)
+        seen = inside.state(table).read_range("weight", 0, 500) if shared else table.lookup(np.arange(500))
+        assert len(memories) == 2
+        assert memories[1] is inside.shards(table)
+        assert (seen[1] == 7).all()
+        store.rollback()
+
+
+def keyed(path):
+    store = shardemb.open(path, memory_budget=0, log_bytes=1)
+    words = store.create_vocabulary("words", key_type="string")
+    table = store.create_table(
+        "t", vocabulary="words", embedding_dim=DIM, optimizer=SGD(lr=1.0), initializer=Constant(0.0)
+    )
+    words.add(["a", "b", "c"])
+    table.write(["a", "b", "c"], [np.full(DIM, float(n)) for n in (1, 2, 3)])
+    store.commit()
+    return store, words, table
+
+
+def pass_on(store, words):
+    """Remove a key, and give its row to another one."""
+    row = words.lookup("b")
+    words.remove(["b"])
+    store.commit()
+    assert words.add("z") == row
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_no_key_gets_what_was_meant_for_the_one_that_had_its_row_before(path, meanwhile, together):
+    store, words, table = keyed(path)
+    with store:
+        left = meanwhile(lambda: pass_on(store, words))
+        with pytest.raises(UnknownKeyError, match="'b'"):
+            if together:
+                store.update({"t": (["a", "b"], SEVENS[:2])})
+            else:
+                table.update(["a", "b"], SEVENS[:2])
+        assert not left
+        assert (table.lookup(["a", "z"])[:, 0] == [1, 0]).all()
+        left = meanwhile(lambda: (words.remove(["c"]), store.commit(), words.add("y")))
+        table.write(["a", "c"], SEVENS[:2], missing="skip")
+        assert not left
+        assert (table.lookup(["a", "y"])[:, 0] == [7, 0]).all()
+        assert table.step == 0
+        store.commit()
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_no_key_is_shown_the_row_of_the_one_that_has_it_now(path, monkeypatch, together):
+    store, words, table = keyed(path)
+    with store:
+        gather, left = Shards.gather, [True]
+        memory = inside.shards(table.rows)
+
+        def slow(self, *arguments):
+            if self is memory and left:
+                left.pop()
+                pass_on(store, words)
+                table.write(["z"], SEVENS[:1])
+            gather(self, *arguments)
+
+        monkeypatch.setattr(Shards, "gather", slow)
+        with pytest.raises(UnknownKeyError, match="'b'"):
+            store.lookup({"t": ["a", "b"]}) if together else table.lookup(["a", "b"])
+        assert not left
+        store.rollback()
+
+
+def test_a_lookup_by_key_waits_for_a_rollback_that_takes_rows_back(path, monkeypatch):
+    store, words, table = keyed(path)
+    with store:
+        pass_on(store, words)
+        table.write(["z"], SEVENS[:1])
+        restore, found = type(inside.session(store).vocabularies).restore, []
+
+        def in_between(self):
+            future = pool.submit(table.lookup, ["z"], missing="zeros")
+            with contextlib.suppress(TimeoutError):
+                found.append(future.result(timeout=0.2))
+            restore(self)
+            found.append(future)
+
+        monkeypatch.setattr(type(inside.session(store).vocabularies), "restore", in_between)
+        with ThreadPoolExecutor(1) as pool:
+            store.rollback()
+            assert (found[-1].result() == 0).all()
+        assert len(found) == 1
+
+
+def test_keys_are_not_added_to_a_vocabulary_that_is_dropped_while_they_wait(path):
+    store, words, _ = keyed(path)
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(self, nbytes):
+        begun.set()
+        self._folds.wait()
+        go.wait(0.2)
+        real(self, nbytes)
+
+    real = MemoryBudget.make_room
+    with store, pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as pool:
+        patch.setattr(MemoryBudget, "make_room", slow)
+        future = pool.submit(words.add, [f"w{n}" for n in range(100)])
+        begun.wait()
+        store.drop_table("t")
+        store.drop_vocabulary("words")
+        assert future.result().size == 100  # before the table was dropped
+        patch.undo()
+        store.rollback()
+        assert len(words) == 3

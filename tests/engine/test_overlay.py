@@ -381,9 +381,9 @@ def test_prefetched_rows_are_not_the_first_to_be_evicted(tmp_path):
         store.commit()
         store.checkpoint()
         inside.shards(table).overlay.slots.state[:900] &= ~TOUCHED
-        batch.prefetch(inside.runtime(store), inside.shards(table), np.arange(5000, 5300), for_update=True)
+        batch.prefetch(inside.runtime(store), inside.state(table), np.arange(5000, 5300), for_update=True)
         inside.shards(table).overlay.slots._hand = 0  # where they are
-        batch.prefetch(inside.runtime(store), inside.shards(table), np.arange(6000, 6300), for_update=True)
+        batch.prefetch(inside.runtime(store), inside.state(table), np.arange(6000, 6300), for_update=True)
         assert (inside.shards(table).overlay._entries(np.arange(5000, 5300)) > 0).all()
 
 
@@ -518,7 +518,7 @@ def test_a_prefetch_neither_waits_nor_spills_other_rows(store, monkeypatch):
     monkeypatch.setattr(
         type(inside.journal(store)), "fold_all", lambda self: pytest.fail("waited for a fold")
     )
-    batch.prefetch(inside.runtime(store), inside.shards(table), np.arange(1000, 1010) * 19, for_update=True)
+    batch.prefetch(inside.runtime(store), inside.state(table), np.arange(1000, 1010) * 19, for_update=True)
     assert inside.shards(table).overlay.spilled == 0
     assert inside.shards(table).overlay.slots.count == 49
     monkeypatch.undo()

@@ -474,7 +474,7 @@ def test_materialized_rows_are_what_zarr_reads(path, kind, monkeypatch):
         train(table, 2)  # not committed
         prefetched = np.arange(300, 400)
         shardemb.engine.batch.prefetch(
-            inside.runtime(store), inside.shards(table), prefetched, for_update=True
+            inside.runtime(store), inside.state(table), prefetched, for_update=True
         )
         now, seen = everything(table), []
         table.materialize(progress=lambda done, total: seen.append((done, total)))

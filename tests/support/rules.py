@@ -223,12 +223,13 @@ def changes_in_place(patch):
     def change(runtime, changes):
         real(runtime, changes)
         for each in changes:
+            shards = each.table.live()
             for row in each.batch.rows.tolist():
-                place = int(each.shards.overlay.places(np.array([row]))[0])
-                number, at = divmod(row, each.shards.spec.rows_per_shard)
-                with each.shards.shard_path(number).open("r+b") as file:
-                    file.seek(at * each.shards.spec.record_bytes)
-                    file.write(each.shards.records[place].tobytes())
+                place = int(shards.overlay.places(np.array([row]))[0])
+                number, at = divmod(row, shards.spec.rows_per_shard)
+                with shards.shard_path(number).open("r+b") as file:
+                    file.seek(at * shards.spec.record_bytes)
+                    file.write(shards.records[place].tobytes())
 
     patch.setattr(batch, "change", change)
 

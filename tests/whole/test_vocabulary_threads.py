@@ -3,6 +3,7 @@
 Memory is so small that changes wait for folds, and release the lock meanwhile.
 """
 
+import contextlib
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from support.threads import Threads
 
 import shardemb
 from shardemb.compute import plan
-from shardemb.errors import RowIdError, StoreClosedError, UnknownKeyError
+from shardemb.errors import RowIdError, ShardEmbError, StoreClosedError, UnknownKeyError
 from shardemb.initializers import Constant
 from shardemb.optim import SGD
 from shardemb.vocabulary import hash_index, key_records
@@ -222,3 +223,64 @@ def test_closing_lets_additions_end_or_refuses_them(path):
     assert len(words) > 100
     assert_sound(store)
     store.close()
+
+
+def test_no_update_is_lost_while_the_table_grows(path):
+    """The table is replaced by a larger one while an update waits for room."""
+    store, words, table = open_store(path, memory_budget=0)
+    trained, number = np.arange(10**6, 10**6 + 200), iter(range(10**6))
+    words.add(trained)
+
+    def add():
+        start = next(number)
+        words.add(np.arange(40 * start, 40 * start + 40))
+
+    with Threads(add):
+        for _ in range(60):
+            table.update(trained, -np.ones((200, DIM), np.float32))
+    assert (table.lookup(trained) == 65).all()
+    assert table.step == 60
+    close_quietly(store)
+
+
+def test_many_threads_find_what_they_wrote(path):
+    """Each has keys and a table of its own, and all share a store that is too small for them."""
+    store, words, table = open_store(path, "string", memory_budget=20_000, log_bytes=50_000)
+    plain = store.create_table("plain", num_embeddings=4000, embedding_dim=DIM, rows_per_shard=256)
+    store.commit()
+
+    def writer(number):
+        turn = 0
+
+        def work():
+            nonlocal turn
+            turn += 1
+            keys = [f"{number} {turn} {n}" for n in range(40)]
+            rows = np.full((40, DIM), turn, np.float32)
+            table.lookup(keys, create=True)
+            table.write(keys, rows)
+            ids = np.arange(number * 400, number * 400 + 300)
+            plain.write(ids, np.full((300, DIM), turn, np.float32))
+            assert (table.lookup(keys) == turn).all()
+            assert (plain.lookup(ids) == turn).all()
+            if turn % 3 == 0:
+                removed = words.remove(keys[::2])
+                assert (removed >= 0).all()
+            assert (table.lookup(keys[1::2]) == turn).all()
+            if turn > 1:
+                assert (table.lookup([f"{number} {turn - 1} {n}" for n in range(1, 40, 2)]) == turn - 1).all()
+
+        return work
+
+    def resize():
+        plain.resize(plain.num_embeddings + 100)
+        other = store.create_table(f"o{threading.get_ident()}", num_embeddings=50, embedding_dim=3)
+        other.write([1], np.ones((1, 3), np.float32))
+        store.drop_table(other.name)
+
+    with Threads(*map(writer, range(3)), store.commit, store.checkpoint, resize):
+        for _ in range(4):
+            with contextlib.suppress(ShardEmbError):  # there are changes that are not committed
+                store.reshard("plain", rows_per_shard=random.choice([128, 256, 512]))
+    assert_sound(store)
+    close_quietly(store)
