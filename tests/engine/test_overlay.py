@@ -462,6 +462,7 @@ def test_rows_that_are_being_folded_do_not_keep_others_from_being_evicted(tmp_pa
 def test_one_fold_is_waited_for_where_one_is_enough(tmp_path, monkeypatch):
     with shardemb.open(tmp_path / "s", memory_budget=1000 * (240 + 80)) as store:
         table = new(store)
+        store.commit()  # one that changes the set of tables waits for its fold
         go_on = slow_folds(monkeypatch)
         table.write(np.arange(900), np.ones((900, DIM), np.float32))
         store.commit()  # most of the budget is dirty, so a fold begins
@@ -482,6 +483,7 @@ def test_a_rollback_during_a_fold_keeps_no_rows_that_the_files_hold(tmp_path, mo
     with shardemb.open(tmp_path / "s") as store:
         table = new(store, initializer=Uniform(-1, 1))
         before = table.lookup(np.arange(2000))
+        store.commit()
         go_on = slow_folds(monkeypatch)
         table.write(np.arange(1500), np.ones((1500, DIM), np.float32))
         store.commit()

@@ -134,7 +134,7 @@ def every_position(count, seed=0):
     return [Failing(position, KINDS[(position + seed) % 3]) for position in range(1, count + 1)]
 
 
-def every_site(workloads, chosen, depth=100):
+def every_site(workloads, chosen, depth=100, kinds_of=kinds_of):
     """List for one of several workloads the calls to fail, such that over all of them each site fails in each way.
 
     Parameters
@@ -145,6 +145,8 @@ def every_site(workloads, chosen, depth=100):
         The number of one of them.
     depth : int, optional
         How many lines of the package make a call site, as in `workloads`.
+    kinds_of : callable, optional
+        Returns the ways in which a site fails, given the name of its operation.
     """
     found = []
     for site in sorted(set().union(*workloads), key=str):

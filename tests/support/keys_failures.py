@@ -14,7 +14,7 @@ from shardemb.optim import SGD
 from shardemb.storage import log_writer
 from shardemb.vocabulary import hash_index
 from support import failures, inside
-from support.failures import Failing, every_position, every_site
+from support.failures import KINDS, Failing, every_position, every_site
 from support.power_loss import NOTHING, contents, keys_that_are_wrong, scratch
 from support.small import make_small, pool_of
 from support.stores import close_quietly
@@ -147,8 +147,12 @@ def fail_everywhere(seed):
 
 
 def fail_every_site(seed):
-    """Let each call site of some workloads fail in each way, one workload's share; return which operations did."""
-    return fail_each(seed, every_site([trained(each).sites for each in range(WORKLOADS)], seed, DEPTH))
+    """Let each call site of some workloads fail, one workload's share; return which operations did.
+
+    Each fails in one way. The ways differ where files are changed, and there the workloads of rows go through all.
+    """
+    sites = [trained(each).sites for each in range(WORKLOADS)]
+    return fail_each(seed, every_site(sites, seed, DEPTH, lambda name: [KINDS[len(name) % 2]]))
 
 
 def fail_some(seed, most):

@@ -21,7 +21,7 @@ from shardemb.format.manifest import Manifest
 from shardemb.optim import Adam
 from shardemb.storage import folders, log_reader
 
-SECONDS = float(os.environ.get("SHARDEMB_FUZZ_S", "15"))
+SECONDS = float(os.environ.get("SHARDEMB_FUZZ_S", "6"))
 SEED = int(os.environ.get("SHARDEMB_SEED", "0"))
 NUMBERS = [0, 1, 2, 7, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**64 - 1]
 FIELDS = ["kind", "length", "epoch", "sequence", "synced", "attempt", "count"]
