@@ -4,6 +4,10 @@ Nothing else in the package touches a disk, so a simulator that replaces these f
 That is why callers write ``files.name(...)`` and do not import single functions. Each function checks the result of its
 system call. "Disk full" becomes `DiskFullError`; other errors stay `OSError`.
 
+A store may come from anyone. So no symbolic link is followed on the way to a file, wherever in the path it stands
+(``openat2``; before Linux 5.6 only the last name is checked), and what is neither a file nor a folder is not opened: a
+named pipe would wait for ever. Callers therefore resolve the paths that users give (``Path.resolve``).
+
 Linux only (``flock``, ``fallocate``, ``syncfs``). Mapping files into memory is in ``address_space.py``.
 """
 
@@ -17,9 +21,9 @@ import os
 import shutil
 import stat
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from shardemb.errors import DiskFullError
+from shardemb.errors import DiskFullError, FormatError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,10 +35,18 @@ ADVISED = 128 * 2**10
 
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
 _TMPFS_MAGIC = 0x01021994
+_SYS_OPENAT2, _AT_FDCWD, _RESOLVE_NO_SYMLINKS = 437, -100, 4
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
+_libc.syscall.restype = ctypes.c_long
+
+
+class _OpenHow(ctypes.Structure):
+    """The ``struct open_how`` of ``openat2``."""
+
+    _fields_ = (("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64))
 
 
 class Counters:
@@ -84,9 +96,34 @@ def _not_synced(path: object) -> Iterator[None]:
 
 
 def make_directory(path: Path) -> None:
-    """Create a folder and its parents; existing ones are fine."""
+    """Create a folder and its parents; existing ones are fine, but not a link in place of it."""
     with _disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
+    with _folder(path):
+        pass
+
+
+def entries(folder: Path) -> list[Path]:
+    """List what is in a folder, sorted by name; nothing if there is no such folder.
+
+    Raises
+    ------
+    FormatError
+        The folder is a link, or no folder.
+    """
+    try:
+        with _folder(folder) as descriptor:
+            return [folder / name for name in sorted(os.listdir(descriptor))]
+    except FileNotFoundError:
+        return []
+
+
+def is_directory(path: Path) -> bool:
+    """Return whether there is a folder; a link to one is none."""
+    try:
+        return stat.S_ISDIR(path.lstat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def sync_directory(path: Path) -> None:
@@ -96,15 +133,15 @@ def sync_directory(path: Path) -> None:
 
 def rename(source: Path, target: Path) -> None:
     """Rename a file or folder; a file at `target` is replaced atomically."""
-    with _disk_errors(target):
-        source.rename(target)
+    with _disk_errors(target), _folder(source.parent) as here, _folder(target.parent) as there:
+        os.rename(source.name, target.name, src_dir_fd=here, dst_dir_fd=there)
 
 
 def link(source: Path, target: Path) -> bool:
     """Give a file a second name, which must not exist; return False if the file system does not support it."""
-    with _disk_errors(target):
+    with _disk_errors(target), _folder(source.parent) as here, _folder(target.parent) as there:
         try:
-            os.link(source, target)
+            os.link(source.name, target.name, src_dir_fd=here, dst_dir_fd=there, follow_symlinks=False)
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
                 raise
@@ -113,17 +150,18 @@ def link(source: Path, target: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a file; a missing one is fine."""
-    path.unlink(missing_ok=True)
+    """Remove a file; a missing one is fine. A link is removed, not followed."""
+    with contextlib.suppress(FileNotFoundError), _folder(path.parent) as folder:
+        os.unlink(path.name, dir_fd=folder)
 
 
 def remove_tree(path: Path) -> None:
     """Remove a folder with everything in it, or a file; a missing one is fine. Links are removed, not followed."""
-    if not path.is_dir() or path.is_symlink():
-        path.unlink(missing_ok=True)
+    if not is_directory(path):
+        remove(path)
         return
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(path)
+    with contextlib.suppress(FileNotFoundError), _folder(path.parent) as folder:
+        shutil.rmtree(path.name, dir_fd=folder)
 
 
 def sync_tree(path: Path) -> None:
@@ -148,7 +186,7 @@ def read(path: Path, limit: int = 16 * 2**20) -> bytes:
     ValueError
         The file is larger than `limit` bytes.
     """
-    with path.open("rb") as file:
+    with opened(path, os.O_RDONLY) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         msg = f"{path} is larger than {limit} bytes"
@@ -158,11 +196,28 @@ def read(path: Path, limit: int = 16 * 2**20) -> bytes:
 
 def size(path: Path) -> int | None:
     """Size in bytes of a regular file; None if there is no such file."""
-    try:
-        status = path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
+    status = _status(path)
+    return None if status is None else status.st_size
+
+
+def names(path: Path) -> tuple[int, tuple[int, int]]:
+    """Return how many names a file has, and what tells it from other files, whatever their names.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no regular file.
+    """
+    status = _status(path)
+    if status is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return status.st_nlink, (status.st_dev, status.st_ino)
+
+
+def is_open_file(path: Path, descriptor: int) -> bool:
+    """Return whether a path still leads to an open file: it was not moved, removed or replaced."""
+    found, here = _status(path), os.fstat(descriptor)
+    return found is not None and (found.st_dev, found.st_ino) == (here.st_dev, here.st_ino)
 
 
 def allocated(path: Path) -> int:
@@ -243,9 +298,15 @@ def sync_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def opened(path: Path, flags: int) -> Iterator[int]:
-    """Open a file for the length of a with block."""
+    """Open a file for the length of a with block.
+
+    Raises
+    ------
+    FormatError
+        It is a link or behind one, or neither a file nor a folder.
+    """
     with _disk_errors(path):
-        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        descriptor = _open(path, flags)
     try:
         yield descriptor
     finally:
@@ -263,8 +324,15 @@ def write(descriptor: int, data: bytes | memoryview, offset: int, path: Path) ->
 
 
 def overwrite(path: Path, data: bytes) -> None:
-    """Overwrite the beginning of a file in place, which its mappings see. Creates a missing file. Not synced."""
+    """Overwrite the beginning of a file in place, which its mappings see. Creates a missing file. Not synced.
+
+    Raises
+    ------
+    FormatError
+        The file has another name, so it may be part of something else.
+    """
     with opened(path, os.O_WRONLY | os.O_CREAT) as descriptor:
+        _require_one_name(descriptor, path)
         write(descriptor, data, 0, path)
 
 
@@ -275,11 +343,11 @@ def open_direct(path: Path, flags: int = os.O_RDWR) -> int:
     """
     with _disk_errors(path):
         try:
-            return os.open(path, flags | os.O_CLOEXEC | os.O_DIRECT)
+            return _open(path, flags | os.O_DIRECT)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            return os.open(path, flags | os.O_CLOEXEC)
+            return _open(path, flags)
 
 
 @contextlib.contextmanager
@@ -325,15 +393,16 @@ def open_unnamed(folder: Path) -> int:
     """Create and open an unnamed file in a folder. It disappears when its descriptor is closed."""
     with _disk_errors(folder):
         try:
-            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            return _open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
                 raise
     # The file system has no unnamed files: create one and remove its name.
     path = folder / f"scratch-{os.getpid()}"
+    remove(path)  # of a process that died, and whose number this one has now
     with _disk_errors(folder):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    path.unlink()
+        descriptor = _open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    remove(path)
     return descriptor
 
 
@@ -405,11 +474,17 @@ def lock(path: Path, *, shared: bool) -> int | None:
     """Try to lock a file, without waiting; return a descriptor that holds the lock, or None if it is taken.
 
     Closing the descriptor releases the lock, and so does the end of the process.
+
+    Raises
+    ------
+    FormatError
+        An exclusive lock is asked for, and the file has another name, so it may be part of something else.
     """
-    flags = os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT
     with _disk_errors(path):
-        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        descriptor = _open(path, os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT)
     try:
+        if not shared:
+            _require_one_name(descriptor, path)
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
@@ -436,6 +511,73 @@ def check(result: int, what: str) -> None:
     if result != 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{what}: {os.strerror(code)}")
+
+
+def _open(path: Path, flags: int, mode: int = 0o666) -> int:
+    """Open a file or a folder; follow no link and wait for nothing."""
+    try:
+        descriptor = openat2(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW, mode)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            msg = f"{path} is a symbolic link or behind one, which is not followed; put what it leads to in its place"
+            raise FormatError(msg) from error
+        if error.errno == errno.ENXIO:  # a pipe that nobody reads, a device that is not there
+            _refuse_kind(path, error)
+        raise
+    status = os.fstat(descriptor)
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        os.close(descriptor)
+        _refuse_kind(path)
+    return descriptor
+
+
+def _refuse_kind(path: Path, error: BaseException | None = None) -> NoReturn:
+    msg = f"{path} is neither a file nor a folder (a named pipe, a socket or a device?); remove it or restore the file"
+    raise FormatError(msg) from error
+
+
+def openat2(path: Path, flags: int, mode: int) -> int:
+    """Open a file as ``os.open`` does, but follow no link; an older kernel follows all but the last."""
+    # With any other flag, a mode is refused.
+    creates = flags & os.O_CREAT or flags & os.O_TMPFILE == os.O_TMPFILE
+    how = _OpenHow(flags, mode if creates else 0, _RESOLVE_NO_SYMLINKS)
+    while True:
+        found = _libc.syscall(
+            _SYS_OPENAT2,
+            _AT_FDCWD,
+            ctypes.c_char_p(os.fsencode(path)),
+            ctypes.byref(how),
+            ctypes.c_size_t(ctypes.sizeof(how)),
+        )
+        if found >= 0:
+            return int(found)
+        code = ctypes.get_errno()
+        if code in (errno.ENOSYS, errno.EPERM):  # an older kernel, or a container that does not know the call
+            return os.open(path, flags, mode)
+        if code not in (errno.EINTR, errno.EAGAIN):
+            raise OSError(code, os.strerror(code), str(path))
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[int]:
+    """Open a folder for the length of a with block."""
+    with opened(path, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
+        yield descriptor
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """Return the status of a regular file; None if there is none."""
+    try:
+        status = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def _require_one_name(descriptor: int, path: Path) -> None:
+    if os.fstat(descriptor).st_nlink > 1:
+        msg = f"{path} has another name (a hard link), which would change with it; replace it by a copy"
+        raise FormatError(msg)
 
 
 def _seek(descriptor: int, position: int, kind: int, end: int) -> int:

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 def keep_indexes(store: Path, uuids: Collection[str]) -> None:
     """Remove all indexes except those of the vocabularies with these uuids."""
-    folder = private(store) / "vocabularies"
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+    for path in files.entries(private(store) / "vocabularies"):
         if path.name not in uuids:
             files.remove_tree(path)
 
@@ -50,7 +49,7 @@ def foreign(store: Path) -> list[str]:
     with contextlib.suppress(FormatError):
         zarr_metadata.store_uuid(_read(group) or b"")
         own.add(group.name)
-    return sorted(entry.name for entry in store.iterdir() if entry.name not in own)
+    return [entry.name for entry in files.entries(store) if entry.name not in own]
 
 
 def documents(directory: Path) -> dict[str, bytes]:
@@ -152,13 +151,7 @@ def _move(store: Path, moves: list[tuple[Path, Path]]) -> None:
 
 
 def _children(directory: Path) -> list[Path]:
-    if not directory.is_dir():
-        return []
-    return sorted(
-        path
-        for path in directory.iterdir()
-        if path.name != PRIVATE and path.is_dir() and not path.is_symlink()
-    )
+    return [path for path in files.entries(directory) if path.name != PRIVATE and files.is_directory(path)]
 
 
 def _uuid(directory: Path) -> str | None:

@@ -112,9 +112,7 @@ class Replay:
 
 def segments(folder: Path) -> list[int]:
     """Return the numbers of the segments in the log's folder, ascending."""
-    if not folder.is_dir():
-        return []
-    names = [path.stem for path in folder.iterdir() if path.suffix == SUFFIX]
+    names = [path.stem for path in files.entries(folder) if path.suffix == SUFFIX]
     return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 

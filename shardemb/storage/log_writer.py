@@ -337,6 +337,6 @@ def _zeros(memory: address_space.AddressRange, nbytes: int) -> memoryview:
 def clear(folder: Path, first: int) -> None:
     """Remove the segments before `first`, and everything else in the folder that is not a segment."""
     files.make_directory(folder)
-    for path in list(folder.iterdir()):
+    for path in files.entries(folder):
         if not (path.suffix == SUFFIX and path.stem.isdigit() and int(path.stem) >= first):
             files.remove(path)

@@ -126,7 +126,7 @@ def reshaped(
         store_paths.parked(store, spec.uuid),
     )
     folders.keep_rebuilt(store, spec.uuid)
-    if parked.exists():  # the copy was completed before, but not committed
+    if files.is_directory(parked):  # the copy was completed before, but not committed
         files.make_directory(new.directory.parent)
         files.rename(parked, new.directory)
     with track(spec.num_embeddings, "resharding", progress=progress) as advance:

@@ -149,7 +149,7 @@ class KeyIndex:
         if self.has_files:
             self._files = {part.name: part for part in self._level.parts}
             index_files.remove_others(self._folder, self._files)
-        elif self._folder.exists():
+        elif files.is_directory(self._folder):
             files.remove_tree(self._folder)  # a later commit may reach what it claims to know, and trust it
             files.sync_directory(self._folder.parent)
 

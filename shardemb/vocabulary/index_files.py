@@ -200,7 +200,7 @@ def read_ahead(folder: Path, part: Part) -> None:
 
 def remove_others(folder: Path, names: Collection[str]) -> None:
     """Remove everything from a folder except the files with some names."""
-    for path in folder.iterdir():
+    for path in files.entries(folder):
         if path.name not in names:
             files.remove_tree(path)
 
@@ -216,7 +216,7 @@ def read(folder: Path, identity: str, now: Coverage) -> Level:
         The parts do not cover all hashes, or one of them was removed or replaced meanwhile.
     """
     parts = []
-    for path in sorted(folder.iterdir()):
+    for path in files.entries(folder):
         with contextlib.suppress(FormatError, OSError):  # anything but a part is ignored
             parts.append(_read(path, identity))
     parts = [part for part in parts if part.coverage.is_within(now)]

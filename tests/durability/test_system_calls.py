@@ -77,7 +77,14 @@ def calls_of(text):
         if mark is not None:
             yield thread, "mark", mark[1], None
         elif not re.search(r"= -1 ", rest):
-            paths = [DESCRIPTOR.match(rest)[1]] if DESCRIPTOR.match(rest) else re.findall(r'"([^"]*)"', rest)
+            # Names are given within an open folder, as in: renameat(5</store>, "a", 5</store>, "b")
+            within = re.findall(r'(?:\d+<([^>]*)>|AT_FDCWD(?:<[^>]*>)?), "([^"]*)"', rest)
+            if within:
+                paths = [str(Path(folder or "/") / name) for folder, name in within]
+            elif DESCRIPTOR.match(rest):
+                paths = [DESCRIPTOR.match(rest)[1]]
+            else:
+                paths = re.findall(r'"([^"]*)"', rest)
             if paths:
                 yield thread, name, paths[0], paths[-1]
 

@@ -116,14 +116,14 @@ def test_the_file_goes_with_the_object(tmp_path):
 
 
 def test_a_file_system_without_unnamed_files_will_do(tmp_path, monkeypatch):
-    real = os.open
+    real = files.openat2
 
-    def refuse(path, flags, *more, **named):
+    def refuse(path, flags, mode):
         if flags & os.O_TMPFILE == os.O_TMPFILE:
             raise OSError(errno.EOPNOTSUPP, "no")
-        return real(path, flags, *more, **named)
+        return real(path, flags, mode)
 
-    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(files, "openat2", refuse)
     spill_file = SpillFile(tmp_path, 4 * WIDTH, 10)
     assert list(tmp_path.iterdir()) == []
     slots = write(spill_file, [3], 1)

@@ -78,9 +78,9 @@ def test_content_is_synced_before_it_gets_its_name_and_the_name_after(tmp_path, 
     def watch(module, name, describe):
         original = getattr(module, name)
 
-        def watched(first, *rest):
+        def watched(first, *rest, **named):
             events.append((name, describe(first)))
-            return original(first, *rest)
+            return original(first, *rest, **named)
 
         monkeypatch.setattr(module, name, watched)
 
@@ -89,7 +89,7 @@ def test_content_is_synced_before_it_gets_its_name_and_the_name_after(tmp_path, 
 
     watch(os, "pwrite", file_of)
     watch(os, "fsync", file_of)
-    watch(Path, "rename", lambda source: source)
+    watch(os, "rename", lambda source: tmp_path / source)
     files.replace(path, b"new")
     staged = files.staged(path)
     assert events == [("pwrite", staged), ("fsync", staged), ("rename", staged), ("fsync", tmp_path)]
