@@ -48,6 +48,8 @@ class Runtime:
         Held by everything that changes rows, moves rows or changes the set of tables. Lookups do not need it.
     fresh : callable, optional
         For a reader that was opened while a writer was open: returns whether no other writer has come since.
+    in_place : callable, optional
+        In a writer: returns whether the lock that it holds is still the one that is in the store's folder.
     committed : Manifest
         The manifest of the last commit. Nothing else says which commit is the last.
     budget : MemoryBudget
@@ -73,6 +75,7 @@ class Runtime:
     log_bytes: int
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
     fresh: Callable[[], bool] | None = None
+    in_place: Callable[[], bool] | None = field(default=None, repr=False)
     committed: Manifest = field(default=Manifest(uuid=""), repr=False)
     budget: MemoryBudget = field(default_factory=MemoryBudget, repr=False)
     folds: Folds = field(default_factory=NoFolds, repr=False)
@@ -110,6 +113,16 @@ class Runtime:
             msg = f"{self.half_done} failed half way; call store.rollback() before anything else"
             raise PoisonedError(msg)
 
+    def check_publishable(self) -> None:
+        """As `check_sound`, and raise `PoisonedError` in a writer whose folder was moved, removed or replaced.
+
+        Everything is written by path, so this is called before anything is published: what is there now is not its own.
+        """
+        self.check_sound()
+        if self.in_place is not None and not self.in_place():
+            self.poisoned = "its folder was moved, removed or replaced while it was open"
+            self.check_sound()
+
     def check_writable(self) -> None:
         """Raise `ReadOnlyError` in a store that was opened for reading."""
         if not self.owned:
@@ -129,9 +142,9 @@ class Runtime:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """As `changing`, and check that no failure stands in the way, see `check_sound`."""
+        """As `changing`, and check that nothing stands in the way of files to write, see `check_publishable`."""
         with self.changing():
-            self.check_sound()
+            self.check_publishable()
             yield
 
     @property

@@ -21,13 +21,13 @@ import os
 import shutil
 import stat
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from shardemb.errors import DiskFullError, FormatError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 ADVISED = 128 * 2**10
@@ -227,6 +227,12 @@ def allocated(path: Path) -> int:
         with contextlib.suppress(FileNotFoundError):  # it was removed meanwhile
             total += found.lstat().st_blocks * 512
     return total
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Yield the regular files in a folder and in the folders in it, without following links."""
+    for parent, _, found in os.walk(folder):
+        yield from (path for name in found if size(path := Path(parent, name)) is not None)
 
 
 def write_new(path: Path, data: bytes) -> None:
@@ -474,17 +480,10 @@ def lock(path: Path, *, shared: bool) -> int | None:
     """Try to lock a file, without waiting; return a descriptor that holds the lock, or None if it is taken.
 
     Closing the descriptor releases the lock, and so does the end of the process.
-
-    Raises
-    ------
-    FormatError
-        An exclusive lock is asked for, and the file has another name, so it may be part of something else.
     """
     with _disk_errors(path):
         descriptor = _open(path, os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT)
     try:
-        if not shared:
-            _require_one_name(descriptor, path)
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
@@ -496,7 +495,8 @@ def lock(path: Path, *, shared: bool) -> int | None:
 
 
 def overwrite_text(descriptor: int, text: str, path: Path) -> None:
-    """Replace the content of an open file by a text for people to read. Not synced."""
+    """Replace the content of an open file by a text for people to read. Not synced. Raises as `overwrite`."""
+    _require_one_name(descriptor, path)
     os.ftruncate(descriptor, 0)
     write(descriptor, text.encode(), 0, path)
 
@@ -520,6 +520,9 @@ def _open(path: Path, flags: int, mode: int = 0o666) -> int:
     except OSError as error:
         if error.errno == errno.ELOOP:
             msg = f"{path} is a symbolic link or behind one, which is not followed; put what it leads to in its place"
+            raise FormatError(msg) from error
+        if error.errno == errno.ENOTDIR and flags & os.O_DIRECTORY and os.path.lexists(path):
+            msg = f"{path} is a symbolic link or a file, and not a folder; put what it leads to in its place"
             raise FormatError(msg) from error
         if error.errno == errno.ENXIO:  # a pipe that nobody reads, a device that is not there
             _refuse_kind(path, error)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from shardemb.errors import FormatError
 from shardemb.format import zarr_metadata
-from shardemb.format.store_paths import PRIVATE, parked, private, rebuilt
+from shardemb.format.store_paths import PRIVATE, log, parked, private, rebuilt
 from shardemb.storage import files
 
 if TYPE_CHECKING:
@@ -21,6 +21,22 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shardemb.format.manifest import TableEntry
+
+
+def refuse_links(store: Path) -> None:
+    """Raise `FormatError` if something else is in the place of one of a store's own folders: a link, for example."""
+    for folder in (
+        private(store),
+        log(store),
+        *(private(store) / name for name in ("tables", "vocabularies")),
+    ):
+        files.entries(folder)
+    files.entries(rebuilt(store))
+
+
+def tables(store: Path) -> list[Path]:
+    """List the folders in a store that hold tables, whether or not they are part of it."""
+    return [path for path in _children(store) if _uuid(path) is not None]
 
 
 def keep_indexes(store: Path, uuids: Collection[str]) -> None:
@@ -72,6 +88,8 @@ def locate(store: Path, tables: Iterable[TableEntry]) -> dict[str, Path]:
         directories = [path for path in own if _uuid(path) == table.uuid][:1]
         directories = directories or [path for path in _children(store) if _uuid(path) == table.uuid]
         if not directories:
+            for path in own:
+                _read(path / zarr_metadata.DOCUMENT)  # says so if the folder is a link
             msg = f"the folder of table {table.name!r} is missing from {store}; restore it from a copy of the store"
             raise FormatError(msg)
         if len(directories) > 1:
@@ -155,12 +173,18 @@ def _children(directory: Path) -> list[Path]:
 
 
 def _uuid(directory: Path) -> str | None:
-    document = _read(directory / zarr_metadata.DOCUMENT)
+    """Return the uuid of the table in a folder; None if it holds none, or is a link."""
+    try:
+        document = _read(directory / zarr_metadata.DOCUMENT)
+    except FormatError:
+        return None
     return None if document is None else zarr_metadata.table_uuid(document)
 
 
 def _read(path: Path) -> bytes | None:
     try:
         return files.read(path)
+    except FormatError:  # a link, which is named and not taken for a missing file
+        raise
     except (OSError, ValueError):
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from shardemb.format.table_files import TableLocation
 from shardemb.storage import checksums, files, folders, table_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -263,6 +264,43 @@ def _written(old: TableLocation, start: int, stop: int) -> NDArray[np.bool_]:
     bits = np.unpackbits(np.frombuffer(b"".join(parts), np.uint8), bitorder="little")
     written: NDArray[np.bool_] = bits[start % 8 :][: stop - start] == 1
     return written
+
+
+# ---- files of its own -----------------------------------------------------------------------------------------
+
+
+def unshare(store: Path, tables: Sequence[TableLocation]) -> None:
+    """Give a store files of its own in place of those that have a name elsewhere too, as after ``cp -al``.
+
+    What is written to a file changes it under all of its names. If this is interrupted, it can be called again.
+
+    Raises
+    ------
+    DiskFullError, OSError
+        There is no space for the copies.
+    """
+    epoch = store_paths.epoch(store)
+    if (files.size(epoch) is not None) and files.names(epoch)[0] > 1:
+        files.remove(epoch)
+    paths = [path for table in tables for path, _ in table.expected_files() if files.size(path) is not None]
+    shared = [path for path in paths if files.names(path)[0] > 1]
+    if not shared:
+        return
+    # A table that was resized shares files with what it was before, until a commit and a fold have removed that.
+    own = {*(table.directory for table in tables), *folders.tables(store)}
+    own |= {*files.entries(store_paths.parked(store, "")), *files.entries(store_paths.rebuilt(store))}
+    inside = Counter(files.names(path)[1] for folder in own for path in files.walk(folder))
+    shared = [path for path in shared if files.names(path)[0] > inside[files.names(path)[1]]]
+    total = sum(files.size(path) or 0 for path in shared)
+    with track(total, "copying files that are part of another folder too", progress=None) as advance:
+        for path in shared:
+            staged, nbytes = files.staged(path), files.size(path) or 0
+            files.remove(staged)
+            files.create_sparse(staged, nbytes)
+            copy_data(path, staged, nbytes)
+            files.sync_file(staged)
+            files.publish(path)
+            advance(nbytes)
 
 
 # ---- another place --------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE
-from shardemb.errors import DiskFullError, ShardEmbError
+from shardemb.errors import DiskFullError, PoisonedError, ShardEmbError
 from shardemb.format import store_paths
 from shardemb.storage import files, fold, folders, log_reader, log_writer
 
@@ -68,6 +68,7 @@ class Journal:
         self._problem: Exception | None = None
         self._thread: threading.Thread | None = None
         self._released = False
+        self._manifest = files.names(store_paths.manifest(runtime.path))[1]
 
     @property
     def is_folding(self) -> bool:
@@ -99,6 +100,7 @@ class Journal:
         OSError
             A write or sync failed: the store is poisoned.
         """
+        self._check_in_place()
         runtime, last = self._runtime, self._runtime.committed.tables
         changes = [(table, table.changed_rows()) for table in tables if table.changes]
         created = {each.uuid for each in manifest.tables} - {each.uuid for each in last}
@@ -218,6 +220,7 @@ class Journal:
         if self._folding or self._runtime.poisoned or self._released or not self._log.nbytes:
             return
         try:
+            self._check_in_place()
             with signals_deferred():
                 end = self._log.end
                 closed = self._log.close_segments()
@@ -239,9 +242,9 @@ class Journal:
                 arguments = base, end, closed, live
                 self._thread = threading.Thread(target=self._fold, args=arguments, name="shardemb-fold")
                 self._thread.start()
-        except OSError as error:
+        except (OSError, PoisonedError) as error:
             self._problem = error
-            if not isinstance(error, DiskFullError):
+            if isinstance(error, OSError) and not isinstance(error, DiskFullError):
                 self._poison(error)
 
     def _fold(self, base: Manifest, end: tuple[int, int], closed: list[Path], live: list[Shards]) -> None:
@@ -266,7 +269,7 @@ class Journal:
                 problem = problem or error
             if problem is not None:
                 self._log.nbytes += self._folding_bytes
-                if not isinstance(problem, DiskFullError):
+                if not isinstance(problem, DiskFullError | PoisonedError):
                     self._poison(problem)
             self._folding_bytes = 0
             self._problem = problem
@@ -275,8 +278,10 @@ class Journal:
 
     def publish(self, base: Manifest) -> None:
         """Record durably what the shards hold, then move the folders of tables to where that says."""
+        self._check_in_place()
         path, tables = self._runtime.path, self._tables()
         files.replace(store_paths.manifest(path), base.to_bytes())
+        self._manifest = files.names(store_paths.manifest(path))[1]
         self._base = base
         try:
             self._update_directories(folders.arrange(path, base.tables, base.dropped, keep=tables.keys()))
@@ -307,7 +312,7 @@ class Journal:
                 )
                 self.publish(base)
                 log_writer.clear(store_paths.log(self._runtime.path), number + 1)
-        except OSError as error:
+        except (OSError, PoisonedError) as error:
             problem = error
         return problem
 
@@ -357,6 +362,17 @@ class Journal:
         except OSError as error:
             self._poison(error)
             raise
+
+    def _check_in_place(self) -> None:
+        """As `Runtime.check_publishable`, and check that no other program has replaced the manifest."""
+        self._runtime.check_publishable()
+        try:
+            found = files.names(store_paths.manifest(self._runtime.path))[1]
+        except FileNotFoundError:
+            found = None
+        if found != self._manifest:
+            self._runtime.poisoned = "its manifest was replaced by another program while it was open"
+            self._runtime.check_sound()
 
     def _poison(self, error: BaseException) -> None:
         self._runtime.poisoned = f"writing failed ({error})"

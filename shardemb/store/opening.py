@@ -20,7 +20,7 @@ from shardemb.errors import FormatError, StoreExistsError, StoreLockedError, Sto
 from shardemb.format import store_paths, zarr_metadata
 from shardemb.format.manifest import Manifest
 from shardemb.format.table_files import TableLocation
-from shardemb.storage import address_space, files, fold, folders, log_reader, table_folder
+from shardemb.storage import address_space, files, fold, folders, log_reader, rewrite, table_folder
 from shardemb.store.session import Reader, Session
 from shardemb.store.store import Store
 
@@ -33,6 +33,9 @@ Mode: TypeAlias = Literal["r", "r+", "a", "w", "w-"]
 
 RETRY_PAUSES_S = (0.0, *(0.001 * 2**n for n in range(8)))
 """Pauses of a reader next to a writer before it reports an error: half a second in all."""
+
+LOCK_PAUSES_S = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
+"""Pauses of a writer that finds the lock taken: a reader that met an error may hold it for a moment."""
 
 RETRY_LIMIT_S = 60.0
 """How long such a reader starts over because the writer has changed the store meanwhile."""
@@ -56,8 +59,8 @@ def open(
         The store's folder.
     mode : {"r", "r+", "a", "w", "w-"}
         As in zarr. ``"r"`` reads an existing store; ``"r+"`` reads and writes an existing one; ``"a"`` does the same
-        and creates a missing one; ``"w"`` creates a new one, after deleting an existing *store* with everything in its
-        folder; ``"w-"`` creates a new one and refuses an existing one.
+        and creates a missing one; ``"w"`` creates a new one, after deleting the tables and vocabularies of an existing
+        *store*, but nothing else in its folder; ``"w-"`` creates a new one and refuses an existing one.
     memory_budget : int, optional
         Bytes of memory for changed rows. Above it, committed rows are folded into the shards and evicted, and
         uncommitted rows are spilled to a file. One batch may exceed the budget by its own rows. By default half of the
@@ -84,7 +87,8 @@ def open(
     StoreLockedError
         The mode allows writing, and the store is open elsewhere: in another process, or a second time in this one.
     FormatError
-        The store has a newer format version, or its files are damaged.
+        The store has a newer format version, or its files are damaged; or some of them are links, which are not
+        followed.
     ShardEmbError
         The tables have more files than this process can map: close another store.
     DiskFullError
@@ -92,8 +96,12 @@ def open(
 
     Notes
     -----
-    One opening at a time may write. A store that is only open for reading cannot be opened for writing. A store that is
-    open for writing can be opened for reading as well; later commits may then show through as they are folded.
+    One opening at a time may write. Any number may read, at the same time and whether or not one writes; they never
+    keep a writer waiting. A reader sees the commit at which it opened the store. Later commits may show through as they
+    are folded, and once another writer has opened the store, lookups raise `StaleReaderError` until `Store.refresh`.
+
+    If the folder is moved, removed or replaced while a writer has it open, its next commit raises `PoisonedError`, and
+    nothing is written to what is in that place now.
 
     Safe from any thread.
 
@@ -112,7 +120,7 @@ def open(
         msg = f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}"
         raise ValueError(msg)
     runtime = Runtime(
-        path=Path(path).absolute(),
+        path=_resolved(path),
         writable=mode != "r",
         threads=scheduler.CORES if threads is None else validation.count(threads, "threads", maximum=1024),
         memory_budget=_half_of_memory()
@@ -120,7 +128,7 @@ def open(
         else validation.count(memory_budget, "memory_budget", minimum=0, maximum=2**62),
         log_bytes=validation.count(log_bytes, "log_bytes", maximum=2**62),
     )
-    exists = store_paths.manifest(runtime.path).is_file()
+    exists = files.size(store_paths.manifest(runtime.path)) is not None
     if not exists:
         _require_creatable(runtime.path, mode)
     elif mode == "w-":
@@ -132,19 +140,12 @@ def open(
 
 
 def _open_reader(runtime: Runtime) -> Session:
-    """Open for reading. Next to a writer, start over if a commit changed the tables meanwhile."""
-    lock = _shared_lock(runtime.path)
-    if lock is not None:  # there is no writer, and none can come
-        try:
-            return _open_at_last_commit(runtime, read_manifest(runtime.path), lock)
-        except BaseException:
-            files.close(lock)
-            raise
+    """Open for reading: without the lock, so start over if a writer changed the tables meanwhile."""
 
     def open_once(manifest: Manifest) -> Session:
         directories = folders.locate(runtime.path, manifest.tables)
-        watching = replace(runtime, fresh=_epoch_check(runtime.path, manifest.epoch))
-        session = _open_at_last_commit(watching, manifest, None)
+        watching = replace(runtime, fresh=_epoch_check(runtime.path))
+        session = _open_at_last_commit(watching, manifest)
         # The writer may have moved folders, or published another base, between the calls above.
         if (
             folders.locate(runtime.path, manifest.tables) != directories
@@ -160,7 +161,8 @@ def _open_reader(runtime: Runtime) -> Session:
 def _read_next_to_writer(path: Path, read: Callable[[Manifest], T]) -> T:
     """Read what a writer may be changing: again whenever the base has changed meanwhile.
 
-    If it has not, an error may still come from a write in progress, so the call retries a few times before it raises.
+    If it has not, an error may still come from a write in progress. So while a writer lives, the call retries a few
+    times before it raises.
     """
     until = time.monotonic() + RETRY_LIMIT_S
     pauses = iter(RETRY_PAUSES_S)
@@ -170,8 +172,9 @@ def _read_next_to_writer(path: Path, read: Callable[[Manifest], T]) -> T:
             base = read_manifest(path)
             return read(base)
         except (FormatError, OSError):
+            written = _is_being_written(path)  # first: a writer that ends in between has changed the base
             if not _base_has_changed(path, base):
-                pause_s = next(pauses, None)
+                pause_s = next(pauses, None) if written else None
                 if pause_s is None:
                     raise
                 time.sleep(pause_s)
@@ -186,13 +189,13 @@ def _base_has_changed(path: Path, base: Manifest | None) -> bool:
         return False
 
 
-def _open_at_last_commit(runtime: Runtime, base: Manifest, lock: int | None) -> Session:
+def _open_at_last_commit(runtime: Runtime, base: Manifest) -> Session:
     """Open the files, with the newer images of the log over them in memory."""
     replay = log_reader.read(store_paths.log(runtime.path), base)
     return Session(
         runtime,
         replay.manifest,
-        lock,
+        None,
         may_miss=base.clean,
         replay=replay,
         reader=Reader(
@@ -204,25 +207,33 @@ def _open_at_last_commit(runtime: Runtime, base: Manifest, lock: int | None) -> 
     )
 
 
-def _epoch_check(path: Path, epoch: int) -> Callable[[], bool]:
-    """Return a function that returns whether the writer of an epoch is still the last one."""
+def _epoch_check(path: Path) -> Callable[[], bool]:
+    """Return a function that returns whether no writer has opened the store since.
+
+    A writer announces itself before it publishes its base. If it dies in between, the file is ahead of the manifest;
+    so what counts is not whether the two agree, but whether the file changes.
+    """
+    file = store_paths.epoch(path)
+    if files.size(file) is None:  # no writer has opened this copy of a store yet
+        return lambda: files.size(file) is None
     memory = address_space.AddressRange(PAGE)
-    memory.map_file(0, store_paths.epoch(path), PAGE)
+    memory.map_file(0, file, PAGE)
     now = memory.array(np.int64, (1,))
+    epoch = int(now[0])
     return lambda: int(now[0]) == epoch
 
 
 def _open_writer(runtime: Runtime, *, new: bool) -> Session:
     path = runtime.path
     files.make_directory(store_paths.private(path))
-    lock = files.lock(store_paths.lock(path), shared=False)
-    if lock is None:
-        raise _lock_error(path)
+    folders.refuse_links(path)
+    lock = _take_lock(path)
+    runtime.in_place = partial(files.is_open_file, store_paths.lock(path), lock)
     try:
         files.overwrite_text(lock, f"{os.getpid()}\n", store_paths.lock(path))
-        if new and store_paths.manifest(path).is_file():
+        if new and files.size(store_paths.manifest(path)) is not None:
             _clear(path)
-        if not store_paths.manifest(path).is_file():
+        if files.size(store_paths.manifest(path)) is None:
             _create(path)
         base = read_manifest(path)
         return Session(runtime, _recover(runtime, base), lock, may_miss=base.clean)
@@ -243,6 +254,7 @@ def _recover(runtime: Runtime, base: Manifest) -> Manifest:
         with table_folder.naming(record.name, directory):
             spec = table_folder.spec_of(directory, may_miss=base.clean)
             images.append((TableLocation(spec, directory), replay.images(spec)))
+    rewrite.unshare(runtime.path, [location for location, _ in images])
     # Every image, even where the files look right: after a failed write-back, only the page cache may be.
     fold.write(images, runtime.threads)
     current = {table.uuid for table in replay.manifest.tables}
@@ -291,12 +303,25 @@ def _create(path: Path) -> None:
     for name, document in zarr_metadata.store_documents(identity).items():
         files.replace(path / name, document)
     # Last: without a manifest, the folder counts as empty.
-    files.replace(store_paths.manifest(path), Manifest(uuid=identity, clean=True).to_bytes())
+    manifest = Manifest(uuid=identity, clean=True, epoch=_last_epoch(path))
+    files.replace(store_paths.manifest(path), manifest.to_bytes())
     files.sync_directory(path.parent)
 
 
+def _last_epoch(path: Path) -> int:
+    """Return the epoch that readers know, of the store that was here before: none is used twice."""
+    file = store_paths.epoch(path)
+    if (files.size(file) or 0) < PAGE:
+        return 0
+    with files.opened(file, os.O_RDONLY) as descriptor:
+        return min(abs(int.from_bytes(files.read_at(descriptor, 8, 0, file), "little", signed=True)), 2**61)
+
+
 def _clear(path: Path) -> None:
-    """Delete a store except its lock. If interrupted, it leaves an empty store, or a folder to create one in."""
+    """Delete what is a store's own, except its lock, and nothing else in its folder.
+
+    If interrupted, it leaves an empty store, or a folder to create one in.
+    """
     try:
         old = _parse(store_paths.manifest(path), Manifest.from_bytes)
     except FormatError:
@@ -305,10 +330,10 @@ def _clear(path: Path) -> None:
     empty = replace(old, clean=True, commit=None, tables=(), vocabularies=(), dropped=dropped)
     files.replace(store_paths.manifest(path), empty.to_bytes())
     folders.arrange(path, (), dropped)
-    for entry in path.iterdir():
-        if entry not in (store_paths.private(path), path / zarr_metadata.DOCUMENT):
-            files.remove_tree(entry)
+    for directory in folders.tables(path):  # those that a damaged manifest did not name
+        files.remove_tree(directory)
     files.remove_tree(store_paths.private(path) / "tables")
+    files.remove_tree(store_paths.private(path) / "vocabularies")
     files.remove_tree(store_paths.rebuilt(path))
     files.remove_tree(store_paths.log(path))
     files.remove(store_paths.manifest(path))
@@ -331,20 +356,48 @@ def _require_creatable(path: Path, mode: str) -> None:
         raise StoreNotFoundError(msg)
 
 
-def _shared_lock(path: Path) -> int | None:
-    """Take the lock as a reader; None if a writer has it, or the file cannot be locked (a read-only copy)."""
+def _resolved(path: str | os.PathLike[str]) -> Path:
+    """Return where a path leads, so that none of its parts is a link."""
     try:
-        return files.lock(store_paths.lock(path), shared=True)
-    except OSError:
-        return None
+        return Path(path).resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        msg = f"{path} leads nowhere ({error}); choose another path"
+        raise StoreNotFoundError(msg) from error
+
+
+def _take_lock(path: Path) -> int:
+    """Become the writer of a store; return the descriptor that holds the lock."""
+    file = store_paths.lock(path)
+    for pause_s in LOCK_PAUSES_S:
+        time.sleep(pause_s)
+        lock = files.lock(file, shared=False)
+        if lock is None:
+            continue
+        if not files.is_open_file(file, lock):  # it was replaced meanwhile
+            files.close(lock)
+            continue
+        if files.names(file)[0] == 1:
+            return lock
+        # It is also the lock of a copy whose files are links to these. With it held, make one for this store alone.
+        try:
+            files.replace(file, b"")
+        finally:
+            files.close(lock)
+    raise _lock_error(path)
+
+
+def _is_being_written(path: Path) -> bool:
+    """Return whether a writer has the store open."""
+    try:
+        lock = files.lock(store_paths.lock(path), shared=True)
+    except (OSError, FormatError):  # there is none, or it cannot be locked (a read-only copy)
+        return False
+    if lock is not None:
+        files.close(lock)
+    return lock is None
 
 
 def _lock_error(path: Path) -> StoreLockedError:
-    reader = _shared_lock(path)
-    if reader is not None:
-        files.close(reader)
-        msg = f'{path} is open for reading elsewhere; close that, or open it with mode "r" too'
-        return StoreLockedError(msg)
     try:
         holder = f"process {int(files.read(store_paths.lock(path), 64))}"
     except (OSError, ValueError):

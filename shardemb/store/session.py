@@ -19,7 +19,7 @@ from shardemb import initializers
 from shardemb.base import validation
 from shardemb.base.interrupts import signals_deferred
 from shardemb.engine import batch
-from shardemb.errors import ReadOnlyError, ShardEmbError
+from shardemb.errors import PoisonedError, ReadOnlyError, ShardEmbError, StaleReaderError
 from shardemb.format.manifest import Commit, check_metadata, new_entry
 from shardemb.format.spec import check_name, new_spec
 from shardemb.storage import address_space, files, log_reader, rewrite, verify
@@ -83,7 +83,7 @@ class Session:
     manifest : Manifest
         As of the last commit.
     lock : int or None
-        The descriptor that holds the store's lock; None in a reader next to a writer.
+        The descriptor that holds the store's lock; None in a reader.
     may_miss : bool
         See `table_folder.open_existing`.
     replay : Replay, optional
@@ -157,7 +157,7 @@ class Session:
         name, vocabulary = wanted.name, wanted.vocabulary
         # A vocabulary must not give out rows while it is decided how many the table begins with.
         with self.vocabularies.all_locked() if vocabulary else self.runtime.changing():
-            self.runtime.check_sound()
+            self.runtime.check_publishable()
             self.tables.require_free(check_name(name))
             bound = None if vocabulary is None else self.vocabularies.find(vocabulary)
             shape, rows_per_shard = keyed_rows.first_shape(
@@ -180,7 +180,7 @@ class Session:
         """Drop a table; see `Store.drop_table`."""
         # A vocabulary must not give out rows meanwhile, because its tables grow with it.
         with self.vocabularies.all_locked():
-            self.runtime.check_sound()
+            self.runtime.check_publishable()
             self.tables.drop(self.find(name).name)
 
     def rename_table(self, name: str, new_name: str) -> None:
@@ -199,7 +199,7 @@ class Session:
     ) -> Commit:
         """Copy a table into other shards and commit that; see `Store.reshard`."""
         with self.vocabularies.all_locked():
-            self.runtime.check_sound()
+            self.runtime.check_publishable()
             self.journal.drain()
             table = self.find(name)  # not before: it may have been dropped or renamed meanwhile
             commit, path = self.runtime.committed.commit, self.runtime.path
@@ -221,7 +221,7 @@ class Session:
     def drop_vocabulary(self, name: str) -> None:
         """Drop a vocabulary; see `Store.drop_vocabulary`."""
         with self.vocabularies.all_locked():
-            self.runtime.check_sound()
+            self.runtime.check_publishable()
             self.vocabularies.drop(name)
 
     # ---- batches of several tables
@@ -274,7 +274,7 @@ class Session:
             journal = self.journal
             journal.wait_for_space([table.shards for table in self.tables.current.values()])
             self.runtime.check_open()  # the wait released the lock
-            self.runtime.check_sound()
+            self.runtime.check_publishable()
             last = self.runtime.committed.commit
             number = last.step if last else 0
             if step is not None:
@@ -296,7 +296,7 @@ class Session:
         """Go back to the last commit; see `Store.rollback`."""
         with self.vocabularies.all_locked(), self.runtime.all_or_nothing("a rollback"):
             self.runtime.half_done = None
-            self.runtime.check_sound()
+            self.runtime.check_publishable()
             with self.vocabularies.reassigning():
                 self.tables.restore(self.journal.images())
                 self.vocabularies.restore()
@@ -329,18 +329,16 @@ class Session:
             msg = f'the store {runtime.path} is open for writing; only one opened with mode "r" is refreshed'
             raise ReadOnlyError(msg)
         with signals_deferred(), self.vocabularies.none_changing(), self.vocabularies.reassigning():
-            # Take over what the new opening has mapped and locked. Closing it then releases the lock held before.
+            # Take over what the new opening has mapped.
             fresh = self._reader.reopen()
+            if fresh.runtime.committed.uuid != runtime.committed.uuid:
+                fresh.close()
+                msg = f"another store is at {runtime.path} now; open that with shardemb.open"
+                raise StaleReaderError(msg)
             self.tables.adopt(fresh.tables)
             self.vocabularies.adopt(fresh.vocabularies)
             runtime.committed, runtime.fresh = fresh.runtime.committed, fresh.runtime.fresh
-            self._lock = fresh.swap_lock(self._lock)
             fresh.close()
-
-    def swap_lock(self, other: int | None) -> int | None:
-        """Hold another lock; return the one that was held."""
-        mine, self._lock = self._lock, other
-        return mine
 
     def _mark_committed(self, manifest: Manifest) -> None:
         """Record a commit as the one that memory is compared with from now on."""
@@ -469,7 +467,11 @@ class Session:
         lost, path = self._differs(), self.runtime.path
         self.tables.discard_new()
         problem = self.journal.close()
-        if problem is not None:
+        if isinstance(
+            problem, PoisonedError
+        ):  # not from a failed fold, whose commits would be safe in the log
+            warnings.warn(str(problem), RuntimeWarning, stacklevel=4)
+        elif problem is not None:
             warnings.warn(display.not_folded(path, problem), RuntimeWarning, stacklevel=4)
         if lost:
             warnings.warn(display.lost(path, self.runtime.committed.commit), RuntimeWarning, stacklevel=4)

@@ -229,7 +229,9 @@ def test_a_resized_table_can_be_dropped_and_comes_back(path):
 
 
 def test_without_hard_links_shards_are_copied(path, monkeypatch):
-    monkeypatch.setattr(os, "link", lambda *names, **more: (_ for _ in ()).throw(PermissionError(1, "no links here")))
+    monkeypatch.setattr(
+        os, "link", lambda *names, **more: (_ for _ in ()).throw(PermissionError(1, "no links here"))
+    )
     with shardemb.open(path) as store:
         table = create(store, 500)
         train(table, 1)

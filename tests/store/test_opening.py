@@ -17,7 +17,15 @@ from support.model import assert_same_bits
 from support.stores import close_quietly
 
 import shardemb
-from shardemb.errors import FormatError, ReadOnlyError, StoreExistsError, StoreLockedError, StoreNotFoundError
+from shardemb.errors import (
+    FormatError,
+    PoisonedError,
+    ReadOnlyError,
+    StaleReaderError,
+    StoreExistsError,
+    StoreLockedError,
+    StoreNotFoundError,
+)
 from shardemb.initializers import Constant, Normal
 from shardemb.optim import SGD, Adam
 from shardemb.storage import files
@@ -86,13 +94,18 @@ def test_mode_w_minus_refuses_a_store(path):
     assert content(path) == before
 
 
-def test_mode_w_replaces_a_store(path):
+@pytest.mark.parametrize("manifest", ["sound", "damaged"])
+def test_mode_w_replaces_a_store_and_keeps_what_is_not_its_own(path, manifest):
     make(path, "a", "b")
     (path / "notes.txt").write_text("within the store")
+    zarr.create_array(str(path / "mine"), shape=(3,), dtype="int64")[:] = [1, 2, 3]
+    if manifest == "damaged":
+        (path / ".shardemb" / "manifest.json").write_text("{}")
     with shardemb.open(path, "w") as store:
         assert list(store) == []
         assert store.last_commit is None
-        assert sorted(os.listdir(path)) == [".shardemb", "zarr.json"]
+        assert sorted(os.listdir(path)) == [".shardemb", "mine", "notes.txt", "zarr.json"]
+        assert zarr.open_array(str(path / "mine"))[:].tolist() == [1, 2, 3]
         store.create_table("a", num_embeddings=10, embedding_dim=2)
         assert store.commit().id == 1
     assert shardemb_names(path) == ["a"]
@@ -206,17 +219,29 @@ def test_a_second_writer_in_this_process_is_refused(path, mode):
 
 
 @pytest.mark.parametrize("mode", ["r+", "a", "w"])
-def test_a_writer_is_refused_while_there_is_a_reader(path, mode):
+@pytest.mark.parametrize("refreshed", [False, True])
+def test_a_reader_does_not_keep_a_writer_waiting(path, mode, refreshed):
     make(path, "a")
     with shardemb.open(path, "r") as reader:
-        with pytest.raises(
-            StoreLockedError, match=r'open for reading elsewhere; close that, or open it with mode "r"'
-        ):
-            shardemb.open(path, mode)
-        assert reader["a"].lookup(1).tolist() == [0] * 4
-        with shardemb.open(path, "r") as another:
-            assert list(another) == ["a"]
-    shardemb.open(path, mode).close()
+        if refreshed:
+            reader.refresh()
+        assert reader["a"].lookup(2).tolist() == [0.5] * 4
+        with shardemb.open(path, mode) as writer:
+            with pytest.raises(StaleReaderError, match="refresh"):
+                reader["a"].lookup(2)
+            if mode == "w":
+                with pytest.raises(StaleReaderError, match="another store is at"):
+                    reader.refresh()
+                return
+            reader.refresh()
+            assert list(reader) == ["a"]
+            writer.create_table("b", num_embeddings=10, embedding_dim=2)
+            writer.commit()
+            reader.refresh()
+            assert "b" in reader
+            with shardemb.open(path, "r") as another:
+                assert "b" in another
+        assert reader["b"].lookup(1).tolist() == [0, 0]
 
 
 def test_a_reader_next_to_a_writer_sees_only_commits(path):
@@ -665,3 +690,258 @@ def test_a_killed_commit_is_there_as_a_whole_or_not_at_all(path, tmp_path, in_fo
         assert (rows == (old if steps[-1] == 1 else new)[:, None]).all()
     assert steps == sorted(steps)
     assert set(steps) == {1, 2}
+
+
+# ---- folders that others made -----------------------------------------------------------------------------------
+
+
+FOLDERS = ["vocabularies", "tables", "log", "rebuilt", "", "a", "a/rows", "a/checks"]
+
+
+def kept(path):
+    """What must not change, whatever is opened: files with their content and their number of names."""
+    return {each: (each.read_bytes(), each.stat().st_nlink) for each in path.rglob("*") if each.is_file()}
+
+
+@pytest.mark.parametrize("mode", ["r", "r+", "a", "w"])
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_that_is_a_link_is_named_and_what_it_leads_to_stays(path, tmp_path, folder, mode):
+    make(path, "a")
+    place, outside = path / ("" if folder.startswith("a") else ".shardemb") / folder, tmp_path / "outside"
+    if place.exists():
+        shutil.move(place, outside)
+    else:
+        outside.mkdir()
+    (outside / "00000001.log").write_text("mine")
+    (outside / "thesis").mkdir()
+    (outside / "thesis" / "zarr.json").write_text("mine")
+    place.symlink_to(outside)
+    before = kept(outside)
+    if mode == "w" and folder.startswith("a"):
+        shardemb.open(path, mode).close()  # it deletes the link, or nothing
+    elif mode == "r" and folder in ("vocabularies", "tables", "rebuilt", "log"):  # it looks there only in need
+        with contextlib.suppress(FormatError):
+            shardemb.open(path, mode).close()
+    else:
+        with pytest.raises((FormatError, StoreNotFoundError), match=r"symbolic link|not a shardemb store"):
+            shardemb.open(path, mode)
+    assert kept(outside) == before
+
+
+@pytest.mark.parametrize("kind", ["symbolic", "hard"])
+@pytest.mark.parametrize("name", ["lock", "epoch", "manifest.json", "manifest.json.tmp", "lock.tmp"])
+@pytest.mark.parametrize("mode", ["r", "r+", "a", "w"])
+def test_a_file_that_is_a_link_is_not_written(path, tmp_path, name, kind, mode):
+    make(path, "a")
+    place, victim = path / ".shardemb" / name, tmp_path / "victim"
+    if place.exists():
+        shutil.move(place, victim)
+    else:
+        victim.write_text("mine")
+    place.symlink_to(victim) if kind == "symbolic" else os.link(victim, place)
+    before = victim.read_bytes()
+    try:
+        with shardemb.open(path, mode) as store:
+            if mode != "r":
+                store.create_table("new", num_embeddings=10, embedding_dim=2)
+                store.commit()
+    except (FormatError, StoreNotFoundError) as error:
+        assert name in str(error) or "store" in str(error)
+        assert kind == "symbolic"
+    assert victim.read_bytes() == before
+
+
+def test_a_shard_that_is_a_link_is_named(path, tmp_path):
+    make(path, "a")
+    shard = next(
+        each for each in (path / "a" / "rows").rglob("*") if each.is_file() and "json" not in each.name
+    )
+    shutil.move(shard, tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+    for mode in ("r", "a"):
+        with pytest.raises(FormatError, match="missing|symbolic link"):
+            shardemb.open(path, mode)
+
+
+@pytest.mark.parametrize("mode", ["r", "a", "w"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        ".shardemb/manifest.json",
+        ".shardemb/lock",
+        ".shardemb/epoch",
+        "zarr.json",
+        "a/zarr.json",
+        "a/rows/zarr.json",
+        "a/rows/c.0.0",
+        ".shardemb/log/00000007.log",
+    ],
+)
+def test_a_pipe_in_the_place_of_a_file_does_not_keep_anybody_waiting(path, file, mode):
+    make(path, "a")
+    names = {each.name for each in (path / "a" / "rows").iterdir()}
+    if file == "a/rows/c.0.0":
+        file = f"a/rows/{next(name for name in sorted(names) if 'json' not in name)}"
+    place = path / file
+    place.unlink(missing_ok=True)
+    os.mkfifo(place)
+    with contextlib.suppress(FormatError, StoreNotFoundError, StoreExistsError):
+        shardemb.open(path, mode).close()
+
+
+def test_a_store_may_be_opened_through_a_link_to_it(path, tmp_path):
+    make(path, "a")
+    (tmp_path / "link").symlink_to(path)
+    with shardemb.open(tmp_path / "link") as store:
+        assert store.path == path
+        with pytest.raises(StoreLockedError):
+            shardemb.open(path)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(StoreNotFoundError, match="loop"):
+        shardemb.open(tmp_path / "loop")
+
+
+# ---- folders that share their files with others ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["original", "copy"])
+def test_a_copy_of_links_does_not_change_with_the_original(path, tmp_path, which):
+    copy = tmp_path / "copy"
+    with shardemb.open(path) as store:
+        table = store.create_table(
+            "a", num_embeddings=300, embedding_dim=4, rows_per_shard=64, initializer=Constant(0.5)
+        )
+        table.write([1, 299], ONES)
+        words = store.create_vocabulary("w", key_type="int64")
+        words.add(np.arange(100))
+        store.commit(step=7)
+    subprocess.run(["cp", "-al", path, copy], check=True)
+    changed, other = (path, copy) if which == "original" else (copy, path)
+    before = content(other)
+    with shardemb.open(other, "r") as reader, shardemb.open(changed) as store:
+        store["a"].write([1, 5, 100], np.full((3, 4), 9, np.float32))
+        store.vocabularies["w"].add(np.arange(200))
+        store.commit(step=8)
+        store.checkpoint()
+        assert store.verify() == []
+        assert reader["a"].lookup([1, 5, 299])[:, 0].tolist() == [1, 0.5, 1]
+        shardemb.open(other).close()  # the lock is its own, too
+    with shardemb.open(other) as store:
+        assert store["a"].lookup([1, 5, 299])[:, 0].tolist() == [1, 0.5, 1]
+        assert len(store.vocabularies["w"]) == 100
+        assert store.verify() == []
+    assert before.keys() <= content(other).keys() | {".shardemb/epoch"}
+    with shardemb.open(changed, "r") as store:
+        assert store["a"].lookup([1, 5, 299])[:, 0].tolist() == [9, 9, 1]
+        assert store.verify() == []
+
+
+def test_files_that_a_resize_has_given_two_names_are_not_copied(path, tmp_path, in_fork):
+    def die():
+        store = shardemb.open(path)
+        store["a"].resize(500)
+        os._exit(0)
+
+    with shardemb.open(path) as store:
+        store.create_table("a", num_embeddings=300, embedding_dim=4, rows_per_shard=64)
+        store.commit()
+    shard = next(each for each in sorted((path / "a" / "rows").iterdir()) if "json" not in each.name)
+    number = shard.stat().st_ino
+    in_fork(die)
+    assert shard.stat().st_nlink == 2
+    shardemb.open(path).close()
+    assert (shard.stat().st_nlink, shard.stat().st_ino) == (1, number)
+
+
+# ---- a folder that changes while it is open ----------------------------------------------------------------------
+
+
+def restored(path, backup):
+    shutil.rmtree(path)
+    shutil.copytree(backup, path)
+
+
+def another_store(path, backup):
+    shutil.rmtree(path)
+    make(path, "other")
+
+
+def manifest_restored(path, backup):
+    shutil.copy(backup / ".shardemb" / "manifest.json", path / ".shardemb" / "new")
+    (path / ".shardemb" / "new").rename(path / ".shardemb" / "manifest.json")
+
+
+REPLACED = {
+    "restored": restored,
+    "another store": another_store,
+    "removed": lambda path, backup: shutil.rmtree(path),
+    "renamed": lambda path, backup: path.rename(path.with_name("elsewhere")),
+    "manifest restored": manifest_restored,
+}
+WRITES = {
+    "commit": lambda store: store.commit(step=9),
+    "checkpoint": lambda store: store.checkpoint(),
+    "create": lambda store: store.create_table("new", num_embeddings=10, embedding_dim=2) and store.commit(),
+    "resize": lambda store: store["a"].resize(500) or store.commit(),
+    "reshard": lambda store: store.rollback() or store.reshard("a", rows_per_shard=64),
+    "drop": lambda store: store.drop_table("a") or store.commit(),
+    "keys": lambda store: store.vocabularies["w"].add(np.arange(1000)) is None or store.commit(),
+    "close": lambda store: None,
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+@pytest.mark.parametrize("call", WRITES)
+def test_a_writer_whose_folder_was_replaced_leaves_alone_what_is_there_now(path, tmp_path, what, call):
+    backup = tmp_path / "backup"
+    with shardemb.open(path) as store:
+        table = store.create_table("a", num_embeddings=300, embedding_dim=4, rows_per_shard=64)
+        table.write([1], ONES[:1])
+        store.create_vocabulary("w", key_type="int64")
+        store.commit(step=1)
+    shutil.copytree(path, backup)
+    store = shardemb.open(path)
+    store["a"].write([1], np.full((1, 4), 2, np.float32))
+    store.commit(step=2)
+    store["a"].write([1], np.full((1, 4), 3, np.float32))
+    REPLACED[what](path, backup)
+    there = path.with_name("elsewhere") if what == "renamed" else path
+    before = content(there) if there.exists() else {}
+    if call != "close":
+        with pytest.raises(PoisonedError, match="moved, removed or replaced|manifest was replaced"):
+            WRITES[call](store)
+        with pytest.raises(PoisonedError):
+            store.commit()
+        store.close()
+    else:
+        with pytest.warns(RuntimeWarning) as warned:
+            store.close()
+        assert any("was" in str(each.message) and "replaced" in str(each.message) for each in warned)
+        assert not any("safe" in str(each.message) for each in warned)
+    after = content(there) if there.exists() else {}
+    if what == "manifest restored":  # all else is its own, also tables that wait for a commit
+        after = {name: data for name, data in after.items() if name in before}
+    assert after == before
+    if what == "restored":
+        with shardemb.open(path) as store:
+            assert store.last_commit.step == 1
+            assert store["a"].lookup(1).tolist() == [1] * 4
+            assert store.verify() == []
+    if what == "renamed":
+        with shardemb.open(there) as store:
+            assert store.last_commit.step == 2
+            assert store["a"].lookup(1).tolist() == [2] * 4
+
+
+def test_a_fold_does_not_write_into_a_folder_that_was_put_in_its_place(path, tmp_path, monkeypatch):
+    make(path, "a")
+    backup = tmp_path / "backup"
+    shutil.copytree(path, backup)
+    store = shardemb.open(path, log_bytes=1)
+    restored(path, backup)
+    before = content(path)
+    store["a"].write([1], ONES[:1])
+    with pytest.raises(PoisonedError):
+        store.commit()
+    store.close()
+    assert content(path) == before

@@ -310,7 +310,9 @@ def resize(store, rows, names="a"):
 
 def resize_without_links(store):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "link", lambda *names, **more: (_ for _ in ()).throw(PermissionError(1, "no links here")))
+        patch.setattr(
+            os, "link", lambda *names, **more: (_ for _ in ()).throw(PermissionError(1, "no links here"))
+        )
         resize(store, 300)
 
 
