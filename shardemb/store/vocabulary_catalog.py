@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from shardemb.format.manifest import VocabularyEntry
     from shardemb.store.table_catalog import TableCatalog
 
-INDEX_IS_WRONG = "is not what was written; close the store and remove it: the next opening rebuilds it"
+INDEX_IS_WRONG = (
+    "is not what was written, or does not lead to all keys; "
+    "close the store and remove it: the next opening rebuilds it"
+)
 """Problem that `Store.verify` reports of an index."""
 
 

@@ -148,7 +148,9 @@ class KeyIndex:
             return
         if self.has_files:
             self._files = {part.name: part for part in self._level.parts}
-            index_files.remove_others(self._folder, self._files)
+            # A later commit may reach what they claim to know, as below.
+            if index_files.remove_others(self._folder, self._files):
+                files.sync_directory(self._folder)
         elif files.is_directory(self._folder):
             files.remove_tree(self._folder)  # a later commit may reach what it claims to know, and trust it
             files.sync_directory(self._folder.parent)
@@ -173,9 +175,20 @@ class KeyIndex:
         return self._folder
 
     def relocate(self, folder: Path) -> None:
-        """Move the files to a path where there is no folder."""
+        """Move the files to a path where there is no folder, and make that durable.
+
+        Callers may then forget which rows were reassigned before the new files were written. Should the old files come
+        back after a loss of power, an opening could not complete them.
+
+        Raises
+        ------
+        OSError
+            It may not be durable. The old index must be kept in use.
+        """
         if self.has_files:
             files.rename(self._folder, folder)
+        if files.is_directory(folder.parent):
+            files.sync_directory(folder.parent)
         self._folder = folder
 
     def remove_files(self) -> None:

@@ -198,11 +198,12 @@ def read_ahead(folder: Path, part: Part) -> None:
         files.will_need(descriptor, 0, part.nbytes)
 
 
-def remove_others(folder: Path, names: Collection[str]) -> None:
-    """Remove everything from a folder except the files with some names."""
-    for path in files.entries(folder):
-        if path.name not in names:
-            files.remove_tree(path)
+def remove_others(folder: Path, names: Collection[str]) -> bool:
+    """Remove everything from a folder except the files with some names; return whether there was anything."""
+    others = [path for path in files.entries(folder) if path.name not in names]
+    for path in others:
+        files.remove_tree(path)
+    return bool(others)
 
 
 def read(folder: Path, identity: str, now: Coverage) -> Level:

@@ -283,8 +283,18 @@ class KeyRows:
                 self._index.checkpoint(self._coverage())
 
     def check_index(self) -> bool:
-        """Return whether the files of the index are what was written."""
-        return self._index.check()
+        """Return whether the files of the index are what was written, and lead to the row of every key."""
+        if not self._index.check():
+            return False
+        rows = range(self.entry.reserved, self.entry.rows, SLICE_ROWS)
+        return all(self._are_found(start, start + SLICE_ROWS) for start in rows)
+
+    def _are_found(self, start: int, stop: int) -> bool:
+        """Return whether the keys of the rows ``start:stop`` are found in these rows."""
+        with self.lock:  # so that no row gets another key in between
+            rows = self.live_rows(start, min(stop, self.entry.rows))
+            found = self.tables.keys_in(self.tables.records(rows))
+            return np.array_equal(self._find(found, self._hashes(found)), rows)
 
     def restore(self, entry: VocabularyEntry) -> None:
         """Go back to `entry`, which the last commit says. The index keeps pairs that came later."""

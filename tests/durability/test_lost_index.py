@@ -39,7 +39,7 @@ def new_index(path, *, writable=True):
 
 
 def index_of(path):
-    (found,) = (path / ".shardemb" / "vocabularies").glob("*-*")
+    (found,) = (path / ".shardemb" / "vocabularies").glob("*-*[!.new]")
     return found
 
 
@@ -317,3 +317,79 @@ def test_an_opening_removes_the_files_of_dropped_vocabularies(path):
     with shardemb.open(path) as store:
         assert list(file.parent.parent.iterdir()) == []
         assert sorted(os.listdir(path)) == [".shardemb", "zarr.json"]
+
+
+# ---- the index before it was rebuilt ----------------------------------------------------------------------------
+
+
+def reassign(store, keys, some, turns):
+    """Give the rows of some of the keys to others, again and again; return the keys that there are then."""
+    words = store.vocabularies["v"]
+    for _ in range(turns):
+        gone, new = keys[some], [max(keys) + 1 + n for n in range(20)]
+        words.remove(gone)
+        store.commit()
+        words.add(new)
+        keys = [key for key in keys if key not in gone] + new
+        store.commit()
+    return keys
+
+
+@pytest.mark.slow
+def test_a_rebuilt_index_is_durable_before_its_predecessor_is_outdated(tmp_path, monkeypatch):
+    """After a loss of power the old files could come back, which cannot be completed once the ring is used again."""
+    monkeypatch.setattr(hash_index, "_STALE", 0)
+    shapes = key_tables.table_shapes
+    monkeypatch.setattr(
+        vocabulary_catalog, "table_shapes", lambda entry: shapes(entry) | {"freed": (48, 2, 8)}
+    )
+    path, old, calls = tmp_path / "s", tmp_path / "old", []
+    retire, relocate = KeyIndex.retire, KeyIndex.relocate
+
+    def keep_old(index):
+        if not old.exists():
+            shutil.copytree(index_of(path), old)
+        return retire(index)
+
+    def watched(index, folder):
+        relocate(index, folder)
+        calls.append("relocated")
+
+    monkeypatch.setattr(KeyIndex, "retire", keep_old)
+    monkeypatch.setattr(KeyIndex, "relocate", watched)
+
+    def watch(name):
+        real = getattr(files, name)
+
+        def call(*paths):
+            calls.append((name, paths[-1].parent.name, paths[-1].name))
+            real(*paths)
+
+        monkeypatch.setattr(files, name, call)
+
+    watch("rename")
+    watch("sync_directory")
+    with shardemb.open(path) as store:
+        store.create_vocabulary("v", key_type="int64").add(np.arange(150))
+        store.commit()
+        last, first = slice(-20, None), slice(20)
+        keys = reassign(store, list(range(150)), last, 10)  # until the index is rebuilt
+        assert "relocated" in calls
+        keys = reassign(store, keys, first, 1)  # they stay, while the ring is used again and again
+        keys = reassign(store, keys, last, 32)
+        index = index_of(path).name
+        at = calls.index("relocated")
+        moved = max(k for k in range(at) if calls[k][0] == "rename" and calls[k][2] == index)
+        assert ("sync_directory", ".shardemb", "vocabularies") in calls[moved:at]
+        store.checkpoint()
+        assert store.verify() == []
+        shutil.copytree(path, tmp_path / "later")
+    shutil.rmtree(index_of(tmp_path / "later"))
+    shutil.copytree(old, tmp_path / "later" / ".shardemb" / "vocabularies" / index)
+    with shardemb.open(tmp_path / "later") as store:
+        words = store.vocabularies["v"]
+        lost = int((words.lookup(keys) < 0).sum())
+        assert lost  # so it matters, and `verify` says so
+        (damage,) = store.verify()
+        assert "lead to all keys" in damage.problem
+        store.rollback()

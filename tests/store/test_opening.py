@@ -719,7 +719,12 @@ def test_a_folder_that_is_a_link_is_named_and_what_it_leads_to_stays(path, tmp_p
     before = kept(outside)
     if mode == "w" and folder.startswith("a"):
         shardemb.open(path, mode).close()  # it deletes the link, or nothing
-    elif mode == "r" and folder in ("vocabularies", "tables", "rebuilt", "log"):  # it looks there only in need
+    elif mode == "r" and folder in (
+        "vocabularies",
+        "tables",
+        "rebuilt",
+        "log",
+    ):  # it looks there only in need
         with contextlib.suppress(FormatError):
             shardemb.open(path, mode).close()
     else:

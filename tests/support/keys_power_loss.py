@@ -100,6 +100,8 @@ OTHER_REASONS = {
     "hash_index._publish:sync_directory": "older parts are removed after it: without either, the index is rebuilt",
     "hash_index.relocate:rename": "without a folder, the index is rebuilt",
     "hash_index.load:sync_directory": "after files from elsewhere, which know more than the last commit, are removed",
+    "hash_index.load:sync_directory:2": "the same",
+    "hash_index.relocate:sync_directory": "only after many reassignments; test_lost_index.py makes them",
 }
 
 

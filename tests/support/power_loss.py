@@ -698,6 +698,9 @@ OTHER_REASONS = {
     "rewrite.copy_store:sync_tree": "the same",
     "rewrite.copy_store:replace": "the same",
     "rewrite.copy_store:sync_directory": "the same",
+    "rewrite.unshare:sync_file": "files with a second name elsewhere, which no workload makes",
+    "rewrite.unshare:publish": "the same",
+    "opening._take_lock:replace": "the same",
     "table_folder._write_rows:sync": "so that the page cache can be emptied",
 }
 
