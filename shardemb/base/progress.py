@@ -105,9 +105,17 @@ def _bar(total: int, description: str) -> Iterator[Report]:
         TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    bar = Progress(*columns, console=Console(stderr=True))
+    try:
+        bar.start()
+    except RuntimeError:  # no thread can be started, for want of memory or at exit: no bar
+        yield lambda done, total: None
+        return
+    try:
         task = bar.add_task(description, total=total)
         yield lambda done, total: bar.update(task, completed=done)
+    finally:
+        bar.stop()
 
 
 @contextmanager

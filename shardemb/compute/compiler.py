@@ -16,13 +16,19 @@ of each formula. So an edited formula never runs as it was before the edit.
 from __future__ import annotations
 
 import marshal
+import os
+import stat
+import tempfile
 import types
+import warnings
 import zlib
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+import numba
 from numba import njit
+from numba.core.compiler_lock import global_compiler_lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +42,13 @@ def kernel(function: F) -> F:
     """Compile a function, and keep the machine code on disk for the next process."""
     function.__qualname__ += f"_{_folder_crc(Path(function.__code__.co_filename).parent):08x}"
     # "numpy": a division by zero gives infinity, as in NumPy. An exception could stop an update halfway.
-    return cast(F, njit(nogil=True, cache=True, error_model="numpy")(function))
+    compiled = njit(nogil=True, error_model="numpy")(function)
+    try:
+        compiled.enable_caching()
+    except RuntimeError:  # there is no folder where numba may keep it
+        if _cache_elsewhere():
+            compiled.enable_caching()
+    return cast(F, compiled)
 
 
 def inlined(function: F) -> F:
@@ -96,6 +108,41 @@ def with_globals(
     copy = types.FunctionType(function.__code__, {**function.__globals__, **helpers}, name)
     copy.__qualname__ = name
     return copy
+
+
+@cache
+def _cache_elsewhere() -> bool:
+    """Let numba keep compiled code in a temporary folder of this user; return False if there can be none.
+
+    Nobody else may write there, because numba runs what it finds.
+    """
+    folder = Path(tempfile.gettempdir()) / f"shardemb-kernels-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        private = status.st_uid == os.getuid() and stat.S_IMODE(status.st_mode) & 0o077 == 0
+        usable = stat.S_ISDIR(status.st_mode) and private and os.access(folder, os.W_OK)
+    except OSError:
+        usable = False
+    where = f"they are kept in {folder}" if usable else "each process compiles them again, for some seconds"
+    warnings.warn(
+        f"no folder for compiled kernels can be written, so {where}; "
+        f"set NUMBA_CACHE_DIR to a folder that can be written",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    if usable:
+        numba.config.CACHE_DIR = str(folder)
+    return usable
+
+
+# A child of a fork cannot end what another thread was compiling, and would wait for it. Registered before the hooks of
+# stores, which take their locks before this one, as updates do.
+os.register_at_fork(
+    before=global_compiler_lock.acquire,
+    after_in_parent=global_compiler_lock.release,
+    after_in_child=global_compiler_lock.release,
+)
 
 
 def _source(function: Callable[..., Any]) -> bytes:

@@ -218,7 +218,9 @@ class _Shared:
         self._to_come -= 1
         if self._helpers is not None and self._others:
             self._others -= 1
-            self._helpers.submit(self._work)
+            # Where no thread can be started, for want of memory or at exit, the calling thread does all of it.
+            with contextlib.suppress(RuntimeError):
+                self._helpers.submit(self._work)
         if self._to_come == 0:
             self._work()
         return future

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from shardemb.base.forks import usable_in_child
 from shardemb.base.interrupts import signals_deferred
 from shardemb.engine.memory_budget import MemoryBudget, NoFolds
 from shardemb.engine.output_pool import OutputPool
@@ -85,12 +86,17 @@ class Runtime:
     half_done: str | None = None
     pid: int = field(default_factory=os.getpid)
     _background: ThreadPoolExecutor | None = field(default=None, repr=False)
-    _background_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _background_lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def become_writer(self, folds: Folds, overlays: Callable[[], Sequence[Overlay]]) -> None:
         """Keep the rows in memory of all tables within the memory budget, and spill and fold for it, from now on."""
         self.folds = folds
         self.budget = MemoryBudget(self.memory_budget, overlays, folds, store_paths.private(self.path))
+
+    def detach_in_child(self) -> None:
+        """Be readable in a forked child. Journal, spill file and background thread stay with the parent."""
+        self.folds, self.budget = NoFolds(), MemoryBudget()
+        self._background, self._background_lock = None, usable_in_child(self._background_lock)
 
     def check_open(self) -> None:
         """Raise `StoreClosedError` once the store is closed."""
@@ -153,12 +159,18 @@ class Runtime:
         return os.getpid() == self.pid
 
     def in_background(self, work: Callable[[], None]) -> None:
-        """Run work in a background thread, in the order of the calls; it is dropped if the store closes first."""
+        """Run work in a background thread, in the order of the calls; it is dropped if the store closes first.
+
+        Where no thread can be started, run it in this one.
+        """
         with self._background_lock:
             self.check_open()
             if self._background is None:
                 self._background = ThreadPoolExecutor(1, thread_name_prefix="shardemb")
-            self._background.submit(work)
+            with contextlib.suppress(RuntimeError):  # no thread can be started, for want of memory or at exit
+                self._background.submit(work)
+                return
+        work()
 
     def close(self) -> None:
         """Take no more calls, and wait for the work that runs in the background."""

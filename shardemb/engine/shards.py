@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shardemb.base.forks import usable_in_child
 from shardemb.base.sampling import stream_key
 from shardemb.base.sizes import PAGE, round_up
 from shardemb.compute import residency, row_kernels
@@ -53,9 +54,13 @@ class Totals:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.lookups = self.rows_looked_up = self.cold_lookups = 0
         self.changes = self.rows_changed = self.rows_copied = 0
+
+    def detach_in_child(self) -> None:
+        """Be usable in a forked child, whatever other threads did in its parent."""
+        self._lock = usable_in_child(self._lock)
 
     def add_lookup(self, rows: int) -> None:
         """Count a lookup of that many ids."""

@@ -8,6 +8,7 @@ drop a page that it could not write.
 from __future__ import annotations
 
 import errno
+import os
 import weakref
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,7 @@ class SpillFile:
 
     def __init__(self, folder: Path, record_bytes: int, capacity: int) -> None:
         self._path = folder / "(spill file)"  # for error messages alone
+        self._pid = os.getpid()
         self._record_bytes = record_bytes
         self._descriptor = files.open_unnamed(folder)
         weakref.finalize(self, files.close, self._descriptor).atexit = False
@@ -109,12 +111,15 @@ class SpillFile:
             files.read_into(self._descriptor, view, int(slots[first]) * size, self._path)
             for i in range(last - first):
                 if checksum(view[i * size : (i + 1) * size]) != self._checksums[slots[first + i]]:
-                    msg = f"{self._path} does not hold what was written to it; call store.rollback()"
+                    what = "call store.rollback()"
+                    if os.getpid() != self._pid:
+                        what = f"process {self._pid} has changed it since this one was forked: open the store here"
+                    msg = f"{self._path} does not hold what was written to it; {what}"
                     raise OSError(errno.EIO, msg)
             row_kernels.scatter_images(self._stage.address, size, addresses, first, last)
 
     def release(self, slots: Int64Array) -> None:
-        """Free slots; once none is in use, the file takes no disk space."""
+        """Free slots; once none is in use, the file takes no disk space. A forked child leaves the file as it is."""
         self.slots.free(slots)
-        if self.slots.count == 0:
+        if self.slots.count == 0 and os.getpid() == self._pid:
             files.truncate(self._descriptor, 0)

@@ -24,6 +24,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from shardemb.base.forks import usable_in_child
 from shardemb.errors import DiskFullError, FormatError
 
 if TYPE_CHECKING:
@@ -55,10 +56,14 @@ class Counters:
     def __init__(self) -> None:
         # Reentrant: the garbage collector can run within `add` and unmap a range, which calls `add`.
         self._lock = threading.RLock()
+        os.register_at_fork(after_in_child=self._renew_lock)
         self.bytes_written = 0
         self.writes = 0
         self.syncs = 0
         self.mappings = 0
+
+    def _renew_lock(self) -> None:
+        self._lock = usable_in_child(self._lock)
 
     def add(self, *, bytes_written: int = 0, writes: int = 0, syncs: int = 0, mappings: int = 0) -> None:
         """Add to the counters. Safe from any thread."""

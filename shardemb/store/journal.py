@@ -68,6 +68,7 @@ class Journal:
         self._problem: Exception | None = None
         self._thread: threading.Thread | None = None
         self._released = False
+        self._abandoned: Callable[[], None] | None = None
         self._manifest = files.names(store_paths.manifest(runtime.path))[1]
 
     @property
@@ -219,13 +220,12 @@ class Journal:
         """Start a fold, unless one is running or there is nothing to fold."""
         if self._folding or self._runtime.poisoned or self._released or not self._log.nbytes:
             return
+        live: list[Shards] = []
         try:
             self._check_in_place()
             with signals_deferred():
                 end = self._log.end
                 closed = self._log.close_segments()
-                # Until the new base is published, the closed segments still count against `log_bytes`.
-                self._folding_bytes, self._log.nbytes = self._log.nbytes, 0
                 base = replace(
                     self._runtime.committed,
                     segment=self._log.number,
@@ -233,19 +233,23 @@ class Journal:
                     attempt=self._log.attempt + 1,
                     dropped=self._dropped(self._runtime.committed),
                 )
+                # Until the new base is published, the closed segments still count against `log_bytes`.
+                self._folding, self._folding_bytes, self._log.nbytes = True, self._log.nbytes, 0
                 tables = self._tables()
                 # With the lock held: what is committed later belongs to the next fold.
-                live = [tables[each.uuid] for each in base.tables]
+                live += [tables[each.uuid] for each in base.tables]
                 for each in live:
                     each.begin_fold()
-                self._folding = True
-                arguments = base, end, closed, live
-                self._thread = threading.Thread(target=self._fold, args=arguments, name="shardemb-fold")
-                self._thread.start()
-        except (OSError, PoisonedError) as error:
-            self._problem = error
-            if isinstance(error, OSError) and not isinstance(error, DiskFullError):
-                self._poison(error)
+                thread = threading.Thread(
+                    target=self._fold, args=(base, end, closed, live), name="shardemb-fold"
+                )
+                try:
+                    thread.start()
+                    self._thread = thread
+                except RuntimeError:  # too many threads, or the interpreter is about to exit
+                    self._fold(base, end, closed, live)
+        except Exception as error:  # returned by the calls that wait for the fold
+            self._end(live, error)
 
     def _fold(self, base: Manifest, end: tuple[int, int], closed: list[Path], live: list[Shards]) -> None:
         runtime, problem = self._runtime, None
@@ -261,12 +265,17 @@ class Journal:
                     self._log.discard(closed)
             except Exception as error:
                 problem = error
-            try:
-                for each in live:
-                    each.overlay.end_fold(folded=problem is None)
-                self._runtime.budget.evict(0)
-            except Exception as error:  # `_folding` must be cleared below, or others would wait forever
-                problem = problem or error
+            self._end(live, problem)
+
+    def _end(self, live: list[Shards], problem: Exception | None) -> None:
+        """End a fold, or one that could not begin, whatever has happened to it: others wait for this."""
+        try:
+            for each in live:
+                each.overlay.end_fold(folded=problem is None)
+            self._runtime.budget.evict(0)
+        except Exception as error:
+            problem = problem or error
+        finally:
             if problem is not None:
                 self._log.nbytes += self._folding_bytes
                 if not isinstance(problem, DiskFullError | PoisonedError):
@@ -275,6 +284,8 @@ class Journal:
             self._problem = problem
             self._folding = False
             self._condition.notify_all()
+            if self._abandoned is not None:
+                self._abandoned()
 
     def publish(self, base: Manifest) -> None:
         """Record durably what the shards hold, then move the folders of tables to where that says."""
@@ -327,6 +338,23 @@ class Journal:
     def close_log(self) -> None:
         """Close the log's file, and nothing else."""
         self._log.close()
+
+    def abandon(self, lock: int | None) -> None:
+        """Close the log, and then the descriptor that holds the store's lock: when a fold that is running has ended.
+
+        For a store that was garbage-collected, maybe in the thread of that fold, so this does not wait.
+        """
+
+        def close() -> None:
+            self._released = True
+            self._log.close()
+            if lock is not None:
+                files.close(lock)
+
+        if self._folding:
+            self._abandoned = close
+        else:
+            close()
 
     # ---- within
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import warnings
 import weakref
 from dataclasses import replace
@@ -445,11 +446,15 @@ class Session:
 
     def finalize(self) -> None:
         """Release the log and the lock of a store that was garbage-collected without being closed."""
-        self.runtime.closed = True
-        if self._journal is not None:
-            self._journal.release()
-        if self._lock is not None:
-            files.close(self._lock)
+        lock, self._lock = self._lock, None
+        with (
+            self.runtime.lock
+        ):  # nobody else uses the store, except a fold, which takes the lock for a moment
+            self.runtime.closed = True
+            if self._journal is not None:
+                self._journal.abandon(lock)
+            elif lock is not None:
+                files.close(lock)
 
     def detach_in_child(self) -> None:
         """Drop lock and log in a child process: they belong to its parent."""
@@ -459,6 +464,9 @@ class Session:
         if self._lock is not None:
             files.close(self._lock)
             self._lock = None
+        self.runtime.detach_in_child()
+        self.tables.detach_in_child()
+        self.vocabularies.detach_in_child()
 
     def _finish_writing(self) -> None:
         """Fold what is committed, discard the rest, and warn of what is lost."""
@@ -480,21 +488,33 @@ class Session:
 # ---- forks
 
 _open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-_locked_for_fork: list[Session] = []
+
+
+class _Forking(threading.local):
+    """The sessions that a thread has locked while it forks. Several threads may fork at once."""
+
+    def __init__(self) -> None:
+        self.locked: list[Session] = []
+
+
+_forking = _Forking()
 
 
 def _before_fork() -> None:
-    _locked_for_fork[:] = [session for session in _open_sessions if not session.runtime.closed]
-    for session in _locked_for_fork:
+    # In the same order in every thread, or two that fork could wait for each other.
+    for session in sorted(_open_sessions, key=id):
         session.runtime.lock.acquire()
+        _forking.locked.append(session)
 
 
 def _after_fork(*, child: bool) -> None:
-    for session in _locked_for_fork:
-        if child:
-            session.detach_in_child()
-        session.runtime.lock.release()
-    _locked_for_fork.clear()
+    while _forking.locked:
+        session = _forking.locked.pop()
+        try:
+            if child and not session.runtime.closed:
+                session.detach_in_child()
+        finally:
+            session.runtime.lock.release()
 
 
 os.register_at_fork(

@@ -707,10 +707,10 @@ class Store(Mapping[str, "Table | KeyedTable"]):
             return
         runtime = self._session.runtime
         if not runtime.closed and runtime.owned:
+            self._session.finalize()  # first: the warning may be an error
             warnings.warn(
                 f"the store {runtime.path} was not closed", ResourceWarning, stacklevel=2, source=self
             )
-            self._session.finalize()
 
     def __reduce__(self) -> NoReturn:
         msg = (

@@ -237,6 +237,11 @@ class TableCatalog:
             table.spec.uuid: CommittedTable(table, table.shards) for table in self.current.values()
         }
 
+    def detach_in_child(self) -> None:
+        """Be readable in a forked child."""
+        for each in self.memory().values():
+            each.totals.detach_in_child()
+
     def release(self) -> None:
         """Release the memory of all tables."""
         self._release((*self.current.values(), *(each.table for each in self.committed.values())))

@@ -236,6 +236,11 @@ class VocabularyCatalog:
         """Forget all vocabularies without closing them: another catalog owns them now."""
         self.current, self._committed = {}, {}
 
+    def detach_in_child(self) -> None:
+        """Be readable in a forked child."""
+        for each in self._all():
+            each.detach_in_child()
+
     def release(self) -> None:
         """Release the memory of all vocabularies and of all tables."""
         for each in self._all():

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from shardemb.base import validation
+from shardemb.base.forks import usable_in_child
 from shardemb.base.interrupts import signals_deferred
 from shardemb.engine import batch
 from shardemb.errors import FormatError, RowIdError, VocabularyNotFoundError
@@ -308,6 +309,11 @@ class KeyRows:
     def drop(self) -> None:
         """Refuse every call from now on, unless a rollback brings the vocabulary back."""
         self._dropped = True
+
+    def detach_in_child(self) -> None:
+        """Be readable in a forked child. A removal of keys that another thread was at is not there: it had to wait."""
+        self.lock = usable_in_child(self.lock)
+        self.reassigned += self.reassigned % 2
 
     def release(self) -> None:
         """Release the index and its files. Lookups that are still running keep them until they end."""

@@ -360,3 +360,58 @@ def test_another_process_finds_a_kernel_compiled_until_what_defines_it_is_edited
     assert copied.call(kernel) == [before, 1, 0]
     copied.edit(file, *code)
     assert copied.call(kernel) == [after, 0, 1]
+
+
+# ---- where compiled code is kept --------------------------------------------------------------------------------
+
+WITHOUT_CACHE = """
+import pathlib, sys, warnings
+import numpy as np
+from numba.core import caching
+
+# As where neither the package nor the home can be written.
+for locator in (caching._UserProvidedCacheLocator, caching._InTreeCacheLocator, caching._UserWideCacheLocator,
+                getattr(caching, "_InTreeCacheLocatorFsAgnostic", None)):
+    if locator is not None and (locator.__name__ != "_UserProvidedCacheLocator"):
+        locator.ensure_cache_path = lambda self: (_ for _ in ()).throw(OSError("read only"))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import shardemb
+    with shardemb.open(sys.argv[1]) as store:
+        if "t" not in store:
+            store.create_table("t", num_embeddings=10, embedding_dim=2)
+            store.commit()
+    with shardemb.open(sys.argv[1], "r") as store:
+        assert store["t"].lookup([1]).tolist() == [[0, 0]]
+print(*(str(each.message) for each in caught if issubclass(each.category, RuntimeWarning)), sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("temporary", ["usable", "of somebody else", "none"])
+def test_without_a_folder_for_compiled_code_there_is_one_warning_and_all_works(tmp_path, temporary):
+    folder = tmp_path / "tmp" / f"shardemb-kernels-{os.getuid()}"
+    if temporary != "none":
+        folder.parent.mkdir()
+    if temporary == "of somebody else":
+        folder.mkdir()
+        folder.chmod(0o777)
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    program = textwrap.dedent(WITHOUT_CACHE)
+    if temporary == "none":
+        program = f"import tempfile; tempfile.tempdir = {str(folder.parent)!r}\n" + program
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "store")],
+        env=environment | {"TMPDIR": str(tmp_path / "tmp")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (warning,) = done.stdout.splitlines()
+    assert "set NUMBA_CACHE_DIR to a folder that can be written" in warning
+    if temporary == "usable":
+        assert f"they are kept in {folder}" in warning
+        assert list(folder.rglob("*.nbi"))
+        assert folder.stat().st_mode & 0o77 == 0
+    else:
+        assert "each process compiles them again" in warning
+        assert not list(tmp_path.rglob("*.nbi"))

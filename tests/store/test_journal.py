@@ -14,7 +14,7 @@ import shardemb
 from shardemb.errors import DiskFullError, PoisonedError, ReadOnlyError, StaleReaderError
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD
-from shardemb.storage import files, fold
+from shardemb.storage import files, fold, log_reader, log_writer
 
 ROWS, DIM = 5000, 16
 
@@ -295,3 +295,61 @@ def test_a_reader_next_to_a_training_writer_sees_only_committed_values(path):
         thread.join()
         store.close()
     assert committed[0] > 10
+
+
+# ---- folds that cannot begin ------------------------------------------------------------------------------------
+
+
+def test_a_fold_for_which_no_thread_can_be_started_runs_in_this_one(store, monkeypatch):
+    table = store.create_table("t", num_embeddings=100, embedding_dim=4)
+    store.commit()
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        table.write([1], np.ones((1, 4), np.float32))
+        store.commit()
+        store.checkpoint()
+        assert not inside.journal(store).is_folding
+        table.prefetch([1, 2])
+        table.lookup(np.arange(100))
+    table.write([2], np.ones((1, 4), np.float32))
+    store.commit()
+    store.checkpoint()
+    assert inside.shards(table).overlay.slots.dirty == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError, OSError])
+@pytest.mark.parametrize("where", ["begin_fold", "close_segments", "_dropped", "end_fold", "write", "read"])
+@pytest.mark.filterwarnings("ignore:what is committed")
+def test_whatever_goes_wrong_with_a_fold_it_ends(path, monkeypatch, where, error):
+    store = shardemb.open(path)
+    table = store.create_table("t", num_embeddings=100, embedding_dim=4)
+    store.commit()
+    table.write([1], np.ones((1, 4), np.float32))
+    store.commit(step=7)
+
+    def fail(*arguments, **named):
+        raise error("it failed")
+
+    owner = {
+        "begin_fold": type(inside.shards(table)),
+        "close_segments": log_writer.Log,
+        "_dropped": type(inside.journal(store)),
+        "end_fold": type(inside.shards(table).overlay),
+        "write": fold,
+        "read": log_reader,
+    }[where]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, fail)
+        with pytest.raises(error):
+            store.checkpoint()
+        assert not inside.journal(store).is_folding
+        with pytest.raises(PoisonedError, match="it failed"):
+            store.commit()
+    store.close()
+    with shardemb.open(path) as store:
+        assert store.last_commit.step == 7
+        assert store["t"].lookup(1).tolist() == [1] * 4

@@ -9,10 +9,12 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import numpy as np
 import pytest
 import zarr
+from support import inside
 from support.model import assert_same_bits
 from support.stores import close_quietly
 
@@ -28,7 +30,7 @@ from shardemb.errors import (
 )
 from shardemb.initializers import Constant, Normal
 from shardemb.optim import SGD, Adam
-from shardemb.storage import files
+from shardemb.storage import files, fold
 
 ONES = np.ones((2, 4), np.float32)
 
@@ -950,3 +952,196 @@ def test_a_fold_does_not_write_into_a_folder_that_was_put_in_its_place(path, tmp
         store.commit()
     store.close()
     assert content(path) == before
+
+
+# ---- threads that fork, and that cannot be started ---------------------------------------------------------------
+
+
+def run_script(text, *arguments, **options):
+    """Run a program in a process of its own; return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(text), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_threads_that_fork_at_once_leave_lock_and_log_with_the_parent(path):
+    printed = run_script(
+        """
+        import os, sys, threading
+        import numpy as np
+        import shardemb
+        store = shardemb.open(sys.argv[1], memory_budget=0, log_bytes=1)
+        table = store.create_table("a", num_embeddings=1000, embedding_dim=4, optimizer=shardemb.optim.SGD(lr=1.0))
+        words = store.create_vocabulary("w", key_type="int64")
+        keyed = store.create_table("k", vocabulary="w", embedding_dim=4)
+        words.add(np.arange(100))
+        table.write(np.arange(1000), np.ones((1000, 4), np.float32))
+        store.commit()
+        wrong = []
+
+        def fork():
+            for _ in range(25):
+                child = os.fork()
+                if child == 0:
+                    code = 1
+                    try:
+                        held = {os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd")
+                                if os.path.exists(f"/proc/self/fd/{n}")}
+                        assert not any(name.endswith(("/lock", ".log")) for name in held), held
+                        assert (table.lookup(np.arange(1000)) == 1).all()
+                        keyed.lookup(np.arange(100), missing="zeros")
+                        try:
+                            table.write([1], np.zeros((1, 4), np.float32))
+                        except shardemb.ReadOnlyError:
+                            code = 0
+                    finally:
+                        os._exit(code)
+                if os.waitpid(child, 0)[1]:
+                    wrong.append(child)
+
+        def work():
+            turn = 0
+            while not done.is_set():
+                turn += 1
+                table.lookup(np.arange(50))
+                words.add(np.arange(turn * 3, turn * 3 + 3))
+                words.remove(np.arange(turn * 3, turn * 3 + 1))
+
+        done = threading.Event()
+        worker = threading.Thread(target=work)
+        worker.start()
+        threads = [threading.Thread(target=fork) for _ in range(3)]
+        for each in threads: each.start()
+        for each in threads: each.join()
+        done.set()
+        worker.join()
+        table.write([1], np.zeros((1, 4), np.float32))
+        store.commit()
+        store.close()
+        print("wrong", wrong)
+        """,
+        path,
+    )
+    assert printed == "wrong []\n"
+    with shardemb.open(path) as store:
+        assert store["a"].lookup([0, 1])[:, 0].tolist() == [1, 0]
+
+
+def test_a_child_reads_rows_that_its_parent_had_spilled(path, in_fork):
+    with shardemb.open(path, memory_budget=0) as store:
+        table = store.create_table("a", num_embeddings=1000, embedding_dim=4)
+        table.write(np.arange(500), np.ones((500, 4), np.float32))
+        table.write([900], np.ones((1, 4), np.float32))
+
+        def look():
+            return (table.lookup(np.arange(500)) == 1).all()
+
+        assert in_fork(look)
+        assert (table.lookup(np.arange(500)) == 1).all()
+        store.commit()
+    with shardemb.open(path) as store:
+        assert (store["a"].lookup(np.arange(500)) == 1).all()
+
+
+def test_a_child_can_compile_what_another_thread_was_compiling(tmp_path):
+    printed = run_script(
+        """
+        import os, sys, threading, time
+        import numpy as np
+        import shardemb
+        store = shardemb.open(sys.argv[1])
+        table = store.create_table("a", num_embeddings=100, embedding_dim=4, initializer=shardemb.initializers.Uniform(-1, 1))
+        thread = threading.Thread(target=table.lookup, args=([1],))
+        thread.start()
+        time.sleep(0.3)
+        child = os.fork()
+        if child == 0:
+            table.lookup([1])
+            os._exit(0)
+        print(os.waitpid(child, 0)[1])
+        thread.join()
+        store.close()
+        """,
+        tmp_path / "store",
+        env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache")},
+    )
+    assert printed == "0\n"
+
+
+def test_handlers_of_exit_may_use_a_store(path):
+    run_script(
+        """
+        import atexit, sys
+        import numpy as np
+        import shardemb
+        store = shardemb.open(sys.argv[1])
+        table = store.create_table(
+            "a", num_embeddings=300_000, embedding_dim=16, optimizer=shardemb.optim.SGD(lr=1.0), rows_per_shard=1024
+        )
+        ids = np.arange(200_000)
+        table.prefetch([1])
+
+        @atexit.register
+        def save():
+            assert (table.lookup(ids) == 0).all()
+            table.prefetch(ids, for_update=True)
+            table.update(ids, -np.ones((ids.size, 16), np.float32))
+            store.create_vocabulary("w", key_type="int64").add(np.arange(50_000))
+            store.commit(step=3)
+            table.export_parquet(sys.argv[1] + ".parquet")
+            store.close()
+        """,
+        path,
+    )
+    with shardemb.open(path, "r") as store:
+        assert store.last_commit.step == 3
+        assert (store["a"].lookup(np.arange(200_000)) == 1).all()
+        assert len(store.vocabularies["w"]) == 50_000
+
+
+def test_a_forgotten_store_is_released_though_its_warning_is_an_error(path):
+    run_script(
+        """
+        import gc, sys
+        import numpy as np
+        import shardemb
+        sys.unraisablehook = lambda unraisable: None
+        store = shardemb.open(sys.argv[1])
+        store.create_table("a", num_embeddings=10, embedding_dim=2)
+        del store
+        gc.collect()
+        shardemb.open(sys.argv[1]).close()
+        """,
+        path,
+        env=os.environ | {"PYTHONWARNINGS": "error"},
+    )
+
+
+def test_a_store_that_is_forgotten_during_a_fold_is_released_after_it(path, monkeypatch):
+    write, go_on = fold.write, threading.Event()
+    store = shardemb.open(path)
+    store.create_table("a", num_embeddings=100, embedding_dim=4)
+    store.commit()
+    monkeypatch.setattr(fold, "write", lambda *arguments: (go_on.wait(20), write(*arguments)))
+    store["a"].write([1], ONES[:1])
+    store.commit(step=5)
+    inside.journal(store)._start()
+    with pytest.warns(ResourceWarning, match="was not closed"):
+        del store
+        gc.collect()
+    with pytest.raises(StoreLockedError):
+        shardemb.open(path)
+    go_on.set()
+    for _ in range(1000):
+        with contextlib.suppress(StoreLockedError):
+            store = shardemb.open(path)
+            break
+        time.sleep(0.01)
+    with store:
+        assert store["a"].lookup(1).tolist() == [1] * 4
