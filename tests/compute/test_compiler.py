@@ -370,10 +370,10 @@ import numpy as np
 from numba.core import caching
 
 # As where neither the package nor the home can be written.
-for locator in (caching._UserProvidedCacheLocator, caching._InTreeCacheLocator, caching._UserWideCacheLocator,
-                getattr(caching, "_InTreeCacheLocatorFsAgnostic", None)):
-    if locator is not None and (locator.__name__ != "_UserProvidedCacheLocator"):
-        locator.ensure_cache_path = lambda self: (_ for _ in ()).throw(OSError("read only"))
+for name, locator in vars(caching).items():
+    if name.endswith("CacheLocator") or "FsAgnostic" in name:
+        if not name.startswith(("UserProvided", "_")):
+            locator.ensure_cache_path = lambda self: (_ for _ in ()).throw(OSError("read only"))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import shardemb

@@ -1055,8 +1055,9 @@ def test_a_child_can_compile_what_another_thread_was_compiling(tmp_path):
         import os, sys, threading, time
         import numpy as np
         import shardemb
+        from shardemb.initializers import Uniform
         store = shardemb.open(sys.argv[1])
-        table = store.create_table("a", num_embeddings=100, embedding_dim=4, initializer=shardemb.initializers.Uniform(-1, 1))
+        table = store.create_table("a", num_embeddings=100, embedding_dim=4, initializer=Uniform(-1, 1))
         thread = threading.Thread(target=table.lookup, args=([1],))
         thread.start()
         time.sleep(0.3)
