@@ -9,17 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
 import shardemb
-from shardemb.base import formatting
+from shardemb.base import formatting, paths
 from shardemb.store import display
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 @contextlib.contextmanager
@@ -44,14 +44,14 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--folder", type=click.Path(path_type=Path), default=Path("quickstart"), show_default=True,
+@click.option("--folder", type=click.Path(), default="quickstart", show_default=True,
               help="Folder for the store and parquet file.")  # fmt: skip
 @click.option("--vocabulary", type=int, help="Number of words.")
 @click.option("--dim", type=int, help="Dimension of a vector.")
 @click.option("--steps", type=int, help="Batches to train on.")
 @click.option("--seed", type=int, help="The same seed gives the same vectors.")
 @click.option("--commit-every", type=int, help="Steps between commits.")
-def quickstart(folder: Path, **given: int | None) -> None:
+def quickstart(folder: str, **given: int | None) -> None:
     """Train word vectors on the documentation that comes with Python.
 
     Continues from the last commit if there is one in the folder. Takes less than a minute on two cores.
@@ -63,15 +63,16 @@ def quickstart(folder: Path, **given: int | None) -> None:
     from shardemb.quickstart.training import Options, run
 
     with _refusals():
-        run(Options(folder=folder, **{name: value for name, value in given.items() if value is not None}))
+        chosen = {name: value for name, value in given.items() if value is not None}
+        run(Options(folder=paths.local_path(folder, "--folder"), **chosen))
 
 
 @main.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 @click.option("--plot", is_flag=False, flag_value="-", metavar="[FILE]",
               help="Also show which shards have been written, as a heat map: here, or in a PNG file.")  # fmt: skip
-def info(store: Path, as_json: bool, plot: str | None) -> None:
+def info(store: str, as_json: bool, plot: str | None) -> None:
     """Show what a store holds: its last commit, its tables, its size.
 
     \b
@@ -94,7 +95,7 @@ def info(store: Path, as_json: bool, plot: str | None) -> None:
                 click.echo(f"|{line}|")
     elif plot:
         with _refusals():
-            _draw(shares, Path(plot))
+            _draw(shares, paths.local_path(plot, "the picture"))
 
 
 def _rows(store: shardemb.Store, name: str) -> shardemb.Table:
@@ -130,11 +131,11 @@ def _draw(shares: dict[str, list[float]], path: Path) -> None:
 
 
 @main.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=click.Path())
 @click.option("--table", "tables", multiple=True, help="Check only this table; may be repeated.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
-def verify(store: Path, tables: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+def verify(store: str, tables: tuple[str, ...], as_json: bool, quiet: bool) -> None:
     """Compare a store with its checksums, and report the rows that the disk has damaged.
 
     Changes nothing, and may run while the store is being written to. Exit code 1 if anything is wrong.
@@ -156,9 +157,9 @@ def verify(store: Path, tables: tuple[str, ...], as_json: bool, quiet: bool) -> 
 
 
 @main.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=click.Path())
 @click.argument("table")
-@click.argument("output", type=click.Path(path_type=Path))
+@click.argument("output", type=click.Path())
 @click.option(
     "--column", "columns", multiple=True, help="Optimizer state column to include; may be repeated."
 )
@@ -166,14 +167,17 @@ def verify(store: Path, tables: tuple[str, ...], as_json: bool, quiet: bool) -> 
     "--rows", type=(int, int), metavar="START STOP", help="Half-open range of row ids; all rows by default."
 )
 @click.option("--parts", type=int, help="Write a folder of this many files, several at a time.")
+@click.option("--encoding", type=click.Choice(["plain", "byte_stream_split"]), default="plain", show_default=True,
+              help="How values are stored: plain can be read by every program, the other is smaller.")  # fmt: skip
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def export(
-    store: Path,
+    store: str,
     table: str,
-    output: Path,
+    output: str,
     columns: tuple[str, ...],
     rows: tuple[int, int] | None,
     parts: int | None,
+    encoding: Literal["plain", "byte_stream_split"],
     quiet: bool,
 ) -> None:
     """Write a table to a parquet file, or to a folder of parquet files.
@@ -185,7 +189,7 @@ def export(
     """
     with _refusals(), shardemb.open(store, mode="r") as opened:
         written = opened[table].export_parquet(
-            output, columns=columns, rows=rows, parts=parts, progress=not quiet
+            output, columns=columns, rows=rows, parts=parts, encoding=encoding, progress=not quiet
         )
     click.echo(
         f"{written.path}: {formatting.plural(written.num_rows, 'row')}, {formatting.size(written.nbytes)}"
@@ -193,12 +197,12 @@ def export(
 
 
 @main.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=click.Path())
 @click.argument("table")
 @click.option("--rows-per-shard", type=int, help="Rows in a shard; rounded up to whole pages.")
 @click.option("--drop-optimizer", is_flag=True, help="Keep only the weights.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
-def reshard(store: Path, table: str, rows_per_shard: int | None, drop_optimizer: bool, quiet: bool) -> None:
+def reshard(store: str, table: str, rows_per_shard: int | None, drop_optimizer: bool, quiet: bool) -> None:
     """Rewrite a table with shards of another size, or without its optimizer's state, and commit that.
 
     If interrupted, the table is unchanged, and the same command continues where it stopped.
@@ -214,13 +218,13 @@ def reshard(store: Path, table: str, rows_per_shard: int | None, drop_optimizer:
 
 
 @main.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=click.Path())
 @click.argument("table")
 @click.argument("rows", type=int)
 @click.option(
     "--drop-rows", is_flag=True, help="Allow fewer rows than now; the rows past the new end are lost."
 )
-def resize(store: Path, table: str, rows: int, drop_rows: bool) -> None:
+def resize(store: str, table: str, rows: int, drop_rows: bool) -> None:
     """Change the number of rows of a table, and commit that.
 
     \b
@@ -234,10 +238,10 @@ def resize(store: Path, table: str, rows: int, drop_rows: bool) -> None:
 
 
 @main.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=click.Path())
 @click.argument("table")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
-def materialize(store: Path, table: str, quiet: bool) -> None:
+def materialize(store: str, table: str, quiet: bool) -> None:
     """Write the initial values of rows that were never written, for readers that know only zarr.
 
     If interrupted, it continues where it stopped when it is run again.
@@ -251,10 +255,10 @@ def materialize(store: Path, table: str, quiet: bool) -> None:
 
 
 @main.command()
-@click.argument("store", type=click.Path(path_type=Path))
-@click.argument("target", type=click.Path(path_type=Path))
+@click.argument("store", type=click.Path())
+@click.argument("target", type=click.Path())
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
-def copy(store: Path, target: Path, quiet: bool) -> None:
+def copy(store: str, target: str, quiet: bool) -> None:
     """Copy a store's last commit into a new folder. Sparse files stay sparse.
 
     \b

@@ -19,7 +19,7 @@ SOURCE = Path(shardemb.__file__).parent
 # in its own folder, and from folders below; folders that share a level do not import each other.
 ROOMS = {
     "errors": [],
-    "base": ["formatting", "interrupts", "progress", "serialization", "sizes", "validation", "sampling"],
+    "base": ["formatting", "interrupts", "paths", "progress", "serialization", "sizes", "validation", "sampling"],
     "compute": [
         "compiler", "intrinsics", "scheduler", "file_blocks", "grouping", "row_index", "plan", "residency",
         "row_kernels",
@@ -38,7 +38,7 @@ ROOMS = {
         "output_pool", "slots", "spill_file", "overlay", "memory_budget", "runtime", "shards", "batch",
         "disk_usage", "table_state",
     ],
-    "io": ["arrow", "parquet"],
+    "io": ["arrow", "targets", "parquet"],
     "vocabulary": [
         "hashing", "index_kernels", "key_records", "index_files", "key_kernels", "hash_index", "keys",
         "key_tables", "key_rows", "keyed_rows",

@@ -61,7 +61,8 @@ embedding_dim: int
 evict(self, *, older_than: int | None = None, keep: int | None = None, \
 by: "Literal['lru', 'lfu']" = 'lru') -> NDArray[Any]
 export_parquet(self, path: str | os.PathLike[str], *, columns: Sequence[str] = (), \
-rows: tuple[int, int] | None = None, parts: int | None = None, progress: Progress = None) -> ExportReport
+rows: tuple[int, int] | None = None, parts: int | None = None, encoding: Encoding = 'plain', \
+progress: Progress = None) -> ExportReport
 initializer: Initializer
 lookup(self, keys: KeysLike, *, missing: Missing = 'error', create: bool = False, \
 out: NDArray[np.float32] | None = None) -> NDArray[np.float32]
@@ -119,7 +120,8 @@ vocabularies: Mapping[str, Vocabulary]
 TABLE = """
 embedding_dim: int
 export_parquet(self, path: str | os.PathLike[str], *, columns: Sequence[str] = (), \
-rows: tuple[int, int] | None = None, parts: int | None = None, progress: Progress = None) -> ExportReport
+rows: tuple[int, int] | None = None, parts: int | None = None, encoding: Encoding = 'plain', \
+progress: Progress = None) -> ExportReport
 explain(self, ids: ArrayLike) -> Explanation
 initializer: Initializer
 lookup(self, ids: ArrayLike, *, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shardemb.base.validation import Float32Array
+    from shardemb.base.validation import Float32Array, Int64Array
 
 T = TypeVar("T")
 
@@ -24,7 +25,7 @@ MAX_ROWS = 65_536
 """Maximum number of rows in a batch, and so in a row group."""
 
 MAX_BYTES = 32 * 2**20
-"""Maximum bytes of values in a batch, unless a single row has more."""
+"""Maximum bytes of values in a batch, and of keys, unless a single row has more."""
 
 MAX_READ_AHEAD = 4
 """Batches that a stream reads concurrently: keeps an NVMe disk busy, and bounds memory on large machines."""
@@ -40,10 +41,14 @@ class RowKeys(NamedTuple):
     read : callable
         ``read(start, stop)`` returns which of these rows have a key, bool, shape (stop - start,), and the keys of
         those.
+    nbytes : callable
+        ``nbytes(start, stop)`` returns how many bytes the key of each row has, int64, shape (stop - start,), without
+        reading the keys.
     """
 
     kind: pa.DataType
     read: Callable[[int, int], tuple[NDArray[np.bool_], pa.Array]]
+    nbytes: Callable[[int, int], Int64Array]
 
 
 class RowSource(Protocol):
@@ -170,6 +175,22 @@ def to_arrow_batches(
     return pa.RecordBatchReader.from_batches(chosen.schema, batches)
 
 
+def cut_by_bytes(start: int, nbytes: Int64Array, most: int) -> Iterator[tuple[int, int]]:
+    """Cut rows, numbered from `start` and given by their bytes, into ranges of at most so many bytes, or of one row.
+
+    Examples
+    --------
+    >>> list(cut_by_bytes(10, np.array([1, 2, 7, 1, 1]), 3))
+    [(10, 12), (12, 13), (13, 15)]
+    """
+    ends = np.cumsum(nbytes)
+    first, done = 0, 0
+    while first < nbytes.size:
+        last = max(first + 1, int(np.searchsorted(ends, done + most, side="right")))
+        yield start + first, start + last
+        first, done = last, int(ends[last - 1])
+
+
 @dataclass(frozen=True)
 class Selection:
     """Checked columns and rows, cut into batches.
@@ -223,11 +244,19 @@ class Selection:
         last = self.start + self.num_rows - 1
         return self._batch_of(last) - self._batch_of(self.start) + 1 if self.num_rows else 0
 
-    def read(self, index: int) -> pa.RecordBatch:
-        """Read one batch, given by its number. Safe from several threads."""
-        first = self._batch_of(self.start) + index
-        start = max(self._start_of(first), self.start)
-        stop = min(self._start_of(first + 1), self.start + self.num_rows)
+    def ranges(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, int]]:
+        """Iterate over the rows of some batches, as start and stop. A batch with many bytes of keys is cut further."""
+        before = self._batch_of(self.start)
+        for batch in range(before + first, before + (len(self) if last is None else last)):
+            start = max(self._start_of(batch), self.start)
+            stop = min(self._start_of(batch + 1), self.start + self.num_rows)
+            if self.source.keys is None:
+                yield start, stop
+            else:
+                yield from cut_by_bytes(start, self.source.keys.nbytes(start, stop), MAX_BYTES)
+
+    def read(self, start: int, stop: int) -> pa.RecordBatch:
+        """Read one of the `ranges`. Safe from several threads."""
         row_keys = self.source.keys
         first_state = 2 if row_keys is None else 3
         arrays = self.source.read_rows(start, stop, self.schema.names[first_state:])
@@ -249,10 +278,9 @@ class Selection:
     def stream(self) -> Iterator[pa.RecordBatch]:
         """Read the batches in order, several concurrently."""
         ahead = min(self.source.threads, MAX_READ_AHEAD)
-        for first in range(0, len(self), ahead):
-            batches = self.source.run(
-                [partial(self.read, k) for k in range(first, min(first + ahead, len(self)))]
-            )
+        ranges = self.ranges()
+        while some := list(islice(ranges, ahead)):
+            batches = self.source.run([partial(self.read, *each) for each in some])
             batches = [batch for batch in batches if batch.num_rows]
             while batches:
                 yield batches.pop(0)  # keep no reference: the consumer decides how long a batch lives

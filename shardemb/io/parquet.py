@@ -2,42 +2,47 @@
 
 How do the rows of a table of any size get out of it, in memory that does not depend on that size?
 
-1. Rows are cut into batches of at most `arrow.MAX_ROWS` rows and `arrow.MAX_BYTES` bytes. A batch lies within one
-   row-shard, or consists of whole ones if they are small.
+1. Rows are cut into batches of at most `arrow.MAX_ROWS` rows, `arrow.MAX_BYTES` bytes of values and as many of keys. A
+   batch lies within one row-shard, or consists of whole ones if they are small.
 2. A batch is read into arrays of its own, which Arrow takes over, and the page cache of these rows is released.
 3. A batch becomes one row group. Encoding takes most of the time: one file is encoded by one thread, while the next
    batch is read; parts are encoded by as many threads as there are workers.
-4. Everything is written and synced under a temporary name in the target's folder, then renamed. If anything fails
-before
-   that, Ctrl-C included, the target is unchanged.
+4. Everything is written and synced under a temporary name, then renamed: see ``targets.py``.
 
-No column is nullable, and values keep their bits. BYTE_STREAM_SPLIT puts similar bytes together, so that zstd can
-compress the signs and exponents of vectors. Mantissas do not compress, and a dictionary would be as large as the
-values. Statistics help queries only on ``id``; the page index leads to a single row.
+No column is nullable, and values keep their bits. By default they are PLAIN, which every reader knows.
+BYTE_STREAM_SPLIT puts similar bytes together, so that zstd can compress the signs and exponents of vectors. Mantissas
+do not compress, and a dictionary would be as large as the values. Statistics help queries only on ``id``; the page
+index leads to a single row.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import threading
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import pyarrow as pa
 from pyarrow import parquet
 
 from shardemb.base.progress import track
+from shardemb.io import targets
 from shardemb.io.arrow import RowSource, Selection
 from shardemb.storage import files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from shardemb.base.progress import Advance, Progress
+
+    NewFile = contextlib.AbstractContextManager[Callable[[pa.RecordBatch], None]]
+    """A file to be made; yields a function that writes one row group."""
+
+Encoding: TypeAlias = Literal["plain", "byte_stream_split"]
+"""How the values of vectors and states are stored."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ def export_parquet(
     columns: Sequence[str] = (),
     rows: tuple[int, int] | None = None,
     parts: int | None = None,
+    encoding: Encoding = "plain",
     progress: Progress = None,
 ) -> ExportReport:
     """Write rows to a parquet file, or to a folder of them.
@@ -77,21 +83,26 @@ def export_parquet(
         As for `to_arrow_batches`. An empty range writes only the schema.
     path : path-like
         The file; an existing one is replaced atomically. With `parts`, the folder: new or empty, because a folder with
-        content cannot be replaced atomically. The folder above it must exist.
+        content cannot be replaced atomically. It may be a mount point, and hold ``lost+found``; then its files appear
+        one by one once all are written, the first one last. The folder above it must exist.
     parts : int, optional
         Write exactly this many files, ``part-00000.parquet`` and so on, of about equal size, several at a time.
+    encoding : {"plain", "byte_stream_split"}
+        How values are stored. Every reader knows the first one. The second one makes files of vectors about a tenth
+        smaller; some readers refuse it.
     progress : bool or callable, optional
         As for `track`, in rows: reported for each row group, from the thread that wrote it.
 
     Returns
     -------
     ExportReport
-        What was written. (A process that is killed leaves ``.shardemb-*.tmp`` next to the target.)
+        What was written. (A process that is killed leaves ``.shardemb-*.tmp`` next to the target, or in it if it is a
+        folder that existed.)
 
     Raises
     ------
-    ValueError
-        The columns, the range or the number of parts is invalid.
+    TypeError, ValueError
+        The path is not a local one, or the columns, the range, the number of parts or the encoding is invalid.
     FileNotFoundError, FileExistsError
         The target's folder is missing, or what exists under the target's name must not be replaced.
     DiskFullError
@@ -113,22 +124,21 @@ def export_parquet(
     if parts is not None and not 1 <= parts <= 100_000:
         msg = f"table {source.name!r}: parts must be 1 to 100000, or None for one file, got {parts}"
         raise ValueError(msg)
+    if encoding not in get_args(Encoding):
+        msg = f'table {source.name!r}: encoding must be "plain" or "byte_stream_split", got {encoding!r}'
+        raise ValueError(msg)
+    target = targets.checked(path, source.name, folder=parts is not None)
     chosen = Selection.of(source, columns, rows, parts=parts or 1)
-    target = _checked_target(path, source.name, folder=parts is not None)
     names = [] if parts is None else [f"part-{k:05d}.parquet" for k in range(parts)]
-    # Not derived from the target's name, which may have the maximum length already.
-    temporary = target.with_name(f".shardemb-{secrets.token_hex(8)}.tmp")
-    try:
-        with track(chosen.num_rows, f"export {source.name}", progress=progress) as advance:
-            if parts is None:
-                _write_file(chosen, temporary, advance)
-            else:
-                _write_parts(chosen, [temporary / name for name in names], advance)
-            files.rename(temporary, target)
-            files.sync_directory(target.parent)
-    except BaseException:
-        files.remove_tree(temporary)
-        raise
+    with (
+        track(chosen.num_rows, f"export {source.name}", progress=progress) as advance,
+        targets.staged(target, names) as temporary,
+    ):
+        new_file = partial(_parquet_file, columns=chosen.schema, encoding=encoding, advance=advance)
+        if parts is None:
+            _write_file(chosen, new_file(temporary))
+        else:
+            _write_parts(chosen, new_file, [temporary / name for name in names])
     written = tuple(target / name for name in names) or (target,)
     num_rows = chosen.num_rows
     if source.keys is not None:
@@ -136,18 +146,20 @@ def export_parquet(
     return ExportReport(target, written, num_rows, sum(file.stat().st_size for file in written))
 
 
-def _write_file(chosen: Selection, path: Path, advance: Advance) -> None:
-    with _parquet_file(path, chosen.schema, advance) as write:
-        batch = chosen.read(0) if len(chosen) else None
+def _write_file(chosen: Selection, file: NewFile) -> None:
+    with file as write:
+        ranges = chosen.ranges()
+        first = next(ranges, None)
+        batch = None if first is None else chosen.read(*first)
         # One thread encodes a file, the slowest step. Meanwhile another reads the next batch.
-        for following in range(1, len(chosen) + 1):
-            tasks = [partial(write, batch)]
-            if following < len(chosen):
-                tasks.append(partial(chosen.read, following))
-            batch = chosen.source.run(tasks)[-1]
+        while batch is not None:
+            following = next(ranges, None)
+            reads = [] if following is None else [partial(chosen.read, *following)]
+            done = chosen.source.run([partial(write, batch), *reads])
+            batch = done[1] if reads else None
 
 
-def _write_parts(chosen: Selection, paths: list[Path], advance: Advance) -> None:
+def _write_parts(chosen: Selection, new_file: Callable[[Path], NewFile], paths: list[Path]) -> None:
     files.make_directory(paths[0].parent)
     stop, workers = threading.Event(), chosen.source.threads
     # Part k has the batches cuts[k] to cuts[k + 1]. Each worker writes every `workers`-th part, one after another.
@@ -155,11 +167,11 @@ def _write_parts(chosen: Selection, paths: list[Path], advance: Advance) -> None
 
     def write_every(first: int) -> None:
         for part in range(first, len(paths), workers):
-            with _parquet_file(paths[part], chosen.schema, advance) as write:
-                for index in range(cuts[part], cuts[part + 1]):
+            with new_file(paths[part]) as write:
+                for start, end in chosen.ranges(cuts[part], cuts[part + 1]):
                     if stop.is_set():
                         return
-                    write(chosen.read(index))
+                    write(chosen.read(start, end))
 
     chosen.source.run([partial(write_every, first) for first in range(min(workers, len(paths)))], stop=stop)
     files.sync_directory(paths[0].parent)
@@ -167,10 +179,10 @@ def _write_parts(chosen: Selection, paths: list[Path], advance: Advance) -> None
 
 @contextlib.contextmanager
 def _parquet_file(
-    path: Path, columns: pa.Schema, advance: Advance
+    path: Path, columns: pa.Schema, encoding: Encoding, advance: Advance
 ) -> Iterator[Callable[[pa.RecordBatch], None]]:
     nested = {field.name: ".list.element" * pa.types.is_fixed_size_list(field.type) for field in columns}
-    encodings = {name + suffix: "BYTE_STREAM_SPLIT" for name, suffix in nested.items()}
+    encodings = {name + suffix: encoding.upper() for name, suffix in nested.items()}
     if "key" in encodings:
         encodings["key"] = "PLAIN"
 
@@ -214,17 +226,3 @@ class _Sink:
         """Start to write back what came since the last call, while the next row group is encoded."""
         files.begin_write_back(self._descriptor, self._begun, self._position - self._begun)
         self._begun = self._position
-
-
-def _checked_target(path: str | os.PathLike[str], table: str, *, folder: bool) -> Path:
-    target = Path(path).resolve()
-    what = f"table {table!r}: cannot export to {target}"
-    if not target.parent.is_dir():
-        msg = f"{what}: there is no folder {target.parent}; create it first"
-        raise FileNotFoundError(msg)
-    empty = target.is_dir() and not any(target.iterdir())
-    if target.exists() and not (empty if folder else target.is_file()):
-        need = "parts need a new or an empty folder" if folder else "that is a folder or no regular file"
-        msg = f"{what}: {need}; choose another name, or remove what is there"
-        raise FileExistsError(msg)
-    return target

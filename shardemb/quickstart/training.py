@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import shardemb
+from shardemb.base import paths
 from shardemb.base.formatting import size
 from shardemb.quickstart import corpus
 from shardemb.text import Encoder
@@ -75,8 +76,8 @@ class Options:
 
     Attributes
     ----------
-    folder : Path
-        Where everything is stored; created if missing.
+    folder : path-like
+        Where everything is stored, on a local disk; created if missing. Becomes a `Path`.
     vocabulary : int
         Number of words that get a row: the most frequent ones.
     dim : int
@@ -92,6 +93,8 @@ class Options:
     ------
     OptionError
         A number is out of range.
+    TypeError, ValueError
+        The folder is not a local path.
     """
 
     folder: Path = Path("quickstart")
@@ -102,6 +105,7 @@ class Options:
     commit_every: int = 100
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", paths.local_path(self.folder, "the folder of the quickstart"))
         for name, least in {"vocabulary": 2, "dim": 1, "steps": 1, "seed": 0, "commit_every": 1}.items():
             if getattr(self, name) < least:
                 raise OptionError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Progress
     from shardemb.initializers import Initializer
-    from shardemb.io.parquet import ExportReport
+    from shardemb.io.parquet import Encoding, ExportReport
     from shardemb.optim import Optimizer
     from shardemb.store.table import Table
     from shardemb.store.vocabulary import Vocabulary
@@ -423,6 +423,7 @@ class KeyedTable:
         columns: Sequence[str] = (),
         rows: tuple[int, int] | None = None,
         parts: int | None = None,
+        encoding: Encoding = "plain",
         progress: Progress = None,
     ) -> ExportReport:
         """Write the rows that have keys to a parquet file, or to a folder of them; see `Table.export_parquet`.
@@ -430,13 +431,16 @@ class KeyedTable:
         Parameters
         ----------
         path : path-like
-            The file; an existing one is replaced atomically. With `parts`, the folder: new or empty.
+            The file, on a local disk; an existing one is replaced atomically. With `parts`, the folder: new or empty.
         columns : sequence of str
             Optimizer state columns and counters to add.
         rows : tuple of two int, optional
             ``(start, stop)``, a half-open range of row ids; all rows by default.
         parts : int, optional
             Write this many files, several at a time.
+        encoding : {"plain", "byte_stream_split"}
+            How values are stored. Every reader knows ``"plain"``. ``"byte_stream_split"`` makes files of vectors about
+            a tenth smaller, but some readers refuse it.
         progress : bool or callable, optional
             True shows a bar; a function is called as ``progress(done, total)``, in rows.
 
@@ -464,5 +468,11 @@ class KeyedTable:
         from shardemb.io import parquet
 
         return parquet.export_parquet(
-            self._keyed.source(), path, columns=columns, rows=rows, parts=parts, progress=progress
+            self._keyed.source(),
+            path,
+            columns=columns,
+            rows=rows,
+            parts=parts,
+            encoding=encoding,
+            progress=progress,
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 import numpy as np
 
-from shardemb.base import validation
+from shardemb.base import paths, validation
 from shardemb.base.sizes import PAGE
 from shardemb.compute import scheduler
 from shardemb.engine.runtime import Runtime
@@ -56,7 +56,7 @@ def open(
     Parameters
     ----------
     path : path-like
-        The store's folder.
+        The store's folder, on a local disk. URLs are refused, and so are mappings and stores of other libraries.
     mode : {"r", "r+", "a", "w", "w-"}
         As in zarr. ``"r"`` reads an existing store; ``"r+"`` reads and writes an existing one; ``"a"`` does the same
         and creates a missing one; ``"w"`` creates a new one, after deleting the tables and vocabularies of an existing
@@ -79,7 +79,7 @@ def open(
     Raises
     ------
     TypeError, ValueError
-        An option is invalid; nothing was created.
+        The path or an option is invalid; nothing was created.
     StoreNotFoundError
         Nothing is at `path`, or something that is not a store.
     StoreExistsError
@@ -357,9 +357,10 @@ def _require_creatable(path: Path, mode: str) -> None:
 
 
 def _resolved(path: str | os.PathLike[str]) -> Path:
-    """Return where a path leads, so that none of its parts is a link."""
+    """Check a path given by the user; return where it leads, so that none of its parts is a link."""
+    given = paths.local_path(path, "the store")
     try:
-        return Path(path).resolve()
+        return given.resolve()
     except (OSError, RuntimeError) as error:  # a loop of links
         msg = f"{path} leads nowhere ({error}); choose another path"
         raise StoreNotFoundError(msg) from error

@@ -13,11 +13,10 @@ import warnings
 import weakref
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from shardemb import initializers
-from shardemb.base import validation
+from shardemb.base import paths, validation
 from shardemb.base.interrupts import signals_deferred
 from shardemb.engine import batch
 from shardemb.errors import PoisonedError, ReadOnlyError, ShardEmbError, StaleReaderError
@@ -32,6 +31,7 @@ from shardemb.vocabulary import key_rows, keyed_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from numpy.typing import ArrayLike
 
@@ -312,7 +312,7 @@ class Session:
 
     def copy(self, path: str | os.PathLike[str], progress: Progress) -> None:
         """Copy the last commit into a new store; see `Store.copy`."""
-        target = Path(path).absolute()
+        target = paths.local_path(path, "the copy of a store").absolute()
         rewrite.require_absent(target)
         with self.runtime.writing():
             self.journal.pause_folds()

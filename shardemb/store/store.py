@@ -286,12 +286,14 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         Parameters
         ----------
         path : path-like
-            A new folder.
+            A new folder, on a local disk.
         progress : bool or callable, optional
             True shows a bar; a function is called as ``progress(done, total)``, in bytes, holes included.
 
         Raises
         ------
+        TypeError, ValueError
+            `path` is not a local path.
         StoreExistsError
             Something exists at `path`.
         DiskFullError, OSError

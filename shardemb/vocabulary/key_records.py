@@ -75,6 +75,11 @@ def hashes_of(words: Words) -> NDArray[np.uint64]:
     return np.ascontiguousarray(words[:, :2]).view(np.uint64).reshape(-1)
 
 
+def lengths_of(words: Words) -> Int64Array:
+    """Read from records how many bytes their keys have."""
+    return np.full(len(words), 8) if words.shape[1] == INTEGER_WORDS else words[:, 4].astype(np.int64)
+
+
 def spans_of(words: Words) -> tuple[Int64Array, Int64Array, Int64Array]:
     """Read from the records of strings where their bytes begin, their lengths and their capacities."""
     begins = words[:, 2:4].copy()  # not np.ascontiguousarray, which returns a view of a single record

@@ -163,15 +163,24 @@ class KeyRows:
         live = key_records.are_live(words)
         return live, keys.as_arrow(self.tables.keys_in(words[live]), self.key_type)
 
+    def key_bytes(self, start: int, stop: int) -> Int64Array:
+        """Return how many bytes the keys of the rows ``start:stop`` have, 0 for rows without one. Reads no key."""
+        self.check_live()
+        words = self.tables.records(np.arange(start, stop))
+        return np.where(key_records.are_live(words), key_records.lengths_of(words), 0)
+
     def arrow_batches(self) -> Iterator[pa.RecordBatch]:
         """Iterate over rows and their keys in the order of the rows, in bounded memory."""
         import pyarrow as pa
 
-        for start in range(self.entry.reserved, self.entry.rows, BATCH_ROWS):
-            stop = min(start + BATCH_ROWS, self.entry.rows)
-            live, found = self.arrow_keys(start, stop)
-            if live.any():
-                yield pa.record_batch([pa.array(np.arange(start, stop)[live]), found], ["row", "key"])
+        from shardemb.io import arrow
+
+        for begin in range(self.entry.reserved, self.entry.rows, BATCH_ROWS):
+            nbytes = self.key_bytes(begin, min(begin + BATCH_ROWS, self.entry.rows))
+            for start, stop in arrow.cut_by_bytes(begin, nbytes, arrow.MAX_BYTES):
+                live, found = self.arrow_keys(start, stop)
+                if live.any():
+                    yield pa.record_batch([pa.array(np.arange(start, stop)[live]), found], ["row", "key"])
 
     def live_rows(self, start: int, stop: int) -> Int64Array:
         """List those of the rows ``start:stop`` that have a key."""

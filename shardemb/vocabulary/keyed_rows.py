@@ -107,7 +107,7 @@ class KeyedRows:
         """Return the rows that have keys, for exports."""
         from shardemb.io.arrow import RowKeys
 
-        row_keys = RowKeys(keys.arrow_type(self.keys.key_type), self.keys.arrow_keys)
+        row_keys = RowKeys(keys.arrow_type(self.keys.key_type), self.keys.arrow_keys, self.keys.key_bytes)
         return TableSource(self.table, self.num_rows, row_keys)
 
     # ---- changing

@@ -170,6 +170,13 @@ READERS = [by_pyarrow, by_duckdb, by_polars]
 
 
 @pytest.mark.parametrize("read", READERS)
+def test_the_compact_encoding_reads_back_bit_for_bit(tmp_path, read):
+    source = trained(300)
+    export_parquet(source, tmp_path / "t", columns=["sum", "exp_avg"], encoding="byte_stream_split")
+    assert_holds(read(tmp_path / "t"), source, columns=["sum", "exp_avg"])
+
+
+@pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("parts", [None, 1, 3])
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_read_back_bit_for_bit(tmp_path, read, parts, run, small_batches):
@@ -230,9 +237,11 @@ def test_the_file_keeps_the_schema(tmp_path):
     assert "optional" not in str(pq.ParquetFile(tmp_path / "t.parquet").schema)
 
 
-def test_compression_and_encodings(tmp_path):
+@pytest.mark.parametrize("chosen", [None, "plain", "byte_stream_split"])
+def test_compression_and_encodings(tmp_path, chosen):
     source = trained(200_000, rows_per_shard=150_016)
-    export_parquet(source, tmp_path / "t.parquet", columns=["sum", "exp_avg"])
+    options = {} if chosen is None else {"encoding": chosen}
+    export_parquet(source, tmp_path / "t.parquet", columns=["sum", "exp_avg"], **options)
     metadata = pq.ParquetFile(tmp_path / "t.parquet").metadata
     groups = [metadata.row_group(k) for k in range(metadata.num_row_groups)]
     assert [group.num_rows for group in groups] == [50_005, 50_005, 50_006, 49_984]
@@ -241,7 +250,7 @@ def test_compression_and_encodings(tmp_path):
         chunks = {(chunk := group.column(k)).path_in_schema: chunk for k in range(4)}
         assert list(chunks) == ["id", "embedding.list.element", "sum", "exp_avg.list.element"]
         for path, chunk in chunks.items():
-            encoding = "DELTA_BINARY_PACKED" if path == "id" else "BYTE_STREAM_SPLIT"
+            encoding = "DELTA_BINARY_PACKED" if path == "id" else (chosen or "plain").upper()
             assert chunk.compression == "ZSTD"
             assert set(chunk.encodings) <= {"RLE", encoding}
             assert encoding in chunk.encodings
@@ -257,10 +266,11 @@ def test_compression_and_encodings(tmp_path):
     ]
 
 
-def test_vectors_do_compress(tmp_path):
+@pytest.mark.parametrize(("encoding", "share"), [("plain", 0.94), ("byte_stream_split", 0.88)])
+def test_vectors_do_compress(tmp_path, encoding, share):
     vectors = (np.random.default_rng(0).standard_normal((20_000, 32)) * 0.05).astype(np.float32)
-    report = export_parquet(Rows(vectors, rows_per_shard=20_032), tmp_path / "t.parquet")
-    assert report.nbytes < 0.88 * vectors.nbytes
+    report = export_parquet(Rows(vectors, rows_per_shard=20_032), tmp_path / "t.parquet", encoding=encoding)
+    assert report.nbytes < share * vectors.nbytes
 
 
 # ---- where it is written
@@ -364,6 +374,8 @@ BAD = {
     "rows as a range": ({"rows": range(2, 4)}, ValueError, r"must be a tuple.*got range\(2, 4\)"),
     "three rows": ({"rows": (1, 2, 3)}, ValueError, r"got \(1, 2, 3\)"),
     "no parts": ({"parts": 0}, ValueError, "parts must be 1 to 100000.*got 0"),
+    "unknown encoding": ({"encoding": "PLAIN"}, ValueError, "'tokens'.*encoding must be.*got 'PLAIN'"),
+    "encoding as a list": ({"encoding": ["plain"]}, ValueError, "encoding must be"),
     "too many parts": ({"parts": 100_001}, ValueError, "parts must be 1 to 100000"),
     "progress": ({"progress": "yes"}, TypeError, "progress must be"),
     "missing folder": ({"path": "no/such"}, FileNotFoundError, r"'tokens'.*no folder .*/no; create it"),
