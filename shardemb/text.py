@@ -26,10 +26,12 @@ array([[2, 3, 4, 5, 2, 3],
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import sys
 import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, compress, groupby, islice
@@ -37,10 +39,11 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from shardemb.base import paths as user_paths
 from shardemb.base import validation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import ArrayLike, NDArray
 
@@ -104,7 +107,7 @@ def read_lines(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
     Parameters
     ----------
     paths : path-like or iterable of path-like
-        Files in UTF-8. Invalid bytes become U+FFFD, so that one of them does not end a long run.
+        Local files in UTF-8, not compressed. Invalid bytes become U+FFFD, so that one of them does not end a long run.
 
     Yields
     ------
@@ -113,6 +116,11 @@ def read_lines(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
 
     Raises
     ------
+    TypeError
+        What is given is no path: an open file, for example. Its lines are taken as sentences without `read_lines`.
+    ValueError
+        A file is compressed, or in UTF-16 or UTF-32, or no text at all, as its first bytes tell. Raised when its turn
+        comes, before any of its lines. Also for a path that is a URL.
     OSError
         A file cannot be read. Raised when its turn comes.
 
@@ -123,10 +131,38 @@ def read_lines(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
     >>> list(shardemb.text.read_lines([path]))
     ['To be, or not to be,', 'that is the question.']
     """
-    for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            for line in file:
-                yield line.removesuffix("\n")
+    # An open file can be iterated over too, but its lines are no paths; nor are the keys of a mapping.
+    is_one = isinstance(paths, str | bytes | os.PathLike | Mapping) or hasattr(paths, "read")
+    for path in [paths] if is_one or not hasattr(paths, "__iter__") else paths:
+        checked = user_paths.local_path(path, "a text file")
+        with open(checked, "rb") as raw:
+            _require_text(raw.peek(16), checked)
+            with io.TextIOWrapper(raw, encoding="utf-8-sig", errors="replace") as file:
+                for line in file:
+                    yield line.removesuffix("\n")
+
+
+_FORMATS = (
+    (rb"\x1f\x8b", "compressed with gzip", "gzip.open(path, 'rt', encoding='utf-8')"),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "compressed with bzip2", "bz2.open(path, 'rt', encoding='utf-8')"),
+    (rb"\xfd7zXZ\0|\x5d\0\0", "compressed with xz", "lzma.open(path, 'rt', encoding='utf-8')"),
+    (rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "compressed with zstd", None),
+    (rb"\x04\x22\x4d\x18|\x02\x21\x4c\x18", "compressed with lz4", None),
+    (rb"\x1f[\x9d\xa0]|LZIP\x01|7z\xbc\xaf\x27\x1c|PK(\x03\x04|\x05\x06)", "compressed or an archive", None),
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "in UTF-32", "open(path, encoding='utf-32')"),
+    (rb"\xff\xfe|\xfe\xff", "in UTF-16", "open(path, encoding='utf-16')"),
+    (rb"PAR1[\0-\x1f]|ARROW1\0\0|\x89HDF|\x93NUMPY|\x80[\x02-\x05]|SQLite format 3\0|%PDF-", "no text", None),
+)
+"""How files begin that are no text in UTF-8: pattern, what they are, and what opens them."""
+
+
+def _require_text(begin: bytes, path: os.PathLike[str]) -> None:
+    """Refuse a file by its first bytes. Decoded as text, it would be mojibake, each piece of which would get a row."""
+    for pattern, what, opener in _FORMATS:
+        if re.match(pattern, begin):
+            way_out = f"pass the lines of {opener} instead" if opener else "convert it to a text file first"
+            msg = f"{os.fspath(path)} is {what}: {way_out}"
+            raise ValueError(msg)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +174,9 @@ class Encoder:
     vocabulary : Vocabulary
         Of strings, with at least one reserved row.
     split : callable or Tokenizer
-        Function of a sentence that returns its tokens, a list of str; default `words`. Or a ``tokenizers.Tokenizer``,
-        of which the ``tokens`` are used, but not its special tokens and padding: there are reserved rows for these.
+        Function of a sentence that returns its tokens, a list of str (or another sequence of them, or an iterator);
+        default `words`. Or a ``tokenizers.Tokenizer``, of which the ``tokens`` are used, but not its special tokens and
+        padding: there are reserved rows for these.
     lower : bool
         Convert sentences to lower case before a function splits them. A tokenizer has its own rules for that, so it
         gets sentences as they are.
@@ -210,9 +247,12 @@ class Encoder:
         Raises
         ------
         TypeError
-            `sentences` is a single string, or one of them is not a string.
+            `sentences` is a single string, a mapping or a table, or one of them is not a string. Or `split` returned
+            something other than a list of str: a tokenizer of ``transformers`` returns a mapping, for example. No token
+            was added.
         ValueError
-            A token cannot be encoded in UTF-8.
+            A token cannot be encoded in UTF-8, or a tokenizer did not return as many results as there are sentences. No
+            token was added.
         ReadOnlyError, StoreClosedError, VocabularyNotFoundError, DiskFullError
             As for `Vocabulary.lookup` and, with `create`, `Vocabulary.add`. No token was added.
 
@@ -308,26 +348,83 @@ class Encoder:
 
     def _tokens(self, sentences: list[str]) -> list[list[str]]:
         if isinstance(self.split, Tokenizer):
-            encoded = self.split.encode_batch(sentences, add_special_tokens=False)
-            # The mask is 0 for padding, if the tokenizer is configured to pad.
-            split = [list(compress(each.tokens, each.attention_mask)) for each in encoded]
+            split = _tokens_of_batch(self.split, sentences)
         elif self.lower:
-            split = [list(self.split(sentence.lower())) for sentence in sentences]
+            split = [_token_list(self.split(sentence.lower())) for sentence in sentences]
         else:
-            split = [list(self.split(sentence)) for sentence in sentences]
+            split = [_token_list(self.split(sentence)) for sentence in sentences]
         return split if self.max_length is None else [tokens[: self.max_length] for tokens in split]
 
 
+_OF_TRANSFORMERS = (
+    "for a tokenizer of transformers, pass split=tokenizer.backend_tokenizer or split=tokenizer.tokenize"
+)
+
+
 def _require_split(split: object) -> None:
-    if not callable(split) and not isinstance(split, Tokenizer):
-        msg = f"split must be a function of a string, or a tokenizer with encode_batch, got {split!r:.80}"
+    if isinstance(split, Tokenizer) and not isinstance(split, type):
+        return
+    if not callable(split) or hasattr(split, "backend_tokenizer"):
+        msg = (
+            f"split must be a function of a string, or a tokenizer with encode_batch, got {split!r:.80}; "
+            f"{_OF_TRANSFORMERS}"
+        )
         raise TypeError(msg)
 
 
+def _tokens_of_batch(tokenizer: Tokenizer, sentences: list[str]) -> list[list[str]]:
+    encoded = tokenizer.encode_batch(sentences, add_special_tokens=False)
+    if len(encoded) != len(sentences):
+        msg = f"split: encode_batch returned {len(encoded)} results for {len(sentences)} sentences"
+        raise ValueError(msg)
+    split = []
+    for each in encoded:
+        tokens, mask = _token_list(each.tokens), each.attention_mask
+        if len(mask) != len(tokens):
+            msg = f"split: encode_batch returned {len(tokens)} tokens with an attention_mask of {len(mask)} numbers"
+            raise ValueError(msg)
+        # The mask is 0 for padding, if the tokenizer is configured to pad.
+        split.append(list(compress(tokens, mask)))
+    return split
+
+
+def _token_list(found: object) -> list[str]:
+    """Check the tokens of a sentence.
+
+    Iterating over whatever can be iterated over would make tokens of the letters of a string, or of the names of the
+    fields of a mapping.
+    """
+    is_sequence = isinstance(found, Sequence | Iterator) and not isinstance(found, str | bytes | bytearray)
+    if isinstance(found, np.ndarray) and found.ndim == 1:
+        is_sequence, found = True, found.tolist()
+    if not is_sequence:
+        msg = (
+            f"split must return a list of str, got {type(found).__name__}: {found!r:.80}; "
+            f"{_OF_TRANSFORMERS if isinstance(found, Mapping) else 'return the tokens of the sentence, in order'}"
+        )
+        raise TypeError(msg)
+    tokens: list[str] = list(found)  # type: ignore[call-overload]
+    if not all(issubclass(kind, str) for kind in set(map(type, tokens))):
+        wrong = next(each for each in tokens if not isinstance(each, str))
+        msg = f"split must return a list of str, got one with {type(wrong).__name__}: {wrong!r:.80}"
+        raise TypeError(msg)
+    return tokens
+
+
 def _several(sentences: Iterable[object]) -> Iterator[str]:
-    """Refuse what are not sentences. A single string would be taken for as many sentences as it has letters."""
+    """Refuse what are not sentences.
+
+    A single string would be taken for as many sentences as it has letters, a mapping or a data frame for the names of
+    its columns.
+    """
     if isinstance(sentences, str | bytes):
         msg = f"sentences must be several strings, got {sentences!r:.80}; put it into a list"
+        raise TypeError(msg)
+    if isinstance(sentences, Mapping) or getattr(sentences, "ndim", 1) != 1:
+        msg = (
+            f"sentences must be several strings, got {type(sentences).__name__}: pass one of its columns, "
+            f"for example batch['text']"
+        )
         raise TypeError(msg)
     return map(_sentence, sentences)
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
+import gzip
 import importlib.util
 import itertools
+import lzma
+import os
+import pickle
+import re
 import subprocess
 import sys
+import threading
 import unicodedata
-from collections import Counter
+from collections import Counter, UserDict, UserList, deque
 from dataclasses import FrozenInstanceError
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import polars as pl
+import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -299,6 +310,66 @@ def test_a_file_is_closed_when_its_lines_are_given_up(tmp_path):
     lines.close()  # the check after every test sees whether it is open
 
 
+FORMATS = {
+    "gzip": (gzip.compress(b"to be\n"), "gzip.open"),
+    "bzip2": (bz2.compress(b"to be\n"), "bz2.open"),
+    "bzip2 of nothing": (bz2.compress(b""), "bz2.open"),
+    "xz": (lzma.compress(b"to be\n"), "lzma.open"),
+    "lzma": (lzma.compress(b"to be\n", lzma.FORMAT_ALONE), "lzma.open"),
+    "zstd": (pa.compress(b"to be\n", "zstd", asbytes=True), "zstd"),
+    "lz4": (pa.compress(b"to be\n", "lz4", asbytes=True), "lz4"),
+    "zip": (b"PK\x03\x04\x14\0", "an archive"),
+    "utf-16": ("to be\n".encode("utf-16"), "utf-16"),
+    "utf-16, big-endian": (codecs.BOM_UTF16_BE + "to be\n".encode("utf-16-be"), "utf-16"),
+    "utf-32": ("to be\n".encode("utf-32"), "utf-32"),
+    "parquet": (b"PAR1\x15\x04", "no text"),
+    "pickle": (pickle.dumps(["to be"]), "no text"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), FORMATS.values(), ids=FORMATS)
+def test_files_that_are_no_text_are_refused_and_add_nothing(tmp_path, encoder, vocabulary, content, message):
+    (tmp_path / "no.txt").write_bytes(content)
+    (tmp_path / "yes.txt").write_text("to be\n")
+    with pytest.raises(ValueError, match=rf"no\.txt is .*{message}"):
+        list(encoder.batches(text.read_lines(tmp_path / "no.txt"), 2, create=True))
+    assert len(vocabulary) == 0
+    # A batch with lines of both is not encoded either.
+    with pytest.raises(ValueError, match=rf"no\.txt is .*{message}"):
+        list(encoder.batches(text.read_lines([tmp_path / "yes.txt", tmp_path / "no.txt"]), 2, create=True))
+    assert len(vocabulary) == 0
+
+
+@pytest.mark.parametrize("opener", [gzip.open, bz2.open, lzma.open])
+def test_the_way_out_of_a_compressed_file(tmp_path, encoder, opener):
+    with opener(tmp_path / "a", "wt", encoding="utf-8") as file:
+        file.write("to be\nor nöt\n")
+    with opener(tmp_path / "a", "rt", encoding="utf-8") as lines:
+        (ids,) = encoder.batches(lines, 4, create=True)
+    assert encoder.decode(ids) == [["to", "be"], ["or", "nöt"]]
+
+
+@pytest.mark.parametrize("begin", ["BZh9", "PK", "PAR1 is", "7z", "%PD", "]", "(", "\0", "\x1f", "LZIP", ""])
+def test_text_that_begins_like_something_else_is_text(tmp_path, begin):
+    (tmp_path / "a.txt").write_text(f"{begin} to\nbe")
+    assert list(text.read_lines(tmp_path / "a.txt")) == [f"{begin} to", "be"]
+
+
+def test_lines_of_a_pipe(tmp_path):
+    """Its first bytes are looked at, and still are part of the first line."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("to\nbe"))
+    writer.start()
+    assert list(text.read_lines(tmp_path / "pipe")) == ["to", "be"]
+    writer.join()
+
+
+def test_an_open_file_is_no_path(tmp_path):
+    (tmp_path / "a.txt").write_text("b.txt\n")
+    with (tmp_path / "a.txt").open() as file, pytest.raises(TypeError, match="TextIOWrapper.*name of a file"):
+        list(text.read_lines(file))
+
+
 # ---- tokenizers
 
 PROSE = [
@@ -396,11 +467,135 @@ def test_input_other_than_sentences_is_refused_and_adds_nothing(encoder, vocabul
     assert len(vocabulary) == 0
 
 
+def test_tables_are_not_sentences(encoder, vocabulary):
+    """Iterating over them would give the names of their columns."""
+    columns = {"text": ["to be"], "label": [1]}
+
+    class Frame:
+        """As that of pandas."""
+
+        ndim = 2
+
+        def __iter__(self):
+            return iter(columns)
+
+    tables = [
+        columns,
+        UserDict(columns),
+        Frame(),
+        np.array([["to be"]]),
+        pl.DataFrame(columns),
+        pa.table(columns),
+    ]
+    for table in tables:
+        with pytest.raises(TypeError, match=r"sentences? must be"):
+            encoder.encode(table, create=True)
+        with pytest.raises(TypeError, match=r"sentences? must be"):
+            list(encoder.batches(table, 1, create=True))
+    assert len(vocabulary) == 0
+
+
 def test_tokens_that_cannot_be_keys_are_refused_and_add_nothing(vocabulary):
     with pytest.raises(ValueError, match="cannot be encoded as UTF-8"):
         Encoder(vocabulary, split=str.split).encode(["to be", "\ud800"], create=True)
-    with pytest.raises(TypeError, match="keys of str"):
-        Encoder(vocabulary, split=lambda s: [1, 2]).encode(["to be"], create=True)
+    assert len(vocabulary) == 0
+
+
+class Encoded(UserDict):
+    """What a tokenizer of transformers returns: a mapping, of which iteration gives the names of the fields."""
+
+
+class Letters:
+    """Can be iterated over, and says no more about itself."""
+
+    def __iter__(self):
+        return iter("ab")
+
+
+FOUND = {
+    "fields": (
+        lambda s: Encoded(input_ids=[1, 2], attention_mask=[1, 1]),
+        "Encoded.*tokenizer.backend_tokenizer",
+    ),
+    "a dict": (lambda s: {"to": 1}, "dict"),
+    "a string": (str.upper, "str: 'TO BE'"),
+    "bytes": (str.encode, "bytes"),
+    "a set": (lambda s: set(s.split()), "set"),
+    "None": (lambda s: None, "NoneType"),
+    "a number": (len, "int"),
+    "whatever can be iterated over": (lambda s: Letters(), "Letters"),
+    "an array of two dimensions": (lambda s: np.array([s.split()]), "ndarray"),
+    "numbers": (lambda s: [1, 2], "one with int: 1"),
+    "a missing token": (lambda s: ["to", None], "one with NoneType: None"),
+    "lists": (lambda s: [["to"], ["be"]], r"one with list: \['to'\]"),
+    "tuples": (lambda s: [("to", "be"), ("or", "not")], "one with tuple"),
+    "matches": (lambda s: re.finditer("[a-z]", s), "one with Match"),
+    "tokens of bytes": (lambda s: s.encode().split(), "one with bytes"),
+}
+
+
+@pytest.mark.parametrize(("split", "message"), FOUND.values(), ids=FOUND)
+def test_what_a_split_returns_must_be_a_list_of_str(vocabulary, split, message):
+    encoder = Encoder(vocabulary, split=split, lower=False)
+    for create in (False, True):
+        with pytest.raises(TypeError, match=f"split must return a list of str, got {message}"):
+            encoder.encode(["to be"], create=create)
+    assert len(vocabulary) == 0
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        str.split,
+        lambda s: tuple(s.split()),
+        lambda s: iter(s.split()),
+        lambda s: map(str, s.split()),
+        lambda s: UserList(s.split()),
+        lambda s: np.array(s.split()),
+        lambda s: np.array(s.split(), object),
+        lambda s: deque(s.split()),
+    ],
+)
+def test_sequences_and_iterators_of_str_are_tokens(vocabulary, split):
+    encoder = Encoder(vocabulary, split=split)
+    assert encoder.encode(["to be"], create=True).tolist() == [[2, 3]]
+    assert encoder.decode([[2, 3]]) == [["to", "be"]]
+
+
+def test_a_tokenizer_of_transformers_is_refused_with_the_way_out(vocabulary, tokenizer):
+    class Fast:
+        backend_tokenizer = tokenizer
+
+        def __call__(self, sentence):
+            return Encoded(input_ids=[1])
+
+    with pytest.raises(TypeError, match=r"pass split=tokenizer\.backend_tokenizer"):
+        Encoder(vocabulary, split=Fast())
+    assert Encoder(vocabulary, split=Fast().backend_tokenizer).encode(["to"]).shape[0] == 1
+    with pytest.raises(TypeError, match=r"split must return a list of str, got Encoding"):
+        Encoder(vocabulary, split=tokenizer.encode).encode(["to"], create=True)
+    with pytest.raises(TypeError, match="split must be a function"):
+        Encoder(vocabulary, split="to be")
+
+
+@pytest.mark.parametrize(
+    ("encoded", "error", "message"),
+    [
+        ([], ValueError, "0 results for 1 sentences"),
+        (
+            [SimpleNamespace(tokens=["a", "b"], attention_mask=[1])],
+            ValueError,
+            "2 tokens with an attention_mask of 1",
+        ),
+        ([SimpleNamespace(tokens="ab", attention_mask=[1, 1])], TypeError, "list of str, got str"),
+        ([SimpleNamespace(tokens=len, attention_mask=[1])], TypeError, "list of str, got builtin"),
+        ([SimpleNamespace(tokens=[1, 2], attention_mask=[1, 1])], TypeError, "with int: 1"),
+    ],
+)
+def test_results_of_a_tokenizer_are_checked(vocabulary, encoded, error, message):
+    split = SimpleNamespace(encode_batch=lambda sentences, *, add_special_tokens: encoded)
+    with pytest.raises(error, match=message):
+        Encoder(vocabulary, split=split).encode(["to be"], create=True)
     assert len(vocabulary) == 0
 
 

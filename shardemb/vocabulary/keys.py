@@ -179,7 +179,8 @@ def _flatten(keys: KeysLike, wanted: type) -> tuple[tuple[int, ...] | None, Any]
 
 
 def _unnested(keys: KeysLike) -> tuple[tuple[int, ...], list[Any]]:
-    if isinstance(keys, Mapping) or not hasattr(keys, "__getitem__"):
+    # A mapping, or a data frame, would give the names of its columns.
+    if isinstance(keys, Mapping) or getattr(keys, "ndim", 1) != 1 or not hasattr(keys, "__getitem__"):
         raise TypeError(f"a {type(keys).__name__} is not a sequence")
     keys = list(keys)
     shape: tuple[int, ...] = (len(keys),)

@@ -236,6 +236,18 @@ def test_the_first_key_of_another_type_is_named():
         checked(["to", b"be", 5], "string")
 
 
+class Frame:
+    """As that of pandas: a sequence of the names of its columns."""
+
+    ndim = 2
+
+    def __iter__(self):
+        return iter(["to", "be"])
+
+    def __getitem__(self, name):
+        return [name]
+
+
 @pytest.mark.parametrize(
     "given",
     [
@@ -262,6 +274,7 @@ def test_the_first_key_of_another_type_is_named():
         pa.nulls(2),
         pa.scalar("to"),
         pa.table({"a": ["to"]}),
+        Frame(),
     ],
     ids=lambda each: f"{type(each).__name__}-{sorted(each) if isinstance(each, set) else each}"[:30],
 )
