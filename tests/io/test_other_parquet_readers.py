@@ -48,15 +48,11 @@ def read(request):
     ):
         pytest.skip(f"{request.param} is not installed")
 
-    def read(path):
-        done = subprocess.run(
-            [sys.executable, "-c", READERS[request.param], str(path)],
-            check=False,
-            capture_output=True,
-            text=True,
-        )
+    def read(*paths):
+        command = [sys.executable, "-c", READERS[request.param], *map(str, paths)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
-        return json.loads(done.stdout.splitlines()[-1])
+        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
 
     return read
 

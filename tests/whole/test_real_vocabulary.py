@@ -1,5 +1,7 @@
 """Real words: the 400,000 tokens of GloVe with their vectors, and English with its long tail of rare words."""
 
+import itertools
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -76,6 +78,40 @@ def test_tokens_get_rows_in_the_order_of_their_frequency(imported, frequencies):
         assert share[found >= 0].sum() > 0.97 * share.sum()
         assert share[(found >= 0) & (found < 20_000)].sum() > 0.85 * share.sum()
         assert words.lookup(["the", "no such token", "The"]).tolist() == [0, -1, -1]
+
+
+def test_the_code_of_the_documentation_reads_every_line(glove, tmp_path):
+    """Of a text file as GloVe publishes it: no header, words with all but a space. Then as other files have it."""
+    page = (Path(__file__).parents[2] / "docs/how-to/import-vectors.md").read_text(encoding="utf-8")
+    code = re.search(r"^def read_vectors.*?(?=^```)", page, re.M | re.S)
+    namespace = {"np": np}
+    exec(code[0], namespace)
+    tokens, vectors = glove[0].to_pylist(), glove[1][:, :2].tolist()
+    odd = [
+        "new\xa0york",
+        "\xa0",
+        "\u2028",
+        "\x85",
+        "a\tb",
+        "at name@domain.com",
+        ". . .",
+        "\x1c",
+        "a\rb",
+        "\ufeff",
+        "1",
+        "",
+    ]
+    tokens, vectors = [*tokens, *odd], [*vectors, *([number, -number] for number in range(len(odd)))]
+    content = "".join(f"{token} {first!r} {second!r}{end}" for (token, (first, second)), end in zip(
+        zip(tokens, vectors, strict=True), itertools.cycle(["\n", " \n", "\r\n"])))  # fmt: skip
+    for header in ("", f"{len(tokens)} 2\n"):
+        (tmp_path / "vectors.txt").write_bytes((header + content).encode())
+        words, values = zip(*namespace["read_vectors"](tmp_path / "vectors.txt", 2), strict=True)
+        assert list(words) == tokens
+        np.testing.assert_array_equal(np.stack(values), np.float32(vectors))
+    (tmp_path / "vectors.txt").write_text("to 1 2\nbe 1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"vectors\.txt, line 2: 1 values instead of 2"):
+        list(namespace["read_vectors"](tmp_path / "vectors.txt", 2))
 
 
 def test_tokens_come_back_as_they_were(imported, glove):
