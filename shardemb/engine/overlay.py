@@ -79,9 +79,12 @@ class Overlay:
         self.slots = Slots(self._max_slots)
         leaves = -(-self.first_slot // NODE)
         branches = -(-leaves // NODE)
-        self._directory: NDArray[np.int32] = address_space.zeros(np.int32, branches)
-        self._branches = _Nodes(min(branches, _MAX_SLOTS))
-        self._leaves = _Nodes(min(leaves, _MAX_SLOTS))
+        nodes = min(branches, _MAX_SLOTS), min(leaves, _MAX_SLOTS)
+        self._directory: NDArray[np.int32]
+        self._directory, *arrays = address_space.zeros_together(
+            [(np.int32, branches), *((np.int32, size) for each in nodes for size in _Nodes.sizes(each))]
+        )
+        self._branches, self._leaves = _Nodes(*arrays[:2]), _Nodes(*arrays[2:])
         self._spill_file: SpillFile | None = None
         self._mapped_bytes = 0
         self._version = 0
@@ -95,6 +98,8 @@ class Overlay:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that rows in slots take, with their index."""
+        if not self.slots.count:  # of thousands of tables, few have any
+            return 0
         nodes = sum(min(self.slots.count, nodes.used) for nodes in (self._branches, self._leaves))
         return self.slots.count * self.slot_bytes + nodes * NODE_BYTES
 
@@ -388,9 +393,13 @@ class Overlay:
 class _Nodes:
     """The branches or the leaves of the index: 16 entries a node, and a free list as ``row_index.py`` describes it."""
 
-    def __init__(self, capacity: int) -> None:
-        self.entries: NDArray[np.int32] = address_space.zeros(np.int32, (capacity + 1) * NODE)
-        self.free_list: NDArray[np.int32] = address_space.zeros(np.int32, capacity + 2)
+    def __init__(self, entries: NDArray[np.int32], free_list: NDArray[np.int32]) -> None:
+        self.entries, self.free_list = entries, free_list
+
+    @staticmethod
+    def sizes(capacity: int) -> tuple[int, int]:
+        """Return the lengths of the arrays, which begin as zeros, for a number of nodes."""
+        return (capacity + 1) * NODE, capacity + 2
 
     @property
     def used(self) -> int:

@@ -60,8 +60,11 @@ class Slots:
     """
 
     def __init__(self, capacity: int) -> None:
-        self.owner: NDArray[np.int64] = address_space.zeros(np.int64, capacity)
-        self._words: NDArray[np.uint64] = address_space.zeros(np.uint64, -(-capacity // 8))
+        self.owner: NDArray[np.int64]
+        self._words: NDArray[np.uint64]
+        self.owner, self._words = address_space.zeros_together(
+            [(np.int64, capacity), (np.uint64, -(-capacity // 8))]
+        )
         self.state: NDArray[np.uint8] = self._words.view(np.uint8)[:capacity]
         self._free_slots = np.empty(0, np.int64)
         self.end: int = 0

@@ -11,6 +11,8 @@ import ctypes
 import mmap
 import os
 import weakref
+from itertools import accumulate
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,16 +20,19 @@ import numpy as np
 from shardemb.storage import files
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Sequence
 
     from numpy.typing import DTypeLike, NDArray
 
 MADV_RANDOM, MADV_WILLNEED, MADV_DONTNEED, MADV_POPULATE_READ, MADV_POPULATE_WRITE = 1, 3, 4, 22, 23
 
-MAX_MAPPINGS = 32_768
-"""Most files that all open tables of a process may map together; the kernel allows 65,530 mappings of any kind."""
-
 HUGE_PAGE = 2 * 2**20
+
+SMALL_BYTES = 64 * 2**10
+"""Arrays up to this size are not worth a mapping of their own."""
+
+TABLE_MAPPINGS = 6
+"""Mappings that an open table takes in addition to one for each of its files, see `Shards` and `Overlay`."""
 
 _MADV_HUGEPAGE = 14
 _PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
@@ -41,16 +46,29 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 
+def _max_mappings() -> int:
+    try:
+        limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    except (OSError, ValueError):
+        limit = 65_530
+    return limit * 7 // 8
+
+
+MAX_MAPPINGS: int = _max_mappings()
+"""Most mappings that shardemb takes in a process: seven eighths of what the kernel allows (``vm.max_map_count``)."""
+
+
 def mappings_left() -> int:
-    """Return how many more files this process may map."""
-    return MAX_MAPPINGS - files.counters.mappings
+    """Return how many files one more table may have, for this process to map them all."""
+    return MAX_MAPPINGS - files.counters.mappings - TABLE_MAPPINGS
 
 
 class AddressRange:
-    """A range of address space, aligned to 2 MiB, into which files are mapped privately.
+    """A range of address space into which files are mapped privately; aligned to 2 MiB unless it is smaller.
 
-    Memory in which nothing is mapped must not be accessed. The range is unmapped when the last array over it is
-    deleted, so a thread that still reads from such an array is safe whatever other threads do.
+    It takes no address space but its own, so that a process has enough mappings for thousands of tables. Memory in
+    which nothing is mapped must not be accessed. The range is unmapped when the last array over it is deleted, so a
+    thread that still reads from such an array is safe whatever other threads do.
 
     Parameters
     ----------
@@ -64,27 +82,43 @@ class AddressRange:
     """
 
     def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        length = nbytes + HUGE_PAGE
-        start = _mmap(0, length, _PROT_NONE, -1)
-        self.address = -(-start // HUGE_PAGE) * HUGE_PAGE
-        self._files = [0]
-        weakref.finalize(self, _unmap, start, length, self._files).atexit = False
+        self.nbytes, self.address = nbytes, HUGE_PAGE  # an address to which nothing is ever mapped
+        if nbytes == 0:
+            return
+        spare = HUGE_PAGE if nbytes >= HUGE_PAGE else 0
+        start = _mmap(0, nbytes + spare, _PROT_NONE, -1)
+        self.address = -(-start // HUGE_PAGE) * HUGE_PAGE if spare else start
+        for first, last in ((start, self.address), (self.address + nbytes, start + nbytes + spare)):
+            if first < last:
+                _libc.munmap(first, last - first)
+        self._reserved = nbytes  # in which nothing is mapped yet
+        self._mappings = [0]
+        weakref.finalize(self, _unmap, self.address, nbytes, self._mappings).atexit = False
+        self._count(1)
 
     def map_file(self, offset: int, path: Path, nbytes: int, start: int = 0) -> None:
         """Map `nbytes` of a file, from `start` on, at `offset`. Reads see the file; writes stay in this process."""
         with files.opened(path, os.O_RDONLY) as descriptor:
             _mmap(self.address + offset, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, descriptor, start)
-        self._files[0] += 1
-        files.counters.add(mappings=1)
+        self._note_mapped(nbytes)
 
     def map_zeros(self, offset: int, nbytes: int) -> None:
         """Map zero bytes, which take memory only once they are written."""
         _mmap(self.address + offset, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, -1)
+        self._note_mapped(nbytes)
 
-    def array(self, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
-        """Return an array over the beginning of the range. It keeps the range mapped."""
-        view = _View(self, np.dtype(dtype).str, shape)
+    def _note_mapped(self, nbytes: int) -> None:
+        """Count a mapping, which may take the place of the last that was only reserved."""
+        self._reserved -= nbytes
+        self._count(1 if self._reserved else 0)
+
+    def _count(self, more: int) -> None:
+        self._mappings[0] += more
+        files.counters.add(mappings=more)
+
+    def array(self, dtype: DTypeLike, shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:
+        """Return an array over the range, from the byte `offset` on. It keeps the range mapped."""
+        view = _View(self, np.dtype(dtype).str, shape, offset)
         return np.asarray(view)
 
     def bytes(self, offset: int, nbytes: int) -> memoryview:
@@ -118,10 +152,10 @@ class AddressRange:
 class _View:
     """Describes a range to NumPy, and keeps it mapped as long as an array uses it."""
 
-    def __init__(self, owner: AddressRange, typestr: str, shape: tuple[int, ...]) -> None:
+    def __init__(self, owner: AddressRange, typestr: str, shape: tuple[int, ...], offset: int) -> None:
         self._owner = owner
         self.__array_interface__ = {
-            "data": (owner.address, False),
+            "data": (owner.address + offset, False),
             "typestr": typestr,
             "shape": shape,
             "version": 3,
@@ -129,11 +163,24 @@ class _View:
 
 
 def zeros(dtype: DTypeLike, count: int) -> NDArray[Any]:
-    """Make an array of zeros that takes memory only page by page, as it is written."""
-    nbytes = -(-max(count * np.dtype(dtype).itemsize, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = AddressRange(nbytes)
-    memory.map_zeros(0, nbytes)
-    return memory.array(dtype, (count,))
+    """Make an array of zeros that takes memory only page by page, as it is written, unless it is small."""
+    return zeros_together([(dtype, count)])[0]
+
+
+def zeros_together(wanted: Sequence[tuple[DTypeLike, int]]) -> list[NDArray[Any]]:
+    """Make several arrays of zeros, given by type and length, that share one mapping; see `zeros`."""
+    sizes = [
+        -(-max(count * np.dtype(dtype).itemsize, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+        for dtype, count in wanted
+    ]
+    if sum(sizes) <= SMALL_BYTES:
+        return [np.zeros(count, dtype) for dtype, count in wanted]
+    memory = AddressRange(sum(sizes))
+    memory.map_zeros(0, memory.nbytes)
+    offsets = accumulate(sizes, initial=0)
+    return [
+        memory.array(dtype, (count,), offset) for (dtype, count), offset in zip(wanted, offsets, strict=False)
+    ]
 
 
 def read_in_huge_pages(path: Path, start: int, nbytes: int) -> None:

@@ -192,7 +192,8 @@ def read(path: Path, limit: int = 16 * 2**20) -> bytes:
         The file is larger than `limit` bytes.
     """
     with opened(path, os.O_RDONLY) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as file:
-        data = file.read(limit + 1)
+        # Not more than there is: to read 16 MiB takes a mapping, which the little that remains of it keeps.
+        data = file.read(min(os.fstat(descriptor).st_size, limit) + 1)
     if len(data) > limit:
         msg = f"{path} is larger than {limit} bytes"
         raise ValueError(msg)

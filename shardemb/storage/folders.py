@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from shardemb.errors import FormatError
@@ -85,7 +86,7 @@ def locate(store: Path, tables: Iterable[TableEntry]) -> dict[str, Path]:
     found = {}
     for table in tables:
         own = (store / table.name, parked(store, table.uuid))
-        directories = [path for path in own if _uuid(path) == table.uuid][:1]
+        directories = list(islice((path for path in own if _uuid(path) == table.uuid), 1))
         directories = directories or [path for path in _children(store) if _uuid(path) == table.uuid]
         if not directories:
             for path in own:

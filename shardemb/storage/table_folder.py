@@ -27,11 +27,13 @@ _BLOCK_BYTES = 4 * 2**20
 
 def check_mappings(spec: TableSpec) -> None:
     """Raise `ShardEmbError` if the process cannot map all files of one more table."""
-    more, used = spec.num_shards + spec.num_presence_chunks, files.counters.mappings
+    number = spec.num_shards + spec.num_presence_chunks
+    more, used = number + address_space.TABLE_MAPPINGS, files.counters.mappings
     if used + more > address_space.MAX_MAPPINGS:
         msg = (
-            f"the table takes {more} files of {spec.shard_bytes} bytes, and this process has mapped {used} already, "
-            f"but a process maps at most {address_space.MAX_MAPPINGS}: use larger shards or close a store"
+            f"the table takes {number} files of {spec.shard_bytes} bytes and {more} mappings, and this process has "
+            f"{used} already, but takes at most {address_space.MAX_MAPPINGS} (vm.max_map_count): use larger shards or "
+            f"close a store"
         )
         raise ShardEmbError(msg)
 

@@ -314,6 +314,7 @@ class Session:
         """Copy the last commit into a new store; see `Store.copy`."""
         target = paths.local_path(path, "the copy of a store").absolute()
         rewrite.require_absent(target)
+        target = target.parent.resolve() / target.name  # links are not followed later on
         with self.runtime.writing():
             self.journal.pause_folds()
             manifest, tables = self.runtime.committed, self.tables.locations()

@@ -90,11 +90,16 @@ class TableCatalog:
     def memory(self) -> dict[str, Shards]:
         """Return the memory of all tables by uuid: of the last commit's tables and of those created since."""
         committed = {uuid: each.shards for uuid, each in self.committed.items()}
-        return committed | {table.spec.uuid: table.shards for table in self.current.values()}
+        return committed | {uuid: table.shards for uuid, table in self._by_uuid()}
+
+    def _by_uuid(self) -> list[tuple[str, TableState]]:
+        return [(table.spec.uuid, table) for table in self.current.values()]
 
     def overlays(self) -> list[Overlay]:
         """Return the rows in memory of all tables."""
-        return [each.overlay for each in self.memory().values()]
+        # Asked by every change, so this makes no dict of thousands of tables.
+        new = (table.shards for uuid, table in self._by_uuid() if uuid not in self.committed)
+        return [*(each.shards.overlay for each in self.committed.values()), *(each.overlay for each in new)]
 
     def locations(self) -> dict[str, TableLocation]:
         """Return the spec and folder of each table of the last commit, by uuid."""

@@ -14,7 +14,7 @@ from shardemb.compute import row_kernels
 from shardemb.engine import batch
 from shardemb.engine.overlay import Overlay
 from shardemb.engine.slots import TOUCHED
-from shardemb.errors import DiskFullError, ReadOnlyError, ShardEmbError
+from shardemb.errors import DiskFullError
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import SGD, Adam
 from shardemb.storage import files, fold
@@ -224,26 +224,48 @@ def test_a_row_that_is_spilled_in_the_middle_of_a_lookup_is_looked_up_again(stor
     monkeypatch.undo()
 
 
-def test_a_fork_cannot_read_spilled_rows(store):
+def test_a_fork_reads_spilled_rows_until_its_parent_overwrites_them(store):
     import os
 
     table = new(store)
     ids, rows = spread(1.0)
     table.write(ids, rows)
     table.write(ids + 2000, rows)
-    child = os.fork()
-    if child == 0:
+    assert inside.shards(table).overlay.spilled
+
+    def child(before):
+        """Return what a lookup in a child raises, after `before` was called in the parent."""
+        read, write = os.pipe()
+        number = os.fork()
+        if number:
+            os.close(read)
+            before()
+            os.close(write)
+            return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
         code = 1
         try:
-            table.lookup(ids)
-        except ReadOnlyError:
+            os.close(write)
+            os.read(read, 1)
+            assert_same_bits(table.lookup(ids), rows)
             code = 0
-        except ShardEmbError:
-            code = 2
+        except OSError as error:
+            code = 2 if "has changed it since this one was forked" in str(error) else 3
         finally:
             os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert_same_bits(table.lookup(ids), rows)
+
+    assert child(lambda: None) == 0
+    assert_same_bits(table.lookup(ids), rows)  # the child has freed nothing that it shares
+
+    def overwrite():
+        for turn in range(1, 9):
+            table.write(ids + 1000 * turn, np.full_like(rows, turn))
+        assert_same_bits(table.lookup(ids), rows)
+
+    assert child(overwrite) in (0, 2)
+    table.write(ids, rows + 1)
+    store.commit()
+    store.checkpoint()
+    assert_same_bits(table.lookup(ids), rows + 1)
 
 
 def test_a_lookup_that_found_an_empty_index_looks_again(store, monkeypatch):

@@ -499,14 +499,14 @@ def test_a_table_that_cannot_be_created_leaves_nothing_behind(tmp_path, monkeypa
 
 
 def test_a_table_with_more_files_than_can_be_mapped_is_refused_before_anything_is_made(tmp_path):
-    spec = make(64 * 40_000, 16, rows_per_shard=64)
-    with pytest.raises(ShardEmbError, match=r"takes 40000 files .*use larger shards"):
+    spec = make(64 * 70_000, 16, rows_per_shard=64)
+    with pytest.raises(ShardEmbError, match=r"takes 70000 files .*use larger shards"):
         create(tmp_path, spec)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_tables_share_what_a_process_can_map(tmp_path, monkeypatch):
-    monkeypatch.setattr(address_space, "MAX_MAPPINGS", files.counters.mappings + 6)
+    monkeypatch.setattr(address_space, "MAX_MAPPINGS", files.counters.mappings + 16)
     first = create(tmp_path)  # four files
     with pytest.raises(ShardEmbError, match="at most"):
         shards.create(PLAIN, tmp_path / "second", None)

@@ -550,8 +550,10 @@ def test_a_range_shows_the_files_that_are_mapped_into_it(path, tmp_path):
 
 
 def test_a_range_begins_at_a_huge_page(path):
+    """One that could hold any does; a smaller one takes no more address space than it needs."""
+    large = [address_space.AddressRange(address_space.HUGE_PAGE + n * PAGE) for n in range(5)]
+    assert all(memory.address % address_space.HUGE_PAGE == 0 for memory in large)
     ranges = [over(path) for _ in range(5)]
-    assert all(memory.address % address_space.HUGE_PAGE == 0 for memory in ranges)
     assert ranges[0].array(np.uint8, (1,)).ctypes.data == ranges[0].address
 
 
@@ -647,6 +649,7 @@ def test_the_whole_reservation_is_released_with_the_range():
 def test_mappings_are_counted_as_long_as_they_last(path, counted):
     memory = address_space.AddressRange(8 * PAGE)
     memory.map_file(0, path, 4 * PAGE)
+    assert counted.mappings == 2  # the file, and the rest of the range
     memory.map_file(4 * PAGE, path, 4 * PAGE)
     assert counted.mappings == 2
     array = memory.array(np.uint8, (1,))
@@ -656,11 +659,37 @@ def test_mappings_are_counted_as_long_as_they_last(path, counted):
     assert counted.mappings == 0
 
 
+@pytest.mark.parametrize(
+    "nbytes", [PAGE, 3 * PAGE, address_space.HUGE_PAGE, 5 * address_space.HUGE_PAGE + PAGE]
+)
+def test_what_is_counted_is_what_the_kernel_has(path, counted, nbytes):
+    def mappings():
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    ranges = [address_space.AddressRange(nbytes) for _ in range(300)]
+    before, counted_before = mappings(), counted.mappings
+    for memory in ranges:
+        memory.map_file(0, path, PAGE)
+        if nbytes > 2 * PAGE:
+            memory.map_zeros(PAGE, PAGE)
+    arrays = [
+        array
+        for _ in range(300)
+        for array in address_space.zeros_together([(np.int32, 10), (np.int64, nbytes)])
+    ]
+    # Neighbours that are alike may be one to the kernel.
+    assert mappings() - before <= counted.mappings - counted_before + 300
+    assert counted.mappings <= 300 * (1 if nbytes == PAGE else 3) + 300
+    del ranges, memory, arrays
+    assert counted.mappings == 0
+
+
 def test_a_file_that_cannot_be_mapped_is_not_counted(tmp_path, counted):
     memory = address_space.AddressRange(PAGE)
+    before = counted.mappings
     with pytest.raises(FileNotFoundError):
         memory.map_file(0, tmp_path / "missing", PAGE)
-    assert counted.mappings == 0
+    assert counted.mappings == before
 
 
 def test_an_empty_range_is_an_empty_array():

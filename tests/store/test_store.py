@@ -23,13 +23,14 @@ from shardemb.errors import (
     PoisonedError,
     ReadOnlyError,
     RowIdError,
+    ShardEmbError,
     StoreClosedError,
     TableExistsError,
     TableNotFoundError,
 )
 from shardemb.initializers import Constant, Normal, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
-from shardemb.storage import files
+from shardemb.storage import address_space, files
 
 ONES = np.ones((2, 4), np.float32)
 
@@ -1097,3 +1098,78 @@ def test_an_error_of_the_device_poisons_the_store(path, monkeypatch, what, only,
         again.commit(step=3)
     with shardemb.open(path, "r") as again:
         assert again["t"].lookup(1).tolist() == [7] * 4
+
+
+# ---- thousands of tables ----------------------------------------------------------------------------------------
+
+
+def mappings():
+    return len(Path("/proc/self/maps").read_text().splitlines())
+
+
+def make_many(path, number):
+    with shardemb.open(path) as store:
+        for k in range(number):
+            table = store.create_table(f"t{k}", num_embeddings=100, embedding_dim=4, optimizer=SGD(lr=1.0))
+            table.write([1], np.full((1, 4), k, np.float32))
+        store.commit(step=1)
+
+
+@pytest.mark.parametrize("mode", ["r", "a"])
+def test_a_small_table_takes_few_mappings_and_all_are_counted(path, mode):
+    make_many(path, 100)
+    gc.collect()
+    before, counted = mappings(), files.counters.mappings
+    with shardemb.open(path, mode) as store:
+        if mode == "a":
+            for table in store.values():
+                table.write([2], np.ones((1, 4), np.float32))
+        taken = mappings() - before
+        assert taken <= 3 * 100 + 20
+        assert taken <= files.counters.mappings - counted + 20
+        if mode == "a":
+            store.commit()
+        assert store["t99"].lookup(1)[0] == 99
+
+
+def test_a_vocabulary_takes_few_mappings_and_all_are_counted(path):
+    with shardemb.open(path) as store:
+        before, counted = mappings(), files.counters.mappings
+        for k in range(20):
+            store.create_vocabulary(f"v{k}", key_type="string").add([f"{n}" for n in range(50)])
+            store.create_table(f"t{k}", vocabulary=f"v{k}", embedding_dim=4, optimizer=SGD(lr=1.0))
+        store.commit()
+        taken = mappings() - before
+        assert taken <= 20 * 40
+        assert taken <= files.counters.mappings - counted + 40
+
+
+def test_a_table_for_which_there_are_no_mappings_is_refused_before_the_commit(path, monkeypatch):
+    with shardemb.open(path) as store:
+        monkeypatch.setattr(address_space, "MAX_MAPPINGS", files.counters.mappings + 45)
+        with pytest.raises(ShardEmbError, match=r"vm\.max_map_count"):
+            for k in range(30):
+                store.create_table(f"t{k}", num_embeddings=100, embedding_dim=4)
+        made = len(store)
+        assert 5 < made < 30
+        with pytest.raises(ShardEmbError, match=r"vm\.max_map_count"):
+            store.create_vocabulary("v", key_type="string")
+        assert store.vocabularies == {}
+        store.commit()
+    for mode in ("r", "a"):
+        with shardemb.open(path, mode) as store:
+            assert len(store) == made
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_ten_thousand_tables(path):
+    make_many(path, 10_000)
+    for mode in ("r", "a"):
+        started = time.perf_counter()
+        with shardemb.open(path, mode) as store:
+            assert time.perf_counter() - started < 120
+            assert store["t9999"].lookup(1)[0] == 9999
+            if mode == "a":
+                store["t5"].write([2], np.ones((1, 4), np.float32))
+                store.commit(step=2)
