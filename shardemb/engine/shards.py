@@ -106,7 +106,7 @@ class Shards:
     def __init__(self, spec: TableSpec, directory: Path, missing: Collection[Path] = ()) -> None:
         self.spec = spec
         self.directory = directory
-        table_folder.check_mappings(spec)
+        table_folder.check_mappings(spec, exists=True)
         shards = map(self.shard_path, range(spec.num_shards))
         files_bytes = spec.num_shards * spec.shard_bytes
         self._rows = address_space.AddressRange(2 * files_bytes)

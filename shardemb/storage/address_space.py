@@ -46,16 +46,18 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 
 
-def _max_mappings() -> int:
+def _kernels_limit() -> int:
     try:
-        limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+        return int(Path("/proc/sys/vm/max_map_count").read_text())
     except (OSError, ValueError):
-        limit = 65_530
-    return limit * 7 // 8
+        return 65_530
 
 
-MAX_MAPPINGS: int = _max_mappings()
-"""Most mappings that shardemb takes in a process: seven eighths of what the kernel allows (``vm.max_map_count``)."""
+MAX_MAPPINGS: int = _kernels_limit() * 7 // 8
+"""With how many mappings a process creates tables: the kernel allows more (``vm.max_map_count``), for all else."""
+
+MAX_MAPPINGS_OPENING: int = _kernels_limit() * 15 // 16
+"""With how many it opens them. More, so that what one process has created another one can open."""
 
 
 def mappings_left() -> int:

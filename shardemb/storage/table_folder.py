@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 _BLOCK_BYTES = 4 * 2**20
 
 
-def check_mappings(spec: TableSpec) -> None:
-    """Raise `ShardEmbError` if the process cannot map all files of one more table."""
+def check_mappings(spec: TableSpec, *, exists: bool = False) -> None:
+    """Raise `ShardEmbError` if the process cannot map all files of one more table, which may exist already."""
+    limit = address_space.MAX_MAPPINGS_OPENING if exists else address_space.MAX_MAPPINGS
     number = spec.num_shards + spec.num_presence_chunks
     more, used = number + address_space.TABLE_MAPPINGS, files.counters.mappings
-    if used + more > address_space.MAX_MAPPINGS:
+    if used + more > limit:
         msg = (
             f"the table takes {number} files of {spec.shard_bytes} bytes and {more} mappings, and this process has "
-            f"{used} already, but takes at most {address_space.MAX_MAPPINGS} (vm.max_map_count): use larger shards or "
+            f"{used} already, but takes at most {limit} (vm.max_map_count): use larger shards or "
             f"close a store"
         )
         raise ShardEmbError(msg)
@@ -124,7 +125,7 @@ def spec_of(directory: Path, *, may_miss: bool) -> TableSpec:
         As `open_existing`.
     """
     spec = zarr_metadata.table_spec(folders.documents(directory))
-    check_mappings(spec)  # before looking for that many files
+    check_mappings(spec, exists=True)  # before looking for that many files
     missing = find_missing(spec, directory)
     fatal = [
         path
