@@ -20,7 +20,7 @@ from shardemb.base import validation
 from shardemb.base.interrupts import signals_deferred
 from shardemb.engine import batch
 from shardemb.errors import ReadOnlyError, ShardEmbError
-from shardemb.format.manifest import Commit, check_metadata, new_entry
+from shardemb.format.manifest import MAX_STEP, Commit, check_metadata, new_entry
 from shardemb.format.spec import check_name, new_spec
 from shardemb.storage import address_space, files, log_reader, rewrite, verify
 from shardemb.store import display
@@ -270,16 +270,16 @@ class Session:
     def commit(self, step: int | None, metadata: Mapping[str, Any] | None) -> Commit:
         """Make every change since the last commit durable; see `Store.commit`."""
         metadata = check_metadata(metadata)
+        if step is not None:
+            step = validation.count(step, "step", minimum=0, maximum=MAX_STEP)
         with self.runtime.writing():
             journal = self.journal
             journal.wait_for_space([table.shards for table in self.tables.current.values()])
             self.runtime.check_open()  # the wait released the lock
             self.runtime.check_sound()
             last = self.runtime.committed.commit
-            number = last.step if last else 0
-            if step is not None:
-                number = validation.count(step, "step", minimum=0)
-            commit = Commit(last.id + 1 if last else 1, number, metadata)
+            previous = last.step if last else 0
+            commit = Commit(last.id + 1 if last else 1, previous if step is None else step, metadata)
             manifest = replace(
                 self.runtime.committed,
                 commit=commit,
