@@ -112,6 +112,12 @@ def link(source: Path, target: Path) -> bool:
     return True
 
 
+def copy_link(source: Path, target: Path) -> None:
+    """Create a symbolic link to what another one leads to, without following either."""
+    with _disk_errors(target):
+        target.symlink_to(source.readlink())
+
+
 def remove(path: Path) -> None:
     """Remove a file; a missing one is fine."""
     path.unlink(missing_ok=True)

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from typing import TYPE_CHECKING
 
-from shardemb.errors import FormatError
+from shardemb.errors import FormatError, TableExistsError
 from shardemb.format import zarr_metadata
 from shardemb.format.store_paths import PRIVATE, parked, private, rebuilt
 from shardemb.storage import files
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable
     from pathlib import Path
 
     from shardemb.format.manifest import TableEntry
+
+_CHUNK = re.compile(r"c(\.\d+)+(\.tmp)?$")
+"""Matches the names of a table's chunks, also of those that were not finished."""
 
 
 def keep_indexes(store: Path, uuids: Collection[str]) -> None:
@@ -51,6 +55,58 @@ def foreign(store: Path) -> list[str]:
         zarr_metadata.store_uuid(_read(group) or b"")
         own.add(group.name)
     return sorted(entry.name for entry in store.iterdir() if entry.name not in own)
+
+
+def require_free(store: Path, name: str, is_own: Callable[[str], bool]) -> None:
+    """Check that a new table's folder can get its name: that the file system takes it, and nothing foreign has it.
+
+    Parameters
+    ----------
+    store : Path
+    name : str
+    is_own : callable
+        Returns whether the table of a uuid is, or was, the store's: its folder leaves before the name is used.
+
+    Raises
+    ------
+    TableExistsError
+        Something foreign has the name.
+    ValueError
+        The file system takes no such name.
+    """
+    place = store / name
+    try:
+        place.lstat()
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeError) as error:  # too long, or not in its encoding
+        msg = f"{name!r} cannot be a table's name, because the file system of {store} refuses it: {error}"
+        raise ValueError(msg) from error
+    uuid = _uuid(place)
+    if uuid is None or not is_own(uuid):
+        msg = (
+            f"{place} is not part of the store, and is where the folder of {name!r} would be; move it away, "
+            f"or choose another name"
+        )
+        raise TableExistsError(msg)
+
+
+def foreign_to_table(directory: Path) -> list[Path]:
+    """List what other programs have put into a table's folder: files, and folders without what is in them."""
+    arrays = [directory / name for name in zarr_metadata.ARRAYS]
+    own = {zarr_metadata.DOCUMENT, files.staged(directory / zarr_metadata.DOCUMENT).name}
+    inside = [
+        path for array in arrays if array.is_dir() for path in array.iterdir() if not _CHUNK.match(path.name)
+    ]
+    return sorted(
+        path for path in (*directory.iterdir(), *inside) if path not in arrays and path.name not in own
+    )
+
+
+def foreign_to_store(store: Path, tables: Collection[Path]) -> list[Path]:
+    """List what is in a store's folder besides the store's own files and the folders of its tables."""
+    own = {PRIVATE, zarr_metadata.DOCUMENT, files.staged(store / zarr_metadata.DOCUMENT).name}
+    return sorted(path for path in store.iterdir() if path.name not in own and path not in tables)
 
 
 def documents(directory: Path) -> dict[str, bytes]:

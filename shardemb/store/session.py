@@ -22,7 +22,7 @@ from shardemb.engine import batch
 from shardemb.errors import ReadOnlyError, ShardEmbError
 from shardemb.format.manifest import MAX_STEP, Commit, check_metadata, new_entry
 from shardemb.format.spec import check_name, new_spec
-from shardemb.storage import address_space, files, log_reader, rewrite, verify
+from shardemb.storage import address_space, files, folders, log_reader, rewrite, verify
 from shardemb.store import display
 from shardemb.store.journal import Journal
 from shardemb.store.table_catalog import TableCatalog
@@ -158,7 +158,7 @@ class Session:
         # A vocabulary must not give out rows while it is decided how many the table begins with.
         with self.vocabularies.all_locked() if vocabulary else self.runtime.changing():
             self.runtime.check_sound()
-            self.tables.require_free(check_name(name))
+            self._require_free(check_name(name))
             bound = None if vocabulary is None else self.vocabularies.find(vocabulary)
             shape, rows_per_shard = keyed_rows.first_shape(
                 bound, wanted.num_embeddings, wanted.embedding_dim, wanted.rows_per_shard
@@ -187,8 +187,13 @@ class Session:
         """Rename a table; see `Store.rename_table`."""
         with self.runtime.writing():
             table = self.find(name)
-            self.tables.require_free(check_name(new_name))
+            self._require_free(check_name(new_name))
             self.tables.set_name(table, new_name)
+
+    def _require_free(self, name: str) -> None:
+        """Raise `TableExistsError` or `ValueError` if no table can get a name: what is refused here fails no commit."""
+        self.tables.require_free(name)
+        folders.require_free(self.runtime.path, name, self.journal.is_own)
 
     def reshard(
         self,
@@ -216,7 +221,10 @@ class Session:
     def create_vocabulary(self, name: str, key_type: object, admission: object, reserved: object) -> KeyRows:
         """Create a vocabulary; see `Store.create_vocabulary`."""
         with self.runtime.writing():
-            return self.vocabularies.create(new_entry(check_name(name), key_type, admission, reserved))
+            entry = new_entry(check_name(name), key_type, admission, reserved)
+            for kind in entry.table_kinds:
+                folders.require_free(self.runtime.path, f"{name}@{kind}", self.journal.is_own)
+            return self.vocabularies.create(entry)
 
     def drop_vocabulary(self, name: str) -> None:
         """Drop a vocabulary; see `Store.drop_vocabulary`."""
@@ -317,7 +325,7 @@ class Session:
             self.journal.pause_folds()
             manifest, tables = self.runtime.committed, self.tables.locations()
         try:
-            rewrite.copy_store(manifest, tables, target, progress)
+            rewrite.copy_store(self.runtime.path, manifest, tables, target, progress)
         finally:
             self.journal.resume_folds()
 

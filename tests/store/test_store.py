@@ -248,9 +248,9 @@ def test_names_must_be_free(store):
 
 
 def test_a_foreign_folder_in_the_place_of_a_table_is_never_touched(store, path):
-    (path / "t").mkdir()
-    (path / "t" / "thesis.txt").write_text("mine")
     small(store)
+    (path / "t").mkdir()  # had it been there before, the table would not have been created
+    (path / "t" / "thesis.txt").write_text("mine")
     with pytest.raises(shardemb.FormatError, match=r"store\.zarr/t .*move it away"):
         store.commit()
     assert (path / "t" / "thesis.txt").read_text() == "mine"
