@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import dask.array as da
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -49,6 +50,16 @@ def test_what_is_an_array(given, expected):
 def test_nan_of_floats_is_a_value_and_not_missing():
     for given in (pd.Series([1.0, np.nan]), pl.Series([1.0, np.nan]), pa.array([1.0, np.nan])):
         assert np.isnan(as_array(given, "x")[1])
+
+
+def test_a_mask_that_only_the_conversion_shows_is_seen():
+    class Lazy:
+        def __array__(self, dtype=None, copy=None):
+            return np.ma.masked_array([1.0, 2.0], [False, True])
+
+    for given in (Lazy(), da.ma.masked_array([1.0, 2.0], [False, True])):
+        with pytest.raises(ValueError, match="x: 1 of 2 values are masked, the first at position 1"):
+            as_array(given, "x")
 
 
 def test_the_way_to_a_ragged_place():
