@@ -338,7 +338,7 @@ def copy_store(
     root = folders.foreign_to_store(store, {table.directory for table, _ in copies})
     foreign = _walked((each, path / each.name) for each in root)
     for table, directory in copies:
-        foreign += _foreign(table, table._replace(directory=directory))
+        foreign += _foreign(table, TableLocation(table.spec, directory))
     total = sum(_bytes_of(table) for table, _ in copies) + sum(files.size(each) or 0 for each, _ in foreign)
     try:
         files.make_directory(store_paths.private(path))

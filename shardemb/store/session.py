@@ -21,7 +21,7 @@ from shardemb.base.interrupts import signals_deferred
 from shardemb.engine import batch
 from shardemb.errors import ReadOnlyError, ShardEmbError
 from shardemb.format.manifest import MAX_STEP, Commit, check_metadata, new_entry
-from shardemb.format.spec import check_name, new_spec
+from shardemb.format.spec import check_name, new_spec, normalized
 from shardemb.storage import address_space, files, folders, log_reader, rewrite, verify
 from shardemb.store import display
 from shardemb.store.journal import Journal
@@ -154,11 +154,11 @@ class Session:
 
     def create_table(self, wanted: TableRequest, progress: Progress) -> TableState:
         """Create a table; see `Store.create_table`."""
-        name, vocabulary = wanted.name, wanted.vocabulary
+        name, vocabulary = check_name(wanted.name), wanted.vocabulary
         # A vocabulary must not give out rows while it is decided how many the table begins with.
         with self.vocabularies.all_locked() if vocabulary else self.runtime.changing():
             self.runtime.check_sound()
-            self._require_free(check_name(name))
+            self._require_free(name)
             bound = None if vocabulary is None else self.vocabularies.find(vocabulary)
             shape, rows_per_shard = keyed_rows.first_shape(
                 bound, wanted.num_embeddings, wanted.embedding_dim, wanted.rows_per_shard
@@ -187,7 +187,8 @@ class Session:
         """Rename a table; see `Store.rename_table`."""
         with self.runtime.writing():
             table = self.find(name)
-            self._require_free(check_name(new_name))
+            new_name = check_name(new_name)
+            self._require_free(new_name)
             self.tables.set_name(table, new_name)
 
     def _require_free(self, name: str) -> None:
@@ -223,7 +224,7 @@ class Session:
         with self.runtime.writing():
             entry = new_entry(check_name(name), key_type, admission, reserved)
             for kind in entry.table_kinds:
-                folders.require_free(self.runtime.path, f"{name}@{kind}", self.journal.is_own)
+                folders.require_free(self.runtime.path, f"{entry.name}@{kind}", self.journal.is_own)
             return self.vocabularies.create(entry)
 
     def drop_vocabulary(self, name: str) -> None:
@@ -361,6 +362,7 @@ class Session:
     def verify(self, names: Sequence[str] | None, progress: Progress) -> list[verify.Damage]:
         """Compare the files of committed tables with their checksums; see `Store.verify`."""
         self.runtime.check_open()
+        names = None if names is None else [normalized(name) for name in names]
         targets = {
             uuid: verify.Target(each.table.name, each.shards.location)
             for uuid, each in self.tables.select(names).items()

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+import unicodedata
 import zlib
 
 import dask.array as da
@@ -14,6 +15,7 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
+import zarr
 from support.model import STATE_COLUMNS
 from support.stores import close_quietly
 
@@ -388,7 +390,7 @@ def test_an_unknown_table_is_named(filled, name):
 PATHS = [
     "a/b", "/", "/tmp/x", "../x", "..", ".", "a/../b", "a\\b", ".hidden", ".shardemb", "-option", "",
     " ", "a b", "a\n", "\0",
-    "naïve", "x" * 65, "zarr.json", "a:b", "c*", "~",
+    "x" * 65, "ï" * 100, "na ïve", "🙂", "zarr.json", "a:b", "c*", "~",
 ]  # fmt: skip
 
 
@@ -413,14 +415,62 @@ def test_a_name_that_is_no_text_is_refused(filled, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["a", "_a", "9", "a.b-c_D", "x" * 64, "rows", "c.0.0", "zarr.json.tmp", "a.zarr"]
+    "name",
+    [
+        "a",
+        "_a",
+        "9",
+        "a.b-c_D",
+        "x" * 64,
+        "rows",
+        "c.0.0",
+        "zarr.json.tmp",
+        "a.zarr",
+        "naïve",
+        "字" * 64,
+        "كلمات",
+    ],
 )
 def test_other_names_are_fine(store, path, name):
     store.create_table(name, num_embeddings=10, embedding_dim=2).write([1], [[1.0, 2.0]])
     store.commit()
     store.close()
+    assert zarr.open_group(path, mode="r")[name]["rows"][1].tolist() == [1, 2]
     with shardemb.open(path) as again:
         assert again[name].lookup(1).tolist() == [1, 2]
+
+
+def test_names_are_found_in_whatever_form_they_are_written(store, path):
+    apart, together = (unicodedata.normalize(form, "Wörter") for form in ("NFD", "NFC"))
+    assert apart != together
+    store.create_vocabulary(apart, key_type="string").add(["a"])
+    table = store.create_table(apart, vocabulary=apart, embedding_dim=4, optimizer=SGD())
+    with pytest.raises(TableExistsError, match="already has a table"):
+        store.create_table(together, num_embeddings=1, embedding_dim=1)
+    store.commit()
+    assert table.name == together
+    assert list(store) == list(store.vocabularies) == [together]
+    assert sorted(each for each in os.listdir(path) if "@" not in each and each[0] != ".") == [
+        together,
+        "zarr.json",
+    ]
+    for name in (apart, together):
+        assert store[name] is table
+        assert name in store
+        assert name in store.vocabularies
+        assert store.vocabularies[name].lookup(["a"]).tolist() == [0]
+        store.update({name: (["a"], ONES[:1])})
+        assert list(store.lookup({name: ["a"]})) == [name]
+        assert store.verify([name]) == []
+    store.rename_table(apart, "x")
+    store.rename_table("x", apart)
+    store.commit()
+    store.close()
+    with shardemb.open(path) as again:
+        again.drop_table(apart)
+        again.drop_vocabulary(apart)
+        again.commit()
+        assert len(again) == len(again.vocabularies) == 0
 
 
 def test_a_name_that_is_taken_is_refused(filled):
