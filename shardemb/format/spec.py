@@ -15,7 +15,7 @@ import unicodedata
 import uuid
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     from shardemb.base.validation import Float32Array
 
-
-T = TypeVar("T")
 
 ROWS_PER_WORD = 64
 """Shards begin at multiples of this, so that no two share a word of the presence bitmap."""
@@ -371,7 +369,7 @@ def check_name(name: object) -> str:
     return name
 
 
-def normalized(name: T) -> T:
+def normalized(name: str) -> str:
     """Return a name as it would be stored: the same text may be written in several ways, such as an accent apart."""
     return unicodedata.normalize("NFC", name) if isinstance(name, str) and not name.isascii() else name
 
