@@ -133,8 +133,8 @@ def _count_nulls_of_pandas(given: Any) -> int:  # noqa: ANN401
 
 
 def _refuse_arrow_lists(given: object, what: str) -> None:
-    kind: Any = getattr(given, "type", None)
-    if _comes_from(given, "pyarrow") and hasattr(kind, "value_type") and hasattr(given, "flatten"):
+    kind = str(getattr(given, "type", None))
+    if _comes_from(given, "pyarrow") and kind.partition("<")[0].endswith(("list", "list_view")):
         msg = (
             f"{what}: an Arrow array of {kind} is not an array of rows; pass its values in their shape: "
             f"np.stack(array.to_numpy(zero_copy_only=False)), where all lists have the same length"

@@ -73,7 +73,7 @@ def row_ids(ids: ArrayLike, num_embeddings: int, table: str) -> Ids:
     RowIdError
         An id is negative or past the end; the message names the id and its position.
     """
-    array = as_array(ids, f"table {table!r}: row ids")
+    array = _as_array(ids, "iu", "row ids", table)
     if array.size == 0 and not isinstance(ids, np.ndarray):
         array = array.astype(np.int64)  # np.asarray([]) is float64
     if array.dtype.kind in "fO" and isinstance(ids, int | list | tuple | np.ndarray):
@@ -98,6 +98,13 @@ def row_ids(ids: ArrayLike, num_embeddings: int, table: str) -> Ids:
     if not flat.flags.carray:  # C-contiguous, aligned and writable
         flat = flat.copy()
     return Ids(flat.reshape(-1), array.shape)
+
+
+def _as_array(given: object, kinds: str, what: str, table: str) -> NDArray[Any]:
+    """Return an array of the right kind as it is: to make the message alone would cost as much as a check."""
+    if type(given) is np.ndarray and given.dtype.kind in kinds:
+        return given
+    return as_array(given, f"table {table!r}: {what}")
 
 
 def _refuse_ids(array: NDArray[Any], num_embeddings: int, table: str) -> None:
@@ -146,7 +153,7 @@ def rows(
     ValueError
         Another shape; a value is masked or null; or, if `check_finite`, NaN or infinity.
     """
-    array = as_array(values, f"table {table!r}: {what}")
+    array = _as_array(values, "f", what, table)
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         if array.size or isinstance(values, np.ndarray):
             msg = (

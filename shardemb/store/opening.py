@@ -215,6 +215,8 @@ def _open_at_last_commit(runtime: Runtime, base: Manifest, lock: int | None) -> 
 
 def _epoch_check(path: Path, epoch: int) -> Callable[[], bool]:
     """Return a function that returns whether the writer of an epoch is still the last one."""
+    if files.size(store_paths.epoch(path)) is None:  # a copy that was never opened for writing
+        return lambda: files.size(store_paths.epoch(path)) is None
     memory = address_space.AddressRange(PAGE)
     memory.map_file(0, store_paths.epoch(path), PAGE)
     now = memory.array(np.int64, (1,))

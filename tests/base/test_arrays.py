@@ -35,6 +35,7 @@ def test_arrays_are_not_copied():
         ([np.ma.masked_array([1, 2])], [[1, 2]]),
         (pa.array([1, 2]), [1, 2]),
         (pa.chunked_array([[1], [2]]), [1, 2]),
+        (pa.chunked_array([[1], [1]]).dictionary_encode(), [1, 1]),
         (pl.Series([1, 2]), [1, 2]),
         (pd.Series([1, 2]), [1, 2]),
         (pd.Series([1, 2], dtype="Int64"), [1, 2]),
@@ -60,6 +61,17 @@ def test_a_mask_that_only_the_conversion_shows_is_seen():
     for given in (Lazy(), da.ma.masked_array([1.0, 2.0], [False, True])):
         with pytest.raises(ValueError, match="x: 1 of 2 values are masked, the first at position 1"):
             as_array(given, "x")
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.list_(pa.int64()), pa.large_list(pa.int64()), pa.list_(pa.int64(), 2)], ids=str
+)
+def test_arrow_lists_are_refused_and_the_way_out_works(kind):
+    array = pa.array([[1, 2], [3, 4]], kind)
+    for given in (array, pa.chunked_array([array])):
+        with pytest.raises(TypeError, match=r"x: an Arrow array of .*list.*np\.stack\(array.to_numpy"):
+            as_array(given, "x")
+        assert np.stack(given.to_numpy(zero_copy_only=False)).tolist() == [[1, 2], [3, 4]]
 
 
 def test_the_way_to_a_ragged_place():

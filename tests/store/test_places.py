@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import shardemb
-from shardemb.errors import DiskFullError, ReadOnlyError, StoreNotFoundError
+from shardemb.errors import DiskFullError, ReadOnlyError, StaleReaderError, StoreNotFoundError
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD
 
@@ -95,6 +95,23 @@ def test_a_store_on_a_read_only_file_system_can_be_read(read_only, tmp_path):
     shutil.copytree(read_only / "s", tmp_path / "s")
     with shardemb.open(tmp_path / "s") as store:
         store.commit()
+
+
+def test_a_copy_can_be_read_where_it_cannot_be_locked(tmp_path):
+    """It has never had a writer, of which readers could notice the next."""
+    with shardemb.open(make(tmp_path / "s")) as store:
+        store.copy(tmp_path / "copied")
+    (tmp_path / "copied" / ".shardemb" / "lock").unlink()
+    with shardemb.open(tmp_path / "copied", "r") as reader:
+        assert reader["t"].lookup([1])[0, 0] == 1
+        with shardemb.open(tmp_path / "copied") as store:
+            store["t"].write([1], np.full((1, DIM), 2.0))
+            store.commit(step=5)
+            with pytest.raises(StaleReaderError):
+                reader["t"].lookup([1])
+            reader.refresh()
+            assert reader.last_commit.step == 5
+            assert reader["t"].lookup([1])[0, 0] == 2
 
 
 def test_it_cannot_be_written_and_says_so(read_only, tmp_path):
