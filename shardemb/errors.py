@@ -85,7 +85,7 @@ class UnknownKeyError(ShardEmbError, KeyError):
 
 
 class TableExistsError(ShardEmbError, FileExistsError):
-    """The store already holds a table of that name."""
+    """The store already holds a table of that name, or something foreign is in the place of its folder."""
 
 
 class VocabularyExistsError(ShardEmbError, FileExistsError):
@@ -109,7 +109,7 @@ class StoreClosedError(ShardEmbError, ValueError):
 
 
 class ReadOnlyError(ShardEmbError, PermissionError):
-    """The store was opened with mode ``"r"``."""
+    """The store was opened with mode ``"r"``, or its file system or the permissions allow no writing."""
 
 
 class FormatError(ShardEmbError, ValueError):
@@ -125,7 +125,7 @@ class StaleReaderError(ShardEmbError, RuntimeError):
 
 
 class DiskFullError(ShardEmbError, OSError):
-    """The disk is full. The call changed nothing; free some space and call it again."""
+    """The disk is full, or a file may not grow (``ulimit -f``). Nothing was changed; mend that and call again."""
 
 
 class PoisonedError(ShardEmbError, RuntimeError):

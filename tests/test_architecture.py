@@ -19,7 +19,9 @@ SOURCE = Path(shardemb.__file__).parent
 # in its own folder, and from folders below; folders that share a level do not import each other.
 ROOMS = {
     "errors": [],
-    "base": ["formatting", "interrupts", "paths", "progress", "serialization", "sizes", "validation", "sampling"],
+    "base": [
+        "arrays", "formatting", "interrupts", "paths", "progress", "serialization", "sizes", "validation", "sampling",
+    ],
     "compute": [
         "compiler", "intrinsics", "scheduler", "file_blocks", "grouping", "row_index", "plan", "residency",
         "row_kernels",

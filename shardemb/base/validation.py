@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
+from shardemb.base.arrays import as_array, described, is_layer
 from shardemb.errors import RowIdError
 
 if TYPE_CHECKING:
@@ -66,20 +68,22 @@ def row_ids(ids: ArrayLike, num_embeddings: int, table: str) -> Ids:
     ------
     TypeError
         The ids are not integers.
+    ValueError
+        An id is masked or null, or nested lists of ids have different lengths.
     RowIdError
         An id is negative or past the end; the message names the id and its position.
     """
-    array = np.asarray(ids)
+    array = _as_array(ids, "iu", "row ids", table)
     if array.size == 0 and not isinstance(ids, np.ndarray):
         array = array.astype(np.int64)  # np.asarray([]) is float64
-    if array.dtype.kind in "fO":
+    if array.dtype.kind in "fO" and isinstance(ids, int | list | tuple | np.ndarray):
         # Python ints that no integer dtype can hold together are out of range, not of a wrong type.
         values = np.asarray(ids, dtype=object)
         if all(type(value) is int for value in values.flat):
             _refuse_ids(values, num_embeddings, table)
     if array.dtype.kind not in "iu":
         msg = (
-            f"table {table!r}: row ids must be integers, got dtype {array.dtype}; "
+            f"table {table!r}: row ids must be integers, got {described(ids, array)}; "
             f"convert them first, for example with ids.astype('int64')"
         )
         raise TypeError(msg)
@@ -94,6 +98,13 @@ def row_ids(ids: ArrayLike, num_embeddings: int, table: str) -> Ids:
     if not flat.flags.carray:  # C-contiguous, aligned and writable
         flat = flat.copy()
     return Ids(flat.reshape(-1), array.shape)
+
+
+def _as_array(given: object, kinds: str, what: str, table: str) -> NDArray[Any]:
+    """Return an array of the right kind as it is: to make the message alone would cost as much as a check."""
+    if type(given) is np.ndarray and given.dtype.kind in kinds:
+        return given
+    return as_array(given, f"table {table!r}: {what}")
 
 
 def _refuse_ids(array: NDArray[Any], num_embeddings: int, table: str) -> None:
@@ -119,7 +130,7 @@ def rows(
 
     Parameters
     ----------
-    values : array_like of float16, float32 or float64
+    values : array_like of float16, float32 or float64, or of bfloat16
         Must have exactly `shape`; nothing is broadcast.
     shape : tuple of int
         ``ids.shape + (embedding_dim,)``.
@@ -140,12 +151,14 @@ def rows(
     TypeError
         The dtype is none of these.
     ValueError
-        Another shape; or, if `check_finite`, NaN or infinity.
+        Another shape; a value is masked or null; or, if `check_finite`, NaN or infinity.
     """
-    array = np.asarray(values)
+    array = _as_array(values, "f", what, table)
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         if array.size or isinstance(values, np.ndarray):
-            msg = f"table {table!r}: {what} must be float16, float32 or float64, got dtype {array.dtype}"
+            msg = (
+                f"table {table!r}: {what} must be float16, float32 or float64, got {described(values, array)}"
+            )
             raise TypeError(msg)
         array = array.astype(np.float32)
     if array.shape != shape:
@@ -182,8 +195,8 @@ def initial_rows(given: object, shape: tuple[int, int]) -> Rows:
     Parameters
     ----------
     given : Sliceable or array_like, shape (num_embeddings, embedding_dim), or callable
-        Floats, or integers that float32 holds exactly. A callable is ``f(start, stop)``, which returns an array of
-        shape ``(stop - start, embedding_dim)``.
+        Floats, also bfloat16, or integers that float32 holds exactly. A callable is ``f(start, stop)``, which returns
+        an array of shape ``(stop - start, embedding_dim)``.
     shape : tuple of int
         ``(num_embeddings, embedding_dim)``.
 
@@ -201,12 +214,15 @@ def initial_rows(given: object, shape: tuple[int, int]) -> Rows:
     ValueError
         Another shape.
     """
+    _require_no_scalar(given)
     if callable(given) and not isinstance(given, Sliceable):
         _require_function_of_ranges(given)
         return partial(_rows_of_function, given, shape[1])
-    source = given if isinstance(given, Sliceable) else np.asarray(given)
+    what = "initializer: the array"
+    is_sliceable = isinstance(given, Sliceable) and not isinstance(given, np.ma.MaskedArray)
+    source: Any = given if is_sliceable else as_array(given, what)
     # An empty range becomes a NumPy array of the right dtype, whatever library the array is from.
-    _require_real_numbers(np.asarray(source[:0] if len(source.shape) else source), "initializer: the array")
+    _require_real_numbers(as_array(source[:0] if len(source.shape) else source, what), what, given)
     if tuple(source.shape) != shape:
         msg = (
             f"initializer: the array has shape {tuple(source.shape)}, but the table has "
@@ -214,6 +230,23 @@ def initial_rows(given: object, shape: tuple[int, int]) -> Rows:
         )
         raise ValueError(msg)
     return partial(_rows_of_array, source)
+
+
+def _require_no_scalar(given: object) -> None:
+    """Refuse what other libraries take as an initializer, but is neither an array nor a function."""
+    if isinstance(given, bool | int | float | np.number):
+        advice = f"for rows that all hold it, pass shardemb.initializers.Constant({given})"
+        msg = f"initializer: {given!r} is a number, not an array; {advice}"
+        raise TypeError(msg)
+    if isinstance(given, str | bytes | Mapping):
+        msg = (
+            f"initializer: {given!r:.80} is a {type(given).__name__}; pass an object of shardemb.initializers, "
+            f"for example shardemb.initializers.Uniform(-0.05, 0.05)"
+        )
+        raise TypeError(msg)
+    if is_layer(given):
+        msg = f"initializer: {given!r:.80} is a layer, not an array; pass its weights, for example module.weight"
+        raise TypeError(msg)
 
 
 def _require_function_of_ranges(given: Callable[..., object]) -> None:
@@ -236,13 +269,14 @@ def _rows_of_function(
     function: Callable[[int, int], object], embedding_dim: int, start: int, stop: int
 ) -> Float32Array:
     try:
-        block = np.asarray(function(start, stop))
+        given = function(start, stop)
     except Exception as error:
         error.add_note(
             f"initializer: the function was asked for rows {start} to {stop - 1}; no table was created"
         )
         raise
     what = f"initializer: the values of the function for rows {start} to {stop - 1}"
+    block = as_array(given, what)
     if block.shape != (stop - start, embedding_dim):
         msg = (
             f"{what} have shape {block.shape}, but must have "
@@ -253,7 +287,7 @@ def _rows_of_function(
 
 
 def _rows_of_array(array: Sliceable, start: int, stop: int) -> Float32Array:
-    block = np.asarray(array[start:stop])
+    block = as_array(array[start:stop], f"initializer: the array's rows from {start} on")
     if block.shape != (stop - start, array.shape[1]):
         msg = f"initializer: the array gave rows of shape {block.shape} when asked for rows {start} to {stop - 1}"
         raise ValueError(msg)
@@ -277,9 +311,10 @@ def _exact_rows(block: NDArray[Any], start: int, what: str) -> Float32Array:
     return converted
 
 
-def _require_real_numbers(array: NDArray[Any], what: str) -> None:
+def _require_real_numbers(array: NDArray[Any], what: str, given: object = None) -> None:
     if array.dtype.kind not in "fiu":
-        msg = f"{what} must hold real numbers, got dtype {array.dtype}"
+        got = f"dtype {array.dtype}" if given is None else described(given, array)
+        msg = f"{what} must hold real numbers, got {got}"
         raise TypeError(msg)
 
 
@@ -289,12 +324,13 @@ def output(out: NDArray[Any], shape: tuple[int, ...]) -> Float32Array:
     Raises
     ------
     TypeError
-        Not an array of float32.
+        Not an array of float32, or one with a mask.
     ValueError
         Another shape, not C-contiguous and aligned, or read-only.
     """
-    if not isinstance(out, np.ndarray) or out.dtype != np.float32:
-        got = f"dtype {out.dtype}" if isinstance(out, np.ndarray) else type(out).__name__
+    is_array = isinstance(out, np.ndarray) and not isinstance(out, np.ma.MaskedArray)
+    if not is_array or out.dtype != np.float32:
+        got = f"dtype {out.dtype}" if is_array else type(out).__name__
         msg = f"out must be a NumPy array of float32, got {got}"
         raise TypeError(msg)
     if out.shape != shape:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from shardemb import optim
 from shardemb.admission import ADMISSIONS, Admission
 from shardemb.base import serialization, validation
@@ -32,6 +34,9 @@ from shardemb.format.spec import BYTES, INTERNAL, KEY_TYPES, SKETCH, check_store
 
 MAX_DEPTH = 64
 """Most levels of a commit's metadata, so that a reader can parse it however deep its own stack is."""
+
+MAX_STEP = 2**63 - 1
+"""Largest step of a commit: nanoseconds since 1970 fit, and so does whatever NumPy counts with."""
 
 
 @dataclass(frozen=True)
@@ -276,7 +281,7 @@ class Manifest:
 
 
 def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Check a commit's metadata and return a deep copy of it.
+    """Check a commit's metadata and return a deep copy of it, in which NumPy's scalars are Python's.
 
     Raises
     ------
@@ -290,9 +295,9 @@ def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
         msg = f"commit: metadata must be a dict with str keys, got {metadata!r:.200}"
         raise TypeError(msg)
     try:
-        text = json.dumps(dict(metadata), allow_nan=False)
+        text = json.dumps(dict(metadata), allow_nan=False, default=_python_scalar)
     except TypeError as error:
-        msg = f"commit: metadata must be a dict of JSON values: {error}"
+        msg = f"commit: metadata must be a dict of JSON values: {error}{_place_of_foreign(metadata)}"
         raise TypeError(msg) from error
     except (ValueError, RecursionError) as error:
         msg = f"commit: metadata cannot be written as JSON: {error}"
@@ -305,6 +310,33 @@ def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
         raise ValueError(msg)
     copy: dict[str, Any] = json.loads(text)
     return copy
+
+
+def _python_scalar(value: object) -> bool | int | float:
+    """Return a NumPy scalar as Python has it, if that loses no bit. `json.dumps` passes all that it cannot write."""
+    if isinstance(value, np.generic) and value.dtype.kind in "biuf" and value.itemsize <= 8:
+        scalar: bool | int | float = value.item()
+        return scalar
+    msg = f"an object of type {type(value).__name__} is none; convert it first, for example with .tolist() or str()"
+    raise TypeError(msg)
+
+
+def _place_of_foreign(metadata: Mapping[str, Any]) -> str:
+    """Say for a message where in metadata the first value is that JSON does not have."""
+    level: list[tuple[str, Any]] = [("metadata", metadata)]
+    for _ in range(MAX_DEPTH):
+        inner: list[tuple[str, Any]] = []
+        for place, value in level:
+            if isinstance(value, dict | list | tuple) or value is metadata:
+                items = enumerate(value) if isinstance(value, list | tuple) else value.items()
+                inner += [(f"{place}[{key!r}]", each) for key, each in items]
+                continue
+            try:
+                json.dumps(value, default=_python_scalar)
+            except TypeError:
+                return f" (at {place})"
+        level = inner
+    return ""
 
 
 def _depth(value: object) -> int:
@@ -339,7 +371,7 @@ def _check_together(tables: tuple[TableEntry, ...], vocabularies: tuple[Vocabula
 def _commit_from_json(document: Mapping[str, Any]) -> Commit:
     return Commit(
         id=int_field(document, "id", 2**62),
-        step=int_field(document, "step", 2**62, minimum=0),
+        step=int_field(document, "step", MAX_STEP, minimum=0),
         metadata=field(document, "metadata", dict),
     )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 import uuid
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -55,8 +56,11 @@ KEY_TYPES = "int64", "string", "bytes"
 INTERNAL = KEYS, BYTES, FREED, SKETCH = "keys", "bytes", "freed", "sketch"
 """Kinds of the internal tables of a vocabulary. They are named ``VOCABULARY@keys`` and so on, and are not shown."""
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
-_INTERNAL_NAME = re.compile(_NAME.pattern + rf"@({'|'.join(INTERNAL)})")
+NAME_CHARACTERS, NAME_BYTES = 64, 192
+"""Most characters of a table's name, and most bytes of it in UTF-8. Every file system takes it, also with a suffix."""
+
+_STORED_NAME = re.compile(r"(?![.-])[A-Za-z0-9_.\-\u00a1-\ud7ff\ue000-\U0010ffff]+")
+_INTERNAL_NAME = re.compile(rf"(.*)@({'|'.join(INTERNAL)})")
 
 
 @dataclass(frozen=True)
@@ -326,21 +330,26 @@ def is_internal(name: str) -> bool:
 def check_stored_name(name: object) -> str:
     """Check a table's name that was read from a commit; internal tables are allowed.
 
+    It only has to be safe as the name of one folder. What is a letter is not asked, because that depends on the version
+    of Unicode that the program which wrote it knew.
+
     Raises
     ------
     FormatError
         It is not a valid name.
     """
-    if isinstance(name, str) and _INTERNAL_NAME.fullmatch(name):
-        return name
-    try:
-        return check_name(name)
-    except (TypeError, ValueError) as error:
-        raise FormatError(str(error)) from error
+    internal = _INTERNAL_NAME.fullmatch(name) if isinstance(name, str) else None
+    plain = internal[1] if internal else name
+    if not isinstance(plain, str) or not _STORED_NAME.fullmatch(plain) or not _is_short(plain):
+        raise FormatError(_no_name(name))
+    return str(name)
 
 
 def check_name(name: object) -> str:
-    """Check a table's name: 1 to 64 letters, digits, ``_``, ``-`` and ``.``, of which the first is not ``.`` or ``-``.
+    """Check the name of a new table or vocabulary; return it as it is stored, which is its Unicode form NFC.
+
+    It has 1 to 64 letters, marks and digits of any script, ``_``, ``-`` and ``.``, takes at most 192 bytes in UTF-8,
+    and begins with a letter, a digit or ``_``.
 
     Raises
     ------
@@ -352,13 +361,29 @@ def check_name(name: object) -> str:
     if not isinstance(name, str):
         msg = f"a table's name must be a str, got {name!r}"
         raise TypeError(msg)
-    if not _NAME.fullmatch(name) or name == "zarr.json":
-        msg = (
-            f"{name!r} cannot be a table's name: use 1 to 64 letters, digits, '_', '-' and '.', "
-            f"beginning with a letter, a digit or '_' (a name is one folder of the store, not a path)"
-        )
-        raise ValueError(msg)
+    name = str(normalized(name))
+    kinds = "".join("_" if character == "_" else unicodedata.category(character)[0] for character in name)
+    fits = all(kind in "LMN_" or character in ".-" for character, kind in zip(name, kinds, strict=True))
+    if not fits or kinds[:1] not in {"L", "N", "_"} or name == "zarr.json" or not _is_short(name):
+        raise ValueError(_no_name(name))
     return name
+
+
+def normalized(name: str) -> str:
+    """Return a name as it would be stored: the same text may be written in several ways, such as an accent apart."""
+    return unicodedata.normalize("NFC", name) if isinstance(name, str) and not name.isascii() else name
+
+
+def _is_short(name: str) -> bool:
+    return len(name) <= NAME_CHARACTERS and len(name.encode(errors="surrogatepass")) <= NAME_BYTES
+
+
+def _no_name(name: object) -> str:
+    return (
+        f"{name!r} cannot be a table's name: use 1 to {NAME_CHARACTERS} letters, digits, '_', '-' and '.', in any "
+        f"script and at most {NAME_BYTES} bytes of UTF-8, beginning with a letter, a digit or '_' (a name is one "
+        f"folder of the store, not a path)"
+    )
 
 
 def check_shape(num_embeddings: object, embedding_dim: object) -> tuple[int, int]:

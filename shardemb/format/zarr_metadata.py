@@ -15,8 +15,10 @@ zarr wrote them, by their checksum, are not checked by zarr again, so opening a 
 
 from __future__ import annotations
 
+import json
 import zlib
 from functools import lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from shardemb.base.sizes import PAGE, round_up
@@ -44,26 +46,48 @@ def presence_key(chunk: int) -> str:
     return f"c.{chunk}"
 
 
-def store_documents(uuid: str) -> dict[str, bytes]:
-    """Return the documents of an empty store, by path relative to the store."""
-    return _group_document({"format_version": FORMAT_VERSION, "uuid": uuid})
+def store_documents(uuid: str, before: bytes = b"") -> dict[str, bytes]:
+    """Return the documents of an empty store, by path relative to the store.
+
+    The attributes that other programs have added to the document `before` stay.
+    """
+    return _group_document({"format_version": FORMAT_VERSION, "uuid": uuid}, before)
 
 
-def table_documents(spec: TableSpec) -> dict[str, bytes]:
-    """Return the documents of a table, by path relative to the table's folder."""
+def table_documents(spec: TableSpec, before: Mapping[str, bytes] = MappingProxyType({})) -> dict[str, bytes]:
+    """Return the documents of a table, by path relative to the table's folder.
+
+    The attributes that other programs have added to the documents `before` stay.
+    """
     documents = _array_documents(spec)
+    for path, document in documents.items():
+        if added := _added_attributes(before.get(path, b"")):
+            array = parse_json(document)
+            array["attributes"] = added | array["attributes"]
+            documents[path] = json.dumps(array, indent=2).encode()
     attributes = spec.to_json()
     attributes["arrays_crc32"] = _arrays_crc32(attributes, documents)
-    return _group_document(attributes | {"crc32": crc32(attributes)}) | documents
+    group = _group_document(attributes | {"crc32": crc32(attributes)}, before.get(DOCUMENT, b""))
+    return group | documents
 
 
-def _group_document(attributes: Mapping[str, object]) -> dict[str, bytes]:
+def _group_document(attributes: Mapping[str, object], before: bytes) -> dict[str, bytes]:
     import zarr
     from zarr.storage import MemoryStore
 
     memory: dict[str, Any] = {}
-    zarr.create_group(MemoryStore(memory), zarr_format=3, attributes={ATTRIBUTE: dict(attributes)})
+    added = _added_attributes(before)
+    zarr.create_group(MemoryStore(memory), zarr_format=3, attributes=added | {ATTRIBUTE: dict(attributes)})
     return _as_bytes(memory)
+
+
+def _added_attributes(document: bytes) -> dict[str, Any]:
+    """Return the attributes in a group's or array's document that are not this package's."""
+    try:
+        attributes: dict[str, Any] = field(parse_json(document), "attributes", dict)
+    except FormatError:
+        return {}
+    return {name: value for name, value in attributes.items() if name != ATTRIBUTE}
 
 
 def _array_documents(spec: TableSpec) -> dict[str, bytes]:

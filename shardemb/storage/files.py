@@ -85,6 +85,15 @@ def _disk_errors(path: object) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             msg = f"no space left on the disk while writing {path}; free some space and call again"
             raise DiskFullError(error.errno, msg) from error
+        if error.errno == errno.EFBIG:  # refused like a write to a full disk: nothing of it was done
+            msg = (
+                f"{path} would be larger than this process may write (ulimit -f) or the file system holds; raise the "
+                f"limit, or choose smaller files (rows_per_shard, log_bytes), and call again"
+            )
+            raise DiskFullError(error.errno, msg) from error
+        if error.errno == errno.EROFS:
+            msg = f"{path} cannot be written, because its file system is read-only; choose another place"
+            raise OSError(error.errno, msg) from error
         raise
 
 
@@ -154,6 +163,12 @@ def link(source: Path, target: Path) -> bool:
     return True
 
 
+def copy_link(source: Path, target: Path) -> None:
+    """Create a symbolic link to what another one leads to, without following either."""
+    with _disk_errors(target):
+        target.symlink_to(source.readlink())
+
+
 def remove(path: Path) -> None:
     """Remove a file; a missing one is fine. A link is removed, not followed."""
     with contextlib.suppress(FileNotFoundError), _folder(path.parent) as folder:
@@ -163,7 +178,8 @@ def remove(path: Path) -> None:
 def remove_tree(path: Path) -> None:
     """Remove a folder with everything in it, or a file; a missing one is fine. Links are removed, not followed."""
     if not is_directory(path):
-        remove(path)
+        if os.path.lexists(path):  # on a read-only file system, removing nothing is an error too
+            remove(path)
         return
     with contextlib.suppress(FileNotFoundError), _folder(path.parent) as folder:
         shutil.rmtree(path.name, dir_fd=folder)

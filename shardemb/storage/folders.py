@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from shardemb.errors import FormatError
+from shardemb.errors import FormatError, TableExistsError
 from shardemb.format import zarr_metadata
 from shardemb.format.store_paths import PRIVATE, log, parked, private, rebuilt
 from shardemb.storage import files
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Callable, Collection, Iterable
     from pathlib import Path
 
     from shardemb.format.manifest import TableEntry
+
+_CHUNK = re.compile(r"c(\.\d+)+(\.tmp)?$")
+"""Matches the names of a table's chunks, also of those that were not finished."""
 
 
 def refuse_links(store: Path) -> None:
@@ -67,6 +71,55 @@ def foreign(store: Path) -> list[str]:
         zarr_metadata.store_uuid(_read(group) or b"")
         own.add(group.name)
     return [entry.name for entry in files.entries(store) if entry.name not in own]
+
+
+def require_free(store: Path, name: str, is_own: Callable[[str], bool]) -> None:
+    """Check that a new table's folder can get its name: that the file system takes it, and nothing foreign has it.
+
+    Parameters
+    ----------
+    store : Path
+    name : str
+    is_own : callable
+        Returns whether the table of a uuid is, or was, the store's: its folder leaves before the name is used.
+
+    Raises
+    ------
+    TableExistsError
+        Something foreign has the name.
+    ValueError
+        The file system takes no such name.
+    """
+    place = store / name
+    try:
+        place.lstat()
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeError) as error:  # too long, or not in its encoding
+        msg = f"{name!r} cannot be a table's name, because the file system of {store} refuses it: {error}"
+        raise ValueError(msg) from error
+    uuid = _uuid(place)
+    if uuid is None or not is_own(uuid):
+        msg = (
+            f"{place} is not part of the store, and is where the folder of {name!r} would be; move it away, "
+            f"or choose another name"
+        )
+        raise TableExistsError(msg)
+
+
+def foreign_to_table(directory: Path) -> list[Path]:
+    """List what other programs have put into a table's folder: files, and folders without what is in them."""
+    arrays = [directory / name for name in zarr_metadata.ARRAYS]
+    own = {zarr_metadata.DOCUMENT, files.staged(directory / zarr_metadata.DOCUMENT).name}
+    inside = [path for array in arrays for path in files.entries(array) if not _CHUNK.match(path.name)]
+    found = (*files.entries(directory), *inside)
+    return sorted(path for path in found if path not in arrays and path.name not in own)
+
+
+def foreign_to_store(store: Path, tables: Collection[Path]) -> list[Path]:
+    """List what is in a store's folder besides the store's own files and the folders of its tables."""
+    own = {PRIVATE, zarr_metadata.DOCUMENT, files.staged(store / zarr_metadata.DOCUMENT).name}
+    return [path for path in files.entries(store) if path.name not in own and path not in tables]
 
 
 def documents(directory: Path) -> dict[str, bytes]:

@@ -26,7 +26,7 @@ from shardemb.format.table_files import TableLocation
 from shardemb.storage import checksums, files, folders, table_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from shardemb.base.validation import Float32Array
     from shardemb.format.spec import TableSpec
     from shardemb.format.table_files import File
+
+    _Carried = tuple[Path, Path]  # what another program has put somewhere, and where it is to be
 
 WINDOW_BYTES = 4 * 2**20
 """Most bytes that are copied in one step."""
@@ -65,7 +67,7 @@ def resize(old: TableLocation, new: TableLocation) -> None:
     whole = old.spec.num_shards if rows == old.spec.num_embeddings else rows // spec.rows_per_shard
     table_folder.check_mappings(spec)
     try:
-        table_folder.write_documents(new.directory, zarr_metadata.table_documents(spec))
+        table_folder.write_documents(new.directory, _documents(spec, old.directory))
         linked = {new.shard(number).path for number in range(whole)}
         for path, nbytes in new.expected_files():
             if path not in linked:
@@ -82,6 +84,7 @@ def resize(old: TableLocation, new: TableLocation) -> None:
             _copy_checked(old, old.shard(whole), new.shard(whole), cut)
             checksums.write_file_sums(new, new.shard(whole))
         _copy_presence(old, new, rows)
+        _carry(_foreign(old, new), share=True)
     except BaseException:
         files.remove_tree(new.directory)
         raise
@@ -159,7 +162,7 @@ def reshape(old: TableLocation, new: TableLocation, *, keep_state: bool, advance
     DiskFullError, OSError
         The disk is full, or fails. Completed shards stay.
     """
-    _begin(new)
+    _begin(old, new)
     for number in range(new.spec.num_shards):
         file = new.shard(number)
         if files.size(file.path) is None:
@@ -173,19 +176,20 @@ def reshape(old: TableLocation, new: TableLocation, *, keep_state: bool, advance
         checksums.write_file_sums(new, new.presence_chunk(number))
 
 
-def _begin(new: TableLocation) -> None:
+def _begin(old: TableLocation, new: TableLocation) -> None:
     """Make all files except the shards. The table's document comes last: if it exists, the others are complete."""
     document = new.directory / zarr_metadata.DOCUMENT
     if files.size(document) is not None:
         return
     files.remove_tree(new.directory)
-    documents = zarr_metadata.table_documents(new.spec)
+    documents = _documents(new.spec, old.directory)
     table_folder.write_documents(
         new.directory, {name: each for name, each in documents.items() if name != zarr_metadata.DOCUMENT}
     )
     for path, nbytes in new.expected_files():
         if path.parent.name != zarr_metadata.ROWS:
             files.create_sparse(path, nbytes)
+    _carry(_foreign(old, new), share=True)
     files.sync_tree(new.directory)
     files.replace(document, documents[zarr_metadata.DOCUMENT])
 
@@ -303,6 +307,52 @@ def unshare(store: Path, tables: Sequence[TableLocation]) -> None:
             advance(nbytes)
 
 
+# ---- what other programs have added ---------------------------------------------------------------------------
+
+
+def _documents(spec: TableSpec, before: Path) -> dict[str, bytes]:
+    """Return the documents of a table that replaces, or is a copy of, the one in a folder."""
+    return zarr_metadata.table_documents(spec, folders.documents(before))
+
+
+def _foreign(old: TableLocation, new: TableLocation) -> list[_Carried]:
+    """List what other programs have put into a table's folder, each with its path in the new folder."""
+    left_out = None if new.spec.has_presence else old.directory / zarr_metadata.PRESENT
+    return _walked(
+        (path, new.directory / path.relative_to(old.directory))
+        for path in folders.foreign_to_table(old.directory)
+        if path.parent != left_out
+    )
+
+
+def _walked(entries: Iterable[_Carried]) -> list[_Carried]:
+    """List files and links, and folders with everything in them. Each folder comes before what is in it."""
+    found, waiting = [], list(entries)
+    while waiting:
+        source, target = waiting.pop()
+        found.append((source, target))
+        if files.is_directory(source):
+            waiting += [(path, target / path.name) for path in files.entries(source)]
+    return found
+
+
+def _carry(entries: Iterable[_Carried], *, share: bool, advance: Advance = lambda steps: None) -> None:
+    """Copy files and folders of other programs; links stay links. Pipes, sockets and devices stay behind.
+
+    Nothing is durable yet. With `share`, a file gets a second name where the file system can do that.
+    """
+    for source, target in entries:
+        if source.is_symlink():
+            files.copy_link(source, target)
+        elif files.is_directory(source):
+            files.make_directory(target)
+        elif (nbytes := files.size(source)) is not None:
+            if not (share and files.link(source, target)):
+                files.create_sparse(target, nbytes)
+                copy_data(source, target, nbytes)
+            advance(nbytes)
+
+
 # ---- another place --------------------------------------------------------------------------------------------
 
 
@@ -314,20 +364,29 @@ def require_absent(path: Path) -> None:
 
 
 def copy_store(
-    manifest: Manifest, tables: Mapping[str, TableLocation], path: Path, progress: Progress
+    store: Path, manifest: Manifest, tables: Mapping[str, TableLocation], path: Path, progress: Progress
 ) -> None:
     """Make a new store with the tables of a manifest, given by uuid. They must not change meanwhile.
 
-    Holes stay holes. The copy becomes a store only in its last step; after a failure, whatever was copied is removed.
+    What other programs have put into the folders of the store and its tables is copied too. Holes stay holes. The copy
+    becomes a store only in its last step; after a failure, whatever was copied is removed.
     """
-    total = sum(_bytes_of(tables[entry.uuid]) for entry in manifest.tables)
+    copies = [(tables[entry.uuid], path / entry.name) for entry in manifest.tables]
+    # Before there is anything at `path`, which may be a folder within the store.
+    root = folders.foreign_to_store(store, {table.directory for table, _ in copies})
+    foreign = _walked((each, path / each.name) for each in root)
+    for table, directory in copies:
+        foreign += _foreign(table, TableLocation(table.spec, directory))
+    total = sum(_bytes_of(table) for table, _ in copies) + sum(files.size(each) or 0 for each, _ in foreign)
     try:
         files.make_directory(store_paths.private(path))
         with track(total, "copying", progress=progress) as advance:
-            for entry in manifest.tables:
-                _copy_table(tables[entry.uuid], path / entry.name, advance)
+            for table, directory in copies:
+                _copy_table(table, directory, advance)
+            _carry(foreign, share=False, advance=advance)
         identity = str(uuid.uuid4())
-        for name, document in zarr_metadata.store_documents(identity).items():
+        group = files.read(store / zarr_metadata.DOCUMENT)
+        for name, document in zarr_metadata.store_documents(identity, group).items():
             files.write_new(path / name, document)
         files.write_new(store_paths.lock(path), b"")
         files.sync_tree(path)
@@ -351,7 +410,7 @@ def _bytes_of(table: TableLocation) -> int:
 
 
 def _copy_table(table: TableLocation, directory: Path, advance: Advance) -> None:
-    table_folder.write_documents(directory, zarr_metadata.table_documents(table.spec))
+    table_folder.write_documents(directory, _documents(table.spec, table.directory))
     for path, nbytes in table.expected_files():
         target = directory / path.relative_to(table.directory)
         files.create_sparse(target, nbytes)

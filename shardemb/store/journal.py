@@ -358,6 +358,12 @@ class Journal:
 
     # ---- within
 
+    def is_own(self, uuid: str) -> bool:
+        """Return whether a table is the store's, or was: then its folder is removed, or moved, by the next fold."""
+        return uuid in self._tables() or any(
+            each.uuid == uuid for each in (*self._base.tables, *self._base.dropped)
+        )
+
     def _dropped(self, manifest: Manifest) -> tuple[TableEntry, ...]:
         """List the tables whose folders go once `manifest` is the base."""
         named = {each.uuid for each in manifest.tables}

@@ -176,7 +176,7 @@ class KeyedTable:
         UnknownKeyError
             A key has no row; the message names the first one. With `create`, rows that other keys got stay.
         TypeError, ValueError
-            Keys of another type, or missing ones (null); `missing` or `out` is invalid.
+            Keys of another type, or missing ones (null); `missing` or `out` is invalid. No key was added.
         RowIdError
             `missing` is not the id of a row.
         StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError, OSError
@@ -272,7 +272,7 @@ class KeyedTable:
         keys : array_like of int, str or bytes
             As for `Vocabulary.lookup`. Gradients of duplicate keys are summed first.
         grads : array_like of float, shape ``keys.shape + (embedding_dim,)``
-            float16, float32 or float64; the computation is in float32.
+            float16, bfloat16, float32 or float64; the computation is in float32.
         missing : {"error", "skip"} or int
             What happens to the gradients of keys without a row: ``"error"`` raises; ``"skip"`` ignores them; an int
             adds them to those of the row of that id.
@@ -313,7 +313,7 @@ class KeyedTable:
         keys : array_like of int, str or bytes
             As for `Vocabulary.lookup`; of duplicates the last wins.
         rows : array_like of float, shape ``keys.shape + (embedding_dim,)``
-            float16, float32 or float64; stored as float32.
+            float16, bfloat16, float32 or float64; stored as float32.
         missing : {"error", "skip"} or int
             As for `update`.
         check_finite : bool

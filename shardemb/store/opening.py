@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 import uuid
@@ -16,7 +17,13 @@ from shardemb.base import paths, validation
 from shardemb.base.sizes import PAGE
 from shardemb.compute import scheduler
 from shardemb.engine.runtime import Runtime
-from shardemb.errors import FormatError, StoreExistsError, StoreLockedError, StoreNotFoundError
+from shardemb.errors import (
+    FormatError,
+    ReadOnlyError,
+    StoreExistsError,
+    StoreLockedError,
+    StoreNotFoundError,
+)
 from shardemb.format import store_paths, zarr_metadata
 from shardemb.format.manifest import Manifest
 from shardemb.format.table_files import TableLocation
@@ -81,7 +88,9 @@ def open(
     TypeError, ValueError
         The path or an option is invalid; nothing was created.
     StoreNotFoundError
-        Nothing is at `path`, or something that is not a store.
+        Nothing is at `path`, or something that is not a store, or a link that leads nowhere.
+    ReadOnlyError
+        The mode allows writing, but the file system or the permissions do not.
     StoreExistsError
         There is a store, and the mode is ``"w-"``.
     StoreLockedError
@@ -225,9 +234,14 @@ def _epoch_check(path: Path) -> Callable[[], bool]:
 
 def _open_writer(runtime: Runtime, *, new: bool) -> Session:
     path = runtime.path
-    files.make_directory(store_paths.private(path))
-    folders.refuse_links(path)
-    lock = _take_lock(path)
+    try:
+        files.make_directory(store_paths.private(path))
+        folders.refuse_links(path)
+        lock = _take_lock(path)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise _not_writable(path, error.errno) from error
     runtime.in_place = partial(files.is_open_file, store_paths.lock(path), lock)
     try:
         files.overwrite_text(lock, f"{os.getpid()}\n", store_paths.lock(path))
@@ -240,6 +254,13 @@ def _open_writer(runtime: Runtime, *, new: bool) -> Session:
     except BaseException:
         files.close(lock)
         raise
+
+
+def _not_writable(path: Path, code: int) -> ReadOnlyError:
+    reason = "its file system is read-only" if code == errno.EROFS else "this user may not write there"
+    exists = store_paths.manifest(path).is_file()
+    way_out = f'open it with mode "r", or copy the folder {path}' if exists else "choose another path"
+    return ReadOnlyError(code, f"{path} cannot be opened for writing, because {reason}; {way_out}")
 
 
 def _recover(runtime: Runtime, base: Manifest) -> Manifest:
@@ -340,8 +361,15 @@ def _clear(path: Path) -> None:
 
 
 def _require_creatable(path: Path, mode: str) -> None:
-    if path.exists() and not path.is_dir():
-        msg = f"{path} is a file; a store is a folder, choose another path"
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            msg = f"{place} is a link to {place.readlink()}, where nothing is; make that folder, or choose another path"
+            raise StoreNotFoundError(msg)
+        if place.exists():
+            break
+    if not place.is_dir():
+        of_it = "" if place == path else f", so {path} cannot be one"
+        msg = f"{place} is a file; a store is a folder{of_it}, choose another path"
         raise StoreNotFoundError(msg)
     names = folders.foreign(path)
     if names:

@@ -20,9 +20,9 @@ from shardemb.base import paths, validation
 from shardemb.base.interrupts import signals_deferred
 from shardemb.engine import batch
 from shardemb.errors import PoisonedError, ReadOnlyError, ShardEmbError, StaleReaderError
-from shardemb.format.manifest import Commit, check_metadata, new_entry
-from shardemb.format.spec import check_name, new_spec
-from shardemb.storage import address_space, files, log_reader, rewrite, verify
+from shardemb.format.manifest import MAX_STEP, Commit, check_metadata, new_entry
+from shardemb.format.spec import check_name, new_spec, normalized
+from shardemb.storage import address_space, files, folders, log_reader, rewrite, verify
 from shardemb.store import display
 from shardemb.store.journal import Journal
 from shardemb.store.table_catalog import TableCatalog
@@ -155,11 +155,11 @@ class Session:
 
     def create_table(self, wanted: TableRequest, progress: Progress) -> TableState:
         """Create a table; see `Store.create_table`."""
-        name, vocabulary = wanted.name, wanted.vocabulary
+        name, vocabulary = check_name(wanted.name), wanted.vocabulary
         # A vocabulary must not give out rows while it is decided how many the table begins with.
         with self.vocabularies.all_locked() if vocabulary else self.runtime.changing():
             self.runtime.check_publishable()
-            self.tables.require_free(check_name(name))
+            self._require_free(name)
             bound = None if vocabulary is None else self.vocabularies.find(vocabulary)
             shape, rows_per_shard = keyed_rows.first_shape(
                 bound, wanted.num_embeddings, wanted.embedding_dim, wanted.rows_per_shard
@@ -188,8 +188,14 @@ class Session:
         """Rename a table; see `Store.rename_table`."""
         with self.runtime.writing():
             table = self.find(name)
-            self.tables.require_free(check_name(new_name))
+            new_name = check_name(new_name)
+            self._require_free(new_name)
             self.tables.set_name(table, new_name)
+
+    def _require_free(self, name: str) -> None:
+        """Raise `TableExistsError` or `ValueError` if no table can get a name: what is refused here fails no commit."""
+        self.tables.require_free(name)
+        folders.require_free(self.runtime.path, name, self.journal.is_own)
 
     def reshard(
         self,
@@ -217,7 +223,10 @@ class Session:
     def create_vocabulary(self, name: str, key_type: object, admission: object, reserved: object) -> KeyRows:
         """Create a vocabulary; see `Store.create_vocabulary`."""
         with self.runtime.writing():
-            return self.vocabularies.create(new_entry(check_name(name), key_type, admission, reserved))
+            entry = new_entry(check_name(name), key_type, admission, reserved)
+            for kind in entry.table_kinds:
+                folders.require_free(self.runtime.path, f"{entry.name}@{kind}", self.journal.is_own)
+            return self.vocabularies.create(entry)
 
     def drop_vocabulary(self, name: str) -> None:
         """Drop a vocabulary; see `Store.drop_vocabulary`."""
@@ -271,16 +280,16 @@ class Session:
     def commit(self, step: int | None, metadata: Mapping[str, Any] | None) -> Commit:
         """Make every change since the last commit durable; see `Store.commit`."""
         metadata = check_metadata(metadata)
+        if step is not None:
+            step = validation.count(step, "step", minimum=0, maximum=MAX_STEP)
         with self.runtime.writing():
             journal = self.journal
             journal.wait_for_space([table.shards for table in self.tables.current.values()])
             self.runtime.check_open()  # the wait released the lock
             self.runtime.check_publishable()
             last = self.runtime.committed.commit
-            number = last.step if last else 0
-            if step is not None:
-                number = validation.count(step, "step", minimum=0)
-            commit = Commit(last.id + 1 if last else 1, number, metadata)
+            previous = last.step if last else 0
+            commit = Commit(last.id + 1 if last else 1, previous if step is None else step, metadata)
             manifest = replace(
                 self.runtime.committed,
                 commit=commit,
@@ -319,7 +328,7 @@ class Session:
             self.journal.pause_folds()
             manifest, tables = self.runtime.committed, self.tables.locations()
         try:
-            rewrite.copy_store(manifest, tables, target, progress)
+            rewrite.copy_store(self.runtime.path, manifest, tables, target, progress)
         finally:
             self.journal.resume_folds()
 
@@ -353,6 +362,7 @@ class Session:
     def verify(self, names: Sequence[str] | None, progress: Progress) -> list[verify.Damage]:
         """Compare the files of committed tables with their checksums; see `Store.verify`."""
         self.runtime.check_open()
+        names = None if names is None else [normalized(name) for name in names]
         targets = {
             uuid: verify.Target(each.table.name, each.shards.location)
             for uuid, each in self.tables.select(names).items()

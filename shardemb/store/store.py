@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from weakref import WeakValueDictionary
 
+from shardemb.format.spec import normalized
 from shardemb.store.keyed_table import KeyedTable
 from shardemb.store.session import TableRequest
 from shardemb.store.table import Table
@@ -106,8 +107,9 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         Parameters
         ----------
         name : str
-            1 to 64 letters, digits, ``_``, ``-`` and ``.``, beginning with a letter, a digit or ``_``. It is also the
-            name of the table's folder in the store.
+            1 to 64 letters, digits, ``_``, ``-`` and ``.`` of any script, at most 192 bytes in UTF-8, beginning with a
+            letter, a digit or ``_``. It is stored in the Unicode form NFC, and is also the name of the table's folder
+            in the store.
         num_embeddings, embedding_dim : int
             Number of rows, and of values in a row. Leave `num_embeddings` out with a vocabulary: the table grows with
             it.
@@ -119,7 +121,8 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         initializer : Initializer, VarianceScaling, array_like or callable, optional
             What rows hold before they are first written; zeros by default. An array of shape
             ``(num_embeddings, embedding_dim)`` is copied into the table block by block, so an array of zarr or h5py or
-            a ``np.memmap`` is never in memory as a whole. A function ``f(start, stop)`` returns rows of shape
+            a ``np.memmap`` is never in memory as a whole. Tensors are taken as well, with a gradient or without; masked
+            arrays only if nothing is masked. A function ``f(start, stop)`` returns rows of shape
             ``(stop - start, embedding_dim)``; it is called for consecutive ranges until all rows are covered, and what
             it returns is copied too.
         optimizer : Optimizer, optional
@@ -139,7 +142,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         Raises
         ------
         TableExistsError, VocabularyNotFoundError
-            There is a table of that name; there is no such vocabulary.
+            There is a table of that name, or something foreign in the place of its folder; there is no such vocabulary.
         TypeError, ValueError
             The name, a size, the array, the initializer or the optimizer is invalid.
         ShardEmbError
@@ -209,7 +212,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         Raises
         ------
         TypeError, ValueError
-            `new_name` cannot be the name of a table.
+            `new_name` cannot be the name of a table; see `create_table`.
         TableNotFoundError, TableExistsError, ReadOnlyError, StoreClosedError, PoisonedError
             Nothing was changed.
 
@@ -344,8 +347,8 @@ class Store(Mapping[str, "Table | KeyedTable"]):
 
         Raises
         ------
-        VocabularyExistsError
-            There is a vocabulary of that name.
+        VocabularyExistsError, TableExistsError
+            There is a vocabulary of that name; something foreign is in the place of a folder of its keys.
         TypeError, ValueError
             The name, type, admission or number is invalid.
         ShardEmbError
@@ -480,10 +483,10 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         Parameters
         ----------
         step : int, optional
-            The job's own step; by default that of the last commit, 0 for the first.
+            The job's own step, at most 2**63 - 1; by default that of the last commit, 0 for the first.
         metadata : dict, optional
             The job's own small JSON, at most 1 MiB: data position, random state, anything that must never disagree with
-            the rows. Empty by default.
+            the rows. Empty by default. NumPy's scalars become Python's; its arrays are refused.
 
         Returns
         -------
@@ -760,7 +763,7 @@ class _Vocabularies(Mapping[str, Vocabulary]):
         self._catalog, self._shown = catalog, shown
 
     def __getitem__(self, name: str) -> Vocabulary:
-        return self._shown(self._catalog.current[name])
+        return self._shown(self._catalog.current[normalized(name)])
 
     def __iter__(self) -> Iterator[str]:
         return iter(tuple(self._catalog.current))

@@ -326,7 +326,7 @@ class Table:
         ids : array_like of int
             Row ids of any integer dtype and any shape.
         grads : array_like of float, shape ``ids.shape + (embedding_dim,)``
-            float16, float32 or float64; the computation is in float32.
+            float16, bfloat16, float32 or float64; the computation is in float32.
         check_finite : bool
             Refuse NaN and infinity.
 
@@ -357,7 +357,7 @@ class Table:
         ids : array_like of int
             Row ids of any integer dtype and any shape; of duplicates the last wins.
         rows : array_like of float, shape ``ids.shape + (embedding_dim,)``
-            float16, float32 or float64; stored as float32.
+            float16, bfloat16, float32 or float64; stored as float32.
         check_finite : bool
             Refuse NaN and infinity.
 

@@ -10,7 +10,7 @@ from shardemb.engine.batch import Training
 from shardemb.engine.table_state import TableState
 from shardemb.errors import FormatError, TableExistsError, TableNotFoundError
 from shardemb.format import store_paths
-from shardemb.format.spec import is_internal
+from shardemb.format.spec import is_internal, normalized
 from shardemb.storage import files, folders, table_folder
 
 if TYPE_CHECKING:
@@ -72,8 +72,9 @@ class TableCatalog:
         TableNotFoundError
             There is none, or it holds keys.
         """
-        if name in self.current and not is_internal(name):
-            return self.current[name]
+        found = self.current.get(normalized(name))
+        if found is not None and not is_internal(found.name):
+            return found
         names = ", ".join(map(repr, self.visible())) or "none"
         msg = f"the store {self._runtime.path} has no table {name!r}; its tables: {names}"
         raise TableNotFoundError(msg)

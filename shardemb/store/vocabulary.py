@@ -135,7 +135,7 @@ class Vocabulary:
         Raises
         ------
         TypeError, ValueError
-            Keys of another type, or missing ones (null).
+            Keys of another type, or missing ones (null or masked); `missing` is not an integer.
         StoreClosedError, VocabularyNotFoundError
             The store was closed; the vocabulary was dropped.
         StaleReaderError

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from shardemb.errors import ShardEmbError, VocabularyExistsError, VocabularyNotFoundError
 from shardemb.format import store_paths
-from shardemb.format.spec import new_spec
+from shardemb.format.spec import new_spec, normalized
 from shardemb.initializers import Constant
 from shardemb.storage import address_space, folders
 from shardemb.storage.verify import Damage
@@ -55,11 +55,12 @@ class VocabularyCatalog:
         VocabularyNotFoundError
             There is none.
         """
-        if name not in self.current:
+        found = self.current.get(normalized(name))
+        if found is None:
             names = ", ".join(map(repr, self.current)) or "none"
             msg = f"the store {self._runtime.path} has no vocabulary {name!r}; its vocabularies: {names}"
             raise VocabularyNotFoundError(msg)
-        return self.current[name]
+        return found
 
     def keyed(self, table: TableState) -> KeyedRows | None:
         """Return a table with the vocabulary that gives out its rows, if one does."""
@@ -188,6 +189,7 @@ class VocabularyCatalog:
             msg = f"tables {', '.join(map(repr, bound))} are bound to vocabulary {name!r}; drop them first"
             raise ShardEmbError(msg)
         key_rows.drop()
+        name = key_rows.entry.name
         del self.current[name]
         for what in table_shapes(key_rows.entry):
             self._tables.drop(f"{name}@{what}")

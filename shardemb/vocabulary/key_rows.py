@@ -137,6 +137,7 @@ class KeyRows:
     def lookup(self, given: KeysLike, *, missing: int = -1) -> Int64Array:
         """Return the rows of keys, in their shape; `missing` for keys that have none."""
         self.check_live()
+        missing = validation.count(missing, "missing", minimum=-(2**63), maximum=2**63 - 1)
         checked, hashes = self._checked(given)
         rows = self._find(checked, hashes)
         if missing != -1:
@@ -202,10 +203,15 @@ class KeyRows:
             self.check_live()
             yield
 
-    def add(self, given: KeysLike) -> Int64Array:
-        """Return the rows of keys, and give new keys the next rows; -1 for keys that are not admitted yet."""
+    def add(self, given: KeysLike, approve: Callable[[tuple[int, ...]], None] | None = None) -> Int64Array:
+        """Return the rows of keys, and give new keys the next rows; -1 for keys that are not admitted yet.
+
+        ``approve(shape)`` is called with the shape of the keys before anything changes, and may raise.
+        """
         checked, hashes = self._checked(given)
         with self.changing():
+            if approve is not None:
+                approve(checked.shape)
             rows = self._find(checked, hashes)
             new = np.flatnonzero(rows < 0)
             if new.size:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
 from shardemb.base import validation
+from shardemb.base.arrays import as_array
 from shardemb.engine import batch
 from shardemb.engine.table_state import TableSource
 from shardemb.errors import UnknownKeyError
@@ -68,12 +70,11 @@ class KeyedRows:
         self, given: KeysLike, *, missing: Missing, create: bool, out: NDArray[np.float32] | None
     ) -> Float32Array:
         """Copy the weights of keys; see `KeyedTable.lookup`."""
-        if isinstance(missing, str) and missing not in ("error", "initial", "zeros"):
-            msg = f'missing must be "error", "initial", "zeros" or a row id, got {missing!r}'
-            raise ValueError(msg)
-        steps = iter([self.keys.add] if create else [])  # keys are added, and counted, once
+        missing = self._checked_missing(missing, "error", "initial", "zeros")
+        steps = iter([partial(self.keys.add, approve=partial(self._require_output, out))] if create else [])
 
         def read() -> Float32Array:
+            # Keys are added, and counted, once.
             ids = next(steps, self.keys.lookup)(given)
             return self._read(given, ids, missing, out)
 
@@ -88,7 +89,7 @@ class KeyedRows:
         if missing == "error":
             self._refuse(given, ids)
         if not isinstance(missing, str):
-            ids[unknown] = self._row_id(missing)
+            ids[unknown] = missing
             return self.table.read("weight", ids, out)
         rows = self.table.read("weight", np.maximum(ids, 0), out)
         rows[unknown] = 0 if missing == "zeros" else self._initial(given, unknown)
@@ -140,18 +141,20 @@ class KeyedRows:
         missing: MissingChange,
         check_finite: bool,
     ) -> batch.Change:
+        missing = self._checked_missing(missing, "error", "skip")
         ids = self.keys.lookup(given)
         unknown = ids < 0
         if unknown.any():
             if missing == "error":
                 self._refuse(given, ids)
             if missing == "skip":
-                array, name = np.asarray(values), self.table.name
+                name = self.table.name
+                array = as_array(values, f"table {name!r}: {what}")
                 shape = (*ids.shape, self.table.spec.embedding_dim)
                 validation.rows(array, shape, what=what, table=name, check_finite=False)
                 ids, values = ids[~unknown], array[~unknown]
             else:
-                ids[unknown] = self._row_id(missing)
+                ids[unknown] = missing
         return self.table.plan_change(ids, values, what, check_finite=check_finite)
 
     def change(
@@ -191,9 +194,23 @@ class KeyedRows:
 
     # ---- within
 
-    def _row_id(self, missing: object) -> int:
-        """Check the row that is used for keys without one."""
-        return int(validation.row_ids(missing, max(self.num_rows, 1), self.table.name).flat[0])  # type: ignore[arg-type]
+    def _checked_missing(self, missing: object, *words: str) -> Any:  # noqa: ANN401
+        """Check what is done with keys without a row: one of `words`, or the id of one row that is used for them."""
+        if isinstance(missing, str) and missing in words:
+            return missing
+        if isinstance(missing, bool) or not isinstance(missing, int | np.integer):
+            msg = (
+                f"table {self.table.name!r}: missing must be {', '.join(map(repr, words))} or one row id, "
+                f"got {missing!r:.80}"
+            )
+            raise (ValueError if isinstance(missing, str) else TypeError)(msg)
+        return int(validation.row_ids(missing, max(self.num_rows, 1), self.table.name).flat[0])
+
+    def _require_output(self, out: NDArray[np.float32] | None, shape: tuple[int, ...]) -> None:
+        """Refuse a lookup that would fail after keys were added for it."""
+        self.table.live()
+        if out is not None:
+            validation.output(out, (*shape, self.table.spec.embedding_dim))
 
     def _known(self, given: KeysLike) -> Int64Array:
         ids = self.keys.lookup(given)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from shardemb.base.arrays import as_array
 from shardemb.vocabulary import hashing, key_kernels
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ def checked(keys: KeysLike, key_type: KeyType, vocabulary: str) -> Keys:
     TypeError
         The keys are not of the vocabulary's type. The message names the first that is not.
     ValueError
-        A key is missing (null), or a string cannot be encoded as UTF-8 or has 2 GiB or more.
+        A key is missing (null) or masked, nested lists have different lengths, or a string cannot be encoded as UTF-8
+        or has 2 GiB or more.
     """
     return _integers(keys, vocabulary) if key_type == "int64" else _strings(keys, key_type, vocabulary)
 
@@ -103,7 +105,7 @@ def _integers(keys: KeysLike, vocabulary: str) -> Keys:
             keys = keys.to_numpy() if _is_chunked(keys) else keys.to_numpy(zero_copy_only=False)
     elif isinstance(keys, np.ma.MaskedArray):
         _refuse_nulls(int(np.count_nonzero(keys.mask)), keys, vocabulary)
-    array = np.asarray(keys)
+    array = as_array(keys, f"vocabulary {vocabulary!r}: keys")
     if array.size == 0 and not isinstance(keys, np.ndarray):
         array = array.astype(np.int64)
     if array.dtype.kind not in "iu":

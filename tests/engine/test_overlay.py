@@ -13,6 +13,7 @@ import shardemb
 from shardemb.compute import row_kernels
 from shardemb.engine import batch
 from shardemb.engine.overlay import Overlay
+from shardemb.engine.shards import Shards
 from shardemb.engine.slots import TOUCHED
 from shardemb.errors import DiskFullError
 from shardemb.initializers import Constant, Uniform
@@ -459,6 +460,46 @@ def slow_folds(monkeypatch):
     go_on, write = threading.Event(), fold.write
     monkeypatch.setattr(fold, "write", lambda *arguments: (go_on.wait(20), write(*arguments)))
     return go_on
+
+
+def test_a_lookup_that_began_before_a_fold_starts_over(tmp_path, monkeypatch):
+    """It found its row in no slot, and would read from the file while the fold writes there."""
+    with shardemb.open(tmp_path / "s") as store:
+        table = new(store)
+        table.write([0], np.zeros((1, DIM), np.float32))  # so that slots are in use already
+        store.commit()
+        gather, gathered, file = Shards.gather, [], tmp_path / "s/t/rows/c.0.0"
+
+        def half_written(tables, threads):
+            with file.open("r+b") as half:
+                half.seek(5 * 240)
+                half.write(np.full(DIM // 2, 7, np.float32).tobytes())
+            seen.set()
+            assert go_on.wait(30)
+            write(tables, threads)
+
+        def before_and_after(self, *arguments):
+            gathered.append(1)
+            if len(gathered) > 1:
+                gather(self, *arguments)
+                return
+            # The lookup knows where row 5 is by now: in the files. There it was changed, and the fold is half way.
+            table.write([5], np.full((1, DIM), 7, np.float32))
+            store.commit()
+            inside.journal(store)._start()
+            assert seen.wait(30)
+            _, _, out, start, stop = arguments
+            out[start:stop] = np.fromfile(file, np.float32, count=DIM, offset=5 * 240)
+
+        go_on, seen, write = threading.Event(), threading.Event(), fold.write
+        monkeypatch.setattr(fold, "write", half_written)
+        monkeypatch.setattr(Shards, "gather", before_and_after)
+        try:
+            found = table.lookup([5])
+        finally:
+            go_on.set()
+        assert len(gathered) == 2
+        assert found.tolist() == [[7] * DIM]
 
 
 def test_rows_that_are_being_folded_do_not_keep_others_from_being_evicted(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.references import damaged, damaged_bytes
 
 from shardemb.errors import FormatError
-from shardemb.format.manifest import Commit, Manifest, TableEntry, check_metadata
+from shardemb.format.manifest import Commit, Manifest, TableEntry, VocabularyEntry, check_metadata
 from shardemb.optim import Adam
 
 A, B, C = (f"0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c{k:02d}" for k in range(3))
@@ -278,3 +278,25 @@ def test_what_check_metadata_accepts_can_be_read_from_any_stack(depth):
         return read(frames - 1) if frames else Manifest.from_bytes(data)
 
     assert read(500).commit.metadata == metadata
+
+
+# ---- vocabularies -----------------------------------------------------------------------------------------------
+
+ENTRY = VocabularyEntry(A, "words", "string", reserved=2, rows=9, head=1, tail=3, text_bytes=40, sightings=5)
+
+
+def test_an_entry_survives_a_round_trip():
+    assert VocabularyEntry.from_json(ENTRY.to_json()) == ENTRY
+    for edge in ({"head": 3}, {"head": 0, "tail": 0}, {"reserved": 9}):
+        assert VocabularyEntry.from_json(ENTRY.to_json() | edge).to_json() == ENTRY.to_json() | edge
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"head": 4}, {"tail": 0}, {"head": 2**62, "tail": 2**62 - 1}, {"reserved": 10}, {"rows": 1}],
+    ids=str,
+)
+def test_an_entry_whose_counts_contradict_each_other_is_refused(change):
+    """More freed rows were given out again than were ever freed; or rows are reserved that do not exist."""
+    with pytest.raises(FormatError, match="the entry of vocabulary 'words' is impossible"):
+        VocabularyEntry.from_json(ENTRY.to_json() | change)

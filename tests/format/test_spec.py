@@ -2,7 +2,10 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
+import unicodedata
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -269,10 +272,56 @@ def test_a_damaged_spec_is_a_format_error_or_a_spec(document):
 
 
 @pytest.mark.parametrize(
-    "name", ["a", "tokens", "v1.2-x", "_", "0", "C", "a" * 64, "zarr.json2", "c.0.0", "rows"]
-)
+    "name",
+    [
+        "a", "tokens", "v1.2-x", "_", "0", "C", "a" * 64, "zarr.json2", "c.0.0", "rows",
+        "é", "Wörter", "слова", "λέξεις", "词汇", "単語", "단어", "كلمات", "מילים", "शब्द", "คำ", "சொல்", "٣", "字" * 64,
+        "𐌰" * 48,
+    ],
+)  # fmt: skip
 def test_names_that_a_table_can_have(name):
     assert spec.check_name(name) == name
+    assert spec.check_stored_name(name) == name
+    for kind in spec.INTERNAL:
+        assert spec.check_stored_name(f"{name}@{kind}") == f"{name}@{kind}"
+        with pytest.raises(ValueError, match="cannot be a table's name"):
+            spec.check_name(f"{name}@{kind}")
+
+
+@pytest.mark.parametrize("name", ["Wörter", "단어", "é", "ở", "क़"])
+def test_a_name_that_can_be_written_in_several_ways_has_one_form(name):
+    apart, together = (unicodedata.normalize(form, name) for form in ("NFD", "NFC"))
+    assert spec.check_name(apart) == spec.check_name(together) == spec.normalized(apart) == together
+
+
+def test_what_is_no_name_at_all_is_not_changed():
+    for other in (None, 5, b"a", ("a",)):
+        assert spec.normalized(other) is other
+
+
+@given(st.text(max_size=70))
+def test_a_name_that_can_be_stored_can_be_read_and_is_one_folder(name):
+    with contextlib.suppress(ValueError):
+        found = spec.check_name(name)
+        assert spec.check_stored_name(found) == found
+        assert spec.check_name(found) == found
+        assert Path("a", found).name == found
+        assert 0 < len(os.fsencode(found)) <= 192
+
+
+@given(st.text(max_size=70))
+def test_a_stored_name_is_never_more_than_one_folder(name):
+    with contextlib.suppress(FormatError):
+        found = spec.check_stored_name(name)
+        assert Path("a", found).name == found
+        assert found not in (".", "..")
+        assert 0 < len(os.fsencode(found)) <= 192 + len("@sketch")
+
+
+@pytest.mark.parametrize("name", ["a/b", ".a", "a\0", "a b", "a@", "a@b", "a@keys@keys", "\ud800", 5, None])
+def test_a_stored_name_that_is_no_folder_is_refused(name):
+    with pytest.raises(FormatError, match="cannot be a table's name"):
+        spec.check_stored_name(name)
 
 
 @pytest.mark.parametrize(
@@ -290,8 +339,20 @@ def test_names_that_a_table_can_have(name):
         "a\\b",
         "a b",
         "a\n",
-        "é",
         "a" * 65,
+        "é" * 65,
+        "𐌰" * 49,
+        "\u0301a",
+        "a\u200b",
+        "a\u2028",
+        "a\u202eb",
+        "\u00a0",
+        "a\u3000b",
+        "🙂",
+        "a\uff0fb",
+        "a\uff20b",
+        "…",
+        "\ud800",
         "zarr.json",
         "a\0",
     ],

@@ -274,7 +274,26 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path, monkeypatch, cod
     assert str(tmp_path / "a") in str(caught.value)
 
 
-@pytest.mark.parametrize("code", [errno.EIO, errno.EROFS, errno.EBADF])
+def test_a_file_that_may_not_grow_is_an_error_like_a_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "pwrite", refuse(errno.EFBIG))
+    with pytest.raises(
+        DiskFullError, match=r"a would be larger than .* \(ulimit -f\).*rows_per_shard"
+    ) as caught:
+        written(tmp_path / "a", b"data", 0)
+    assert caught.value.errno == errno.EFBIG
+
+
+def test_a_read_only_file_system_is_an_error_that_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "pwrite", refuse(errno.EROFS))
+    with pytest.raises(
+        OSError, match="a cannot be written, because its file system is read-only; choose"
+    ) as caught:
+        written(tmp_path / "a", b"data", 0)
+    assert caught.value.errno == errno.EROFS
+    assert not isinstance(caught.value, DiskFullError)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EPERM, errno.EBADF])
 def test_other_errors_stay_what_they_are(tmp_path, monkeypatch, code):
     monkeypatch.setattr(os, "pwrite", refuse(code))
     with pytest.raises(OSError, match=os.strerror(code)) as caught:
@@ -330,7 +349,7 @@ def test_allocating_without_space_is_disk_full(tmp_path, monkeypatch):
 
 def test_allocating_a_file_that_cannot_be_that_large_is_an_error(tmp_path, monkeypatch):
     fail_fallocate(monkeypatch, errno.EFBIG)
-    with pytest.raises(OSError, match="File too large"):
+    with pytest.raises(DiskFullError, match=r"a would be larger than this process may write \(ulimit -f\)"):
         allocate(tmp_path / "a", 0, PAGE)
 
 
@@ -431,7 +450,7 @@ def test_a_file_on_a_tmpfs_has_all_of_its_memory_or_does_not_exist(new_disk):
 
 def test_a_file_that_gets_no_size_does_not_exist(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "ftruncate", refuse(errno.EFBIG))
-    with pytest.raises(OSError, match="too large"):
+    with pytest.raises(DiskFullError, match=r"a would be larger than this process may write \(ulimit -f\)"):
         files.create_sparse(tmp_path / "a", PAGE)
     assert not (tmp_path / "a").exists()
 

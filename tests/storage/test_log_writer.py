@@ -162,6 +162,42 @@ def test_every_segment_but_the_last_ends_with_an_end_record(folder, log):
     assert [each[-1] == 3 for each in kinds] == [True] * (len(kinds) - 1) + [False]
 
 
+@pytest.mark.parametrize("pages", [1, 2, 3])
+def test_every_segment_has_space_for_its_end_record(folder, log, pages):
+    """Also where the commits before it end exactly there: a file has the size that its header says."""
+    rows = (pages - 2) * PAGE // (8 + SPEC.record_bytes) if pages > 1 else 0
+    for number in range(1, 100):
+        commit(log, list(range(rows + (pages > 1))), number)
+    segments = sorted(folder.glob("*.log"))
+    assert len(segments) > 2
+    for path in segments:
+        header, records = independent(path)
+        assert path.stat().st_size == header[5]
+        assert all(position < header[5] for position, _, _ in records)
+        assert path == segments[-1] or records[-1][1][1] == 3
+    assert last(folder) == 99
+
+
+@pytest.mark.parametrize("again", ["commit", "close"])
+def test_an_attempt_that_failed_leaves_no_gap_in_the_numbers(folder, log, again):
+    """What it had staged never reached the file, so the records after it take its numbers."""
+    commit(log, [1], 1)
+    log.begin(needed_bytes([(3, SPEC.record_bytes)], 100))
+    append(log, [1, 2, 3], 9)
+    if again == "close":
+        log.close_segments()
+    commit(log, [2], 2)
+    commit(log, [3], 3)
+    assert rows_of(log_reader.read(folder, BASE)) == {1: 1, 2: 2, 3: 3}
+    numbers = [
+        fields[4]
+        for path in sorted(folder.glob("*.log"))
+        for _, fields, _ in independent(path)[1]
+        if fields[1] != 3
+    ]
+    assert numbers == list(range(BASE.sequence, BASE.sequence + 6))
+
+
 def test_a_commit_larger_than_a_segment_has_one_of_its_own(folder, log):
     big = make(100_000, 6)
     commit(log, list(range(60_000)), 1, big)

@@ -144,6 +144,28 @@ def test_growth_keeps_the_files(path):
     assert [each.name for each in (path / ".shardemb" / "tables").iterdir()] == []
 
 
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 13, 191, 192, 193, 199, 200])
+@pytest.mark.parametrize("commits", [True, False])
+def test_rows_that_were_dropped_are_fresh_when_the_table_grows_again(path, rows, commits):
+    """Their presence bits may share a byte with those of rows that stay."""
+    with shardemb.open(path) as store:
+        table = create(store, 400)
+        fresh = everything(table)
+        train(table, 0, 3000)
+        store.commit()
+        kept = [each[:rows] for each in everything(table)]
+        table.resize(rows, drop_rows=True)
+        if commits:
+            store.commit()
+        table.resize(400)
+        store.commit()
+        assert_equal([each[:rows] for each in everything(table)], kept)
+        assert_equal([each[rows:] for each in everything(table)], [each[rows:] for each in fresh])
+    with shardemb.open(path) as store:
+        assert_equal([each[rows:] for each in everything(store["t"])], [each[rows:] for each in fresh])
+        assert store.verify() == []
+
+
 def test_rows_are_dropped_only_on_request(path):
     with shardemb.open(path) as store:
         table = create(store, 500)

@@ -114,6 +114,30 @@ def test_the_log_is_bounded(path):
         assert store["t"].lookup(39)[0] == 39
 
 
+def test_a_commit_waits_for_the_space_of_what_is_being_folded(path, slow_fold):
+    """The segments of a fold are there until it ends, so they count against `log_bytes` although commits go on."""
+    begun, proceed = slow_fold
+    proceed.set()
+    limit = 2 * 1000 * (8 + 4 * DIM)
+    with shardemb.open(path, log_bytes=limit) as store:
+        table = new_table(store)
+        proceed.clear()
+        begun.clear()
+        fill(table, 1, range(1200))
+        store.commit(step=1)  # the log is more than half full, so a fold begins
+        assert begun.wait(30)
+        fill(table, 2, range(1200))
+        thread = threading.Thread(target=store.commit, args=(2,))
+        thread.start()
+        thread.join(0.5)
+        assert thread.is_alive()
+        assert store.last_commit.step == 1
+        proceed.set()
+        thread.join(30)
+        assert not thread.is_alive()
+        assert store.last_commit.step == 2
+
+
 def test_a_fold_that_finds_the_disk_full_loses_nothing_and_is_retried(path, monkeypatch):
     store = shardemb.open(path)
     table = new_table(store)

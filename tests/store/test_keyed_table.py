@@ -139,22 +139,105 @@ def test_what_unknown_keys_get(store, initializer):
     assert_same_bits(table.lookup(["a", "b", "c"], create=True), fresh[[2, 5, 6]])
 
 
+NO_ROW_ID = [
+    0.5, None, True, [0, 1], [0], (), np.array([0]), np.array(0.0), {"row": 0}, b"error",
+    np.ma.masked, np.float64(0), slice(None),
+]  # fmt: skip
+
+
 def test_invalid_values_of_missing(store):
     table = new_table(store, optimizer=SGD(lr=1.0))
     table.vocabulary.add(["a"])
     store.commit()
-    with pytest.raises(
-        ValueError, match='missing must be "error", "initial", "zeros" or a row id, got \'skip\''
-    ):
-        table.lookup(["b"], missing="skip", create=True)
-    for row, error in ((1, RowIdError), (-1, RowIdError), (0.5, TypeError), (None, TypeError)):
-        with pytest.raises(error):
-            table.lookup(["b"], missing=row)
-        with pytest.raises(error):
-            table.update(["b"], ones(1), missing=row)
-    with pytest.raises((TypeError, ValueError)):
-        table.update(["b"], ones(1), missing="zeros")
+    for known in (
+        ["b"],
+        ["a"],
+    ):  # also where no key needs it: a call that is wrong is so whatever the keys are
+        with pytest.raises(
+            ValueError,
+            match="table 't': missing must be 'error', 'initial', 'zeros' or one row id, got 'skip'",
+        ):
+            table.lookup(known, missing="skip", create=True)
+        for word in ("zeros", "initial", "", "skipped"):
+            for change in (table.update, table.write):
+                with pytest.raises(
+                    ValueError, match=r"'t': missing must be 'error', 'skip' or one row id, got"
+                ):
+                    change(known, ones(1), missing=word)
+        cases = [
+            (1, RowIdError),
+            (-1, RowIdError),
+            (2**70, RowIdError),
+            *((each, TypeError) for each in NO_ROW_ID),
+        ]
+        for row, error in cases:
+            with pytest.raises(error, match="'t'"):
+                table.lookup(known, missing=row, create=True)
+            with pytest.raises(error, match="'t'"):
+                table.lookup(known, missing=row)
+            with pytest.raises(error, match="'t'"):
+                table.update(known, ones(1), missing=row)
+    for row in [*NO_ROW_ID, "zeros"]:
+        with pytest.raises(TypeError, match="missing must be an integer"):
+            table.vocabulary.lookup(["b", "c"], missing=row)
+    with pytest.raises(ValueError, match="missing must be between"):
+        table.vocabulary.lookup(["b"], missing=2**63)
     assert not store.has_changes
+    assert list(table.vocabulary) == ["a"]
+
+
+@pytest.mark.parametrize("key_type", ["string", "int64"])
+@pytest.mark.parametrize(
+    "out",
+    [
+        np.empty((2, DIM)),
+        np.empty((3, DIM), np.float32),
+        np.empty((2, 2 * DIM), np.float32)[:, ::2],
+        [[0.0] * DIM] * 2,
+        np.ma.masked_array(np.empty((2, DIM), np.float32)),
+    ],
+    ids=["dtype", "shape", "layout", "list", "mask"],
+)
+def test_a_lookup_that_fails_creates_no_keys(store, key_type, out):
+    table = new_table(store, key_type=key_type, admission=shardemb.Admission(after=2, width=64))
+    store.commit()
+    keys = ["a", "b"] if key_type == "string" else [5, 7]
+    for _ in range(3):
+        with pytest.raises((TypeError, ValueError), match="out"):
+            table.lookup(keys, create=True, missing="zeros", out=out)
+    assert len(table.vocabulary) == 0
+    assert not store.has_changes
+    good = np.full((2, DIM), 7, np.float32)
+    assert table.lookup(keys, create=True, missing="zeros", out=good) is good
+    assert good.tolist() == [[0] * DIM] * 2
+
+
+def test_a_dropped_table_creates_no_keys(store):
+    table = new_table(store)
+    words = table.vocabulary
+    store.commit()
+    store.drop_table("t")
+    with pytest.raises(TableNotFoundError):
+        table.lookup(["a"], create=True)
+    assert len(words) == 0
+
+
+def test_masked_keys_and_values_are_refused(store):
+    table = new_table(store, key_type="int64", optimizer=SGD(lr=1.0))
+    masked = np.ma.masked_array([1, 2], [False, True])
+    rows = np.ma.masked_array(ones(2), np.eye(2, DIM))
+    for keys in (masked, [masked]):
+        for call in (table.vocabulary.add, table.vocabulary.lookup, table.vocabulary.remove, table.prefetch):
+            with pytest.raises(ValueError, match="vocabulary 'v'.*(masked|missing)"):
+                call(keys)
+    table.vocabulary.add([1])
+    store.commit()
+    for missing in ("skip", 0):
+        with pytest.raises(ValueError, match="table 't': gradients: 2 of 8 values are masked"):
+            table.update([1, 2], rows, missing=missing)
+    assert not store.has_changes
+    unmasked = np.ma.masked_array([1, 2], [False, False])
+    assert table.vocabulary.add(unmasked).tolist() == [0, 1]
 
 
 def test_keys_that_are_looked_up_may_be_created(store):

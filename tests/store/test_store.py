@@ -249,9 +249,9 @@ def test_names_must_be_free(store):
 
 
 def test_a_foreign_folder_in_the_place_of_a_table_is_never_touched(store, path):
-    (path / "t").mkdir()
-    (path / "t" / "thesis.txt").write_text("mine")
     small(store)
+    (path / "t").mkdir()  # had it been there before, the table would not have been created
+    (path / "t" / "thesis.txt").write_text("mine")
     with pytest.raises(shardemb.FormatError, match=r"store\.zarr/t .*move it away"):
         store.commit()
     assert (path / "t" / "thesis.txt").read_text() == "mine"
@@ -326,7 +326,19 @@ def test_metadata_is_copied(store):
         ({"step": 1.0}, TypeError, "step must be an integer"),
         ({"step": True}, TypeError, "step must be an integer"),
         ({"metadata": {"x": object()}}, TypeError, "JSON"),
-        ({"metadata": {"x": np.float32(1)}}, TypeError, "JSON"),
+        ({"step": 2**63}, ValueError, "step must be between 0 and 9223372036854775807"),
+        (
+            {"metadata": {"x": {"y": [1, np.ones(2)]}}},
+            TypeError,
+            r"ndarray .* \(at metadata\['x'\]\['y'\]\[1\]\)",
+        ),
+        ({"metadata": {"x": np.ma.masked}}, TypeError, "MaskedConstant .*convert it first"),
+        ({"metadata": {"x": np.ma.masked_array([1, 2], [0, 1])}}, TypeError, "MaskedArray"),
+        ({"metadata": {"x": np.longdouble(1)}}, TypeError, r"longdouble .*\(at metadata\['x'\]\)"),
+        ({"metadata": {"x": np.datetime64("2020-01-01")}}, TypeError, "datetime64"),
+        ({"metadata": {"x": np.timedelta64(1, "s")}}, TypeError, "timedelta64"),
+        ({"metadata": {"x": 1j}}, TypeError, "complex"),
+        ({"metadata": {"x": np.float32("nan")}}, ValueError, "JSON"),
         ({"metadata": 5}, TypeError, "metadata"),
         ({"metadata": {"x": float("nan")}}, ValueError, "JSON"),
         ({"metadata": {"x": "y" * 2**20}}, ValueError, "1 MiB"),
@@ -341,6 +353,33 @@ def test_an_invalid_commit_changes_nothing(store, arguments, error, message):
     assert store.last_commit == first
     assert store.has_changes
     assert store.commit().id == 2
+
+
+def test_numpy_scalars_in_metadata_are_those_of_python(store, path):
+    given = {
+        "loss": np.float32(0.1), "half": np.float16(0.5), "double": np.float64(0.3), "best": np.bool_(True),
+        "step": np.int64(2**63 - 1), "rows": [np.uint64(2**64 - 1), {"small": np.int8(-1)}], "name": np.str_("a"),
+    }  # fmt: skip
+    expected = {
+        "loss": float(np.float32(0.1)), "half": 0.5, "double": 0.3, "best": True,
+        "step": 2**63 - 1, "rows": [2**64 - 1, {"small": -1}], "name": "a",
+    }  # fmt: skip
+    commit = store.commit(step=np.uint64(7), metadata=given)
+    assert commit.metadata == store.last_commit.metadata == expected
+    assert type(commit.metadata["best"]) is bool
+    assert type(commit.step) is int
+    store.close()
+    with shardemb.open(path, "r") as again:
+        assert again.last_commit == commit
+
+
+@pytest.mark.parametrize("step", [time.time_ns(), 2**62 + 1, 2**63 - 1])
+def test_steps_may_be_nanoseconds(store, path, step):
+    store.commit(step=step)
+    store.close()
+    with shardemb.open(path) as again:
+        assert again.last_commit.step == step
+        assert again.commit().step == step
 
 
 def test_deeply_nested_metadata_never_makes_a_store_unreadable(store, path):

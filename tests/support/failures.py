@@ -46,6 +46,7 @@ KINDS = ["full", "error", "short"]
 CALLS = (
     "write", "sync", "sync_data", "sync_tree", "sync_directory", "rename", "link", "remove", "remove_tree",
     "create_sparse", "make_directory", "allocate", "opened", "open_direct", "open_unnamed", "read_at", "read_into",
+    "copy_link",
 )  # fmt: skip
 
 
@@ -246,6 +247,7 @@ def strays(store):
         own |= {path for path, _ in TableLocation(inside.state(table).spec, folder).expected_files()}
     found = {path for path in store.path.glob("[!.]*/**/*") if path.is_file()}
     found |= {path for path in store.path.iterdir() if path.name != ".shardemb" and path.name not in store}
+    found = {path for path in found if path.name not in FOREIGN}
     return sorted(found - own) + sorted(store.path.glob(".shardemb/tables/*"))
 
 
@@ -346,9 +348,13 @@ CHANGES = {
 OF_WHAT_IS_COMMITTED = "other shards", "another optimizer"
 
 
+FOREIGN = "notes", "alias"
+"""Names of what another program has put into the folder of a table."""
+
+
 THEIRS = {
-    "more rows": {"link", "create_sparse", "remove_tree", "sync_tree", "rename"},
-    "a copy": {"sync_tree"},
+    "more rows": {"link", "copy_link", "create_sparse", "remove_tree", "sync_tree", "rename"},
+    "a copy": {"sync_tree", "copy_link"},
 }
 
 
@@ -365,6 +371,17 @@ def make(path):
             )
         learn(store, 1)
         store.commit(step=1)
+    for number, name in enumerate(("notes", "nested/notes")):
+        (path / "a" / name).parent.mkdir(exist_ok=True)
+        (path / "a" / name).write_text(f"mine {number}")
+    (path / "a" / "alias").symlink_to("notes")
+
+
+def assert_foreign(path):
+    """What another program has put into the folder of a table is there, whatever became of the table."""
+    assert (path / "a" / "alias").readlink() == Path("notes")
+    assert (path / "a" / "alias").read_text() == "mine 0"
+    assert (path / "a" / "nested" / "notes").read_text() == "mine 1"
 
 
 def begin(path, what):
@@ -446,6 +463,7 @@ def fail_once(path, what, failing, at_once, states, after):
             last = store.last_commit.id
         leave(store, failing)
     check(path, [each for each in states if each[0][0] in (last, last + (not done))], what)
+    assert_foreign(path)
     if not done:
         with begin(path, what) as store:
             change(store)
@@ -453,9 +471,11 @@ def fail_once(path, what, failing, at_once, states, after):
             store.rollback()
             committed = contents(store)
         check(path, [committed], what)
+        assert_foreign(path)
     assert not list(path.glob(".shardemb/rebuilt/*"))
     if what == "a copy":
         check(copied, [first], what)
+        assert_foreign(copied)
 
 
 def change_everywhere(what, *, sites_alone=False):
@@ -463,14 +483,14 @@ def change_everywhere(what, *, sites_alone=False):
     with small(), scratch() as folder:
         start = Path(folder) / "start"
         make(start)
-        shutil.copytree(start, Path(folder) / "store")
+        shutil.copytree(start, Path(folder) / "store", symlinks=True)
         calls, states, after = undisturbed(Path(folder) / "store", what)
         every = every_site([calls.sites], 0) if sites_alone else every_position(calls.count)
         failed = Counter()
         for number, failing in enumerate(every, 1):
             with scratch() as other:
                 path = Path(other) / "store"
-                shutil.copytree(start, path)
+                shutil.copytree(start, path, symlinks=True)
                 at_once = number // (2 if sites_alone else 3) % 2
                 try:
                     fail_once(path, what, failing, at_once, states, after)
