@@ -20,7 +20,7 @@ SOURCE = Path(shardemb.__file__).parent
 ROOMS = {
     "errors": [],
     "base": [
-        "arrays", "formatting", "interrupts", "paths", "progress", "serialization", "sizes", "validation", "sampling",
+        "arrays", "forks", "formatting", "interrupts", "paths", "progress", "serialization", "sizes", "validation", "sampling",
     ],
     "compute": [
         "compiler", "intrinsics", "scheduler", "file_blocks", "grouping", "row_index", "plan", "residency",
@@ -77,7 +77,7 @@ OUTSIDE = {
     "mmap": {"storage.address_space"},
     "fcntl": {"storage.files"},
     "shutil": {"storage.files"},
-    "tempfile": set(),
+    "tempfile": {"compute.compiler"},
     "subprocess": set(),
     "socket": set(),
 }
@@ -251,11 +251,15 @@ TOUCHES = {
 # Who calls such a thing all the same: module and call, with the reason.
 EXCEPTIONS = {
     ("compute.compiler", "read_bytes"): "source, whose checksum is part of the name of a compiled kernel",
+    ("compute.compiler", "mkdir"): "a folder for compiled kernels, where numba has none; no part of a store",
+    ("compute.compiler", "os.access"): "the same",
+    ("compute.compiler", "os.getuid"): "the same",
     ("compute.intrinsics", "load"): "from memory",
     ("store.opening", "read_text"): "the memory limit of the machine, below /sys",
     ("text", "open"): "text files of the caller's, to read; no part of a store",
     ("engine.output_pool", "remove"): "of a list",
     ("storage.address_space", "os.strerror"): "the text of an error",
+    ("storage.address_space", "read_text"): "the kernel's limit of mappings, below /proc",
     ("store.session", "load"): "of the catalogs, which read through files.py",
     ("vocabulary.key_rows", "load"): "of the index, which reads through files.py",
     ("compute.scheduler", "os.sched_getaffinity"): "the cores that a thread may use",

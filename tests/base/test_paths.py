@@ -66,7 +66,9 @@ OTHERS = [
 ]
 BAD = [(url, ValueError) for url in URLS] + [(other, TypeError) for other in OTHERS]
 BAD += [("", ValueError), ("a\0b", ValueError)]
-every_bad_path = pytest.mark.parametrize(("bad", "error"), BAD, ids=lambda each: repr(each)[:40])
+every_bad_path = pytest.mark.parametrize(
+    ("bad", "error"), BAD, ids=lambda each: repr(each).split(" at 0x")[0][:40]
+)
 
 
 @pytest.mark.parametrize(
