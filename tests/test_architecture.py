@@ -20,7 +20,8 @@ SOURCE = Path(shardemb.__file__).parent
 ROOMS = {
     "errors": [],
     "base": [
-        "arrays", "forks", "formatting", "interrupts", "paths", "progress", "serialization", "sizes", "validation", "sampling",
+        "arrays", "forks", "formatting", "interrupts", "paths", "progress", "serialization", "sizes", "validation",
+        "sampling",
     ],
     "compute": [
         "compiler", "intrinsics", "scheduler", "file_blocks", "grouping", "row_index", "plan", "residency",
