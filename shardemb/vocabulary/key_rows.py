@@ -264,9 +264,19 @@ class KeyRows:
         self.tables.join(runtime)
 
     def load_index(self) -> None:
-        """Open the files of the index, and index what the last commit has in addition."""
+        """Open the files of the index, and index what the last commit has in addition.
+
+        Raises
+        ------
+        FormatError
+            What the commit says about the vocabulary cannot be.
+        """
+        self.tables.check(self.entry)
         self._index.load(self._coverage())
-        self._index_new(self._index, self._index.coverage)
+        known = self._index.coverage
+        if self._coverage().head - known.head > self.tables.ring_size:
+            known = Coverage()  # the ring does not say any more which rows were reassigned since
+        self._index_new(self._index, known)
 
     def renew_index(self) -> None:
         """Rebuild the index if it is damaged or most of its pairs are useless. Called between commits.

@@ -13,6 +13,7 @@ import numpy as np
 from shardemb.base.sizes import round_up
 from shardemb.compute import plan
 from shardemb.engine import batch
+from shardemb.errors import FormatError
 from shardemb.format.spec import BYTES, FREED, KEYS, SKETCH
 from shardemb.vocabulary import key_kernels, key_records, keys
 
@@ -49,6 +50,43 @@ class KeyTables:
     def join(self, runtime: Runtime) -> None:
         """Use the runtime of another opening of the store."""
         self._runtime = runtime
+
+    def check(self, entry: VocabularyEntry) -> None:
+        """Compare what a commit says about the vocabulary with the sizes of its tables.
+
+        Raises
+        ------
+        FormatError
+            It cannot be: to believe it would mean to read records that are not there, or to read without end.
+        """
+        rows = {kind: table.spec.num_embeddings for kind, table in self._tables.items()}
+        free, cells, sketch = (
+            entry.tail - entry.head,
+            rows.get(BYTES, 0),
+            table_shapes(entry).get(SKETCH, (0,))[0],
+        )
+        wrong = {
+            # Rows that no key ever gets need no record.
+            f"rows {entry.rows}, of which the table of keys has {rows[KEYS]}": entry.rows
+            > max(rows[KEYS], entry.reserved),
+            f"admission {entry.admission}, but has {rows.get(SKETCH, 0)} cells of counters": rows.get(
+                SKETCH, 0
+            )
+            < sketch,
+            f"reserved {entry.reserved} of {entry.rows} rows": entry.reserved > entry.rows,
+            f"{free} free rows of {entry.rows}": not 0 <= free <= entry.rows - entry.reserved,
+            f"{free} free rows, in a ring of {rows[FREED]}": free > rows[FREED],
+            f"text_bytes {entry.text_bytes} in {cells} cells": entry.text_bytes
+            > cells * key_records.CELL_BYTES,
+        }
+        for problem in (problem for problem, found in wrong.items() if found):
+            msg = f"vocabulary {entry.name!r} says {problem}: restore the store from a copy"
+            raise FormatError(msg)
+
+    @property
+    def ring_size(self) -> int:
+        """How many freed rows are remembered, the last ones."""
+        return self._tables[FREED].spec.num_embeddings
 
     @property
     def bytes_allocated(self) -> int:

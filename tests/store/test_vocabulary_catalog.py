@@ -1,5 +1,6 @@
 """The vocabularies of a store: names, dropping, rollback, copies, other openings, and stores that lack one."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -24,6 +25,7 @@ from shardemb.errors import (
 )
 from shardemb.format import store_paths
 from shardemb.format.documents import crc32
+from shardemb.format.manifest import Manifest
 from shardemb.optim import SGD
 from shardemb.storage import files
 from shardemb.store.keyed_table import KeyedTable
@@ -435,3 +437,55 @@ def test_row_ids_of_bound_tables_reach_as_far_as_the_table(store):
         table.rows.resize(1, drop_rows=True)
     table.rows.resize(table.rows.num_embeddings + 1)
     assert table.lookup([1, 2]).shape == (2, 2)
+
+
+# ---- entries that cannot be -------------------------------------------------------------------------------------
+
+IMPOSSIBLE = {
+    "rows": {"rows": 2**40},
+    "a little more rows": {"rows": 2**24 + 1},
+    "tail": {"tail": 2**40},
+    "a little more tail": {"tail": 101},
+    "head and tail": {"head": 2**60, "tail": 2**60 + 101},
+    "reserved": {"reserved": 2**30},
+    "reserved all": {"reserved": 100, "rows": 100, "tail": 1},
+    "text_bytes": {"text_bytes": 2**61},
+    "admission": {"admission": shardemb.Admission(after=2, width=2**22, depth=4)},
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("what", IMPOSSIBLE)
+@pytest.mark.parametrize("mode", ["r", "a"])
+def test_an_entry_that_cannot_be_is_refused_and_named(path, what, mode):
+    admission = shardemb.Admission(after=1, width=1024, depth=2) if what == "admission" else None
+    with shardemb.open(path) as store:
+        words = store.create_vocabulary("words", key_type="string", admission=admission)
+        words.add([f"{n}" for n in range(100)])
+        store.commit()
+    file = path / ".shardemb" / "manifest.json"
+    manifest = Manifest.from_bytes(file.read_bytes())
+    (entry,) = manifest.vocabularies
+    file.write_bytes(
+        dataclasses.replace(
+            manifest, vocabularies=(dataclasses.replace(entry, **IMPOSSIBLE[what]),)
+        ).to_bytes()
+    )
+    with pytest.raises(FormatError, match="'words'"):
+        shardemb.open(path, mode)
+
+
+@pytest.mark.timeout(30)
+def test_more_reassignments_than_the_ring_remembers_are_indexed_again(path):
+    """However many an entry claims: an opening must end."""
+    with shardemb.open(path) as store:
+        store.create_vocabulary("words", key_type="string").add([f"{n}" for n in range(100)])
+        store.commit()
+    file = path / ".shardemb" / "manifest.json"
+    manifest = Manifest.from_bytes(file.read_bytes())
+    (entry,) = manifest.vocabularies
+    claimed = dataclasses.replace(entry, head=2**60, tail=2**60)
+    file.write_bytes(dataclasses.replace(manifest, vocabularies=(claimed,)).to_bytes())
+    with shardemb.open(path) as store:
+        assert store.vocabularies["words"].lookup([f"{n}" for n in range(100)]).tolist() == list(range(100))
+        assert store.verify() == []
