@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -44,11 +44,15 @@ class RowKeys(NamedTuple):
     nbytes : callable
         ``nbytes(start, stop)`` returns how many bytes the key of each row has, int64, shape (stop - start,), without
         reading the keys.
+    steadily : callable
+        ``steadily(function)`` returns what the function returns, and calls it again if a row has lost its key
+        meanwhile: rows and keys that are read one after the other then belong together.
     """
 
     kind: pa.DataType
     read: Callable[[int, int], tuple[NDArray[np.bool_], pa.Array]]
     nbytes: Callable[[int, int], Int64Array]
+    steadily: Callable[[Callable[[], Any]], Any]
 
 
 class RowSource(Protocol):
@@ -259,14 +263,17 @@ class Selection:
         """Read one of the `ranges`. Safe from several threads."""
         row_keys = self.source.keys
         first_state = 2 if row_keys is None else 3
-        arrays = self.source.read_rows(start, stop, self.schema.names[first_state:])
+        read = partial(self.source.read_rows, start, stop, self.schema.names[first_state:])
+        if row_keys is None:
+            arrays = read()
+        else:
+            arrays, (with_key, keys) = row_keys.steadily(lambda: (read(), row_keys.read(start, stop)))
         self.source.release_pages(
             start, stop
         )  # an export reads each row once: leave the page cache to others
         ids = np.arange(start, stop, dtype=np.int64)
         columns = [pa.array(ids)]
         if row_keys is not None:
-            with_key, keys = row_keys.read(start, stop)
             columns = [pa.array(ids[with_key]), keys]
             arrays = [array[with_key] for array in arrays]
         for array, kind in zip(arrays, self.schema.types[first_state - 1 :], strict=True):

@@ -173,7 +173,11 @@ class TableCatalog:
         """Create a table's folder and add the table to the current ones; if that fails, nothing is left of it."""
         directory = store_paths.parked(self._runtime.path, spec.uuid)
         mapped = shards.create(spec, directory, rows, progress)
-        self.require_free(name)  # again: a function that computed rows may have created such a table
+        try:
+            self.require_free(name)  # again: a function that computed rows may have created such a table
+        except BaseException:
+            files.remove_tree(directory)
+            raise
         table = TableState(self._runtime, name, mapped, Training(spec.optimizer, 0), vocabulary)
         self.current[name] = table
         return table

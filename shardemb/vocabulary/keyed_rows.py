@@ -108,7 +108,10 @@ class KeyedRows:
         """Return the rows that have keys, for exports."""
         from shardemb.io.arrow import RowKeys
 
-        row_keys = RowKeys(keys.arrow_type(self.keys.key_type), self.keys.arrow_keys, self.keys.key_bytes)
+        steadily = partial(read_steadily, [self.keys])
+        row_keys = RowKeys(
+            keys.arrow_type(self.keys.key_type), self.keys.arrow_keys, self.keys.key_bytes, steadily
+        )
         return TableSource(self.table, self.num_rows, row_keys)
 
     # ---- changing

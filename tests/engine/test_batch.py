@@ -581,6 +581,30 @@ def test_no_key_is_shown_the_row_of_the_one_that_has_it_now(path, monkeypatch, t
         store.rollback()
 
 
+def test_an_export_gives_no_key_the_row_of_another(path, tmp_path, monkeypatch):
+    store, words, table = keyed(path)
+    read_range, left = type(inside.state(table.rows)).read_range, [True]
+
+    def slow(self, *arguments):
+        found = read_range(self, *arguments)
+        if left and self is inside.state(table.rows):
+            left.pop()
+            pass_on(store, words)
+            table.write(["z"], SEVENS[:1])
+        return found
+
+    with store:
+        monkeypatch.setattr(type(inside.state(table.rows)), "read_range", slow)
+        (batch,) = [each.to_pydict() for each in table.to_arrow_batches()]
+        assert not left
+        assert dict(zip(batch["key"], [row[0] for row in batch["embedding"]], strict=True)) == {
+            "a": 1,
+            "z": 7,
+            "c": 3,
+        }
+        store.rollback()
+
+
 def test_a_lookup_by_key_waits_for_a_rollback_that_takes_rows_back(path, monkeypatch):
     store, words, table = keyed(path)
     with store:

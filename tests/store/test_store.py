@@ -1213,3 +1213,16 @@ def test_ten_thousand_tables(path):
             if mode == "a":
                 store["t5"].write([2], np.ones((1, 4), np.float32))
                 store.commit(step=2)
+
+
+def test_nothing_is_left_of_a_table_whose_name_was_taken_while_its_rows_were_computed(store):
+    def rows(start, stop):
+        if "t" not in store:
+            store.create_table("t", num_embeddings=5, embedding_dim=2)
+        return np.zeros((stop - start, 4), np.float32)
+
+    with pytest.raises(TableExistsError):
+        store.create_table("t", num_embeddings=10, embedding_dim=4, initializer=rows)
+    assert store["t"].num_embeddings == 5
+    store.commit()
+    assert list((store.path / ".shardemb" / "tables").iterdir()) == []
