@@ -223,8 +223,8 @@ def _epoch_check(path: Path) -> Callable[[], bool]:
     so what counts is not whether the two agree, but whether the file changes.
     """
     file = store_paths.epoch(path)
-    if files.size(file) is None:  # no writer has opened this copy of a store yet
-        return lambda: files.size(file) is None
+    if (files.size(file) or 0) < 8:  # no writer has opened this copy of a store yet, or the file was cut off
+        return lambda: (files.size(file) or 0) < 8
     memory = address_space.AddressRange(PAGE)
     memory.map_file(0, file, PAGE)
     now = memory.array(np.int64, (1,))

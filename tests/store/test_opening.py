@@ -1146,3 +1146,20 @@ def test_a_store_that_is_forgotten_during_a_fold_is_released_after_it(path, monk
         time.sleep(0.01)
     with store:
         assert store["a"].lookup(1).tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("nbytes", [None, 0, 7, 8, 100, 4096])
+def test_a_reader_notices_a_writer_whatever_is_left_of_the_epoch(path, nbytes):
+    make(path, "a")
+    epoch = path / ".shardemb" / "epoch"
+    data = epoch.read_bytes()
+    epoch.unlink()
+    if nbytes is not None:
+        epoch.write_bytes(data[:nbytes])
+    with shardemb.open(path, "r") as reader:
+        assert reader["a"].lookup(2).tolist() == [0.5] * 4
+        with shardemb.open(path):
+            with pytest.raises(StaleReaderError):
+                reader["a"].lookup(2)
+            reader.refresh()
+            assert reader["a"].lookup(2).tolist() == [0.5] * 4
