@@ -5,6 +5,7 @@ of the room, so that the disk is full while tables are created, commits are logg
 memory or a store is recovered. A life ends with `close` or with the death of the process, at any operation on files.
 """
 
+import gc
 import os
 import random
 import subprocess
@@ -129,8 +130,8 @@ def test_a_device_that_does_not_take_what_is_written_loses_no_commit(seed, tmp_p
     place.mkdir()
     subprocess.run(["mount", "-o", "loop", image, place], check=True, capture_output=True)
     value, acknowledged = {}, 0
+    store = shardemb.open(place / "store", log_bytes=2**20)
     try:
-        store = shardemb.open(place / "store", log_bytes=2**20)
         table = store.create_table("t", num_embeddings=20_000, embedding_dim=64, rows_per_shard=1024)
         store.commit(step=0)
         outer.leave(int(rng.integers(0, 2**20)))
@@ -145,9 +146,11 @@ def test_a_device_that_does_not_take_what_is_written_loses_no_commit(seed, tmp_p
                 acknowledged = step
         with pytest.raises((OSError, PoisonedError)):
             store.commit(step=5000)
-        close_quietly(store)
     finally:
-        subprocess.run(["umount", place], check=False, capture_output=True)
+        close_quietly(store)
+        del store, table
+        gc.collect()  # nothing of it stays mapped
+        subprocess.run(["umount", place], check=True, capture_output=True)
     outer.make_room()
     subprocess.run(["e2fsck", "-fy", image], check=False, capture_output=True)
     subprocess.run(["mount", "-o", "loop", image, place], check=True, capture_output=True)
