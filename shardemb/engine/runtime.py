@@ -120,11 +120,15 @@ class Runtime:
             raise PoisonedError(msg)
 
     def check_publishable(self) -> None:
-        """As `check_sound`, and raise `PoisonedError` in a writer whose folder was moved, removed or replaced.
+        """As `check_sound`, and as `check_in_place`."""
+        self.check_sound()
+        self.check_in_place()
+
+    def check_in_place(self) -> None:
+        """Raise `PoisonedError` in a writer whose folder was moved, removed or replaced.
 
         Everything is written by path, so this is called before anything is published: what is there now is not its own.
         """
-        self.check_sound()
         if self.in_place is not None and not self.in_place():
             self.poisoned = "its folder was moved, removed or replaced while it was open"
             self.check_sound()

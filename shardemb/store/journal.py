@@ -398,8 +398,8 @@ class Journal:
             raise
 
     def _check_in_place(self) -> None:
-        """As `Runtime.check_publishable`, and check that no other program has replaced the manifest."""
-        self._runtime.check_publishable()
+        """As `Runtime.check_in_place`, and check that no other program has replaced the manifest."""
+        self._runtime.check_in_place()
         try:
             found = files.names(store_paths.manifest(self._runtime.path))[1]
         except FileNotFoundError:

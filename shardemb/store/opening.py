@@ -362,9 +362,6 @@ def _clear(path: Path) -> None:
 
 def _require_creatable(path: Path, mode: str) -> None:
     for place in (path, *path.parents):
-        if place.is_symlink() and not place.exists():
-            msg = f"{place} is a link to {place.readlink()}, where nothing is; make that folder, or choose another path"
-            raise StoreNotFoundError(msg)
         if place.exists():
             break
     if not place.is_dir():
@@ -386,12 +383,12 @@ def _require_creatable(path: Path, mode: str) -> None:
 
 def _resolved(path: str | os.PathLike[str]) -> Path:
     """Check a path given by the user; return where it leads, so that none of its parts is a link."""
-    given = paths.local_path(path, "the store")
-    try:
-        return given.resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links
-        msg = f"{path} leads nowhere ({error}); choose another path"
-        raise StoreNotFoundError(msg) from error
+    given = paths.local_path(path, "the store").absolute()
+    for place in (given, *given.parents):
+        if place.is_symlink() and not place.exists():
+            msg = f"{place} is a link to {place.readlink()}, where nothing is; make that folder, or choose another path"
+            raise StoreNotFoundError(msg)
+    return given.resolve()
 
 
 def _take_lock(path: Path) -> int:

@@ -151,7 +151,7 @@ class KeyIndex:
             # A later commit may reach what they claim to know, as below.
             if index_files.remove_others(self._folder, self._files):
                 files.sync_directory(self._folder)
-        elif files.is_directory(self._folder):
+        elif files.is_directory(self._folder) or files.size(self._folder) is not None:
             files.remove_tree(self._folder)  # a later commit may reach what it claims to know, and trust it
             files.sync_directory(self._folder.parent)
 

@@ -39,7 +39,8 @@ def new_index(path, *, writable=True):
 
 
 def index_of(path):
-    (found,) = (path / ".shardemb" / "vocabularies").glob("*-*[!.new]")
+    folders = (path / ".shardemb" / "vocabularies").glob("*-*")
+    (found,) = (folder for folder in folders if folder.suffix != ".new")
     return found
 
 

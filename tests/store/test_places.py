@@ -37,7 +37,7 @@ NO_PLACES = {
     "link to itself": (lambda p: p.symlink_to("s"), r"s is a link to s, where nothing is"),
     "link to a file": (
         lambda p: ((p.parent / "f").write_text("x"), p.symlink_to("f")),
-        r"s is a file; a store is a",
+        r"f is a file; a store is a",  # where the link leads
     ),
     "file": (lambda p: p.write_text("x"), r"s is a file; a store is a folder.*, choose another path"),
     "pipe": (lambda p: os.mkfifo(p), r"s is a file; a store is a folder"),

@@ -809,6 +809,7 @@ def test_a_store_that_is_garbage_collected_warns_and_releases_the_lock(path):
 
 
 def test_nothing_stays_mapped_or_counted_after_many_openings(path):
+    gc.collect()
     before = files.counters.mappings
     for turn in range(10):
         with shardemb.open(path) as store:

@@ -701,6 +701,12 @@ OTHER_REASONS = {
     "rewrite.unshare:sync_file": "files with a second name elsewhere, which no workload makes",
     "rewrite.unshare:publish": "the same",
     "opening._take_lock:replace": "the same",
+    "targets.staged:sync_directory": "exports, which no workload makes",
+    "targets._hoisted:rename": "the same",
+    "targets._rename:rename": "the same",
+    "targets._move_in:sync_directory": "the same",
+    "targets._move_in:sync_directory:2": "the same",
+    "targets._move_in:rename": "the same",
     "table_folder._write_rows:sync": "so that the page cache can be emptied",
 }
 
