@@ -586,8 +586,11 @@ def openat2(path: Path, flags: int, mode: int) -> int:
 @contextlib.contextmanager
 def _folder(path: Path) -> Iterator[int]:
     """Open a folder for the length of a with block."""
-    with opened(path, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
+    descriptor = _open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
         yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _status(path: Path) -> os.stat_result | None:
