@@ -527,12 +527,7 @@ def explore(seed, number_of_states, *, again=0.2, kill=0.1, skip=lambda call, pa
     chance = random.Random(seed)
     seen = set()
     with scratch() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log_writer, "FIRST_SEGMENT", 32_768)
-        patch.setattr(log_writer, "STAGE_BYTES", 65_536)
-        # So that small tables are folded in long stretches too.
-        patch.setattr(file_blocks, "WINDOW_BLOCKS", 4)
-        patch.setattr(fold, "DIRECT_BLOCKS", random.Random(seed).choice([1, 3, 100]))
-        make_small(patch, random.Random(seed))
+        lower_limits(patch, seed)
         recording = Recording(folder, skip)
         with recording.on():
             work(Path(folder) / "store", seed, recording)
@@ -556,6 +551,16 @@ def explore(seed, number_of_states, *, again=0.2, kill=0.1, skip=lambda call, pa
             )
             assert problem is None, f"seed {seed}, operation {point}: {problem}"
     return seen
+
+
+def lower_limits(patch, seed):
+    """Let small workloads do what otherwise takes large ones."""
+    patch.setattr(log_writer, "FIRST_SEGMENT", 32_768)
+    patch.setattr(log_writer, "STAGE_BYTES", 65_536)
+    # So that small tables are folded in long stretches too.
+    patch.setattr(file_blocks, "WINDOW_BLOCKS", 4)
+    patch.setattr(fold, "DIRECT_BLOCKS", random.Random(seed).choice([1, 3, 100]))
+    make_small(patch, random.Random(seed))
 
 
 def digest(state):

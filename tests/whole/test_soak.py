@@ -50,6 +50,19 @@ def test_loss_of_power(piece, of):
 
 
 @pytest.mark.parametrize("piece", range(PIECES))
+def test_crashes_within_recovery(piece, tmp_path):
+    from support.recorded_calls import explore
+
+    states = int(20_000 * SCALE / PIECES)
+    announce("crashes within recovery, by system calls", FIRST_SEED + piece, f"{states} states")
+    found = seed = 0
+    while found < states:
+        found += explore((FIRST_SEED + piece) * 1000 + seed, min(states, 100), tmp_path / "calls")
+        seed += 1
+    print(f"{found} different states of {seed} recoveries")
+
+
+@pytest.mark.parametrize("piece", range(PIECES))
 def test_failures(piece):
     from support.failures import fail_everywhere
 
