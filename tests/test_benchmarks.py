@@ -66,8 +66,11 @@ UNBOUNDED = {
 }
 
 
-LEFT_TO_THE_SOAK = {("starting.Start.time_first_lookup", ("filled cache",))}
-"""Compiles every kernel once more, as `starting.SecondStart` and the empty cache do."""
+LEFT_TO_THE_SOAK = {
+    ("starting.Start.time_first_lookup", ("filled cache",)),
+    ("starting.Start.time_first_lookup", ("empty cache",)),
+}
+"""They compile every kernel once more, as `starting.SecondStart` does."""
 
 
 def _discover():

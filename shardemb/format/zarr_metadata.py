@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import json
 import zlib
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shardemb.base.sizes import PAGE, round_up
 from shardemb.errors import FormatError
@@ -62,9 +62,7 @@ def table_documents(spec: TableSpec, before: Mapping[str, bytes] = MappingProxyT
     documents = _array_documents(spec)
     for path, document in documents.items():
         if added := _added_attributes(before.get(path, b"")):
-            array = parse_json(document)
-            array["attributes"] = added | array["attributes"]
-            documents[path] = json.dumps(array, indent=2).encode()
+            documents[path] = _with_attributes(document, added | parse_json(document)["attributes"])
     attributes = spec.to_json()
     attributes["arrays_crc32"] = _arrays_crc32(attributes, documents)
     group = _group_document(attributes | {"crc32": crc32(attributes)}, before.get(DOCUMENT, b""))
@@ -72,13 +70,23 @@ def table_documents(spec: TableSpec, before: Mapping[str, bytes] = MappingProxyT
 
 
 def _group_document(attributes: Mapping[str, object], before: bytes) -> dict[str, bytes]:
+    added = _added_attributes(before)
+    return {DOCUMENT: _with_attributes(_group_without_attributes(), added | {ATTRIBUTE: dict(attributes)})}
+
+
+@cache
+def _group_without_attributes() -> bytes:
     import zarr
     from zarr.storage import MemoryStore
 
     memory: dict[str, Any] = {}
-    added = _added_attributes(before)
-    zarr.create_group(MemoryStore(memory), zarr_format=3, attributes=added | {ATTRIBUTE: dict(attributes)})
-    return _as_bytes(memory)
+    zarr.create_group(MemoryStore(memory), zarr_format=3)
+    return _document_in(memory)
+
+
+def _with_attributes(document: bytes, attributes: Mapping[str, object]) -> bytes:
+    """Return a document with other attributes, written as zarr would."""
+    return json.dumps(parse_json(document) | {"attributes": attributes}, indent=2).encode()
 
 
 def _added_attributes(document: bytes) -> dict[str, Any]:
@@ -91,41 +99,52 @@ def _added_attributes(document: bytes) -> dict[str, Any]:
 
 
 def _array_documents(spec: TableSpec) -> dict[str, bytes]:
-    import zarr
-    from zarr.storage import MemoryStore
-
-    memory: dict[str, Any] = {}
-    arrays = {
-        ROWS: (
+    attributes = {ATTRIBUTE: {"uuid": spec.uuid}}  # exposes a folder mixed from two tables
+    arrays = [
+        _Array(
+            ROWS,
             "float32",
             (spec.num_embeddings, spec.width),
             (spec.rows_per_shard, spec.width),
             ("row", "column"),
         ),
-        PRESENT: ("uint8", (spec.presence_bytes,), (spec.presence_chunk_bytes,), ("byte",)),
-        CHECKS: ("uint64", (spec.num_blocks,), (round_up(spec.num_blocks, PAGE // 8),), ("block",)),
+        _Array(PRESENT, "uint8", (spec.presence_bytes,), (spec.presence_chunk_bytes,), ("byte",)),
+        _Array(CHECKS, "uint64", (spec.num_blocks,), (round_up(spec.num_blocks, PAGE // 8),), ("block",)),
+    ]
+    return {
+        f"{array.name}/{DOCUMENT}": _with_attributes(_array_without_attributes(array), attributes)
+        for array in arrays
+        if spec.has_presence or array.name != PRESENT
     }
-    if not spec.has_presence:
-        del arrays[PRESENT]
-    for name, (dtype, shape, chunks, dimensions) in arrays.items():
-        zarr.create_array(
-            MemoryStore(memory),
-            name=name,
-            shape=shape,
-            chunks=chunks,
-            dtype=dtype,
-            fill_value=0,
-            filters=None,
-            compressors=None,
-            chunk_key_encoding={"name": "default", "separator": "."},
-            dimension_names=dimensions,
-            zarr_format=3,
-            attributes={ATTRIBUTE: {"uuid": spec.uuid}},  # exposes a folder mixed from two tables
-        )
-    memory.pop(
-        DOCUMENT, None
-    )  # zarr adds a group around the arrays; the table's own document takes its place
-    return _as_bytes(memory)
+
+
+class _Array(NamedTuple):
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dimensions: tuple[str, ...]
+
+
+@lru_cache(maxsize=1024)  # zarr takes 2 ms, and many tables of a store have the same shape
+def _array_without_attributes(array: _Array) -> bytes:
+    import zarr
+    from zarr.storage import MemoryStore
+
+    memory: dict[str, Any] = {}
+    zarr.create_array(
+        MemoryStore(memory),
+        shape=array.shape,
+        chunks=array.chunks,
+        dtype=array.dtype,
+        fill_value=0,
+        filters=None,
+        compressors=None,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        dimension_names=array.dimensions,
+        zarr_format=3,
+    )
+    return _document_in(memory)
 
 
 def store_uuid(document: bytes) -> str:
@@ -218,5 +237,6 @@ def _metadata(document: bytes) -> ArrayV3Metadata:
         raise FormatError(msg) from error
 
 
-def _as_bytes(memory: dict[str, Any]) -> dict[str, bytes]:
-    return {path: value.to_bytes() for path, value in memory.items()}
+def _document_in(memory: dict[str, Any]) -> bytes:
+    document: bytes = memory[DOCUMENT].to_bytes()
+    return document

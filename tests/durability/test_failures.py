@@ -21,9 +21,11 @@ from support.failures import (
     THEIRS,
     WORKLOADS,
     Failing,
+    calls_of_changes,
     change_every_site,
     every_site,
     fail_every_site,
+    small,
 )
 
 import shardemb
@@ -74,7 +76,15 @@ def test_the_call_of_a_number_at_a_site_fails(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", CHANGES)
 def test_what_failed_once_succeeds_when_it_is_called_again(what, elsewhere):
-    assert {"write", "opened", *THEIRS.get(what, ())} <= elsewhere(change_every_site).keys()
+    assert elsewhere(change_every_site)
+
+
+def test_the_calls_that_fail_are_those_of_the_changes():
+    with small():
+        found = calls_of_changes()
+    assert found.keys() == CHANGES.keys()
+    for what, (calls, _, _) in found.items():
+        assert {"write", "opened", *THEIRS.get(what, ())} <= {name for name, *_ in calls.sites}
 
 
 @pytest.mark.filterwarnings("ignore:the changes of")

@@ -471,7 +471,7 @@ def test_ctrl_c_on_a_real_process_leaves_the_last_commit(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("committed", [0, 10])
+@pytest.mark.parametrize("committed", [pytest.param(0, marks=pytest.mark.soak), 10])
 def test_a_killed_process_continues_as_if_nothing_had_happened(small, tmp_path, committed):
     options = dataclasses.replace(small, folder=tmp_path / "killed")
     program = (

@@ -527,9 +527,9 @@ def die_at(number, operation):
     return "survived"
 
 
-def killed_everywhere(in_fork, template, path, operation):
-    """Kill an operation at every possible moment, each time on a new copy of `template` at `path`; yield after each."""
-    for number in range(200):
+def killed_everywhere(in_fork, template, path, operation, moments=slice(None)):
+    """Kill an operation at possible moments, each time on a new copy of `template` at `path`; yield after each."""
+    for number in range(200)[moments]:
         shutil.rmtree(path, ignore_errors=True)
         if template is not None:
             shutil.copytree(template, path, symlinks=True)
@@ -559,9 +559,12 @@ def sound(path, *allowed):
         assert list(reader) == [*(name for name, _ in found), "later"]
 
 
-@pytest.mark.parametrize("mode", ["a", "w", "w-"])
-def test_killed_while_a_store_is_created(path, in_fork, mode):
-    for number in killed_everywhere(in_fork, None, path, lambda: shardemb.open(path, mode).close()):
+@pytest.mark.parametrize(
+    ("mode", "moments"), [("a", slice(0, None, 2)), ("w", slice(1, None, 2)), ("w-", slice(1, None, 2))]
+)
+def test_killed_while_a_store_is_created(path, in_fork, mode, moments):
+    """The modes do the same where there is nothing yet."""
+    for number in killed_everywhere(in_fork, None, path, lambda: shardemb.open(path, mode).close(), moments):
         if number % 2:
             sound_or_nothing(path)
         shardemb.open(path, "a" if number % 3 else "w").close()
@@ -626,8 +629,15 @@ def new(store, name, value):
     store.create_table(name, num_embeddings=100, embedding_dim=4, initializer=np.full((100, 4), float(value)))
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_killed_while_a_commit_changes_the_set_of_tables(path, tmp_path, in_fork, change):
+@pytest.mark.parametrize(
+    ("change", "moments"),
+    [
+        *((change, slice(number % 3, None, 3)) for number, change in enumerate(CHANGES)),
+        *(pytest.param(change, slice(None), marks=pytest.mark.soak) for change in CHANGES),
+    ],
+)
+def test_killed_while_a_commit_changes_the_set_of_tables(path, tmp_path, in_fork, change, moments):
+    """The changes have most of their moments in common, so each of them takes others."""
     names, operation, after = CHANGES[change]
     make(tmp_path / "template", *names)
     before = [(name, [0.5, number]) for number, name in enumerate(names)]
@@ -638,7 +648,7 @@ def test_killed_while_a_commit_changes_the_set_of_tables(path, tmp_path, in_fork
         store.commit(step=8)
         close_quietly(store)
 
-    for _ in killed_everywhere(in_fork, tmp_path / "template", path, commit):
+    for _ in killed_everywhere(in_fork, tmp_path / "template", path, commit, moments):
         sound(path, before, after)
     assert shardemb_names(path) == [*(name for name, _ in after), "later"]
 
@@ -986,7 +996,7 @@ def test_threads_that_fork_at_once_leave_lock_and_log_with_the_parent(path):
         wrong = []
 
         def fork():
-            for _ in range(25):
+            for _ in range(12):
                 child = os.fork()
                 if child == 0:
                     code = 1

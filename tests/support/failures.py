@@ -13,7 +13,7 @@ import shutil
 import sys
 import warnings
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -478,31 +478,48 @@ def fail_once(path, what, failing, at_once, states, after):
         assert_foreign(copied)
 
 
-def change_everywhere(what, *, sites_alone=False):
-    """Let every call of a change fail, or each call site in each way; return which operations did."""
-    with small(), scratch() as folder:
+@cache
+def calls_of_changes():
+    """Return for each change the calls that it makes where none fails, and with what it can be compared."""
+    found = {}
+    for what in CHANGES:
+        with scratch() as folder:
+            make(Path(folder) / "store")
+            found[what] = undisturbed(Path(folder) / "store", what)
+    return found
+
+
+def change_everywhere(what):
+    """Let every call of a change fail; return which operations did."""
+    with small():
+        calls, states, after = calls_of_changes()[what]
+        return fail_changes(what, every_position(calls.count), states, after)
+
+
+def change_every_site(what):
+    """Let each call site of all changes fail in each way, one change's share; return which operations did."""
+    with small():
+        found = calls_of_changes()
+        every = every_site([calls.sites for calls, _, _ in found.values()], list(CHANGES).index(what))
+        return fail_changes(what, every, *found[what][1:])
+
+
+def fail_changes(what, every, states, after):
+    """Return which operations failed, one in each run of a change."""
+    failed = Counter()
+    with scratch() as folder:
         start = Path(folder) / "start"
         make(start)
-        shutil.copytree(start, Path(folder) / "store", symlinks=True)
-        calls, states, after = undisturbed(Path(folder) / "store", what)
-        every = every_site([calls.sites], 0) if sites_alone else every_position(calls.count)
-        failed = Counter()
-        for number, failing in enumerate(every, 1):
+        for number, failing in enumerate(every):
             with scratch() as other:
                 path = Path(other) / "store"
                 shutil.copytree(start, path, symlinks=True)
-                at_once = number // (2 if sites_alone else 3) % 2
                 try:
-                    fail_once(path, what, failing, at_once, states, after)
+                    fail_once(path, what, failing, number % 2, states, after)
                 except BaseException as error:
                     error.add_note(
                         f"{failing.kind} at call {failing.at} {failing.site or ''}, {failing.failed}"
                     )
                     raise
                 failed[str(failing.failed).split()[0]] += 1
-        return failed
-
-
-def change_every_site(what):
-    """As `change_everywhere`, each call site in each way."""
-    return change_everywhere(what, sites_alone=True)
+    return failed

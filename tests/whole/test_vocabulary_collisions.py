@@ -116,7 +116,7 @@ def test_a_vocabulary_is_a_dict_whatever_the_hashes(new_store, key_type, data):
         close_quietly(store)
 
 
-@pytest.mark.parametrize("key_type", ["string", "bytes"])
+@pytest.mark.parametrize("key_type", ["string", pytest.param("bytes", marks=pytest.mark.soak)])
 def test_many_keys_of_one_hash(store, key_type):
     """Far more than one cache line or one scan of the index holds."""
     keys = [f"{n}" if key_type == "string" else b"%d" % n for n in range(1500)]

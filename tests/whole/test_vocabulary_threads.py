@@ -279,7 +279,7 @@ def test_many_threads_find_what_they_wrote(path):
         store.drop_table(other.name)
 
     with Threads(*map(writer, range(3)), store.commit, store.checkpoint, resize):
-        for _ in range(4):
+        for _ in range(2):
             with contextlib.suppress(ShardEmbError):  # there are changes that are not committed
                 store.reshard("plain", rows_per_shard=random.choice([128, 256, 512]))
     assert_sound(store)
