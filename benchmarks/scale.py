@@ -16,7 +16,7 @@ from .common import DIM
 SIZES = [10**6, 10**7, 10**8, 10**9]
 """Rows. Not scaled; see `opening`."""
 
-WRITTEN, BATCH = 16_384, 16_384
+WRITTEN = BATCH = 16_384 if common.SCALE else 2_048
 BUDGET = 256 * 2**20
 
 
