@@ -14,7 +14,7 @@ from shardemb.format.spec import is_internal, normalized
 from shardemb.storage import files, folders, table_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from shardemb.base.progress import Progress
@@ -96,11 +96,14 @@ class TableCatalog:
     def _by_uuid(self) -> list[tuple[str, TableState]]:
         return [(table.spec.uuid, table) for table in self.current.values()]
 
+    def _each_memory(self) -> Iterator[Shards]:
+        """Iterate over what `memory` returns, without a dict of thousands of tables."""
+        yield from (each.shards for each in self.committed.values())
+        yield from (table.shards for uuid, table in self._by_uuid() if uuid not in self.committed)
+
     def overlays(self) -> list[Overlay]:
         """Return the rows in memory of all tables."""
-        # Asked by every change, so this makes no dict of thousands of tables.
-        new = (table.shards for uuid, table in self._by_uuid() if uuid not in self.committed)
-        return [*(each.shards.overlay for each in self.committed.values()), *(each.overlay for each in new)]
+        return [each.overlay for each in self._each_memory()]
 
     def locations(self) -> dict[str, TableLocation]:
         """Return the spec and folder of each table of the last commit, by uuid."""
@@ -135,7 +138,7 @@ class TableCatalog:
 
     def unused_stream(self, name: str) -> str:
         """Return a stream for a new table, which makes its initial values differ from those of all other tables."""
-        taken = {each.spec.stream for each in self.memory().values()}
+        taken = {each.spec.stream for each in self._each_memory()}
         streams = (name if number == 1 else f"{name}#{number}" for number in count(1))
         return next(stream for stream in streams if stream not in taken)
 
@@ -203,9 +206,8 @@ class TableCatalog:
 
     def mark_committed(self) -> None:
         """Record the current tables as those of the last commit."""
-        self._release(
-            each.table for each in self.committed.values() if each.table not in self.current.values()
-        )
+        current = set(map(id, self.current.values()))
+        self._release(each.table for each in self.committed.values() if id(each.table) not in current)
         self.committed = {
             table.spec.uuid: CommittedTable(table, table.shards) for table in self.current.values()
         }
@@ -214,8 +216,9 @@ class TableCatalog:
         """Go back to the last commit. If it fails half way, it can be called again."""
         before, entries = list(self.current.values()), self._runtime.committed.tables
         self.current = {each.name: self.committed[each.uuid].table for each in entries}
+        current = set(map(id, self.current.values()))
         for table in before:
-            if table not in self.current.values():
+            if id(table) not in current:
                 self._discard_if_new(table)
             elif table.spec.uuid not in self.committed:
                 # Lookups continue in the table's new memory until `table.restore` below gives it the old one back.
