@@ -291,8 +291,10 @@ class Journal:
         """Record durably what the shards hold, then move the folders of tables to where that says."""
         self._check_in_place()
         path, tables = self._runtime.path, self._tables()
-        files.replace(store_paths.manifest(path), base.to_bytes())
-        self._manifest = files.names(store_paths.manifest(path))[1]
+        try:
+            files.replace(store_paths.manifest(path), base.to_bytes())
+        finally:  # the new one is there also if only the sync of its folder has failed
+            self._manifest = files.names(store_paths.manifest(path))[1]
         self._base = base
         try:
             self._update_directories(folders.arrange(path, base.tables, base.dropped, keep=tables.keys()))

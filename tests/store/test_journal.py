@@ -160,6 +160,29 @@ def test_a_fold_that_finds_the_disk_full_loses_nothing_and_is_retried(path, monk
     assert list((path / ".shardemb" / "log").iterdir()) == []
 
 
+def test_a_manifest_that_is_there_though_its_sync_failed_is_no_stranger(path, monkeypatch):
+    with shardemb.open(path) as store:
+        table = new_table(store)
+        fill(table, 1)
+        store.commit(step=1)
+        sync = files.sync_directory
+
+        def fail(folder):
+            if folder.name == ".shardemb":
+                raise DiskFullError(errno.ENOSPC, "full")
+            sync(folder)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "sync_directory", fail)
+            with pytest.raises(DiskFullError):
+                store.checkpoint()
+        fill(table, 2)
+        store.commit(step=2)
+        store.checkpoint()
+    with shardemb.open(path, mode="r") as store:
+        assert (store["t"].lookup(range(ROWS)) == 2).all()
+
+
 def test_a_checkpoint_that_waits_for_a_fold_that_fails_fails_too(path, slow_fold, monkeypatch):
     begun, proceed = slow_fold
     proceed.set()
