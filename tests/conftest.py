@@ -105,9 +105,19 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+@pytest.fixture(autouse=True, scope="module")
+def nothing_stays_mapped(request, tmp_path_factory):
+    """Fail a module whose tests leave a file mapped; to look for that after each test would take minutes."""
+    base, failed = str(tmp_path_factory.getbasetemp()), request.session.testsfailed
+    yield
+    gc.collect()
+    if request.session.testsfailed == failed:  # a traceback would keep everything alive
+        assert [line for line in Path("/proc/self/maps").read_text().splitlines() if base in line] == []
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left(request, tmp_path_factory):
-    """Fail a test that leaves a file open or mapped, a thread of shardemb running, or a signal's handler replaced.
+    """Fail a test that leaves a file open, a thread of shardemb running, or a signal's handler replaced.
 
     Tests that failed are let off: their traceback keeps everything alive.
     """
@@ -124,19 +134,14 @@ def nothing_is_left(request, tmp_path_factory):
 
 
 def left_open(base):
-    """Name what is still open or mapped of the files under a folder, and what still runs of shardemb's threads."""
+    """Name what is still open of the files under a folder, and what still runs of shardemb's threads."""
     found = {
         f"thread {thread.name}" for thread in threading.enumerate() if thread.name.startswith("shardemb")
     }
-    found |= {f"mapping of {line.split(maxsplit=5)[5]}" for line in _mappings() if base in line}
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):  # that of the listing itself
             found.add(f"descriptor {number} of {os.readlink(f'/proc/self/fd/{number}')}")
     return {each for each in found if base in each or each.startswith("thread")}
-
-
-def _mappings():
-    return Path("/proc/self/maps").read_text().splitlines()
 
 
 @pytest.fixture(scope="session")

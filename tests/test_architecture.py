@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tokenize
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -103,20 +104,27 @@ LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
 every_module = pytest.mark.parametrize("name", [name for name in MODULES if name != "__init__"])
 
 
+@cache
+def nodes_of(tree):
+    """List all nodes of a tree, which is walked once."""
+    return list(ast.walk(tree))
+
+
+@cache
 def typing_only(tree):
     """The nodes below ``if TYPE_CHECKING``."""
     return {
         node
-        for block in ast.walk(tree)
+        for block in nodes_of(tree)
         if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
         for statement in block.body
-        for node in ast.walk(statement)
+        for node in nodes_of(statement)
     }
 
 
 def imports(tree):
     """Every import, also within functions and for types alone: the dotted names of modules."""
-    for node in ast.walk(tree):
+    for node in nodes_of(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -159,7 +167,7 @@ def test_imports_go_strictly_downward(name):
 
 def private_accesses(tree):
     """Names with an underscore that belong to another object or module."""
-    for node in ast.walk(tree):
+    for node in nodes_of(tree):
         if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr, re.I):
             if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
                 yield ast.unparse(node)
@@ -188,7 +196,7 @@ def test_each_outside_library_has_its_room(library):
     users = set()
     for name, tree in TREES.items():
         skipped = typing_only(tree)
-        for node in ast.walk(tree):
+        for node in nodes_of(tree):
             if isinstance(node, ast.Import | ast.ImportFrom) and node not in skipped:
                 users |= {name for module in imports(node) if module.split(".")[0] == library}
     assert users <= OUTSIDE[library]
@@ -273,7 +281,7 @@ EXCEPTIONS = {
 
 def touches(tree):
     """Calls that touch the disk: ``open``, ``os.something``, and methods from `TOUCHES`, but not those of files.py."""
-    for node in ast.walk(tree):
+    for node in nodes_of(tree):
         if not isinstance(node, ast.Call):
             continue
         called = node.func
@@ -321,7 +329,7 @@ def test_callers_use_files_by_its_name():
     for tree in TREES.values():
         assert not any(
             isinstance(node, ast.ImportFrom) and node.module == "shardemb.storage.files"
-            for node in ast.walk(tree)
+            for node in nodes_of(tree)
         )
 
 
@@ -332,7 +340,7 @@ MAX_LINES, MAX_BODY, MAX_PARAMETERS = 400, 40, 8
 FUNCTIONS = [
     (module, node)
     for module, tree in TREES.items()
-    for node in ast.walk(tree)
+    for node in nodes_of(tree)
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
 ]
 
@@ -348,9 +356,10 @@ def docstring(node):
     return None
 
 
+@cache
 def docstring_lines(tree):
     lines = set()
-    for node in ast.walk(tree):
+    for node in nodes_of(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (found := docstring(node)):
             lines |= set(range(found.lineno, found.end_lineno + 1))
     return lines
@@ -433,7 +442,7 @@ def test_every_module_says_what_it_is_for(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_no_mutable_defaults_and_no_bare_except(name):
-    for node in ast.walk(TREES[name]):
+    for node in nodes_of(TREES[name]):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None
         if isinstance(node, ast.FunctionDef):

@@ -470,8 +470,8 @@ def test_ctrl_c_on_a_real_process_leaves_the_last_commit(tmp_path):
         assert store.last_commit.step == saved
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("committed", [pytest.param(0, marks=pytest.mark.soak), 10])
+@pytest.mark.soak
+@pytest.mark.parametrize("committed", [0, 10])
 def test_a_killed_process_continues_as_if_nothing_had_happened(small, tmp_path, committed):
     options = dataclasses.replace(small, folder=tmp_path / "killed")
     program = (

@@ -20,7 +20,7 @@ from support.small import make_small, pool_of
 from support.stores import close_quietly
 
 WORKLOADS, DIM = 4, 4
-DEPTH = 2
+DEPTH = 1
 """Lines of the package that make a call site: calls on keys go through many layers, in every order."""
 
 

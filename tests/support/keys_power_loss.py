@@ -13,7 +13,7 @@ from support.small import pool_of
 from support.stores import close_quietly
 from support.witnesses import WITNESSES
 
-STATES = int(os.environ.get("SHARDEMB_STATES", "3000")) // 10
+STATES = int(os.environ.get("SHARDEMB_STATES", "1500")) // 5
 
 
 WORKLOADS = 4

@@ -30,7 +30,7 @@ from support.small import make_small
 from support.stores import close_quietly
 from support.witnesses import WITNESSES
 
-STATES = int(os.environ.get("SHARDEMB_STATES", "3000"))
+STATES = int(os.environ.get("SHARDEMB_STATES", "1500"))
 
 
 WORKLOADS = 12

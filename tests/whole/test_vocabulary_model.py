@@ -31,7 +31,7 @@ from shardemb.format import store_paths
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import SGD, Adam, RowWiseAdagrad
 
-EXAMPLES = int(os.environ.get("SHARDEMB_EXAMPLES", "16"))
+EXAMPLES = int(os.environ.get("SHARDEMB_EXAMPLES", "8"))
 STEPS = int(os.environ.get("SHARDEMB_EXAMPLE_STEPS", "30"))
 SEEDS = st.integers(0, 2**32 - 1)
 DIM, MOST_ROWS = 4, 8192
