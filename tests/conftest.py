@@ -109,6 +109,9 @@ def pytest_runtest_makereport(item, call):
 def nothing_stays_mapped(request, tmp_path_factory):
     """Fail a module whose tests leave a file mapped; to look for that after each test would take minutes."""
     base, failed = str(tmp_path_factory.getbasetemp()), request.session.testsfailed
+    # Thousands of collected tests and hundreds of compiled kernels are millions of objects, which nobody drops: without
+    # this, each collection of garbage looks at all of them, for seconds.
+    gc.freeze()
     yield
     gc.collect()
     if request.session.testsfailed == failed:  # a traceback would keep everything alive
