@@ -69,7 +69,8 @@ class Journal:
         self._thread: threading.Thread | None = None
         self._released = False
         self._abandoned: Callable[[], None] | None = None
-        self._manifest = files.names(store_paths.manifest(runtime.path))[1]
+        self._manifest_path = store_paths.manifest(runtime.path)
+        self._manifest = files.names(self._manifest_path)[1]
 
     @property
     def is_folding(self) -> bool:
@@ -292,9 +293,9 @@ class Journal:
         self._check_in_place()
         path, tables = self._runtime.path, self._tables()
         try:
-            files.replace(store_paths.manifest(path), base.to_bytes())
+            files.replace(self._manifest_path, base.to_bytes())
         finally:  # the new one is there also if only the sync of its folder has failed
-            self._manifest = files.names(store_paths.manifest(path))[1]
+            self._manifest = files.names(self._manifest_path)[1]
         self._base = base
         try:
             self._update_directories(folders.arrange(path, base.tables, base.dropped, keep=tables.keys()))
@@ -403,7 +404,7 @@ class Journal:
         """As `Runtime.check_in_place`, and check that no other program has replaced the manifest."""
         self._runtime.check_in_place()
         try:
-            found = files.names(store_paths.manifest(self._runtime.path))[1]
+            found = files.names(self._manifest_path)[1]
         except FileNotFoundError:
             found = None
         if found != self._manifest:

@@ -282,11 +282,12 @@ class Session:
         metadata = check_metadata(metadata)
         if step is not None:
             step = validation.count(step, "step", minimum=0, maximum=MAX_STEP)
-        with self.runtime.writing():
+        with self.runtime.changing():
+            self.runtime.check_sound()
             journal = self.journal
             journal.wait_for_space([table.shards for table in self.tables.current.values()])
             self.runtime.check_open()  # the wait released the lock
-            self.runtime.check_publishable()
+            self.runtime.check_sound()  # whether the store is still in place, the journal looks before it appends
             last = self.runtime.committed.commit
             previous = last.step if last else 0
             commit = Commit(last.id + 1 if last else 1, previous if step is None else step, metadata)
