@@ -57,6 +57,9 @@ class TableCatalog:
         self._runtime = runtime
         self.current: dict[str, TableState] = {}
         self.committed: dict[str, CommittedTable] = {}
+        self._streams: set[str] | None = (
+            None  # of all tables; None until it is asked for, and once a table may be gone
+        )
 
     # ---- what there is
 
@@ -138,9 +141,10 @@ class TableCatalog:
 
     def unused_stream(self, name: str) -> str:
         """Return a stream for a new table, which makes its initial values differ from those of all other tables."""
-        taken = {each.spec.stream for each in self._each_memory()}
+        if self._streams is None:
+            self._streams = {each.spec.stream for each in self._each_memory()}
         streams = (name if number == 1 else f"{name}#{number}" for number in count(1))
-        return next(stream for stream in streams if stream not in taken)
+        return next(stream for stream in streams if stream not in self._streams)
 
     # ---- opening, creating, dropping
 
@@ -183,6 +187,8 @@ class TableCatalog:
             raise
         table = TableState(self._runtime, name, mapped, Training(spec.optimizer, 0), vocabulary)
         self.current[name] = table
+        if self._streams is not None:
+            self._streams.add(spec.stream)
         return table
 
     def set_name(self, table: TableState, name: str) -> None:
@@ -198,6 +204,7 @@ class TableCatalog:
 
     def _discard_if_new(self, table: TableState) -> None:
         """Remove the folder and memory of a table that no commit has in this form."""
+        self._streams = None
         if table.spec.uuid not in self.committed:
             files.remove_tree(table.shards.directory)
             table.release()
@@ -206,6 +213,7 @@ class TableCatalog:
 
     def mark_committed(self) -> None:
         """Record the current tables as those of the last commit."""
+        self._streams = None
         current = set(map(id, self.current.values()))
         self._release(each.table for each in self.committed.values() if id(each.table) not in current)
         self.committed = {
@@ -214,6 +222,7 @@ class TableCatalog:
 
     def restore(self, replay: Replay) -> None:
         """Go back to the last commit. If it fails half way, it can be called again."""
+        self._streams = None
         before, entries = list(self.current.values()), self._runtime.committed.tables
         self.current = {each.name: self.committed[each.uuid].table for each in entries}
         current = set(map(id, self.current.values()))
@@ -237,6 +246,7 @@ class TableCatalog:
 
     def adopt(self, fresh: TableCatalog) -> None:
         """Become the tables of a newer opening. Tables that exist in both stay the same objects."""
+        self._streams = None
         # Not by uuid: a table that was resized has another one, but keeps its stream, which is unique in a store.
         known = {each.shards.spec.stream: each.table for each in self.committed.values()}
         for name, newer in fresh.current.items():
