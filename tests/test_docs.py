@@ -120,9 +120,8 @@ def run_console(block):
     commands = re.findall(r"^\$ (.*(?:\\\n.*)*)\n((?:(?!\$ ).*\n)*)", block.code, re.M)
     assert len(commands) == len(re.findall(r"^\$", block.code, re.M)) > 0, block.name
     for command, expected in commands:
-        if re.fullmatch(
-            r"shardemb [\w /.:=-]+", command
-        ):  # without a shell, and in this process, which is quicker
+        if re.fullmatch(r"shardemb [\w /.:=-]+", command):
+            # It needs no shell, and this process is quicker than a new one.
             runner = click.testing.CliRunner(env=environment)
             ran = runner.invoke(cli.main, shlex.split(command)[1:], prog_name="shardemb")
             got = ran.stdout + ran.stderr

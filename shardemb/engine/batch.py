@@ -298,7 +298,7 @@ def _without_lock(
         gather(runtime, reads)
         if [each.shards.overlay.version for each in reads] != versions:
             break
-        if all(each.table.memory is each.shards for each in reads):
+        if all(each.table.memory is each.shards for each in reads):  # nearly always
             return
         renewed = [each.renewed() for each in reads]
         if all(new is old for new, old in zip(renewed, reads, strict=True)):

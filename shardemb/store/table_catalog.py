@@ -57,9 +57,8 @@ class TableCatalog:
         self._runtime = runtime
         self.current: dict[str, TableState] = {}
         self.committed: dict[str, CommittedTable] = {}
-        self._streams: set[str] | None = (
-            None  # of all tables; None until it is asked for, and once a table may be gone
-        )
+        # The streams of all tables; None until they are asked for, and again once a table may be gone.
+        self._streams: set[str] | None = None
 
     # ---- what there is
 
