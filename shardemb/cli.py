@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -31,7 +31,37 @@ def _refusals() -> Iterator[None]:
         raise click.ClickException(str(error)) from error
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401
+        """End as other programs do that Ctrl-C has interrupted."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
+
+
+def _complete_table(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Return the tables of the store that is on the command line already, for the shell."""
+    try:
+        with shardemb.open(ctx.params["store"], mode="r") as store:
+            return [name for name in store if name.startswith(incomplete)]
+    except (shardemb.ShardEmbError, OSError, ValueError):
+        return []
+
+
+store_argument = click.argument("store", type=click.Path())
+table_argument = click.argument("table", shell_complete=_complete_table)
+quiet_option = click.option("--quiet", is_flag=True, help="No progress on stderr.")
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+
+
+def _answer(text: str, document: object, *, as_json: bool) -> None:
+    """Print what was done, for people or for programs."""
+    click.echo(json.dumps(document, indent=2) if as_json else text)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(shardemb.__version__, prog_name="shardemb")
 def main() -> None:
     """Embedding tables larger than memory.
@@ -68,8 +98,8 @@ def quickstart(folder: str, **given: int | None) -> None:
 
 
 @main.command()
-@click.argument("store", type=click.Path())
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
+@store_argument
+@json_option
 @click.option("--plot", is_flag=False, flag_value="-", metavar="[FILE]",
               help="Also show which shards have been written, as a heat map: here, or in a PNG file.")  # fmt: skip
 def info(store: str, as_json: bool, plot: str | None) -> None:
@@ -81,21 +111,22 @@ def info(store: str, as_json: bool, plot: str | None) -> None:
       shardemb info words.zarr --plot
       shardemb info words.zarr --plot words.png
     """
-    with _refusals(), shardemb.open(store, mode="r") as opened:
-        facts = opened.info()
-        shares = {name: _written_shares(_rows(opened, name)) for name in opened} if plot else {}
-    if as_json:
-        click.echo(json.dumps(asdict(facts), indent=2))
-    else:
-        click.echo(display.describe(facts))
+    with _refusals():
+        target = paths.local_path(plot, "the picture") if plot and plot != "-" else None
+        if target is not None:
+            _require_matplotlib()
+        with shardemb.open(store, mode="r") as opened:
+            facts = opened.info()
+            shares = {name: _written_shares(_rows(opened, name)) for name in opened} if plot else {}
+    _answer(display.describe(facts), asdict(facts), as_json=as_json)
     if plot == "-":
         for name, each in shares.items():
             click.echo(f"\nRows written of {name!r}, one character per shard, from none to all: ' ·░▒▓█'")
             for line in display.heat_map(each):
                 click.echo(f"|{line}|")
-    elif plot:
+    elif target is not None:
         with _refusals():
-            _draw(shares, paths.local_path(plot, "the picture"))
+            _draw(shares, target)
 
 
 def _rows(store: shardemb.Store, name: str) -> shardemb.Table:
@@ -113,28 +144,35 @@ def _written_shares(table: shardemb.Table) -> list[float]:
     ]
 
 
-def _draw(shares: dict[str, list[float]], path: Path) -> None:
-    """Draw a heat map of every table into one PNG file."""
+def _require_matplotlib() -> None:
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         msg = "a picture needs matplotlib: pip install 'shardemb[plot]'; or omit the file name to see it here"
         raise ValueError(msg) from error
+
+
+def _draw(shares: dict[str, list[float]], path: Path) -> None:
+    """Draw a heat map of every table into one PNG file."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(8, 0.6 + 1.2 * len(shares)), layout="constrained")
     for axes, (name, each) in zip(
         figure.subplots(len(shares), squeeze=False)[:, 0], shares.items(), strict=True
     ):
         image = axes.imshow([each], aspect="auto", vmin=0, vmax=1, interpolation="nearest")
-        axes.set(title=name, xlabel="shard", yticks=[])
+        axes.set(title=name, xlabel="shard", yticks=[], xlim=(-0.5, len(each) - 0.5))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         figure.colorbar(image, ax=axes, label="rows written")
     figure.savefig(path, format="png")
 
 
 @main.command()
-@click.argument("store", type=click.Path())
+@store_argument
 @click.option("--table", "tables", multiple=True, help="Check only this table; may be repeated.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of text.")
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@json_option
+@quiet_option
 def verify(store: str, tables: tuple[str, ...], as_json: bool, quiet: bool) -> None:
     """Compare a store with its checksums, and report the rows that the disk has damaged.
 
@@ -146,19 +184,17 @@ def verify(store: str, tables: tuple[str, ...], as_json: bool, quiet: bool) -> N
     """
     with _refusals(), shardemb.open(store, mode="r") as opened:
         damage = opened.verify(tables or None, progress=not quiet)
-    if as_json:
-        click.echo(json.dumps({"damage": [asdict(each) for each in damage]}, indent=2))
-    else:
-        for each in damage:
-            click.echo(str(each))
-        click.echo(f"{formatting.plural(len(damage), 'problem')} found" if damage else "nothing is wrong")
+    found = f"{formatting.plural(len(damage), 'problem')} found" if damage else "nothing is wrong"
+    _answer(
+        "\n".join([*map(str, damage), found]), {"damage": [asdict(each) for each in damage]}, as_json=as_json
+    )
     if damage:
         raise click.exceptions.Exit(1)
 
 
 @main.command()
-@click.argument("store", type=click.Path())
-@click.argument("table")
+@store_argument
+@table_argument
 @click.argument("output", type=click.Path())
 @click.option(
     "--column", "columns", multiple=True, help="Optimizer state column to include; may be repeated."
@@ -169,7 +205,8 @@ def verify(store: str, tables: tuple[str, ...], as_json: bool, quiet: bool) -> N
 @click.option("--parts", type=int, help="Write a folder of this many files, several at a time.")
 @click.option("--encoding", type=click.Choice(["plain", "byte_stream_split"]), default="plain", show_default=True,
               help="How values are stored: plain can be read by every program, the other is smaller.")  # fmt: skip
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+@json_option
+@quiet_option
 def export(
     store: str,
     table: str,
@@ -178,6 +215,7 @@ def export(
     rows: tuple[int, int] | None,
     parts: int | None,
     encoding: Literal["plain", "byte_stream_split"],
+    as_json: bool,
     quiet: bool,
 ) -> None:
     """Write a table to a parquet file, or to a folder of parquet files.
@@ -191,18 +229,23 @@ def export(
         written = opened[table].export_parquet(
             output, columns=columns, rows=rows, parts=parts, encoding=encoding, progress=not quiet
         )
-    click.echo(
-        f"{written.path}: {formatting.plural(written.num_rows, 'row')}, {formatting.size(written.nbytes)}"
+    _answer(
+        f"{written.path}: {formatting.plural(written.num_rows, 'row')}, {formatting.size(written.nbytes)}",
+        asdict(written) | {"path": str(written.path), "files": list(map(str, written.files))},
+        as_json=as_json,
     )
 
 
 @main.command()
-@click.argument("store", type=click.Path())
-@click.argument("table")
+@store_argument
+@table_argument
 @click.option("--rows-per-shard", type=int, help="Rows in a shard; rounded up to whole pages.")
 @click.option("--drop-optimizer", is_flag=True, help="Keep only the weights.")
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
-def reshard(store: str, table: str, rows_per_shard: int | None, drop_optimizer: bool, quiet: bool) -> None:
+@json_option
+@quiet_option
+def reshard(
+    store: str, table: str, rows_per_shard: int | None, drop_optimizer: bool, as_json: bool, quiet: bool
+) -> None:
     """Rewrite a table with shards of another size, or without its optimizer's state, and commit that.
 
     If interrupted, the table is unchanged, and the same command continues where it stopped.
@@ -214,17 +257,18 @@ def reshard(store: str, table: str, rows_per_shard: int | None, drop_optimizer: 
     with _refusals(), shardemb.open(store, mode="r+") as opened:
         optimizer: Literal["keep"] | None = None if drop_optimizer else "keep"
         opened.reshard(table, rows_per_shard=rows_per_shard, optimizer=optimizer, progress=not quiet)
-        click.echo(repr(_rows(opened, table)))
+        _show(opened, table, as_json=as_json)
 
 
 @main.command()
-@click.argument("store", type=click.Path())
-@click.argument("table")
+@store_argument
+@table_argument
 @click.argument("rows", type=int)
 @click.option(
     "--drop-rows", is_flag=True, help="Allow fewer rows than now; the rows past the new end are lost."
 )
-def resize(store: str, table: str, rows: int, drop_rows: bool) -> None:
+@json_option
+def resize(store: str, table: str, rows: int, drop_rows: bool, as_json: bool) -> None:
     """Change the number of rows of a table, and commit that.
 
     \b
@@ -234,14 +278,21 @@ def resize(store: str, table: str, rows: int, drop_rows: bool) -> None:
     with _refusals(), shardemb.open(store, mode="r+") as opened:
         _rows(opened, table).resize(rows, drop_rows=drop_rows)
         opened.commit(metadata=opened.last_commit.metadata if opened.last_commit else None)
-        click.echo(repr(_rows(opened, table)))
+        _show(opened, table, as_json=as_json)
+
+
+def _show(store: shardemb.Store, name: str, *, as_json: bool) -> None:
+    """Show a table as it is now."""
+    (facts,) = (each for each in store.info().tables if each.name == name)
+    _answer(repr(_rows(store, name)), asdict(facts), as_json=as_json)
 
 
 @main.command()
-@click.argument("store", type=click.Path())
-@click.argument("table")
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
-def materialize(store: str, table: str, quiet: bool) -> None:
+@store_argument
+@table_argument
+@json_option
+@quiet_option
+def materialize(store: str, table: str, as_json: bool, quiet: bool) -> None:
     """Write the initial values of rows that were never written, for readers that know only zarr.
 
     If interrupted, it continues where it stopped when it is run again.
@@ -252,13 +303,15 @@ def materialize(store: str, table: str, quiet: bool) -> None:
     """
     with _refusals(), shardemb.open(store, mode="r+") as opened:
         _rows(opened, table).materialize(progress=not quiet)
+        _show(opened, table, as_json=as_json)
 
 
 @main.command()
-@click.argument("store", type=click.Path())
+@store_argument
 @click.argument("target", type=click.Path())
-@click.option("--quiet", is_flag=True, help="No progress on stderr.")
-def copy(store: str, target: str, quiet: bool) -> None:
+@json_option
+@quiet_option
+def copy(store: str, target: str, as_json: bool, quiet: bool) -> None:
     """Copy a store's last commit into a new folder. Sparse files stay sparse.
 
     \b
@@ -267,6 +320,27 @@ def copy(store: str, target: str, quiet: bool) -> None:
     """
     with _refusals(), shardemb.open(store, mode="r+") as opened:
         opened.copy(target, progress=not quiet)
+    with _refusals(), shardemb.open(target, mode="r") as copied:
+        facts = copied.info()
+    _answer(f"{facts.path}: {formatting.size(facts.bytes_on_disk)}", asdict(facts), as_json=as_json)
+
+
+@main.command("warm-up")
+@quiet_option
+def warm_up(quiet: bool) -> None:
+    """Compile all kernels, so that no later process waits for it: for example while an image is built.
+
+    They are kept where numba keeps compiled code: next to the package if that can be written, else in the user's cache;
+    NUMBA_CACHE_DIR says another folder.
+
+    \b
+    Example:
+      NUMBA_CACHE_DIR=/opt/kernels shardemb warm-up
+    """
+    from shardemb.warm_up import warm_up
+
+    with _refusals():
+        warm_up(progress=not quiet)
 
 
 if __name__ == "__main__":

@@ -482,13 +482,15 @@ Initial: TypeAlias = (
 """What the argument `initializer` of a new table may be."""
 
 
-def resolve(given: object, shape: tuple[int, int]) -> tuple[Initializer, validation.Rows | None]:
-    """Return a new table's initializer, and a function of ranges that returns its first rows if they are given.
+def resolve(
+    given: object, shape: tuple[int, int], count: int
+) -> tuple[Initializer, validation.FirstRows | None]:
+    """Return the initializer of a new table of a shape, and its first `count` rows if these are given.
 
     Raises
     ------
     TypeError, ValueError
-        `given` is neither an initializer, nor an array of that shape, nor a function of two numbers. (Errors in the
+        `given` is neither an initializer, nor an array of so many rows, nor a function of two numbers. (Errors in the
         *rows* of an array or function are found when they are read.)
     """
     if given is None:
@@ -497,7 +499,7 @@ def resolve(given: object, shape: tuple[int, int]) -> tuple[Initializer, validat
         return given.for_shape(*shape), None
     if isinstance(given, Initializer):
         return given, None
-    return Constant(0.0), validation.initial_rows(given, shape)
+    return Constant(0.0), validation.FirstRows(count, validation.initial_rows(given, (count, shape[1])))
 
 
 def from_json(document: Mapping[str, object]) -> Initializer:

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import shardemb
+from shardemb import cli
 from shardemb.cli import main
 
 
@@ -167,3 +168,77 @@ def test_tables_are_resized_resharded_materialized_and_copied(path, tmp_path):
     with shardemb.open(copy, "r") as store:
         assert (store.last_commit.id, store.last_commit.metadata) == (4, {"loss": 0.5})
         np.testing.assert_array_equal(store["tokens"].lookup(np.arange(300)), before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["export", "STORE", "tokens", "TARGET"], {"num_rows": 300}),
+        (["resize", "STORE", "tokens", "400"], {"name": "tokens", "num_embeddings": 400}),
+        (
+            ["reshard", "STORE", "tokens", "--rows-per-shard", "128"],
+            {"name": "tokens", "num_embeddings": 300},
+        ),
+        (["materialize", "STORE", "tokens"], {"name": "tokens", "num_embeddings": 300}),
+        (["copy", "STORE", "TARGET"], {"commit": {"id": 1, "step": 7, "metadata": {"loss": 0.5}}}),
+        (["verify", "STORE"], {"damage": []}),
+    ],
+    ids=lambda each: each[0] if isinstance(each, list) else "",
+)
+def test_every_result_can_be_one_object(path, tmp_path, arguments, expected):
+    paths = {"STORE": path, "TARGET": tmp_path / "target"}
+    result = run(*(paths.get(each, each) for each in arguments), "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "copy"])
+def test_ctrl_c_is_exit_code_130(path, tmp_path, monkeypatch, command):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shardemb, "open", interrupted)
+    result = run(command, path, *([tmp_path / "copy"] if command == "copy" else []))
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted\n"
+
+
+def test_the_shell_completes_tables(path):
+    def completed(store, word):
+        script = {
+            "_SHARDEMB_COMPLETE": "bash_complete",
+            "COMP_WORDS": f"shardemb export {store} {word}",
+            "COMP_CWORD": "3",
+        }
+        return CliRunner().invoke(main, prog_name="shardemb", env=script).stdout.split()
+
+    with shardemb.open(path) as store:
+        store.create_table("other", num_embeddings=3, embedding_dim=2)
+        store.commit()
+    assert completed(path, "") == ["plain,tokens", "plain,other"]
+    assert completed(path, "to") == ["plain,tokens"]
+    assert completed(path.parent / "nothing", "to") == []
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_printed(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("info", path, "--plot", "shards.png")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "pip install 'shardemb[plot]'" in result.stderr
+
+
+def test_the_picture_of_one_shard_has_its_number(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    cli._draw({"t": [0.5]}, tmp_path / "one.png")
+    axes = drawn[0].axes[0]
+    assert [each for each in axes.get_xticks() if -0.5 <= each <= 0.5] == [0]
+
+
+def test_kernels_can_be_compiled_ahead():
+    result = run("warm-up", "--quiet")
+    assert (result.exit_code, result.output) == (0, "")

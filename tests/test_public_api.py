@@ -66,20 +66,23 @@ progress: Progress = None) -> ExportReport
 initializer: Initializer
 lookup(self, keys: KeysLike, *, missing: Missing = 'error', create: bool = False, \
 out: NDArray[np.float32] | None = None) -> NDArray[np.float32]
+lookup_unique(self, keys: KeysLike, *, create: bool = False) \
+-> tuple[NDArray[np.float32], NDArray[Any], NDArray[np.int64]]
 name: str
 num_embeddings: int
 optimizer: Optimizer | None
 prefetch(self, keys: KeysLike, *, for_update: bool = False) -> None
 rows: Table
+set_optimizer(self, optimizer: Optimizer) -> None
 shape: tuple[int, int]
 state(self, column: str, keys: KeysLike) -> NDArray[np.float32]
 stats(self) -> dict[str, Any]
 step: int
 to_arrow_batches(self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None) -> pa.RecordBatchReader
-update(self, keys: KeysLike, grads: ArrayLike, *, missing: "Literal['error', 'skip'] | int" = 'error', \
+update(self, keys: KeysLike, grads: ArrayLike, *, missing: MissingChange = 'error', create: bool = False, \
 check_finite: bool = True) -> None
 vocabulary: Vocabulary
-write(self, keys: KeysLike, rows: ArrayLike, *, missing: "Literal['error', 'skip'] | int" = 'error', \
+write(self, keys: KeysLike, rows: ArrayLike, *, missing: MissingChange = 'error', create: bool = False, \
 check_finite: bool = True) -> None
 """
 
@@ -104,15 +107,18 @@ drop_vocabulary(self, name: str) -> None
 has_changes: bool
 info(self) -> display.StoreInfo
 last_commit: Commit | None
-lookup(self, ids: Mapping[str, ArrayLike]) -> dict[str, NDArray[np.float32]]
+lookup(self, ids: Mapping[str, KeysLike], *, missing: Missing = 'error', create: bool = False) \
+-> dict[str, NDArray[np.float32]]
 path: Path
 refresh(self) -> None
 rename_table(self, name: str, new_name: str) -> None
+rename_vocabulary(self, name: str, new_name: str) -> None
 reshard(self, name: str, *, rows_per_shard: int | None = None, \
 optimizer: "Optimizer | Literal['keep'] | None" = 'keep', progress: Progress = None) -> Commit
 rollback(self) -> None
 stats(self) -> dict[str, int]
-update(self, batches: Mapping[str, tuple[ArrayLike, ArrayLike]], *, check_finite: bool = True) -> None
+update(self, batches: Mapping[str, tuple[KeysLike, ArrayLike]], *, missing: MissingChange = 'error', \
+create: bool = False, check_finite: bool = True) -> None
 verify(self, tables: Sequence[str] | None = None, *, progress: Progress = None) -> list[Damage]
 vocabularies: Mapping[str, Vocabulary]
 """

@@ -5,8 +5,8 @@ thread. The caller decides what becomes of these calls, by the argument `progres
 long:
 
 - ``False`` or ``None``: nothing is shown, which is what a library does unless asked;
-- ``True``: a bar on stderr if that is a terminal, else one line when the job is done, so that a log gets neither
-  escape codes nor a hundred half-drawn bars;
+- ``True``: a bar on stderr if that is a terminal, else a line every ten seconds and one when the job is done, so that a
+  log gets neither escape codes nor a hundred half-drawn bars;
 - a function: called as ``progress(done, total)`` after each step. If it raises, the job ends with that exception.
 
 rich is imported only when a bar is actually drawn.
@@ -23,6 +23,8 @@ import time
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, TypeAlias
 
+from shardemb.base.formatting import plural, size
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -35,9 +37,12 @@ Progress: TypeAlias = "bool | Report | None"
 Advance: TypeAlias = "Callable[[int], None]"
 """Takes the number of steps just done."""
 
+SECONDS_BETWEEN_LINES = 10.0
+"""How often a job says in a log how far it is."""
+
 
 @contextmanager
-def track(total: int, description: str, *, progress: Progress = None) -> Iterator[Advance]:
+def track(total: int, description: str, *, unit: str = "row", progress: Progress = None) -> Iterator[Advance]:
     """Show a job's progress while the block runs.
 
     Parameters
@@ -46,6 +51,8 @@ def track(total: int, description: str, *, progress: Progress = None) -> Iterato
         Steps of the whole job. If it is 0 there is nothing to report, and a function is never called.
     description : str
         Label of the bar or of the line.
+    unit : str
+        What a step is, for the bar and the lines. Bytes are shown in KiB, MiB and so on.
     progress : bool or callable or None
         See the description of the module.
 
@@ -70,7 +77,7 @@ def track(total: int, description: str, *, progress: Progress = None) -> Iterato
     """
     done = 0
     lock = threading.Lock()
-    with _reporter(total, description, progress) as report:
+    with _reporter(total, description, unit, progress) as report:
 
         def advance(steps: int) -> None:
             nonlocal done
@@ -81,7 +88,7 @@ def track(total: int, description: str, *, progress: Progress = None) -> Iterato
         yield advance
 
 
-def _reporter(total: int, description: str, progress: Progress) -> AbstractContextManager[Report]:
+def _reporter(total: int, description: str, unit: str, progress: Progress) -> AbstractContextManager[Report]:
     if callable(progress):
         return nullcontext(progress)
     if progress not in (None, False, True):
@@ -91,18 +98,26 @@ def _reporter(total: int, description: str, progress: Progress) -> AbstractConte
         return nullcontext(lambda done, total: None)
     # A process without a console (a Windows service, pythonw) has no stderr at all.
     terminal = sys.stderr is not None and sys.stderr.isatty()
-    return _bar(total, description) if terminal else _line(description)
+    return _bar(total, description, unit) if terminal else _lines(description, unit)
+
+
+def _amount(done: int, unit: str) -> str:
+    return size(done) if unit == "byte" else plural(done, unit)
+
+
+def _share(done: int, total: int, unit: str) -> str:
+    return f"{size(done) if unit == 'byte' else f'{done:,}'} of {_amount(total, unit)}"
 
 
 @contextmanager
-def _bar(total: int, description: str) -> Iterator[Report]:
+def _bar(total: int, description: str, unit: str) -> Iterator[Report]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
+        TextColumn("{task.fields[amount]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     bar = Progress(*columns, console=Console(stderr=True))
@@ -112,21 +127,27 @@ def _bar(total: int, description: str) -> Iterator[Report]:
         yield lambda done, total: None
         return
     try:
-        task = bar.add_task(description, total=total)
-        yield lambda done, total: bar.update(task, completed=done)
+        task = bar.add_task(description, total=total, amount="")
+        yield lambda done, total: bar.update(task, completed=done, amount=_share(done, total, unit))
     finally:
         bar.stop()
 
 
 @contextmanager
-def _line(description: str) -> Iterator[Report]:
-    start = time.perf_counter()
-    last = 0
+def _lines(description: str, unit: str) -> Iterator[Report]:
+    start = last = time.monotonic()
+    reached = 0
+
+    def say(text: str) -> None:
+        if sys.stderr is not None:
+            print(f"{description}: {text} in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
 
     def report(done: int, total: int) -> None:
-        nonlocal last
-        last = done
+        nonlocal last, reached
+        reached = done
+        if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            say(_share(done, total, unit))
 
     yield report
-    if sys.stderr is not None:
-        print(f"{description}: {last:,} in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    say(_amount(reached, unit))

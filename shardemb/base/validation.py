@@ -33,6 +33,14 @@ Rows: TypeAlias = "Callable[[int, int], Float32Array]"
 """Takes a range of rows, start and stop, and returns them, shape (stop - start, embedding_dim)."""
 
 
+@dataclass(frozen=True)
+class FirstRows:
+    """The first rows of a new table, where they are given: how many, and what returns a range of them."""
+
+    count: int
+    read: Rows
+
+
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 

@@ -15,10 +15,12 @@ of each formula. So an edited formula never runs as it was before the edit.
 
 from __future__ import annotations
 
+import logging
 import marshal
 import os
 import stat
 import tempfile
+import time
 import types
 import warnings
 import zlib
@@ -28,6 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numba
 from numba import njit
+from numba.core import event
 from numba.core.compiler_lock import global_compiler_lock
 
 if TYPE_CHECKING:
@@ -35,7 +38,11 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
+SILENT_SECONDS = 1.0
+"""How long kernels are compiled before anybody is told."""
+
 _HERE = Path(__file__).parent
+_log = logging.getLogger("shardemb")
 
 
 def kernel(function: F) -> F:
@@ -135,6 +142,33 @@ def _cache_elsewhere() -> bool:
         numba.config.CACHE_DIR = str(folder)
     return usable
 
+
+class _Announcer(event.Listener):  # type: ignore[misc]  # numba has no types
+    """Says once a process, when kernels have been compiled for a second, that this is what takes so long."""
+
+    def __init__(self) -> None:
+        self._seconds, self._started, self._said = 0.0, 0.0, False
+
+    def on_start(self, compiling: event.Event) -> None:
+        self._started = time.monotonic()
+        self._say_if_long(compiling)
+
+    def on_end(self, compiling: event.Event) -> None:
+        self._seconds += time.monotonic() - self._started
+        self._say_if_long(compiling)
+
+    def _say_if_long(self, compiling: event.Event) -> None:
+        folder = compiling.data["dispatcher"].stats.cache_path  # a formula has none: it is part of a kernel
+        if self._said or folder is None or self._seconds < SILENT_SECONDS:
+            return
+        self._said = True
+        # A warning, because that is what people see who have not configured anything.
+        _log.warning(
+            "compiling kernels, once: they are kept in %s; `shardemb warm-up` compiles all ahead", folder
+        )
+
+
+event.register("numba:compile", _Announcer())
 
 # A child of a fork cannot end what another thread was compiling, and would wait for it. Registered before the hooks of
 # stores, which take their locks before this one, as updates do.

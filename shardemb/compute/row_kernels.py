@@ -66,7 +66,7 @@ _STREAMED_BYTES = 2**20
 Gathering 40,960 random rows of 256 bytes then takes four fifths of the time, also if the rows are summed up afterwards.
 """
 
-_MAX_COUNT = np.float32(2**24)
+MAX_COUNT = np.float32(2**24)
 """The most that a row's count of updates can be: float32 does not have the next whole number."""
 
 
@@ -276,7 +276,7 @@ def _step(
         _prefetch_bytes(source + order[min(first + 2 * _AHEAD, end)] * row_bytes, row_bytes)
         record = records[places[u]]
         if counting:
-            record[record.size - 2] = min(record[record.size - 2] + np.float32(last - first), _MAX_COUNT)
+            record[record.size - 2] = min(record[record.size - 2] + np.float32(last - first), MAX_COUNT)
             record[record.size - 1] = np.float32(counting)
         if last - first == 1:  # most rows occur once: no copy of their gradient
             _row_step(record[:dim], record[dim:], gradients[order[first]], scalars)

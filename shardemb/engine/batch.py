@@ -83,13 +83,26 @@ class Target(Protocol):
 
 
 class PlannedRead(NamedTuple):
-    """A checked lookup in one table, and the shape of its result."""
+    """A checked lookup in one table, and the shape of its result.
+
+    Where ids only stand in for rows that there are not, `replace` is called with the result and fills in what it is.
+    """
 
     table: Target
     shards: Shards
     column: str
     ids: Int64Array
     shape: tuple[int, ...]
+    replace: Callable[[Float32Array], None] | None = None
+
+    def replacing(self, replace: Callable[[Float32Array], None]) -> PlannedRead:
+        """Return the same lookup, whose result `replace` completes."""
+        return self._replace(replace=replace)
+
+    def finish(self, result: Float32Array) -> None:
+        """Complete a result that has been read."""
+        if self.replace is not None:
+            self.replace(result)
 
     def into(self, result: Float32Array) -> Read:
         """Add the array that the result goes to; it has that shape and is C-contiguous."""
@@ -491,9 +504,16 @@ def _make_room(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -
 def _work(change: Change, shards: Shards, places: Int64Array) -> Callable[[int, int], None]:
     """Return the function that changes the distinct rows ``start:stop`` of a batch, given the places of their slots."""
     batch, values, training = change.batch, change.values, change.table.training
+    counts_writes = shards.spec.counters and values.shape[1] == shards.spec.embedding_dim
 
     def overwrite(start: int, stop: int) -> None:
         row_kernels.scatter(shards.records, places, batch.starts, batch.order, values, start, stop)
+        if counts_writes:
+            counters = shards.records[places[start:stop], -2:]
+            counters[:, 0] += np.diff(batch.starts[start : stop + 1])
+            counters[:, 0] = np.minimum(counters[:, 0], row_kernels.MAX_COUNT)
+            counters[:, 1] = training.step
+            shards.records[places[start:stop], -2:] = counters
 
     if not change.takes_step or training.optimizer is None:
         return overwrite

@@ -6,6 +6,7 @@ into the files and then evicted; the rest is spilled to a file.
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING, Protocol
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from shardemb.base.validation import Int64Array
     from shardemb.engine.overlay import Overlay
     from shardemb.format.spec import TableSpec
+
+
+_log = logging.getLogger("shardemb")
 
 
 class Folds(Protocol):
@@ -174,6 +178,7 @@ class MemoryBudget:
         with signals_deferred():
             for each, count in _shares(nbytes, {each: each.slots.count for each in self._overlays()}):
                 each.spill(count, self._spill_folder)
+        _log.info("spilled %d bytes of rows of %s to disk", nbytes, self._spill_folder.parent)
 
     def _excess(self, nbytes: int) -> int:
         return nbytes + sum(each.nbytes for each in self._overlays()) - self._nbytes

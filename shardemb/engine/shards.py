@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shardemb.base.progress import Progress
-    from shardemb.base.validation import Float32Array, Int64Array, Rows
+    from shardemb.base.validation import FirstRows, Float32Array, Int64Array
     from shardemb.engine.memory_budget import MemoryBudget
     from shardemb.format.spec import TableSpec
 
@@ -361,7 +361,7 @@ class Shards:
         return self.location.presence_chunk(chunk).path
 
 
-def create(spec: TableSpec, directory: Path, rows: Rows | None, progress: Progress = None) -> Shards:
+def create(spec: TableSpec, directory: Path, rows: FirstRows | None, progress: Progress = None) -> Shards:
     """Create a table's folder, see `table_folder.create`, and map it; remove the folder if it cannot be mapped."""
     table_folder.create(spec, directory, rows, progress)
     try:

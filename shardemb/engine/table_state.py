@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from shardemb.base import serialization, validation
+from shardemb.base.formatting import size
 from shardemb.base.progress import track
 from shardemb.compute import plan, scheduler
 from shardemb.engine import batch, disk_usage
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import dask.array
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
 
     from shardemb.base.progress import Progress
     from shardemb.base.validation import Float32Array, Int64Array
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
     from shardemb.optim import Optimizer
 
 T = TypeVar("T")
+
+ARRAY_BYTES = 2**30
+"""The largest table that `numpy.asarray` makes an array of: more is hardly meant."""
 
 MATERIALIZED_BYTES = 32 * 2**20
 """Bytes of records that `TableState.materialize` sends through the log at a time."""
@@ -157,10 +161,14 @@ class TableState:
 
     def read(self, column: str, ids: ArrayLike, out: NDArray[np.float32] | None = None) -> Float32Array:
         """Copy a column of rows into `out`, or into a new array."""
-        planned = self.plan_read(column, ids)
+        return self.carry_out(self.plan_read(column, ids), out)
+
+    def carry_out(self, planned: batch.PlannedRead, out: NDArray[np.float32] | None = None) -> Float32Array:
+        """Carry out a lookup that `plan_read` has checked."""
         pool, shape = self.runtime.outputs, planned.shape
         result = pool.empty(shape) if out is None else validation.output(out, shape)
         batch.read(self.runtime, [planned.into(result)])
+        planned.finish(result)
         return result
 
     def read_unique(self, ids: ArrayLike) -> tuple[Float32Array, Int64Array, Int64Array]:
@@ -169,6 +177,36 @@ class TableState:
         checked = validation.row_ids(ids, count, self.name)
         unique_ids, inverse = plan.distinct(checked.flat, count)
         return self.read("weight", unique_ids), unique_ids, inverse.reshape(checked.shape)
+
+    def read_items(self, items: ArrayLike | slice) -> Float32Array:
+        """Copy the rows of ids, or of a range of them."""
+        if isinstance(items, slice):
+            items = np.arange(*items.indices(self.live().spec.num_embeddings))
+        return self.read("weight", items)
+
+    def as_numpy(
+        self, rows: Int64Array | None, dtype: DTypeLike | None, *, copy: bool | None
+    ) -> NDArray[Any]:
+        """Copy all rows, or some, in answer to `numpy.asarray`.
+
+        Raises
+        ------
+        ValueError
+            They are more than `ARRAY_BYTES`, or no copy is allowed.
+        """
+        spec = self.live().spec
+        count = spec.num_embeddings if rows is None else rows.size
+        if copy is False:
+            msg = f"table {self.name!r} cannot become an array without a copy: its rows are on disk"
+            raise ValueError(msg)
+        if 4 * count * spec.embedding_dim > ARRAY_BYTES:
+            msg = (
+                f"table {self.name!r} has {size(4 * count * spec.embedding_dim)}, too much to become an array unasked; "
+                f"use lookup() for some rows, to_dask_array() for lazy ones, or lookup(np.arange({count})) for all"
+            )
+            raise ValueError(msg)
+        found: NDArray[Any] = self.read("weight", np.arange(count) if rows is None else rows)
+        return found if dtype is None else found.astype(dtype, copy=False)
 
     def read_state(self, column: str, ids: ArrayLike) -> Float32Array:
         """Copy a state column of rows; without its last axis if it has one number a row."""
@@ -209,14 +247,21 @@ class TableState:
     ) -> batch.Change:
         """Check an update (`what` is "gradients") or a write ("rows"), and group its ids."""
         shards = self.live()
+        checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
+        rows = self.check_values(values, checked.shape, what, check_finite=check_finite)
+        grouped = plan.group(checked.flat, shards.spec.num_embeddings)
+        return batch.Change(self, grouped, rows, what == "gradients")
+
+    def check_values(
+        self, values: ArrayLike, shape: tuple[int, ...], what: str, *, check_finite: bool
+    ) -> Float32Array:
+        """Check the values of an update or a write for ids of a shape; return them flattened over the ids."""
+        spec = self.live().spec
         if what == "gradients" and self.training.optimizer is None:
             msg = f"table {self.name!r} has no optimizer: give create_table one, or set rows with write()"
             raise ValueError(msg)
-        checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
-        shape = (*checked.shape, self.spec.embedding_dim)
-        rows = validation.rows(values, shape, what=what, table=self.name, check_finite=check_finite)
-        grouped = plan.group(checked.flat, shards.spec.num_embeddings)
-        return batch.Change(self, grouped, rows, what == "gradients")
+        shape = (*shape, spec.embedding_dim)
+        return validation.rows(values, shape, what=what, table=self.name, check_finite=check_finite)
 
     def plan_reset(self, rows: Int64Array) -> batch.Change:
         """Plan to give ascending rows their initial records again; rows that were never changed are left out."""

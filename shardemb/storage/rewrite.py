@@ -296,7 +296,9 @@ def unshare(store: Path, tables: Sequence[TableLocation]) -> None:
     inside = Counter(files.names(path)[1] for folder in own for path in files.walk(folder))
     shared = [path for path in shared if files.names(path)[0] > inside[files.names(path)[1]]]
     total = sum(files.size(path) or 0 for path in shared)
-    with track(total, "copying files that are part of another folder too", progress=None) as advance:
+    with track(
+        total, "copying files that are part of another folder too", unit="byte", progress=None
+    ) as advance:
         for path in shared:
             staged, nbytes = files.staged(path), files.size(path) or 0
             files.remove(staged)
@@ -380,7 +382,7 @@ def copy_store(
     total = sum(_bytes_of(table) for table, _ in copies) + sum(files.size(each) or 0 for each, _ in foreign)
     try:
         files.make_directory(store_paths.private(path))
-        with track(total, "copying", progress=progress) as advance:
+        with track(total, "copying", unit="byte", progress=progress) as advance:
             for table, directory in copies:
                 _copy_table(table, directory, advance)
             _carry(foreign, share=False, advance=advance)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shardemb.base.progress import Advance, Progress
-    from shardemb.base.validation import Rows
+    from shardemb.base.validation import FirstRows
     from shardemb.format.spec import TableSpec
 
 _BLOCK_BYTES = 4 * 2**20
@@ -39,11 +39,11 @@ def check_mappings(spec: TableSpec, *, exists: bool = False) -> None:
         raise ShardEmbError(msg)
 
 
-def create(spec: TableSpec, directory: Path, rows: Rows | None, progress: Progress = None) -> None:
+def create(spec: TableSpec, directory: Path, rows: FirstRows | None, progress: Progress = None) -> None:
     """Create a table's folder with its zarr documents and all its files, which are sparse unless `rows` is given.
 
-    `rows` is called for the values of all rows, in consecutive ranges of a few MiB; `progress` counts rows as they are
-    written. Nothing is durable yet (`files.sync_tree` makes it durable).
+    `rows` are read in consecutive ranges of a few MiB; `progress` counts them as they are written. Nothing is durable
+    yet (`files.sync_tree` makes it durable).
 
     Raises
     ------
@@ -55,7 +55,7 @@ def create(spec: TableSpec, directory: Path, rows: Rows | None, progress: Progre
         write_documents(directory, zarr_metadata.table_documents(spec))
         for path, nbytes in TableLocation(spec, directory).expected_files():
             files.create_sparse(path, nbytes)
-        total = 0 if rows is None else spec.num_embeddings
+        total = 0 if rows is None else rows.count
         with track(total, f"copying rows into {spec.stream!r}", progress=progress) as advance:
             if rows is not None:
                 _write_rows(TableLocation(spec, directory), rows, advance)
@@ -160,18 +160,20 @@ def find_missing(spec: TableSpec, directory: Path) -> list[tuple[Path, int]]:
     return missing
 
 
-def _write_rows(table: TableLocation, rows: Rows, advance: Advance) -> None:
-    """Write all rows directly into new files, so that bulk data never takes private memory."""
+def _write_rows(table: TableLocation, rows: FirstRows, advance: Advance) -> None:
+    """Write the first rows directly into new files, so that bulk data never takes private memory."""
     spec = table.spec
     block_rows = max(1, _BLOCK_BYTES // spec.record_bytes)
     for number in range(spec.num_shards):
         file = table.shard(number)
-        begin, end = file.rows
+        begin, end = file.rows[0], min(file.rows[1], rows.count)
+        if begin >= end:
+            break
         with files.opened(file.path, os.O_WRONLY) as descriptor:
             for start in range(begin, end, block_rows):
                 stop = min(start + block_rows, end)
                 records = np.empty((stop - start, spec.width), np.float32)
-                records[:, : spec.embedding_dim] = rows(start, stop)
+                records[:, : spec.embedding_dim] = rows.read(start, stop)
                 records[:, spec.embedding_dim :] = spec.initial_state
                 files.write(descriptor, records.data, (start - begin) * spec.record_bytes, file.path)
                 advance(stop - start)
@@ -180,7 +182,7 @@ def _write_rows(table: TableLocation, rows: Rows, advance: Advance) -> None:
             files.drop_cached(descriptor)
     for number in range(spec.num_presence_chunks):
         file = table.presence_chunk(number)
-        bits = np.packbits(np.ones(file.rows[1] - file.rows[0], np.bool_), bitorder="little")
+        bits = np.packbits(np.arange(*file.rows) < rows.count, bitorder="little")
         with files.opened(file.path, os.O_WRONLY) as descriptor:
             files.write(descriptor, bits.data, 0, file.path)
         checksums.write_file_sums(table, file)

@@ -129,7 +129,7 @@ def scan(targets: Sequence[Target], threads: int, shown: Progress) -> tuple[list
     total = sum(stop - start for *_, start, stop in stretches)
     stop = threading.Event()
     number = min(2 * threads, len(stretches))
-    with progress.track(total, "verifying, bytes", progress=shown) as advance:
+    with progress.track(total, "verifying", unit="byte", progress=shown) as advance:
 
         def some(task: int) -> list[Suspect]:
             memory, suspects = address_space.AddressRange(STRETCH_BYTES), []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from shardemb.base.formatting import plural, size
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from shardemb.engine.table_state import TableState
     from shardemb.format.manifest import Commit
+    from shardemb.vocabulary.keyed_rows import KeyedRows
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,13 @@ def facts(table: TableState, *, measured: bool = False) -> Facts:
         changed_rows=table.changed_rows,
         bytes_on_disk=files.allocated(table.shards.directory) if measured else None,
     )
+
+
+def keyed_facts(keyed: KeyedRows, *, measured: bool = False) -> Facts:
+    """Return what is shown about a table that is used by key: it has the rows given out, whatever room it has."""
+    rows = keyed.num_rows
+    nbytes = rows * keyed.table.spec.record_bytes
+    return replace(facts(keyed.table, measured=measured), num_embeddings=rows, nbytes=nbytes)
 
 
 def not_folded(path: Path, problem: Exception) -> str:

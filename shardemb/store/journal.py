@@ -11,7 +11,9 @@ A fold runs in a thread of its own and reads images from the log only, so traini
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
+import time
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from shardemb.format.spec import TableSpec
 
     _Changed = tuple[TableSpec, Int64Array, Callable[[int, int, int], None]]
+
+_log = logging.getLogger("shardemb")
 
 SEGMENTS = 16
 """Number of segments in a full log."""
@@ -122,6 +126,9 @@ class Journal:
             for table, _ in changes:
                 table.clear_changes()
             mark_committed(manifest)
+        assert manifest.commit is not None
+        rows = sum(ids.size for _, ids in changes)
+        _log.info("committed %s: step %d, %d rows", runtime.path, manifest.commit.step, rows)
         if new_set:
             self.fold_all()
         elif (
@@ -253,7 +260,8 @@ class Journal:
             self._end(live, error)
 
     def _fold(self, base: Manifest, end: tuple[int, int], closed: list[Path], live: list[Shards]) -> None:
-        runtime, problem = self._runtime, None
+        runtime, problem, begun = self._runtime, None, time.monotonic()
+        _log.info("folding %s: %d bytes of log", runtime.path, self._folding_bytes)
         try:
             newer = log_reader.read(store_paths.log(runtime.path), self._base, end)
             fold.write([(each.location, newer.images(each.spec)) for each in live], runtime.threads)
@@ -267,6 +275,11 @@ class Journal:
             except Exception as error:
                 problem = error
             self._end(live, problem)
+        if problem is None:
+            _log.info("folded %s in %.1f s", runtime.path, time.monotonic() - begun)
+        else:
+            # Only the text: a handler that keeps the error would keep the memory of its traceback.
+            _log.warning("the fold of %s failed: %s", runtime.path, str(problem))
 
     def _end(self, live: list[Shards], problem: Exception | None) -> None:
         """End a fold, or one that could not begin, whatever has happened to it: others wait for this."""

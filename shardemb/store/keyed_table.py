@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from shardemb.store import display
+
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import numpy as np
     import pyarrow as pa
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
 
     from shardemb.base.progress import Progress
     from shardemb.initializers import Initializer
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from shardemb.optim import Optimizer
     from shardemb.store.table import Table
     from shardemb.store.vocabulary import Vocabulary
-    from shardemb.vocabulary.keyed_rows import KeyedRows, Missing
+    from shardemb.vocabulary.keyed_rows import KeyedRows, Missing, MissingChange
     from shardemb.vocabulary.keys import KeysLike
 
 
@@ -30,6 +32,10 @@ class KeyedTable:
 
     The vocabulary gives out rows, and the table grows with it. Several tables may share one vocabulary. `rows` is the
     same table by row id.
+
+    ``table[keys]`` is ``table.lookup(keys)``. ``key in table`` says whether a key has a row. Iterating gives the keys
+    in the order of their rows. ``np.asarray(table)`` has the rows of all keys in this order, up to 1 GiB. A table keeps
+    its store open.
 
     Thread safety: as for a `Table`. Lookups may run in any number of threads, also concurrently with changes; a lookup
     with ``create=True`` is a change. Every result is the caller's own memory, and arguments are neither kept nor
@@ -111,10 +117,25 @@ class KeyedTable:
     def __len__(self) -> int:
         return len(self._vocabulary)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._vocabulary
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._vocabulary)
+
+    def __getitem__(self, keys: KeysLike) -> NDArray[np.float32]:
+        return self.lookup(keys)
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        return self._keyed.as_numpy(dtype, copy=copy)
+
     def __repr__(self) -> str:
         kind = f"{len(self):,} {self._vocabulary.key_type} keys"
         state = f"{self.optimizer or 'no optimizer'}, step {self.step}"
         return f"KeyedTable {self.name!r}: {kind} x {self.embedding_dim} float32, {state}"
+
+    def _repr_html_(self) -> str:
+        return display.html_table([display.keyed_facts(self._keyed)])
 
     def stats(self) -> dict[str, Any]:
         """Return what was done with the table and what it takes; see `Table.stats`.
@@ -193,6 +214,46 @@ class KeyedTable:
         """
         return self._keyed.read(keys, missing=missing, create=create, out=out)
 
+    def lookup_unique(
+        self, keys: KeysLike, *, create: bool = False
+    ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[np.int64]]:
+        """Copy the row of each distinct key once.
+
+        Parameters
+        ----------
+        keys : array_like of int, str or bytes
+            As for `Vocabulary.lookup`.
+        create : bool
+            Give new keys rows first, as for `lookup`.
+
+        Returns
+        -------
+        rows : ndarray of float32, shape (u, embedding_dim)
+            The distinct rows, by ascending row id; the caller's own memory.
+        unique_keys : ndarray of int64, or of str or bytes objects, shape (u,)
+            Their keys.
+        inverse : ndarray of int64, shape ``keys.shape``
+            ``rows[inverse]`` equals the result of `lookup`.
+
+        Raises
+        ------
+        UnknownKeyError
+            A key has no row.
+        TypeError, ValueError, StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError, OSError
+            As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread. With `create` the call waits for other changes.
+
+        Examples
+        --------
+        >>> rows, unique_keys, inverse = table.lookup_unique([-5, 7, -5], create=True)
+        >>> unique_keys, inverse
+        (array([-5,  7]), array([0, 1, 0]))
+        """
+        return self._keyed.read_unique(keys, create=create)
+
     def state(self, column: str, keys: KeysLike) -> NDArray[np.float32]:
         """Copy a column of optimizer state, or a counter, of the rows of keys.
 
@@ -257,12 +318,36 @@ class KeyedTable:
 
     # ---- changing
 
+    def set_optimizer(self, optimizer: Optimizer) -> None:
+        """Change the optimizer's hyper-parameters for the following updates; see `Table.set_optimizer`.
+
+        Parameters
+        ----------
+        optimizer : Optimizer
+            Of the same class as the table's and with the same initial state.
+
+        Raises
+        ------
+        ValueError, ReadOnlyError, StoreClosedError, TableNotFoundError
+            As `Table.set_optimizer`; nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes.
+
+        Examples
+        --------
+        >>> table.set_optimizer(table.optimizer)
+        """
+        self._rows.set_optimizer(optimizer)
+
     def update(
         self,
         keys: KeysLike,
         grads: ArrayLike,
         *,
-        missing: Literal["error", "skip"] | int = "error",
+        missing: MissingChange = "error",
+        create: bool = False,
         check_finite: bool = True,
     ) -> None:
         """Take one optimizer step on the rows of keys: all of them change, or none; see `Table.update`.
@@ -276,6 +361,8 @@ class KeyedTable:
         missing : {"error", "skip"} or int
             What happens to the gradients of keys without a row: ``"error"`` raises; ``"skip"`` ignores them; an int
             adds them to those of the row of that id.
+        create : bool
+            Give new keys rows first, as for `lookup`. If the update fails after that, they keep them.
         check_finite : bool
             Refuse NaN and infinity.
 
@@ -296,17 +383,20 @@ class KeyedTable:
         --------
         >>> table.update([-5, 99], np.ones((2, 2), np.float32), missing="skip")
         """
-        self._keyed.change(keys, grads, "gradients", missing=missing, check_finite=check_finite)
+        self._keyed.change(
+            keys, grads, "gradients", missing=missing, create=create, check_finite=check_finite
+        )
 
     def write(
         self,
         keys: KeysLike,
         rows: ArrayLike,
         *,
-        missing: Literal["error", "skip"] | int = "error",
+        missing: MissingChange = "error",
+        create: bool = False,
         check_finite: bool = True,
     ) -> None:
-        """Overwrite the weights of keys that have rows; optimizer state stays; see `Table.write`.
+        """Overwrite the weights of keys; optimizer state stays; see `Table.write`.
 
         Parameters
         ----------
@@ -315,6 +405,8 @@ class KeyedTable:
         rows : array_like of float, shape ``keys.shape + (embedding_dim,)``
             float16, bfloat16, float32 or float64; stored as float32.
         missing : {"error", "skip"} or int
+            As for `update`.
+        create : bool
             As for `update`.
         check_finite : bool
             Refuse NaN and infinity.
@@ -334,7 +426,7 @@ class KeyedTable:
         --------
         >>> table.write([-5], [[1.0, 2.0]])
         """
-        self._keyed.change(keys, rows, "rows", missing=missing, check_finite=check_finite)
+        self._keyed.change(keys, rows, "rows", missing=missing, create=create, check_finite=check_finite)
 
     def evict(
         self, *, older_than: int | None = None, keep: int | None = None, by: Literal["lru", "lfu"] = "lru"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import time
 import uuid
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 T = TypeVar("T")
+
+_log = logging.getLogger("shardemb")
 
 Mode: TypeAlias = Literal["r", "r+", "a", "w", "w-"]
 
@@ -279,6 +282,9 @@ def _recover(runtime: Runtime, base: Manifest) -> Manifest:
     # Every image, even where the files look right: after a failed write-back, only the page cache may be.
     fold.write(images, runtime.threads)
     current = {table.uuid for table in replay.manifest.tables}
+    rows = sum(each.ids.size for _, each in images)
+    if rows:
+        _log.info("recovered %s: %d rows of the log folded", runtime.path, rows)
     return replace(
         replay.manifest,
         epoch=base.epoch + 1,

@@ -27,10 +27,10 @@ from shardemb.store import display
 from shardemb.store.journal import Journal
 from shardemb.store.table_catalog import TableCatalog
 from shardemb.store.vocabulary_catalog import VocabularyCatalog
-from shardemb.vocabulary import key_rows, keyed_rows
+from shardemb.vocabulary import keyed_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import ArrayLike
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from shardemb.format.manifest import Manifest
     from shardemb.optim import Optimizer
     from shardemb.vocabulary.key_rows import KeyRows
-    from shardemb.vocabulary.keyed_rows import KeyedRows
+    from shardemb.vocabulary.keyed_rows import KeyedRows, Missing, MissingChange
+    from shardemb.vocabulary.keys import KeysLike
 
 
 class TableRequest(NamedTuple):
@@ -148,11 +149,6 @@ class Session:
         self.runtime.check_open()
         return self.tables.find(name)
 
-    def batch_target(self, name: str) -> TableState | KeyedRows:
-        """Return what takes batches for a table: the table itself, or, if it is used by key, its `KeyedRows`."""
-        table = self.find(name)
-        return self.vocabularies.keyed(table) or table
-
     def create_table(self, wanted: TableRequest, progress: Progress) -> TableState:
         """Create a table; see `Store.create_table`."""
         name, vocabulary = check_name(wanted.name), wanted.vocabulary
@@ -164,7 +160,8 @@ class Session:
             shape, rows_per_shard = keyed_rows.first_shape(
                 bound, wanted.num_embeddings, wanted.embedding_dim, wanted.rows_per_shard
             )
-            kind, rows = initializers.resolve(wanted.initializer, shape)
+            count = shape[0] if bound is None else bound.entry.rows
+            kind, rows = initializers.resolve(wanted.initializer, shape, count)
             spec = new_spec(
                 self.tables.unused_stream(name),
                 shape,
@@ -228,6 +225,16 @@ class Session:
                 folders.require_free(self.runtime.path, f"{entry.name}@{kind}", self.journal.is_own)
             return self.vocabularies.create(entry)
 
+    def rename_vocabulary(self, name: str, new_name: str) -> None:
+        """Rename a vocabulary; see `Store.rename_vocabulary`."""
+        with self.vocabularies.all_locked():
+            self.runtime.check_publishable()
+            new_name = check_name(new_name)
+            vocabulary = self.vocabularies.find(name)
+            for kind in vocabulary.entry.table_kinds:
+                folders.require_free(self.runtime.path, f"{new_name}@{kind}", self.journal.is_own)
+            self.vocabularies.set_name(vocabulary, new_name)
+
     def drop_vocabulary(self, name: str) -> None:
         """Drop a vocabulary; see `Store.drop_vocabulary`."""
         with self.vocabularies.all_locked():
@@ -236,28 +243,33 @@ class Session:
 
     # ---- batches of several tables
 
-    def lookup(self, ids: Mapping[str, ArrayLike]) -> dict[str, Float32Array]:
+    def lookup(
+        self, ids: Mapping[str, KeysLike], *, missing: Missing, create: bool
+    ) -> dict[str, Float32Array]:
         """Look up rows of several tables together; see `Store.lookup`."""
-        targets = {name: self.batch_target(name) for name in ids}
+        return keyed_rows.read_many(
+            self.runtime, self._batch_targets(ids), ids, missing=missing, create=create
+        )
 
-        def read() -> dict[str, Float32Array]:
-            wanted = [target.plan_read("weight", ids[name]) for name, target in targets.items()]
-            # One block of memory for all results: alone, each would take whole huge pages.
-            results = self.runtime.outputs.empty_together([each.shape for each in wanted])
-            batch.read(self.runtime, [each.into(rows) for each, rows in zip(wanted, results, strict=True)])
-            return dict(zip(targets, results, strict=True))
-
-        keyed = [each.keys for each in targets.values() if isinstance(each, keyed_rows.KeyedRows)]
-        return key_rows.read_steadily(keyed, read)
-
-    def update(self, batches: Mapping[str, tuple[ArrayLike, ArrayLike]], *, check_finite: bool) -> None:
+    def update(
+        self,
+        batches: Mapping[str, tuple[KeysLike, ArrayLike]],
+        *,
+        missing: MissingChange,
+        create: bool,
+        check_finite: bool,
+    ) -> None:
         """Take one optimizer step in several tables together; see `Store.update`."""
         self.runtime.check_open()
-        changes = [
-            self.batch_target(name).plan_change(ids, grads, "gradients", check_finite=check_finite)
-            for name, (ids, grads) in batches.items()
-        ]
+        changes = keyed_rows.plan_changes(
+            self._batch_targets(batches), batches, missing=missing, create=create, check_finite=check_finite
+        )
         batch.change(self.runtime, changes)
+
+    def _batch_targets(self, names: Iterable[str]) -> dict[str, TableState | KeyedRows]:
+        """Return what takes batches for tables: a table itself, or, if it is used by key, its `KeyedRows`."""
+        tables = {name: self.find(name) for name in names}
+        return {name: self.vocabularies.keyed(table) or table for name, table in tables.items()}
 
     # ---- commits
 
@@ -413,11 +425,11 @@ class Session:
             )
 
     def facts(self, table: TableState, *, measured: bool = False) -> display.Facts:
-        """Return what is shown about a table. One that is used by key counts only the rows that were given out."""
-        facts, keyed = display.facts(table, measured=measured), self.vocabularies.keyed(table)
+        """Return what is shown about a table, by row or by key."""
+        keyed = self.vocabularies.keyed(table)
         if keyed is None:
-            return facts
-        return replace(facts, num_embeddings=keyed.num_rows, nbytes=keyed.num_rows * table.spec.record_bytes)
+            return display.facts(table, measured=measured)
+        return display.keyed_facts(keyed, measured=measured)
 
     def headline(self) -> str:
         """Describe the store and the state that it is in, in one line."""

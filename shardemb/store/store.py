@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from shardemb.store.session import Session
     from shardemb.store.vocabulary_catalog import VocabularyCatalog
     from shardemb.vocabulary.key_rows import KeyRows
-    from shardemb.vocabulary.keys import KeyType
+    from shardemb.vocabulary.keyed_rows import Missing, MissingChange
+    from shardemb.vocabulary.keys import KeysLike, KeyType
 
 
 class Store(Mapping[str, "Table | KeyedTable"]):
@@ -46,6 +47,9 @@ class Store(Mapping[str, "Table | KeyedTable"]):
     `TableNotFoundError` if there is no such table. It returns the same object as long as the caller holds one, also
     after `rollback`, `reshard` and `refresh`. Iterating takes a snapshot of the names: tables may be created and
     dropped meanwhile. A store equals only itself.
+
+    A store that nobody holds any more is closed, with a `ResourceWarning`. Its tables and vocabularies hold it, so
+    ``shardemb.open(path, mode="r")["tokens"]`` can be used for as long as it is kept.
 
     Thread safety: lookups may run in any number of threads, also concurrently with changes. Everything that changes the
     store waits for other changes. A fork of the process may read the store but not change it.
@@ -116,12 +120,14 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         vocabulary : str, optional
             Name of the vocabulary that gives out the table's rows. The table is then used by key, as a `KeyedTable`.
         counters : bool
-            Keep two more state columns for each row: how often it was updated (``count``), and the table's step in
-            which it was last updated (``last_step``). Both are float32, exact up to 16,777,216, where ``count`` stays.
+            Keep two more state columns for each row: how often it was updated or written (``count``), and the table's
+            step when that was last done (``last_step``). Both are float32, exact up to 16,777,216, where ``count``
+            stays.
         initializer : Initializer, VarianceScaling, array_like or callable, optional
             What rows hold before they are first written; zeros by default. An array of shape
             ``(num_embeddings, embedding_dim)`` is copied into the table block by block, so an array of zarr or h5py or
-            a ``np.memmap`` is never in memory as a whole. Tensors are taken as well, with a gradient or without; masked
+            a ``np.memmap`` is never in memory as a whole. With a vocabulary, it has as many rows as were given out,
+            ``vocabulary.num_rows``, in their order. Tensors are taken as well, with a gradient or without; masked
             arrays only if nothing is masked. A function ``f(start, stop)`` returns rows of shape
             ``(stop - start, embedding_dim)``; it is called for consecutive ranges until all rows are covered, and what
             it returns is copied too.
@@ -368,6 +374,37 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         """
         return self._vocabulary(self._session.create_vocabulary(name, key_type, admission, reserved))
 
+    def rename_vocabulary(self, name: str, new_name: str) -> None:
+        """Rename a vocabulary with the next commit. Its keys keep their rows.
+
+        Parameters
+        ----------
+        name, new_name : str
+            One of the store's vocabularies, and a name that no vocabulary has.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `new_name` cannot be the name of a vocabulary.
+        VocabularyNotFoundError, VocabularyExistsError, TableExistsError
+            There is no vocabulary of the old name; there is one of the new name, or something foreign in the place of
+            its folders.
+        ReadOnlyError, StoreClosedError, PoisonedError
+            Nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes.
+
+        Examples
+        --------
+        >>> words = store.create_vocabulary("words", key_type="string")
+        >>> store.rename_vocabulary("words", "tokens")
+        >>> words
+        Vocabulary 'tokens': 0 string keys
+        """
+        self._session.rename_vocabulary(name, new_name)
+
     def drop_vocabulary(self, name: str) -> None:
         """Drop a vocabulary that no table is bound to, with the next commit. Until then `rollback` restores it.
 
@@ -398,13 +435,19 @@ class Store(Mapping[str, "Table | KeyedTable"]):
 
     # ---- many tables at once
 
-    def lookup(self, ids: Mapping[str, ArrayLike]) -> dict[str, NDArray[np.float32]]:
+    def lookup(
+        self, ids: Mapping[str, KeysLike], *, missing: Missing = "error", create: bool = False
+    ) -> dict[str, NDArray[np.float32]]:
         """Look up rows of several tables in one call, which costs about as much as one lookup of the same size.
 
         Parameters
         ----------
         ids : mapping of str to array_like
-            For each table its row ids, as for `Table.lookup`, or, for a `KeyedTable`, keys that all have a row.
+            For each table its row ids, as for `Table.lookup`, or, for a `KeyedTable`, keys.
+        missing : {"error", "initial", "zeros"} or int
+            What keys without a row get, as for `KeyedTable.lookup`; the same in all tables.
+        create : bool
+            Give new keys rows first, as for `KeyedTable.lookup`.
 
         Returns
         -------
@@ -414,14 +457,14 @@ class Store(Mapping[str, "Table | KeyedTable"]):
 
         Raises
         ------
-        TableNotFoundError, TypeError, RowIdError, StoreClosedError, StaleReaderError
-            As `Table.lookup`.
+        TableNotFoundError, TypeError, RowIdError, StoreClosedError, StaleReaderError, DiskFullError, OSError
+            As `Table.lookup` and `KeyedTable.lookup`. All ids and keys are checked before the first key is added.
         UnknownKeyError, ValueError
             A key has no row; a key is missing (null).
 
         Notes
         -----
-        Safe from any thread, also concurrently with changes.
+        Safe from any thread, also concurrently with changes. With `create` the call waits for other changes.
 
         Examples
         --------
@@ -429,18 +472,27 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> rows["tokens"].shape
         (2, 4)
         """
-        return self._session.lookup(ids)
+        return self._session.lookup(ids, missing=missing, create=create)
 
     def update(
-        self, batches: Mapping[str, tuple[ArrayLike, ArrayLike]], *, check_finite: bool = True
+        self,
+        batches: Mapping[str, tuple[KeysLike, ArrayLike]],
+        *,
+        missing: MissingChange = "error",
+        create: bool = False,
+        check_finite: bool = True,
     ) -> None:
         """Take one optimizer step in each of several tables: in all of them or in none.
 
         Parameters
         ----------
         batches : mapping of str to (ids, grads)
-            For each table the arguments of `Table.update`, or, for a `KeyedTable`, of `KeyedTable.update`, with keys
-            that all have a row. All batches are checked before any row changes.
+            For each table the arguments of `Table.update`, or, for a `KeyedTable`, of `KeyedTable.update`. All batches
+            are checked before any row changes.
+        missing : {"error", "skip"} or int
+            What becomes of gradients of keys without a row, as for `KeyedTable.update`; the same in all tables.
+        create : bool
+            Give new keys rows first, as for `KeyedTable.update`.
         check_finite : bool
             Refuse NaN and infinity.
 
@@ -459,7 +511,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         --------
         >>> store.update({"tokens": ([1, 2], np.ones((2, 4), np.float32))})
         """
-        self._session.update(batches, check_finite=check_finite)
+        self._session.update(batches, missing=missing, create=create, check_finite=check_finite)
 
     # ---- commits
 
@@ -745,7 +797,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
     def _table(self, state: TableState) -> Table | KeyedTable:
         found = self._tables.get(state)
         if found is None:
-            found, keyed = Table(state), self._session.vocabularies.keyed(state)
+            found, keyed = Table(state, self), self._session.vocabularies.keyed(state)
             if keyed is not None:
                 found = KeyedTable(keyed, found, self._vocabulary(keyed.keys))
             found = self._tables.setdefault(state, found)
@@ -753,7 +805,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
 
     def _vocabulary(self, rows: KeyRows) -> Vocabulary:
         found = self._vocabularies.get(rows)
-        return self._vocabularies.setdefault(rows, Vocabulary(rows)) if found is None else found
+        return self._vocabularies.setdefault(rows, Vocabulary(rows, self)) if found is None else found
 
 
 class _Vocabularies(Mapping[str, Vocabulary]):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import dask.array
     import numpy as np
     import pyarrow as pa
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
 
     from shardemb.base.progress import Progress
     from shardemb.engine.batch import Explanation
@@ -35,6 +35,9 @@ class Table:
     other process, with ``mode="r"`` if it only reads.
 
     Every result is the caller's own memory, and arguments are neither kept nor changed.
+
+    ``table[ids]`` is ``table.lookup(ids)``; ``table[start:stop]`` has the rows of a range, and ``np.asarray(table)``
+    all rows, up to 1 GiB. A table keeps its store open.
 
     Examples
     --------
@@ -55,8 +58,9 @@ class Table:
     >>> store.close()
     """
 
-    def __init__(self, state: TableState) -> None:
+    def __init__(self, state: TableState, store: object) -> None:
         self._state = state
+        self._store = store  # it closes when nobody holds it
 
     # ---- what it is
 
@@ -652,6 +656,16 @@ class Table:
 
     def __len__(self) -> int:
         return self.num_embeddings
+
+    def __getitem__(self, ids: ArrayLike | slice) -> NDArray[np.float32]:
+        return self._state.read_items(ids)
+
+    # By position, Python would iterate over the rows one by one.
+    __iter__ = None
+    __contains__ = None
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        return self._state.as_numpy(None, dtype, copy=copy)
 
     def __reduce__(self) -> NoReturn:
         path = str(self._state.runtime.path)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shardemb.base.progress import Progress
-    from shardemb.base.validation import Rows
+    from shardemb.base.validation import FirstRows
     from shardemb.engine.overlay import Overlay
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.shards import Shards
@@ -172,7 +172,7 @@ class TableCatalog:
         name: str,
         spec: TableSpec,
         *,
-        rows: Rows | None = None,
+        rows: FirstRows | None = None,
         progress: Progress = None,
         vocabulary: str | None = None,
     ) -> TableState:

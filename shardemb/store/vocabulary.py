@@ -47,8 +47,9 @@ class Vocabulary:
     >>> store.close()
     """
 
-    def __init__(self, rows: KeyRows) -> None:
+    def __init__(self, rows: KeyRows, store: object) -> None:
         self._rows = rows
+        self._store = store  # it closes when nobody holds it
 
     # ---- what it is
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from shardemb.errors import ShardEmbError, VocabularyExistsError, VocabularyNotFoundError
@@ -149,11 +150,24 @@ class VocabularyCatalog:
         if self._runtime.writable:
             folders.keep_indexes(self._runtime.path, self._committed)
 
+    def require_free(self, name: str) -> None:
+        """Raise `VocabularyExistsError` if there is a vocabulary of that name."""
+        if name in self.current:
+            msg = f"the store {self._runtime.path} already has a vocabulary {name!r}"
+            raise VocabularyExistsError(msg)
+
+    def set_name(self, key_rows: KeyRows, name: str) -> None:
+        """Rename a vocabulary, and its tables with it."""
+        self.require_free(name)
+        for what in key_rows.entry.table_kinds:
+            table = self._tables.current[f"{key_rows.entry.name}@{what}"]
+            self._tables.set_name(table, f"{name}@{what}")
+        key_rows.entry = replace(key_rows.entry, name=name)
+        self.current = {each.entry.name: each for each in self.current.values()}
+
     def create(self, entry: VocabularyEntry) -> KeyRows:
         """Create a vocabulary and its tables. It becomes part of the store with the next commit."""
-        if entry.name in self.current:
-            msg = f"the store {self._runtime.path} already has a vocabulary {entry.name!r}"
-            raise VocabularyExistsError(msg)
+        self.require_free(entry.name)
         max_shards = address_space.mappings_left()
         made: list[str] = []
         try:

@@ -144,6 +144,10 @@ class KeyRows:
             rows[rows < 0] = missing
         return rows.reshape(checked.shape)
 
+    def checked(self, given: KeysLike) -> Keys:
+        """Check keys; see `keys.checked`."""
+        return keys.checked(given, self.key_type, self.entry.name)
+
     def keys_of(self, row_ids: ArrayLike) -> NDArray[Any]:
         """Return the keys of rows, in their shape."""
         self.check_live()
@@ -352,7 +356,7 @@ class KeyRows:
     # ---- within: finding
 
     def _checked(self, given: KeysLike) -> tuple[Keys, NDArray[np.uint64]]:
-        checked = keys.checked(given, self.key_type, self.entry.name)
+        checked = self.checked(given)
         return checked, self._hashes(checked)
 
     def _hashes(self, checked: Keys) -> NDArray[np.uint64]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from shardemb.base import validation
-from shardemb.base.arrays import as_array
 from shardemb.engine import batch
 from shardemb.engine.table_state import TableSource
 from shardemb.errors import UnknownKeyError
@@ -18,14 +17,15 @@ from shardemb.vocabulary import keys
 from shardemb.vocabulary.key_rows import read_steadily
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike, DTypeLike, NDArray
 
     from shardemb.base.validation import Float32Array, Int64Array
+    from shardemb.engine.runtime import Runtime
     from shardemb.engine.table_state import TableState
     from shardemb.vocabulary.key_rows import KeyRows
-    from shardemb.vocabulary.keys import KeysLike
+    from shardemb.vocabulary.keys import Keys, KeysLike
 
 Missing: TypeAlias = 'Literal["error", "initial", "zeros"] | int'
 """What a lookup returns for a key without a row; see `KeyedTable.lookup`."""
@@ -62,38 +62,81 @@ class KeyedRows:
 
     # ---- reading
 
-    def plan_read(self, column: str, given: KeysLike) -> batch.PlannedRead:
-        """Check a lookup in which every key must have a row."""
-        return self.table.plan_read(column, self._known(given))
+    def check_lookup(self, given: KeysLike, missing: Missing) -> Keys:
+        """Check what a lookup is given, without looking anything up."""
+        self.table.live()
+        self._checked_missing(missing, "error", "initial", "zeros")
+        return self.keys.checked(given)
+
+    def finder(
+        self, out: NDArray[np.float32] | None = None, *, create: bool
+    ) -> Callable[[KeysLike], Int64Array]:
+        """Return a function that finds the rows of keys, -1 for those that have none.
+
+        If keys are to be created, its first call adds them, and counts them; no key is added if `out` is not right.
+        """
+        steps = iter([partial(self.keys.add, approve=partial(self._require_output, out))] if create else [])
+
+        def find(given: KeysLike) -> Int64Array:
+            return next(steps, self.keys.lookup)(given)
+
+        return find
+
+    def plan_read(
+        self,
+        column: str,
+        given: KeysLike,
+        *,
+        missing: Missing = "error",
+        find: Callable[[KeysLike], Int64Array] | None = None,
+    ) -> batch.PlannedRead:
+        """Check a lookup of keys that `find` finds the rows of, by default `KeyRows.lookup`."""
+        missing = self._checked_missing(missing, "error", "initial", "zeros")
+        ids = (find or self.keys.lookup)(given)
+        unknown = ids < 0
+        if not unknown.any():
+            return self.table.plan_read(column, ids)
+        if missing == "error":
+            self._refuse(given, ids)
+        if not isinstance(missing, str):
+            ids[unknown] = missing
+            return self.table.plan_read(column, ids)
+
+        def replace_unknown(rows: Float32Array) -> None:
+            rows[unknown] = 0 if missing == "zeros" else self._initial(given, unknown)
+
+        return self.table.plan_read(column, np.maximum(ids, 0)).replacing(replace_unknown)
 
     def read(
         self, given: KeysLike, *, missing: Missing, create: bool, out: NDArray[np.float32] | None
     ) -> Float32Array:
         """Copy the weights of keys; see `KeyedTable.lookup`."""
-        missing = self._checked_missing(missing, "error", "initial", "zeros")
-        steps = iter([partial(self.keys.add, approve=partial(self._require_output, out))] if create else [])
+        find = self.finder(out, create=create)
 
         def read() -> Float32Array:
-            # Keys are added, and counted, once.
-            ids = next(steps, self.keys.lookup)(given)
-            return self._read(given, ids, missing, out)
+            return self.table.carry_out(self.plan_read("weight", given, missing=missing, find=find), out)
 
         return read_steadily([self.keys], read)
 
-    def _read(
-        self, given: KeysLike, ids: Int64Array, missing: Missing, out: NDArray[np.float32] | None
-    ) -> Float32Array:
-        unknown = ids < 0
-        if not unknown.any():
-            return self.table.read("weight", ids, out)
-        if missing == "error":
-            self._refuse(given, ids)
-        if not isinstance(missing, str):
-            ids[unknown] = missing
-            return self.table.read("weight", ids, out)
-        rows = self.table.read("weight", np.maximum(ids, 0), out)
-        rows[unknown] = 0 if missing == "zeros" else self._initial(given, unknown)
-        return rows
+    def read_unique(self, given: KeysLike, *, create: bool) -> tuple[Float32Array, NDArray[Any], Int64Array]:
+        """Copy the row of each distinct key once; see `KeyedTable.lookup_unique`."""
+        find = self.finder(create=create)
+
+        def read() -> tuple[Float32Array, NDArray[Any], Int64Array]:
+            ids = self._known(given, find)
+            rows, unique_ids, inverse = self.table.read_unique(ids)
+            return rows, self.keys.keys_of(unique_ids), inverse
+
+        return read_steadily([self.keys], read)
+
+    def as_numpy(self, dtype: DTypeLike | None, *, copy: bool | None) -> NDArray[Any]:
+        """Copy the rows that have keys, ascending; see `TableState.as_numpy`."""
+        return read_steadily(
+            [self.keys],
+            lambda: self.table.as_numpy(
+                self.keys.live_rows(self.keys.entry.reserved, self.num_rows), dtype, copy=copy
+            ),
+        )
 
     def read_state(self, column: str, given: KeysLike) -> Float32Array:
         """Copy a state column of keys."""
@@ -116,6 +159,16 @@ class KeyedRows:
 
     # ---- changing
 
+    def check_change(
+        self, given: KeysLike, values: ArrayLike, what: str, *, missing: MissingChange, check_finite: bool
+    ) -> tuple[Keys, Float32Array]:
+        """Check what a change is given, without looking anything up; return it checked."""
+        self._checked_missing(missing, "error", "skip")
+        checked = self.keys.checked(given)
+        finite = check_finite and missing != "skip"  # what is skipped may be anything
+        rows = self.table.check_values(values, checked.shape, what, check_finite=finite)
+        return checked, rows.reshape(*checked.shape, rows.shape[1])
+
     def plan_change(
         self,
         given: KeysLike,
@@ -123,42 +176,36 @@ class KeyedRows:
         what: str,
         *,
         missing: MissingChange = "error",
+        create: bool = False,
         check_finite: bool,
     ) -> batch.Change:
-        """Check an update or a write; see `TableState.plan_change`."""
-        before = self.keys.reassigned
-        change = self._plan_change(given, values, what, missing, check_finite)
+        """Check an update or a write, and give new keys rows; see `TableState.plan_change`."""
+        checked, rows = self.check_change(given, values, what, missing=missing, check_finite=check_finite)
+        find = self.finder(create=create)
 
-        def renew() -> batch.Change | None:
-            if self.keys.reassigned == before:
-                return None
-            return self.plan_change(given, values, what, missing=missing, check_finite=check_finite)
+        def plan() -> batch.Change:
+            before = self.keys.reassigned
+            ids, kept = self._rows_to_change(checked, rows, missing, find)
+            change = self.table.plan_change(ids, kept, what, check_finite=check_finite and missing == "skip")
+            return replace(change, renew=lambda: None if self.keys.reassigned == before else plan())
 
-        return replace(change, renew=renew)
+        return plan()
 
-    def _plan_change(
-        self,
-        given: KeysLike,
-        values: ArrayLike,
-        what: str,
-        missing: MissingChange,
-        check_finite: bool,
-    ) -> batch.Change:
+    def _rows_to_change(
+        self, given: Keys, rows: Float32Array, missing: MissingChange, find: Callable[[KeysLike], Int64Array]
+    ) -> tuple[Int64Array, Float32Array]:
+        """Return the ids of the rows that a change is for, and their values."""
         missing = self._checked_missing(missing, "error", "skip")
-        ids = self.keys.lookup(given)
+        ids = find(given)
         unknown = ids < 0
-        if unknown.any():
-            if missing == "error":
-                self._refuse(given, ids)
-            if missing == "skip":
-                name = self.table.name
-                array = as_array(values, f"table {name!r}: {what}")
-                shape = (*ids.shape, self.table.spec.embedding_dim)
-                validation.rows(array, shape, what=what, table=name, check_finite=False)
-                ids, values = ids[~unknown], array[~unknown]
-            else:
-                ids[unknown] = missing
-        return self.table.plan_change(ids, values, what, check_finite=check_finite)
+        if not unknown.any():
+            return ids, rows
+        if missing == "error":
+            self._refuse(given, ids)
+        if missing == "skip":
+            return ids[~unknown], rows[~unknown]
+        ids[unknown] = missing
+        return ids, rows
 
     def change(
         self,
@@ -167,10 +214,13 @@ class KeyedRows:
         what: str,
         *,
         missing: MissingChange,
+        create: bool,
         check_finite: bool,
     ) -> None:
         """Carry out an update or a write; see `plan_change`."""
-        change = self.plan_change(given, values, what, missing=missing, check_finite=check_finite)
+        change = self.plan_change(
+            given, values, what, missing=missing, create=create, check_finite=check_finite
+        )
         batch.change(self.table.runtime, [change])
 
     def evict(self, *, older_than: int | None, keep: int | None, by: Literal["lru", "lfu"]) -> NDArray[Any]:
@@ -215,8 +265,8 @@ class KeyedRows:
         if out is not None:
             validation.output(out, (*shape, self.table.spec.embedding_dim))
 
-    def _known(self, given: KeysLike) -> Int64Array:
-        ids = self.keys.lookup(given)
+    def _known(self, given: KeysLike, find: Callable[[KeysLike], Int64Array] | None = None) -> Int64Array:
+        ids = (find or self.keys.lookup)(given)
         if (ids < 0).any():
             self._refuse(given, ids)
         return ids
@@ -224,13 +274,13 @@ class KeyedRows:
     def _refuse(self, given: KeysLike, ids: Int64Array) -> None:
         name, key_type = self.keys.entry.name, self.keys.key_type
         unknown = np.flatnonzero(ids.reshape(-1) < 0)
-        checked = keys.checked(given, key_type, name)
+        checked = self.keys.checked(given)
         first = keys.restored(checked.take(unknown[:1]), key_type).tolist()[0]
         more = f" ({unknown.size} such keys)" if unknown.size > 1 else ""
         at = tuple(int(i) for i in np.unravel_index(int(unknown[0]), ids.shape))
         msg = (
             f"key {first!r:.100} at position {at[0] if len(at) == 1 else at} has no row in vocabulary "
-            f"{name!r}{more}: say with missing= what such keys get, or add them with create=True"
+            f"{name!r}{more}: add them with create=True, or say with missing= what becomes of such keys"
         )
         raise UnknownKeyError(msg)
 
@@ -260,6 +310,70 @@ class KeyedRows:
 
     def _count_updates(self) -> int:
         return int(sum(float(values.sum(dtype=np.float64)) for _, values in self._scan(COUNT)))
+
+
+def read_many(
+    runtime: Runtime,
+    targets: Mapping[str, TableState | KeyedRows],
+    ids: Mapping[str, KeysLike],
+    *,
+    missing: Missing,
+    create: bool,
+) -> dict[str, Float32Array]:
+    """Look up the weights of several tables together; see `Store.lookup`."""
+    tables, keyed = _by_kind(targets)
+    # All of them are checked before the first key is added.
+    plain = {name: table.plan_read("weight", ids[name]) for name, table in tables.items()}
+    given = {name: each.check_lookup(ids[name], missing) for name, each in keyed.items()}
+    find = {name: each.finder(create=create) for name, each in keyed.items()}
+
+    def read() -> dict[str, Float32Array]:
+        wanted = plain | {
+            name: each.plan_read("weight", given[name], missing=missing, find=find[name])
+            for name, each in keyed.items()
+        }
+        # One block of memory for all results: alone, each would take whole huge pages.
+        results = runtime.outputs.empty_together([each.shape for each in wanted.values()])
+        batch.read(runtime, [each.into(rows) for each, rows in zip(wanted.values(), results, strict=True)])
+        found = dict(zip(wanted, results, strict=True))
+        for name, each in wanted.items():
+            each.finish(found[name])
+        return {name: found[name] for name in targets}
+
+    return read_steadily([each.keys for each in keyed.values()], read)
+
+
+def plan_changes(
+    targets: Mapping[str, TableState | KeyedRows],
+    batches: Mapping[str, tuple[KeysLike, ArrayLike]],
+    *,
+    missing: MissingChange,
+    create: bool,
+    check_finite: bool,
+) -> list[batch.Change]:
+    """Check updates of several tables, and give new keys rows; see `Store.update`."""
+    tables, keyed = _by_kind(targets)
+    # All of them are checked before the first key is added.
+    changes = [
+        table.plan_change(*batches[name], "gradients", check_finite=check_finite)
+        for name, table in tables.items()
+    ]
+    given = {
+        name: each.check_change(*batches[name], "gradients", missing=missing, check_finite=check_finite)
+        for name, each in keyed.items()
+    }
+    unchecked = check_finite and missing == "skip"  # of these, only those that are not skipped count
+    return changes + [
+        each.plan_change(*given[name], "gradients", missing=missing, create=create, check_finite=unchecked)
+        for name, each in keyed.items()
+    ]
+
+
+def _by_kind(
+    targets: Mapping[str, TableState | KeyedRows],
+) -> tuple[dict[str, TableState], dict[str, KeyedRows]]:
+    keyed = {name: each for name, each in targets.items() if isinstance(each, KeyedRows)}
+    return {name: each for name, each in targets.items() if not isinstance(each, KeyedRows)}, keyed
 
 
 def first_shape(

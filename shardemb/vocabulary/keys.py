@@ -83,7 +83,7 @@ class Keys:
 
 
 def checked(keys: KeysLike, key_type: KeyType, vocabulary: str) -> Keys:
-    """Check keys of any shape.
+    """Check keys of any shape; what was checked before is returned as it is.
 
     Raises
     ------
@@ -93,6 +93,8 @@ def checked(keys: KeysLike, key_type: KeyType, vocabulary: str) -> Keys:
         A key is missing (null) or masked, nested lists have different lengths, or a string cannot be encoded as UTF-8
         or has 2 GiB or more.
     """
+    if isinstance(keys, Keys):
+        return keys
     return _integers(keys, vocabulary) if key_type == "int64" else _strings(keys, key_type, vocabulary)
 
 

@@ -70,7 +70,7 @@ def test_one_line_where_stderr_is_no_terminal(capsys):
         assert capsys.readouterr() == ("", "")
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("export tokens: 3,000 in ")
+    assert captured.err.startswith("export tokens: 3,000 rows in ")
     assert captured.err.count("\n") == 1
 
 
@@ -86,7 +86,18 @@ def test_a_bar_on_a_terminal(monkeypatch):
         advance(3000)
     drawn = terminal.getvalue()
     assert "export [tokens]" in drawn  # not read as markup of rich
-    assert "3,000 of 3,000" in drawn
+    assert "3,000 of 3,000 rows" in drawn
+
+
+def test_lines_where_a_log_waits_long(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    with track(3 * 2**20, "copying", unit="byte", progress=True) as advance:
+        advance(2**20)
+        assert capsys.readouterr().err.startswith("copying: 1.0 MiB of 3.0 MiB in ")
+        monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 60.0)
+        advance(2 * 2**20)
+        assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr().err.startswith("copying: 3.0 MiB in ")
 
 
 def test_no_stderr_at_all(monkeypatch):

@@ -370,6 +370,31 @@ def test_another_process_finds_a_kernel_compiled_until_what_defines_it_is_edited
             assert copied.call(kernel) == {kernel: [after, 0, 1]}, what
 
 
+TWO_KERNELS = """
+    import logging, sys
+    import numpy as np
+    logging.basicConfig(stream=sys.stdout, format="%(name)s %(levelname)s %(message)s")
+    from shardemb.compute import compiler, file_blocks, row_kernels
+    compiler.SILENT_SECONDS = SECONDS
+    zero = np.zeros(1, np.int64)
+    row_kernels.copy_rows(np.ones((2, 2), np.float32), zero, zero + 1, 0, 1)
+    file_blocks.patch_bits(zero, zero + 1, np.zeros(8192, np.uint8))
+"""
+
+
+def test_people_are_told_once_when_compiling_takes_long(tmp_path):
+    def said(seconds):
+        code = textwrap.dedent(TWO_KERNELS).replace("SECONDS", seconds)
+        return run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
+
+    told = said("0.001")
+    assert told.startswith(f"shardemb WARNING compiling kernels, once: they are kept in {tmp_path}")
+    assert told.count("\n") == 1
+    assert said("0.001") == ""  # they were found
+    shutil.rmtree(tmp_path)
+    assert said("1000") == ""
+
+
 # ---- where compiled code is kept --------------------------------------------------------------------------------
 
 WITHOUT_CACHE = """

@@ -545,7 +545,7 @@ def test_progress_is_called_to_completion(tmp_path, parts, run, small_batches):
 
 def test_a_line_says_that_it_is_done(tmp_path, capsys):
     export_parquet(trained(1000), tmp_path / "t", progress=True)
-    assert capsys.readouterr().err.startswith("export tokens: 1,000 in ")
+    assert capsys.readouterr().err.startswith("export tokens: 1,000 rows in ")
 
 
 # ---- the stream

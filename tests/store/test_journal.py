@@ -1,6 +1,7 @@
 """Folds during training, rollbacks during folds, and readers next to both."""
 
 import errno
+import logging
 import os
 import threading
 import time
@@ -98,6 +99,55 @@ def test_rollback_during_a_fold_restores_what_is_being_folded(path, slow_fold, i
         assert np.array_equal(table.lookup(range(ROWS)), expected)
     with shardemb.open(path) as store:
         assert np.array_equal(store["t"].lookup(range(ROWS)), expected)
+
+
+def test_what_happens_to_the_disk_is_logged(path, caplog, in_fork):
+    caplog.set_level(logging.INFO, "shardemb")
+
+    def logged():
+        found = [(each.levelname, each.getMessage().replace(str(path), "PATH")) for each in caplog.records]
+        caplog.clear()
+        return found
+
+    def train():
+        store = shardemb.open(path)
+        fill(store["t"], 2)
+        store.commit(step=2)
+        os._exit(0)  # not closed
+
+    with shardemb.open(path) as store:
+        table = new_table(store)
+        logged()
+        fill(table, 1, range(10))
+        store.commit(step=1)
+        assert logged() == [("INFO", "committed PATH: step 1, 10 rows")]
+        store.checkpoint()
+        begun, ended = logged()
+        assert begun[1].startswith("folding PATH: ")
+        assert ended[1].startswith("folded PATH in ")
+    in_fork(train)
+    logged()
+    with shardemb.open(path, memory_budget=100_000) as store:
+        assert logged() == [("INFO", f"recovered PATH: {ROWS} rows of the log folded")]
+        fill(store["t"], 3)
+        fill(store["t"], 4, range(10))
+        assert any(text.startswith("spilled ") for _, text in logged())
+        store.rollback()
+
+
+def test_a_fold_that_fails_is_logged_as_a_warning(path, caplog, monkeypatch):
+    with shardemb.open(path) as store:
+        table = new_table(store)
+        fill(table, 1)
+        store.commit(step=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                fold, "write", lambda *_: (_ for _ in ()).throw(DiskFullError(errno.ENOSPC, "full"))
+            )
+            with pytest.raises(DiskFullError):
+                store.checkpoint()
+    (said,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert said == f"the fold of {path} failed: [Errno 28] full"
 
 
 def test_the_log_is_bounded(path):

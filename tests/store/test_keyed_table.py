@@ -6,6 +6,7 @@ from support import inside
 from support.model import KeyedModel, assert_same_bits
 
 import shardemb
+from shardemb.engine import table_state
 from shardemb.errors import ReadOnlyError, RowIdError, StoreClosedError, TableNotFoundError, UnknownKeyError
 from shardemb.initializers import Constant, Normal, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
@@ -85,7 +86,7 @@ def test_properties_stats_and_repr(store):
 def test_unknown_keys_are_an_error_that_names_the_first(store):
     table = new_table(store, optimizer=SGD(lr=1.0))
     table.lookup(WORDS, create=True)
-    message = r"key 'that' at position \(1, 0\) has no row in vocabulary 'v' \(2 such keys\): say with"
+    message = r"key 'that' at position \(1, 0\) has no row in vocabulary 'v' \(2 such keys\): add them with"
     asked = [["to", "be"], ["that", "is"]]
     for call in (
         lambda: table.lookup(asked),
@@ -96,7 +97,7 @@ def test_unknown_keys_are_an_error_that_names_the_first(store):
     ):
         with pytest.raises(UnknownKeyError, match=message):
             call()
-    with pytest.raises(UnknownKeyError, match="key 'x' at position 0 has no row in vocabulary 'v': say"):
+    with pytest.raises(UnknownKeyError, match="key 'x' at position 0 has no row in vocabulary 'v': add"):
         table.lookup(["x"])
     with pytest.raises(UnknownKeyError, match="key 'x' at position"):
         table.lookup("x")
@@ -483,3 +484,202 @@ def test_resharding_keeps_keys_and_counters(path):
     with shardemb.open(path) as store:
         assert store["t"].lookup([99]).shape == (1, DIM)
         assert store.verify() == []
+
+
+# ---- as people expect of a table by key ------------------------------------------------------------------------
+
+
+def test_a_table_is_a_collection_of_its_keys(store):
+    table = new_table(store)
+    rows = np.arange(3 * DIM, dtype=np.float32).reshape(3, DIM)
+    table.write(["to", "be", "or"], rows, create=True)
+    assert list(table) == ["to", "be", "or"]
+    assert len(table) == 3
+    assert "be" in table
+    assert "not" not in table
+    assert_same_bits(table[["or", "to"]], rows[[2, 0]])
+    assert_same_bits(table["be"], rows[1])
+    assert_same_bits(np.asarray(table), rows)
+    table.vocabulary.remove(["be"])
+    assert_same_bits(np.asarray(table), rows[[0, 2]])
+    assert np.asarray(table, dtype=np.float64).dtype == np.float64
+    with pytest.raises(ValueError, match="without a copy"):
+        np.asarray(table, copy=False)
+
+
+def test_a_large_table_does_not_become_an_array_unasked(store, monkeypatch):
+    table = new_table(store)
+    table.lookup(WORDS, create=True)
+    monkeypatch.setattr(table_state, "ARRAY_BYTES", 4 * DIM * 4)
+    assert np.asarray(table).shape == (4, DIM)
+    table.lookup(["more"], create=True)
+    for each in (table, table.rows):
+        with pytest.raises(ValueError, match=r"too much to become an array unasked; use lookup\(\)"):
+            np.asarray(each)
+
+
+@pytest.mark.parametrize("key_type", ["int64", "string"])
+def test_each_distinct_key_once(store, key_type):
+    table = new_table(store, key_type=key_type, initializer=Uniform(-1, 1, seed=1))
+    keys = np.array([[7, 5], [7, 9]]) if key_type == "int64" else [["b", "a"], ["b", "c"]]
+    with pytest.raises(UnknownKeyError):
+        table.lookup_unique(keys)
+    assert len(table) == 0
+    rows, unique_keys, inverse = table.lookup_unique(keys, create=True)
+    assert unique_keys.tolist() == list(table)
+    assert_same_bits(rows[inverse], table.lookup(keys))
+    assert unique_keys[inverse].tolist() == np.asarray(keys).tolist()
+
+
+def test_the_optimizer_of_a_table_by_key_can_change(store):
+    table = new_table(store, optimizer=SGD(lr=1.0))
+    table.update(["to"], ones(1), create=True)
+    table.set_optimizer(SGD(lr=3.0))
+    table.update(["to"], ones(1))
+    assert table["to"].tolist() == [-4.0] * DIM
+    assert table.optimizer == SGD(lr=3.0)
+
+
+def test_a_notebook_shows_the_rows_that_were_given_out(store):
+    table = new_table(store)
+    table.lookup(WORDS, create=True)
+    assert "<td>4</td>" in table._repr_html_()
+    assert "<td>64</td>" in table.rows._repr_html_()
+
+
+# ---- changes that create keys ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["update", "write"])
+def test_a_change_may_create_keys(store, change):
+    table = new_table(store, optimizer=SGD(lr=1.0), reserved=1)
+    getattr(table, change)([["a"], ["b"]], ones(2, 1), create=True)
+    assert table.vocabulary.lookup(["a", "b"]).tolist() == [1, 2]
+    assert table.lookup(["a", "b"]).tolist() == [[-1.0 if change == "update" else 1.0] * DIM] * 2
+    for bad in (ones(1), np.full((2, DIM), np.nan), "text"):
+        with pytest.raises((TypeError, ValueError)):
+            getattr(table, change)(["c", "d"], bad, create=True)
+    with pytest.raises(RowIdError):
+        getattr(table, change)(["c"], ones(1), create=True, missing=-5)
+    assert list(table) == ["a", "b"]
+
+
+def test_keys_that_are_not_admitted_yet_are_missing(store):
+    table = new_table(store, optimizer=SGD(lr=1.0), admission=shardemb.Admission(after=2))
+    with pytest.raises(UnknownKeyError):
+        table.update(["a"], ones(1), create=True)
+    table.update(["a", "b"], ones(2), create=True, missing="skip")
+    assert list(table) == ["a"]
+    assert table["a"].tolist() == [-1.0] * DIM
+
+
+def test_what_is_skipped_may_be_anything(store):
+    table = new_table(store, optimizer=SGD(lr=1.0))
+    table.update(["a"], ones(1), create=True)
+    values = ones(2)
+    values[1] = np.nan
+    table.update(["a", "b"], values, missing="skip")
+    with pytest.raises(ValueError, match="nan"):
+        table.update(["a", "a"], values, missing="skip")
+    with pytest.raises(ValueError, match="nan"):
+        store.update({"t": (["a", "a"], values)}, missing="skip")
+    store.update({"t": (["a", "b"], values)}, missing="skip")
+    assert table["a"].tolist() == [-3.0] * DIM
+
+
+def test_writes_count_as_changes(store):
+    table = new_table(store, optimizer=SGD(lr=1.0), counters=True)
+    table.update(["a", "b"], ones(2), create=True)
+    table.update(["b"], ones(1))
+    table.write(["a", "a", "c"], ones(3), create=True)
+    assert table.state("count", ["a", "b", "c"]).tolist() == [3, 2, 1]
+    assert table.state("last_step", ["a", "b", "c"]).tolist() == [2, 2, 2]
+    table.update(["b"], ones(1))
+    assert table.evict(older_than=1).tolist() == ["a", "c"]
+
+
+# ---- many tables in one call -----------------------------------------------------------------------------------
+
+
+def features(store, count=26):
+    for number in range(count):
+        key_type = "int64" if number % 2 else "string"
+        store.create_vocabulary(f"f{number}", key_type=key_type)
+        store.create_table(f"f{number}", vocabulary=f"f{number}", embedding_dim=2, optimizer=SGD(lr=1.0))
+    return {f"f{number}": [number, 70] if number % 2 else [f"{number}", "70"] for number in range(count)}
+
+
+def test_features_of_a_recommender_in_one_call(store):
+    keys = features(store)
+    store.create_table("plain", num_embeddings=5, embedding_dim=3)
+    rows = store.lookup(keys | {"plain": [1]}, create=True)
+    assert list(rows) == [*keys, "plain"]
+    assert all(rows[name].tolist() == [[0, 0], [0, 0]] for name in keys)
+    store.update({name: (some, np.ones((2, 2))) for name, some in keys.items()})
+    others = {name: some[:1] * 2 for name, some in keys.items()}
+    assert all((each == -1).all() for each in store.lookup(others).values())
+    new = {name: ["new"] if isinstance(some[0], str) else [-1] for name, some in keys.items()}
+    with pytest.raises(UnknownKeyError, match="create=True"):
+        store.lookup(new)
+    assert all((each == 0).all() for each in store.lookup(new, missing="zeros").values())
+    assert all((each == -1).all() for each in store.lookup(new, missing=0).values())
+    store.update({name: (some, np.ones((1, 2))) for name, some in new.items()}, missing="skip")
+    assert [len(each) for each in store.vocabularies.values()] == [2] * 26
+    store.update({name: (some, np.ones((1, 2))) for name, some in new.items()}, create=True)
+    assert [len(each) for each in store.vocabularies.values()] == [3] * 26
+
+
+def test_if_any_of_many_tables_is_given_nonsense_no_key_is_added(store):
+    keys = features(store, 3)
+    store.create_table("plain", num_embeddings=5, embedding_dim=2, optimizer=SGD(lr=1.0))
+    for bad in ({"f2": [None]}, {"f2": [1.5]}, {"plain": [99]}, {"nothing": [1]}):
+        with pytest.raises((TypeError, ValueError, LookupError)):
+            store.lookup(keys | bad, create=True)
+        with pytest.raises((TypeError, ValueError, LookupError)):
+            store.update({n: (k, np.ones((len(k), 2))) for n, k in (keys | bad).items()}, create=True)
+    with pytest.raises(RowIdError):
+        store.lookup(keys, create=True, missing=3)
+    for bad in (np.ones((2, 3)), np.full((2, 2), np.inf)):
+        with pytest.raises(ValueError, match="table 'f2'"):
+            store.update(
+                {n: (k, bad if n == "f2" else np.ones((2, 2))) for n, k in keys.items()}, create=True
+            )
+    assert [len(each) for each in store.vocabularies.values()] == [0, 0, 0]
+    assert not any(table.step for table in store.values())
+
+
+# ---- rows that are there when a table is created ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", [None, Adagrad(initial_accumulator_value=0.5)])
+@pytest.mark.parametrize("given", ["array", "function"])
+def test_an_array_gives_the_rows_of_the_keys_that_are_there(path, optimizer, given):
+    rows = np.arange(100 * DIM, dtype=np.float32).reshape(100, DIM)
+    with shardemb.open(path) as store:
+        store.create_vocabulary("v", key_type="int64", reserved=1).add(np.arange(99) + 1000)
+        table = store.create_table(
+            "t",
+            vocabulary="v",
+            embedding_dim=DIM,
+            rows_per_shard=64,
+            initializer=rows if given == "array" else lambda start, stop: rows[start:stop],
+            optimizer=optimizer,
+        )
+        assert table.rows.stats()["rows_written"] == (100 if optimizer else 128)
+        assert_same_bits(np.asarray(table), rows[1:])
+        table.lookup([5], create=True)
+        store.commit()
+    with shardemb.open(path, mode="r") as store:
+        table = store["t"]
+        assert store.verify() == []
+        assert_same_bits(table.rows.lookup(range(100)), rows)
+        assert table[5].tolist() == [0.0] * DIM
+        if optimizer:
+            assert (table.state("sum", [5, 1000]) == 0.5).all()
+
+
+def test_an_array_of_another_length_than_the_vocabulary_is_refused(store):
+    store.create_vocabulary("v", key_type="int64").add([1, 2, 3])
+    with pytest.raises(ValueError, match=r"has shape \(4, 4\), but the table has .* = \(3, 4\)"):
+        store.create_table("t", vocabulary="v", embedding_dim=DIM, initializer=ones(4))
+    assert list(store) == []

@@ -800,6 +800,34 @@ def test_results_outlive_the_store_and_lazy_ones_raise(store):
         lazy.compute()
 
 
+@pytest.mark.filterwarnings("ignore:the store")
+@pytest.mark.parametrize(
+    ("lookup_of", "ids"),
+    [
+        (lambda store: store["t"].lookup, [0]),
+        (lambda store: store["k"].lookup, ["a"]),
+        (lambda store: store["k"].rows.lookup, [0]),
+        (lambda store: store["k"].vocabulary.lookup, ["a"]),
+        (lambda store: store.vocabularies["v"].lookup, ["a"]),
+    ],
+    ids=["table", "keyed table", "its rows", "its vocabulary", "vocabulary"],
+)
+def test_a_table_keeps_its_store_open(path, lookup_of, ids):
+    with shardemb.open(path) as store:
+        store.create_table("t", num_embeddings=3, embedding_dim=2)
+        store.create_vocabulary("v", key_type="string").add(["a"])
+        store.create_table("k", vocabulary="v", embedding_dim=2)
+        store.commit()
+    lookup = lookup_of(shardemb.open(path))
+    gc.collect()
+    assert len(lookup(ids)) == 1
+    with pytest.raises(shardemb.StoreLockedError):
+        shardemb.open(path)
+    del lookup
+    gc.collect()
+    shardemb.open(path).close()
+
+
 def test_a_store_that_is_garbage_collected_warns_and_releases_the_lock(path):
     store = shardemb.open(path)
     with pytest.warns(ResourceWarning, match="was not closed"):

@@ -489,3 +489,62 @@ def test_more_reassignments_than_the_ring_remembers_are_indexed_again(path):
     with shardemb.open(path) as store:
         assert store.vocabularies["words"].lookup([f"{n}" for n in range(100)]).tolist() == list(range(100))
         assert store.verify() == []
+
+
+# ---- renaming ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key_type", ["int64", "string"])
+def test_a_renamed_vocabulary_keeps_its_keys(path, key_type):
+    keys = [5, 6] if key_type == "int64" else ["a", "b"]
+    with shardemb.open(path) as store:
+        words = store.create_vocabulary("v", key_type=key_type)
+        table = bound(store)
+        table.lookup(keys, create=True)
+        store.commit()
+        store.rename_vocabulary("v", "w")
+        assert store.vocabularies["w"] is words is table.vocabulary
+        assert "v" not in store.vocabularies
+        words.add(keys[:1])
+        store.rollback()
+        assert list(store.vocabularies) == ["v"]
+        assert words.lookup(keys).tolist() == [0, 1]
+        store.rename_vocabulary("v", "w")
+        store.create_vocabulary("v", key_type=key_type).add(keys[1:])
+        store.commit()
+        assert store.verify() == []
+        assert sorted(each.name for each in path.glob("*@keys")) == ["v@keys", "w@keys"]
+    with shardemb.open(path) as store:
+        assert store.vocabularies["w"].lookup(keys).tolist() == [0, 1]
+        assert store.vocabularies["v"].lookup(keys).tolist() == [-1, 0]
+        assert store["t"].vocabulary.name == "w"
+        assert store.verify() == []
+
+
+def test_names_that_a_vocabulary_cannot_be_given(store):
+    store.create_vocabulary("v", key_type="int64")
+    store.create_vocabulary("w", key_type="int64")
+    with pytest.raises(VocabularyExistsError):
+        store.rename_vocabulary("v", "w")
+    with pytest.raises(VocabularyNotFoundError):
+        store.rename_vocabulary("x", "y")
+    with pytest.raises(ValueError, match="name"):
+        store.rename_vocabulary("v", "a/b")
+    (store.path / "y@freed").mkdir()
+    with pytest.raises(TableExistsError):
+        store.rename_vocabulary("v", "y")
+    assert list(store.vocabularies) == ["v", "w"]
+    store.commit()
+
+
+def test_a_reader_follows_a_renamed_vocabulary(path):
+    with shardemb.open(path) as store:
+        store.create_vocabulary("v", key_type="int64").add([5])
+        store.commit()
+        with shardemb.open(path, mode="r") as reader:
+            words = reader.vocabularies["v"]
+            store.rename_vocabulary("v", "w")
+            store.commit()
+            reader.refresh()
+            assert reader.vocabularies["w"] is words
+            assert words.lookup([5]) == [0]

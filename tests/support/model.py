@@ -298,6 +298,12 @@ class KeyedModel(TableModel):
             np.add.at(self.counts, np.ravel(ids).astype(np.int64), 1)
             self.last_steps[np.ravel(ids).astype(np.int64)] = self.step
 
+    def write(self, ids, rows):
+        super().write(ids, rows)
+        if self.counts is not None:
+            np.add.at(self.counts, np.ravel(ids).astype(np.int64), 1)
+            self.last_steps[np.ravel(ids).astype(np.int64)] = self.step
+
     def reset(self, ids):
         """Rows are as new."""
         ids = np.asarray(ids, np.int64)
