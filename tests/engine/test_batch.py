@@ -385,7 +385,7 @@ def meanwhile(monkeypatch):
     return meanwhile
 
 
-def waiting_table(path, **options):
+def waiting_table(path, initializer=Constant(0.0), **options):
     """A table of which some rows are spilled, in a store whose batches all have to make room."""
     store = shardemb.open(path, memory_budget=0, log_bytes=1)
     table = store.create_table(
@@ -393,7 +393,7 @@ def waiting_table(path, **options):
         num_embeddings=500,
         embedding_dim=DIM,
         optimizer=SGD(lr=1.0),
-        initializer=Constant(0.0),
+        initializer=initializer,
         rows_per_shard=64,
         **options,
     )
@@ -470,14 +470,16 @@ def test_a_change_of_what_is_gone_by_then_is_refused(path, meanwhile, change, ot
 
 
 def test_rows_that_change_while_their_reset_waits_are_reset(path, meanwhile):
-    store, table = waiting_table(path)
+    store, table = waiting_table(path, initializer=Normal(0, 1))
     with store:
-        left = meanwhile(
-            lambda: table.write([3, 450], SEVENS[:2])
-        )  # 450 was never written when the reset began
+        table.reset_rows([3, 99])
+        initial = table.lookup([3, 99, 450])
+        table.write([99], SEVENS[:1])
+        assert not inside.shards(table).were_written(np.array([450]))[0]  # so the reset leaves it out at first
+        left = meanwhile(lambda: table.write([3, 450], SEVENS[:2]))
         table.reset_rows([3, 99, 450])
         assert not left
-        assert (table.lookup([3, 99, 450]) == 0).all()
+        assert (table.lookup([3, 99, 450]) == initial).all()
         store.commit()
 
 

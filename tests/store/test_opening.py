@@ -950,6 +950,23 @@ def test_a_writer_whose_folder_was_replaced_leaves_alone_what_is_there_now(path,
             assert store["a"].lookup(1).tolist() == [2] * 4
 
 
+@pytest.mark.parametrize("what", REPLACED)
+def test_closing_with_nothing_to_fold_leaves_alone_what_is_there_now(path, tmp_path, what):
+    backup = tmp_path / "backup"
+    make(path, "a")
+    shutil.copytree(path, backup)
+    store = shardemb.open(path)
+    store["a"].write([1], ONES[:1])
+    store.commit(step=2)
+    store.checkpoint()
+    REPLACED[what](path, backup)
+    there = path.with_name("elsewhere") if what == "renamed" else path
+    before = content(there) if there.exists() else {}
+    with pytest.warns(RuntimeWarning, match="replaced"):
+        store.close()
+    assert (content(there) if there.exists() else {}) == before
+
+
 def test_a_fold_does_not_write_into_a_folder_that_was_put_in_its_place(path, tmp_path, monkeypatch):
     make(path, "a")
     backup = tmp_path / "backup"
