@@ -1,5 +1,6 @@
 """A store whose index was lost, damaged or replaced finds all its keys: an opening indexes what the files lack."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import shardemb
 from shardemb.base.sizes import PAGE
 from shardemb.errors import DiskFullError
 from shardemb.format.documents import crc32
+from shardemb.format.manifest import Manifest
 from shardemb.storage import address_space, files
 from shardemb.store import vocabulary_catalog
 from shardemb.vocabulary import hash_index, key_rows, key_tables
@@ -64,6 +66,21 @@ def found(path, mode="a"):
             assert words.add(KEYS).tolist() == list(range(KEYS.size))
             assert not store.has_changes
         return int((rows == np.arange(KEYS.size)).sum())
+
+
+@pytest.mark.timeout(30)
+def test_more_reassignments_than_the_ring_remembers_are_indexed_again(path):
+    """However many an entry claims: an opening must end."""
+    fill(path, KEYS[:150])
+    with shardemb.open(path) as store:
+        store.vocabularies["v"].add(KEYS[150:])  # merges files that claim to know a commit
+        store.commit()
+    file = path / ".shardemb" / "manifest.json"
+    manifest = Manifest.from_bytes(file.read_bytes())
+    (entry,) = manifest.vocabularies
+    claimed = dataclasses.replace(entry, head=2**60, tail=2**60)
+    file.write_bytes(dataclasses.replace(manifest, vocabularies=(claimed,)).to_bytes())
+    assert found(path) == KEYS.size
 
 
 # ---- damaged files ----------------------------------------------------------------------------------------------

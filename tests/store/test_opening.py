@@ -1003,6 +1003,7 @@ def test_threads_that_fork_at_once_leave_lock_and_log_with_the_parent(path):
         import os, sys, threading
         import numpy as np
         import shardemb
+        sys.setswitchinterval(1e-6)  # so that threads take turns wherever they can
         store = shardemb.open(sys.argv[1], memory_budget=0, log_bytes=1)
         table = store.create_table("a", num_embeddings=1000, embedding_dim=4, optimizer=shardemb.optim.SGD(lr=1.0))
         words = store.create_vocabulary("w", key_type="int64")
