@@ -499,9 +499,8 @@ class Session:
         lost, path = self._differs(), self.runtime.path
         self.tables.discard_new()
         problem = self.journal.close()
-        if isinstance(
-            problem, PoisonedError
-        ):  # not from a failed fold, whose commits would be safe in the log
+        # Not from a failed fold, whose commits would be safe in the log.
+        if isinstance(problem, PoisonedError):
             warnings.warn(str(problem), RuntimeWarning, stacklevel=4)
         elif problem is not None:
             warnings.warn(display.not_folded(path, problem), RuntimeWarning, stacklevel=4)

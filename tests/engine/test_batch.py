@@ -385,7 +385,7 @@ def meanwhile(monkeypatch):
     return meanwhile
 
 
-def waiting_table(path, initializer=Constant(0.0), **options):
+def waiting_table(path, initializer=None, **options):
     """A table of which some rows are spilled, in a store whose batches all have to make room."""
     store = shardemb.open(path, memory_budget=0, log_bytes=1)
     table = store.create_table(
@@ -393,7 +393,7 @@ def waiting_table(path, initializer=Constant(0.0), **options):
         num_embeddings=500,
         embedding_dim=DIM,
         optimizer=SGD(lr=1.0),
-        initializer=initializer,
+        initializer=initializer or Constant(0.0),
         rows_per_shard=64,
         **options,
     )
@@ -475,7 +475,9 @@ def test_rows_that_change_while_their_reset_waits_are_reset(path, meanwhile):
         table.reset_rows([3, 99])
         initial = table.lookup([3, 99, 450])
         table.write([99], SEVENS[:1])
-        assert not inside.shards(table).were_written(np.array([450]))[0]  # so the reset leaves it out at first
+        assert not inside.shards(table).were_written(np.array([450]))[
+            0
+        ]  # so the reset leaves it out at first
         left = meanwhile(lambda: table.write([3, 450], SEVENS[:2]))
         table.reset_rows([3, 99, 450])
         assert not left

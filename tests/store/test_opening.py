@@ -914,7 +914,8 @@ def test_a_writer_whose_folder_was_replaced_leaves_alone_what_is_there_now(path,
     with shardemb.open(path) as store:
         table = store.create_table("a", num_embeddings=300, embedding_dim=4, rows_per_shard=64)
         table.write([1], ONES[:1])
-        store.create_vocabulary("w", key_type="int64")
+        if call == "keys":  # its files are sparse, and large to copy and to compare
+            store.create_vocabulary("w", key_type="int64")
         store.commit(step=1)
     shutil.copytree(path, backup)
     store = shardemb.open(path)

@@ -473,8 +473,7 @@ class Failing:
         return self.real(*arguments, **options)
 
 
-@pytest.mark.parametrize("error", [DiskFullError, KeyboardInterrupt])
-@pytest.mark.parametrize("key_type", ["int64", "string"])
+@pytest.mark.parametrize(("key_type", "error"), [("int64", KeyboardInterrupt), ("string", DiskFullError)])
 def test_a_change_that_fails_changes_nothing(path, small, monkeypatch, key_type, error):
     """Each change of rows that a call makes fails once, also the one that moves the ring of freed rows."""
     pool = pool_of(key_type, np.random.default_rng(0))

@@ -40,7 +40,7 @@ def make_small(patch, chance):
     patch.setattr(key_tables, "SLICE_BYTES", chance.choice([200, 5000]))
     patch.setattr(key_rows, "BATCH_ROWS", chance.choice([11, 1000]))
     patch.setattr(keyed_rows, "SCANNED_ROWS", chance.choice([13, 1000]))
-    patch.setattr(hash_index, "OPEN_PAIRS", chance.choice([(1, 1), (5, 50), (64, 64), (2**20, 2**23)]))
+    patch.setattr(hash_index, "OPEN_PAIRS", chance.choice([(3, 3), (5, 50), (64, 64), (2**20, 2**23)]))
     patch.setattr(hash_index, "_STALE", chance.choice([0, 20, 2**16]))
     patch.setattr(hash_index, "PARALLEL_PAIRS", chance.choice([1, 2**13]))
     patch.setattr(hash_index, "_FIRST_BUCKETS", chance.choice([2, 64]))
