@@ -312,13 +312,13 @@ def materialize(store: str, table: str, as_json: bool, quiet: bool) -> None:
 @json_option
 @quiet_option
 def copy(store: str, target: str, as_json: bool, quiet: bool) -> None:
-    """Copy a store's last commit into a new folder. Sparse files stay sparse.
+    """Copy a store's last commit into a new folder, also while another process writes. Sparse files stay sparse.
 
     \b
     Example:
       shardemb copy words.zarr backup.zarr
     """
-    with _refusals(), shardemb.open(store, mode="r+") as opened:
+    with _refusals(), shardemb.open(store, mode="r") as opened:
         opened.copy(target, progress=not quiet)
     with _refusals(), shardemb.open(target, mode="r") as copied:
         facts = copied.info()

@@ -183,11 +183,13 @@ def test_every_fence_is_closed_and_names_its_language():
         "python",
         "console",
         "sh",
+        "dockerfile",
         "text",
         "json",
         "{include} ../../ARCHITECTURE.md",
         "{toctree}",
         "{eval-rst}",
+        "{raw} html",
     }
     for document, blocks in BLOCKS.items():
         fences = re.findall(r"^ *`{3,}", (ROOT / document).read_text(), re.M)

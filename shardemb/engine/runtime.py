@@ -106,7 +106,8 @@ class Runtime:
 
     def check_fresh(self) -> None:
         """Raise `StaleReaderError` in a reader if another writer has opened the store since."""
-        if self.fresh is not None and not self.fresh():
+        fresh = self.fresh  # another thread may close the store
+        if fresh is not None and not fresh():
             msg = f"another writer has opened the store {self.path} since it was read; call store.refresh()"
             raise StaleReaderError(msg)
 
@@ -181,6 +182,7 @@ class Runtime:
         with self._background_lock:
             self.closed = True
             background, self._background = self._background, None
+        self.fresh = None  # keeps a file mapped
         if background is not None:
             background.shutdown(cancel_futures=True)
         self.outputs.close()

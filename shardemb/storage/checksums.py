@@ -83,6 +83,16 @@ def differing(
     return differs
 
 
+def of_copy(known: NDArray[np.uint64], data: memoryview) -> NDArray[np.uint64]:
+    """Return the checksums that copies of blocks get, given those of the original, which may be changing.
+
+    A copy that does not match is in flux; one of a block that is known to be damaged stays known as that.
+    """
+    found = block_sums(data)
+    copied = np.where(found == _content_sums(known), known, found | np.uint64(IN_FLUX))
+    return np.where(known & ~np.uint64(IN_FLUX) == DAMAGED, np.uint64(DAMAGED), copied)
+
+
 def mark_in_flux(path: Path, blocks: Int64Array) -> NDArray[np.uint64]:
     """Mark blocks, in ascending order, as in flux, durably; return their checksums so far. One thread at a time.
 

@@ -17,6 +17,7 @@ cannot be read is damage. The reader trusts nothing, and allocates nothing for a
 from __future__ import annotations
 
 import errno
+import os
 import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
@@ -123,7 +124,9 @@ def sync(folder: Path, base: Manifest) -> None:
             files.sync_file(folder / f"{number:08d}{SUFFIX}")
 
 
-def read(folder: Path, base: Manifest, end: tuple[int, int] | None = None) -> Replay:
+def read(
+    folder: Path, base: Manifest, end: tuple[int, int] | None = None, *, private: bool = False
+) -> Replay:
     """Read what was committed since the base.
 
     Parameters
@@ -134,6 +137,9 @@ def read(folder: Path, base: Manifest, end: tuple[int, int] | None = None) -> Re
         Its `segment` is the first that is read. A clean base has no log.
     end : (int, int), optional
         Segment and position at which reading ends, for the log of a running writer.
+    private : bool
+        Read the segments into memory, so that the images stay what they are when a writer uses a segment again. Mapped
+        otherwise.
 
     Raises
     ------
@@ -147,8 +153,9 @@ def read(folder: Path, base: Manifest, end: tuple[int, int] | None = None) -> Re
     if not numbers or numbers[0] != base.segment:
         msg = f"{folder}: segment {base.segment} of the log is missing; restore it from a copy of the store"
         raise LogDamagedError(msg)
-    reader = _Reader(replay, uuid.UUID(base.uuid).bytes, base.epoch)
-    for number in numbers:
+    reader = _Reader(replay, uuid.UUID(base.uuid).bytes, base.epoch, private=private)
+    while numbers:
+        number = numbers.pop(0)
         if end is not None and number > end[0]:
             break
         path = folder / f"{number:08d}{SUFFIX}"
@@ -159,6 +166,8 @@ def read(folder: Path, base: Manifest, end: tuple[int, int] | None = None) -> Re
             raise LogDamagedError(msg) from error
         if not follows:
             break
+        if reader.required and not numbers:  # a writer may have begun it after the folder was listed
+            numbers = [each for each in segments(folder) if each > number]
     reader.finish(folder)
     return replay
 
@@ -166,13 +175,14 @@ def read(folder: Path, base: Manifest, end: tuple[int, int] | None = None) -> Re
 class _Reader:
     """Reads segments in order, and decides whether an unreadable record is a torn end or damage."""
 
-    def __init__(self, replay: Replay, store: bytes, epoch: int) -> None:
+    def __init__(self, replay: Replay, store: bytes, epoch: int, *, private: bool) -> None:
         self.replay = replay
+        self._private = private
         self._store = store
         self._epoch = epoch
         self._pending: list[tuple[str, Run]] = []  # images of an attempt whose commit record may follow
         self._pending_attempt = 0
-        self._required: int | None = None  # number of the segment that must come next
+        self.required: int | None = None  # number of the segment that must come next
         self._last = 0
 
     def read_segment(self, path: Path, number: int, end: int | None) -> bool:
@@ -181,13 +191,18 @@ class _Reader:
         memory = address_space.AddressRange(max(round_up(nbytes, PAGE), PAGE))
         if nbytes < PAGE:
             self._damaged(path, "it has no header")
-        memory.map_file(0, path, nbytes)
+        if self._private:
+            memory.map_zeros(0, memory.nbytes)
+            with files.opened(path, os.O_RDONLY) as descriptor:
+                files.read_into(descriptor, memory.bytes(0, nbytes), 0, path)
+        else:
+            memory.map_file(0, path, nbytes)
         salt, stop = self._header(path, memory, number, nbytes)
         if not salt:
             return False
         if self._last and number != self._last + 1:
             self._damaged(path, f"the preceding segment {self._last + 1} is missing")
-        self._last, self._required = number, None
+        self._last, self.required = number, None
         self.replay.keep_mapped(memory)
         position = PAGE
         stop = stop if end is None else end
@@ -203,8 +218,8 @@ class _Reader:
 
     def finish(self, folder: Path) -> None:
         """Raise `LogDamagedError` if a segment is missing at the end."""
-        if self._required is not None:
-            msg = f"{folder}: segment {self._required} of the log is missing; restore it from a copy of the store"
+        if self.required is not None:
+            msg = f"{folder}: segment {self.required} of the log is missing; restore it from a copy of the store"
             raise LogDamagedError(msg)
 
     def _header(
@@ -246,7 +261,7 @@ class _Reader:
         if found != checksum(payload):
             return 0
         if kind == END:
-            self._required = self._last + 1
+            self.required = self._last + 1
             return filled
         self.replay.sequence += 1
         self.replay.attempt = max(self.replay.attempt, attempt)

@@ -7,26 +7,30 @@ compared with their checksums before new checksums are computed, so that damage 
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 import uuid
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shardemb.base import paths
 from shardemb.base.progress import track
 from shardemb.base.sizes import PAGE
-from shardemb.compute import file_blocks
-from shardemb.errors import FormatError, StoreExistsError
+from shardemb.compute import file_blocks, scheduler
+from shardemb.errors import FormatError, ShardEmbError, StoreExistsError
 from shardemb.format import store_paths, zarr_metadata
 from shardemb.format.manifest import Manifest
 from shardemb.format.spec import shard_rows_multiple
 from shardemb.format.table_files import TableLocation
-from shardemb.storage import checksums, files, folders, table_folder
+from shardemb.storage import checksums, files, fold, folders, table_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -35,11 +39,16 @@ if TYPE_CHECKING:
     from shardemb.base.validation import Float32Array
     from shardemb.format.spec import TableSpec
     from shardemb.format.table_files import File
+    from shardemb.storage.log_reader import Images, Replay
 
     _Carried = tuple[Path, Path]  # what another program has put somewhere, and where it is to be
+    _Pair = tuple[TableLocation, TableLocation]  # a table, and its copy
 
 WINDOW_BYTES = 4 * 2**20
 """Most bytes that are copied in one step."""
+
+ROUNDS = 50
+"""How often a copy begins another round because the store was folded meanwhile."""
 
 
 # ---- another number of rows -----------------------------------------------------------------------------------
@@ -358,35 +367,88 @@ def _carry(entries: Iterable[_Carried], *, share: bool, advance: Advance = lambd
 # ---- another place --------------------------------------------------------------------------------------------
 
 
-def require_absent(path: Path) -> None:
-    """Raise `StoreExistsError` if something exists at the path of a copy to make."""
-    if os.path.lexists(path):
-        msg = f"{path} exists; a copy needs a new folder"
-        raise StoreExistsError(msg)
+def new_place(path: str | os.PathLike[str]) -> Path:
+    """Return where a copy is to be made: absolute, so that links on the way are not followed later on.
 
-
-def copy_store(
-    store: Path, manifest: Manifest, tables: Mapping[str, TableLocation], path: Path, progress: Progress
-) -> None:
-    """Make a new store with the tables of a manifest, given by uuid. They must not change meanwhile.
-
-    What other programs have put into the folders of the store and its tables is copied too. Holes stay holes. The copy
-    becomes a store only in its last step; after a failure, whatever was copied is removed.
+    Raises
+    ------
+    StoreExistsError
+        Something exists there.
     """
-    copies = [(tables[entry.uuid], path / entry.name) for entry in manifest.tables]
-    # Before there is anything at `path`, which may be a folder within the store.
-    root = folders.foreign_to_store(store, {table.directory for table, _ in copies})
-    foreign = _walked((each, path / each.name) for each in root)
-    for table, directory in copies:
-        foreign += _foreign(table, TableLocation(table.spec, directory))
-    total = sum(_bytes_of(table) for table, _ in copies) + sum(files.size(each) or 0 for each, _ in foreign)
-    try:
-        files.make_directory(store_paths.private(path))
-        with track(total, "copying", unit="byte", progress=progress) as advance:
-            for table, directory in copies:
-                _copy_table(table, directory, advance)
-            _carry(foreign, share=False, advance=advance)
-        identity = str(uuid.uuid4())
+    target = paths.local_path(path, "the copy of a store").absolute()
+    if os.path.lexists(target):
+        msg = f"{target} exists; a copy needs a new folder"
+        raise StoreExistsError(msg)
+    return target.parent.resolve() / target.name
+
+
+class StoreCopy:
+    """A copy of a store in the making. Other programs may read the store meanwhile, and one may write to it.
+
+    ::
+
+        follow      copy the blocks whose checksums differ from those of the copy; then read the log
+        again       if the store's base has changed meanwhile, which the caller finds out
+        complete    lay the images of the log over the blocks, and make the copy a store
+
+    The file of checksums of the copy always tells what the copy holds: blocks that were copied while they were written
+    are *in flux*, and the next round copies them again, or the images replace what is new in them. A row that a fold
+    has written since the base is in the log, so if the base stays the same, the copy is exactly one commit.
+
+    What other programs have put into the folders of the store and its tables is copied too. Rows that were never
+    written take no space.
+    """
+
+    def __init__(self, store: Path, path: Path, threads: int, progress: Progress) -> None:
+        self._store, self._path, self._threads = store, path, threads
+        self._progress = progress  # of the first round, which copies most
+        self._made: list[tuple[str, str]] | None = None  # names and uuids of the tables that have a folder
+        self._pairs: list[_Pair] = []
+        self._replay: Replay | None = None
+        self._rounds = 0
+
+    @contextlib.contextmanager
+    def removed_on_error(self) -> Iterator[StoreCopy]:
+        """Within the block, any exception removes whatever was copied."""
+        try:
+            yield self
+        except BaseException:
+            files.remove_tree(self._path)
+            raise
+
+    def follow(self, base: Manifest, read_log: Callable[[], Replay]) -> None:
+        """Make the copy what the store is by now. It is, if `base` is still the store's base at the end.
+
+        Raises
+        ------
+        FormatError, OSError
+            The store's files are damaged, or have moved meanwhile.
+        DiskFullError
+            There is no space for the copy.
+        ShardEmbError
+            This was called too often: the store changes faster than it can be copied.
+        """
+        self._rounds += 1
+        if self._rounds > ROUNDS:
+            msg = f"{self._store} is folded more often than it can be copied; call copy() in the process that writes it"
+            raise ShardEmbError(msg)
+        manifest, entries = base, None
+        while entries != (entries := _entries(manifest)):  # the log may add or drop tables
+            self._pairs = self._located(manifest, may_miss=base.clean)
+            foreign = [] if entries == self._made else self._begin()
+            self._made = entries
+            self._copy(foreign)
+            self._replay = read_log()
+            manifest = self._replay.manifest
+
+    def complete(self) -> None:
+        """Lay the images of the log over the copied blocks, and make the copy a store."""
+        assert self._replay is not None
+        images = [(new, self._replay.images(new.spec)) for _, new in self._pairs]
+        for table, some in images:
+            _give_up_in_flux(table, some)
+        fold.write(images, self._threads)
+        store, path, identity = self._store, self._path, str(uuid.uuid4())
         group = files.read(store / zarr_metadata.DOCUMENT)
         for name, document in zarr_metadata.store_documents(identity, group).items():
             files.write_new(path / name, document)
@@ -395,29 +457,104 @@ def copy_store(
         fresh = Manifest(
             uuid=identity,
             clean=True,
-            commit=manifest.commit,
-            tables=manifest.tables,
-            vocabularies=manifest.vocabularies,
+            commit=self._replay.manifest.commit,
+            tables=self._replay.manifest.tables,
+            vocabularies=self._replay.manifest.vocabularies,
         )
         files.replace(store_paths.manifest(path), fresh.to_bytes())
         files.sync_directory(path.parent)
-    except BaseException:
-        files.remove_tree(path)
-        raise
+
+    def _located(self, manifest: Manifest, *, may_miss: bool) -> list[_Pair]:
+        """Return the tables of a manifest where they are now, each with its place in the copy."""
+        directories, pairs = folders.locate(self._store, manifest.tables), []
+        for entry in manifest.tables:
+            directory = directories[entry.uuid]
+            with table_folder.naming(entry.name, directory):
+                spec = table_folder.spec_of(directory, may_miss=may_miss)
+            pairs.append((TableLocation(spec, directory), TableLocation(spec, self._path / entry.name)))
+        return pairs
+
+    def _begin(self) -> list[_Carried]:
+        """Begin anew, with empty tables; return what other programs have added."""
+        if self._made is not None:
+            files.remove_tree(self._path)
+        # Before there is anything at the new path, which may be a folder within the store.
+        root = folders.foreign_to_store(self._store, {old.directory for old, _ in self._pairs})
+        foreign = _walked((each, self._path / each.name) for each in root)
+        for old, new in self._pairs:
+            foreign += _foreign(old, new)
+        files.make_directory(store_paths.private(self._path))
+        for old, new in self._pairs:
+            table_folder.write_documents(new.directory, _documents(old.spec, old.directory))
+            for path, nbytes in new.expected_files():
+                files.create_sparse(path, nbytes)
+        return foreign
+
+    def _copy(self, foreign: Sequence[_Carried]) -> None:
+        """Copy the blocks that are not in the copy yet, in several threads, and what other programs have added."""
+        tasks = [
+            (old, new, *both)
+            for old, new in self._pairs
+            for both in zip(old.files(), new.files(), strict=True)
+        ]
+        number, stop = min(2 * self._threads, len(tasks)), threading.Event()
+        total = sum(source.nbytes for *_, source, _ in tasks) + sum(
+            files.size(each) or 0 for each, _ in foreign
+        )
+        shown, self._progress = self._progress, None
+        with track(total, "copying", unit="byte", progress=shown) as advance:
+
+            def some(task: int) -> None:
+                for old, new, source, target in tasks[task::number]:
+                    if stop.is_set():
+                        break
+                    _copy_changed(old, new, source, target)
+                    advance(source.nbytes)
+
+            scheduler.run([partial(some, task) for task in range(number)], self._threads, stop)
+            _carry(foreign, share=False, advance=advance)
 
 
-def _bytes_of(table: TableLocation) -> int:
-    """Return the bytes of the files of a table, including holes."""
-    return sum(nbytes for _, nbytes in table.expected_files())
+def _entries(manifest: Manifest) -> list[tuple[str, str]]:
+    return [(entry.name, entry.uuid) for entry in manifest.tables]
 
 
-def _copy_table(table: TableLocation, directory: Path, advance: Advance) -> None:
-    table_folder.write_documents(directory, _documents(table.spec, table.directory))
-    for path, nbytes in table.expected_files():
-        target = directory / path.relative_to(table.directory)
-        files.create_sparse(target, nbytes)
-        copy_data(path, target, nbytes)
-        advance(nbytes)
+def _copy_changed(old: TableLocation, new: TableLocation, source: File, target: File) -> None:
+    """Copy the blocks of a file whose checksums are not those of the copy; mark those that do not match as in flux."""
+    if files.size(source.path) is None:
+        return  # all zeros
+    count, sums = source.nbytes // PAGE, new.checksums_path
+    known = checksums.read_sums(old.checksums_path, source.first, count)
+    blocks = np.flatnonzero(known != checksums.read_sums(sums, source.first, count))
+    if not blocks.size:
+        return
+    with (
+        files.opened(source.path, os.O_RDONLY) as reading,
+        files.opened(target.path, os.O_WRONLY) as writing,
+        files.opened(sums, os.O_WRONLY) as noting,
+    ):
+        for first, last in file_blocks.runs(blocks):
+            end = int(blocks[last - 1]) + 1
+            for start in range(int(blocks[first]), end, WINDOW_BYTES // PAGE):
+                stop = min(start + WINDOW_BYTES // PAGE, end)
+                data = memoryview(files.read_at(reading, (stop - start) * PAGE, start * PAGE, source.path))
+                files.write(writing, data, start * PAGE, target.path)
+                held = checksums.of_copy(known[start:stop], data)
+                files.write(noting, held.data, 8 * (source.first + start), sums)
+
+
+def _give_up_in_flux(table: TableLocation, images: Images) -> None:
+    """Mark blocks of a copy as damaged that are in flux though the log has nothing for them."""
+    replaced = [patch.file.first + patch.blocks for patch in fold.patches(table, images)]
+    for file in table.files():
+        sums = checksums.read_sums(table.checksums_path, file.first, file.nbytes // PAGE)
+        in_flux = file.first + np.flatnonzero(sums & checksums.IN_FLUX == checksums.IN_FLUX)
+        damaged = np.setdiff1d(
+            in_flux, np.concatenate([np.empty(0, np.int64), *replaced]), assume_unique=True
+        )
+        checksums.write_sums(
+            table.checksums_path, damaged, np.full(damaged.size, checksums.DAMAGED, np.uint64)
+        )
 
 
 def copy_data(source: Path, target: Path, nbytes: int) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from shardemb.engine.shards import Shards
     from shardemb.format.manifest import Manifest, TableEntry
     from shardemb.format.spec import TableSpec
+    from shardemb.storage import rewrite
 
     _Changed = tuple[TableSpec, Int64Array, Callable[[int, int, int], None]]
 
@@ -45,7 +46,7 @@ SEGMENTS = 16
 class Journal:
     """Base, log and folds of a store that is open for writing.
 
-    All methods are called with the store's lock held, except `resume_folds`, which takes it. Those that wait for a fold
+    All methods are called with the store's lock held, except `follow`, which takes it. Those that wait for a fold
     release the lock while they wait. Implements `engine.memory_budget.Folds`.
 
     Parameters
@@ -194,22 +195,23 @@ class Journal:
             self._append_commit(payload)
         self.drain()
 
-    def pause_folds(self) -> None:
-        """Fold everything that is committed, and start no other fold until `resume_folds`. Commits continue.
+    def follow(self, copying: rewrite.StoreCopy) -> None:
+        """Let a copy take over the last commit. Called without the lock: commits continue, but nothing is folded.
 
         Raises
         ------
         DiskFullError, OSError, PoisonedError
-            The fold failed.
+            The fold before failed, or the copy.
         """
-        self.drain()
-        self._folding = True
-
-    def resume_folds(self) -> None:
-        """Undo `pause_folds`."""
-        with self._runtime.lock:
-            self._folding = False
-            self._condition.notify_all()
+        with self._runtime.writing():
+            self.drain()
+            self._folding, committed = True, self._runtime.committed
+        try:
+            copying.follow(committed, lambda: log_reader.Replay(committed, 0, 0))
+        finally:
+            with self._runtime.lock:
+                self._folding = False
+                self._condition.notify_all()
 
     def fold_all(self) -> Exception | None:
         """Fold everything that is committed and wait for it; return the error if that failed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import time
 import uuid
@@ -19,6 +20,7 @@ from shardemb.base.sizes import PAGE
 from shardemb.compute import scheduler
 from shardemb.engine.runtime import Runtime
 from shardemb.errors import (
+    DiskFullError,
     FormatError,
     ReadOnlyError,
     StoreExistsError,
@@ -170,19 +172,21 @@ def _open_reader(runtime: Runtime) -> Session:
     return _read_next_to_writer(runtime.path, open_once)
 
 
-def _read_next_to_writer(path: Path, read: Callable[[Manifest], T]) -> T:
+def _read_next_to_writer(path: Path, read: Callable[[Manifest], T], limit_s: float = RETRY_LIMIT_S) -> T:
     """Read what a writer may be changing: again whenever the base has changed meanwhile.
 
     If it has not, an error may still come from a write in progress. So while a writer lives, the call retries a few
     times before it raises.
     """
-    until = time.monotonic() + RETRY_LIMIT_S
+    until = time.monotonic() + limit_s
     pauses = iter(RETRY_PAUSES_S)
     while True:
         base = None
         try:
             base = read_manifest(path)
             return read(base)
+        except DiskFullError:  # of a copy
+            raise
         except (FormatError, OSError):
             written = _is_being_written(path)  # first: a writer that ends in between has changed the base
             if not _base_has_changed(path, base):
@@ -190,8 +194,21 @@ def _read_next_to_writer(path: Path, read: Callable[[Manifest], T]) -> T:
                 if pause_s is None:
                     raise
                 time.sleep(pause_s)
+            else:
+                pauses = iter(RETRY_PAUSES_S)
             if time.monotonic() > until:
                 raise
+
+
+def _follow(path: Path, copying: rewrite.StoreCopy) -> None:
+    """Let a copy follow the store until the base stays the same while it does."""
+
+    def follow_once(base: Manifest) -> None:
+        copying.follow(base, partial(log_reader.read, store_paths.log(path), base, private=True))
+        if read_manifest(path) != base:
+            raise FormatError(f"{path} keeps changing while it is copied; try again")
+
+    _read_next_to_writer(path, follow_once, limit_s=math.inf)
 
 
 def _base_has_changed(path: Path, base: Manifest | None) -> bool:
@@ -215,6 +232,7 @@ def _open_at_last_commit(runtime: Runtime, base: Manifest) -> Session:
                 runtime.path, partial(log_reader.read, store_paths.log(runtime.path))
             ),
             reopen=lambda: _open_reader(replace(runtime, fresh=None)),
+            follow=partial(_follow, runtime.path),
         ),
     )
 

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from shardemb import initializers
-from shardemb.base import paths, validation
+from shardemb.base import validation
 from shardemb.base.interrupts import signals_deferred
 from shardemb.engine import batch
 from shardemb.errors import PoisonedError, ReadOnlyError, ShardEmbError, StaleReaderError
@@ -68,10 +68,13 @@ class Reader(NamedTuple):
         Reads the images that are newer than the shards.
     reopen : callable
         Opens the store once more and returns the session.
+    follow : callable
+        Lets a copy follow the store until it holds the newest commit.
     """
 
     newest: Callable[[], log_reader.Replay]
     reopen: Callable[[], Session]
+    follow: Callable[[rewrite.StoreCopy], None]
 
 
 class Session:
@@ -334,16 +337,14 @@ class Session:
 
     def copy(self, path: str | os.PathLike[str], progress: Progress) -> None:
         """Copy the last commit into a new store; see `Store.copy`."""
-        target = paths.local_path(path, "the copy of a store").absolute()
-        rewrite.require_absent(target)
-        target = target.parent.resolve() / target.name  # links are not followed later on
-        with self.runtime.writing():
-            self.journal.pause_folds()
-            manifest, tables = self.runtime.committed, self.tables.locations()
-        try:
-            rewrite.copy_store(self.runtime.path, manifest, tables, target, progress)
-        finally:
-            self.journal.resume_folds()
+        self.runtime.check_open()
+        copying = rewrite.StoreCopy(
+            self.runtime.path, rewrite.new_place(path), self.runtime.threads, progress
+        )
+        with copying.removed_on_error():
+            follow = self._reader.follow if self._reader else self.journal.follow
+            follow(copying)
+            copying.complete()
 
     def refresh(self) -> None:
         """Move to the newest commit; see `Store.refresh`."""

@@ -286,11 +286,15 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         return self._session.reshard(name, rows_per_shard, optimizer, progress)
 
     def copy(self, path: str | os.PathLike[str], *, progress: Progress = None) -> None:
-        """Copy the last commit into a new store. Holes in files stay holes.
+        """Copy the last commit into a new store. What takes no space on disk takes none in the copy.
 
-        Lookups, updates and commits continue meanwhile, but nothing is folded into the shards. So these calls wait: a
-        commit that the log has no space for, a commit that creates or drops tables, and an update that would exceed the
-        memory budget.
+        In a writer, lookups, updates and commits continue meanwhile, but nothing is folded into the shards. So these
+        calls wait: a commit that the log has no space for, a commit that creates or drops tables, and an update that
+        would exceed the memory budget.
+
+        From a reader, a writer in another process is not kept waiting. The copy is the newest commit by the time that
+        it is complete, which may be later than the one that the reader sees. What the writer folds meanwhile is copied
+        again.
 
         Parameters
         ----------
@@ -307,8 +311,10 @@ class Store(Mapping[str, "Table | KeyedTable"]):
             Something exists at `path`.
         DiskFullError, OSError
             There is not enough space for the fold before the copy, or for the copy itself. Nothing is left at `path`.
-        ReadOnlyError, StoreClosedError, PoisonedError
-            Only a store that is open for writing can be copied, because then nobody else changes it.
+        ShardEmbError
+            A writer folds so often that a reader cannot finish a copy. Nothing is left at `path`.
+        StoreClosedError, PoisonedError
+            The store was closed; a write has failed.
 
         Notes
         -----

@@ -375,7 +375,7 @@ TWO_KERNELS = """
     import numpy as np
     logging.basicConfig(stream=sys.stdout, format="%(name)s %(levelname)s %(message)s")
     from shardemb.compute import compiler, file_blocks, row_kernels
-    compiler.SILENT_SECONDS = SECONDS
+    compiler.SILENT_SECONDS = LIMIT
     zero = np.zeros(1, np.int64)
     row_kernels.copy_rows(np.ones((2, 2), np.float32), zero, zero + 1, 0, 1)
     file_blocks.patch_bits(zero, zero + 1, np.zeros(8192, np.uint8))
@@ -384,7 +384,7 @@ TWO_KERNELS = """
 
 def test_people_are_told_once_when_compiling_takes_long(tmp_path):
     def said(seconds):
-        code = textwrap.dedent(TWO_KERNELS).replace("SECONDS", seconds)
+        code = textwrap.dedent(TWO_KERNELS).replace("LIMIT", seconds)
         return run_python(code, NUMBA_CACHE_DIR=str(tmp_path))
 
     told = said("0.001")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from support.specs import make
 
 from shardemb.base.sizes import PAGE
+from shardemb.base.validation import FirstRows
 from shardemb.compute import plan, row_kernels
 from shardemb.engine import shards
 from shardemb.engine.memory_budget import MemoryBudget
@@ -221,7 +222,7 @@ PLAIN, PRESENCE, LARGE_RECORDS = SPECS.values()
 
 
 def create(tmp_path, spec=PLAIN, values=None):
-    rows = None if values is None else lambda start, stop: values[start:stop]
+    rows = None if values is None else FirstRows(len(values), lambda start, stop: values[start:stop])
     return shards.create(spec, tmp_path / "table", rows)
 
 

@@ -1,7 +1,10 @@
 """Tables rewritten with other rows, other shards, another optimizer, or as a copy; and rows that are materialized."""
 
 import contextlib
+import itertools
 import os
+import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -639,3 +642,240 @@ def test_a_failed_copy_leaves_nothing_behind(path, tmp_path, monkeypatch):
                 store.copy(tmp_path / "c")
         assert not (tmp_path / "c").exists()
         store.checkpoint()  # folds still work
+
+
+# ---- a copy from a reader, while another store writes ---------------------------------------------------------
+
+
+@pytest.fixture
+def pair(path):
+    """A store with two tables, committed twice and half folded; and a reader of it."""
+    with shardemb.open(path) as store:
+        for kind in KINDS:
+            train(create(store, 500, kind, kind), 1)
+        store.commit(step=1)
+        store.checkpoint()
+        train(store["drawn"], 2)
+        store.commit(step=2)
+        with shardemb.open(path, "r") as reader:
+            yield store, reader
+        store.rollback()
+
+
+def assert_copied(place, expected, step):
+    """A copy holds exactly what its tables held at a commit, and no checksum is wrong."""
+    with shardemb.open(place) as copied:
+        assert copied.last_commit.step == step
+        assert set(copied) == set(expected)
+        for name, each in expected.items():
+            assert_equal(everything(copied[name]), each)
+        assert copied.verify() == []
+        copied[next(iter(copied))].write([0], np.ones((1, DIM)))
+        copied.commit()
+
+
+def test_a_reader_copies_the_newest_commit_without_what_follows_it(pair, tmp_path):
+    store, reader = pair
+    expected = {name: everything(table) for name, table in store.items()}
+    train(store["zeros"], 5)
+    reader.copy(tmp_path / "c")
+    assert_copied(tmp_path / "c", expected, 2)
+    assert reader.last_commit.step == 2
+
+
+# What a writer does after a part of the files was copied.
+MEANWHILE = {
+    "fold": lambda store: train(store["row-wise"], 7),
+    "fold again what was not copied yet": lambda store: [train(each, 8, 400) for each in store.values()],
+    "create": lambda store: train(create(store, 300, "zeros", "new"), 3),
+    "drop": lambda store: store.drop_table("zeros"),
+    "rename": lambda store: store.rename_table("drawn", "x"),
+    "resize": lambda store: store["drawn"].resize(900),
+    "reshard": lambda store: store.reshard("drawn", rows_per_shard=64),
+}
+
+
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("what", MEANWHILE)
+def test_a_copy_follows_what_a_writer_does_meanwhile(pair, tmp_path, what, folded):
+    store, reader = pair
+    steps = []
+
+    def progress(done, total):
+        steps.append(done)
+        if len(steps) <= 3:
+            (MEANWHILE[what] if len(steps) == 1 else MEANWHILE["fold"])(store)
+            store.commit(step=10 + len(steps))
+            if folded:
+                store.checkpoint()
+
+    reader.copy(tmp_path / "c", progress=progress)
+    assert len(steps) > 3
+    expected = {name: everything(table) for name, table in store.items()}
+    assert_copied(tmp_path / "c", expected, store.last_commit.step)
+
+
+def test_blocks_that_were_being_written_are_copied_again(pair, tmp_path, monkeypatch):
+    """A fold that has written half of its blocks, and ends before the next round."""
+    store, _ = pair
+    real, started, go_on = fold.files.write, threading.Event(), threading.Event()
+    copying = threading.get_ident()
+
+    def write(descriptor, data, offset, path):
+        if threading.get_ident() != copying and "rows" in str(path) and "/s/drawn" in str(path):
+            real(descriptor, data[: len(data) // 2], offset, path)
+            started.set()
+            assert go_on.wait(20)
+        real(descriptor, data, offset, path)
+
+    monkeypatch.setattr(files, "write", write)
+    train(store["drawn"], 9, 400)
+    store.commit(step=3)
+    expected = {name: everything(table) for name, table in store.items()}
+    checkpoint = threading.Thread(target=store.checkpoint)
+    checkpoint.start()
+    assert started.wait(20)
+
+    def progress(done, total):
+        if done == total:
+            go_on.set()
+            checkpoint.join()
+
+    with shardemb.open(tmp_path / "s", "r", threads=1) as single:
+        single.copy(tmp_path / "c", progress=progress)
+    assert_copied(tmp_path / "c", expected, 3)
+
+
+def test_a_writer_that_comes_and_goes_while_a_closed_store_is_copied_is_noticed(path, tmp_path):
+    """Such a store has no log, in which something could be missing."""
+    with shardemb.open(path) as store:
+        train(create(store, 500), 1)
+        train(create(store, 500, name="u"), 1)
+        store.commit(step=1)
+    expected = {}
+
+    def progress(done, total):
+        if not expected:
+            with shardemb.open(path) as store:
+                for name, table in store.items():
+                    train(table, 2, 400)
+                    expected[name] = everything(table)
+                store.commit(step=2)
+
+    with shardemb.open(path, "r") as reader:
+        reader.copy(tmp_path / "c", progress=progress)
+    assert_copied(tmp_path / "c", expected, 2)
+
+
+def test_a_block_that_becomes_what_it_was_while_it_is_copied(pair, tmp_path, monkeypatch):
+    """Its checksum is the same before and after, but what was copied in between is not."""
+    store, reader = pair
+    real, before, done = files.read_at, store["zeros"].lookup([7]), []
+
+    def read_at(descriptor, nbytes, offset, path):
+        if path == tmp_path / "s" / "zeros" / "rows" / "c.0.0" and not done:
+            done.append(path)
+            for values in ([[3.0] * DIM], before):
+                store["zeros"].write([7], np.array(values, np.float32))
+                store.commit(step=3)
+                store.checkpoint()
+                if values is not before:
+                    data = real(descriptor, nbytes, offset, path)
+            return data
+        return real(descriptor, nbytes, offset, path)
+
+    monkeypatch.setattr(files, "read_at", read_at)
+    reader.copy(tmp_path / "c")
+    assert done
+    assert_copied(tmp_path / "c", {name: everything(table) for name, table in store.items()}, 3)
+
+
+def test_a_store_that_was_never_closed_is_copied_by_a_reader(pair, tmp_path):
+    store, _ = pair
+    expected = {name: everything(table) for name, table in store.items()}
+    shutil.copytree(store.path, tmp_path / "killed")
+    with shardemb.open(tmp_path / "killed", "r") as reader:
+        reader.copy(tmp_path / "c")
+    assert_copied(tmp_path / "c", expected, 2)
+
+
+def test_a_copy_gives_up_where_folds_are_too_frequent(pair, tmp_path, monkeypatch):
+    store, reader = pair
+    monkeypatch.setattr(rewrite, "ROUNDS", 1)
+
+    def progress(done, total):
+        train(store["drawn"], done)
+        store.commit()
+        store.checkpoint()
+
+    with pytest.raises(
+        ShardEmbError, match=r"more often than it can be copied; call copy\(\) in the process"
+    ):
+        reader.copy(tmp_path / "c", progress=progress)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("of_reader", [True, False])
+def test_damage_is_copied_as_damage(path, tmp_path, of_reader):
+    with shardemb.open(path) as store:
+        train(create(store, 500), 1, 400)
+        store.commit()
+    shard = path / "t" / "rows" / "c.0.0"
+    content = bytearray(shard.read_bytes())
+    content[5] ^= 1
+    shard.write_bytes(content)
+    with shardemb.open(path, "r" if of_reader else "r+") as store:
+        (found,) = store.verify()
+        store.copy(tmp_path / "c")
+    with shardemb.open(tmp_path / "c") as copied:
+        (again,) = copied.verify()
+        assert again.rows == found.rows
+        copied["t"].write([found.rows[0]], np.ones((1, DIM)))  # in a part of the block
+        copied.commit()
+        copied.checkpoint()
+        assert [each.rows for each in copied.verify()] == [found.rows]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("log_bytes", [2**16, 2**19])
+def test_each_copy_is_one_commit_while_a_writer_folds(path, tmp_path, log_bytes):
+    rows, finished, failed = 20_000, threading.Event(), []
+
+    def changed(step):
+        """Return the rows that a commit sets to its step."""
+        return np.random.default_rng(step).choice(rows, 500, replace=False)
+
+    def write(store):
+        try:
+            for step in itertools.count(1):
+                if finished.is_set():
+                    break
+                store["a"].write(changed(step), np.full((500, DIM), step, np.float32))
+                store["b"].write(changed(step), np.full((500, DIM), step, np.float32))
+                store.commit(step=step)
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    with shardemb.open(path, log_bytes=log_bytes) as store:
+        for name in "ab":
+            create(store, rows, "zeros", name)
+        store.commit(step=0)
+        writer = threading.Thread(target=write, args=(store,))
+        writer.start()
+        try:
+            with shardemb.open(path, "r") as reader:
+                for number in range(5):
+                    reader.copy(tmp_path / f"{number}")
+        finally:
+            finished.set()
+            writer.join()
+    assert not failed
+    for number in range(5):
+        with shardemb.open(tmp_path / f"{number}") as copied:
+            expected = np.zeros(rows, np.float32)
+            for step in range(1, copied.last_commit.step + 1):
+                expected[changed(step)] = step
+            for name in "ab":
+                np.testing.assert_array_equal(copied[name].lookup(np.arange(rows))[:, 0], expected)
+            assert copied.verify() == []

@@ -105,6 +105,9 @@ def test_what_happens_to_the_disk_is_logged(path, caplog, in_fork):
     caplog.set_level(logging.INFO, "shardemb")
 
     def logged():
+        for thread in threading.enumerate():
+            if thread.name == "shardemb-fold":  # says so once all others can go on
+                thread.join()
         found = [(each.levelname, each.getMessage().replace(str(path), "PATH")) for each in caplog.records]
         caplog.clear()
         return found

@@ -246,4 +246,4 @@ def test_progress_that_is_none_is_refused(store):
 
 def test_a_line_is_shown_where_stderr_is_no_terminal(store, capsys):
     create(store, values_of(), progress=True)
-    assert capsys.readouterr().err.startswith("copying rows into 't': 300 in ")
+    assert capsys.readouterr().err.startswith("copying rows into 't': 300 rows in ")
