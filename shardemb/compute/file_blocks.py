@@ -52,13 +52,26 @@ def count_bytes(ids: Int64Array, record_bytes: int, blocks: Int64Array, counts: 
 
 
 @kernel
+def _first_from(ids: Int64Array, row: int) -> int:
+    """Do what `numpy.searchsorted` does, which takes longer to compile than all else here."""
+    low, high = 0, ids.size
+    while low < high:
+        middle = (low + high) // 2
+        if ids[middle] < row:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@kernel
 def patch(
     addresses: Int64Array, ids: Int64Array, record_bytes: int, blocks: Int64Array, target: NDArray[np.uint8]
 ) -> None:
     """Copy records of ascending rows into blocks, which are contiguous in memory. What lies elsewhere is skipped."""
     k, first = 0, target.ctypes.data
     # Begin with the first row that reaches into the first block; end after the last block.
-    for i in range(np.searchsorted(ids, blocks[0] * PAGE // record_bytes), ids.size):
+    for i in range(_first_from(ids, blocks[0] * PAGE // record_bytes), ids.size):
         begin, end, source = ids[i] * record_bytes, (ids[i] + 1) * record_bytes, addresses[i]
         while begin < end:
             block = begin // PAGE
