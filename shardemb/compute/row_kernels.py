@@ -309,7 +309,7 @@ def pack(records: Float32Array, places: Int64Array, target: int) -> None:
     """Copy the records at `places` to an address, contiguously; a place below 0 leaves a gap."""
     record_bytes = 4 * records.shape[1]
     # As signed as in `gather`, so that it is compiled once.
-    _copy_from(np.int64(records.ctypes.data), record_bytes, places, target, record_bytes)
+    _copy_from(int(np.int64(records.ctypes.data)), record_bytes, places, target, record_bytes)
 
 
 @kernel

@@ -82,9 +82,9 @@ def export_parquet(
     source, columns, rows
         As for `to_arrow_batches`. An empty range writes only the schema.
     path : path-like
-        The file; an existing one is replaced atomically. With `parts`, the folder: new or empty, because a folder with
-        content cannot be replaced atomically. It may be a mount point, and hold ``lost+found``; then its files appear
-        one by one once all are written, the first one last. The folder above it must exist.
+        The file, or with `parts` the folder. What an earlier export has left there is replaced atomically; a folder
+        with anything else in it is refused. An empty folder may be a mount point, and hold ``lost+found``; then its
+        files appear one by one once all are written, the first one last. The folder above it must exist.
     parts : int, optional
         Write exactly this many files, ``part-00000.parquet`` and so on, of about equal size, several at a time.
     encoding : {"plain", "byte_stream_split"}
@@ -97,7 +97,7 @@ def export_parquet(
     -------
     ExportReport
         What was written. (A process that is killed leaves ``.shardemb-*.tmp`` next to the target, or in it if it is a
-        folder that existed.)
+        folder that existed. The next export to the same target removes it.)
 
     Raises
     ------
@@ -160,7 +160,6 @@ def _write_file(chosen: Selection, file: NewFile) -> None:
 
 
 def _write_parts(chosen: Selection, new_file: Callable[[Path], NewFile], paths: list[Path]) -> None:
-    files.make_directory(paths[0].parent)
     stop, workers = threading.Event(), chosen.source.threads
     # Part k has the batches cuts[k] to cuts[k + 1]. Each worker writes every `workers`-th part, one after another.
     cuts = [len(chosen) * part // len(paths) for part in range(len(paths) + 1)]
@@ -192,7 +191,7 @@ def _parquet_file(
             sink.begin_write_back()
         advance(batch.num_rows)
 
-    with files.opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+    with files.opened(path, os.O_WRONLY | os.O_CREAT) as descriptor:
         sink = _Sink(descriptor, path)
         with parquet.ParquetWriter(
             sink,

@@ -1,7 +1,9 @@
 """Where an export goes: what may be there before, where it is written, and how it gets its name.
 
 Everything is written and synced under a temporary name, ``.shardemb-*.tmp``, on the file system of the target. Then it
-is renamed. If anything fails before that, Ctrl-C included, the target is unchanged.
+is renamed. If anything fails before that, Ctrl-C included, the target is unchanged. What a killed process leaves is
+removed by the next export to the same target: the first half of the temporary name is a hash of the target's, and an
+export holds a lock on what it writes.
 """
 
 from __future__ import annotations
@@ -10,17 +12,22 @@ import contextlib
 import errno
 import re
 import secrets
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from shardemb.base.interrupts import signals_deferred
 from shardemb.base.paths import local_path
+from shardemb.format.documents import checksum
 from shardemb.storage import files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-_IGNORED = re.compile(r"lost\+found|\.shardemb-[0-9a-f]{16}\.tmp")
+_TEMPORARY = re.compile(r"\.shardemb-[0-9a-f]{16}\.tmp")
+
+_PART = re.compile(r"part-\d{5}\.parquet")
+
+_IGNORED = re.compile(rf"lost\+found|{_TEMPORARY.pattern}")
 """What an empty folder may hold: what mkfs makes, and what a killed export has left."""
 
 _CANNOT_LEAVE = (errno.EXDEV, errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -42,8 +49,9 @@ def checked(path: object, table: str, *, folder: bool) -> Path:
     if not target.parent.is_dir():
         msg = f"{what}: there is no folder {target.parent}; create it first"
         raise FileNotFoundError(msg)
-    if target.exists() and not (target.is_dir() and not _content(target) if folder else target.is_file()):
-        need = "parts need a new or an empty folder" if folder else "that is a folder or no regular file"
+    if target.exists() and not (target.is_dir() and not _others(target) if folder else target.is_file()):
+        need = "parts need a new or an empty folder, or the parts of an export"
+        need = need if folder else "that is a folder or no regular file"
         msg = f"{what}: {need}; choose another name, or remove what is there"
         raise FileExistsError(msg)
     return target
@@ -51,35 +59,80 @@ def checked(path: object, table: str, *, folder: bool) -> Path:
 
 @contextlib.contextmanager
 def staged(target: Path, names: Sequence[str]) -> Iterator[Path]:
-    """Yield a temporary path for a file, or for a folder of the files `names`; publish it at the end of the block.
+    """Yield a temporary path, of an empty file or of a folder for files; publish it at the end of the block.
 
     For a folder that exists, it is in that folder, which may be the root of a file system of its own. If the block
     raises, the temporary path is removed, and the target is unchanged.
     """
-    # Not derived from the target's name, which may have the maximum length already.
-    name = f".shardemb-{secrets.token_hex(8)}.tmp"
-    temporary, above = (target / name if target.is_dir() else target.with_name(name)), target.with_name(name)
+    folder = target if target.is_dir() else target.parent
+    for path in {*abandoned(folder, target), *abandoned(target.parent, target)}:
+        files.remove_tree(path)
+    temporary, held = _new_temporary(folder, target, is_folder=bool(names))
+    above = target.with_name(temporary.name)
     try:
         yield temporary
         if temporary == above or _hoisted(temporary, above):
-            _rename(above, target)
+            _replace(above, target)
             files.sync_directory(target.parent)
+            files.remove_tree(above)  # the parts that were there before
         else:
             _move_in(temporary, target, names)
     except BaseException:
         files.remove_tree(temporary)
         files.remove_tree(above)
         raise
+    finally:
+        files.close(held)
+
+
+def abandoned(folder: Path, target: Path | None = None) -> list[Path]:
+    """List what exports that were killed have left in a folder; only those to a target, if one is given."""
+    begin = ".shardemb-" if target is None else _prefix(target)
+    found = []
+    for path in files.entries(folder):
+        if path.name.startswith(begin) and _TEMPORARY.fullmatch(path.name) and not path.is_symlink():
+            with contextlib.suppress(OSError):  # that of another user, or of an export that has just ended
+                if (held := files.hold(path)) is not None:
+                    files.close(held)
+                    found.append(path)
+    return found
+
+
+def _prefix(target: Path) -> str:
+    # Not the target's name itself, which may have the maximum length already.
+    return f".shardemb-{checksum(target.name.encode(errors='surrogateescape')) >> 32:08x}"
+
+
+def _new_temporary(folder: Path, target: Path, *, is_folder: bool) -> tuple[Path, int]:
+    """Make a file or a folder under a temporary name; return it with a descriptor that holds the lock on it."""
+    while True:
+        path = folder / f"{_prefix(target)}{secrets.token_hex(4)}.tmp"
+        if is_folder:
+            files.make_directory(path)
+        else:
+            files.create_sparse(path, 0)
+        held = files.hold(path)
+        if held is not None:  # otherwise another export took it for abandoned, just then
+            return path, held
 
 
 def _content(folder: Path) -> list[str]:
     return sorted(each.name for each in folder.iterdir() if not _IGNORED.fullmatch(each.name))
 
 
+def _others(folder: Path) -> list[str]:
+    """List what is in a folder besides the parts of an export."""
+    return [
+        name for name in _content(folder) if not _PART.fullmatch(name) or files.size(folder / name) is None
+    ]
+
+
 def _hoisted(temporary: Path, above: Path) -> bool:
     """Move a temporary folder out of its target, next to it, so that one rename can replace the target."""
-    if list(temporary.parent.iterdir()) != [temporary]:
-        return False  # only an empty folder can be replaced
+    if {each.name for each in temporary.parent.iterdir()} - {temporary.name, *_content(temporary.parent)}:
+        return False  # not even if all else is parts: what mkfs makes, for example
+    if _others(temporary.parent):
+        return False
     try:
         files.rename(temporary, above)
     except OSError as error:
@@ -87,6 +140,22 @@ def _hoisted(temporary: Path, above: Path) -> bool:
             return False
         raise
     return True
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    """Give what is complete its name, in one step. Parts that were there before get the temporary name."""
+    if not (target.is_dir() and _content(target)):
+        _rename(temporary, target)
+        return
+    files.exchange(temporary, target)
+    if _others(temporary):
+        files.exchange(temporary, target)
+        _refuse(target)
+
+
+def _refuse(target: Path) -> NoReturn:
+    msg = f"cannot export to {target}: there are files in it that were not there before"
+    raise FileExistsError(errno.EEXIST, msg)
 
 
 def _rename(temporary: Path, target: Path) -> None:
@@ -108,8 +177,10 @@ def _move_in(temporary: Path, target: Path, names: Sequence[str]) -> None:
     placed = []
     # Links, because a rename would replace what another export has put there meanwhile.
     with signals_deferred():
+        if _others(target):
+            _refuse(target)
         if _content(target):
-            msg = f"cannot export to {target}: there are files in it that were not there before"
+            msg = f"cannot replace the parts in {target} in one step, as in a mount point: remove them first"
             raise FileExistsError(errno.EEXIST, msg)
         try:
             for name in reversed(names):

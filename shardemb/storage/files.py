@@ -42,6 +42,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
 _libc.syscall.restype = ctypes.c_long
+_libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+_RENAME_EXCHANGE = 2
 
 
 class _OpenHow(ctypes.Structure):
@@ -149,6 +151,22 @@ def rename(source: Path, target: Path) -> None:
     """Rename a file or folder; a file at `target` is replaced atomically."""
     with _disk_errors(target), _folder(source.parent) as here, _folder(target.parent) as there:
         os.rename(source.name, target.name, src_dir_fd=here, dst_dir_fd=there)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two files or folders change places, atomically.
+
+    Raises
+    ------
+    OSError
+        With the error EINVAL, the file system cannot do that.
+    """
+    with _disk_errors(other), _folder(one.parent) as here, _folder(other.parent) as there:
+        names = os.fsencode(one.name), os.fsencode(other.name)
+        check(
+            _libc.renameat2(here, names[0], there, names[1], _RENAME_EXCHANGE),
+            f"exchange of {one} and {other}",
+        )
 
 
 def link(source: Path, target: Path) -> bool:
@@ -514,6 +532,23 @@ def lock(path: Path, *, shared: bool) -> int | None:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def hold(path: Path) -> int | None:
+    """Lock a file or folder that exists as `lock` does, without writing to it; None also if it was just removed."""
+    with _disk_errors(path):
+        descriptor = _open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+    except BlockingIOError:
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
 def overwrite_text(descriptor: int, text: str, path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from shardemb.base.formatting import plural, size
+from shardemb.io import targets
 from shardemb.storage import files
 
 if TYPE_CHECKING:
@@ -95,6 +96,9 @@ class StoreInfo:
         Disk space that the store takes.
     tables : tuple of Facts
     vocabularies : tuple of VocabularyFacts
+    abandoned_exports : tuple of str
+        What exports that were killed have left in the store's folder or next to it. The next export to the same target
+        removes it.
     """
 
     path: str
@@ -103,6 +107,7 @@ class StoreInfo:
     bytes_on_disk: int
     tables: tuple[Facts, ...]
     vocabularies: tuple[VocabularyFacts, ...] = ()
+    abandoned_exports: tuple[str, ...] = ()
 
 
 def facts(table: TableState, *, measured: bool = False) -> Facts:
@@ -195,7 +200,15 @@ def describe(info: StoreInfo) -> str:
             f"  tables       {', '.join(each.tables) or 'none'}",
             f"  size         {size(each.bytes_on_disk)} on disk",
         ]
+    if info.abandoned_exports:
+        lines += ["", "Left by killed exports; the next one to the same target removes it:"]
+        lines += [f"  {path}" for path in info.abandoned_exports]
     return "\n".join(lines)
+
+
+def abandoned_exports(store: Path) -> tuple[str, ...]:
+    """Return the paths of what killed exports have left in a store's folder or next to it."""
+    return tuple(str(path) for folder in (store.parent, store) for path in targets.abandoned(folder))
 
 
 def headline(path: Path, num_tables: int, commit: Commit | None, state: str) -> str:

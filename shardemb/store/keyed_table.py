@@ -523,7 +523,8 @@ class KeyedTable:
         Parameters
         ----------
         path : path-like
-            The file, on a local disk; an existing one is replaced atomically. With `parts`, the folder: new or empty.
+            The file, on a local disk, or with `parts` the folder. What an earlier export has left there is replaced
+            atomically; a folder with anything else in it is refused.
         columns : sequence of str
             Optimizer state columns and counters to add.
         rows : tuple of two int, optional

@@ -423,6 +423,7 @@ class Session:
                 bytes_on_disk=files.allocated(self.runtime.path),
                 tables=tuple(self.facts(table, measured=True) for table in self.tables.visible().values()),
                 vocabularies=self.vocabularies.facts(),
+                abandoned_exports=display.abandoned_exports(self.runtime.path),
             )
 
     def facts(self, table: TableState, *, measured: bool = False) -> display.Facts:

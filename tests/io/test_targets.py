@@ -156,6 +156,100 @@ def test_what_a_killed_export_left_is_no_content(tmp_path, table):
     assert_complete(table, tmp_path / "t", 2, [left.name])
 
 
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_the_parts_of_an_earlier_export_are_replaced_in_one_step(tmp_path, table, monkeypatch, number):
+    real, seen = files.exchange, []
+
+    def exchange(one, other):
+        real(one, other)
+        seen.append((names(one), names(other)))
+
+    monkeypatch.setattr(files, "exchange", exchange)
+    table.export_parquet(tmp_path / "t", parts=2)
+    table.export_parquet(tmp_path / "t", parts=number)
+    ((before, after),) = seen
+    assert (len(before), len(after)) == (2, number)
+    assert_complete(table, tmp_path / "t", number)
+    assert names(tmp_path) == ["store.zarr", "t"]
+
+
+def test_an_export_that_fails_leaves_the_parts_of_the_earlier_one(tmp_path, table):
+    table.export_parquet(tmp_path / "t", parts=2)
+
+    def stop(done, total):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        table.export_parquet(tmp_path / "t", parts=3, progress=stop)
+    assert_complete(table, tmp_path / "t", 2)
+    assert names(tmp_path) == ["store.zarr", "t"]
+
+
+def test_what_appears_among_parts_that_are_being_replaced_stays(tmp_path, table, monkeypatch):
+    table.export_parquet(tmp_path / "t", parts=2)
+    real = files.exchange
+
+    def exchange(one, other):
+        (tmp_path / "t" / "theirs").touch()
+        monkeypatch.setattr(files, "exchange", real)
+        real(one, other)
+
+    monkeypatch.setattr(files, "exchange", exchange)
+    with pytest.raises(FileExistsError, match="were not there before"):
+        table.export_parquet(tmp_path / "t", parts=3)
+    assert_complete(table, tmp_path / "t", 2, ["theirs"])
+    assert names(tmp_path) == ["store.zarr", "t"]
+
+
+def test_parts_in_a_mount_point_are_not_replaced(new_disk, table):
+    disk = new_disk("ext4", 16 * 2**20)
+    table.export_parquet(disk.place, parts=2)
+    with pytest.raises(FileExistsError, match="in one step, as in a mount point: remove them first"):
+        table.export_parquet(disk.place, parts=3)
+    assert_complete(table, disk.place, 2)
+
+
+@pytest.mark.parametrize("parts", [None, 2])
+@pytest.mark.parametrize("exists", [True, False])
+def test_the_next_export_to_a_target_removes_what_a_killed_one_left_and_no_other(
+    tmp_path, store, table, parts, exists
+):
+    target, other = tmp_path / "target", tmp_path / "other"
+    if exists:
+        table.export_parquet(target, parts=parts)
+    store.commit()
+
+    def die(done, total):
+        os._exit(0)
+
+    for path in (target, other):
+        run_in_fork(partial(table.export_parquet, path, parts=parts, progress=die))
+    left = sorted([*tmp_path.glob(".shardemb-*"), *tmp_path.glob("*/.shardemb-*.tmp")])
+    assert len(left) == 2
+    within = [str(each) for each in left if each.parent == tmp_path]
+    assert sorted(store.info().abandoned_exports) == within
+    assert within
+    assert all(path in str(store.info()) for path in within)
+    seen = []
+
+    def meanwhile(done, total):
+        if not seen:  # what is being written is not taken for abandoned
+            seen.append(store.info().abandoned_exports)
+            with pytest.raises(StopIteration):
+                table.export_parquet(target, parts=parts, progress=stop)
+
+    def stop(done, total):
+        raise StopIteration
+
+    table.export_parquet(target, parts=parts, progress=meanwhile)
+    assert len(seen[0]) == 1
+    (remains,) = [*tmp_path.glob(".shardemb-*"), *tmp_path.glob("*/.shardemb-*.tmp")]
+    assert remains in left
+    table.export_parquet(other, parts=parts)
+    assert store.info().abandoned_exports == ()
+    assert names(tmp_path) == ["other", "store.zarr", "target"]
+
+
 @pytest.mark.parametrize("name", [".shardemb-1.tmp", ".hidden", "lost+found2", "_SUCCESS"])
 def test_anything_else_is_content(tmp_path, table, name):
     (tmp_path / "t").mkdir()
@@ -227,7 +321,9 @@ def test_what_appeared_meanwhile_stays(one_by_one, table, theirs):
     def appear(done, total):
         (one_by_one / theirs).write_text("theirs")
 
-    with pytest.raises(FileExistsError, match="there are files in it that were not there before"):
+    with pytest.raises(
+        FileExistsError, match="there are files in it that were not there before|remove them first"
+    ):
         table.export_parquet(one_by_one, parts=2, progress=appear)
     assert names(one_by_one) == [theirs]
     assert (one_by_one / theirs).read_text() == "theirs"
