@@ -190,6 +190,7 @@ def test_every_fence_is_closed_and_names_its_language():
         "{toctree}",
         "{eval-rst}",
         "{raw} html",
+        "{literalinclude} ../../examples/word_vectors.py",
     }
     for document, blocks in BLOCKS.items():
         fences = re.findall(r"^ *`{3,}", (ROOT / document).read_text(), re.M)

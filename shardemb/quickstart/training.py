@@ -23,7 +23,6 @@ A run leaves two things in its folder::
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,16 +30,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import shardemb
 from shardemb.base import paths
 from shardemb.base.formatting import size
+from shardemb.base.progress import track
 from shardemb.quickstart import corpus
 from shardemb.text import Encoder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from shardemb.base.validation import Float32Array
 
@@ -322,15 +321,16 @@ def _train(store: shardemb.Store, options: Options, console: Console) -> shardem
         _say(console, f"Continuing from step {last.step:,}")
     batches = corpus.Batches(encoded, options.seed)
     meter = _Meter(store)
-    with _progress(console, last.step, options.steps) as show:
+    left = options.steps - last.step
+    with track(left, "training", unit="step", progress=console.is_terminal) as advance:
         for step in range(last.step + 1, options.steps + 1):
             batch = batches[step - 1]
             meter.add(batch, _step(store, batch))
             if step % options.commit_every == 0 or step == options.steps:
                 last = store.commit(step=step, metadata={**last.metadata, "loss": meter.loss})
-            show(step, meter, step == last.step)
-            if step == last.step:
+                _say(console, f"step {step:>{len(f'{options.steps:,}')},} of {options.steps:,}   {meter}")
                 meter = _Meter(store)
+            advance(1)
     return last
 
 
@@ -411,21 +411,6 @@ class _Meter:
         rows = self._rows / (time.perf_counter() - self._start)
         written = size(self._store.stats()["bytes_written"])
         return f"loss {self.loss:.3f}   {rows / 1e6:.2f} M rows/s   {written} written"
-
-
-@contextmanager
-def _progress(console: Console, start: int, total: int) -> Iterator[Callable[[int, _Meter, bool], None]]:
-    def line(step: int, meter: _Meter, committed: bool) -> None:
-        if committed:
-            _say(console, f"step {step:>{len(f'{total:,}')},} of {total:,}   {meter}")
-
-    if not console.is_terminal:
-        yield line
-        return
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=total, completed=start)
-        yield lambda step, meter, _: bar.update(task, completed=step, description=str(meter))
 
 
 def _show(options: Options, result: Result, console: Console) -> None:

@@ -407,13 +407,18 @@ def test_option_errors_are_what_callers_expect():
     assert issubclass(OptionError, ValueError)
 
 
-def test_a_terminal_gets_a_live_bar(small):
+def test_a_terminal_gets_a_live_bar(small, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
     console = Console(file=io.StringIO(), width=120, force_terminal=True)
     run(small, console)
-    shown = console.file.getvalue()
-    assert "20/20" in shown
-    assert "rows/s" in shown
-    assert "\x1b[" in shown
+    assert "20 of 20 steps" in sys.stderr.getvalue()
+    assert "\x1b[" in sys.stderr.getvalue()
+    assert "rows/s" in console.file.getvalue()
 
 
 # ---- slow: what a user sees
