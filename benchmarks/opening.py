@@ -43,10 +43,17 @@ class Open(common.Timed):
 
     def track_disk_bytes(self, *_):
         """Disk space of the store: all its files and folders together."""
-        found = [Path(self.path), *Path(self.path).rglob("*")]
-        return sum(path.lstat().st_blocks for path in found) * BLOCK
+        return sum(path.lstat().st_blocks for path in self.found()) * BLOCK
+
+    def track_files(self, *_):
+        """Files and folders of the store."""
+        return len(self.found())
+
+    def found(self):
+        return [Path(self.path), *Path(self.path).rglob("*")]
 
     track_disk_bytes.unit = "bytes"
+    track_files.unit = "files"
 
 
 class Create(common.Timed):

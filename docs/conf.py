@@ -1,6 +1,12 @@
 """Build the documents: ``sphinx-build -W --keep-going -b html docs docs/_build/html``. It needs no network."""
 
+import sys
+from pathlib import Path
+
 import shardemb
+
+sys.path.append(str(Path(__file__).parents[1]))
+from benchmarks import history
 
 project = "shardemb"
 author = "the shardemb authors"
@@ -15,7 +21,8 @@ html_static_path = ["_static"]
 html_css_files = ["overview.css"]
 
 myst_heading_anchors = 3
-myst_enable_extensions = ["deflist"]
+myst_enable_extensions = ["deflist", "substitution"]
+myst_substitutions = {"newest_entry": history.table()}
 
 # The docstrings have the types, with shapes, so signatures stay short.
 autodoc_typehints = "none"

@@ -41,6 +41,7 @@ BOUNDS = {
     "keys.Keys.track_anonymous_bytes": lambda *_: 64 * 2**20,
     "keys.Keys.track_bytes_on_disk_per_key": lambda *_: 32,
     "opening.Open.track_disk_bytes": lambda *_: 8 * 2**20,
+    "opening.Open.track_files": lambda rows: 40 if rows < 10**9 else 1600,
     "scale.Scale.track_anonymous_bytes": lambda *_: 128 * 2**20,
     "scale.Scale.track_bytes_on_disk_per_row": lambda *_: 2 * 4096,
     "starting.SecondStart.track_kernels_compiled": lambda *_: 0,
