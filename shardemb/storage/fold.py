@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from shardemb.base.progress import track
 from shardemb.base.sizes import PAGE
 from shardemb.compute import file_blocks, scheduler
 from shardemb.storage import address_space, checksums, files
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from shardemb.base.progress import Advance
     from shardemb.base.validation import Int64Array
     from shardemb.format.table_files import File, TableLocation
     from shardemb.storage.log_reader import Images
@@ -96,7 +98,7 @@ class _Task:
     known: NDArray[np.uint64]
     sums: NDArray[np.uint64]
 
-    def run(self) -> None:
+    def run(self, advance: Advance) -> None:
         """Write the blocks, and unchanged blocks between them where that is cheaper; sync the file."""
         file = self.patch.file
         sums = checksums.read_sums(self.checksums_path, file.first, file.nbytes // PAGE)
@@ -108,11 +110,16 @@ class _Task:
             files.opened_direct(file.path, os.O_RDWR) as direct,
         ):
             for start in range(0, blocks.size, BUFFER_BLOCKS):
-                self._write(blocks[start : start + BUFFER_BLOCKS], cached, direct, memory)
+                self._write(blocks[start : start + BUFFER_BLOCKS], cached, direct, memory, advance)
             files.sync_data(cached, file.path)
 
     def _write(
-        self, blocks: Int64Array, cached: int, direct: int, memory: address_space.AddressRange
+        self,
+        blocks: Int64Array,
+        cached: int,
+        direct: int,
+        memory: address_space.AddressRange,
+        advance: Advance,
     ) -> None:
         """Read some blocks, check and change those of the patch, write all of them."""
         patch, path = self.patch, self.patch.file.path
@@ -139,6 +146,7 @@ class _Task:
         self.sums[some] = np.where(damaged, np.uint64(checksums.DAMAGED), checksums.block_sums(view, at))
         for each in stretches:
             files.write(each.descriptor, view[each.buffer], each.offset, path)
+        advance(changed.size * PAGE)
 
 
 def _stretches(blocks: Int64Array, cached: int, direct: int) -> list[_Stretch]:
@@ -152,8 +160,10 @@ def _stretches(blocks: Int64Array, cached: int, direct: int) -> list[_Stretch]:
     return stretches
 
 
-def write(tables: Sequence[tuple[TableLocation, Images]], threads: int) -> None:
+def write(tables: Sequence[tuple[TableLocation, Images]], threads: int, shown: bool = False) -> None:
     """Write the images of all tables, each file in one task, and sync every file that was written.
+
+    With `shown`, a bar or lines on stderr show how far it is.
 
     Raises
     ------
@@ -176,16 +186,18 @@ def write(tables: Sequence[tuple[TableLocation, Images]], threads: int) -> None:
             start, stop = stop, stop + patch.blocks.size
             task = _Task(patch, path, known[start:stop], new[start:stop])
             (bits if patch.file.row_bits == 1 else records).append(task)
-    for tasks in (records, bits):
-        _run(tasks, threads)
+    total = sum(new.size for _, _, new in sums) * PAGE
+    with track(total, "folding the log", unit="byte", progress=shown) as advance:
+        for tasks in (records, bits):
+            _run(tasks, threads, advance)
     for path, blocks, new in sums:
         checksums.write_sums(path, blocks, new)
 
 
-def _run(tasks: Sequence[_Task], threads: int) -> None:
+def _run(tasks: Sequence[_Task], threads: int, advance: Advance) -> None:
     def some(task: int, step: int) -> None:
         for each in tasks[task::step]:
-            each.run()
+            each.run(advance)
 
     number = min(2 * threads, len(tasks))
     scheduler.run([partial(some, task, number) for task in range(number)], threads)

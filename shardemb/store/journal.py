@@ -70,6 +70,7 @@ class Journal:
         self._condition = threading.Condition(runtime.lock)
         self._folding = False
         self._folding_bytes = 0
+        self._shown = False
         self._problem: Exception | None = None
         self._thread: threading.Thread | None = None
         self._released = False
@@ -266,7 +267,11 @@ class Journal:
         _log.info("folding %s: %d bytes of log", runtime.path, self._folding_bytes)
         try:
             newer = log_reader.read(store_paths.log(runtime.path), self._base, end)
-            fold.write([(each.location, newer.images(each.spec)) for each in live], runtime.threads)
+            fold.write(
+                [(each.location, newer.images(each.spec)) for each in live],
+                runtime.threads,
+                shown=self._shown,
+            )
         except Exception as error:  # raised or returned by the calls that wait for the fold
             problem = error
         with runtime.lock:
@@ -325,8 +330,9 @@ class Journal:
         for uuid in directories.keys() & tables.keys():
             tables[uuid].directory = directories[uuid]
 
-    def close(self) -> Exception | None:
+    def close(self, *, shown: bool) -> Exception | None:
         """Fold everything and remove the log; return the error if that failed, in which case the log stays."""
+        self._shown = shown
         try:
             problem = self.fold_all()
             if problem is None and not self._runtime.poisoned:

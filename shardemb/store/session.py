@@ -453,7 +453,7 @@ class Session:
 
     # ---- closing
 
-    def close(self) -> None:
+    def close(self, *, shown: bool = False) -> None:
         """Close the store; see `Store.close`."""
         if self.runtime.closed:
             return
@@ -462,7 +462,7 @@ class Session:
             with self.runtime.lock:
                 try:
                     if self.runtime.owned and self.runtime.writable:
-                        self._finish_writing()
+                        self._finish_writing(shown)
                 finally:
                     if self._journal is not None:
                         self._journal.release()
@@ -494,13 +494,13 @@ class Session:
         self.tables.detach_in_child()
         self.vocabularies.detach_in_child()
 
-    def _finish_writing(self) -> None:
+    def _finish_writing(self, shown: bool) -> None:
         """Fold what is committed, discard the rest, and warn of what is lost."""
         if self.runtime.poisoned:
             return  # the disk may be ahead of memory: the next opening recovers it
         lost, path = self._differs(), self.runtime.path
         self.tables.discard_new()
-        problem = self.journal.close()
+        problem = self.journal.close(shown=shown)
         # Not from a failed fold, whose commits would be safe in the log.
         if isinstance(problem, PoisonedError):
             warnings.warn(str(problem), RuntimeWarning, stacklevel=4)

@@ -737,12 +737,17 @@ class Store(Mapping[str, "Table | KeyedTable"]):
 
     # ---- closing
 
-    def close(self) -> None:
+    def close(self, *, progress: bool = False) -> None:
         """Close the store and its tables. Never commits: uncommitted changes are lost, with a `RuntimeWarning`.
 
         What is committed but not in the shards yet is folded first. If that fails, the log keeps it, and the next
         opening continues; a `RuntimeWarning` says so. A second call does nothing. Any later use of the store or its
         tables raises `StoreClosedError`.
+
+        Parameters
+        ----------
+        progress : bool
+            Show on stderr how far the fold is, which takes as long as the disk needs for what is in the log.
 
         Notes
         -----
@@ -752,7 +757,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         --------
         >>> store.close()
         """
-        self._session.close()
+        self._session.close(shown=progress)
 
     def __enter__(self) -> Store:
         self._session.runtime.check_open()

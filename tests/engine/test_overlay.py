@@ -470,13 +470,13 @@ def test_a_lookup_that_began_before_a_fold_starts_over(tmp_path, monkeypatch):
         store.commit()
         gather, gathered, file = Shards.gather, [], tmp_path / "s/t/rows/c.0.0"
 
-        def half_written(tables, threads):
+        def half_written(tables, threads, *rest):
             with file.open("r+b") as half:
                 half.seek(5 * 240)
                 half.write(np.full(DIM // 2, 7, np.float32).tobytes())
             seen.set()
             assert go_on.wait(30)
-            write(tables, threads)
+            write(tables, threads, *rest)
 
         def before_and_after(self, *arguments):
             gathered.append(1)

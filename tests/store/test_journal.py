@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import threading
 import time
 
@@ -37,10 +38,10 @@ def slow_fold(monkeypatch):
     begun, proceed = threading.Event(), threading.Event()
     write = fold.write
 
-    def slow(tables, threads):
+    def slow(tables, threads, *rest):
         begun.set()
         assert proceed.wait(30)
-        write(tables, threads)
+        write(tables, threads, *rest)
 
     monkeypatch.setattr(fold, "write", slow)
     yield begun, proceed
@@ -99,6 +100,16 @@ def test_rollback_during_a_fold_restores_what_is_being_folded(path, slow_fold, i
         assert np.array_equal(table.lookup(range(ROWS)), expected)
     with shardemb.open(path) as store:
         assert np.array_equal(store["t"].lookup(range(ROWS)), expected)
+
+
+def test_closing_shows_how_far_the_fold_is(path, capsys):
+    for progress in (False, True):
+        store = shardemb.open(path, "w")
+        fill(new_table(store), 1)
+        store.commit()
+        store.close(progress=progress)
+        shown = capsys.readouterr().err
+        assert bool(re.fullmatch(r"folding the log: \d+\.\d [KM]iB in \d+\.\d s\n", shown)) == progress, shown
 
 
 def test_what_happens_to_the_disk_is_logged(path, caplog, in_fork):

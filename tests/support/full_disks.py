@@ -120,14 +120,14 @@ class Life:
             if self.disk:
                 self.disk.make_room()
 
-    def fold(self, tables, threads):
+    def fold(self, tables, threads, *rest):
         """Write into the shards, maybe with less room than there was when it was begun."""
         with self.lock:
             many = any(images.ids.size > 100 for *_, images in tables)
             if self.disk and self.filling and self.folds.random() < (0.8 if many else 0.2):
                 self.disk.leave(self.folds.choice([0, 5_000, 30_000]))
         try:
-            _write(tables, threads)
+            _write(tables, threads, *rest)
         except DiskFullError:
             self.refused["fold"] += 1
             raise

@@ -269,7 +269,7 @@ def recycled_before_base(patch):
 
 def fold_after_base(patch):
     """The base moves though the fold has not begun."""
-    patch.setattr(fold, "write", lambda tables, threads: None)
+    patch.setattr(fold, "write", lambda tables, threads, *rest: None)
 
 
 def base_in_place(patch):
