@@ -270,7 +270,7 @@ class Journal:
             fold.write(
                 [(each.location, newer.images(each.spec)) for each in live],
                 runtime.threads,
-                shown=self._shown,
+                self._shown,
             )
         except Exception as error:  # raised or returned by the calls that wait for the fold
             problem = error
