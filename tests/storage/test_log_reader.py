@@ -92,6 +92,28 @@ def test_the_newest_image_of_every_committed_row_is_read(tmp_path_factory, commi
 MANY = [(range(k % 3, 1000, 3), k, k % 4 != 3) for k in range(20)]
 
 
+def test_a_segment_that_is_begun_after_the_folder_was_listed_is_read(tmp_path, monkeypatch):
+    writer = write_commits(tmp_path, MANY)
+    writer.close()
+    real, left = log_reader.segments, [1, 2]
+    # As if the writer had begun the last two segments one after the other, just then.
+    monkeypatch.setattr(log_reader, "segments", lambda folder: real(folder)[: -left.pop() if left else None])
+    assert found(tmp_path) == expected(MANY)
+    assert not left
+
+
+def test_segments_that_are_read_into_memory_stay_what_they_are(tmp_path):
+    write_commits(tmp_path, MANY).close()
+    newer = log_reader.read(tmp_path, BASE, private=True)
+    for path in tmp_path.glob("*.log"):
+        path.write_bytes(bytes(path.stat().st_size))
+    addresses = newer.images(SPEC).addresses.tolist()
+    values = [
+        np.ctypeslib.as_array((np.ctypeslib.ctypes.c_float).from_address(each)).item() for each in addresses
+    ]
+    assert dict(zip(newer.images(SPEC).ids.tolist(), values, strict=True)) == expected(MANY)[1]
+
+
 def test_segments_are_consecutive_and_filled_with_zeros_after_the_end(tmp_path):
     writer = write_commits(tmp_path, MANY)
     assert log_reader.segments(tmp_path) == list(range(5, writer.number + 1))
