@@ -111,6 +111,9 @@ def info(store: str, as_json: bool, plot: str | None) -> None:
       shardemb info words.zarr --plot
       shardemb info words.zarr --plot words.png
     """
+    if as_json and plot == "-":
+        msg = "--json prints one JSON object and nothing else: give --plot a file, or leave one of them out"
+        raise click.UsageError(msg)
     with _refusals():
         target = paths.local_path(plot, "the picture") if plot and plot != "-" else None
         if target is not None:

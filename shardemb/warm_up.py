@@ -42,6 +42,9 @@ def warm_up(progress: Progress = None) -> None:
     --------
     >>> warm_up()
     """
+    from shardemb.compute import compiler
+
+    compiler.announcer.silence()  # it would advise to do this
     make: dict[str, Callable[..., Optimizer]] = dict(OPTIMIZERS)
     optimizers = [kind(lr=0.1) for kind in make.values()]
     initializers = [Uniform(-1.0, 1.0) if kind is Uniform else kind() for kind in INITIALIZERS.values()]

@@ -44,6 +44,12 @@ def test_info_shows_what_a_person_wants_to_know(path):
         assert expected in result.stdout
 
 
+def test_info_as_json_prints_nothing_else(path):
+    refused = run("info", path, "--json", "--plot")
+    assert refused.exit_code == 2
+    assert "--json prints one JSON object" in refused.output
+
+
 def test_info_as_json_is_one_object(path):
     facts = json.loads(run("info", path, "--json").stdout)
     assert facts["commit"] == {"id": 1, "step": 7, "metadata": {"loss": 0.5}}

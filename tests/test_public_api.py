@@ -93,7 +93,7 @@ log_bytes: int = 1073741824, threads: int | None = None) -> Store
 
 STORE = """
 checkpoint(self) -> None
-close(self) -> None
+close(self, *, progress: bool = False) -> None
 commit(self, step: int | None = None, metadata: Mapping[str, Any] | None = None) -> Commit
 copy(self, path: str | os.PathLike[str], *, progress: Progress = None) -> None
 create_table(self, name: str, *, num_embeddings: int | None = None, embedding_dim: int, \

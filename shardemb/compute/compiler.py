@@ -147,15 +147,25 @@ class _Announcer(event.Listener):  # type: ignore[misc]  # numba has no types
     """Says once a process, when kernels have been compiled for a second, that this is what takes so long."""
 
     def __init__(self) -> None:
-        self._seconds, self._started, self._said = 0.0, 0.0, False
+        self._seconds, self._started, self._depth, self._said = 0.0, 0.0, 0, False
 
     def on_start(self, compiling: event.Event) -> None:
-        self._started = time.monotonic()
-        self._say_if_long(compiling)
+        if _is_own(compiling):
+            self._depth += 1
+            if self._depth == 1:  # what a kernel calls is compiled within it
+                self._started = time.monotonic()
+            self._say_if_long(compiling)
 
     def on_end(self, compiling: event.Event) -> None:
-        self._seconds += time.monotonic() - self._started
-        self._say_if_long(compiling)
+        if _is_own(compiling):
+            self._depth -= 1
+            if self._depth == 0:
+                self._seconds += time.monotonic() - self._started
+            self._say_if_long(compiling)
+
+    def silence(self) -> None:
+        """Say nothing in this process."""
+        self._said = True
 
     def _say_if_long(self, compiling: event.Event) -> None:
         folder = compiling.data["dispatcher"].stats.cache_path  # a formula has none: it is part of a kernel
@@ -168,7 +178,14 @@ class _Announcer(event.Listener):  # type: ignore[misc]  # numba has no types
         )
 
 
-event.register("numba:compile", _Announcer())
+def _is_own(compiling: event.Event) -> bool:
+    """Whether it is a kernel of this package: numba tells of all that the process compiles, other people's too."""
+    function = getattr(compiling.data["dispatcher"], "py_func", None)
+    return str(getattr(function, "__module__", "")).startswith("shardemb.")
+
+
+announcer = _Announcer()
+event.register("numba:compile", announcer)
 
 # A child of a fork cannot end what another thread was compiling, and would wait for it. Registered before the hooks of
 # stores, which take their locks before this one, as updates do.

@@ -82,9 +82,10 @@ def export_parquet(
     source, columns, rows
         As for `to_arrow_batches`. An empty range writes only the schema.
     path : path-like
-        The file, or with `parts` the folder. What an earlier export has left there is replaced atomically; a folder
-        with anything else in it is refused. An empty folder may be a mount point, and hold ``lost+found``; then its
-        files appear one by one once all are written, the first one last. The folder above it must exist.
+        The file, or with `parts` the folder. What an earlier export has left there (any ``part-00000.parquet`` and so
+        on) is replaced atomically; a folder with anything else in it is refused. An empty folder may be a mount point,
+        and hold ``lost+found``; then its files appear one by one once all are written, the first one last. The folder
+        above it must exist.
     parts : int, optional
         Write exactly this many files, ``part-00000.parquet`` and so on, of about equal size, several at a time.
     encoding : {"plain", "byte_stream_split"}

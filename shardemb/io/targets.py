@@ -12,6 +12,7 @@ import contextlib
 import errno
 import re
 import secrets
+import time
 from typing import TYPE_CHECKING, NoReturn
 
 from shardemb.base.interrupts import signals_deferred
@@ -29,6 +30,9 @@ _PART = re.compile(r"part-\d{5}\.parquet")
 
 _IGNORED = re.compile(rf"lost\+found|{_TEMPORARY.pattern}")
 """What an empty folder may hold: what mkfs makes, and what a killed export has left."""
+
+PATIENCE_S = 5.0
+"""How long an export waits while another is published next to it: longer than a few renames take."""
 
 _CANNOT_LEAVE = (errno.EXDEV, errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS)
 """Errors of a rename from within a folder to its parent: it is a mount point, or the parent may not be changed."""
@@ -65,18 +69,23 @@ def staged(target: Path, names: Sequence[str]) -> Iterator[Path]:
     raises, the temporary path is removed, and the target is unchanged.
     """
     folder = target if target.is_dir() else target.parent
-    for path in {*abandoned(folder, target), *abandoned(target.parent, target)}:
-        files.remove_tree(path)
-    temporary, held = _new_temporary(folder, target, is_folder=bool(names))
+    for place in {folder, target.parent}:
+        for path in _abandoned(place, _prefix(target)):
+            with contextlib.suppress(OSError):  # that of another user
+                files.remove_tree(path)
+    with _alone(target.parent):
+        temporary, held = _new_temporary(folder, target, is_folder=bool(names))
     above = target.with_name(temporary.name)
     try:
         yield temporary
-        if temporary == above or _hoisted(temporary, above):
-            _replace(above, target)
-            files.sync_directory(target.parent)
-            files.remove_tree(above)  # the parts that were there before
-        else:
-            _move_in(temporary, target, names)
+        with _alone(target.parent), signals_deferred():
+            files.copy_mode(target, temporary)
+            if temporary == above or _hoisted(temporary, above):
+                _replace(above, target)
+                files.sync_directory(target.parent)
+                files.remove_tree(above)  # the parts that were there before
+            else:
+                _move_in(temporary, target, names)
     except BaseException:
         files.remove_tree(temporary)
         files.remove_tree(above)
@@ -85,17 +94,41 @@ def staged(target: Path, names: Sequence[str]) -> Iterator[Path]:
         files.close(held)
 
 
-def abandoned(folder: Path, target: Path | None = None) -> list[Path]:
-    """List what exports that were killed have left in a folder; only those to a target, if one is given."""
-    begin = ".shardemb-" if target is None else _prefix(target)
-    found = []
-    for path in files.entries(folder):
-        if path.name.startswith(begin) and _TEMPORARY.fullmatch(path.name) and not path.is_symlink():
+def abandoned(folder: Path) -> list[Path]:
+    """List what exports that were killed have left in a folder."""
+    return list(_abandoned(folder, ".shardemb-"))
+
+
+def _abandoned(folder: Path, prefix: str) -> Iterator[Path]:
+    """Yield what killed exports have left in a folder, each while its lock is held: nobody takes it up then."""
+    try:
+        found = files.entries(folder)
+    except OSError:  # it may not be listed
+        return
+    for path in found:
+        if path.name.startswith(prefix) and _TEMPORARY.fullmatch(path.name) and not path.is_symlink():
+            held = None
             with contextlib.suppress(OSError):  # that of another user, or of an export that has just ended
-                if (held := files.hold(path)) is not None:
+                held = files.hold(path)
+            if held is not None:
+                try:
+                    yield path
+                finally:
                     files.close(held)
-                    found.append(path)
-    return found
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other exports from beginning or being published next to this one, if the folder can be locked."""
+    held, until = None, time.monotonic() + PATIENCE_S
+    with contextlib.suppress(OSError):  # it may not be read
+        while (held := files.hold(folder)) is None and time.monotonic() < until:
+            time.sleep(0.002)
+    try:
+        yield
+    finally:
+        if held is not None:
+            files.close(held)
 
 
 def _prefix(target: Path) -> str:
@@ -112,8 +145,9 @@ def _new_temporary(folder: Path, target: Path, *, is_folder: bool) -> tuple[Path
         else:
             files.create_sparse(path, 0)
         held = files.hold(path)
-        if held is not None:  # otherwise another export took it for abandoned, just then
+        if held is not None:
             return path, held
+        files.remove_tree(path)  # another export took it for abandoned, just then
 
 
 def _content(folder: Path) -> list[str]:
@@ -129,10 +163,9 @@ def _others(folder: Path) -> list[str]:
 
 def _hoisted(temporary: Path, above: Path) -> bool:
     """Move a temporary folder out of its target, next to it, so that one rename can replace the target."""
-    if {each.name for each in temporary.parent.iterdir()} - {temporary.name, *_content(temporary.parent)}:
-        return False  # not even if all else is parts: what mkfs makes, for example
-    if _others(temporary.parent):
-        return False
+    besides = {each.name for each in temporary.parent.iterdir()} - {temporary.name}
+    if _others(temporary.parent) or not besides <= set(_content(temporary.parent)):
+        return False  # what mkfs makes, for example, or what another export is writing
     try:
         files.rename(temporary, above)
     except OSError as error:
@@ -147,7 +180,12 @@ def _replace(temporary: Path, target: Path) -> None:
     if not (target.is_dir() and _content(target)):
         _rename(temporary, target)
         return
-    files.exchange(temporary, target)
+    try:
+        files.exchange(temporary, target)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EBUSY):
+            raise
+        _refuse_parts(target)
     if _others(temporary):
         files.exchange(temporary, target)
         _refuse(target)
@@ -155,6 +193,14 @@ def _replace(temporary: Path, target: Path) -> None:
 
 def _refuse(target: Path) -> NoReturn:
     msg = f"cannot export to {target}: there are files in it that were not there before"
+    raise FileExistsError(errno.EEXIST, msg)
+
+
+def _refuse_parts(target: Path) -> NoReturn:
+    msg = (
+        f"cannot replace the parts in {target} in one step: it is a mount point, or another export to it is running; "
+        f"remove them first, or wait"
+    )
     raise FileExistsError(errno.EEXIST, msg)
 
 
@@ -180,8 +226,7 @@ def _move_in(temporary: Path, target: Path, names: Sequence[str]) -> None:
         if _others(target):
             _refuse(target)
         if _content(target):
-            msg = f"cannot replace the parts in {target} in one step, as in a mount point: remove them first"
-            raise FileExistsError(errno.EEXIST, msg)
+            _refuse_parts(target)
         try:
             for name in reversed(names):
                 if name == names[0]:

@@ -83,14 +83,22 @@ def differing(
     return differs
 
 
-def of_copy(known: NDArray[np.uint64], data: memoryview) -> NDArray[np.uint64]:
-    """Return the checksums that copies of blocks get, given those of the original, which may be changing.
+def of_copy(before: NDArray[np.uint64], after: NDArray[np.uint64], data: memoryview) -> NDArray[np.uint64]:
+    """Return the checksums that copies of blocks get, given those of the original before and after they were read.
 
-    A copy that does not match is in flux; one of a block that is known to be damaged stays known as that.
+    A copy that does not match is in flux if the original may have been, and damaged if not.
     """
     found = block_sums(data)
-    copied = np.where(found == _content_sums(known), known, found | np.uint64(IN_FLUX))
-    return np.where(known & ~np.uint64(IN_FLUX) == DAMAGED, np.uint64(DAMAGED), copied)
+    steady = (before == after) & (before & IN_FLUX == 0)
+    differing = np.where(steady, np.uint64(DAMAGED), found | np.uint64(IN_FLUX))
+    copied = np.where(found == _content_sums(before), before, differing)
+    return np.where(is_damaged(before), np.uint64(DAMAGED), copied)
+
+
+def is_damaged(sums: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Return which blocks are known to be damaged, also while they are written."""
+    damaged: NDArray[np.bool_] = sums & ~np.uint64(IN_FLUX) == DAMAGED
+    return damaged
 
 
 def mark_in_flux(path: Path, blocks: Int64Array) -> NDArray[np.uint64]:

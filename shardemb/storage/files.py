@@ -42,7 +42,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
 _libc.syscall.restype = ctypes.c_long
-_libc.renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+_renameat2 = getattr(_libc, "renameat2", None)  # some C libraries lack it
 _RENAME_EXCHANGE = 2
 
 
@@ -119,6 +119,12 @@ def make_directory(path: Path) -> None:
         pass
 
 
+def make_new_directory(path: Path) -> None:
+    """Create a folder; raise `FileExistsError` if anything is there."""
+    with _disk_errors(path), _folder(path.parent) as above:
+        os.mkdir(path.name, dir_fd=above)
+
+
 def entries(folder: Path) -> list[Path]:
     """List what is in a folder, sorted by name; nothing if there is no such folder.
 
@@ -163,8 +169,10 @@ def exchange(one: Path, other: Path) -> None:
     """
     with _disk_errors(other), _folder(one.parent) as here, _folder(other.parent) as there:
         names = os.fsencode(one.name), os.fsencode(other.name)
+        if _renameat2 is None:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), str(one))
         check(
-            _libc.renameat2(here, names[0], there, names[1], _RENAME_EXCHANGE),
+            _renameat2(here, names[0], there, names[1], _RENAME_EXCHANGE),
             f"exchange of {one} and {other}",
         )
 
@@ -252,6 +260,15 @@ def names(path: Path) -> tuple[int, tuple[int, int]]:
     if status is None:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     return status.st_nlink, (status.st_dev, status.st_ino)
+
+
+def copy_mode(source: Path, target: Path) -> None:
+    """Give a file or folder the permissions, and if possible the owner, of what it is to replace, if that exists."""
+    with _disk_errors(target), contextlib.suppress(FileNotFoundError):
+        found = os.stat(source, follow_symlinks=False)
+        with contextlib.suppress(PermissionError):
+            os.chown(target, found.st_uid, found.st_gid, follow_symlinks=False)
+        os.chmod(target, stat.S_IMODE(found.st_mode))
 
 
 def is_open_file(path: Path, descriptor: int) -> bool:
@@ -523,32 +540,31 @@ def lock(path: Path, *, shared: bool) -> int | None:
     """
     with _disk_errors(path):
         descriptor = _open(path, os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+    return descriptor if _is_locked(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX) else None
 
 
 def hold(path: Path) -> int | None:
     """Lock a file or folder that exists as `lock` does, without writing to it; None also if it was just removed."""
     with _disk_errors(path):
         descriptor = _open(path, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(descriptor).st_nlink:
-            return descriptor
-    except BlockingIOError:
-        pass
-    except BaseException:
-        os.close(descriptor)
-        raise
+    if not _is_locked(descriptor, fcntl.LOCK_EX):
+        return None
+    if os.fstat(descriptor).st_nlink:
+        return descriptor
     os.close(descriptor)
     return None
+
+
+def _is_locked(descriptor: int, kind: int) -> bool:
+    """Lock an open file without waiting; close it if that fails."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BaseException as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            return False
+        raise
+    return True
 
 
 def overwrite_text(descriptor: int, text: str, path: Path) -> None:

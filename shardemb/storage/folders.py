@@ -22,7 +22,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
     from pathlib import Path
 
+    from shardemb.base.progress import Advance
     from shardemb.format.manifest import TableEntry
+    from shardemb.format.spec import TableSpec
+    from shardemb.format.table_files import TableLocation
+
+    Carried = tuple[Path, Path]  # what another program has put somewhere, and where it is to be
+
+WINDOW_BYTES = 4 * 2**20
+"""Most bytes that are copied in one step."""
 
 _CHUNK = re.compile(r"c(\.\d+)+(\.tmp)?$")
 """Matches the names of a table's chunks, also of those that were not finished."""
@@ -42,6 +50,11 @@ def refuse_links(store: Path) -> None:
 def tables(store: Path) -> list[Path]:
     """List the folders in a store that hold tables, whether or not they are part of it."""
     return [path for path in _children(store) if _uuid(path) is not None]
+
+
+def holding(store: Path, uuids: Collection[str]) -> set[Path]:
+    """Return the folders in a store that hold tables with these uuids."""
+    return {path for path in tables(store) if _uuid(path) in uuids} if uuids else set()
 
 
 def keep_indexes(store: Path, uuids: Collection[str]) -> None:
@@ -220,6 +233,72 @@ def _move(store: Path, moves: list[tuple[Path, Path]]) -> None:
         files.rename(source, target)
     for directory in (store, parked(store, "")):
         files.sync_directory(directory)
+
+
+# ---- what other programs have added ---------------------------------------------------------------------------
+
+
+def new_documents(spec: TableSpec, before: Path) -> dict[str, bytes]:
+    """Return the documents of a table that replaces, or is a copy of, the one in a folder."""
+    return zarr_metadata.table_documents(spec, documents(before))
+
+
+def foreign_of_table(old: TableLocation, new: TableLocation) -> list[Carried]:
+    """List what other programs have put into a table's folder, each with its path in the new folder."""
+    left_out = None if new.spec.has_presence else old.directory / zarr_metadata.PRESENT
+    return walked(
+        (path, new.directory / path.relative_to(old.directory))
+        for path in foreign_to_table(old.directory)
+        if path.parent != left_out
+    )
+
+
+def walked(entries: Iterable[Carried], without: Path | None = None) -> list[Carried]:
+    """List files and links, and folders with everything in them. Each folder comes before what is in it."""
+    found, waiting = [], list(entries)
+    while waiting:
+        source, target = waiting.pop()
+        found.append((source, target))
+        if files.is_directory(source):
+            waiting += [(path, target / path.name) for path in files.entries(source) if path != without]
+    return found
+
+
+def carry(entries: Iterable[Carried], *, share: bool, advance: Advance = lambda steps: None) -> None:
+    """Copy files and folders of other programs; links stay links. Pipes, sockets and devices stay behind.
+
+    Nothing is durable yet. With `share`, a file gets a second name where the file system can do that.
+    """
+    for source, target in entries:
+        if source.is_symlink():
+            files.copy_link(source, target)
+        elif files.is_directory(source):
+            files.make_directory(target)
+        elif (nbytes := files.size(source)) is not None:
+            if not (share and files.link(source, target)):
+                files.create_sparse(target, nbytes)
+                copy_data(source, target, nbytes)
+            advance(nbytes)
+
+
+def copy_data(source: Path, target: Path, nbytes: int) -> None:
+    """Copy the beginning of a file, except its holes, into another file that is all zeros there."""
+    with files.opened(source, os.O_RDONLY) as reading, files.opened(target, os.O_WRONLY) as writing:
+        for start, stop in windows(reading, nbytes):
+            data = memoryview(files.read_at(reading, stop - start, start, source))
+            files.write(writing, data, start, target)
+
+
+def windows(descriptor: int, nbytes: int) -> list[tuple[int, int]]:
+    """Cut the data at the beginning of a file, without its holes, into pieces of at most `WINDOW_BYTES`."""
+    return [
+        (start, min(start + WINDOW_BYTES, last))
+        for first, last in files.data(descriptor, 0, nbytes)
+        for start in range(first, last, WINDOW_BYTES)
+    ]
+
+
+# ---- reading folders --------------------
 
 
 def _children(directory: Path) -> list[Path]:

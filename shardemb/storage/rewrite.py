@@ -37,15 +37,12 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Advance, Progress
     from shardemb.base.validation import Float32Array
+    from shardemb.format.manifest import TableEntry
     from shardemb.format.spec import TableSpec
     from shardemb.format.table_files import File
     from shardemb.storage.log_reader import Images, Replay
 
-    _Carried = tuple[Path, Path]  # what another program has put somewhere, and where it is to be
     _Pair = tuple[TableLocation, TableLocation]  # a table, and its copy
-
-WINDOW_BYTES = 4 * 2**20
-"""Most bytes that are copied in one step."""
 
 ROUNDS = 50
 """How often a copy begins another round because the store was folded meanwhile."""
@@ -76,7 +73,7 @@ def resize(old: TableLocation, new: TableLocation) -> None:
     whole = old.spec.num_shards if rows == old.spec.num_embeddings else rows // spec.rows_per_shard
     table_folder.check_mappings(spec)
     try:
-        table_folder.write_documents(new.directory, _documents(spec, old.directory))
+        table_folder.write_documents(new.directory, folders.new_documents(spec, old.directory))
         linked = {new.shard(number).path for number in range(whole)}
         for path, nbytes in new.expected_files():
             if path not in linked:
@@ -85,15 +82,15 @@ def resize(old: TableLocation, new: TableLocation) -> None:
             source, target = old.shard(number), new.shard(number)
             if not files.link(source.path, target.path):
                 files.create_sparse(target.path, spec.shard_bytes)
-                copy_data(source.path, target.path, spec.shard_bytes)
+                folders.copy_data(source.path, target.path, spec.shard_bytes)
         sums = whole * spec.shard_bytes // PAGE * 8
-        copy_data(old.checksums_path, new.checksums_path, sums)
+        folders.copy_data(old.checksums_path, new.checksums_path, sums)
         if whole < spec.num_shards and rows < old.spec.num_embeddings:  # the table shrinks within a shard
             cut = (rows - whole * spec.rows_per_shard) * spec.record_bytes
             _copy_checked(old, old.shard(whole), new.shard(whole), cut)
             checksums.write_file_sums(new, new.shard(whole))
         _copy_presence(old, new, rows)
-        _carry(_foreign(old, new), share=True)
+        folders.carry(folders.foreign_of_table(old, new), share=True)
     except BaseException:
         files.remove_tree(new.directory)
         raise
@@ -113,9 +110,9 @@ def _copy_presence(old: TableLocation, new: TableLocation, rows: int) -> None:
 def _copy_checked(old: TableLocation, source: File, target: File, nbytes: int) -> None:
     """Copy the beginning of a file, after comparing it with its checksums. Writes no checksums of the copy."""
     with files.opened(source.path, os.O_RDONLY) as descriptor:
-        for start, stop in _windows(descriptor, -(-nbytes // PAGE) * PAGE):
+        for start, stop in folders.windows(descriptor, -(-nbytes // PAGE) * PAGE):
             _read_intact(old, source, descriptor, start, stop)
-    copy_data(source.path, target.path, nbytes)
+    folders.copy_data(source.path, target.path, nbytes)
 
 
 def _clear_after(path: Path, bits: int) -> None:
@@ -191,14 +188,14 @@ def _begin(old: TableLocation, new: TableLocation) -> None:
     if files.size(document) is not None:
         return
     files.remove_tree(new.directory)
-    documents = _documents(new.spec, old.directory)
+    documents = folders.new_documents(new.spec, old.directory)
     table_folder.write_documents(
         new.directory, {name: each for name, each in documents.items() if name != zarr_metadata.DOCUMENT}
     )
     for path, nbytes in new.expected_files():
         if path.parent.name != zarr_metadata.ROWS:
             files.create_sparse(path, nbytes)
-    _carry(_foreign(old, new), share=True)
+    folders.carry(folders.foreign_of_table(old, new), share=True)
     files.sync_tree(new.directory)
     files.replace(document, documents[zarr_metadata.DOCUMENT])
 
@@ -207,7 +204,7 @@ def _fill(old: TableLocation, new: TableLocation, file: File, staged: Path, *, k
     """Write a shard under the name `staged`, the bits of its rows and its checksums, and make them durable."""
     spec, (begin, end) = new.spec, file.rows
     multiple = shard_rows_multiple(spec.record_bytes)
-    step = max(1, WINDOW_BYTES // (multiple * spec.record_bytes)) * multiple
+    step = max(1, folders.WINDOW_BYTES // (multiple * spec.record_bytes)) * multiple
     sums_path = new.checksums_path
     with (
         files.opened(staged, os.O_WRONLY) as target,
@@ -312,63 +309,18 @@ def unshare(store: Path, tables: Sequence[TableLocation]) -> None:
             staged, nbytes = files.staged(path), files.size(path) or 0
             files.remove(staged)
             files.create_sparse(staged, nbytes)
-            copy_data(path, staged, nbytes)
+            folders.copy_data(path, staged, nbytes)
             files.sync_file(staged)
             files.publish(path)
-            advance(nbytes)
-
-
-# ---- what other programs have added ---------------------------------------------------------------------------
-
-
-def _documents(spec: TableSpec, before: Path) -> dict[str, bytes]:
-    """Return the documents of a table that replaces, or is a copy of, the one in a folder."""
-    return zarr_metadata.table_documents(spec, folders.documents(before))
-
-
-def _foreign(old: TableLocation, new: TableLocation) -> list[_Carried]:
-    """List what other programs have put into a table's folder, each with its path in the new folder."""
-    left_out = None if new.spec.has_presence else old.directory / zarr_metadata.PRESENT
-    return _walked(
-        (path, new.directory / path.relative_to(old.directory))
-        for path in folders.foreign_to_table(old.directory)
-        if path.parent != left_out
-    )
-
-
-def _walked(entries: Iterable[_Carried]) -> list[_Carried]:
-    """List files and links, and folders with everything in them. Each folder comes before what is in it."""
-    found, waiting = [], list(entries)
-    while waiting:
-        source, target = waiting.pop()
-        found.append((source, target))
-        if files.is_directory(source):
-            waiting += [(path, target / path.name) for path in files.entries(source)]
-    return found
-
-
-def _carry(entries: Iterable[_Carried], *, share: bool, advance: Advance = lambda steps: None) -> None:
-    """Copy files and folders of other programs; links stay links. Pipes, sockets and devices stay behind.
-
-    Nothing is durable yet. With `share`, a file gets a second name where the file system can do that.
-    """
-    for source, target in entries:
-        if source.is_symlink():
-            files.copy_link(source, target)
-        elif files.is_directory(source):
-            files.make_directory(target)
-        elif (nbytes := files.size(source)) is not None:
-            if not (share and files.link(source, target)):
-                files.create_sparse(target, nbytes)
-                copy_data(source, target, nbytes)
             advance(nbytes)
 
 
 # ---- another place --------------------------------------------------------------------------------------------
 
 
-def new_place(path: str | os.PathLike[str]) -> Path:
-    """Return where a copy is to be made: absolute, so that links on the way are not followed later on.
+@contextlib.contextmanager
+def new_place(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make the folder for a copy, and yield its path, from which links are resolved. An exception removes the folder.
 
     Raises
     ------
@@ -376,10 +328,18 @@ def new_place(path: str | os.PathLike[str]) -> Path:
         Something exists there.
     """
     target = paths.local_path(path, "the copy of a store").absolute()
-    if os.path.lexists(target):
+    files.make_directory(target.parent)
+    target = target.parent.resolve() / target.name
+    try:
+        files.make_new_directory(target)
+    except FileExistsError as error:
         msg = f"{target} exists; a copy needs a new folder"
-        raise StoreExistsError(msg)
-    return target.parent.resolve() / target.name
+        raise StoreExistsError(msg) from error
+    try:
+        yield target
+    except BaseException:
+        files.remove_tree(target)
+        raise
 
 
 class StoreCopy:
@@ -402,19 +362,12 @@ class StoreCopy:
     def __init__(self, store: Path, path: Path, threads: int, progress: Progress) -> None:
         self._store, self._path, self._threads = store, path, threads
         self._progress = progress  # of the first round, which copies most
-        self._made: list[tuple[str, str]] | None = None  # names and uuids of the tables that have a folder
+        self._made: list[tuple[str, str]] | None = (
+            None  # names and uuids of the tables of which there are copies
+        )
         self._pairs: list[_Pair] = []
         self._replay: Replay | None = None
         self._rounds = 0
-
-    @contextlib.contextmanager
-    def removed_on_error(self) -> Iterator[StoreCopy]:
-        """Within the block, any exception removes whatever was copied."""
-        try:
-            yield self
-        except BaseException:
-            files.remove_tree(self._path)
-            raise
 
     def follow(self, base: Manifest, read_log: Callable[[], Replay]) -> None:
         """Make the copy what the store is by now. It is, if `base` is still the store's base at the end.
@@ -435,9 +388,13 @@ class StoreCopy:
         manifest, entries = base, None
         while entries != (entries := _entries(manifest)):  # the log may add or drop tables
             self._pairs = self._located(manifest, may_miss=base.clean)
-            foreign = [] if entries == self._made else self._begin()
-            self._made = entries
+            self._replay = None  # its memory
+            foreign: list[folders.Carried] = []
+            if entries != self._made:  # a round that failed half way does not count
+                self._made = None
+                foreign = self._start_over(base.dropped)
             self._copy(foreign)
+            self._made = entries
             self._replay = read_log()
             manifest = self._replay.manifest
 
@@ -474,23 +431,25 @@ class StoreCopy:
             pairs.append((TableLocation(spec, directory), TableLocation(spec, self._path / entry.name)))
         return pairs
 
-    def _begin(self) -> list[_Carried]:
+    def _start_over(self, dropped: Iterable[TableEntry]) -> list[folders.Carried]:
         """Begin anew, with empty tables; return what other programs have added."""
-        if self._made is not None:
-            files.remove_tree(self._path)
-        # Before there is anything at the new path, which may be a folder within the store.
-        root = folders.foreign_to_store(self._store, {old.directory for old, _ in self._pairs})
-        foreign = _walked((each, self._path / each.name) for each in root)
+        for path in files.entries(self._path):
+            files.remove_tree(path)
+        # The copy may be a folder within the store. A writer that was killed may have left dropped tables.
+        own = {self._path, *(old.directory for old, _ in self._pairs)}
+        own |= folders.holding(self._store, {each.uuid for each in dropped})
+        root = folders.foreign_to_store(self._store, own)
+        foreign = folders.walked(((each, self._path / each.name) for each in root), without=self._path)
         for old, new in self._pairs:
-            foreign += _foreign(old, new)
+            foreign += folders.foreign_of_table(old, new)
         files.make_directory(store_paths.private(self._path))
         for old, new in self._pairs:
-            table_folder.write_documents(new.directory, _documents(old.spec, old.directory))
+            table_folder.write_documents(new.directory, folders.new_documents(old.spec, old.directory))
             for path, nbytes in new.expected_files():
                 files.create_sparse(path, nbytes)
         return foreign
 
-    def _copy(self, foreign: Sequence[_Carried]) -> None:
+    def _copy(self, foreign: Sequence[folders.Carried]) -> None:
         """Copy the blocks that are not in the copy yet, in several threads, and what other programs have added."""
         tasks = [
             (old, new, *both)
@@ -512,7 +471,7 @@ class StoreCopy:
                     advance(source.nbytes)
 
             scheduler.run([partial(some, task) for task in range(number)], self._threads, stop)
-            _carry(foreign, share=False, advance=advance)
+            folders.carry(foreign, share=False, advance=advance)
 
 
 def _entries(manifest: Manifest) -> list[tuple[str, str]]:
@@ -525,7 +484,9 @@ def _copy_changed(old: TableLocation, new: TableLocation, source: File, target: 
         return  # all zeros
     count, sums = source.nbytes // PAGE, new.checksums_path
     known = checksums.read_sums(old.checksums_path, source.first, count)
-    blocks = np.flatnonzero(known != checksums.read_sums(sums, source.first, count))
+    # What is damaged has no checksum that would tell that it changed.
+    differs = known != checksums.read_sums(sums, source.first, count)
+    blocks = np.flatnonzero(differs | checksums.is_damaged(known))
     if not blocks.size:
         return
     with (
@@ -535,11 +496,12 @@ def _copy_changed(old: TableLocation, new: TableLocation, source: File, target: 
     ):
         for first, last in file_blocks.runs(blocks):
             end = int(blocks[last - 1]) + 1
-            for start in range(int(blocks[first]), end, WINDOW_BYTES // PAGE):
-                stop = min(start + WINDOW_BYTES // PAGE, end)
+            for start in range(int(blocks[first]), end, folders.WINDOW_BYTES // PAGE):
+                stop = min(start + folders.WINDOW_BYTES // PAGE, end)
                 data = memoryview(files.read_at(reading, (stop - start) * PAGE, start * PAGE, source.path))
                 files.write(writing, data, start * PAGE, target.path)
-                held = checksums.of_copy(known[start:stop], data)
+                after = checksums.read_sums(old.checksums_path, source.first + start, stop - start)
+                held = checksums.of_copy(known[start:stop], after, data)
                 files.write(noting, held.data, 8 * (source.first + start), sums)
 
 
@@ -552,29 +514,12 @@ def _give_up_in_flux(table: TableLocation, images: Images) -> None:
         damaged = np.setdiff1d(
             in_flux, np.concatenate([np.empty(0, np.int64), *replaced]), assume_unique=True
         )
-        checksums.write_sums(
-            table.checksums_path, damaged, np.full(damaged.size, checksums.DAMAGED, np.uint64)
-        )
-
-
-def copy_data(source: Path, target: Path, nbytes: int) -> None:
-    """Copy the beginning of a file, except its holes, into another file that is all zeros there."""
-    with files.opened(source, os.O_RDONLY) as reading, files.opened(target, os.O_WRONLY) as writing:
-        for start, stop in _windows(reading, nbytes):
-            data = memoryview(files.read_at(reading, stop - start, start, source))
-            files.write(writing, data, start, target)
+        if damaged.size:
+            marks = np.full(damaged.size, checksums.DAMAGED, np.uint64)
+            checksums.write_sums(table.checksums_path, damaged, marks)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------
-
-
-def _windows(descriptor: int, nbytes: int) -> list[tuple[int, int]]:
-    """Cut the data at the beginning of a file, without its holes, into pieces of at most `WINDOW_BYTES`."""
-    return [
-        (start, min(start + WINDOW_BYTES, last))
-        for first, last in files.data(descriptor, 0, nbytes)
-        for start in range(first, last, WINDOW_BYTES)
-    ]
 
 
 def _read_intact(table: TableLocation, file: File, descriptor: int, start: int, stop: int) -> bytearray:

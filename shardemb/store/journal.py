@@ -204,15 +204,18 @@ class Journal:
         DiskFullError, OSError, PoisonedError
             The fold before failed, or the copy.
         """
-        with self._runtime.writing():
-            self.drain()
-            self._folding, committed = True, self._runtime.committed
+        paused = False
         try:
+            with self._runtime.writing():
+                self.drain()
+                committed = self._runtime.committed
+                paused = self._folding = True
             copying.follow(committed, lambda: log_reader.Replay(committed, 0, 0))
         finally:
-            with self._runtime.lock:
-                self._folding = False
-                self._condition.notify_all()
+            if paused:
+                with self._runtime.lock:
+                    self._folding = False
+                    self._condition.notify_all()
 
     def fold_all(self) -> Exception | None:
         """Fold everything that is committed and wait for it; return the error if that failed."""

@@ -5,7 +5,7 @@ Contracts only: each method is one call of `KeyedRows`, which does the work.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from shardemb.store import display
 
@@ -128,6 +128,9 @@ class KeyedTable:
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         return self._keyed.as_numpy(dtype, copy=copy)
+
+    def __reduce__(self) -> NoReturn:
+        self.rows.__reduce__()
 
     def __repr__(self) -> str:
         kind = f"{len(self):,} {self._vocabulary.key_type} keys"

@@ -23,6 +23,7 @@ from shardemb.errors import (
     DiskFullError,
     FormatError,
     ReadOnlyError,
+    StaleReaderError,
     StoreExistsError,
     StoreLockedError,
     StoreNotFoundError,
@@ -200,10 +201,12 @@ def _read_next_to_writer(path: Path, read: Callable[[Manifest], T], limit_s: flo
                 raise
 
 
-def _follow(path: Path, copying: rewrite.StoreCopy) -> None:
-    """Let a copy follow the store until the base stays the same while it does."""
+def _follow(path: Path, identity: str, copying: rewrite.StoreCopy) -> None:
+    """Let a copy follow the store with a uuid until the base stays the same while it does."""
 
     def follow_once(base: Manifest) -> None:
+        if base.uuid != identity:
+            raise StaleReaderError(f"another store is at {path} now; open that with shardemb.open")
         copying.follow(base, partial(log_reader.read, store_paths.log(path), base, private=True))
         if read_manifest(path) != base:
             raise FormatError(f"{path} keeps changing while it is copied; try again")
@@ -232,7 +235,7 @@ def _open_at_last_commit(runtime: Runtime, base: Manifest) -> Session:
                 runtime.path, partial(log_reader.read, store_paths.log(runtime.path))
             ),
             reopen=lambda: _open_reader(replace(runtime, fresh=None)),
-            follow=partial(_follow, runtime.path),
+            follow=partial(_follow, runtime.path, base.uuid),
         ),
     )
 

@@ -338,11 +338,11 @@ class Session:
     def copy(self, path: str | os.PathLike[str], progress: Progress) -> None:
         """Copy the last commit into a new store; see `Store.copy`."""
         self.runtime.check_open()
-        copying = rewrite.StoreCopy(
-            self.runtime.path, rewrite.new_place(path), self.runtime.threads, progress
-        )
-        with copying.removed_on_error():
-            follow = self._reader.follow if self._reader else self.journal.follow
+        if self._reader is None:
+            self.runtime.check_writable()  # it is not in a fork, which has no journal
+        follow = self._reader.follow if self._reader else self.journal.follow
+        with rewrite.new_place(path) as target:
+            copying = rewrite.StoreCopy(self.runtime.path, target, self.runtime.threads, progress)
             follow(copying)
             copying.complete()
 

@@ -313,8 +313,9 @@ class Store(Mapping[str, "Table | KeyedTable"]):
             There is not enough space for the fold before the copy, or for the copy itself. Nothing is left at `path`.
         ShardEmbError
             A writer folds so often that a reader cannot finish a copy. Nothing is left at `path`.
-        StoreClosedError, PoisonedError
-            The store was closed; a write has failed.
+        StoreClosedError, PoisonedError, ReadOnlyError, StaleReaderError
+            The store was closed; a write has failed; this is a fork of the writer; another store is in the place of the
+            one that was opened for reading.
 
         Notes
         -----
@@ -747,7 +748,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         Parameters
         ----------
         progress : bool
-            Show on stderr how far the fold is, which takes as long as the disk needs for what is in the log.
+            Show on stderr how far the fold is. It takes as long as the disk needs for what is in the log.
 
         Notes
         -----

@@ -518,7 +518,7 @@ class Table:
         dask.array.Array of float32, shape (num_embeddings, embedding_dim)
             Shows the rows as they are when a chunk is computed, uncommitted changes included. It works with the
             schedulers of this process; in other processes open ``TABLE/rows`` with `dask.array.from_zarr`. Chunks that
-            are computed after the store was closed raise `StoreClosedError`.
+            are computed after the store was closed raise `StoreClosedError`: hold the table or the store until then.
 
         Raises
         ------
@@ -553,8 +553,8 @@ class Table:
         pyarrow.RecordBatchReader
             ``id: int64``, ``embedding: FixedSizeList<float32>``, then the state columns, none of them nullable; at most
             65,536 rows in a batch. Each batch owns its memory. Rows are as they are when their batch is read,
-            uncommitted changes included. duckdb, polars, lance and others take the reader directly. Read it before the
-            store is closed.
+            uncommitted changes included. duckdb, polars, lance and others take the reader directly. Hold the
+            table or the store until it is read.
 
         Raises
         ------

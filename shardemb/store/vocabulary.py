@@ -5,12 +5,13 @@ Contracts only: each method is one call of `KeyRows`, which does the work.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import numpy as np
     import pyarrow as pa
     from numpy.typing import ArrayLike, NDArray
 
@@ -84,7 +85,18 @@ class Vocabulary:
 
     def __contains__(self, key: object) -> bool:
         """Return whether one key has a row."""
+        if isinstance(key, list | tuple | np.ndarray):
+            kind = type(key).__name__
+            msg = f"vocabulary {self.name!r}: `in` takes one key, got a {kind}; look several up with lookup()"
+            raise TypeError(msg)
         return bool(self.lookup([key])[0] >= 0)
+
+    def __reduce__(self) -> NoReturn:
+        msg = (
+            f"vocabulary {self.name!r} cannot be pickled: it is memory of this process; in the other process open the "
+            f'store with mode="r", and take vocabularies[{self.name!r}]'
+        )
+        raise TypeError(msg)
 
     def __repr__(self) -> str:
         return f"Vocabulary {self.name!r}: {len(self):,} {self.key_type} keys"

@@ -160,12 +160,20 @@ class KeyedRows:
     # ---- changing
 
     def check_change(
-        self, given: KeysLike, values: ArrayLike, what: str, *, missing: MissingChange, check_finite: bool
+        self,
+        given: KeysLike,
+        values: ArrayLike,
+        what: str,
+        *,
+        missing: MissingChange,
+        create: bool,
+        check_finite: bool,
     ) -> tuple[Keys, Float32Array]:
         """Check what a change is given, without looking anything up; return it checked."""
         self._checked_missing(missing, "error", "skip")
         checked = self.keys.checked(given)
-        finite = check_finite and missing != "skip"  # what is skipped may be anything
+        all_used = create and self.keys.entry.admission is None
+        finite = check_finite and (missing != "skip" or all_used)  # what is skipped may be anything
         rows = self.table.check_values(values, checked.shape, what, check_finite=finite)
         return checked, rows.reshape(*checked.shape, rows.shape[1])
 
@@ -180,7 +188,9 @@ class KeyedRows:
         check_finite: bool,
     ) -> batch.Change:
         """Check an update or a write, and give new keys rows; see `TableState.plan_change`."""
-        checked, rows = self.check_change(given, values, what, missing=missing, check_finite=check_finite)
+        checked, rows = self.check_change(
+            given, values, what, missing=missing, create=create, check_finite=check_finite
+        )
         find = self.finder(create=create)
 
         def plan() -> batch.Change:
@@ -359,7 +369,9 @@ def plan_changes(
         for name, table in tables.items()
     ]
     given = {
-        name: each.check_change(*batches[name], "gradients", missing=missing, check_finite=check_finite)
+        name: each.check_change(
+            *batches[name], "gradients", missing=missing, create=create, check_finite=check_finite
+        )
         for name, each in keyed.items()
     }
     unchecked = check_finite and missing == "skip"  # of these, only those that are not skipped count

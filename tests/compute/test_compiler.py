@@ -395,6 +395,33 @@ def test_people_are_told_once_when_compiling_takes_long(tmp_path):
     assert said("1000") == ""
 
 
+OTHER_PEOPLES = """
+    import numpy as np, numba, warnings
+    from shardemb.compute import compiler
+    compiler.SILENT_SECONDS = 0
+
+    @numba.njit
+    def theirs(x):
+        return x + 1
+
+    @numba.jit(forceobj=True, looplift=True)
+    def lifted(x):
+        names = {"a": object()}
+        for i in range(3):
+            x += i
+        return x
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert theirs(1) == 2 and lifted(np.zeros(1))[0] == 3
+"""
+
+
+def test_what_others_compile_is_none_of_ours():
+    """numba tells all listeners of all that the process compiles, in forms of its own."""
+    assert run_python(OTHER_PEOPLES) == ""
+
+
 # ---- where compiled code is kept --------------------------------------------------------------------------------
 
 WITHOUT_CACHE = """

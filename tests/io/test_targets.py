@@ -201,10 +201,63 @@ def test_what_appears_among_parts_that_are_being_replaced_stays(tmp_path, table,
     assert names(tmp_path) == ["store.zarr", "t"]
 
 
+def test_what_is_replaced_keeps_its_permissions(tmp_path, table):
+    table.export_parquet(tmp_path / "t", parts=2)
+    table.export_parquet(tmp_path / "f")
+    (tmp_path / "t").chmod(0o2770)
+    (tmp_path / "f").chmod(0o600)
+    table.export_parquet(tmp_path / "t", parts=2)
+    table.export_parquet(tmp_path / "f")
+    assert (tmp_path / "t").stat().st_mode & 0o7777 == 0o2770
+    assert (tmp_path / "f").stat().st_mode & 0o7777 == 0o600
+
+
+def test_two_exports_to_one_folder(tmp_path, table):
+    """The second one is refused while the first one writes; neither takes anything from the other."""
+    table.export_parquet(tmp_path / "t", parts=2)
+    seen = []
+
+    def meanwhile(done, total):
+        if not seen:
+            seen.append(done)
+            with pytest.raises(FileExistsError, match="another export to it is running"):
+                table.export_parquet(tmp_path / "t", parts=3)
+
+    table.export_parquet(tmp_path / "t", parts=4, progress=meanwhile)
+    assert_complete(table, tmp_path / "t", 4)
+    assert names(tmp_path) == ["store.zarr", "t"]
+
+
+def test_what_cannot_be_removed_or_listed_does_not_stop_an_export(tmp_path, store, table, monkeypatch):
+    """What another user has left; a folder above that may only be passed through."""
+    left = tmp_path / f"{targets._prefix(tmp_path / 't')}{'0' * 8}.tmp"
+    left.touch()
+    real, entries = files.remove_tree, files.entries
+
+    def remove_tree(path):
+        if path == left:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        real(path)
+
+    monkeypatch.setattr(files, "remove_tree", remove_tree)
+    table.export_parquet(tmp_path / "t", parts=2)
+    assert_complete(table, tmp_path / "t", 2)
+
+    def listed(path):
+        if path == tmp_path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return entries(path)
+
+    monkeypatch.setattr(files, "entries", listed)
+    table.export_parquet(tmp_path / "t", parts=3)
+    assert_complete(table, tmp_path / "t", 3)
+    assert store.info().abandoned_exports == ()
+
+
 def test_parts_in_a_mount_point_are_not_replaced(new_disk, table):
     disk = new_disk("ext4", 16 * 2**20)
     table.export_parquet(disk.place, parts=2)
-    with pytest.raises(FileExistsError, match="in one step, as in a mount point: remove them first"):
+    with pytest.raises(FileExistsError, match="in one step: it is a mount point, or another"):
         table.export_parquet(disk.place, parts=3)
     assert_complete(table, disk.place, 2)
 

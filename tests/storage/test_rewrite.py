@@ -1,6 +1,7 @@
 """Tables rewritten with other rows, other shards, another optimizer, or as a copy; and rows that are materialized."""
 
 import contextlib
+import errno
 import itertools
 import os
 import shutil
@@ -17,10 +18,18 @@ from support.model import assert_same_bits
 import shardemb
 from shardemb.base.sizes import PAGE
 from shardemb.engine import table_state
-from shardemb.errors import DiskFullError, FormatError, RowIdError, ShardEmbError, StoreExistsError
+from shardemb.errors import (
+    DiskFullError,
+    FormatError,
+    ReadOnlyError,
+    RowIdError,
+    ShardEmbError,
+    StaleReaderError,
+    StoreExistsError,
+)
 from shardemb.initializers import Constant, Normal, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
-from shardemb.storage import files, fold, log_writer, rewrite
+from shardemb.storage import files, fold, folders, log_writer, rewrite
 
 DIM = 5
 KINDS = {
@@ -527,10 +536,10 @@ def test_rows_keep_their_values_while_they_are_materialized(path, monkeypatch, f
         store.commit()
         expected, run = everything(table), fold._Task.run
 
-        def look_meanwhile(task):
+        def look_meanwhile(task, advance):
             if full and task.patch.file.path == path / "t" / full:
                 raise DiskFullError(28, "no room")
-            run(task)
+            run(task, advance)
             assert_equal(everything(table), expected)
 
         monkeypatch.setattr(fold._Task, "run", look_meanwhile)
@@ -615,14 +624,14 @@ def test_commits_continue_during_a_copy_and_are_not_in_it(path, tmp_path, monkey
         table = create(store, 500)
         train(table, 1)
         store.commit()
-        expected, real = everything(table), rewrite.copy_data
+        expected, real = everything(table), folders.copy_data
 
         def copy_data(*arguments):
             train(table, len(store.last_commit.metadata) + 5)
             store.commit()
             real(*arguments)
 
-        monkeypatch.setattr(rewrite, "copy_data", copy_data)
+        monkeypatch.setattr(folders, "copy_data", copy_data)
         store.copy(tmp_path / "c")
         newest = everything(table)
         with shardemb.open(tmp_path / "c", "r") as copied:
@@ -834,6 +843,133 @@ def test_damage_is_copied_as_damage(path, tmp_path, of_reader):
         copied.commit()
         copied.checkpoint()
         assert [each.rows for each in copied.verify()] == [found.rows]
+
+
+def test_damage_is_not_hidden_by_what_the_log_has_for_the_same_block(pair, tmp_path):
+    store, reader = pair
+    store["zeros"].write([3], np.ones((1, DIM)))
+    store.commit(step=3)
+    store.checkpoint()
+    store["zeros"].write([0], np.ones((1, DIM)))
+    store.commit(step=4)
+    damage(store.path / "zeros" / "rows" / "c.0.0", 3 * 4 * DIM)
+    reader.copy(tmp_path / "c")
+    with shardemb.open(tmp_path / "c") as copied:
+        (found,) = copied.verify()
+        assert found.table == "zeros"
+        assert copied["zeros"].lookup(0).tolist() == [1] * DIM
+
+
+def test_a_damaged_block_is_copied_again_too(pair, tmp_path):
+    store, reader = pair
+    store["zeros"].write([3], np.ones((1, DIM)))
+    store.commit(step=3)
+    store.checkpoint()
+    damage(store.path / "zeros" / "rows" / "c.0.0", 3 * 4 * DIM)
+    store["zeros"].write([0], np.ones((1, DIM)))
+    store.commit(step=4)
+    store.checkpoint()  # notes the block as damaged
+    seen = []
+
+    def progress(done, total):
+        if done == total and not seen:
+            seen.append(done)
+            store["zeros"].write([1], np.full((1, DIM), 7, np.float32))
+            store.commit(step=5)
+            store.checkpoint()
+
+    reader.copy(tmp_path / "c", progress=progress)
+    with shardemb.open(tmp_path / "c", "r") as copied:
+        assert copied.last_commit.step == 5
+        assert copied["zeros"].lookup(1).tolist() == [7] * DIM
+        assert len(copied.verify()) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "call", "what"),
+    [(folders, "copy_data", "n.txt"), (files, "create_sparse", "drawn"), (files, "read_at", "zeros/rows")],
+)
+def test_a_round_that_fails_is_begun_anew(pair, tmp_path, monkeypatch, module, call, what):
+    """With the files of other programs, which are copied once."""
+    store, reader = pair
+    (store.path / "notes").mkdir()
+    (store.path / "notes" / "n.txt").write_text("theirs")
+    expected = {name: everything(table) for name, table in store.items()}
+    real, failed = getattr(module, call), []
+
+    def fail(*arguments):
+        if not failed and any(what in str(each) for each in arguments):
+            failed.append(call)
+            raise FileNotFoundError(errno.ENOENT, "it moved")
+        return real(*arguments)
+
+    monkeypatch.setattr(module, call, fail)
+    reader.copy(tmp_path / "c")
+    assert failed
+    assert (tmp_path / "c" / "notes" / "n.txt").read_text() == "theirs"
+    assert_copied(tmp_path / "c", expected, 2)
+
+
+def test_a_copy_that_comes_late_leaves_the_other_alone(pair, tmp_path):
+    store, reader = pair
+    expected = {name: everything(table) for name, table in store.items()}
+    late = []
+
+    def progress(done, total):
+        if not late:
+            late.append(done)
+            with pytest.raises(StoreExistsError):
+                store.copy(tmp_path / "c")
+
+    reader.copy(tmp_path / "c", progress=progress)
+    with pytest.raises(StoreExistsError):
+        reader.copy(tmp_path / "c")
+    assert_copied(tmp_path / "c", expected, 2)
+
+
+def test_a_dropped_table_whose_folder_is_still_there_is_not_copied(pair, tmp_path, monkeypatch):
+    store, reader = pair
+    store.drop_table("zeros")
+    real = folders.arrange
+
+    def arrange(*arguments, **options):
+        monkeypatch.setattr(folders, "arrange", real)
+        reader.copy(tmp_path / "c")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(folders, "arrange", arrange)
+    store.commit(step=3)
+    assert not (tmp_path / "c" / "zeros").exists()
+    with shardemb.open(tmp_path / "c") as copied:
+        create(copied, 100, "zeros", "zeros")
+        copied.commit()
+
+
+def test_a_reader_copies_no_other_store(path, tmp_path):
+    with shardemb.open(path) as store:
+        create(store, 100)
+        store.commit()
+    with shardemb.open(path, "r") as reader:
+        shutil.rmtree(path)
+        with shardemb.open(path) as store:
+            store.commit()
+        with pytest.raises(StaleReaderError, match="another store"):
+            reader.copy(tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_fork_of_the_writer_copies_nothing(path, tmp_path, in_fork):
+    with shardemb.open(path) as store:
+        create(store, 100)
+        store.commit()
+
+        def try_it():
+            with pytest.raises(ReadOnlyError):
+                store.copy(tmp_path / "c")
+            return True
+
+        assert in_fork(try_it)
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.slow

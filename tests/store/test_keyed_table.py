@@ -1,5 +1,7 @@
 """Tables by key: what unknown keys get, which keys are evicted, and that everything else equals access by row id."""
 
+import pickle
+
 import numpy as np
 import pytest
 from support import inside
@@ -683,3 +685,35 @@ def test_an_array_of_another_length_than_the_vocabulary_is_refused(store):
     with pytest.raises(ValueError, match=r"has shape \(4, 4\), but the table has .* = \(3, 4\)"):
         store.create_table("t", vocabulary="v", embedding_dim=DIM, initializer=ones(4))
     assert list(store) == []
+
+
+# ---- odds and ends of several tables ---------------------------------------------------------------------------
+
+
+def test_values_are_checked_before_a_key_is_added(store):
+    tables = []
+    for name in "ab":
+        store.create_vocabulary(name, key_type="int64")
+        tables.append(store.create_table(name, vocabulary=name, embedding_dim=2, optimizer=SGD(lr=1.0)))
+    good, bad = np.ones((1, 2), np.float32), np.full((1, 2), np.nan, np.float32)
+    for missing in ("error", "skip"):
+        with pytest.raises(ValueError, match="finite|NaN"):
+            store.update({"a": ([1], good), "b": ([2], bad)}, create=True, missing=missing)
+        assert [len(each) for each in tables] == [0, 0]
+
+
+def test_neither_table_nor_vocabulary_can_be_pickled_and_both_say_so(store):
+    store.create_vocabulary("v", key_type="int64")
+    table = store.create_table("t", vocabulary="v", embedding_dim=2)
+    for each in (table, table.vocabulary):
+        with pytest.raises(TypeError, match=r"cannot be pickled: it is memory of this process"):
+            pickle.dumps(each)
+
+
+@pytest.mark.parametrize("several", [[1], (1,), np.array([1])])
+def test_one_key_is_looked_for_with_in(store, several):
+    store.create_vocabulary("v", key_type="int64").add([1])
+    table = store.create_table("t", vocabulary="v", embedding_dim=2)
+    assert 1 in table
+    with pytest.raises(TypeError, match="takes one key"):
+        several in table  # noqa: B015

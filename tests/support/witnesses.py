@@ -40,7 +40,7 @@ WITNESSES = {
     "rewrite._fill:write:2": 4,
     "rewrite._write_presence:write": 6,
     "rewrite._write_presence:sync_data": 6,
-    "rewrite.copy_data:write": 0,
+    "folders.copy_data:write": 0,
     "table_folder.write_documents:write_new": 0,
     "table_folder._write_rows:write": 5,
     "table_folder._write_rows:write:2": 0,
