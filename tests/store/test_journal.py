@@ -172,7 +172,9 @@ def test_the_log_is_bounded(path):
         for step in range(1, 40):
             fill(table, step, range(step, ROWS, 5))
             store.commit(step=step)
-            most = max(most, sum(each.stat().st_size for each in (path / ".shardemb" / "log").iterdir()))
+            # A fold may discard a segment between the listing and the look at it.
+            sizes = (files.size(each) or 0 for each in (path / ".shardemb" / "log").iterdir())
+            most = max(most, sum(sizes))
         interval = 1000 * (8 + 4 * DIM)
         assert most < 2 * (limit + interval)  # segments that are not full yet, and spare ones
         assert store["t"].lookup(39)[0] == 39

@@ -128,9 +128,7 @@ def test_it_cannot_be_written_and_says_so(read_only, tmp_path):
         ):
             shardemb.open(read_only / "new", mode)
     with shardemb.open(make(tmp_path / "s")) as store:
-        with pytest.raises(
-            OSError, match=r"\.shardemb cannot be written, because its file system is read-only"
-        ):
+        with pytest.raises(OSError, match=r"new cannot be written, because its file system is read-only"):
             store.copy(read_only / "new")
         store.commit()
 
