@@ -298,7 +298,7 @@ def windows(descriptor: int, nbytes: int) -> list[tuple[int, int]]:
     ]
 
 
-# ---- reading folders --------------------
+# ---- reading folders --------------------------------------------------------------------------------------------
 
 
 def _children(directory: Path) -> list[Path]:

@@ -362,9 +362,8 @@ class StoreCopy:
     def __init__(self, store: Path, path: Path, threads: int, progress: Progress) -> None:
         self._store, self._path, self._threads = store, path, threads
         self._progress = progress  # of the first round, which copies most
-        self._made: list[tuple[str, str]] | None = (
-            None  # names and uuids of the tables of which there are copies
-        )
+        # Names and uuids of the tables of which there are copies.
+        self._made: list[tuple[str, str]] | None = None
         self._pairs: list[_Pair] = []
         self._replay: Replay | None = None
         self._rounds = 0
