@@ -235,10 +235,14 @@ class TableState:
         checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
         return batch.explain(self.runtime, shards, checked.flat)
 
-    def as_dask_array(self) -> dask.array.Array:
-        """Make a dask array of the weights, one chunk a shard."""
+    def as_dask_array(self, owner: object) -> dask.array.Array:
+        """Make a dask array of the weights, one chunk a shard; it holds `owner`, which keeps the store open."""
         rows, dim = self.live().spec.num_embeddings, self.spec.embedding_dim
-        return scheduler.as_array(partial(self.read_range, "weight"), rows, dim, self.spec.rows_per_shard)
+
+        def read(start: int, stop: int, _owner: object = owner) -> Float32Array:
+            return self.read_range("weight", start, stop)
+
+        return scheduler.as_array(read, rows, dim, self.spec.rows_per_shard)
 
     # ---- changing rows
 
@@ -428,11 +432,20 @@ class TableState:
 
 
 class TableSource:
-    """A table as exports see it (`shardemb.io.arrow.RowSource`): all of its rows, or the first `num_rows`."""
+    """A table as exports see it (`shardemb.io.arrow.RowSource`): all of its rows, or the first `num_rows`.
 
-    def __init__(self, table: TableState, num_rows: int | None = None, keys: Any = None) -> None:  # noqa: ANN401
+    It holds `owner`, which keeps the store open.
+    """
+
+    def __init__(
+        self,
+        table: TableState,
+        owner: object,
+        num_rows: int | None = None,
+        keys: Any = None,  # noqa: ANN401
+    ) -> None:
         spec = table.live().spec
-        self._table = table
+        self._table, self._owner = table, owner
         self.name = table.name
         self.num_embeddings = spec.num_embeddings if num_rows is None else num_rows
         self.embedding_dim = spec.embedding_dim

@@ -509,7 +509,7 @@ class KeyedTable:
         """
         from shardemb.io import arrow
 
-        return arrow.to_arrow_batches(self._keyed.source(), columns=columns, rows=rows)
+        return arrow.to_arrow_batches(self._keyed.source(self), columns=columns, rows=rows)
 
     def export_parquet(
         self,
@@ -564,7 +564,7 @@ class KeyedTable:
         from shardemb.io import parquet
 
         return parquet.export_parquet(
-            self._keyed.source(),
+            self._keyed.source(self),
             path,
             columns=columns,
             rows=rows,

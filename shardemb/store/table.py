@@ -517,8 +517,8 @@ class Table:
         -------
         dask.array.Array of float32, shape (num_embeddings, embedding_dim)
             Shows the rows as they are when a chunk is computed, uncommitted changes included. It works with the
-            schedulers of this process; in other processes open ``TABLE/rows`` with `dask.array.from_zarr`. Chunks that
-            are computed after the store was closed raise `StoreClosedError`: hold the table or the store until then.
+            schedulers of this process; in other processes open ``TABLE/rows`` with `dask.array.from_zarr`. It
+            keeps the store open; chunks that are computed after `Store.close` raise `StoreClosedError`.
 
         Raises
         ------
@@ -534,7 +534,7 @@ class Table:
         >>> float(table.to_dask_array()[:100].sum().compute())
         0.0
         """
-        return self._state.as_dask_array()
+        return self._state.as_dask_array(self)
 
     def to_arrow_batches(
         self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None
@@ -553,8 +553,8 @@ class Table:
         pyarrow.RecordBatchReader
             ``id: int64``, ``embedding: FixedSizeList<float32>``, then the state columns, none of them nullable; at most
             65,536 rows in a batch. Each batch owns its memory. Rows are as they are when their batch is read,
-            uncommitted changes included. duckdb, polars, lance and others take the reader directly. Hold the
-            table or the store until it is read.
+            uncommitted changes included. duckdb, polars, lance and others take the reader directly. The
+            reader keeps the store open.
 
         Raises
         ------
@@ -574,7 +574,7 @@ class Table:
         """
         from shardemb.io import arrow
 
-        return arrow.to_arrow_batches(TableSource(self._state), columns=columns, rows=rows)
+        return arrow.to_arrow_batches(TableSource(self._state, self), columns=columns, rows=rows)
 
     def export_parquet(
         self,
@@ -638,7 +638,7 @@ class Table:
         from shardemb.io import parquet
 
         return parquet.export_parquet(
-            TableSource(self._state),
+            TableSource(self._state, self),
             path,
             columns=columns,
             rows=rows,

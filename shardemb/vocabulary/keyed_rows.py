@@ -147,15 +147,15 @@ class KeyedRows:
         ids = self.keys.lookup(given)
         self.table.prefetch(ids[ids >= 0], for_update=for_update)
 
-    def source(self) -> TableSource:
-        """Return the rows that have keys, for exports."""
+    def source(self, owner: object) -> TableSource:
+        """Return the rows that have keys, for exports; see `TableSource`."""
         from shardemb.io.arrow import RowKeys
 
         steadily = partial(read_steadily, [self.keys])
         row_keys = RowKeys(
             keys.arrow_type(self.keys.key_type), self.keys.arrow_keys, self.keys.key_bytes, steadily
         )
-        return TableSource(self.table, self.num_rows, row_keys)
+        return TableSource(self.table, owner, self.num_rows, row_keys)
 
     # ---- changing
 

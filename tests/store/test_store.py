@@ -800,6 +800,10 @@ def test_results_outlive_the_store_and_lazy_ones_raise(store):
         lazy.compute()
 
 
+def _first(read):
+    return lambda rows: read()[: len(rows)]
+
+
 @pytest.mark.filterwarnings("ignore:the store")
 @pytest.mark.parametrize(
     ("lookup_of", "ids"),
@@ -809,8 +813,11 @@ def test_results_outlive_the_store_and_lazy_ones_raise(store):
         (lambda store: store["k"].rows.lookup, [0]),
         (lambda store: store["k"].vocabulary.lookup, ["a"]),
         (lambda store: store.vocabularies["v"].lookup, ["a"]),
+        (lambda store: _first(store["t"].to_dask_array().compute), [0]),
+        (lambda store: _first(store["t"].to_arrow_batches().read_next_batch), [0]),
+        (lambda store: _first(store["k"].to_arrow_batches().read_next_batch), [0]),
     ],
-    ids=["table", "keyed table", "its rows", "its vocabulary", "vocabulary"],
+    ids=["table", "keyed table", "its rows", "its vocabulary", "vocabulary", "dask", "Arrow", "Arrow with keys"],
 )
 def test_a_table_keeps_its_store_open(path, lookup_of, ids):
     with shardemb.open(path) as store:
