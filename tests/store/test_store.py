@@ -817,7 +817,16 @@ def _first(read):
         (lambda store: _first(store["t"].to_arrow_batches().read_next_batch), [0]),
         (lambda store: _first(store["k"].to_arrow_batches().read_next_batch), [0]),
     ],
-    ids=["table", "keyed table", "its rows", "its vocabulary", "vocabulary", "dask", "Arrow", "Arrow with keys"],
+    ids=[
+        "table",
+        "keyed table",
+        "its rows",
+        "its vocabulary",
+        "vocabulary",
+        "dask",
+        "Arrow",
+        "Arrow with keys",
+    ],
 )
 def test_a_table_keeps_its_store_open(path, lookup_of, ids):
     with shardemb.open(path) as store:
