@@ -6,6 +6,9 @@
     change   group by row -> (if cold: request all pages) -> copy new rows into slots
              -> cut into tasks, each row in one of them -> step
 
+A row that is overwritten whole is not copied first, and nothing of it is read: its slot is filled with the new record
+before the index leads to it.
+
 The caller has checked all arguments, so nothing here refuses them.
 """
 
@@ -155,6 +158,13 @@ class Change:
     takes_step: bool
     renew: Callable[[], Change | None] | None = None
 
+    def overwritten(self, shards: Shards) -> Int64Array | None:
+        """Where in `values` the new record of each row is; None if what the rows hold so far matters."""
+        if self.takes_step or self.values.shape[1] != shards.spec.width:
+            return None
+        last: Int64Array = self.batch.order[self.batch.starts[1:] - 1]  # of equal ids, the last one counts
+        return last
+
     def renewed(self) -> Change:
         """Return the change as it has to be now; itself if nothing that it was planned from has changed.
 
@@ -189,6 +199,53 @@ def require_rows(table: Target, rows: Int64Array, *, takes_step: bool = False) -
         )
         raise ShardEmbError(msg)
     return shards
+
+
+class Loading(NamedTuple):
+    """Ascending rows of a table that are to be in slots.
+
+    Where they are overwritten whole, `values` has their new records, that of row ``i`` at ``positions[i]``.
+    """
+
+    shards: Shards
+    rows: Int64Array
+    values: Float32Array | None = None
+    positions: Int64Array | None = None
+
+
+class Loaded:
+    """Rows in slots.
+
+    Attributes
+    ----------
+    shards : Shards
+    places : ndarray of int64
+        The place of each row; valid only as long as the caller holds the store's lock.
+    unpublished : tuple of two ndarrays of int64
+        Rows that are overwritten whole, and the places of new slots with their new records; no lookup knows of these.
+    """
+
+    def __init__(self, shards: Shards, places: Int64Array, unpublished: tuple[Int64Array, Int64Array]) -> None:
+        self.shards, self.places, self.unpublished = shards, places, unpublished
+
+    @property
+    def are_new(self) -> bool:
+        """Whether all of the rows have their new records already."""
+        return self.unpublished[0].size == self.places.size
+
+    def mark_changed(self) -> None:
+        """Mark all of the rows as changed, and let lookups find the new records."""
+        self.shards.overlay.mark_changed(self.places)
+        if self.unpublished[0].size:
+            self.shards.overlay.replace(*self.unpublished)
+            self.unpublished = _NO_ROWS, _NO_ROWS
+
+    def abandon(self) -> None:
+        """Free the slots that no lookup knows of."""
+        self.shards.overlay.unreserve(self.unpublished[1])
+
+
+_NO_ROWS = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -373,8 +430,8 @@ def _gather_paged(runtime: Runtime, read: Read) -> None:
 def change(runtime: Runtime, changes: Sequence[Change]) -> None:
     """Carry out changes of one or several tables, together: all of them or none.
 
-    Each distinct row belongs to one task. Until the inner ``with``, anything may fail, and nothing has changed; within
-    it, nothing is expected to fail.
+    Each distinct row belongs to one task. Until `_carry_out` marks the rows as changed, anything may fail, and nothing
+    has changed; after that, nothing is expected to fail.
 
     Raises
     ------
@@ -388,26 +445,45 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
     with runtime.changing():
         changes, shards = _with_room(runtime, changes)
         runtime.check_sound()
-        places = load(runtime, [(s, each.batch.rows) for s, each in zip(shards, changes, strict=True)])
-        work = [_work(*each) for each in zip(changes, shards, places, strict=True)]
+        with signals_deferred():  # an interrupt half way would leave slots that nobody knows of
+            loaded = load(runtime, [_loading(*each) for each in zip(changes, shards, strict=True)])
+            try:
+                _carry_out(runtime, changes, loaded)
+            except BaseException:
+                for each in loaded:
+                    each.abandon()
+                raise
 
-        def change_rows(pieces: list[Piece]) -> None:
-            for piece in pieces:
-                work[piece.which](*plan.align(changes[piece.which].batch, piece))
 
-        pieces = _cut(
-            runtime, [c.batch.order.size for c in changes], [each.spec.record_bytes for each in shards]
-        )
-        tasks = [partial(change_rows, task) for task in pieces]
-        with runtime.all_or_nothing("an update or write"):
-            # Marked before they change: should the change fail half way, a rollback has to find all of its rows.
-            for memory, changed in zip(shards, places, strict=True):
-                memory.overlay.mark_changed(changed)
-            scheduler.run(tasks, runtime.threads)
-            for each, memory in zip(changes, shards, strict=True):
-                memory.totals.changes += 1
-                memory.totals.rows_changed += each.batch.rows.size
-                each.table.training.step += each.takes_step
+def _loading(change: Change, shards: Shards) -> Loading:
+    positions = change.overwritten(shards)
+    return Loading(shards, change.batch.rows, None if positions is None else change.values, positions)
+
+
+def _carry_out(runtime: Runtime, changes: Sequence[Change], loaded: Sequence[Loaded]) -> None:
+    """Change rows that are in slots."""
+    work = [_work(*each) for each in zip(changes, loaded, strict=True)]
+
+    def change_rows(pieces: list[Piece]) -> None:
+        for piece in pieces:
+            work[piece.which](*plan.align(changes[piece.which].batch, piece))
+
+    pairs = list(zip(changes, loaded, strict=True))
+    pieces = _cut(
+        runtime,
+        [0 if rows.are_new else each.batch.order.size for each, rows in pairs],
+        [rows.shards.spec.record_bytes for rows in loaded],
+    )
+    tasks = [partial(change_rows, task) for task in pieces]
+    with runtime.all_or_nothing("an update or write"):
+        # Marked before they change: should the change fail half way, a rollback has to find all of its rows.
+        for rows in loaded:
+            rows.mark_changed()
+        scheduler.run(tasks, runtime.threads)
+        for each, rows in pairs:
+            rows.shards.totals.changes += 1
+            rows.shards.totals.rows_changed += each.batch.rows.size
+            each.table.training.step += each.takes_step
 
 
 def _with_room(runtime: Runtime, changes: Sequence[Change]) -> tuple[list[Change], list[Shards]]:
@@ -443,13 +519,11 @@ def prefetch(runtime: Runtime, table: Target, rows: Int64Array, *, for_update: b
             some = rows[start : start + PREFETCH_ROWS]
             if not runtime.budget.evict(shards.overlay.count_new(some) * shards.overlay.row_bytes):
                 return  # the rows may never be used: not worth a fold, or spilling others
-            _fill_slots(runtime, [(shards, some)])
+            load(runtime, [Loading(shards, some)])
 
 
-def load(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> list[Int64Array]:
-    """Load ascending rows of tables into slots, without making room for them; return their places.
-
-    Places are valid only as long as the caller holds the lock.
+def load(runtime: Runtime, wanted: Sequence[Loading]) -> list[Loaded]:
+    """Load rows of tables into slots, without making room for them. The caller holds the lock.
 
     Raises
     ------
@@ -457,36 +531,57 @@ def load(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> list
         There is no more memory, or spilled rows cannot be read.
     """
     with signals_deferred():  # an interrupt half way would leave the counts of slots wrong
-        return _fill_slots(runtime, batches)
+        for each in wanted:
+            if each.values is None:
+                each.shards.overlay.reload(each.rows)
+        places = [each.shards.overlay.places(each.rows) for each in wanted]
+        # In the files, or spilled: the latter only if they are overwritten.
+        new = [(found == each.rows) | (found < 0) for found, each in zip(places, wanted, strict=True)]
+        parts = [
+            each._replace(
+                rows=each.rows[which],
+                positions=None if each.positions is None else each.positions[which],
+            )
+            for each, which in zip(wanted, new, strict=True)
+        ]
+        reserved = _fill_new_slots(runtime, parts)
+        # Not before they are filled: a lookup without the lock reads a slot as soon as the index leads to it.
+        for found, which, part, slots in zip(places, new, parts, reserved, strict=True):
+            found[which] = slots
+            if part.values is None:
+                part.shards.overlay.publish(part.rows, slots)
+                part.shards.totals.rows_copied += slots.size
+        return [
+            Loaded(part.shards, found, (_NO_ROWS, _NO_ROWS) if part.values is None else (part.rows, slots))
+            for found, part, slots in zip(places, parts, reserved, strict=True)
+        ]
 
 
-def _fill_slots(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> list[Int64Array]:
-    """Load ascending rows into slots without making room for them; return their places."""
-    for shards, rows in batches:
-        shards.overlay.reload(rows)
-    places = [shards.overlay.places(rows) for shards, rows in batches]
-    in_files = [found == rows for found, (_, rows) in zip(places, batches, strict=True)]
-    new = [(shards, rows[which]) for (shards, rows), which in zip(batches, in_files, strict=True)]
-    samples = _samples(len(new))
-    _read_ahead(runtime, [(shards, rows) for shards, rows in new if shards.is_cold(rows, samples)])
+def _fill_new_slots(runtime: Runtime, parts: Sequence[Loading]) -> list[Int64Array]:
+    """Reserve slots for rows that have none, and fill them; return their places."""
+    samples = _samples(len(parts))
+    read = [(each.shards, each.rows) for each in parts if each.values is None]
+    _read_ahead(runtime, [(shards, rows) for shards, rows in read if shards.is_cold(rows, samples)])
     reserved: list[Int64Array] = []
     try:
-        for shards, rows in new:
-            reserved.append(shards.overlay.reserve(rows))
-        copies = [
-            partial(shards.copy, rows, targets) for (shards, rows), targets in zip(new, reserved, strict=True)
-        ]
-        run_pieces(runtime, copies, [rows.size for _, rows in new], [s.spec.record_bytes for s, _ in new])
+        for each in parts:
+            reserved.append(each.shards.overlay.reserve(each.rows))
+        fill = [_fill(each, slots) for each, slots in zip(parts, reserved, strict=True)]
+        sizes = [each.shards.spec.record_bytes for each in parts]
+        run_pieces(runtime, fill, [each.rows.size for each in parts], sizes)
     except BaseException:
-        for (shards, _), targets in zip(new, reserved, strict=False):
-            shards.overlay.unreserve(targets)
+        for each, slots in zip(parts, reserved, strict=False):
+            each.shards.overlay.unreserve(slots)
         raise
-    # Not before the copies are complete: a lookup without the lock reads a slot as soon as the index leads to it.
-    for i, (shards, rows) in enumerate(new):
-        shards.overlay.publish(rows, reserved[i])
-        shards.totals.rows_copied += rows.size
-        places[i][in_files[i]] = reserved[i]
-    return places
+    return reserved
+
+
+def _fill(part: Loading, slots: Int64Array) -> Callable[[int, int], None]:
+    """Return the function that fills the slots ``start:stop``, with what the files hold or with new records."""
+    if part.values is None or part.positions is None:
+        return partial(part.shards.copy, part.rows, slots)
+    each_once = np.arange(slots.size + 1)
+    return partial(row_kernels.scatter, part.shards.records, slots, each_once, part.positions, part.values)
 
 
 def _make_room(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> None:
@@ -501,9 +596,15 @@ def _make_room(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -
     )
 
 
-def _work(change: Change, shards: Shards, places: Int64Array) -> Callable[[int, int], None]:
-    """Return the function that changes the distinct rows ``start:stop`` of a batch, given the places of their slots."""
-    batch, values, training = change.batch, change.values, change.table.training
+def _work(change: Change, rows: Loaded) -> Callable[[int, int], None]:
+    """Return the function that changes the distinct rows ``start:stop`` of a batch, given their slots."""
+    batch, values, training, shards, places = (
+        change.batch,
+        change.values,
+        change.table.training,
+        rows.shards,
+        rows.places,
+    )
     counts_writes = shards.spec.counters and values.shape[1] == shards.spec.embedding_dim
 
     def overwrite(start: int, stop: int) -> None:

@@ -168,6 +168,15 @@ class Overlay:
         """Let the index lead to slots, once they hold the records of their rows."""
         self._set_entries(rows, places - self.first_slot + 1)
 
+    def replace(self, rows: Int64Array, places: Int64Array) -> None:
+        """As `publish`, for rows that may be spilled: what the spill file holds of them is dropped."""
+        entries = self._entries(rows)
+        spilled = -entries[entries < 0].astype(np.int64) - 1
+        self.publish(rows, places)
+        if self._spill_file is not None and spilled.size:
+            with contextlib.suppress(OSError):  # only the space on the disk is not released
+                self._spill_file.release(spilled)
+
     def unreserve(self, places: Int64Array) -> None:
         """Free reserved slots that were not published. No lookup can know of them, so the version stays."""
         self.slots.free(places - self.first_slot)

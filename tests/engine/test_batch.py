@@ -19,8 +19,9 @@ from support.model import TableModel, assert_same_bits
 from support.stores import close_quietly
 
 import shardemb
-from shardemb.compute import plan, scheduler
+from shardemb.compute import plan, row_kernels, scheduler
 from shardemb.engine.memory_budget import MemoryBudget
+from shardemb.engine.overlay import Overlay
 from shardemb.engine.shards import Shards
 from shardemb.errors import ShardEmbError, TableNotFoundError, UnknownKeyError
 from shardemb.initializers import Constant, Normal, Uniform
@@ -294,7 +295,9 @@ def test_same_bits_whether_a_batch_is_held_to_be_cold_or_warm(
 
 def test_all_pages_of_a_cold_batch_are_requested_once(store, tasks_run, reads_ahead, monkeypatch):
     monkeypatch.setattr(Shards, "is_cold", lambda self, ids, most: True)
-    table = store.create_table("t", num_embeddings=ROWS, embedding_dim=DIM, rows_per_shard=64)
+    table = store.create_table(
+        "t", num_embeddings=ROWS, embedding_dim=DIM, rows_per_shard=64, optimizer=SGD()
+    )
     other = store.create_table("other", num_embeddings=ROWS, embedding_dim=DIM)
     ids = [2999, 5, 5, 70, 2999, 0]
     table.lookup(ids)
@@ -303,7 +306,7 @@ def test_all_pages_of_a_cold_batch_are_requested_once(store, tasks_run, reads_ah
     store.lookup({"t": ids, "other": [3, 1]})
     assert sorted(reads_ahead) == [0, 1, 3, 5, 70, 2999]
     reads_ahead.clear()
-    table.write(ids, np.ones((6, DIM)))
+    table.update(ids, np.ones((6, DIM)))
     assert sorted(reads_ahead) == [0, 5, 70, 2999]
     assert other.lookup([]).shape == (0, DIM)
 
@@ -362,6 +365,127 @@ def test_results_come_in_the_order_of_the_tasks():
     assert scheduler.run([lambda: 1], 2) == [1]
     slow = [partial(lambda k: (time.sleep(0.01 * (5 - k)), k)[1], k) for k in range(5)]
     assert scheduler.run(slow, 3) == [0, 1, 2, 3, 4]
+
+
+# ---- rows that are overwritten whole
+
+
+@pytest.fixture
+def copied(monkeypatch):
+    """List the rows that were copied from the files into slots, or reloaded from the spill file."""
+    found = []
+    copy, reload = Shards.copy, Overlay.reload
+
+    def spy(self, rows, places, start, stop):
+        found.extend(rows[start:stop].tolist())
+        copy(self, rows, places, start, stop)
+
+    def spy_on_reload(self, rows):
+        found.extend(rows[self.places(rows) < 0].tolist())
+        reload(self, rows)
+
+    monkeypatch.setattr(Shards, "copy", spy)
+    monkeypatch.setattr(Overlay, "reload", spy_on_reload)
+    return found
+
+
+WHOLE = {
+    "no optimizer": {},
+    "no state": {"optimizer": SGD()},
+    "with presence": {"initializer": Normal(seed=3)},
+}
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+@pytest.mark.parametrize("budget", [None, 0])
+def test_rows_that_are_overwritten_whole_are_never_read(
+    path, tasks_run, reads_ahead, copied, monkeypatch, kind, budget
+):
+    monkeypatch.setattr(Shards, "is_cold", lambda self, ids, most: True)
+    rng = np.random.default_rng(0)
+    arguments = {"num_embeddings": ROWS, "embedding_dim": DIM, **WHOLE[kind]}
+    model = TableModel.new("t", **arguments)
+    with shardemb.open(path, memory_budget=budget, threads=2) as store:
+        table = store.create_table("t", rows_per_shard=64, **arguments)
+        initial = table.lookup(EVERYTHING)
+        reads_ahead.clear()
+        for step in range(8):
+            ids = rng.integers(0, ROWS, 400)  # some rows twice, some in slots or spilled by now, some only in files
+            rows = rng.normal(size=(400, DIM)).astype(np.float32)
+            table.write(ids, rows)
+            model.write(ids, rows)
+            if step % 3 == 2:
+                table.reset_rows(ids[:9])
+                model.write(ids[:9], initial[ids[:9]])
+            if step % 2:
+                store.commit()
+        assert not copied
+        assert not reads_ahead
+        assert max(tasks_run) > 1
+        model.assert_matches(table)
+        committed = table.lookup(EVERYTHING)
+        store.commit()
+        table.write(ids, -rows)
+        table.write(ids[5:50] // 2, rows[5:50])
+        store.rollback()
+        assert_same_bits(table.lookup(EVERYTHING), committed)
+    with shardemb.open(path, "r") as store:
+        model.assert_matches(store["t"])
+
+
+def test_writes_of_tables_with_state_or_counts_copy_their_rows(store, copied):
+    for number, options in enumerate([{"optimizer": Adagrad(lr=1.0)}, {"counters": True}]):
+        table = store.create_table(f"t{number}", num_embeddings=9, embedding_dim=2, **options)
+        table.write([4, 2], np.ones((2, 2)))
+        assert sorted(copied) == [2, 4]
+        copied.clear()
+
+
+def test_no_lookup_finds_a_row_that_is_overwritten_before_all_of_it_is_there(store, monkeypatch):
+    table = store.create_table("t", num_embeddings=100, embedding_dim=DIM, initializer=Constant(2.0))
+    table.write([0], np.zeros((1, DIM)))  # so that the index is in use
+    seen = []
+    replace = Overlay.replace
+
+    def spy(self, rows, places):
+        seen.append(table.lookup([7, 8, 7]).tolist())  # as another thread might, without the lock
+        replace(self, rows, places)
+        seen.append(table.lookup([7, 8, 7]).tolist())
+
+    monkeypatch.setattr(Overlay, "replace", spy)
+    table.write([8, 7, 7], np.arange(3.0)[:, np.newaxis] * np.ones(DIM))
+    assert [[row[0] for row in rows] for rows in seen] == [[2, 2, 2], [2, 0, 2]]
+
+
+@pytest.mark.parametrize("where", ["fill", "cut", "mark"])
+def test_a_write_of_whole_rows_that_fails_leaves_everything_as_it_was(store, monkeypatch, where):
+    table = store.create_table("t", num_embeddings=100, embedding_dim=DIM, initializer=Constant(2.0))
+    table.write([1, 2], np.ones((2, DIM)))
+    store.commit()
+    shards = inside.shards(table)
+    before = shards.overlay.slots.count, shards.overlay.slots.dirty, shards.overlay.changes
+
+    def fail(*arguments):
+        raise MemoryError("none left")
+
+    with monkeypatch.context() as patch:
+        if where == "fill":
+            patch.setattr(row_kernels, "scatter", fail)
+        elif where == "cut":
+            cut, calls = plan.cut, []
+            patch.setattr(plan, "cut", lambda *each: fail() if len(calls) > 1 else calls.append(0) or cut(*each))
+        else:
+            patch.setattr(Overlay, "mark_changed", fail)
+        with pytest.raises(MemoryError):
+            table.write([2, 3], np.zeros((2, DIM)))
+    assert (shards.overlay.slots.count, shards.overlay.slots.dirty, shards.overlay.changes) == before
+    if where == "mark":
+        store.rollback()
+    assert table.lookup([1, 2, 3])[:, 0].tolist() == [1, 1, 2]
+    store.checkpoint()  # now the slots may be evicted
+    table.write([2, 3], np.zeros((2, DIM)))
+    store.commit()
+    assert table.lookup([1, 2, 3])[:, 0].tolist() == [1, 0, 0]
 
 
 # ---- what others do while a batch waits for room
