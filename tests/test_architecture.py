@@ -39,8 +39,8 @@ ROOMS = {
         "rewrite", "verify",
     ],
     "engine": [
-        "output_pool", "slots", "spill_file", "overlay", "memory_budget", "runtime", "shards", "batch",
-        "disk_usage", "table_state",
+        "output_pool", "slots", "spill_file", "overlay", "memory_budget", "warming", "runtime", "shards", "batch",
+        "table_state",
     ],
     "io": ["arrow", "targets", "parquet"],
     "vocabulary": [
@@ -265,7 +265,10 @@ EXCEPTIONS = {
     ("compute.compiler", "os.access"): "the same",
     ("compute.compiler", "os.getuid"): "the same",
     ("compute.intrinsics", "load"): "from memory",
-    ("store.opening", "read_text"): "the memory limit of the machine, below /sys",
+    (
+        "engine.memory_budget",
+        "read_text",
+    ): "the memory of the machine and of control groups, below /proc and /sys",
     ("text", "open"): "text files of the caller's, to read; no part of a store",
     ("engine.output_pool", "remove"): "of a list",
     ("storage.address_space", "os.strerror"): "the text of an error",

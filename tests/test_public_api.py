@@ -88,7 +88,7 @@ check_finite: bool = True) -> None
 
 FUNCTIONS = """
 open(path: str | os.PathLike[str], mode: Mode = 'a', *, memory_budget: int | None = None, \
-log_bytes: int = 1073741824, threads: int | None = None) -> Store
+log_bytes: int = 1073741824, threads: int | None = None, warm: bool = True) -> Store
 """
 
 STORE = """
@@ -149,6 +149,7 @@ step: int
 to_arrow_batches(self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None) -> pa.RecordBatchReader
 to_dask_array(self) -> dask.array.Array
 update(self, ids: ArrayLike, grads: ArrayLike, *, check_finite: bool = True) -> None
+warm(self, rows: ArrayLike | None = None, *, progress: Progress = None) -> None
 write(self, ids: ArrayLike, rows: ArrayLike, *, check_finite: bool = True) -> None
 """
 

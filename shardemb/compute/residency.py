@@ -57,6 +57,27 @@ def sample_resident(
 
 
 @kernel
+def count_resident(address: int, nbytes: int) -> int:
+    """Count the pages of a range of whole pages that are in memory; 0 if mincore fails."""
+    answer = np.zeros(nbytes // PAGE, np.uint8)
+    if _mincore(address, nbytes, answer.ctypes.data) != 0:
+        return 0
+    resident = 0
+    for page in answer:
+        resident += int(page & 1)
+    return resident
+
+
+@kernel
+def advise_range(address: int, nbytes: int, advice: int, most: int) -> int:
+    """Give `advice` on a range of memory, up to `most` bytes in a call; return how many calls failed."""
+    failed = 0
+    for start in range(0, nbytes, most):
+        failed += _madvise(address + start, min(most, nbytes - start), advice) != 0
+    return failed
+
+
+@kernel
 def _advise_pages(base: int, start: int, stop: int, advice: int, most_pages: int) -> int:
     failed = 0
     for first in range(start, stop, most_pages):

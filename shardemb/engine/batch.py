@@ -21,15 +21,16 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from shardemb.base.formatting import plural, size
 from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE
-from shardemb.compute import file_blocks, plan, row_kernels, scheduler
+from shardemb.compute import plan, row_kernels, scheduler
 from shardemb.engine.shards import PAGED_ROWS
 from shardemb.errors import ShardEmbError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
 
     from shardemb.base.validation import Float32Array, Int64Array
     from shardemb.compute.plan import Grouped, Piece
@@ -212,6 +213,11 @@ class Loading(NamedTuple):
     values: Float32Array | None = None
     positions: Int64Array | None = None
 
+    def part(self, which: NDArray[np.bool_]) -> Loading:
+        """Return the same for some of the rows."""
+        positions = None if self.positions is None else self.positions[which]
+        return Loading(self.shards, self.rows[which], self.values, positions)
+
 
 class Loaded:
     """Rows in slots.
@@ -225,7 +231,9 @@ class Loaded:
         Rows that are overwritten whole, and the places of new slots with their new records; no lookup knows of these.
     """
 
-    def __init__(self, shards: Shards, places: Int64Array, unpublished: tuple[Int64Array, Int64Array]) -> None:
+    def __init__(
+        self, shards: Shards, places: Int64Array, unpublished: tuple[Int64Array, Int64Array]
+    ) -> None:
         self.shards, self.places, self.unpublished = shards, places, unpublished
 
     @property
@@ -248,59 +256,6 @@ class Loaded:
 _NO_ROWS = np.empty(0, np.int64)
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """What a lookup of a batch involves, see `Table.explain`; prints as a few lines.
-
-    Attributes
-    ----------
-    ids, rows : int
-        Ids of the batch, and the distinct rows among them.
-    rows_in_memory, rows_out, rows_never_written : int
-        How many of these rows changed and are in memory, changed and are in the spill file, and were never written. The
-        last get their initial values without any access to the disk.
-    shards, pages, pages_resident : int
-        All other rows are read from that many shards, on that many pages of 4,096 bytes, of which `pages_resident` are
-        in memory now.
-    bytes_useful, bytes_read : int
-        Bytes of the result that come from these pages, counting each row once, and bytes that have to be read from disk
-        for them.
-    path : {"warm", "cold", "paged"}
-        Warm batches are gathered as they are. Cold ones are sorted, and all of their pages are requested ahead. While
-        the table has rows in the spill file, a batch is processed part by part, and the rows of each are reloaded.
-    tasks : int
-        Tasks that the gathering is cut into.
-    """
-
-    ids: int
-    rows: int
-    rows_in_memory: int
-    rows_out: int
-    rows_never_written: int
-    shards: int
-    pages: int
-    pages_resident: int
-    bytes_useful: int
-    bytes_read: int
-    path: str
-    tasks: int
-
-    def __str__(self) -> str:
-        read = (
-            f"{self.bytes_read / self.bytes_useful:.1f} x as much" if self.bytes_useful else "nothing to read"
-        )
-        lines = [
-            f"{plural(self.ids, 'id')}, {plural(self.rows, 'distinct row')}: "
-            f"{self.rows_in_memory:,} changed and in memory, {self.rows_out:,} in the spill file, "
-            f"{self.rows_never_written:,} never written",
-            f"the rest is in {plural(self.shards, 'shard')}, on {plural(self.pages, 'page')}, "
-            f"{self.pages_resident:,} of them in memory",
-            f"{size(self.bytes_useful)} of them are needed; to read {size(self.bytes_read)} ({read})",
-            f"{self.path}, in {plural(self.tasks, 'task')}",
-        ]
-        return "\n".join(lines)
-
-
 def read(runtime: Runtime, reads: Sequence[Read]) -> None:
     """Carry out lookups in one or several tables, together.
 
@@ -320,30 +275,9 @@ def read(runtime: Runtime, reads: Sequence[Read]) -> None:
         each.shards.totals.add_lookup(each.ids.size)
 
 
-def explain(runtime: Runtime, shards: Shards, ids: Int64Array) -> Explanation:
-    """Describe what a lookup of the weights of a batch involves."""
-    rows = plan.group(ids, shards.spec.num_embeddings).rows
-    with runtime.lock:
-        places = shards.overlay.places(rows)
-        path = "paged" if shards.overlay.spilled else "cold" if shards.is_cold(ids, SAMPLES) else "warm"
-    in_files, written = places == rows, shards.were_written(rows)
-    read = rows[in_files & written]
-    pages = file_blocks.pages(read, shards.spec.record_bytes)
-    resident, row_bytes = shards.count_resident(pages), 4 * shards.spec.embedding_dim
-    return Explanation(
-        ids=ids.size,
-        rows=rows.size,
-        rows_in_memory=int(np.count_nonzero(places > rows)),
-        rows_out=int(np.count_nonzero(places < 0)),
-        rows_never_written=int(np.count_nonzero(in_files & ~written)),
-        shards=np.unique(read // shards.spec.rows_per_shard).size,
-        pages=pages.size,
-        pages_resident=resident,
-        bytes_useful=read.size * row_bytes,
-        bytes_read=(pages.size - resident) * PAGE,
-        path=path,
-        tasks=len(_cut(runtime, [ids.size], [_row_bytes(shards, "weight", ids)])),
-    )
+def count_tasks(runtime: Runtime, shards: Shards, ids: Int64Array) -> int:
+    """Count the tasks that a lookup of weights is cut into."""
+    return len(_cut(runtime, [ids.size], [_row_bytes(shards, "weight", ids)]))
 
 
 def read_range(runtime: Runtime, table: Target, column: str, start: int, stop: int) -> Float32Array:
@@ -383,8 +317,15 @@ def _gather(runtime: Runtime, reads: Sequence[Read]) -> None:
     cold = [each for each in reads if each.shards.is_cold(each.ids, samples)]
     for each in cold:
         each.shards.totals.add_cold()
-    if cold:
-        _read_ahead(runtime, [(c.shards, plan.group(c.ids, c.shards.spec.num_embeddings).rows) for c in cold])
+    with runtime.warming.batch_reads([each.shards for each in cold]):
+        if cold:
+            _read_ahead(
+                runtime, [(c.shards, plan.group(c.ids, c.shards.spec.num_embeddings).rows) for c in cold]
+            )
+        _gather_all(runtime, reads)
+
+
+def _gather_all(runtime: Runtime, reads: Sequence[Read]) -> None:
     gathers = [partial(read.shards.gather, read.column, read.ids, read.out) for read in reads]
     run_pieces(
         runtime,
@@ -537,13 +478,7 @@ def load(runtime: Runtime, wanted: Sequence[Loading]) -> list[Loaded]:
         places = [each.shards.overlay.places(each.rows) for each in wanted]
         # In the files, or spilled: the latter only if they are overwritten.
         new = [(found == each.rows) | (found < 0) for found, each in zip(places, wanted, strict=True)]
-        parts = [
-            each._replace(
-                rows=each.rows[which],
-                positions=None if each.positions is None else each.positions[which],
-            )
-            for each, which in zip(wanted, new, strict=True)
-        ]
+        parts = [each.part(which) for each, which in zip(wanted, new, strict=True)]
         reserved = _fill_new_slots(runtime, parts)
         # Not before they are filled: a lookup without the lock reads a slot as soon as the index leads to it.
         for found, which, part, slots in zip(places, new, parts, reserved, strict=True):
@@ -560,15 +495,21 @@ def load(runtime: Runtime, wanted: Sequence[Loading]) -> list[Loaded]:
 def _fill_new_slots(runtime: Runtime, parts: Sequence[Loading]) -> list[Int64Array]:
     """Reserve slots for rows that have none, and fill them; return their places."""
     samples = _samples(len(parts))
-    read = [(each.shards, each.rows) for each in parts if each.values is None]
-    _read_ahead(runtime, [(shards, rows) for shards, rows in read if shards.is_cold(rows, samples)])
+    cold = [
+        (each.shards, each.rows)
+        for each in parts
+        if each.values is None and each.shards.is_cold(each.rows, samples)
+    ]
     reserved: list[Int64Array] = []
     try:
         for each in parts:
             reserved.append(each.shards.overlay.reserve(each.rows))
         fill = [_fill(each, slots) for each, slots in zip(parts, reserved, strict=True)]
         sizes = [each.shards.spec.record_bytes for each in parts]
-        run_pieces(runtime, fill, [each.rows.size for each in parts], sizes)
+        with runtime.warming.batch_reads([shards for shards, _ in cold]):
+            if cold:
+                _read_ahead(runtime, cold)
+            run_pieces(runtime, fill, [each.rows.size for each in parts], sizes)
     except BaseException:
         for each, slots in zip(parts, reserved, strict=False):
             each.shards.overlay.unreserve(slots)

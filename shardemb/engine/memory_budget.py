@@ -2,20 +2,24 @@
 
 Then memory is freed in this order: clean rows, of which the files hold the same, are evicted; committed rows are folded
 into the files and then evicted; the rest is spilled to a file.
+
+How much memory there is, and how much of it is free, the kernel says of the machine (``/proc/meminfo``) and of each
+control group that the process is in, of either version.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Protocol
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from shardemb.base.interrupts import signals_deferred
 from shardemb.errors import DiskFullError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from shardemb.base.validation import Int64Array
     from shardemb.engine.overlay import Overlay
@@ -23,6 +27,72 @@ if TYPE_CHECKING:
 
 
 _log = logging.getLogger("shardemb")
+
+
+def total_bytes(root: Path = Path("/")) -> int:
+    """Return the memory that this process can have at most: the machine's, or the limit of a control group.
+
+    `root` is where ``proc`` and ``sys`` are.
+    """
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *(group.limit for group in _control_groups(root))])
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Return the memory that this process can still have, counting what holds copies of files; 0 if nothing says so.
+
+    `root` is as in `total_bytes`.
+    """
+    machine = 1024 * _numbers(root / "proc/meminfo").get("MemAvailable:", 0)
+    return max(0, min([machine, *(group.limit - group.used for group in _control_groups(root))]))
+
+
+class _ControlGroup(NamedTuple):
+    """Limits the memory of some processes. What holds copies of files does not count as used."""
+
+    limit: int
+    used: int
+
+
+def _control_groups(root: Path) -> Iterator[_ControlGroup]:
+    """Yield the groups with a limit that this process is in, with those around them."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, kinds, path = line.split(":", 2)
+        if number == "0" and not kinds:
+            top, names, cached = root / "sys/fs/cgroup", _VERSION_2, ("active_file", "inactive_file")
+        elif "memory" in kinds.split(","):
+            top, names = root / "sys/fs/cgroup/memory", _VERSION_1
+            cached = ("total_active_file", "total_inactive_file")
+        else:
+            continue
+        # In a container, the path may be that outside of it; then only the top is found.
+        inner = top / path.strip("/")
+        for folder in (inner, *(each for each in inner.parents if each.is_relative_to(top))):
+            try:
+                limit, used = (int((folder / name).read_text()) for name in names)
+            except (OSError, ValueError):
+                continue  # there is no such group, or it has no limit ("max")
+            statistics = _numbers(folder / "memory.stat")
+            yield _ControlGroup(limit, used - sum(statistics.get(each, 0) for each in cached))
+
+
+_VERSION_1, _VERSION_2 = (
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ("memory.max", "memory.current"),
+)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """Read a file of the kernel whose lines are names and numbers."""
+    try:
+        lines = (line.split() for line in path.read_text().splitlines())
+        return {words[0]: int(words[1]) for words in lines if len(words) > 1}
+    except (OSError, ValueError):
+        return {}
 
 
 class Folds(Protocol):

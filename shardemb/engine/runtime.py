@@ -17,6 +17,7 @@ from shardemb.base.forks import usable_in_child
 from shardemb.base.interrupts import signals_deferred
 from shardemb.engine.memory_budget import MemoryBudget, NoFolds
 from shardemb.engine.output_pool import OutputPool
+from shardemb.engine.warming import Warming
 from shardemb.errors import PoisonedError, ReadOnlyError, StaleReaderError, StoreClosedError
 from shardemb.format import store_paths
 from shardemb.format.manifest import Manifest
@@ -59,6 +60,8 @@ class Runtime:
         Moves committed rows into the files.
     outputs : OutputPool
         Makes the arrays that lookups return.
+    warming : Warming
+        Reads tables that fit into memory in the background.
     closed : bool
         Whether the store takes no more calls.
     poisoned : str or None
@@ -81,12 +84,25 @@ class Runtime:
     budget: MemoryBudget = field(default_factory=MemoryBudget, repr=False)
     folds: Folds = field(default_factory=NoFolds, repr=False)
     outputs: OutputPool = field(default_factory=OutputPool, repr=False)
+    warming: Warming = field(default_factory=Warming, repr=False)
     closed: bool = False
     poisoned: str | None = None
     half_done: str | None = None
     pid: int = field(default_factory=os.getpid)
     _background: ThreadPoolExecutor | None = field(default=None, repr=False)
     _background_lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+
+    def again(self) -> Runtime:
+        """Return the settings of this opening for another one, which shares nothing with it but the lock."""
+        return Runtime(
+            self.path,
+            self.writable,
+            self.threads,
+            self.memory_budget,
+            self.log_bytes,
+            lock=self.lock,
+            warming=Warming(enabled=self.warming.enabled),
+        )
 
     def become_writer(self, folds: Folds, overlays: Callable[[], Sequence[Overlay]]) -> None:
         """Keep the rows in memory of all tables within the memory budget, and spill and fold for it, from now on."""
@@ -97,6 +113,7 @@ class Runtime:
         """Be readable in a forked child. Journal, spill file and background thread stay with the parent."""
         self.folds, self.budget = NoFolds(), MemoryBudget()
         self._background, self._background_lock = None, usable_in_child(self._background_lock)
+        self.warming.detach_in_child()
 
     def check_open(self) -> None:
         """Raise `StoreClosedError` once the store is closed."""
@@ -183,6 +200,7 @@ class Runtime:
             self.closed = True
             background, self._background = self._background, None
         self.fresh = None  # keeps a file mapped
+        self.warming.close()
         if background is not None:
             background.shutdown(cancel_futures=True)
         self.outputs.close()

@@ -8,6 +8,8 @@ process (`Overlay`); to undo the change is to drop the slot.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import threading
 from typing import TYPE_CHECKING
 
@@ -16,7 +18,7 @@ import numpy as np
 from shardemb.base.forks import usable_in_child
 from shardemb.base.sampling import stream_key
 from shardemb.base.sizes import PAGE, round_up
-from shardemb.compute import residency, row_kernels
+from shardemb.compute import file_blocks, residency, row_kernels
 from shardemb.engine.overlay import Overlay
 from shardemb.format.table_files import TableLocation
 from shardemb.initializers import Constant
@@ -51,12 +53,17 @@ class Totals:
         Updates and writes, and their distinct rows.
     rows_copied : int
         Rows that were copied into slots.
+    bytes_requested : int
+        Bytes of the pages that cold batches and prefetches asked for, whether or not some were in memory.
+    bytes_warmed : int
+        Bytes that were not in memory and were read to warm the table.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self.lookups = self.rows_looked_up = self.cold_lookups = 0
         self.changes = self.rows_changed = self.rows_copied = 0
+        self.bytes_requested = self.bytes_warmed = 0
 
     def detach_in_child(self) -> None:
         """Be usable in a forked child, whatever other threads did in its parent."""
@@ -72,6 +79,12 @@ class Totals:
         """Count a lookup some of whose pages were not in memory."""
         with self._lock:
             self.cold_lookups += 1
+
+    def add_bytes(self, *, requested: int = 0, warmed: int = 0) -> None:
+        """Count bytes that were requested from the files, or read to warm the table."""
+        with self._lock:
+            self.bytes_requested += requested
+            self.bytes_warmed += warmed
 
 
 class Shards:
@@ -182,17 +195,22 @@ class Shards:
 
     def read_ahead(self, rows: Int64Array, start: int, stop: int) -> None:
         """Request the pages of ascending ``rows[start:stop]``; the kernel reads them in the background."""
+        self.totals.add_bytes(requested=self.pages_bytes(rows[start:stop]))
         # If the advice fails, only time is lost: the gather reads the pages all the same.
         for number, first, last in self._huge_pages(rows[start:stop]):
             with contextlib.suppress(OSError):
                 address_space.read_in_huge_pages(self.shard_path(number), first, last - first)
-        residency.advise(
+        self._advise(rows, address_space.MADV_WILLNEED, start, stop)
+
+    def _advise(self, rows: Int64Array, advice: int, start: int, stop: int) -> int:
+        """Give advice on the pages of those of ascending ``rows[start:stop]`` that only the files have."""
+        return residency.advise(
             self._rows.address,
             self.spec.record_bytes,
             *self.overlay.index,
             self.present,
             rows,
-            address_space.MADV_WILLNEED,
+            advice,
             files.ADVISED // PAGE,
             start,
             stop,
@@ -215,6 +233,45 @@ class Shards:
             )
             if first < last:
                 yield number, first, last
+
+    # ---- warming; no lock needed
+
+    def pages_bytes(self, rows: Int64Array) -> int:
+        """Count the bytes of the pages of ascending rows."""
+        return PAGE * int(file_blocks.pages(rows, self.spec.record_bytes).size)
+
+    def written_pieces(self, nbytes: int) -> Iterator[tuple[int, int]]:
+        """Yield the parts of the mapped files that were ever written, as offsets and lengths up to `nbytes`."""
+        for shard in range(self.spec.num_shards):
+            path, begin = self.shard_path(shard), shard * self.spec.shard_bytes
+            if files.size(path) is None:  # it is read as zeros
+                continue
+            with files.opened(path, os.O_RDONLY) as descriptor:
+                written = list(files.data(descriptor, 0, self.spec.shard_bytes))
+            for first, last in written:
+                for start in range(first, last, nbytes):
+                    yield begin + start, min(nbytes, last - start)
+
+    def request(self, offset: int, nbytes: int) -> None:
+        """Request a part of the mapped files, to warm it; the kernel reads it in the background."""
+        address = self._rows.address + offset
+        self.totals.add_bytes(warmed=nbytes - PAGE * residency.count_resident(address, nbytes))
+        residency.advise_range(address, nbytes, address_space.MADV_WILLNEED, files.ADVISED)
+
+    def read_in(self, offset: int, nbytes: int) -> None:
+        """Wait until a part of the mapped files is in memory, and let this process see it without page faults.
+
+        Raises
+        ------
+        OSError
+            It cannot be read.
+        """
+        self._rows.advise(offset, nbytes, address_space.MADV_POPULATE_READ)
+
+    def read_in_rows(self, rows: Int64Array) -> None:
+        """As `read_in`, for the pages of ascending rows."""
+        if self._advise(rows, address_space.MADV_POPULATE_READ, 0, rows.size):
+            raise OSError(errno.EIO, f"{self.directory} cannot be read")
 
     # ---- changing, in memory; under the store's lock
 
@@ -347,6 +404,23 @@ class Shards:
 
     # ---- files
 
+    def rows_written(self) -> Int64Array:
+        """Count for each shard the rows that hold more than their initial values, dirty ones included."""
+        spec = self.spec
+        rows = table_folder.rows_written(self.location)
+        dirty = self.overlay.dirty_rows()
+        if spec.has_presence:
+            dirty = dirty[~self.were_written(dirty)]
+        rows += np.bincount(dirty // spec.rows_per_shard, minlength=spec.num_shards)
+        every = (self.location.shard(shard).rows for shard in range(spec.num_shards))
+        counts: Int64Array = np.minimum(rows, np.array([last - first for first, last in every]))
+        return counts
+
+    def bytes_allocated(self) -> Int64Array:
+        """Return for each shard the bytes that its file takes on the disk."""
+        paths = map(self.shard_path, range(self.spec.num_shards))
+        return np.array([files.allocated(path) for path in paths], np.int64)
+
     @property
     def location(self) -> TableLocation:
         """The spec of the table and the folder that it is in now."""
@@ -361,11 +435,22 @@ class Shards:
         return self.location.presence_chunk(chunk).path
 
 
-def create(spec: TableSpec, directory: Path, rows: FirstRows | None, progress: Progress = None) -> Shards:
+def create(
+    spec: TableSpec,
+    directory: Path,
+    rows: FirstRows | None,
+    progress: Progress = None,
+    *,
+    stays_cached: bool = False,
+) -> Shards:
     """Create a table's folder, see `table_folder.create`, and map it; remove the folder if it cannot be mapped."""
-    table_folder.create(spec, directory, rows, progress)
+    table_folder.create(spec, directory, rows, progress, stays_cached=stays_cached)
     try:
-        return Shards(spec, directory)
+        mapped = Shards(spec, directory)
+        if stays_cached:  # or the first lookups would have a page fault for each 64 KiB
+            for offset, nbytes in mapped.written_pieces(spec.shard_bytes):
+                mapped.read_in(offset, nbytes)
+        return mapped
     except BaseException:
         files.remove_tree(directory)
         raise

@@ -19,7 +19,7 @@ from shardemb.base import serialization, validation
 from shardemb.base.formatting import size
 from shardemb.base.progress import track
 from shardemb.compute import plan, scheduler
-from shardemb.engine import batch, disk_usage
+from shardemb.engine import batch, warming
 from shardemb.engine.shards import Shards
 from shardemb.errors import ShardEmbError, TableNotFoundError
 from shardemb.format import store_paths
@@ -130,8 +130,8 @@ class TableState:
         """Return what `Table.stats` does."""
         shards = self.live()
         with self.runtime.lock:
-            on_disk = disk_usage.measure(shards)
-        by_shard = zip(on_disk.rows_written.tolist(), on_disk.bytes_allocated.tolist(), strict=True)
+            rows, allocated = shards.rows_written(), shards.bytes_allocated()
+        by_shard = zip(rows.tolist(), allocated.tolist(), strict=True)
         totals, overlay = shards.totals, shards.overlay
         return {
             "lookups": totals.lookups,
@@ -140,13 +140,15 @@ class TableState:
             "changes": totals.changes,
             "rows_changed": totals.rows_changed,
             "rows_copied": totals.rows_copied,
+            "bytes_requested": totals.bytes_requested,
+            "bytes_warmed": totals.bytes_warmed,
             "rows_in_memory": overlay.slots.count,
             "bytes_in_memory": overlay.nbytes,
             "rows_out": overlay.spilled,
             "bytes_mapped": self.spec.num_shards * self.spec.shard_bytes,
-            "rows_written": int(on_disk.rows_written.sum()),
-            "bytes_allocated": int(on_disk.bytes_allocated.sum()),
-            "shards": [{"rows_written": rows, "bytes_allocated": nbytes} for rows, nbytes in by_shard],
+            "rows_written": int(rows.sum()),
+            "bytes_allocated": int(allocated.sum()),
+            "shards": [{"rows_written": count, "bytes_allocated": nbytes} for count, nbytes in by_shard],
         }
 
     # ---- reading
@@ -229,11 +231,10 @@ class TableState:
             self.runtime.check_writable()
         self.runtime.in_background(partial(batch.prefetch, self.runtime, self, rows, for_update=for_update))
 
-    def explain(self, ids: ArrayLike) -> batch.Explanation:
-        """Describe what a lookup of a batch involves."""
-        shards = self.live()
-        checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
-        return batch.explain(self.runtime, shards, checked.flat)
+    def warm(self, ids: ArrayLike | None, progress: Progress) -> None:
+        """Read the table into memory, or the pages of rows, and wait for it."""
+        rows = None if ids is None else self._distinct(ids)
+        warming.warm(self.live(), self.name, rows, progress)
 
     def as_dask_array(self, owner: object) -> dask.array.Array:
         """Make a dask array of the weights, one chunk a shard; it holds `owner`, which keeps the store open."""

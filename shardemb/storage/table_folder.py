@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shardemb.base.progress import track
+from shardemb.base.sizes import PAGE
 from shardemb.errors import FormatError, ShardEmbError
 from shardemb.format import zarr_metadata
 from shardemb.format.table_files import TableLocation
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shardemb.base.progress import Advance, Progress
-    from shardemb.base.validation import FirstRows
+    from shardemb.base.validation import FirstRows, Int64Array
     from shardemb.format.spec import TableSpec
+    from shardemb.format.table_files import File
 
 _BLOCK_BYTES = 4 * 2**20
 
@@ -39,11 +41,18 @@ def check_mappings(spec: TableSpec, *, exists: bool = False) -> None:
         raise ShardEmbError(msg)
 
 
-def create(spec: TableSpec, directory: Path, rows: FirstRows | None, progress: Progress = None) -> None:
+def create(
+    spec: TableSpec,
+    directory: Path,
+    rows: FirstRows | None,
+    progress: Progress = None,
+    *,
+    stays_cached: bool = False,
+) -> None:
     """Create a table's folder with its zarr documents and all its files, which are sparse unless `rows` is given.
 
-    `rows` are read in consecutive ranges of a few MiB; `progress` counts them as they are written. Nothing is durable
-    yet (`files.sync_tree` makes it durable).
+    `rows` are read in consecutive ranges of a few MiB; `progress` counts them as they are written. If the table
+    `stays_cached`, the page cache keeps them. Nothing is durable yet (`files.sync_tree` makes it durable).
 
     Raises
     ------
@@ -58,7 +67,7 @@ def create(spec: TableSpec, directory: Path, rows: FirstRows | None, progress: P
         total = 0 if rows is None else rows.count
         with track(total, f"copying rows into {spec.stream!r}", progress=progress) as advance:
             if rows is not None:
-                _write_rows(TableLocation(spec, directory), rows, advance)
+                _write_rows(TableLocation(spec, directory), rows, advance, stays_cached=stays_cached)
     except BaseException:
         files.remove_tree(directory)
         raise
@@ -160,7 +169,33 @@ def find_missing(spec: TableSpec, directory: Path) -> list[tuple[Path, int]]:
     return missing
 
 
-def _write_rows(table: TableLocation, rows: FirstRows, advance: Advance) -> None:
+def rows_written(table: TableLocation) -> Int64Array:
+    """Count for each shard the rows that its file has records of; about, if no bitmap says which were written."""
+    count = _rows_with_bit if table.spec.has_presence else _rows_of_blocks
+    return np.array([count(table, table.shard(number)) for number in range(table.spec.num_shards)], np.int64)
+
+
+def _rows_with_bit(table: TableLocation, file: File) -> int:
+    total = 0
+    for chunk, start, stop in table.presence_of(file.rows):
+        with files.opened(chunk.path, os.O_RDONLY) as descriptor:
+            for begin, end in files.data(descriptor, start, stop):
+                data = files.read_at(descriptor, end - begin, begin, chunk.path)
+                total += int.from_bytes(data, "little").bit_count()
+    return total
+
+
+def _rows_of_blocks(table: TableLocation, file: File) -> int:
+    path, start = table.checksums_path, 8 * file.first
+    written = 0
+    with files.opened(path, os.O_RDONLY) as descriptor:
+        for begin, end in files.data(descriptor, start, start + 8 * file.nbytes // PAGE):
+            sums = np.frombuffer(files.read_at(descriptor, end - begin, begin, path), np.uint64)
+            written += int(np.count_nonzero(sums != checksums.NEVER_WRITTEN))
+    return written * PAGE // table.spec.record_bytes
+
+
+def _write_rows(table: TableLocation, rows: FirstRows, advance: Advance, *, stays_cached: bool) -> None:
     """Write the first rows directly into new files, so that bulk data never takes private memory."""
     spec = table.spec
     block_rows = max(1, _BLOCK_BYTES // spec.record_bytes)
@@ -169,17 +204,24 @@ def _write_rows(table: TableLocation, rows: FirstRows, advance: Advance) -> None
         begin, end = file.rows[0], min(file.rows[1], rows.count)
         if begin >= end:
             break
-        with files.opened(file.path, os.O_WRONLY) as descriptor:
+        with files.opened(file.path, os.O_RDWR) as descriptor:
             for start in range(begin, end, block_rows):
                 stop = min(start + block_rows, end)
                 records = np.empty((stop - start, spec.width), np.float32)
                 records[:, : spec.embedding_dim] = rows.read(start, stop)
                 records[:, spec.embedding_dim :] = spec.initial_state
-                files.write(descriptor, records.data, (start - begin) * spec.record_bytes, file.path)
+                offset = (start - begin) * spec.record_bytes
+                if stays_cached:
+                    # A large write puts large pages into the cache. When a fold writes to a block of such a page, the
+                    # kernel counts all of it as changed: 1,000 blocks as 900 MB instead of 4. Reading the hole first
+                    # leaves small pages there, and costs no access to the disk.
+                    files.will_need(descriptor, offset, records.nbytes)
+                files.write(descriptor, records.data, offset, file.path)
                 advance(stop - start)
             checksums.write_file_sums(table, file)
             files.sync(descriptor, file.path)
-            files.drop_cached(descriptor)
+            if not stays_cached:
+                files.drop_cached(descriptor)
     for number in range(spec.num_presence_chunks):
         file = table.presence_chunk(number)
         bits = np.packbits(np.arange(*file.rows) < rows.count, bitorder="little")

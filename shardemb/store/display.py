@@ -7,13 +7,20 @@ import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from shardemb.base.formatting import plural, size
+from shardemb.base.sizes import PAGE
+from shardemb.compute import file_blocks, plan
+from shardemb.engine import batch
 from shardemb.io import targets
 from shardemb.storage import files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    from numpy.typing import ArrayLike
 
     from shardemb.engine.table_state import TableState
     from shardemb.format.manifest import Commit
@@ -54,6 +61,64 @@ class Facts:
     nbytes: int
     changed_rows: int | None
     bytes_on_disk: int | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a lookup of a batch involves, see `Table.explain`; prints as a few lines.
+
+    Attributes
+    ----------
+    ids, rows : int
+        Ids of the batch, and the distinct rows among them.
+    rows_in_memory, rows_out, rows_never_written : int
+        How many of these rows changed and are in memory, changed and are in the spill file, and were never written. The
+        last get their initial values without any access to the disk.
+    shards, pages, pages_resident : int
+        All other rows are read from that many shards, on that many pages of 4,096 bytes, of which `pages_resident` are
+        in memory now.
+    bytes_useful, bytes_read : int
+        Bytes of the result that come from these pages, counting each row once, and bytes that have to be read from disk
+        for them.
+    path : {"warm", "cold", "paged"}
+        Warm batches are gathered as they are. Cold ones are sorted, and all of their pages are requested ahead. While
+        the table has rows in the spill file, a batch is processed part by part, and the rows of each are reloaded.
+    tasks : int
+        Tasks that the gathering is cut into.
+    warming : float or None
+        While the table is read into memory in the background: the share that this has been through.
+    """
+
+    ids: int
+    rows: int
+    rows_in_memory: int
+    rows_out: int
+    rows_never_written: int
+    shards: int
+    pages: int
+    pages_resident: int
+    bytes_useful: int
+    bytes_read: int
+    path: str
+    tasks: int
+    warming: float | None = None
+
+    def __str__(self) -> str:
+        read = (
+            f"{self.bytes_read / self.bytes_useful:.1f} x as much" if self.bytes_useful else "nothing to read"
+        )
+        lines = [
+            f"{plural(self.ids, 'id')}, {plural(self.rows, 'distinct row')}: "
+            f"{self.rows_in_memory:,} changed and in memory, {self.rows_out:,} in the spill file, "
+            f"{self.rows_never_written:,} never written",
+            f"the rest is in {plural(self.shards, 'shard')}, on {plural(self.pages, 'page')}, "
+            f"{self.pages_resident:,} of them in memory",
+            f"{size(self.bytes_useful)} of them are needed; to read {size(self.bytes_read)} ({read})",
+            f"{self.path}, in {plural(self.tasks, 'task')}",
+        ]
+        if self.warming is not None:
+            lines.append(f"the table is being read into memory in the background: {self.warming:.0%} so far")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -260,3 +325,31 @@ def _shade(share: float) -> str:
 
 def _row(tag: str, cells: Sequence[str]) -> str:
     return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def explanation(table: TableState, given: ArrayLike) -> Explanation:
+    """Describe what a lookup of the weights of a batch involves."""
+    runtime, shards, ids = table.runtime, table.live(), table.plan_read("weight", given).ids
+    rows = plan.group(ids, shards.spec.num_embeddings).rows
+    with runtime.lock:
+        places = shards.overlay.places(rows)
+        path = "paged" if shards.overlay.spilled else "cold" if shards.is_cold(ids, batch.SAMPLES) else "warm"
+    in_files, written = places == rows, shards.were_written(rows)
+    read = rows[in_files & written]
+    pages = file_blocks.pages(read, shards.spec.record_bytes)
+    resident, row_bytes = shards.count_resident(pages), 4 * shards.spec.embedding_dim
+    return Explanation(
+        ids=ids.size,
+        rows=rows.size,
+        rows_in_memory=int(np.count_nonzero(places > rows)),
+        rows_out=int(np.count_nonzero(places < 0)),
+        rows_never_written=int(np.count_nonzero(in_files & ~written)),
+        shards=np.unique(read // shards.spec.rows_per_shard).size,
+        pages=pages.size,
+        pages_resident=resident,
+        bytes_useful=read.size * row_bytes,
+        bytes_read=(pages.size - resident) * PAGE,
+        path=path,
+        tasks=batch.count_tasks(runtime, shards, ids),
+        warming=runtime.warming.progress(shards),
+    )

@@ -319,6 +319,33 @@ class KeyedTable:
         """
         self._keyed.prefetch(keys, for_update=for_update)
 
+    def warm(self, keys: KeysLike | None = None, *, progress: Progress = None) -> None:
+        """Read the table into memory and wait for it; see `Table.warm`.
+
+        Parameters
+        ----------
+        keys : array_like of int, str or bytes, optional
+            Only the rows of these keys; those without a row are ignored. By default all of the table.
+        progress : bool or callable, optional
+            Show a bar on stderr, or call ``progress(bytes_done, bytes_in_all)``.
+
+        Raises
+        ------
+        TypeError, ValueError, StoreClosedError, TableNotFoundError
+            As `lookup`.
+        ShardEmbError, OSError
+            As `Table.warm`.
+
+        Notes
+        -----
+        Safe from any thread.
+
+        Examples
+        --------
+        >>> table.warm([-5, 99])
+        """
+        self._keyed.warm(keys, progress)
+
     # ---- changing
 
     def set_optimizer(self, optimizer: Optimizer) -> None:

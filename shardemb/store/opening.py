@@ -10,7 +10,6 @@ import time
 import uuid
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -18,7 +17,9 @@ import numpy as np
 from shardemb.base import paths, validation
 from shardemb.base.sizes import PAGE
 from shardemb.compute import scheduler
+from shardemb.engine import memory_budget as memory
 from shardemb.engine.runtime import Runtime
+from shardemb.engine.warming import Warming
 from shardemb.errors import (
     DiskFullError,
     FormatError,
@@ -37,6 +38,7 @@ from shardemb.store.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 T = TypeVar("T")
 
@@ -63,6 +65,7 @@ def open(
     memory_budget: int | None = None,
     log_bytes: int = 2**30,
     threads: int | None = None,
+    warm: bool = True,
 ) -> Store:
     """Open a store, or create one.
 
@@ -83,6 +86,10 @@ def open(
         that would exceed it waits until the log is folded.
     threads : int, optional
         Number of cores that a batch may use; by default all that the process has.
+    warm : bool
+        Whether tables are read into memory in the background. That begins once cold batches have read a small part of a
+        table, and only if what is missing of it fits into half of the memory that is free, within the limits of control
+        groups; `Table.warm` does it at once. A table that was created from rows stays in memory on the same condition.
 
     Returns
     -------
@@ -138,10 +145,11 @@ def open(
         path=_resolved(path),
         writable=mode != "r",
         threads=scheduler.CORES if threads is None else validation.count(threads, "threads", maximum=1024),
-        memory_budget=_half_of_memory()
+        memory_budget=memory.total_bytes() // 2
         if memory_budget is None
         else validation.count(memory_budget, "memory_budget", minimum=0, maximum=2**62),
         log_bytes=validation.count(log_bytes, "log_bytes", maximum=2**62),
+        warming=Warming(enabled=warm),
     )
     exists = files.size(store_paths.manifest(runtime.path)) is not None
     if not exists:
@@ -234,7 +242,7 @@ def _open_at_last_commit(runtime: Runtime, base: Manifest) -> Session:
             newest=lambda: _read_next_to_writer(
                 runtime.path, partial(log_reader.read, store_paths.log(runtime.path))
             ),
-            reopen=lambda: _open_reader(replace(runtime, fresh=None)),
+            reopen=lambda: _open_reader(runtime.again()),
             follow=partial(_follow, runtime.path, base.uuid),
         ),
     )
@@ -458,13 +466,3 @@ def _lock_error(path: Path) -> StoreLockedError:
     mine = " (this one)" if holder == f"process {os.getpid()}" else ""
     msg = f'{path} is being written by {holder}{mine}; close it there, or open it here with mode "r"'
     return StoreLockedError(msg)
-
-
-def _half_of_memory() -> int:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            memory = min(memory, int(Path(limit).read_text()))
-        except (OSError, ValueError):
-            continue  # no such cgroup, or no limit ("max")
-    return memory // 2

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
     from shardemb.base.progress import Progress
-    from shardemb.engine.batch import Explanation
     from shardemb.engine.table_state import TableState
     from shardemb.initializers import Initializer
     from shardemb.io.parquet import Encoding, ExportReport
     from shardemb.optim import Optimizer
+    from shardemb.store.display import Explanation
 
 
 class Table:
@@ -251,6 +251,41 @@ class Table:
         """
         self._state.prefetch(ids, for_update=for_update)
 
+    def warm(self, rows: ArrayLike | None = None, *, progress: Progress = None) -> None:
+        """Read the table into memory and wait for it, so that no lookup waits for the disk.
+
+        Memory means the page cache: the kernel takes it back if something else needs it.
+
+        Parameters
+        ----------
+        rows : array-like of int, optional
+            Row ids, of any shape; only their pages are read. By default all of the table is, one shard after the other.
+        progress : bool or callable, optional
+            Show a bar on stderr, or call ``progress(bytes_done, bytes_in_all)``.
+
+        Raises
+        ------
+        RowIdError
+            An id is not a row of the table.
+        ShardEmbError
+            There is not enough free memory for that much.
+        OSError
+            The files cannot be read.
+        StoreClosedError, TableNotFoundError
+            As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread. Tables that fit into half of the free memory are read in the background, once batches have
+        read a small part of them, unless they are opened with ``warm=False``; `stats` has the bytes as
+        ``bytes_warmed``.
+
+        Examples
+        --------
+        >>> table.warm()
+        """
+        self._state.warm(rows, progress)
+
     def explain(self, ids: ArrayLike) -> Explanation:
         """Explain what a lookup of a batch would do: where its rows are, and how much has to be read from disk.
 
@@ -280,7 +315,7 @@ class Table:
         >>> table.explain([1, 2, 2]).rows
         2
         """
-        return self._state.explain(ids)
+        return display.explanation(self._state, ids)
 
     def stats(self) -> dict[str, Any]:
         """Return what was done with the table since it was opened, and the memory and disk space that it takes.
@@ -291,7 +326,9 @@ class Table:
         -------
         dict
             Since the table was opened: ``lookups``, ``rows_looked_up`` and ``cold_lookups``; ``changes`` (updates and
-            writes) and their distinct ``rows_changed``; ``rows_copied`` from the files into memory before they changed.
+            writes) and their distinct ``rows_changed``; ``rows_copied`` from the files into memory before they changed;
+            ``bytes_requested``, the pages that cold batches and prefetches asked for, whether or not some were in
+            memory; ``bytes_warmed``, what was read in addition so that the table is in memory (`warm`).
 
             Now: ``rows_in_memory`` and the ``bytes_in_memory`` that they take, which count against the memory budget;
             ``rows_out``, the rows in the spill file; ``bytes_mapped``, the address space of the files, which costs

@@ -178,7 +178,8 @@ class TableCatalog:
     ) -> TableState:
         """Create a table's folder and add the table to the current ones; if that fails, nothing is left of it."""
         directory = store_paths.parked(self._runtime.path, spec.uuid)
-        mapped = shards.create(spec, directory, rows, progress)
+        keep = rows is not None and self._runtime.warming.has_room(rows.count * spec.record_bytes)
+        mapped = shards.create(spec, directory, rows, progress, stays_cached=keep)
         try:
             self.require_free(name)  # again: a function that computed rows may have created such a table
         except BaseException:

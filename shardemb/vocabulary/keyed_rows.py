@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+    from shardemb.base.progress import Progress
     from shardemb.base.validation import Float32Array, Int64Array
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.table_state import TableState
@@ -146,6 +147,11 @@ class KeyedRows:
         """Start to read the rows of those keys that have one."""
         ids = self.keys.lookup(given)
         self.table.prefetch(ids[ids >= 0], for_update=for_update)
+
+    def warm(self, given: KeysLike | None, progress: Progress) -> None:
+        """Read the table into memory, or the rows of those keys that have one."""
+        ids = None if given is None else self.keys.lookup(given)
+        self.table.warm(None if ids is None else ids[ids >= 0], progress)
 
     def source(self, owner: object) -> TableSource:
         """Return the rows that have keys, for exports; see `TableSource`."""
