@@ -11,7 +11,7 @@ def drop_caches(table):
     """Drop a committed table's pages from this process's memory and the kernel's; return whether they are gone."""
     mapped = inside.shards(table)
     mapped.overlay.evict(mapped.overlay.slots.count)
-    mapped.release_pages(0, mapped.spec.num_embeddings)
+    mapped.release_pages(0, mapped.spec.num_shards * mapped.spec.rows_per_shard)
     left = 0
     for shard in range(mapped.spec.num_shards):
         with mapped.shard_path(shard).open("r+b") as file:
