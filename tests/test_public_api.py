@@ -88,7 +88,7 @@ check_finite: bool = True) -> None
 
 FUNCTIONS = """
 open(path: str | os.PathLike[str], mode: Mode = 'a', *, memory_budget: int | None = None, \
-log_bytes: int = 1073741824, threads: int | None = None, warm: bool = True) -> Store
+log_bytes: int | None = None, threads: int | None = None, warm: bool = True) -> Store
 """
 
 STORE = """

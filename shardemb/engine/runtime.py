@@ -44,8 +44,8 @@ class Runtime:
         Cores that a batch may use.
     memory_budget : int
         Bytes of changed rows that may stay in memory.
-    log_bytes : int
-        Bytes that the log may take before it is folded.
+    log_bytes : int or None
+        Bytes that the log may take before it is folded; None to choose by the size of the tables and the disk.
     lock : RLock
         Held by everything that changes rows, moves rows or changes the set of tables. Lookups do not need it.
     fresh : callable, optional
@@ -76,7 +76,7 @@ class Runtime:
     writable: bool
     threads: int
     memory_budget: int
-    log_bytes: int
+    log_bytes: int | None
     lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
     fresh: Callable[[], bool] | None = None
     in_place: Callable[[], bool] | None = field(default=None, repr=False)

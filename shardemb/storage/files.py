@@ -286,6 +286,12 @@ def allocated(path: Path) -> int:
     return total
 
 
+def free_space(folder: Path) -> int:
+    """Bytes that this process may still write to the file system of a folder."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
+
+
 def walk(folder: Path) -> Iterator[Path]:
     """Yield the regular files in a folder and in the folders in it, without following links."""
     for parent, _, found in os.walk(folder):

@@ -39,8 +39,18 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("shardemb")
 
+LOG_BYTES = 2**30
+"""The least that the log may take if nothing was said, whatever the tables and the disk have."""
+
+LOG_TABLES, LOG_PART = 3, 8
+"""If nothing was said, the log may take this many times what the tables map, but one such part of the free space.
+
+So two commits of a whole table do not wait for a fold, and a fold that begins at half of it writes most blocks once.
+Nor may it take more than the memory budget, because a reader of a crashed store has all of it in memory.
+"""
+
 SEGMENTS = 16
-"""Number of segments in a full log."""
+"""Number of segments in a full log of the least size."""
 
 
 class Journal:
@@ -65,7 +75,7 @@ class Journal:
         files.make_directory(store_paths.log(runtime.path))
         files.sync_directory(store_paths.private(runtime.path))
         self._log = log_writer.Log(
-            store_paths.log(runtime.path), base, runtime.log_bytes // SEGMENTS, SEGMENTS
+            store_paths.log(runtime.path), base, (runtime.log_bytes or LOG_BYTES) // SEGMENTS, SEGMENTS
         )
         self._condition = threading.Condition(runtime.lock)
         self._folding = False
@@ -134,9 +144,7 @@ class Journal:
         if new_set:
             self.fold_all()
         elif (
-            self._log.nbytes > runtime.log_bytes // 2
-            or runtime.budget.needs_fold
-            or self._problem is not None
+            self.exceeds_limit(2 * self._log.nbytes) or runtime.budget.needs_fold or self._problem is not None
         ):
             self._start()
 
@@ -149,10 +157,20 @@ class Journal:
             The shards have no space for that.
         """
         in_log = self._log.nbytes + self._folding_bytes
-        if in_log and in_log + sum(map(_image_bytes, tables)) > self._runtime.log_bytes:
+        if in_log and self.exceeds_limit(in_log + sum(map(_image_bytes, tables))):
             problem = self.fold_all()
             if isinstance(problem, DiskFullError):
                 raise problem
+
+    def exceeds_limit(self, nbytes: int) -> bool:
+        """Return whether a log of that many bytes would be too large."""
+        if self._runtime.log_bytes is not None or nbytes <= LOG_BYTES:
+            return nbytes > (self._runtime.log_bytes or LOG_BYTES)
+        mapped = sum(each.spec.num_shards * each.spec.shard_bytes for each in self._tables().values())
+        free = files.free_space(self._runtime.path) + self._log.nbytes + self._folding_bytes
+        return nbytes > max(
+            LOG_BYTES, min(LOG_TABLES * mapped, free // LOG_PART, self._runtime.memory_budget)
+        )
 
     def images(self) -> log_reader.Replay:
         """Read the images that are newer than the base."""

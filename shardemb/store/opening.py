@@ -63,7 +63,7 @@ def open(
     mode: Mode = "a",
     *,
     memory_budget: int | None = None,
-    log_bytes: int = 2**30,
+    log_bytes: int | None = None,
     threads: int | None = None,
     warm: bool = True,
 ) -> Store:
@@ -81,9 +81,11 @@ def open(
         Bytes of memory for changed rows. Above it, committed rows are folded into the shards and evicted, and
         uncommitted rows are spilled to a file. One batch may exceed the budget by its own rows. By default half of the
         machine's memory, or of the limit of the process's cgroup.
-    log_bytes : int
+    log_bytes : int, optional
         Size limit of the commit log in bytes. At half of it, a fold into the shards begins in the background. A commit
-        that would exceed it waits until the log is folded.
+        that would exceed it waits until the log is folded. By default three times the size of all tables, so that even
+        commits of whole tables rarely wait, but at most an eighth of the free disk space and the memory budget, and
+        1 GiB in any case. What is in the log after a crash takes the next opening about as long as it takes to read.
     threads : int, optional
         Number of cores that a batch may use; by default all that the process has.
     warm : bool
@@ -148,7 +150,7 @@ def open(
         memory_budget=memory.total_bytes() // 2
         if memory_budget is None
         else validation.count(memory_budget, "memory_budget", minimum=0, maximum=2**62),
-        log_bytes=validation.count(log_bytes, "log_bytes", maximum=2**62),
+        log_bytes=None if log_bytes is None else validation.count(log_bytes, "log_bytes", maximum=2**62),
         warming=Warming(enabled=warm),
     )
     exists = files.size(store_paths.manifest(runtime.path)) is not None
