@@ -98,6 +98,8 @@ def _train(path: Path, optimizer: Optimizer, initializer: Initializer) -> None:
         table.lookup(ids)
         table.prefetch(ids)
         table.explain(ids)
+        table.warm(ids)
+        table.warm()
         table.to_arrow_batches().read_all()
 
 
