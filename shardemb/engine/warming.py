@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from shardemb.base.forks import usable_in_child
 from shardemb.base.formatting import size
 from shardemb.base.progress import track
 from shardemb.base.sizes import PAGE
@@ -157,7 +156,7 @@ class Warming:
     def detach_in_child(self) -> None:
         """Read nothing in a forked child, whatever the thread did in its parent."""
         self.enabled, self._thread, self._now = False, None, None
-        self._turns = threading.Condition(usable_in_child(threading.RLock()))
+        self._turns = threading.Condition(threading.RLock())
 
     def _consider(self, shards: Shards) -> None:
         """Warm a table if batches have read a part of it since the last look, and if it fits."""
@@ -170,7 +169,8 @@ class Warming:
             if first and requested < part:
                 self._due[shards] = part
                 return
-            self._due[shards] = requested + part
+            # Rarer and rarer, so that batches of a table that never fits do not pay for it.
+            self._due[shards] = requested + max(part, requested // 4)
             if any(each() is shards for each in self._waiting) or not is_worth_it(shards):
                 return
             self._waiting.append(weakref.ref(shards))
@@ -261,11 +261,13 @@ class _Written(NamedTuple):
 
 def is_worth_it(shards: Shards) -> bool:
     """Return whether enough of a table is missing in memory, and that fits into `FREE_SHARE` of what is free."""
-    written = _Written.of(shards)
+    written, free = _Written.of(shards), memory_budget.available_bytes()
+    if written.nbytes > free:
+        return False
     sample = written.sample()
     there = written.nbytes * shards.count_resident(sample) / max(1, sample.size)
-    missing, free = written.nbytes - there, memory_budget.available_bytes() - there
-    return written.nbytes / BEGIN_PART < missing <= FREE_SHARE * free
+    missing = written.nbytes - there
+    return written.nbytes / BEGIN_PART < missing <= FREE_SHARE * (free - there)
 
 
 def warm(shards: Shards, name: str, rows: Int64Array | None, progress: Progress) -> None:
