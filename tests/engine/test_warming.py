@@ -119,21 +119,11 @@ def test_otherwise_nothing_is_read_but_what_batches_ask_for(cold, monkeypatch, r
 
 
 def test_what_is_in_memory_already_counts(cold, monkeypatch):
-    table = cold()
-    table.lookup(EVERYTHING[: ROWS * 3 // 4])
-    assert counts(table)[1] == 0 or table.stats()["cold_lookups"]
-    wait_until_warm(table)
-    drop_caches(table)
-    monkeypatch.setattr(memory_budget, "available_bytes", lambda: NBYTES * 5 // 4)
-    before = counts(table)[1]
-    table.lookup(EVERYTHING[::40])  # half of the pages are too many for a quarter
-    wait_until_warm(table)
-    assert counts(table)[1] == before
-    inside.shards(table).read_in(0, NBYTES * 3 // 4 // PAGE * PAGE)
-    table.lookup(EVERYTHING[-ROWS // 8 :: 16])
-    table.lookup(EVERYTHING[-ROWS // 4 :: 32])
-    wait_until_warm(table)
-    assert pages_in_memory(table) == NBYTES // PAGE
+    shards = inside.shards(cold())
+    monkeypatch.setattr(memory_budget, "available_bytes", lambda: NBYTES * 3 // 2)
+    assert not warming.is_worth_it(shards)  # all of it is more than half of that
+    shards.read_in(0, NBYTES * 3 // 4 // PAGE * PAGE)
+    assert warming.is_worth_it(shards)  # a quarter of it is less than half of the rest
 
 
 def test_a_table_that_is_in_memory_is_not_read_again(cold):
