@@ -26,16 +26,22 @@ ROW_BYTES = 256
 # What one commit may do to a table of eight changed shards: a sync for each, two for the manifest.
 SYNCS = 10
 
+# What one counter has as its bound: the pages of a batch, most of which hold one of its rows.
+PAGES = 4096 * 4096
+
 BOUNDS = {
     "cold.ColdReads.track_bytes_read_per_page": lambda *_: 1.1,
     "cold.ColdReads.track_major_faults_per_page": lambda *_: 0.05,
     "cold.Prefetch.track_bytes_read_per_page": lambda *_: 0.05,
+    "cold.Warming.track_bytes_read_per_byte": lambda *_: 1.1,
+    "cold.WholeRowWrite.track_bytes_read": lambda *_: PAGES,
     "commit.CommitBytes.track_bytes_per_changed_row": lambda *_: 1.05 * ROW_BYTES,
     "commit.CommitSyncs.track_syncs": lambda *_: SYNCS,
     "durability.Fold.track_syncs": lambda *_: 8 + 2 + 6,  # shards, checksums twice, segments and base
     "durability.Fold.track_bytes_per_changed_row": lambda *_: (
         3 * 4096
     ),  # a record of 768 bytes, alone on its pages
+    "durability.FoldOfCommits.track_bytes_per_changed_byte": lambda *_: 10,  # 9 blocks of 4,096 for 4 records
     "durability.Paging.track_bytes_written_per_row": lambda *_: 4096 * 2,
     "export.Export.track_anonymous_growth": lambda *_: 128 * 2**20,
     "keys.Keys.track_anonymous_bytes": lambda *_: 64 * 2**20,
