@@ -198,10 +198,17 @@ ARMS = {
     "W8": {"commit", "np.save + fsync"},
     "W11": {"1 shards", "64 shards", "1,024 shards", "8,192 shards"},
     "W12": {"26 tables", "one table"},
+    "W14": {"cold: open + 100 steps", "warm: 100 steps", "one sequential read of the files"},
+    "W15": {"after creation: 100 steps", "warm: 100 steps"},
+    "W16": {"cold write + commit", "warm write + commit"},
+    "W17": {"write + commit + checkpoint", "a plain file, synced"},
+    "W18": {"lookup beside a fold", "lookup alone"},
 }
 PEERS = {
     "W1": {"torch": "torch embedding in RAM", "lmdb": "lmdb", "rocksdict": "RocksDB", "lance": "Lance"},
     "W5": {"tensorstore": "tensorstore", "lmdb": "lmdb", "rocksdict": "RocksDB", "h5py": "h5py"},
+    "W14": {"torch": "torch.load + 100 SparseAdam steps"},
+    "W16": {"rocksdict": "RocksDB"},
 }
 """By workload: the module of a peer that may be missing, and its arm."""
 
@@ -214,7 +221,7 @@ def _installed(peers):
 @pytest.mark.parametrize(
     "names",
     [
-        pytest.param(["W1", "W5", "W12"], marks=pytest.mark.slow),
+        pytest.param(["W1", "W5", "W12", "W14", "W16", "W17", "W18"], marks=pytest.mark.slow),
         pytest.param(sorted(ARMS), marks=pytest.mark.soak),
     ],
 )
