@@ -8,7 +8,7 @@ import numpy as np
 from benchmarks import common, pagecache
 from benchmarks.common import PAGE, ROW_BYTES
 
-from .data import make_values
+from .data import make_values, remove
 from .processes import CannotRun
 from .racing import drop_caches, same_bytes
 from .reading import LARGE
@@ -37,6 +37,7 @@ def beside_fold(settings):
         for name, look_up in turns[:: -1 if number % 2 else 1]:
             seconds[name] += look_up(lookups)
     table.close()
+    remove(table.path)
     arms = {name: Arm(name, batch, tuple(each)) for name, each in seconds.items()}
     bars = (Bar("beside a fold vs alone", arms[BESIDE].rate / arms[ALONE].rate, 0.5, stretch=0.7),)
     notes = (

@@ -1,6 +1,5 @@
 """A hundred steps that begin cold (W14), or right after the table was created (W15), against the same steps warm."""
 
-import os
 from functools import partial
 
 import numpy as np
@@ -28,6 +27,7 @@ WARM, COLD, READ, CREATED = (
     "after creation: 100 steps",
 )
 TORCH = "torch.load + 100 SparseAdam steps"
+SAVED = "saved-cold.pt"
 
 # ---- W14: a table of which nothing is in memory -------------------------------------------------------------------
 
@@ -48,6 +48,7 @@ def cold_start(settings):
         contenders.append(Contender(TORCH, theirs, prepare=partial(drop_caches, saved)))
     arms = race(contenders, lambda _: inputs, _ids(inputs), settings.times(3), keep=False)
     opening.close()
+    remove(data.folder / SAVED)
     floor = arms[READ].median + arms[WARM].median
     bars = (
         at_most("cold vs a sequential read + warm", arms[COLD].median / floor, 1.3, "x", stretch=1.1),
@@ -69,8 +70,11 @@ class _Opening:
         self.path, self.store = path, None
         self.found = {}
         """What each arm looked up in the end."""
-        self.nbytes = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         self.read_cold = 0
+
+    @property
+    def nbytes(self):
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
 
     def close(self):
         if self.store is not None:
@@ -83,7 +87,7 @@ class _Opening:
         drop_caches(self.path)
 
     def make_warm(self):
-        self.close()
+        self.make_cold()  # pages that were read or written one by one are slower for long after
         read_files(self.path)
         self.store = shardemb.open(self.path)
         warm(self.store["rows"])
@@ -111,7 +115,7 @@ def _saved_by_torch(data):
         peer.make_state()
         peer.save(path)
 
-    return data.made("cold.pt", build)
+    return data.made(SAVED, build)
 
 
 def _load_and_train(saved, found, inputs):
@@ -141,12 +145,12 @@ def first_steps(settings):
     return [Case("zipf", tuple(arms.values()), bars, _agree(made.found), notes=notes)]
 
 
-class _Creation:
-    """Creates one table again and again from an array in memory, and leaves it open."""
+class _Creation(_Opening):
+    """Creates the store again and again, with a table from an array in memory, and leaves it open."""
 
     def __init__(self, data):
-        self.array, self.path, self.store = data.array, data.folder / "created.zarr", None
-        self.found = {}
+        super().__init__(data.folder / "created.zarr")
+        self.array = data.array
 
     def create(self):
         self.remove()
@@ -159,19 +163,10 @@ class _Creation:
     def make_warm(self):
         if self.store is None:
             self.create()
-        self.store.rollback()
-        os.sync()  # so that none of what creation left is still to be written to the disk
-        warm(self.store["rows"])
-        require_warm(self.path)
-
-    def train(self, name, inputs):
-        self.found[name] = train(self.store["rows"], inputs)
+        super().make_warm()
 
     def remove(self):
-        if self.store is not None:
-            self.store.rollback()
-            self.store.close()
-            self.store = None
+        self.close()
         remove(self.path)
 
 
