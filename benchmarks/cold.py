@@ -2,7 +2,6 @@
 
 import resource
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -33,7 +32,7 @@ class _Cold(common.Timed):
     def open_cold(self, path):
         common.close(path)  # mapped pages cannot be dropped
         pagecache.require_cold(path)
-        self.table = common.store(path)["rows"]
+        self.table = common.store(path, warm=False)["rows"]
 
     def teardown(self, path, *_):
         common.close(path)
@@ -88,10 +87,68 @@ class Prefetch(_Cold):
     track_bytes_read_per_page.unit = "bytes per byte"
 
 
+class WholeRowWrite(_Cold):
+    """A batch of whole rows, and a commit of them, while nothing of the table is in memory: no old row is needed."""
+
+    params = [[ROWS], ["uniform"], [MEDIUM]]
+
+    def setup(self, path, rows, distribution, batch):
+        if not self.has_run:
+            self.open_cold(path)
+            self.write(common.make_ids(distribution, rows, batch))  # This loads the kernels.
+            self.has_run = True
+        self.open_cold(path)
+        self.ids = common.make_ids(distribution, rows, batch)
+
+    def write(self, ids):
+        self.table.write(ids, common.make_values(ids.size))
+        self.store.commit()
+
+    def open_cold(self, path):
+        super().open_cold(path)
+        self.store = common.store(path)
+
+    def track_bytes_read(self, *_):
+        """Bytes read from the disk for it; 0 is ideal."""
+        before = pagecache.bytes_read()
+        self.write(self.ids)
+        return pagecache.bytes_read() - before
+
+    track_bytes_read.unit = "bytes"
+
+
+class Warming(_Cold):
+    """A table that a training begins with while none of it is in memory, and that is read as a whole meanwhile."""
+
+    params = [[ROWS], ["uniform"], [MEDIUM]]
+    calls = 16
+
+    def setup(self, path, rows, distribution, batch):
+        super().setup(path, rows, distribution, batch)
+        common.close(path)
+        pagecache.require_cold(path)
+        self.batches = [common.make_ids(distribution, rows, batch) for _ in range(self.calls)]
+
+    def track_bytes_read_per_byte(self, path, *_):
+        """Bytes read until all of it is in memory, per byte of it; above 1, some of it was read twice."""
+        before = pagecache.bytes_read()
+        table = common.store(path)["rows"]
+        for ids in self.batches:
+            table.lookup(ids)
+        if hasattr(table, "warm"):
+            table.warm()
+        else:
+            for ids in common.blocks(table.num_embeddings):
+                table.lookup(ids)
+        return (pagecache.bytes_read() - before) / table.nbytes
+
+    track_bytes_read_per_byte.unit = "bytes per byte"
+
+
 def _bytes_read_per_page(table, ids):
-    before = _bytes_read()
+    before = pagecache.bytes_read()
     table.lookup(ids)
-    return (_bytes_read() - before) / (_num_pages(ids) * PAGE)
+    return (pagecache.bytes_read() - before) / (_num_pages(ids) * PAGE)
 
 
 def _num_pages(ids):
@@ -100,8 +157,3 @@ def _num_pages(ids):
 
 def _major_faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-
-
-def _bytes_read():
-    lines = Path("/proc/self/io").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))

@@ -1,6 +1,6 @@
 """Compare shardemb with what people use instead, and with the limits of the machine; see README.md here.
 
-python benchmarks/compare.py                     everything: 15 minutes, 25 GB of disk
+python benchmarks/compare.py                     everything: 45 minutes, 25 GB of disk
 python benchmarks/compare.py --only W1,W3        some workloads only
 python benchmarks/compare.py --scale 0.01        does it work? the numbers mean nothing
 """

@@ -11,6 +11,9 @@ from . import common
 from .common import LARGE, ROWS
 
 BATCHES = 4
+RECORD_BYTES = 3 * common.ROW_BYTES
+"""A row with the two columns of Adam's state."""
+
 ROW_BYTES = 800
 """Memory that a row of 768 bytes takes."""
 
@@ -58,6 +61,39 @@ class Fold(common.Timed):
         return self.store.stats()["syncs"] - before
 
     track_syncs.unit = "syncs"
+
+
+class FoldOfCommits(common.Timed):
+    """`checkpoint` after thirteen commits of 1 % of the rows each: most blocks that it writes hold one changed row."""
+
+    num_rows = (
+        40_000  # at every scale: a fold writes blocks, and how many rows share one is a matter of the share
+    )
+    commits = 13
+
+    def setup_cache(self):
+        shape = {"num_embeddings": self.num_rows, "rows_per_shard": self.num_rows // 8}
+        rows = _table()["rows"] | shape | {"initializer": common.make_values(self.num_rows)}
+        return common.build("commits.zarr", rows=rows)
+
+    def setup(self, path):
+        self.store = common.store(path)
+        self.store.checkpoint()
+        chosen = np.random.default_rng(5)  # its own: what ran before must not change the number
+        changed = []
+        for _ in range(self.commits):
+            changed.append(chosen.choice(self.num_rows, self.num_rows // 100, replace=False))
+            self.store["rows"].update(changed[-1], common.make_values(changed[-1].size))
+            self.store.commit()
+        self.nbytes = np.unique(np.concatenate(changed)).size * RECORD_BYTES
+
+    def track_bytes_per_changed_byte(self, _):
+        """Bytes that the fold writes to shards and checksums, per byte of the records that changed; 1 is ideal."""
+        before = self.store.stats()["bytes_written"]
+        self.store.checkpoint()
+        return (self.store.stats()["bytes_written"] - before) / self.nbytes
+
+    track_bytes_per_changed_byte.unit = "bytes per byte"
 
 
 class Paging(common.Timed):

@@ -1,4 +1,7 @@
-"""Dropping files from the page cache, and checking that they are gone: else a cold benchmark would be a warm one."""
+"""Dropping files from the page cache, and checking that they are gone: else a cold benchmark would be a warm one.
+
+Also, what the kernel has read from the disk for this process.
+"""
 
 import ctypes
 import mmap
@@ -29,20 +32,31 @@ def require_cold(folder):
 
 def resident_pages(path):
     """Count the pages of a file that are in memory."""
+    return int(np.count_nonzero(residency(path)))
+
+
+def residency(path):
+    """Return for each page of a file whether it is in memory."""
     with path.open("rb") as file:
         nbytes = os.fstat(file.fileno()).st_size
         if nbytes == 0:
-            return 0
+            return np.zeros(0, bool)
         with mmap.mmap(file.fileno(), nbytes, prot=mmap.PROT_READ) as mapping:
-            return _count_resident(mapping, nbytes)
+            return _residency(mapping, nbytes)
 
 
-def _count_resident(mapping, nbytes):
+def bytes_read():
+    """Return how many bytes this process has made the kernel read from the disk; what was in memory does not count."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
+
+
+def _residency(mapping, nbytes):
     view = np.frombuffer(mapping, np.uint8)
     answer = np.zeros(-(-nbytes // mmap.PAGESIZE), np.uint8)
     if _libc.mincore(view.ctypes.data, nbytes, answer.ctypes.data) != 0:
         raise OSError(ctypes.get_errno(), "mincore")
-    return int(np.count_nonzero(answer & 1))
+    return (answer & 1).astype(bool)
 
 
 def _drop(path):

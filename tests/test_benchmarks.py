@@ -26,16 +26,22 @@ ROW_BYTES = 256
 # What one commit may do to a table of eight changed shards: a sync for each, two for the manifest.
 SYNCS = 10
 
+# What one counter has as its bound: the pages of a batch, most of which hold one of its rows.
+PAGES = 4096 * 4096
+
 BOUNDS = {
     "cold.ColdReads.track_bytes_read_per_page": lambda *_: 1.1,
     "cold.ColdReads.track_major_faults_per_page": lambda *_: 0.05,
     "cold.Prefetch.track_bytes_read_per_page": lambda *_: 0.05,
+    "cold.Warming.track_bytes_read_per_byte": lambda *_: 1.1,
+    "cold.WholeRowWrite.track_bytes_read": lambda *_: PAGES,
     "commit.CommitBytes.track_bytes_per_changed_row": lambda *_: 1.05 * ROW_BYTES,
     "commit.CommitSyncs.track_syncs": lambda *_: SYNCS,
     "durability.Fold.track_syncs": lambda *_: 8 + 2 + 6,  # shards, checksums twice, segments and base
     "durability.Fold.track_bytes_per_changed_row": lambda *_: (
         3 * 4096
     ),  # a record of 768 bytes, alone on its pages
+    "durability.FoldOfCommits.track_bytes_per_changed_byte": lambda *_: 10,  # 9 blocks of 4,096 for 4 records
     "durability.Paging.track_bytes_written_per_row": lambda *_: 4096 * 2,
     "export.Export.track_anonymous_growth": lambda *_: 128 * 2**20,
     "keys.Keys.track_anonymous_bytes": lambda *_: 64 * 2**20,
@@ -192,10 +198,17 @@ ARMS = {
     "W8": {"commit", "np.save + fsync"},
     "W11": {"1 shards", "64 shards", "1,024 shards", "8,192 shards"},
     "W12": {"26 tables", "one table"},
+    "W14": {"cold: open + 100 steps", "warm: 100 steps", "one sequential read of the files"},
+    "W15": {"after creation: 100 steps", "warm: 100 steps"},
+    "W16": {"cold write + commit", "warm write + commit"},
+    "W17": {"write + commit + checkpoint", "a plain file, synced"},
+    "W18": {"lookup beside a fold", "lookup alone"},
 }
 PEERS = {
     "W1": {"torch": "torch embedding in RAM", "lmdb": "lmdb", "rocksdict": "RocksDB", "lance": "Lance"},
     "W5": {"tensorstore": "tensorstore", "lmdb": "lmdb", "rocksdict": "RocksDB", "h5py": "h5py"},
+    "W14": {"torch": "torch.load + 100 SparseAdam steps"},
+    "W16": {"rocksdict": "RocksDB"},
 }
 """By workload: the module of a peer that may be missing, and its arm."""
 
@@ -208,7 +221,7 @@ def _installed(peers):
 @pytest.mark.parametrize(
     "names",
     [
-        pytest.param(["W1", "W5", "W12"], marks=pytest.mark.slow),
+        pytest.param(["W1", "W5", "W12", "W14", "W16", "W17", "W18"], marks=pytest.mark.slow),
         pytest.param(sorted(ARMS), marks=pytest.mark.soak),
     ],
 )

@@ -245,7 +245,7 @@ def look_ahead(settings):
     def cold():
         _close(opened)
         drop_caches(path)
-        opened.append(shardemb.open(path))
+        opened.append(common.open_store(path, warm=False))
 
     def loop(compute, ahead):
         return lambda inputs: _loop(opened[0]["rows"], inputs, compute, ahead)

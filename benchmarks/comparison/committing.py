@@ -1,4 +1,4 @@
-"""Commits: a few rows, durably, and one percent of a table (W5, W8)."""
+"""Commits: a few rows, durably; one percent of a table; rows of which nothing is in memory (W5, W8, W16)."""
 
 import os
 from dataclasses import replace
@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 
 import shardemb
-from benchmarks import common
+from benchmarks import common, pagecache
 from benchmarks.common import ROW_BYTES
 
 from . import memory, peers
 from .data import ids_of, remove, warm
-from .racing import Contender, race, same_bytes
+from .racing import Contender, drop_caches, race, same_bytes
 from .reading import FULL
 from .results import Case, at_most, faster
 
@@ -154,3 +154,89 @@ def _reads_back(path, store):
     ids = common.make_ids("uniform", store["rows"].num_embeddings, 4096)
     with shardemb.open(path, mode="r") as reader:
         return same_bytes(reader["rows"].lookup(ids), store["rows"].lookup(ids))
+
+
+# ---- W16: rows of which nothing is in memory ----------------------------------------------------------------------
+
+MANY = 65_536
+COLD, WARM_OURS = "cold write + commit", "warm write + commit"
+
+
+def cold_writes(settings):
+    """W16: whole rows need nothing of what they replace, so a cold table should be as fast as a warm one."""
+    data = settings.data(FULL)
+    peer = peers.RocksDB(data) if peers.has("RocksDB") else None
+    if peer is not None:
+        peer.open()
+    cases = [_cold_writes(settings, data, full_size, peer) for full_size in (UPDATED, MANY)]
+    if peer is not None:
+        peer.remove()
+    return cases
+
+
+def _cold_writes(settings, data, full_size, peer):
+    size = min(full_size, data.rows // 4)
+    ours = _ColdWriter(data.store("updated"))
+    contenders = [
+        Contender(COLD, ours.write_cold, prepare=ours.make_cold),
+        Contender(WARM_OURS, ours.write, prepare=ours.make_warm),
+    ]
+    readers = {COLD: ours.read, WARM_OURS: ours.read}
+    if peer is not None:
+
+        def reopen():
+            peer.close()
+            drop_caches(peer.path)
+            peer.open()
+
+        contenders.append(Contender(peer.name, lambda batch: peer.write(*batch), prepare=reopen))
+        readers[peer.name] = peer.read
+    make = _distinct_writes(data.rows)
+    for each in contenders:
+        each.prepare()
+        _all_write(make(size), [each], readers)
+    ours.bytes_read.clear()  # this may have loaded kernels
+    arms = race(contenders, make, size, settings.times(9))
+    ours.close()
+    bars = [
+        at_most("cold vs warm", arms[COLD].median / arms[WARM_OURS].median, 1.3, "x"),
+        at_most("bytes read from the disk, at most", max(ours.bytes_read), 0.0, "bytes"),
+    ]
+    if full_size == MANY:
+        bars.append(faster(arms, COLD, "RocksDB", 1.0))
+    notes = ("every arm syncs, and opens its files anew before each call", "RocksDB is as cold as ours")
+    limit = size / (settings.machine.sync_s + size * (ROW_BYTES + 8) / settings.machine.write_bytes_per_s)
+    return Case(f"{size:,} rows", tuple(arms.values()), tuple(bars), True, limit, notes)
+
+
+class _ColdWriter:
+    """Opens one store again and again, of which all or nothing is in memory."""
+
+    def __init__(self, path):
+        self.path, self.store, self.bytes_read = path, None, []
+
+    def close(self):
+        if self.store is not None:
+            self.store.close()
+            self.store = None
+
+    def make_cold(self):
+        self.close()
+        drop_caches(self.path)
+        self.store = common.open_store(self.path, warm=False)
+
+    def make_warm(self):
+        self.make_cold()
+        warm(self.store["rows"])
+
+    def write(self, batch):
+        self.store["rows"].write(*batch)
+        self.store.commit()
+
+    def write_cold(self, batch):
+        before = pagecache.bytes_read()
+        self.write(batch)
+        self.bytes_read.append(pagecache.bytes_read() - before)
+
+    def read(self, ids):
+        return self.store["rows"].lookup(ids)

@@ -52,6 +52,11 @@ class Watch:
         self._thread.join()
 
     @property
+    def peak(self):
+        """Bytes, with what the process had before."""
+        return self._peak
+
+    @property
     def growth(self):
         """Bytes."""
         return self._peak - self._before

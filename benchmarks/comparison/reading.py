@@ -209,7 +209,7 @@ class _Cold:
     def open_store(self):
         self.close()
         drop_caches(self.path)
-        self.store = shardemb.open(self.path, mode="r")
+        self.store = common.open_store(self.path, warm=False, mode="r")
 
     def open_plain(self):
         self.array = None

@@ -36,7 +36,9 @@ def _case(case):
     same = {True: ", same bytes", False: ", OTHER BYTES", None: ""}[case.equal]
     lines = [f"  {case.name}{same}", *(f"    ({note})" for note in case.notes)]
     if case.arms:
-        lines.append(f"    {'':<36}{'ms':>10}{'rows/s':>14}{'ours is':>12}{'of limit':>10}")
+        lines.append(
+            f"    {'':<36}{'ms':>10}{'least - most':>21}{'rows/s':>14}{'ours is':>12}{'of limit':>10}"
+        )
         lines += [_arm(arm, case) for arm in case.arms]
     return [*lines, *(_bar(bar) for bar in case.bars)]
 
@@ -45,7 +47,9 @@ def _arm(arm, case):
     ratio = f"{case.arms[0].rate / arm.rate:,.2f} x"
     share = f"{arm.rate / case.limit:.0%}" if case.limit else ""
     note = f"   {arm.note}" if arm.note else ""
-    return f"    {arm.name:<36}{1e3 * arm.median:>10.2f}{arm.rate:>14,.0f}{ratio:>12}{share:>10}{note}"
+    spread = f"{1e3 * min(arm.seconds):.2f} - {1e3 * max(arm.seconds):.2f}" if len(arm.seconds) > 1 else ""
+    times = f"{1e3 * arm.median:>10.2f}{spread:>21}"
+    return f"    {arm.name:<36}{times}{arm.rate:>14,.0f}{ratio:>12}{share:>10}{note}"
 
 
 def _bar(bar):

@@ -81,9 +81,9 @@ class Outcome:
     """Why it cannot run on this machine."""
 
 
-def at_most(what, value, target, unit):
+def at_most(what, value, target, unit, stretch=None):
     """Make a bar that is met by values of at most `target`."""
-    return Bar(what, value, target, unit, at_least=False)
+    return Bar(what, value, target, unit, at_least=False, stretch=stretch)
 
 
 def faster(arms, ours, peer, target, stretch=None):

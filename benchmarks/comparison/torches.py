@@ -28,6 +28,12 @@ class TorchAdam:
         self.optimizer.zero_grad()
         return rows.detach()
 
+    def make_state(self):
+        """Create the optimizer's state, as before the first step."""
+        for weight in self.table.parameters():
+            moments = {name: self.torch.zeros_like(weight.detach()) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[weight] = {"step": 0, **moments}
+
     def save(self, path):
         """Save table and optimizer durably, as a job would that must survive: in a new file, synced, then renamed."""
         half = Path(f"{path}.half")
@@ -38,6 +44,16 @@ class TorchAdam:
             file.flush()
             os.fsync(file.fileno())
         half.rename(path)
+
+    @classmethod
+    def load(cls, path):
+        """Load what `save` has written; its tensors are used as they are, without a further copy."""
+        import torch
+
+        saved = torch.load(path)
+        peer = cls(saved["table"]["weight"].numpy())
+        peer.optimizer.load_state_dict(saved["optimizer"])
+        return peer
 
     def rows(self, ids):
         return self.table.weight.detach()[self.torch.from_numpy(ids)].numpy()

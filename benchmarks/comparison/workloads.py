@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import around, capped, committing, peers, reading, training
+from . import around, capped, committing, filling, folding, peers, reading, starting, training
 from .data import remove
 from .processes import CannotRun, alone
 from .results import Outcome
@@ -32,12 +32,17 @@ WORKLOADS = {
         Workload("W2", "warm lookup, Zipf ids", reading.warm_zipf, WARM, reading.FULL),
         Workload("W5", "durable update", committing.durable_update, tuple(committing.ENGINES), reading.FULL),
         Workload("W8", "commit of 1 % of the rows", committing.incremental, (), reading.FULL),
+        Workload("W16", "cold write of whole rows", committing.cold_writes, ("RocksDB",), reading.FULL),
         Workload("W9", "parquet export", around.export, (), reading.FULL),
         Workload("W6a", "warm training step", training.warm_steps, ("torch", "FBGEMM"), reading.FULL),
         Workload("W6b", "training with commits", training.committed_steps, ("torch",), reading.FULL),
+        Workload("W14", "a hundred steps from a cold start", starting.cold_start, ("torch",), reading.FULL),
+        Workload("W15", "a hundred steps after creation", starting.first_steps, (), reading.FULL),
         Workload("W3", "cold lookup", reading.cold_uniform, ("Lance", "lmdb", "RocksDB"), reading.LARGE),
+        Workload("W18", "cold lookup beside a fold", folding.beside_fold, (), reading.LARGE),
         Workload("W7", "look-ahead", capped.look_ahead, (), reading.LARGE),
         Workload("W4", "training under a memory limit", capped.capped_training, ("RocksDB",), reading.LARGE),
+        Workload("W17", "filling a table", filling.fill),
         Workload("W10", "a table of a billion rows", around.huge),
         Workload("W11", "small batches", reading.small_batches),
         Workload("W12", "many tables in one call", reading.many_tables),
