@@ -476,8 +476,7 @@ def load(runtime: Runtime, wanted: Sequence[Loading]) -> list[Loaded]:
             if each.values is None:
                 each.shards.overlay.reload(each.rows)
         places = [each.shards.overlay.places(each.rows) for each in wanted]
-        # In the files, or spilled: the latter only if they are overwritten.
-        new = [(found == each.rows) | (found < 0) for found, each in zip(places, wanted, strict=True)]
+        new = [_have_no_slot(each, found) for found, each in zip(places, wanted, strict=True)]
         parts = [each.part(which) for each, which in zip(wanted, new, strict=True)]
         reserved = _fill_new_slots(runtime, parts)
         # Not before they are filled: a lookup without the lock reads a slot as soon as the index leads to it.
@@ -490,6 +489,11 @@ def load(runtime: Runtime, wanted: Sequence[Loading]) -> list[Loaded]:
             Loaded(part.shards, found, (_NO_ROWS, _NO_ROWS) if part.values is None else (part.rows, slots))
             for found, part, slots in zip(places, parts, reserved, strict=True)
         ]
+
+
+def _have_no_slot(wanted: Loading, places: Int64Array) -> NDArray[np.bool_]:
+    in_files: NDArray[np.bool_] = places == wanted.rows
+    return in_files if wanted.values is None else in_files | (places < 0)  # only these may still be spilled
 
 
 def _fill_new_slots(runtime: Runtime, parts: Sequence[Loading]) -> list[Int64Array]:
