@@ -41,7 +41,9 @@ BOUNDS = {
     "durability.Fold.track_bytes_per_changed_row": lambda *_: (
         3 * 4096
     ),  # a record of 768 bytes, alone on its pages
-    "durability.FoldOfCommits.track_bytes_per_changed_byte": lambda *_: 10,  # 9 blocks of 4,096 for 4 records
+    "durability.FoldOfCommits.track_bytes_per_changed_byte": lambda *_: (
+        2 * 4096 / 768
+    ),  # a record, alone on its pages
     "durability.Paging.track_bytes_written_per_row": lambda *_: 4096 * 2,
     "export.Export.track_anonymous_growth": lambda *_: 128 * 2**20,
     "keys.Keys.track_anonymous_bytes": lambda *_: 64 * 2**20,
