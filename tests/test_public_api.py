@@ -82,6 +82,7 @@ to_arrow_batches(self, *, columns: Sequence[str] = (), rows: tuple[int, int] | N
 update(self, keys: KeysLike, grads: ArrayLike, *, missing: MissingChange = 'error', create: bool = False, \
 check_finite: bool = True) -> None
 vocabulary: Vocabulary
+warm(self, keys: KeysLike | None = None, *, progress: Progress = None) -> None
 write(self, keys: KeysLike, rows: ArrayLike, *, missing: MissingChange = 'error', create: bool = False, \
 check_finite: bool = True) -> None
 """

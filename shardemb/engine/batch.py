@@ -386,14 +386,14 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
     with runtime.changing():
         changes, shards = _with_room(runtime, changes)
         runtime.check_sound()
-        with signals_deferred():  # an interrupt half way would leave slots that nobody knows of
-            loaded = load(runtime, [_loading(*each) for each in zip(changes, shards, strict=True)])
-            try:
-                _carry_out(runtime, changes, loaded)
-            except BaseException:
-                for each in loaded:
-                    each.abandon()
-                raise
+        loaded: list[Loaded] = []
+        try:
+            load(runtime, [_loading(*each) for each in zip(changes, shards, strict=True)], loaded)
+            _carry_out(runtime, changes, loaded)
+        except BaseException:  # also Ctrl-C, which takes effect at the end of `load`
+            for each in loaded:
+                each.abandon()
+            raise
 
 
 def _loading(change: Change, shards: Shards) -> Loading:
@@ -460,11 +460,13 @@ def prefetch(runtime: Runtime, table: Target, rows: Int64Array, *, for_update: b
             some = rows[start : start + PREFETCH_ROWS]
             if not runtime.budget.evict(shards.overlay.count_new(some) * shards.overlay.row_bytes):
                 return  # the rows may never be used: not worth a fold, or spilling others
-            load(runtime, [Loading(shards, some)])
+            load(runtime, [Loading(shards, some)], [])
 
 
-def load(runtime: Runtime, wanted: Sequence[Loading]) -> list[Loaded]:
+def load(runtime: Runtime, wanted: Sequence[Loading], loaded: list[Loaded]) -> None:
     """Load rows of tables into slots, without making room for them. The caller holds the lock.
+
+    What was loaded is appended to `loaded`, so that the caller has it even if Ctrl-C ends this call.
 
     Raises
     ------
@@ -485,10 +487,10 @@ def load(runtime: Runtime, wanted: Sequence[Loading]) -> list[Loaded]:
             if part.values is None:
                 part.shards.overlay.publish(part.rows, slots)
                 part.shards.totals.rows_copied += slots.size
-        return [
+        loaded.extend(
             Loaded(part.shards, found, (_NO_ROWS, _NO_ROWS) if part.values is None else (part.rows, slots))
             for found, part, slots in zip(places, parts, reserved, strict=True)
-        ]
+        )
 
 
 def _have_no_slot(wanted: Loading, places: Int64Array) -> NDArray[np.bool_]:

@@ -244,8 +244,7 @@ def read(path: Path, limit: int = 16 * 2**20) -> bytes:
 
 def size(path: Path) -> int | None:
     """Size in bytes of a regular file; None if there is no such file."""
-    status = _status(path)
-    return None if status is None else status.st_size
+    return None if (status := _status(path)) is None else status.st_size
 
 
 def names(path: Path) -> tuple[int, tuple[int, int]]:
@@ -288,8 +287,7 @@ def allocated(path: Path) -> int:
 
 def free_space(folder: Path) -> int:
     """Bytes that this process may still write to the file system of a folder."""
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
+    return shutil.disk_usage(folder).free
 
 
 def walk(folder: Path) -> Iterator[Path]:

@@ -241,8 +241,9 @@ def _open_at_last_commit(runtime: Runtime, base: Manifest) -> Session:
         may_miss=base.clean,
         replay=replay,
         reader=Reader(
+            # A private copy: the writer may use the segments again while the caller looks at the images.
             newest=lambda: _read_next_to_writer(
-                runtime.path, partial(log_reader.read, store_paths.log(runtime.path))
+                runtime.path, partial(log_reader.read, store_paths.log(runtime.path), private=True)
             ),
             reopen=lambda: _open_reader(runtime.again()),
             follow=partial(_follow, runtime.path, base.uuid),

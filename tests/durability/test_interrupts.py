@@ -50,7 +50,7 @@ def new_table(store, **arguments):
 
 def take_in(store, table, ids):
     """Copy rows into slots beforehand, as a prefetch does: an update then has nothing to do but to change them."""
-    batch.load(inside.runtime(store), [batch.Loading(inside.shards(table), np.unique(ids))])
+    batch.load(inside.runtime(store), [batch.Loading(inside.shards(table), np.unique(ids))], [])
 
 
 # ---- Ctrl-C within an update ----------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ import threading
 
 import numpy as np
 import pytest
+from support import inside
 from support.damages import DAMAGES, DIM, PARTS, ROWS, damage_many, fill
 
 import shardemb
 from shardemb.base.sizes import PAGE
+from shardemb.compute import row_kernels
 from shardemb.errors import DiskFullError, TableNotFoundError
 from shardemb.storage import checksums, files, fold
 
@@ -134,6 +136,29 @@ def test_it_runs_during_training_without_a_false_alarm(path, who):
             stop.set()
             thread.join()
         assert problems == []
+
+
+def test_what_a_reader_has_read_of_the_log_stays_while_the_writer_uses_its_segments_again(path):
+    with shardemb.open(path, log_bytes=1) as store:
+        for value in range(3):  # so that the segment is a spare one, which is used again
+            store["plain"].write(np.arange(50), np.full((50, DIM), value, np.float32))
+            store.commit()
+            store.checkpoint()
+        store["plain"].write(np.arange(50), np.full((50, DIM), 7, np.float32))
+        store.commit()
+        with shardemb.open(path, "r") as reader:
+            newest = inside.session(reader)._reader.newest()
+        spec = inside.shards(store["plain"]).spec
+        before = newest.images(spec)
+        for value in range(8, 12):
+            store["plain"].write(np.arange(ROWS), np.full((ROWS, DIM), value, np.float32))
+            store.commit()
+            store.checkpoint()
+        after = newest.images(spec)
+        assert after.ids.tolist() == before.ids.tolist()
+        records = np.empty((after.ids.size, spec.width), np.float32)
+        row_kernels.gather_images(after.addresses, spec.record_bytes, records.ctypes.data, 0, after.ids.size)
+        assert (records == 7).all()
 
 
 def full_at(monkeypatch, what, only):
