@@ -150,8 +150,8 @@ def test_what_a_reader_has_read_of_the_log_stays_while_the_writer_uses_its_segme
             newest = inside.session(reader)._reader.newest()
         spec = inside.shards(store["plain"]).spec
         before = newest.images(spec)
-        for value in range(8, 12):
-            store["plain"].write(np.arange(ROWS), np.full((ROWS, DIM), value, np.float32))
+        for value in range(8, 20):
+            store["plain"].write(np.arange(50) + value, np.full((50, DIM), value, np.float32))
             store.commit()
             store.checkpoint()
         after = newest.images(spec)
