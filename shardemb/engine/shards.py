@@ -256,7 +256,8 @@ class Shards:
         """Request a part of the mapped files, to warm it; the kernel reads it in the background."""
         address = self._rows.address + offset
         self.totals.add_bytes(warmed=nbytes - PAGE * residency.count_resident(address, nbytes))
-        residency.advise_range(address, nbytes, address_space.MADV_WILLNEED, files.ADVISED)
+        if not self._in_huge_pages(offset, nbytes):  # for those there is no advice
+            residency.advise_range(address, nbytes, address_space.MADV_WILLNEED, files.ADVISED)
 
     def read_in(self, offset: int, nbytes: int) -> None:
         """Wait until a part of the mapped files is in memory, and let this process see it without page faults.
@@ -266,7 +267,14 @@ class Shards:
         OSError
             It cannot be read.
         """
+        if self._in_huge_pages(offset, nbytes):
+            shard, start = divmod(offset, self.spec.shard_bytes)
+            address_space.read_in_huge_pages(self.shard_path(shard), start, nbytes)
         self._rows.advise(offset, nbytes, address_space.MADV_POPULATE_READ)
+
+    def _in_huge_pages(self, offset: int, nbytes: int) -> bool:
+        """Return whether a part of the files, all of it in one, is whole pages of 2 MiB in files that are."""
+        return not any(each % address_space.HUGE_PAGE for each in (self.spec.shard_bytes, offset, nbytes))
 
     def read_in_rows(self, rows: Int64Array) -> None:
         """As `read_in`, for the pages of ascending rows."""

@@ -43,10 +43,10 @@ FREE_SHARE = 0.5
 TURN = 2.0
 """How long the thread reads, in times of what batches took for their own reads."""
 
-PIECE_BYTES = 2 * 2**20
+PIECE_BYTES = 8 * 2**20
 """Bytes that the thread waits for at a time; a batch that comes meanwhile shares the disk with it."""
 
-PIECES_AHEAD = 4
+PIECES_AHEAD = 2
 """Pieces that are requested before they are waited for, so that the disk always has enough to do."""
 
 SAMPLES = 4096

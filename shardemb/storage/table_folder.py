@@ -198,6 +198,10 @@ def _rows_of_blocks(table: TableLocation, file: File) -> int:
 def _write_rows(table: TableLocation, rows: FirstRows, advance: Advance, *, stays_cached: bool) -> None:
     """Write the first rows directly into new files, so that bulk data never takes private memory."""
     spec = table.spec
+    # A large write puts large pages into the cache. When a fold writes to a block of such a page, the kernel counts all
+    # of it as changed. Lookups gain from them only where they can be mapped as they are. Otherwise the hole is read
+    # first, which leaves small pages there and costs no access to the disk.
+    in_small_pages = stays_cached and spec.shard_bytes % address_space.HUGE_PAGE != 0
     block_rows = max(1, _BLOCK_BYTES // spec.record_bytes)
     for number in range(spec.num_shards):
         file = table.shard(number)
@@ -211,10 +215,7 @@ def _write_rows(table: TableLocation, rows: FirstRows, advance: Advance, *, stay
                 records[:, : spec.embedding_dim] = rows.read(start, stop)
                 records[:, spec.embedding_dim :] = spec.initial_state
                 offset = (start - begin) * spec.record_bytes
-                if stays_cached:
-                    # A large write puts large pages into the cache. When a fold writes to a block of such a page, the
-                    # kernel counts all of it as changed: 1,000 blocks as 900 MB instead of 4. Reading the hole first
-                    # leaves small pages there, and costs no access to the disk.
+                if in_small_pages:
                     files.will_need(descriptor, offset, records.nbytes)
                 files.write(descriptor, records.data, offset, file.path)
                 advance(stop - start)

@@ -20,7 +20,7 @@ from shardemb.engine import memory_budget, warming
 from shardemb.engine.shards import Shards
 from shardemb.engine.warming import Warming
 from shardemb.errors import RowIdError, ShardEmbError
-from shardemb.storage import files
+from shardemb.storage import address_space, files
 
 ROWS, DIM = 20_000, 64  # 1,250 pages in 5 shards
 NBYTES = ROWS * DIM * 4
@@ -408,8 +408,16 @@ def test_a_new_table_stays_in_memory_if_there_is_enough(path, monkeypatch, enoug
 
 
 def test_small_writes_to_a_new_table_are_counted_as_small(path):
+    """If its pages cannot be mapped as large ones; otherwise each block would count as up to 2 MiB."""
     with shardemb.open(path) as store:
-        table = store.create_table("t", num_embeddings=ROWS, embedding_dim=DIM, initializer=VALUES)
+        table = store.create_table(
+            "t",
+            num_embeddings=ROWS,
+            embedding_dim=DIM,
+            initializer=VALUES,
+            optimizer=shardemb.optim.Adagrad(),
+        )
+        assert inside.shards(table).spec.shard_bytes % address_space.HUGE_PAGE
         store.commit()
         table.write(SPREAD, VALUES[SPREAD])
         store.commit()
@@ -420,5 +428,24 @@ def test_small_writes_to_a_new_table_are_counted_as_small(path):
 
         before, by_calls = written(), files.counters.bytes_written
         store.checkpoint()
-        # Were the pages in the cache large ones, each block would count as up to 2 MiB.
         assert written() - before <= 2 * (files.counters.bytes_written - by_calls) + 64 * PAGE
+
+
+def test_files_of_large_pages_are_read_in_large_pages(path, monkeypatch):
+    monkeypatch.setattr(warming, "PIECE_BYTES", address_space.HUGE_PAGE)
+    read, read_in = [], address_space.read_in_huge_pages
+    with shardemb.open(path) as store:
+        table = store.create_table(
+            "t", num_embeddings=ROWS, embedding_dim=DIM, initializer=VALUES, rows_per_shard=8192
+        )
+        store.commit()
+        if not drop_caches(table):
+            pytest.skip("this file system keeps its pages in memory (tmpfs)")
+        monkeypatch.setattr(
+            address_space, "read_in_huge_pages", lambda *part: (read.append(part[1:]), read_in(*part))
+        )
+        table.lookup(SPREAD)
+        wait_until_warm(table)
+        assert read == [(0, address_space.HUGE_PAGE)] * 2  # the last file is not full
+        assert pages_in_memory(table) == NBYTES // PAGE
+        assert_same_bits(table.lookup(EVERYTHING), VALUES)
