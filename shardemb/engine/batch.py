@@ -315,13 +315,13 @@ def _without_lock(
 def _gather(runtime: Runtime, reads: Sequence[Read]) -> None:
     samples = _samples(len(reads))
     cold = [each for each in reads if each.shards.is_cold(each.ids, samples)]
+    if not cold:
+        _gather_all(runtime, reads)
+        return
     for each in cold:
         each.shards.totals.add_cold()
     with runtime.warming.batch_reads([each.shards for each in cold]):
-        if cold:
-            _read_ahead(
-                runtime, [(c.shards, plan.group(c.ids, c.shards.spec.num_embeddings).rows) for c in cold]
-            )
+        _read_ahead(runtime, [(c.shards, plan.group(c.ids, c.shards.spec.num_embeddings).rows) for c in cold])
         _gather_all(runtime, reads)
 
 
@@ -513,8 +513,7 @@ def _fill_new_slots(runtime: Runtime, parts: Sequence[Loading]) -> list[Int64Arr
         fill = [_fill(each, slots) for each, slots in zip(parts, reserved, strict=True)]
         sizes = [each.shards.spec.record_bytes for each in parts]
         with runtime.warming.batch_reads([shards for shards, _ in cold]):
-            if cold:
-                _read_ahead(runtime, cold)
+            _read_ahead(runtime, cold)
             run_pieces(runtime, fill, [each.rows.size for each in parts], sizes)
     except BaseException:
         for each, slots in zip(parts, reserved, strict=False):
