@@ -391,6 +391,8 @@ def test_rows_that_are_overwritten_whole_are_never_read(
             if step % 3 == 2:
                 table.reset_rows(ids[:9])
                 model.write(ids[:9], initial[ids[:9]])
+            overlay = inside.shards(table).overlay
+            assert overlay.changes == np.unique(overlay.changed_rows()).size
             if step % 2:
                 store.commit()
         assert not copied
