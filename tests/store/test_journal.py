@@ -368,6 +368,25 @@ def test_a_reader_after_a_crash_sees_the_last_commit_and_writes_nothing(path, in
     assert {each: each.read_bytes() for each in path.rglob("*") if each.is_file()} == before
 
 
+def test_a_reader_works_as_before_after_a_refresh(path):
+    """The opening that it takes over from ends, with its pool of results and its threads, but not with the reader's."""
+    with shardemb.open(path) as store:
+        fill(new_table(store), 3)
+        store.commit(step=1)
+        with shardemb.open(path, "r") as reader:
+            reader["t"].prefetch([1])
+            runtime = inside.runtime(reader)
+            reader.refresh()
+            reader.verify()
+            names = []
+            runtime.in_background(lambda: names.append(threading.current_thread().name))
+            runtime.in_background(lambda: names.append(""))
+            found = reader["t"].lookup(np.arange(ROWS).repeat(16))
+            del found
+            assert runtime.outputs.nbytes > 0  # kept for the next result
+        assert names[0] == "shardemb_0"
+
+
 def test_refresh_moves_a_reader_to_the_newest_commit(path):
     with shardemb.open(path) as store:
         table = new_table(store)
