@@ -123,9 +123,7 @@ def test_what_is_in_memory_already_counts(cold, monkeypatch):
     monkeypatch.setattr(memory_budget, "available_bytes", lambda: NBYTES * 13 // 10)
     assert not warming.is_worth_it(shards)  # all of it is more than half of that
     shards.read_in(0, NBYTES // 2 // PAGE * PAGE)
-    assert not warming.is_worth_it(
-        shards
-    )  # a half of it is more than half of what is free besides the other half
+    assert not warming.is_worth_it(shards)  # half of it is more than half of what is free besides the rest
     shards.read_in(0, NBYTES * 3 // 4 // PAGE * PAGE)
     assert warming.is_worth_it(shards)  # a quarter of it is less than half of the rest
 
