@@ -399,9 +399,14 @@ def test_explain_says_that_a_table_is_being_warmed(cold, monkeypatch):
 @pytest.mark.parametrize("enough", [True, False])
 def test_a_new_table_stays_in_memory_if_there_is_enough(path, monkeypatch, enough):
     monkeypatch.setattr(memory_budget, "available_bytes", lambda: 2 * NBYTES - (not enough))
+    drop_cached, dropped = files.drop_cached, []
+    monkeypatch.setattr(
+        files, "drop_cached", lambda descriptor: (dropped.append(descriptor), drop_cached(descriptor))
+    )
     with shardemb.open(path) as store:
         table = store.create_table("t", num_embeddings=ROWS, embedding_dim=DIM, initializer=VALUES)
         store.commit()
+        assert bool(dropped) != enough  # or they would be read again
         found = pages_in_memory(table)
         if not enough and found:
             pytest.skip("this file system keeps its pages in memory (tmpfs)")
