@@ -179,6 +179,7 @@ USE_EVERYTHING = """
             for ids in batches():
                 table.lookup(ids)
                 table.prefetch(ids)
+            table.warm()
             list(table.to_arrow_batches())
     modules = row_kernels, row_index, residency, grouping, file_blocks, hashing, index_kernels, key_kernels, slots
     inner = hashing._rotate_left, hashing._sip_round, index_kernels.bucket_of, index_kernels._filter_bit

@@ -171,7 +171,7 @@ def test_a_file_is_refused(path, mode):
         ({"memory_budget": -1}, ValueError, "memory_budget must be between 0 and"),
         ({"memory_budget": "1 GB"}, TypeError, "memory_budget must be an integer"),
         ({"log_bytes": 0}, ValueError, "log_bytes must be between 1 and"),
-        ({"log_bytes": None}, TypeError, "log_bytes must be an integer"),
+        ({"log_bytes": 1.5}, TypeError, "log_bytes must be an integer"),
     ],
 )
 def test_options_are_checked_before_anything_is_created(path, options, error, message):
