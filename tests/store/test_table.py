@@ -637,7 +637,7 @@ def test_explain_counts_rows_by_where_they_are(tmp_path):
 
 
 def test_explain_of_a_cold_batch(tmp_path):
-    with shardemb.open(tmp_path / "s") as store:
+    with shardemb.open(tmp_path / "s", warm=False) as store:
         table = store.create_table(
             "t", num_embeddings=20_000, embedding_dim=64, initializer=np.ones((20_000, 64))
         )
