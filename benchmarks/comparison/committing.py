@@ -11,7 +11,7 @@ from benchmarks.common import ROW_BYTES
 
 from . import memory, peers
 from .data import ids_of, remove, warm
-from .racing import Contender, drop_caches, race, same_bytes
+from .racing import Contender, Reopened, drop_caches, race, same_bytes
 from .reading import FULL
 from .results import Case, at_most, faster
 
@@ -209,21 +209,12 @@ def _cold_writes(settings, data, full_size, peer):
     return Case(f"{size:,} rows", tuple(arms.values()), tuple(bars), True, limit, notes)
 
 
-class _ColdWriter:
+class _ColdWriter(Reopened):
     """Opens one store again and again, of which all or nothing is in memory."""
 
     def __init__(self, path):
-        self.path, self.store, self.bytes_read = path, None, []
-
-    def close(self):
-        if self.store is not None:
-            self.store.close()
-            self.store = None
-
-    def make_cold(self):
-        self.close()
-        drop_caches(self.path)
-        self.store = common.open_store(self.path, warm=False)
+        super().__init__(path)
+        self.bytes_read = []
 
     def make_warm(self):
         self.make_cold()

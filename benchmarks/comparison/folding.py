@@ -10,7 +10,7 @@ from benchmarks.common import PAGE, ROW_BYTES
 
 from .data import make_values, remove
 from .processes import CannotRun
-from .racing import drop_caches, same_bytes
+from .racing import Reopened, same_bytes
 from .reading import LARGE
 from .results import OURS, Arm, Bar, Case
 
@@ -53,26 +53,19 @@ def beside_fold(settings):
     return [Case("uniform", (arms[BESIDE], arms[ALONE]), bars, True, notes=notes)]
 
 
-class _Folded:
+class _Folded(Reopened):
     """A table of which rows change, are committed and folded again and again, and others are looked up."""
 
     def __init__(self, data, batch):
-        self.path, self.rows, self.batch = data.store("folded"), data.rows, batch
-        self.store = None
+        super().__init__(data.store("folded"))
+        self.rows, self.batch = data.rows, batch
         self.changed = np.zeros(self.rows, bool)
         self.folds = []
         """Seconds of each."""
 
-    def close(self):
-        if self.store is not None:
-            self.store.close()
-            self.store = None
-
     def make_cold(self):
         """Open a table with nothing in memory, and commit changes that wait to be folded."""
-        self.close()
-        drop_caches(self.path)
-        self.store = common.open_store(self.path, warm=False)
+        super().make_cold()
         table = self.store["rows"]
         self.shard_rows = table.rows_per_shard
         ids = np.unique(common.make_ids("uniform", self.rows, self.rows // SHARE * 5 // 4))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import pagecache
+from benchmarks import common, pagecache
 
 from .processes import CannotRun
 from .results import Arm
@@ -125,6 +125,24 @@ def drop_caches(*paths):
     warm = _resident(files)
     if warm:
         raise CannotRun(f"pages stay in the page cache: {warm}")
+
+
+class Reopened:
+    """A store that is opened again and again, with nothing of it in memory."""
+
+    def __init__(self, path):
+        self.path, self.store = path, None
+
+    def close(self):
+        if self.store is not None:
+            self.store.close()
+            self.store = None
+
+    def make_cold(self):
+        """Close the store, drop its files from memory, and open it."""
+        self.close()
+        drop_caches(self.path)
+        self.store = common.open_store(self.path, warm=False)
 
 
 def read_files(path):

@@ -78,15 +78,6 @@ def advise_range(address: int, nbytes: int, advice: int, most: int) -> int:
 
 
 @kernel
-def _advise_pages(base: int, start: int, stop: int, advice: int, most_pages: int) -> int:
-    failed = 0
-    for first in range(start, stop, most_pages):
-        pages = min(most_pages, stop - first)
-        failed += _madvise(base + first * PAGE, pages * PAGE, advice) != 0
-    return failed
-
-
-@kernel
 def advise(
     base: int,
     record_bytes: int,
@@ -117,7 +108,11 @@ def advise(
             continue
         low, high = row * record_bytes // PAGE, ((row + 1) * record_bytes - 1) // PAGE
         if low > last + 1:  # a gap ends the run; one call for a run costs less than one for each page
-            failed += _advise_pages(base, int(first), int(last) + 1, advice, most_pages)
+            failed += advise_range(
+                base + int(first) * PAGE, int(last + 1 - first) * PAGE, advice, most_pages * PAGE
+            )
             first = low
         last = max(last, high)
-    return failed + _advise_pages(base, int(first), int(last) + 1, advice, most_pages)
+    return failed + advise_range(
+        base + int(first) * PAGE, int(last + 1 - first) * PAGE, advice, most_pages * PAGE
+    )

@@ -28,7 +28,7 @@ from shardemb.engine import memory_budget
 from shardemb.errors import ShardEmbError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from shardemb.base.progress import Advance, Progress
@@ -53,7 +53,7 @@ SAMPLES = 4096
 """Pages that are searched in memory to estimate how much of a table is there."""
 
 WARMED_ROWS = 8192
-"""Rows whose pages `warm_rows` waits for at a time."""
+"""Rows whose pages `warm` waits for at a time."""
 
 _log = logging.getLogger("shardemb")
 
@@ -164,14 +164,15 @@ class Warming:
         with self._turns:
             if self._closed or requested < self._due.get(shards, 1):
                 return
-            part = max(1, _Written.of(shards).nbytes // BEGIN_PART)
+            written = Written.of(shards)
+            part = max(1, written.nbytes // BEGIN_PART)
             first = shards not in self._due
             if first and requested < part:
                 self._due[shards] = part
                 return
             # Rarer and rarer, so that batches of a table that never fits do not pay for it.
             self._due[shards] = requested + max(part, requested // 4)
-            if any(each() is shards for each in self._waiting) or not is_worth_it(shards):
+            if any(each() is shards for each in self._waiting) or not is_worth_it(shards, written):
                 return
             self._waiting.append(weakref.ref(shards))
             if self._thread is None:
@@ -204,23 +205,24 @@ class Warming:
         shards, done, begun = reference(), 0, time.monotonic()
         if shards is None:
             return
-        every = list(shards.written_pieces(PIECE_BYTES))
-        total, pieces, directory = sum(nbytes for _, nbytes in every), iter(every), shards.directory
+        pieces, directory = list(shards.written_pieces(PIECE_BYTES)), shards.directory
+        total = sum(nbytes for _, nbytes in pieces)
         _log.info("warming %s: %d bytes", directory, total)
-        ahead: deque[tuple[int, int]] = deque()
-        while not self._closed and shards is not None:
-            while len(ahead) < PIECES_AHEAD and (piece := next(pieces, None)) is not None:
-                shards.request(*piece)
-                ahead.append(piece)
-            if not ahead:
-                _log.info("warmed %s in %.1f s", directory, time.monotonic() - begun)
-                return
-            offset, nbytes = ahead.popleft()
-            self._read_in_turn(shards, offset, nbytes)
-            done += nbytes
-            self._now = reference, min(1.0, done / max(total, 1))
-            del shards
+        del shards
+
+        def request(offset: int, nbytes: int) -> None:
+            if (shards := reference()) is not None:
+                shards.request(offset, nbytes)
+
+        for offset, nbytes in _requested_ahead(pieces, request):
             shards = reference()
+            if self._closed or shards is None:
+                return
+            self._read_in_turn(shards, offset, nbytes)
+            del shards
+            done += nbytes
+            self._now = reference, done / total
+        _log.info("warmed %s in %.1f s", directory, time.monotonic() - begun)
 
     def _read_in_turn(self, shards: Shards, offset: int, nbytes: int) -> None:
         with self._turns:
@@ -234,19 +236,21 @@ class Warming:
                 self._turns.notify_all()
 
 
-class _Written(NamedTuple):
+class Written(NamedTuple):
     """The parts of a table's files that were ever written: where they begin in its memory, and their bytes."""
 
     starts: Int64Array
     sizes: Int64Array
 
     @classmethod
-    def of(cls, shards: Shards) -> _Written:
+    def of(cls, shards: Shards) -> Written:
+        """Look at the files of a table."""
         parts = list(shards.written_pieces(2**62))
         return cls(*(np.array([part[k] for part in parts], np.int64) for k in range(2)))
 
     @property
     def nbytes(self) -> int:
+        """All of their bytes."""
         return int(self.sizes.sum())
 
     def sample(self) -> Int64Array:
@@ -259,9 +263,9 @@ class _Written(NamedTuple):
         return pages
 
 
-def is_worth_it(shards: Shards) -> bool:
+def is_worth_it(shards: Shards, written: Written) -> bool:
     """Return whether enough of a table is missing in memory, and that fits into `FREE_SHARE` of what is free."""
-    written, free = _Written.of(shards), memory_budget.available_bytes()
+    free = memory_budget.available_bytes()
     if written.nbytes > free:
         return False
     sample = written.sample()
@@ -280,7 +284,8 @@ def warm(shards: Shards, name: str, rows: Int64Array | None, progress: Progress)
     OSError
         The files cannot be read.
     """
-    nbytes = _Written.of(shards).nbytes if rows is None else shards.pages_bytes(rows)
+    pieces = list(shards.written_pieces(PIECE_BYTES)) if rows is None else []
+    nbytes = sum(each for _, each in pieces) if rows is None else shards.pages_bytes(rows)
     free = memory_budget.available_bytes()
     if nbytes > free:
         msg = (
@@ -290,18 +295,26 @@ def warm(shards: Shards, name: str, rows: Int64Array | None, progress: Progress)
         raise ShardEmbError(msg)
     with track(nbytes, f"warming {name!r}", unit="byte", progress=progress) as advance:
         if rows is None:
-            _warm_all(shards, advance)
+            _warm_all(shards, pieces, advance)
         else:
             _warm_rows(shards, rows, advance)
 
 
-def _warm_all(shards: Shards, advance: Advance) -> None:
-    pieces = list(shards.written_pieces(PIECE_BYTES))
-    for number, (offset, nbytes) in enumerate(pieces):
-        for piece in (
-            pieces[number + PIECES_AHEAD - 1 : number + PIECES_AHEAD] if number else pieces[:PIECES_AHEAD]
-        ):
-            shards.request(*piece)
+def _requested_ahead(
+    pieces: Iterable[tuple[int, int]], request: Callable[[int, int], None]
+) -> Iterator[tuple[int, int]]:
+    """Request pieces and yield them, each once `PIECES_AHEAD` are on their way or there is no other."""
+    ahead: deque[tuple[int, int]] = deque()
+    for piece in pieces:
+        request(*piece)
+        ahead.append(piece)
+        if len(ahead) == PIECES_AHEAD:
+            yield ahead.popleft()
+    yield from ahead
+
+
+def _warm_all(shards: Shards, pieces: Iterable[tuple[int, int]], advance: Advance) -> None:
+    for offset, nbytes in _requested_ahead(pieces, shards.request):
         shards.read_in(offset, nbytes)
         advance(nbytes)
 

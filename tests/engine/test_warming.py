@@ -18,7 +18,7 @@ import shardemb
 from shardemb.base.sizes import PAGE
 from shardemb.engine import memory_budget, warming
 from shardemb.engine.shards import Shards
-from shardemb.engine.warming import Warming
+from shardemb.engine.warming import Warming, Written
 from shardemb.errors import RowIdError, ShardEmbError
 from shardemb.storage import address_space, files
 
@@ -121,11 +121,12 @@ def test_otherwise_nothing_is_read_but_what_batches_ask_for(cold, monkeypatch, r
 def test_what_is_in_memory_already_counts(cold, monkeypatch):
     shards = inside.shards(cold())
     monkeypatch.setattr(memory_budget, "available_bytes", lambda: NBYTES * 13 // 10)
-    assert not warming.is_worth_it(shards)  # all of it is more than half of that
+    assert not warming.is_worth_it(shards, Written.of(shards))  # all of it is more than half of that
     shards.read_in(0, NBYTES // 2 // PAGE * PAGE)
-    assert not warming.is_worth_it(shards)  # half of it is more than half of what is free besides the rest
+    # Half of it is more than half of what is free besides the rest.
+    assert not warming.is_worth_it(shards, Written.of(shards))
     shards.read_in(0, NBYTES * 3 // 4 // PAGE * PAGE)
-    assert warming.is_worth_it(shards)  # a quarter of it is less than half of the rest
+    assert warming.is_worth_it(shards, Written.of(shards))  # a quarter of it is less than half of the rest
 
 
 def test_a_table_that_is_in_memory_is_not_read_again(cold):
@@ -160,9 +161,9 @@ def test_a_sparse_table_that_is_in_memory_is_not_read_again(path):
         table.warm()
         shards = inside.shards(table)
         shards.totals.add_bytes(requested=NBYTES)
-        assert not warming.is_worth_it(shards)
+        assert not warming.is_worth_it(shards, Written.of(shards))
         if drop_caches(table):
-            assert warming.is_worth_it(shards)
+            assert warming.is_worth_it(shards, Written.of(shards))
 
 
 def test_files_that_a_reader_lacks_are_read_as_zeros(path):
