@@ -65,7 +65,7 @@ def zipf():
 
 def folds(folder):
     """Fold rows scattered over a table of 3 GB, block by block and in long stretches."""
-    fill_windows = file_blocks.fill_windows
+    widen = file_blocks.widen
     with shardemb.open(folder / "folds.zarr", log_bytes=2**34, memory_budget=2**34) as store:
         table = store.create_table("t", num_embeddings=ROWS, embedding_dim=DIM, optimizer=adam)
         table.write(np.arange(ROWS), np.zeros((ROWS, DIM), np.float32))
@@ -73,15 +73,15 @@ def folds(folder):
         store.checkpoint()
         for rows in (20_000, 500_000):
             for what, blocks in {
-                "block by block": lambda blocks, has_data: blocks,
-                "in stretches": fill_windows,
+                "block by block": lambda blocks, has_data: (blocks, np.ones(blocks.size, np.bool_)),
+                "in stretches": widen,
             }.items():
                 times, cores, written = [], [], []
                 for _ in range(3):
                     ids = random.permutation(ROWS)[:rows]
                     table.update(ids, random.standard_normal((rows, DIM), np.float32))
                     store.commit()
-                    file_blocks.fill_windows, before, start = (
+                    file_blocks.widen, before, start = (
                         blocks,
                         store.stats()["bytes_written"],
                         time.process_time(),
@@ -90,7 +90,7 @@ def folds(folder):
                         store.checkpoint()
                     cores.append(time.process_time() - start)
                     written.append(store.stats()["bytes_written"] - before)
-                file_blocks.fill_windows = fill_windows
+                file_blocks.widen = widen
                 print(
                     f"fold of {rows:>9,} rows {what:<16}{median(times):>7.2f} s, of a core {median(cores):>6.2f} s,"
                     f" {median(written) / 2**20:>6.0f} MiB written"

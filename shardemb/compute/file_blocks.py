@@ -87,7 +87,10 @@ def patch(
 
 
 WINDOW_BLOCKS = 64
-"""Blocks of a window: of each, a fold writes either what changes or everything."""
+"""Blocks of a window, the unit in which much of a file is read and written."""
+
+READ_SHARE, WRITE_SHARE = 3 / 8, 3 / 4
+"""From which share of changed blocks on a window is read, and written, as a whole."""
 
 
 def runs(numbers: Int64Array) -> Iterator[tuple[int, int]]:
@@ -118,11 +121,12 @@ def pages(rows: Int64Array, record_bytes: int) -> Int64Array:
     return all_of_each[np.diff(all_of_each, prepend=-1) > 0]
 
 
-def fill_windows(blocks: Int64Array, has_data: NDArray[np.bool_]) -> Int64Array:
-    """Add unchanged blocks to those that change, because writing one long stretch costs less than many short ones.
+def widen(blocks: Int64Array, has_data: NDArray[np.bool_]) -> tuple[Int64Array, NDArray[np.bool_]]:
+    """Add unchanged blocks to those that change, because a few long requests cost less than many short ones.
 
-    A window is written as a whole if at least a quarter of it changes, unless it would then take more than twice the
-    disk space.
+    A block between two that change is written with them if it takes disk space already. A window of which much changes
+    is read as a whole; one of which most changes is written as a whole too, unless it would then take more than twice
+    the disk space.
 
     Parameters
     ----------
@@ -131,17 +135,27 @@ def fill_windows(blocks: Int64Array, has_data: NDArray[np.bool_]) -> Int64Array:
     has_data : ndarray of bool
         For every block of the file, whether it takes disk space.
 
+    Returns
+    -------
+    held : ndarray of int64
+        The blocks to hold in memory, ascending.
+    written : ndarray of bool
+        Which of these to write: all that change, and some more.
+
     Examples
     --------
-    >>> fill_windows(np.arange(0, 64, 4), np.ones(100, np.bool_)).size
-    64
-    >>> fill_windows(np.arange(0, 64, 4), np.zeros(100, np.bool_)).size
-    16
+    >>> held, written = widen(np.array([0, 2, 3, 9]), np.ones(100, np.bool_))
+    >>> held[written].tolist()
+    [0, 1, 2, 3, 9]
     """
     changed, taken = np.zeros((2, round_up(has_data.size, WINDOW_BLOCKS)), np.bool_)
     changed[blocks], taken[: has_data.size] = True, has_data
     taken |= changed
+    written = changed.copy()
+    between = blocks[:-1][np.diff(blocks) == 2] + 1
+    written[between[taken[between]]] = True
     changes, takes = (each.reshape(-1, WINDOW_BLOCKS).sum(axis=1) for each in (changed, taken))
-    dense = (4 * changes >= WINDOW_BLOCKS) & (2 * takes >= WINDOW_BLOCKS)
-    every: Int64Array = np.flatnonzero((changed | np.repeat(dense, WINDOW_BLOCKS))[: has_data.size])
-    return every
+    much, most = (changes >= share * WINDOW_BLOCKS for share in (READ_SHARE, WRITE_SHARE))
+    written |= np.repeat(most & (2 * takes >= WINDOW_BLOCKS), WINDOW_BLOCKS)
+    held: Int64Array = np.flatnonzero((written | np.repeat(much, WINDOW_BLOCKS))[: has_data.size])
+    return held, written[held]

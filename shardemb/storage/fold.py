@@ -15,7 +15,10 @@ a concurrent lookup, and after an interrupted fold.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+import time
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -44,6 +47,51 @@ BUFFER_BLOCKS = 2048
 
 DIRECT_BLOCKS = 16
 """Fewest contiguous blocks for which reading and writing past the page cache pays off."""
+
+
+REST = 0.5
+"""How long a fold rests after a piece of work beside cold lookups, as a multiple of the time that the piece took."""
+
+RECENT_S = 2.0
+"""For how many seconds after the last cold lookup began a fold gives way to the next one."""
+
+
+class Pace:
+    """Lets a fold give way to lookups that read from the same disk, unless somebody waits for the fold.
+
+    Beside them, it does one piece at a time, waits until the disk has it, and rests.
+
+    Parameters
+    ----------
+    cold_lookups : callable
+        Returns how many lookups so far have found pages that were not in memory.
+    hurry : threading.Event
+        Set while the fold must not rest; that ends a rest too.
+    """
+
+    def __init__(self, cold_lookups: Callable[[], int], hurry: threading.Event) -> None:
+        self._cold_lookups, self._hurry = cold_lookups, hurry
+        self._seen, self._recent = cold_lookups(), -RECENT_S
+        self._turn = threading.Lock()
+
+    def gives_way(self) -> bool:
+        """Return whether there are cold lookups to give way to."""
+        count, now = self._cold_lookups(), time.monotonic()
+        if count != self._seen:
+            self._seen, self._recent = count, now
+        return now - self._recent < RECENT_S and not self._hurry.is_set()
+
+    @contextlib.contextmanager
+    def piece(self) -> Iterator[bool]:
+        """Do a piece of work in a with block, and rest after it if the fold gives way, which is what this yields."""
+        if self.gives_way():
+            with self._turn:
+                if self.gives_way():  # still, after others had their turn
+                    begun = time.monotonic()
+                    yield True
+                    self._hurry.wait(REST * (time.monotonic() - begun))
+                    return
+        yield False
 
 
 class FilePatch(NamedTuple):
@@ -89,6 +137,13 @@ class _Stretch(NamedTuple):
         return slice(self.first * PAGE, self.last * PAGE)
 
 
+class _Descriptors(NamedTuple):
+    """One file, opened twice."""
+
+    cached: int
+    direct: int  # past the page cache
+
+
 @dataclass
 class _Task:
     """A patch to write, with the checksums of its blocks before, and an array for the checksums after."""
@@ -98,11 +153,11 @@ class _Task:
     known: NDArray[np.uint64]
     sums: NDArray[np.uint64]
 
-    def run(self, advance: Advance) -> None:
+    def run(self, advance: Advance, pace: Pace) -> None:
         """Write the blocks, and unchanged blocks between them where that is cheaper; sync the file."""
         file = self.patch.file
         sums = checksums.read_sums(self.checksums_path, file.first, file.nbytes // PAGE)
-        blocks = file_blocks.fill_windows(self.patch.blocks, sums != checksums.NEVER_WRITTEN)
+        blocks, written = file_blocks.widen(self.patch.blocks, sums != checksums.NEVER_WRITTEN)
         memory = address_space.AddressRange(min(BUFFER_BLOCKS, blocks.size) * PAGE)
         memory.map_zeros(0, memory.nbytes)
         with (
@@ -110,32 +165,36 @@ class _Task:
             files.opened_direct(file.path, os.O_RDWR) as direct,
         ):
             for start in range(0, blocks.size, BUFFER_BLOCKS):
-                self._write(blocks[start : start + BUFFER_BLOCKS], cached, direct, memory, advance)
+                part = slice(start, start + BUFFER_BLOCKS)
+                with pace.piece() as gives_way:
+                    self._write(blocks[part], written[part], _Descriptors(cached, direct), memory)
+                    if gives_way:  # else the sync would be one long piece
+                        begin, end = int(blocks[part][0]) * PAGE, (int(blocks[part][-1]) + 1) * PAGE
+                        address_space.write_back(cached, begin, end - begin, file.path)
+                within = self._within(blocks[part])
+                advance((within.stop - within.start) * PAGE)
             files.sync_data(cached, file.path)
+
+    def _within(self, blocks: Int64Array) -> slice:
+        """Return which of the blocks that change are among contiguous ones of the file."""
+        return slice(*np.searchsorted(self.patch.blocks, [blocks[0], blocks[-1] + 1]).tolist())
 
     def _write(
         self,
         blocks: Int64Array,
-        cached: int,
-        direct: int,
+        written: NDArray[np.bool_],
+        descriptors: _Descriptors,
         memory: address_space.AddressRange,
-        advance: Advance,
     ) -> None:
-        """Read some blocks, check and change those of the patch, write all of them."""
+        """Read some blocks, check and change those of the patch, write them and those between."""
         patch, path = self.patch, self.patch.file.path
-        some = slice(*np.searchsorted(patch.blocks, [blocks[0], blocks[-1] + 1]).tolist())
+        some = self._within(blocks)
         changed, whole, known = patch.blocks[some], patch.whole[some], self.known[some]
         at = np.searchsorted(blocks, changed)
-        needs_read = np.ones(blocks.size, np.bool_)
-        needs_read[at] = ~whole
         view, content = memory.bytes(0, blocks.size * PAGE), memory.array(np.uint8, (blocks.size, PAGE))
-        stretches = _stretches(blocks, cached, direct)
-        read = [each for each in stretches if needs_read[each.first : each.last].any()]
-        for each in read:
-            if each.descriptor == cached:  # so that the disk works on all of them while the first is read
-                files.will_need(cached, each.offset, (each.last - each.first) * PAGE)
-        for each in read:
-            files.read_into(each.descriptor, view[each.buffer], each.offset, path)
+        needs_read = written.copy()
+        needs_read[at] = ~whole
+        _read(_stretches(blocks, np.arange(blocks.size), descriptors), needs_read, view, descriptors, path)
         # A new checksum must not hide damage in the old part of a block: such a block stays marked as damaged.
         partly = np.flatnonzero(~whole)
         damaged = np.zeros(changed.size, np.bool_)
@@ -144,32 +203,60 @@ class _Task:
         )
         patch.apply(blocks, content.reshape(-1))
         self.sums[some] = np.where(damaged, np.uint64(checksums.DAMAGED), checksums.block_sums(view, at))
-        for each in stretches:
+        for each in _stretches(blocks, np.flatnonzero(written), descriptors):
             files.write(each.descriptor, view[each.buffer], each.offset, path)
-        advance(changed.size * PAGE)
 
 
-def _stretches(blocks: Int64Array, cached: int, direct: int) -> list[_Stretch]:
-    """Cut blocks into contiguous stretches, and choose for each whether it bypasses the page cache."""
+def _read(
+    stretches: list[_Stretch],
+    needed: NDArray[np.bool_],
+    view: memoryview,
+    descriptors: _Descriptors,
+    path: Path,
+) -> None:
+    """Read the stretches of which something is needed."""
+    wanted = [each for each in stretches if needed[each.first : each.last].any()]
+    for each in wanted:
+        if (
+            each.descriptor == descriptors.cached
+        ):  # so that the disk works on all of them while the first is read
+            files.will_need(each.descriptor, each.offset, (each.last - each.first) * PAGE)
+    for each in wanted:
+        files.read_into(each.descriptor, view[each.buffer], each.offset, path)
+
+
+def _stretches(blocks: Int64Array, which: Int64Array, descriptors: _Descriptors) -> list[_Stretch]:
+    """Cut ``blocks[which]`` into contiguous stretches, and choose for each whether it bypasses the page cache."""
     stretches = []
-    for first, last in file_blocks.runs(blocks):
-        offset, nbytes = int(blocks[first]) * PAGE, (last - first) * PAGE
+    for first, last in file_blocks.runs(blocks[which]):
+        begin, count = int(which[first]), last - first
+        offset, nbytes = int(blocks[begin]) * PAGE, count * PAGE
         # A stretch that the page cache holds is read and written there, so that a warm table stays warm.
-        is_direct = last - first >= DIRECT_BLOCKS and address_space.cached_share(cached, offset, nbytes) < 0.5
-        stretches.append(_Stretch(direct if is_direct else cached, offset, first, last))
+        is_direct = (
+            count >= DIRECT_BLOCKS and address_space.cached_share(descriptors.cached, offset, nbytes) < 0.5
+        )
+        stretches.append(
+            _Stretch(descriptors.direct if is_direct else descriptors.cached, offset, begin, begin + count)
+        )
     return stretches
 
 
-def write(tables: Sequence[tuple[TableLocation, Images]], threads: int, shown: bool = False) -> None:
+def write(
+    tables: Sequence[tuple[TableLocation, Images]],
+    threads: int,
+    shown: bool = False,
+    pace: Pace | None = None,
+) -> None:
     """Write the images of all tables, each file in one task, and sync every file that was written.
 
-    With `shown`, a bar or lines on stderr show how far it is.
+    With `shown`, a bar or lines on stderr show how far it is. With a `pace`, it gives way to lookups.
 
     Raises
     ------
     DiskFullError
         The disk is full. Any part may have been written; the call can be repeated.
     """
+    pace = pace or Pace(lambda: 0, threading.Event())
     records: list[_Task] = []
     bits: list[_Task] = []
     sums = []
@@ -189,15 +276,15 @@ def write(tables: Sequence[tuple[TableLocation, Images]], threads: int, shown: b
     total = sum(new.size for _, _, new in sums) * PAGE
     with track(total, "folding the log", unit="byte", progress=shown) as advance:
         for tasks in (records, bits):
-            _run(tasks, threads, advance)
+            _run(tasks, threads, advance, pace)
     for path, blocks, new in sums:
         checksums.write_sums(path, blocks, new)
 
 
-def _run(tasks: Sequence[_Task], threads: int, advance: Advance) -> None:
+def _run(tasks: Sequence[_Task], threads: int, advance: Advance, pace: Pace) -> None:
     def some(task: int, step: int) -> None:
         for each in tasks[task::step]:
-            each.run(advance)
+            each.run(advance, pace)
 
     number = min(2 * threads, len(tasks))
     scheduler.run([partial(some, task, number) for task in range(number)], threads)

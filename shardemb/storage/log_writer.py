@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import uuid
+from bisect import insort
 from typing import TYPE_CHECKING
 
 from shardemb.base.interrupts import signals_deferred
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from shardemb.format.manifest import Manifest
 
 FIRST_SEGMENT = 64 * 2**10
-"""Bytes of the first segment after opening: few, so that opening writes little. Later segments are larger."""
+"""Bytes of the first segment after opening, or after a fold: few, so that these write little. Later ones are larger."""
 
 SEGMENT_BYTES = 64 * 2**20
 LARGE_COMMIT = 4 * 2**20
@@ -58,7 +59,7 @@ class Log:
     segment_bytes : int
         Usual size of a segment.
     spares : int
-        Most discarded segments of that size that are kept for reuse.
+        Most discarded segments, of that size or smaller, that are kept for reuse; the largest are.
 
     Raises
     ------
@@ -83,7 +84,7 @@ class Log:
         self._stage.map_zeros(0, STAGE_BYTES)
         self._staged = 0
         self._descriptor: int | None = None
-        self._spares: list[Path] = []
+        self._spares: list[tuple[int, Path]] = []  # sizes and paths, ascending
         self._most_spares = spares
         self.nbytes = 0
         """Bytes appended since the base."""
@@ -104,10 +105,10 @@ class Log:
         """
         self._drop_staged()
         if self._position + nbytes + PAGE > self._size:
-            size = min(2 * self._size, self._usual_bytes)
+            needed = round_up(nbytes, PAGE) + 2 * PAGE
+            size = max(needed, min(2 * self._size, self._usual_bytes))
             with signals_deferred():
-                needed = round_up(nbytes, PAGE) + 2 * PAGE
-                self._next_segment(max(size, needed), zeros=needed < LARGE_COMMIT)
+                self._next_segment(needed if self._has_spare(needed) else size, zeros=needed < LARGE_COMMIT)
         self.attempt += 1
         self._count = 0
 
@@ -145,18 +146,22 @@ class Log:
         self._drop_staged()
         number = self.number
         with signals_deferred():
-            self._next_segment(min(self._size, self._usual_bytes))
+            # A small one, if there is none to use again: maybe nothing follows, and zeros would be for nothing.
+            self._next_segment(FIRST_SEGMENT)
         return [self._path(each) for each in segments(self._folder) if each <= number]
 
     def discard(self, closed: Sequence[Path]) -> None:
         """Remove closed segments that the base no longer needs, or keep them for reuse."""
         for path in closed:
-            if files.size(path) == self._usual_bytes and len(self._spares) < self._most_spares:
-                spare = path.with_suffix(".spare")
-                files.rename(path, spare)
-                self._spares.append(spare)
-            else:
+            nbytes = files.size(path) or 0
+            if nbytes > self._usual_bytes:
                 files.remove(path)
+                continue
+            spare = path.with_suffix(".spare")
+            files.rename(path, spare)
+            insort(self._spares, (nbytes, spare))
+        while len(self._spares) > self._most_spares:
+            files.remove(self._spares.pop(0)[1])
 
     def close(self) -> None:
         """Close the file."""
@@ -168,6 +173,10 @@ class Log:
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:08d}{SUFFIX}"
+
+    def _has_spare(self, nbytes: int) -> bool:
+        """Return whether a discarded segment of `nbytes` or more can be used again."""
+        return bool(self._spares) and self._spares[-1][0] >= nbytes
 
     def _next_segment(self, nbytes: int, *, zeros: bool = True) -> None:
         """Begin a segment of `nbytes`, after making the previous one durable."""
@@ -189,14 +198,18 @@ class Log:
             files.close(before)
 
     def _begin_segment(self, nbytes: int, *, zeros: bool = True) -> None:
-        """Create a segment under a temporary name; give it its name once its space and header are durable."""
+        """Create a segment under a temporary name; give it its name once its space and header are durable.
+
+        It takes the largest discarded one if that has `nbytes`.
+        """
         number, salt = self.number + 1, uuid.uuid4().bytes  # a new salt invalidates what a reused file holds
         temporary = self._path(number).with_suffix(".new")
         files.remove(temporary)  # left by a writer that died while creating it
         descriptor = None
         try:
-            if nbytes == self._usual_bytes and self._spares:
-                files.rename(self._spares.pop(), temporary)
+            if self._has_spare(nbytes):
+                nbytes, spare = self._spares.pop()
+                files.rename(spare, temporary)
             else:
                 files.write_new(temporary, b"")
             descriptor = files.open_direct(temporary)

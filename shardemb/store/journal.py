@@ -80,6 +80,7 @@ class Journal:
         self._condition = threading.Condition(runtime.lock)
         self._folding = False
         self._folding_bytes = 0
+        self._hurry = threading.Event()
         self._shown = False
         self._problem: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -141,6 +142,8 @@ class Journal:
         assert manifest.commit is not None
         rows = sum(ids.size for _, ids in changes)
         _log.info("committed %s: step %d, %d rows", runtime.path, manifest.commit.step, rows)
+        if self.exceeds_limit(4 * (self._log.nbytes + self._folding_bytes) // 3):
+            self._hurry.set()  # soon a commit will wait
         if new_set:
             self.fold_all()
         elif (
@@ -156,8 +159,9 @@ class Journal:
         DiskFullError
             The shards have no space for that.
         """
-        in_log = self._log.nbytes + self._folding_bytes
-        if in_log and self.exceeds_limit(in_log + sum(map(_image_bytes, tables))):
+        if self._lacks_space(tables):
+            self._wait()  # a fold that is running may be enough; the next one is better begun with more to fold
+        if self._lacks_space(tables):
             problem = self.fold_all()
             if isinstance(problem, DiskFullError):
                 raise problem
@@ -171,6 +175,10 @@ class Journal:
         return nbytes > max(
             LOG_BYTES, min(LOG_TABLES * mapped, free // LOG_PART, self._runtime.memory_budget)
         )
+
+    def _lacks_space(self, tables: Sequence[Shards]) -> bool:
+        in_log = self._log.nbytes + self._folding_bytes
+        return in_log > 0 and self.exceeds_limit(in_log + sum(map(_image_bytes, tables)))
 
     def images(self) -> log_reader.Replay:
         """Read the images that are newer than the base."""
@@ -246,6 +254,7 @@ class Journal:
 
     def _wait(self) -> None:
         while self._folding:
+            self._hurry.set()
             self._condition.wait()
 
     def _start(self) -> None:
@@ -268,6 +277,7 @@ class Journal:
                 # Until the new base is published, the closed segments still count against `log_bytes`.
                 self._folding, self._folding_bytes, self._log.nbytes = True, self._log.nbytes, 0
                 tables = self._tables()
+                self._hurry.clear()  # a caller that waits for this fold sets it again
                 # With the lock held: what is committed later belongs to the next fold.
                 live += [tables[each.uuid] for each in base.tables]
                 for each in live:
@@ -292,6 +302,7 @@ class Journal:
                 [(each.location, newer.images(each.spec)) for each in live],
                 runtime.threads,
                 self._shown,
+                fold.Pace(lambda: sum(each.totals.cold_lookups for each in live), self._hurry),
             )
         except Exception as error:  # raised or returned by the calls that wait for the fold
             problem = error

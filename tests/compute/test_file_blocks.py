@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,3 +34,33 @@ def test_patch_bits_sets_those_that_lie_in_the_blocks_given(bits, most):
         if bit // ROWS_PER_BLOCK in blocks
     }
     assert set_bits(memory) == expected
+
+
+some_blocks = st.sets(st.integers(0, 299), max_size=299)
+
+
+@given(some_blocks, some_blocks, st.sampled_from([1, 4, 64]))
+def test_widen_completes_windows_and_gaps_of_one_block(changed, data, window):
+    has_data = np.zeros(300, np.bool_)
+    has_data[list(data)] = True
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(file_blocks, "WINDOW_BLOCKS", window)
+        held, written = file_blocks.widen(int64(sorted(changed)), has_data)
+    expected = changed | {each for each in data if {each - 1, each + 1} <= changed}
+    expected_held = set()
+    for start in range(0, 300, window):
+        every = set(range(start, start + window))
+        if 8 * len(every & changed) >= 3 * window:
+            expected_held |= every
+        if 4 * len(every & changed) >= 3 * window and 2 * len(every & (changed | data)) >= window:
+            expected |= every
+    assert held[written].tolist() == sorted(each for each in expected if each < 300)
+    assert held.tolist() == sorted(each for each in expected | expected_held if each < 300)
+
+
+def test_half_of_scattered_blocks_are_not_written_twice_over():
+    """Half of the blocks change, at random: one in eight is alone between two of them."""
+    changed = np.flatnonzero(np.random.default_rng(0).random(64_000) < 0.5)
+    held, written = file_blocks.widen(changed, np.ones(64_000, np.bool_))
+    assert 0.6 < written.sum() / 64_000 < 0.65
+    assert held.size > 0.9 * 64_000

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shardemb.compute import file_blocks, grouping, plan
+from shardemb.compute import grouping, plan
 from shardemb.compute.plan import Piece, align, cut, distinct, group, num_tasks
 
 
@@ -115,24 +115,6 @@ def test_no_task_has_much_more_than_its_share(batch, tasks):
 def test_rows_are_divided_evenly():
     grouped = group(np.arange(1000), 1000)
     assert aligned(grouped, 4) == [(0, 250), (250, 500), (500, 750), (750, 1000)]
-
-
-# ---- fill_windows ---------------------------------------------------------------------------------------------
-
-
-@given(st.sets(st.integers(0, 299), max_size=200), st.sets(st.integers(0, 299)), st.sampled_from([1, 4, 64]))
-def test_fill_windows_completes_those_that_change_much_and_have_data(changed, data, window):
-    has_data = np.zeros(300, np.bool_)
-    has_data[list(data)] = True
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(file_blocks, "WINDOW_BLOCKS", window)
-        found = file_blocks.fill_windows(np.array(sorted(changed), np.int64), has_data).tolist()
-    expected = set(changed)
-    for start in range(0, 300, window):
-        every = set(range(start, start + window))
-        if 4 * len(every & changed) >= window and 2 * len(every & (changed | data)) >= window:
-            expected |= every
-    assert found == sorted(each for each in expected if each < 300)
 
 
 # ---- num_tasks --------------------------------------------------------------------------------------------------

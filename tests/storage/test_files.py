@@ -220,6 +220,17 @@ def test_syncing_counts(tmp_path, counted):
 # ---- open files -------------------------------------------------------------------------------------------------
 
 
+def test_writing_back_changes_nothing_and_tells_errors(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 10_000)
+    with files.opened(path, os.O_RDWR) as descriptor:
+        files.write(descriptor, b"yy", 5000, path)
+        address_space.write_back(descriptor, 4096, 4096, path)
+    assert path.read_bytes() == b"x" * 5000 + b"yy" + b"x" * 4998
+    with pytest.raises(OSError, match="file cannot be synced: Bad file descriptor"):
+        address_space.write_back(descriptor, 4096, 4096, path)
+
+
 def test_opened_closes_the_file_after_an_error_too(tmp_path):
     def use():
         with files.opened(tmp_path / "a", os.O_WRONLY | os.O_CREAT) as descriptor:

@@ -14,7 +14,7 @@ from support.specs import make
 from shardemb.base.sizes import PAGE
 from shardemb.errors import DiskFullError, FormatError, LogDamagedError
 from shardemb.format.manifest import Commit, Manifest, TableEntry
-from shardemb.storage import files, log_reader
+from shardemb.storage import files, log_reader, log_writer
 from shardemb.storage.log_writer import Log, needed_bytes
 
 STORE, OTHER = "0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c00", "0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c01"
@@ -217,6 +217,39 @@ def test_discarded_segments_are_reused_and_their_records_ignored(folder, log):
     assert only(folder).stat().st_ino in inodes
     commit(log, [2], 2)
     assert rows_of(log_reader.read(folder, base)) == {2: 2}
+
+
+def test_no_large_segment_is_filled_with_zeros_for_commits_that_may_never_come(folder):
+    log = Log(folder, BASE, 2**20)
+    for number in range(60):  # segments double until they have their usual size
+        commit(log, list(range(600)), number)
+    assert max(path.stat().st_size for path in folder.glob("*.log")) == 2**20
+    log.close_segments()
+    assert folder.joinpath(f"{log.number:08d}.log").stat().st_size == log_writer.FIRST_SEGMENT
+    log.close()
+
+
+def test_zeros_are_written_once_however_often_the_log_is_folded(folder, monkeypatch):
+    """Also where it never grows to segments of their usual size."""
+    log, written, write = Log(folder, BASE, 2**22, spares=6), [], files.write
+    monkeypatch.setattr(files, "write", lambda *given: (written.append(len(given[1])), write(*given)))
+    appended = []
+    for number in range(8):
+        written.clear()
+        for part in range(20):
+            commit(log, list(range(600)), 20 * number + part)
+        log.discard(log.close_segments())
+        appended.append(sum(written))
+    assert len(set(appended[-3:])) == 1
+    assert appended[-1] < 0.7 * appended[0]
+    assert len(list(folder.iterdir())) <= 6 + 1
+    log.close()
+
+
+def test_segments_of_large_commits_are_not_kept(folder, log):
+    commit(log, list(range(60_000)), 1, make(100_000, 6))
+    log.discard(log.close_segments())
+    assert all(path.stat().st_size <= 2**16 for path in folder.iterdir())
 
 
 # ---- torn and damaged -------------------------------------------------------------------------------------------

@@ -536,10 +536,10 @@ def test_rows_keep_their_values_while_they_are_materialized(path, monkeypatch, f
         store.commit()
         expected, run = everything(table), fold._Task.run
 
-        def look_meanwhile(task, advance):
+        def look_meanwhile(task, *rest):
             if full and task.patch.file.path == path / "t" / full:
                 raise DiskFullError(28, "no room")
-            run(task, advance)
+            run(task, *rest)
             assert_equal(everything(table), expected)
 
         monkeypatch.setattr(fold._Task, "run", look_meanwhile)

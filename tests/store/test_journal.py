@@ -16,7 +16,7 @@ import shardemb
 from shardemb.errors import DiskFullError, PoisonedError, ReadOnlyError, StaleReaderError
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD
-from shardemb.storage import files, fold, log_reader, log_writer
+from shardemb.storage import address_space, files, fold, log_reader, log_writer
 from shardemb.store import journal
 
 ROWS, DIM = 5000, 16
@@ -239,6 +239,88 @@ def test_a_commit_waits_for_the_space_of_what_is_being_folded(path, slow_fold):
         thread.join(30)
         assert not thread.is_alive()
         assert store.last_commit.step == 2
+
+
+def test_a_commit_that_waited_for_a_running_fold_starts_no_other_if_there_is_space_now(path, monkeypatch):
+    """So the next fold has more to fold at once."""
+    begun, proceed, write, folded = threading.Event(), threading.Event(), fold.write, []
+
+    def slow(tables, *rest):
+        begun.set()
+        assert proceed.wait(30)
+        folded.append(sum(images.ids.size for _, images in tables))
+        write(tables, *rest)
+
+    limit = 2000 * (8 + 4 * DIM)
+    with shardemb.open(path, log_bytes=limit) as store:
+        table = new_table(store)
+        monkeypatch.setattr(fold, "write", slow)
+        fill(table, 1, range(1200))
+        store.commit(step=1)  # the log is more than half full, so a fold begins
+        assert begun.wait(30)
+        fill(table, 2, range(1000, 1400))
+        store.commit(step=2)
+        fill(table, 3, range(2000, 2500))
+        threading.Timer(0.3, proceed.set).start()
+        store.commit(step=3)
+        store.checkpoint()
+    assert folded == [1200, 900]
+
+
+@pytest.fixture
+def written_back(monkeypatch):
+    """The files of which pieces are written back, as is done only by a fold that gives way."""
+    calls, write_back = [], address_space.write_back
+    monkeypatch.setattr(
+        address_space, "write_back", lambda *given: (calls.append(given[-1]), write_back(*given))
+    )
+    return calls
+
+
+def test_a_fold_gives_way_to_cold_lookups_until_somebody_waits_for_it(
+    path, slow_fold, written_back, monkeypatch
+):
+    begun, proceed = slow_fold
+    proceed.set()
+    monkeypatch.setattr(fold, "REST", 1e6)  # it would never end
+    with shardemb.open(path, log_bytes=600_000) as store:
+        table = new_table(store)
+        proceed.clear()
+        begun.clear()
+        fill(table, 1)
+        store.commit(step=1)
+        assert begun.wait(30)
+        inside.shards(table).totals.add_cold()
+        proceed.set()
+        while not written_back:
+            time.sleep(0.001)
+        time.sleep(0.1)
+        assert inside.journal(store).is_folding
+        store.checkpoint()
+        assert (np.fromfile(path / "t" / "rows" / "c.0.0", np.float32) == 1).all()
+    assert len(written_back) == 1
+
+
+def test_a_fold_does_not_rest_while_the_log_is_nearly_full(path, slow_fold, written_back, monkeypatch):
+    begun, proceed = slow_fold
+    proceed.set()
+    monkeypatch.setattr(fold, "REST", 1e6)
+    with shardemb.open(path, log_bytes=2000 * (8 + 4 * DIM)) as store:
+        table = new_table(store)
+        proceed.clear()
+        begun.clear()
+        fill(table, 1, range(1200))
+        store.commit(step=1)
+        assert begun.wait(30)
+        fill(table, 2, range(400))
+        store.commit(step=2)  # more than three quarters are full
+        inside.shards(table).totals.add_cold()
+        proceed.set()
+        limit = time.monotonic() + 30
+        while inside.journal(store).is_folding and time.monotonic() < limit:
+            time.sleep(0.001)
+        assert not inside.journal(store).is_folding
+    assert written_back == []
 
 
 def test_a_fold_that_finds_the_disk_full_loses_nothing_and_is_retried(path, monkeypatch):
