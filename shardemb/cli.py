@@ -15,7 +15,7 @@ import click
 
 import shardemb
 from shardemb.base import formatting, paths
-from shardemb.store import display
+from shardemb.session import display
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -34,23 +34,17 @@ ROOMS = {
     "format": [
         "documents", "log_records", "store_paths", "spec", "manifest", "zarr_metadata", "table_files",
     ],
-    "storage": [
-        "files", "address_space", "folders", "checksums", "log_reader", "fold", "log_writer", "table_folder",
-        "rewrite", "verify",
-    ],
-    "engine": [
-        "output_pool", "slots", "spill_file", "overlay", "memory_budget", "warming", "runtime", "shards", "batch",
-        "table_state",
-    ],
+    "storage": ["files", "address_space", "folders", "checksums", "table_folder"],
+    "commits": ["log_reader", "fold", "log_writer", "rewrite", "verify"],
+    "memory": ["slots", "spill_file", "overlay", "memory_budget"],
+    "engine": ["output_pool", "warming", "runtime", "shards", "batch", "table_state"],
     "io": ["arrow", "targets", "parquet"],
     "vocabulary": [
         "hashing", "index_kernels", "key_records", "index_files", "key_kernels", "hash_index", "keys",
         "key_tables", "key_rows", "keyed_rows",
     ],
-    "store": [
-        "display", "journal", "table_catalog", "vocabulary_catalog", "session", "vocabulary", "table",
-        "keyed_table", "store", "opening",
-    ],
+    "session": ["forking", "display", "journal", "table_catalog", "vocabulary_catalog", "session"],
+    "store": ["vocabulary", "table", "keyed_table", "store", "opening"],
     "text": [],
     "quickstart": ["corpus", "training"],
     "warm_up": [],
@@ -59,7 +53,8 @@ ROOMS = {
 
 LEVELS = [
     {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission"}, {"format"}, {"storage"},
-    {"engine", "io"}, {"vocabulary"}, {"store"}, {"text"}, {"quickstart", "warm_up"}, {"cli"},
+    {"commits", "memory"}, {"engine", "io"}, {"vocabulary"}, {"session"}, {"store"}, {"text"},
+    {"quickstart", "warm_up"}, {"cli"},
 ]  # fmt: skip
 
 # These stand on the public names alone, like a user's program.
@@ -266,14 +261,14 @@ EXCEPTIONS = {
     ("compute.compiler", "os.getuid"): "the same",
     ("compute.intrinsics", "load"): "from memory",
     (
-        "engine.memory_budget",
+        "memory.memory_budget",
         "read_text",
     ): "the memory of the machine and of control groups, below /proc and /sys",
     ("text", "open"): "text files of the caller's, to read; no part of a store",
     ("engine.output_pool", "remove"): "of a list",
     ("storage.address_space", "os.strerror"): "the text of an error",
     ("storage.address_space", "read_text"): "the kernel's limit of mappings, below /proc",
-    ("store.session", "load"): "of the catalogs, which read through files.py",
+    ("session.session", "load"): "of the catalogs, which read through files.py",
     ("vocabulary.key_rows", "load"): "of the index, which reads through files.py",
     ("compute.scheduler", "os.sched_getaffinity"): "the cores that a thread may use",
     ("compute.scheduler", "os.sched_setaffinity"): "the same",

@@ -16,8 +16,9 @@ import numpy as np
 
 import shardemb
 from shardemb.base.sizes import PAGE
+from shardemb.commits import fold
 from shardemb.compute import file_blocks
-from shardemb.storage import files, fold
+from shardemb.storage import files
 
 ROWS, DIM, RECORD, BATCH = 500_000, 64, 768, 1024
 random = np.random.default_rng(0)

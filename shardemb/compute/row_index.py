@@ -2,7 +2,7 @@
 
 It is a tree of three levels. The directory has a number for every 256 rows, that of a branch; a branch has 16 numbers
 of leaves; a leaf has 16 entries, one for each row. An entry is ``slot + 1`` for a slot in memory, ``-(slot + 1)`` for
-one of the spill file, or 0 if the row is only in the files. ``engine/overlay.py`` owns the arrays.
+one of the spill file, or 0 if the row is only in the files. ``memory/overlay.py`` owns the arrays.
 
 A free list keeps track of the branches, and another one of the leaves. Its first number is how many were ever used, the
 second how many of these are free now; the numbers of the free ones follow.

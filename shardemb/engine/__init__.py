@@ -1,5 +1,5 @@
-"""Rows in memory: the mapped shards of a table, the slots of rows that changed, and how a batch runs on both.
+"""Tables in memory: the mapped shards of each, what one opening of a store has, and how a batch runs.
 
-Only row ids are known here; keys are the business of ``vocabulary``. ``table_state.py`` has what one table needs. What
-a commit is, and which tables a store has, is known in ``store``.
+Only row ids are known here; keys are the business of ``vocabulary``. ``table_state.py`` has what one table needs. Which
+tables a store has, and when they are committed, is known in ``session``.
 """

@@ -18,12 +18,12 @@ import numpy as np
 from shardemb.base.forks import usable_in_child
 from shardemb.base.sampling import stream_key
 from shardemb.base.sizes import PAGE, round_up
+from shardemb.commits.log_reader import Images
 from shardemb.compute import file_blocks, residency, row_kernels
-from shardemb.engine.overlay import Overlay
 from shardemb.format.table_files import TableLocation
 from shardemb.initializers import Constant
+from shardemb.memory.overlay import Overlay
 from shardemb.storage import address_space, files, table_folder
-from shardemb.storage.log_reader import Images
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Progress
     from shardemb.base.validation import FirstRows, Float32Array, Int64Array
-    from shardemb.engine.memory_budget import MemoryBudget
     from shardemb.format.spec import TableSpec
+    from shardemb.memory.memory_budget import MemoryBudget
 
 PAGED_ROWS = 4096
 """Rows that are loaded into memory at a time if a batch may exceed the memory budget."""

@@ -18,6 +18,7 @@ import numpy as np
 from shardemb.base import serialization, validation
 from shardemb.base.formatting import size
 from shardemb.base.progress import track
+from shardemb.commits import rewrite
 from shardemb.compute import plan, scheduler
 from shardemb.engine import batch, warming
 from shardemb.engine.shards import Shards
@@ -26,7 +27,7 @@ from shardemb.format import store_paths
 from shardemb.format.manifest import TableEntry
 from shardemb.format.spec import MAX_ROWS, reshaped_spec
 from shardemb.format.table_files import TableLocation
-from shardemb.storage import address_space, files, rewrite
+from shardemb.storage import address_space, files
 
 if TYPE_CHECKING:
     import threading

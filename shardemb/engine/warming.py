@@ -24,8 +24,8 @@ import numpy as np
 from shardemb.base.formatting import size
 from shardemb.base.progress import track
 from shardemb.base.sizes import PAGE
-from shardemb.engine import memory_budget
 from shardemb.errors import ShardEmbError
+from shardemb.memory import memory_budget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,6 +1,5 @@
-"""What users hold, and what makes it durable.
+"""What users hold: `Store`, `Table`, `KeyedTable` and `Vocabulary`.
 
-`Store`, `Table`, `KeyedTable` and `Vocabulary` are facades: each method is a contract and one call down, to a `Session`
-(one opening of a store) or to the folders below. The session commits through the journal, keeps the catalogs of tables
-and vocabularies, and handles forks.
+They are facades: each method is a contract and one call down, to a `Session` (one opening of a store) or to the folders
+below.
 """

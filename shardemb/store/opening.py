@@ -16,8 +16,8 @@ import numpy as np
 
 from shardemb.base import paths, validation
 from shardemb.base.sizes import PAGE
+from shardemb.commits import fold, log_reader, rewrite
 from shardemb.compute import scheduler
-from shardemb.engine import memory_budget as memory
 from shardemb.engine.runtime import Runtime
 from shardemb.engine.warming import Warming
 from shardemb.errors import (
@@ -32,8 +32,9 @@ from shardemb.errors import (
 from shardemb.format import store_paths, zarr_metadata
 from shardemb.format.manifest import Manifest
 from shardemb.format.table_files import TableLocation
-from shardemb.storage import address_space, files, fold, folders, log_reader, rewrite, table_folder
-from shardemb.store.session import Reader, Session
+from shardemb.memory import memory_budget as memory
+from shardemb.session.session import Reader, Session
+from shardemb.storage import address_space, files, folders, table_folder
 from shardemb.store.store import Store
 
 if TYPE_CHECKING:

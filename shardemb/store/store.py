@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from weakref import WeakValueDictionary
 
 from shardemb.format.spec import normalized
+from shardemb.session.session import TableRequest
 from shardemb.store.keyed_table import KeyedTable
-from shardemb.store.session import TableRequest
 from shardemb.store.table import Table
 from shardemb.store.vocabulary import Vocabulary
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from shardemb import initializers
     from shardemb.admission import Admission
     from shardemb.base.progress import Progress
+    from shardemb.commits.verify import Damage
     from shardemb.engine.table_state import TableState
     from shardemb.format.manifest import Commit
     from shardemb.optim import Optimizer
-    from shardemb.storage.verify import Damage
-    from shardemb.store import display
-    from shardemb.store.session import Session
-    from shardemb.store.vocabulary_catalog import VocabularyCatalog
+    from shardemb.session import display
+    from shardemb.session.session import Session
+    from shardemb.session.vocabulary_catalog import VocabularyCatalog
     from shardemb.vocabulary.key_rows import KeyRows
     from shardemb.vocabulary.keyed_rows import Missing, MissingChange
     from shardemb.vocabulary.keys import KeysLike, KeyType

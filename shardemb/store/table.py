@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shardemb.engine.table_state import TableSource
-from shardemb.store import display
+from shardemb.session import display
 
 if TYPE_CHECKING:
     import os
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from shardemb.initializers import Initializer
     from shardemb.io.parquet import Encoding, ExportReport
     from shardemb.optim import Optimizer
-    from shardemb.store.display import Explanation
+    from shardemb.session.display import Explanation
 
 
 class Table:

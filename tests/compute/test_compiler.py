@@ -15,8 +15,8 @@ import pytest
 
 import shardemb
 from shardemb.compute import file_blocks, grouping, residency, row_index, row_kernels
-from shardemb.engine import slots
 from shardemb.initializers import Uniform
+from shardemb.memory import slots
 from shardemb.optim import Adam
 from shardemb.vocabulary import hashing, index_kernels, key_kernels
 
@@ -99,7 +99,7 @@ USE_EVERYTHING = """
     import numpy as np
     import shardemb
     from shardemb.compute import file_blocks, grouping, plan, residency, row_index, row_kernels
-    from shardemb.engine import slots
+    from shardemb.memory import slots
     from shardemb.vocabulary import hash_index, hashing, index_kernels, key_kernels
     from shardemb.initializers import Uniform
     from shardemb.optim import Adam

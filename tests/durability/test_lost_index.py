@@ -14,8 +14,8 @@ from shardemb.base.sizes import PAGE
 from shardemb.errors import DiskFullError
 from shardemb.format.documents import crc32
 from shardemb.format.manifest import Manifest
+from shardemb.session import vocabulary_catalog
 from shardemb.storage import address_space, files
-from shardemb.store import vocabulary_catalog
 from shardemb.vocabulary import hash_index, key_rows, key_tables
 from shardemb.vocabulary.hash_index import KeyIndex
 from shardemb.vocabulary.index_files import Coverage

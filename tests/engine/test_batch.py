@@ -18,11 +18,11 @@ from support.stores import close_quietly
 
 import shardemb
 from shardemb.compute import plan, row_kernels, scheduler
-from shardemb.engine.memory_budget import MemoryBudget
-from shardemb.engine.overlay import Overlay
 from shardemb.engine.shards import Shards
 from shardemb.errors import ShardEmbError, TableNotFoundError, UnknownKeyError
 from shardemb.initializers import Constant, Normal, Uniform
+from shardemb.memory.memory_budget import MemoryBudget
+from shardemb.memory.overlay import Overlay
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
 
 ROWS, DIM = 3000, 8

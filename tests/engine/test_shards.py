@@ -9,16 +9,17 @@ from support.specs import make
 
 from shardemb.base.sizes import PAGE
 from shardemb.base.validation import FirstRows
+from shardemb.commits import fold
+from shardemb.commits.log_reader import Images
 from shardemb.compute import plan, row_kernels
 from shardemb.engine import shards
-from shardemb.engine.memory_budget import MemoryBudget
-from shardemb.engine.slots import DIRTY
 from shardemb.errors import DiskFullError, FormatError, ShardEmbError
 from shardemb.format import zarr_metadata
 from shardemb.initializers import Constant, Uniform
+from shardemb.memory.memory_budget import MemoryBudget
+from shardemb.memory.slots import DIRTY
 from shardemb.optim import Adagrad, Adam, RowWiseAdagrad
-from shardemb.storage import address_space, files, fold, table_folder
-from shardemb.storage.log_reader import Images
+from shardemb.storage import address_space, files, table_folder
 
 ROWS_PER_BLOCK = 8 * PAGE  # rows whose bits fill a page of the presence bitmap
 ROWS = 2 * ROWS_PER_BLOCK + 1000

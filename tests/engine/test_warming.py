@@ -16,10 +16,11 @@ from support.stores import run_in_fork
 
 import shardemb
 from shardemb.base.sizes import PAGE
-from shardemb.engine import memory_budget, warming
+from shardemb.engine import warming
 from shardemb.engine.shards import Shards
 from shardemb.engine.warming import Warming, Written
 from shardemb.errors import RowIdError, ShardEmbError
+from shardemb.memory import memory_budget
 from shardemb.storage import address_space, files
 
 ROWS, DIM = 20_000, 64  # 1,250 pages in 5 shards

@@ -9,9 +9,10 @@ import pytest
 import zarr
 
 import shardemb
+from shardemb.commits import log_writer
 from shardemb.errors import TableExistsError
 from shardemb.optim import SGD, Adagrad
-from shardemb.storage import files, log_writer
+from shardemb.storage import files
 
 DIM = 4
 

@@ -19,6 +19,7 @@ from support.model import assert_same_bits
 from support.stores import close_quietly
 
 import shardemb
+from shardemb.commits import fold
 from shardemb.errors import (
     FormatError,
     PoisonedError,
@@ -30,7 +31,7 @@ from shardemb.errors import (
 )
 from shardemb.initializers import Constant, Normal
 from shardemb.optim import SGD, Adam
-from shardemb.storage import files, fold
+from shardemb.storage import files
 
 ONES = np.ones((2, 4), np.float32)
 

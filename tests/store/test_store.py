@@ -17,7 +17,6 @@ from support.model import StoreModel, TableModel, assert_same_bits
 from support.stores import close_quietly
 
 import shardemb
-from shardemb.engine.memory_budget import MemoryBudget
 from shardemb.errors import (
     DiskFullError,
     PoisonedError,
@@ -29,6 +28,7 @@ from shardemb.errors import (
     TableNotFoundError,
 )
 from shardemb.initializers import Constant, Normal, Uniform
+from shardemb.memory.memory_budget import MemoryBudget
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
 from shardemb.storage import address_space, files
 

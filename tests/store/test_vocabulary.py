@@ -20,7 +20,7 @@ from shardemb.errors import (
     StoreClosedError,
     VocabularyNotFoundError,
 )
-from shardemb.store.journal import Journal
+from shardemb.session.journal import Journal
 from shardemb.vocabulary import hash_index, key_rows, key_tables
 
 KEYS = {

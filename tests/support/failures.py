@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import shardemb
+from shardemb.commits import fold, log_writer
 from shardemb.compute import file_blocks
 from shardemb.engine import table_state
 from shardemb.errors import DiskFullError, PoisonedError, ShardEmbError
@@ -27,8 +28,8 @@ from shardemb.format import zarr_metadata
 from shardemb.format.table_files import TableLocation
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD, Adam
-from shardemb.storage import files, fold, log_writer
-from shardemb.store.table_catalog import TableCatalog
+from shardemb.session.table_catalog import TableCatalog
+from shardemb.storage import files
 from support import inside
 from support.power_loss import NOTHING, contents, scratch
 from support.stores import close_quietly

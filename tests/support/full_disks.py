@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 import shardemb
+from shardemb.commits import fold
 from shardemb.errors import DiskFullError, StoreNotFoundError
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import SGD, Adagrad, Adam
-from shardemb.storage import fold
 from support import inside
 from support.failures import Failing
 from support.model import StoreModel, TableModel, assert_same_bits

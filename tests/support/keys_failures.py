@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import shardemb
+from shardemb.commits import log_writer
 from shardemb.errors import PoisonedError, ShardEmbError
 from shardemb.optim import SGD
-from shardemb.storage import log_writer
 from shardemb.vocabulary import hash_index
 from support import failures, inside
 from support.failures import KINDS, Failing, every_position, every_site

@@ -21,10 +21,11 @@ import numpy as np
 import pytest
 
 import shardemb
+from shardemb.commits import fold, log_writer, rewrite
 from shardemb.compute import file_blocks
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD, Adagrad, Adam
-from shardemb.storage import files, fold, log_writer, rewrite
+from shardemb.storage import files
 from support import inside
 from support.small import make_small
 from support.stores import close_quietly

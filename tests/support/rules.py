@@ -13,12 +13,14 @@ import pytest
 
 import shardemb
 from shardemb.base import interrupts
-from shardemb.engine import batch, overlay, runtime, shards, spill_file
+from shardemb.commits import fold, log_reader, log_writer
+from shardemb.engine import batch, runtime, shards
 from shardemb.format import log_records, store_paths
+from shardemb.memory import overlay, spill_file
 from shardemb.optim import Adam
-from shardemb.storage import checksums, files, fold, log_reader, log_writer
+from shardemb.session.journal import Journal
+from shardemb.storage import checksums, files
 from shardemb.store import opening
-from shardemb.store.journal import Journal
 from support import inside
 from support.power_loss import WORKLOADS, Disk, Recording, contents, explore, scratch, work
 from support.stores import close_quietly

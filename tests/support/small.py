@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from shardemb.store import vocabulary_catalog
+from shardemb.session import vocabulary_catalog
 from shardemb.vocabulary import hash_index, hashing, key_rows, key_tables, keyed_rows
 
 KEY_TYPES = ["int64", "string", "bytes"]

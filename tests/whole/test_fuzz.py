@@ -15,11 +15,12 @@ from support.power_loss import scratch
 from support.stores import close_quietly
 
 import shardemb
+from shardemb.commits import log_reader
 from shardemb.errors import FormatError
 from shardemb.format import documents, store_paths, zarr_metadata
 from shardemb.format.manifest import Manifest
 from shardemb.optim import Adam
-from shardemb.storage import folders, log_reader
+from shardemb.storage import folders
 
 SECONDS = float(os.environ.get("SHARDEMB_FUZZ_S", "6"))
 SEED = int(os.environ.get("SHARDEMB_SEED", "0"))

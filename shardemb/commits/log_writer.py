@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE, round_up
+from shardemb.commits.log_reader import segments
 from shardemb.format.documents import FORMAT_VERSION, checksum
 from shardemb.format.log_records import (
     COMMIT,
@@ -27,7 +28,6 @@ from shardemb.format.log_records import (
     SUFFIX,
 )
 from shardemb.storage import address_space, files
-from shardemb.storage.log_reader import segments
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

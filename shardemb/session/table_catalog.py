@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Progress
     from shardemb.base.validation import FirstRows
-    from shardemb.engine.overlay import Overlay
+    from shardemb.commits.log_reader import Replay
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.shards import Shards
     from shardemb.format.manifest import TableEntry
     from shardemb.format.spec import TableSpec
     from shardemb.format.table_files import TableLocation
-    from shardemb.storage.log_reader import Replay
+    from shardemb.memory.overlay import Overlay
 
 
 class CommittedTable(NamedTuple):

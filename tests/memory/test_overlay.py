@@ -10,15 +10,16 @@ from support import inside
 from support.model import assert_same_bits
 
 import shardemb
+from shardemb.commits import fold
 from shardemb.compute import row_kernels
 from shardemb.engine import batch
-from shardemb.engine.overlay import Overlay
 from shardemb.engine.shards import Shards
-from shardemb.engine.slots import TOUCHED
 from shardemb.errors import DiskFullError
 from shardemb.initializers import Constant, Uniform
+from shardemb.memory.overlay import Overlay
+from shardemb.memory.slots import TOUCHED
 from shardemb.optim import SGD, Adam
-from shardemb.storage import files, fold
+from shardemb.storage import files
 
 ROWS, DIM = 20_000, 60  # records of 240 bytes
 BUDGET = 50 * (240 + 16 + 64)

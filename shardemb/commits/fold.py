@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Advance
     from shardemb.base.validation import Int64Array
+    from shardemb.commits.log_reader import Images
     from shardemb.format.table_files import File, TableLocation
-    from shardemb.storage.log_reader import Images
 
 BUFFER_BLOCKS = 2048
 """Most blocks that a task holds in memory."""

@@ -11,9 +11,10 @@ from support.damages import DAMAGES, DIM, PARTS, ROWS, damage_many, fill
 
 import shardemb
 from shardemb.base.sizes import PAGE
+from shardemb.commits import fold
 from shardemb.compute import row_kernels
 from shardemb.errors import DiskFullError, TableNotFoundError
-from shardemb.storage import checksums, files, fold
+from shardemb.storage import checksums, files
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ import numpy as np
 from shardemb.base.sizes import PAGE, round_up
 from shardemb.compute import row_index, row_kernels
 from shardemb.compute.row_index import NODE
-from shardemb.engine.slots import DIRTY, Slots
-from shardemb.engine.spill_file import SpillFile
+from shardemb.memory.slots import DIRTY, Slots
+from shardemb.memory.spill_file import SpillFile
 from shardemb.storage import address_space
 
 if TYPE_CHECKING:

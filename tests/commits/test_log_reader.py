@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from support.specs import make
 
 from shardemb.base.sizes import PAGE
+from shardemb.commits import log_reader, log_writer
 from shardemb.errors import DiskFullError, LogDamagedError, ShardEmbError
 from shardemb.format.manifest import Commit, Manifest
-from shardemb.storage import files, log_reader, log_writer
+from shardemb.storage import files
 
 SPEC = make(1000, 4, rows_per_shard=256)
 STORE = str(uuid.UUID(int=7))

@@ -21,13 +21,14 @@ import numpy as np
 from shardemb.base import paths
 from shardemb.base.progress import track
 from shardemb.base.sizes import PAGE
+from shardemb.commits import fold
 from shardemb.compute import file_blocks, scheduler
 from shardemb.errors import FormatError, ShardEmbError, StoreExistsError
 from shardemb.format import store_paths, zarr_metadata
 from shardemb.format.manifest import Manifest
 from shardemb.format.spec import shard_rows_multiple
 from shardemb.format.table_files import TableLocation
-from shardemb.storage import checksums, files, fold, folders, table_folder
+from shardemb.storage import checksums, files, folders, table_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,10 +38,10 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Advance, Progress
     from shardemb.base.validation import Float32Array
+    from shardemb.commits.log_reader import Images, Replay
     from shardemb.format.manifest import TableEntry
     from shardemb.format.spec import TableSpec
     from shardemb.format.table_files import File
-    from shardemb.storage.log_reader import Images, Replay
 
     _Pair = tuple[TableLocation, TableLocation]  # a table, and its copy
 

@@ -13,11 +13,12 @@ from support import inside
 from support.stores import close_quietly
 
 import shardemb
+from shardemb.commits import fold, log_reader, log_writer
 from shardemb.errors import DiskFullError, PoisonedError, ReadOnlyError, StaleReaderError
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD
-from shardemb.storage import address_space, files, fold, log_reader, log_writer
-from shardemb.store import journal
+from shardemb.session import journal
+from shardemb.storage import address_space, files
 
 ROWS, DIM = 5000, 16
 

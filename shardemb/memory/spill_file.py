@@ -16,8 +16,8 @@ import numpy as np
 
 from shardemb.base.sizes import PAGE, round_up
 from shardemb.compute import file_blocks, row_kernels
-from shardemb.engine.slots import Slots
 from shardemb.format.documents import checksum
+from shardemb.memory.slots import Slots
 from shardemb.storage import address_space, files
 
 if TYPE_CHECKING:

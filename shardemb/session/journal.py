@@ -20,20 +20,21 @@ from typing import TYPE_CHECKING
 
 from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE
+from shardemb.commits import fold, log_reader, log_writer
 from shardemb.errors import DiskFullError, PoisonedError, ShardEmbError
 from shardemb.format import store_paths
-from shardemb.storage import files, fold, folders, log_reader, log_writer
+from shardemb.storage import files, folders
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from shardemb.base.validation import Int64Array
+    from shardemb.commits import rewrite
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.shards import Shards
     from shardemb.format.manifest import Manifest, TableEntry
     from shardemb.format.spec import TableSpec
-    from shardemb.storage import rewrite
 
     _Changed = tuple[TableSpec, Int64Array, Callable[[int, int, int], None]]
 
@@ -57,7 +58,7 @@ class Journal:
     """Base, log and folds of a store that is open for writing.
 
     All methods are called with the store's lock held, except `follow`, which takes it. Those that wait for a fold
-    release the lock while they wait. Implements `engine.memory_budget.Folds`.
+    release the lock while they wait. Implements `memory.memory_budget.Folds`.
 
     Parameters
     ----------

@@ -17,6 +17,7 @@ from support.model import assert_same_bits
 
 import shardemb
 from shardemb.base.sizes import PAGE
+from shardemb.commits import fold, log_writer, rewrite
 from shardemb.engine import table_state
 from shardemb.errors import (
     DiskFullError,
@@ -29,7 +30,7 @@ from shardemb.errors import (
 )
 from shardemb.initializers import Constant, Normal, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
-from shardemb.storage import files, fold, folders, log_writer, rewrite
+from shardemb.storage import files, folders
 
 DIM = 5
 KINDS = {

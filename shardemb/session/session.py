@@ -1,35 +1,29 @@
-"""One opening of a store: its tables and vocabularies, what makes them durable, forks, and closing.
-
-Fork safety: the child's stores are read-only and drop lock and log, which stay with the parent. Every store's lock is
-held while the process forks, so no store in the child is in the middle of a change.
-"""
+"""One opening of a store: its tables and vocabularies, what makes them durable, and closing."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
 import warnings
-import weakref
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from shardemb import initializers
 from shardemb.base import validation
 from shardemb.base.interrupts import signals_deferred
+from shardemb.commits import log_reader, rewrite, verify
 from shardemb.engine import batch
 from shardemb.errors import PoisonedError, ReadOnlyError, ShardEmbError, StaleReaderError
 from shardemb.format.manifest import MAX_STEP, Commit, check_metadata, new_entry
 from shardemb.format.spec import check_name, new_spec, normalized
-from shardemb.storage import address_space, files, folders, log_reader, rewrite, verify
-from shardemb.store import display
-from shardemb.store.journal import Journal
-from shardemb.store.table_catalog import TableCatalog
-from shardemb.store.vocabulary_catalog import VocabularyCatalog
+from shardemb.session import display, forking
+from shardemb.session.journal import Journal
+from shardemb.session.table_catalog import TableCatalog
+from shardemb.session.vocabulary_catalog import VocabularyCatalog
+from shardemb.storage import address_space, files, folders
 from shardemb.vocabulary import keyed_rows
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
@@ -132,7 +126,7 @@ class Session:
             except BaseException:
                 self._journal.close_log()
                 raise
-        _open_sessions.add(self)
+        forking.watch(self)
 
     @property
     def journal(self) -> Journal:
@@ -508,42 +502,3 @@ class Session:
             warnings.warn(display.not_folded(path, problem), RuntimeWarning, stacklevel=4)
         if lost:
             warnings.warn(display.lost(path, self.runtime.committed.commit), RuntimeWarning, stacklevel=4)
-
-
-# ---- forks
-
-_open_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-
-
-class _Forking(threading.local):
-    """The sessions that a thread has locked while it forks. Several threads may fork at once."""
-
-    def __init__(self) -> None:
-        self.locked: list[Session] = []
-
-
-_forking = _Forking()
-
-
-def _before_fork() -> None:
-    # In the same order in every thread, or two that fork could wait for each other.
-    for session in sorted(_open_sessions, key=id):
-        session.runtime.lock.acquire()
-        _forking.locked.append(session)
-
-
-def _after_fork(*, child: bool) -> None:
-    while _forking.locked:
-        session = _forking.locked.pop()
-        try:
-            if child and not session.runtime.closed:
-                session.detach_in_child()
-        finally:
-            session.runtime.lock.release()
-
-
-os.register_at_fork(
-    before=_before_fork,
-    after_in_parent=partial(_after_fork, child=False),
-    after_in_child=partial(_after_fork, child=True),
-)

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardemb.engine.slots import CHANGED, DIRTY, FOLDING, TOUCHED, UNFOLDED, USED, Slots
+from shardemb.memory.slots import CHANGED, DIRTY, FOLDING, TOUCHED, UNFOLDED, USED, Slots
 
 CAPACITY = 200
 

@@ -8,8 +8,9 @@ import pytest
 
 import shardemb
 from shardemb.base.sizes import PAGE
+from shardemb.commits import fold
 from shardemb.initializers import Uniform
-from shardemb.storage import files, fold
+from shardemb.storage import files
 
 
 @pytest.mark.parametrize("threads", [1, 4])

@@ -5,8 +5,8 @@ import os
 import numpy as np
 import pytest
 
-from shardemb.engine.spill_file import STAGE_BYTES, SpillFile
 from shardemb.errors import DiskFullError
+from shardemb.memory.spill_file import STAGE_BYTES, SpillFile
 from shardemb.storage import files
 
 WIDTH = 65  # 260 bytes: neither a power of two nor a divisor of a page

@@ -7,8 +7,8 @@ import pytest
 
 from shardemb.base.formatting import plural, size
 from shardemb.format.manifest import Commit
-from shardemb.store import display
-from shardemb.store.display import Facts, StoreInfo, describe, html_table, one_line
+from shardemb.session import display
+from shardemb.session.display import Facts, StoreInfo, describe, html_table, one_line
 
 FACTS = Facts(
     name="tokens",

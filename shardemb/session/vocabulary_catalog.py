@@ -6,13 +6,13 @@ import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from shardemb.commits.verify import Damage
 from shardemb.errors import ShardEmbError, VocabularyExistsError, VocabularyNotFoundError
 from shardemb.format import store_paths
 from shardemb.format.spec import new_spec, normalized
 from shardemb.initializers import Constant
+from shardemb.session.display import VocabularyFacts
 from shardemb.storage import address_space, folders
-from shardemb.storage.verify import Damage
-from shardemb.store.display import VocabularyFacts
 from shardemb.vocabulary.key_rows import KeyRows
 from shardemb.vocabulary.key_tables import table_shapes
 from shardemb.vocabulary.keyed_rows import KeyedRows
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.table_state import TableState
     from shardemb.format.manifest import VocabularyEntry
-    from shardemb.store.table_catalog import TableCatalog
+    from shardemb.session.table_catalog import TableCatalog
 
 INDEX_IS_WRONG = (
     "is not what was written, or does not lead to all keys; "

@@ -18,11 +18,12 @@ import numpy as np
 
 from shardemb.base import progress
 from shardemb.base.sizes import PAGE
+from shardemb.commits import fold
 from shardemb.compute import file_blocks, scheduler
 from shardemb.errors import FormatError
 from shardemb.format import zarr_metadata
 from shardemb.format.table_files import TableLocation
-from shardemb.storage import address_space, checksums, files, fold, folders
+from shardemb.storage import address_space, checksums, files, folders
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Progress
     from shardemb.base.validation import Int64Array
+    from shardemb.commits.log_reader import Replay
     from shardemb.format.table_files import File
-    from shardemb.storage.log_reader import Replay
 
     Steady: TypeAlias = Callable[
         [bool], AbstractContextManager[tuple[Mapping[str, Path], Callable[[], Replay]]]

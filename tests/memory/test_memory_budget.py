@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from shardemb.engine import memory_budget
+from shardemb.memory import memory_budget
 
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 MIB = 2**20

@@ -12,10 +12,11 @@ from support.log_files import HEADER, independent, rewrite
 from support.specs import make
 
 from shardemb.base.sizes import PAGE
+from shardemb.commits import log_reader, log_writer
+from shardemb.commits.log_writer import Log, needed_bytes
 from shardemb.errors import DiskFullError, FormatError, LogDamagedError
 from shardemb.format.manifest import Commit, Manifest, TableEntry
-from shardemb.storage import files, log_reader, log_writer
-from shardemb.storage.log_writer import Log, needed_bytes
+from shardemb.storage import files
 
 STORE, OTHER = "0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c00", "0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c01"
 SPEC = make(1000, 6)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from shardemb.base.validation import Int64Array
-    from shardemb.engine.overlay import Overlay
     from shardemb.format.spec import TableSpec
+    from shardemb.memory.overlay import Overlay
 
 
 _log = logging.getLogger("shardemb")
