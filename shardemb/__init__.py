@@ -42,6 +42,7 @@ from shardemb.errors import (
 if TYPE_CHECKING:
     from shardemb import text
     from shardemb.format.manifest import Commit
+    from shardemb.session.pending_commit import PendingCommit
     from shardemb.store.keyed_table import KeyedTable
     from shardemb.store.opening import open
     from shardemb.store.store import Store
@@ -57,6 +58,7 @@ __all__ = [
     "FormatError",
     "KeyedTable",
     "LogDamagedError",
+    "PendingCommit",
     "PoisonedError",
     "ReadOnlyError",
     "RowIdError",
@@ -86,6 +88,7 @@ _LAZY = {
     "Store": "store.store",
     "Table": "store.table",
     "Commit": "format.manifest",
+    "PendingCommit": "session.pending_commit",
     "KeyedTable": "store.keyed_table",
     "Vocabulary": "store.vocabulary",
 }

@@ -18,6 +18,7 @@ NAMES = [
     "FormatError",
     "KeyedTable",
     "LogDamagedError",
+    "PendingCommit",
     "PoisonedError",
     "ReadOnlyError",
     "RowIdError",
@@ -95,7 +96,8 @@ log_bytes: int | None = None, threads: int | None = None, warm: bool = True) -> 
 STORE = """
 checkpoint(self) -> None
 close(self, *, progress: bool = False) -> None
-commit(self, step: int | None = None, metadata: Mapping[str, Any] | None = None) -> Commit
+commit(self, step: int | None = None, metadata: Mapping[str, Any] | None = None, *, wait: bool = True) \
+-> Commit | PendingCommit
 copy(self, path: str | os.PathLike[str], *, progress: Progress = None) -> None
 create_table(self, name: str, *, num_embeddings: int | None = None, embedding_dim: int, \
 vocabulary: str | None = None, counters: bool = False, initializer: initializers.Initial | None = None, \

@@ -8,9 +8,12 @@ of it durable. A commit lies within one segment, so a segment never ends in the 
 from __future__ import annotations
 
 import errno
+import threading
 import uuid
 from bisect import insort
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE, round_up
@@ -48,7 +51,9 @@ STAGE_BYTES = 8 * 2**20
 
 
 class Log:
-    """The writer's end of the log. Call its methods under the store's lock, except `discard`.
+    """The writer's end of the log.
+
+    One thread at a time may call its methods; only `discard` may be called meanwhile.
 
     Parameters
     ----------
@@ -84,6 +89,7 @@ class Log:
         self._stage.map_zeros(0, STAGE_BYTES)
         self._staged = 0
         self._descriptor: int | None = None
+        self._spares_lock = threading.Lock()
         self._spares: list[tuple[int, Path]] = []  # sizes and paths, ascending
         self._most_spares = spares
         self.nbytes = 0
@@ -113,18 +119,21 @@ class Log:
         self._count = 0
 
     def append_images(
-        self, table: str, ids: Int64Array, record_bytes: int, pack: Callable[[int, int, int], None]
+        self, table: str, count: int, record_bytes: int, fill: Callable[[Int64Array, int], None]
     ) -> None:
-        """Append images of rows; ``pack(start, stop, address)`` copies the records of ``ids[start:stop]`` to memory."""
+        """Append images of `count` rows of a table.
+
+        ``fill(ids, address)`` takes the next rows: it writes their ids to `ids` and their records, contiguously, to an
+        address.
+        """
         step = images_per_record(record_bytes)
-        for start in range(0, ids.size, step):
-            stop = min(start + step, ids.size)
-            offset = self._reserve(_images_bytes(stop - start, record_bytes))
-            payload = self._stage.bytes(offset + RECORD.size, (stop - start) * (8 + record_bytes))
-            payload[: (stop - start) * 8] = ids[start:stop].data.cast("B")
-            pack(start, stop, self._stage.address + offset + RECORD.size + (stop - start) * 8)
-            self._seal(offset, IMAGES, payload, stop - start, uuid.UUID(table).bytes)
-            self._count += stop - start
+        for start in range(0, count, step):
+            rows = min(step, count - start)
+            offset = self._reserve(_images_bytes(rows, record_bytes)) + RECORD.size
+            payload = self._stage.bytes(offset, rows * (8 + record_bytes))
+            fill(np.frombuffer(payload[: rows * 8], np.int64), self._stage.address + offset + rows * 8)
+            self._seal(offset - RECORD.size, IMAGES, payload, rows, uuid.UUID(table).bytes)
+            self._count += rows
 
     def append_commit(self, manifest: bytes) -> None:
         """Append the commit record, which makes the images of the attempt valid, and make all of it durable."""
@@ -158,10 +167,12 @@ class Log:
                 files.remove(path)
                 continue
             spare = path.with_suffix(".spare")
-            files.rename(path, spare)
-            insort(self._spares, (nbytes, spare))
-        while len(self._spares) > self._most_spares:
-            files.remove(self._spares.pop(0)[1])
+            with self._spares_lock:
+                files.rename(path, spare)
+                insort(self._spares, (nbytes, spare))
+        with self._spares_lock:
+            while len(self._spares) > self._most_spares:
+                files.remove(self._spares.pop(0)[1])
 
     def close(self) -> None:
         """Close the file."""
@@ -207,10 +218,12 @@ class Log:
         files.remove(temporary)  # left by a writer that died while creating it
         descriptor = None
         try:
-            if self._has_spare(nbytes):
-                nbytes, spare = self._spares.pop()
-                files.rename(spare, temporary)
-            else:
+            with self._spares_lock:
+                spare = None
+                if self._has_spare(nbytes):
+                    nbytes, spare = self._spares.pop()
+                    files.rename(spare, temporary)
+            if spare is None:
                 files.write_new(temporary, b"")
             descriptor = files.open_direct(temporary)
             self._fill(descriptor, nbytes, temporary, zeros=zeros)
@@ -335,6 +348,22 @@ def needed_bytes(counts: Sequence[tuple[int, int]], manifest_bytes: int) -> int:
         total += full * round_up(_images_bytes(images_per_record(record_bytes), record_bytes), PAGE)
         total += round_up(_images_bytes(rest, record_bytes), PAGE) if rest else 0
     return total
+
+
+def in_order(ids: Int64Array, pack: Callable[[int, int, int], None]) -> Callable[[Int64Array, int], None]:
+    """Return what `Log.append_images` calls to take rows in order.
+
+    ``pack(start, stop, address)`` copies the records of ``ids[start:stop]`` to an address.
+    """
+    taken = 0
+
+    def fill(target: Int64Array, address: int) -> None:
+        nonlocal taken
+        start, taken = taken, taken + target.size
+        target[:] = ids[start:taken]
+        pack(start, taken, address)
+
+    return fill
 
 
 def _images_bytes(rows: int, record_bytes: int) -> int:

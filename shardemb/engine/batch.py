@@ -389,10 +389,13 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
         loaded: list[Loaded] = []
         try:
             load(runtime, [_loading(*each) for each in zip(changes, shards, strict=True)], loaded)
+            with signals_deferred():  # an interrupt half way would lose records that a commit needs
+                for each, memory in zip(changes, shards, strict=True):
+                    memory.keep(each.batch.rows)
             _carry_out(runtime, changes, loaded)
         except BaseException:  # also Ctrl-C, which takes effect at the end of `load`
-            for each in loaded:
-                each.abandon()
+            for loading in loaded:
+                loading.abandon()
             raise
 
 
@@ -533,12 +536,17 @@ def _fill(part: Loading, slots: Int64Array) -> Callable[[int, int], None]:
 def _make_room(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> None:
     """Make room for the rows of batches that are not in memory; the lock may be released meanwhile."""
     budget = runtime.budget
-    if budget.has_room(sum(rows.size * shards.overlay.row_bytes for shards, rows in batches)):
+    if budget.has_room(
+        sum(rows.size * (shards.overlay.row_bytes + shards.kept_row_bytes) for shards, rows in batches)
+    ):
         return  # there is room even if all of them are new, so they need not be counted
     for shards, rows in batches:
         shards.overlay.mark_touched(rows)  # or those of the batch that are in memory could be evicted
     budget.make_room(
-        sum(shards.overlay.count_new(rows) * shards.overlay.row_bytes for shards, rows in batches)
+        sum(
+            shards.overlay.count_new(rows) * shards.overlay.row_bytes + rows.size * shards.kept_row_bytes
+            for shards, rows in batches
+        )
     )
 
 

@@ -22,6 +22,7 @@ from shardemb.commits.log_reader import Images
 from shardemb.compute import file_blocks, residency, row_kernels
 from shardemb.format.table_files import TableLocation
 from shardemb.initializers import Constant
+from shardemb.memory.frozen_rows import FrozenRows
 from shardemb.memory.overlay import Overlay
 from shardemb.storage import address_space, files, table_folder
 
@@ -114,6 +115,8 @@ class Shards:
     overlay : Overlay
         The rows in slots.
     totals : Totals
+    frozen : FrozenRows or None
+        The rows of this table in a commit under way.
     """
 
     def __init__(self, spec: TableSpec, directory: Path, missing: Collection[Path] = ()) -> None:
@@ -135,6 +138,7 @@ class Shards:
         self.present: NDArray[np.uint8] = self._present.array(np.uint8, (self._present.nbytes,))
         self.overlay = Overlay(self._rows, self.records)
         self.totals = Totals()
+        self.frozen: FrozenRows | None = None
         initializer = spec.initializer
         self._key = np.uint64(stream_key(getattr(initializer, "seed", 0), spec.stream))
         self._parameters = np.array(initializer.parameters(), np.float64)
@@ -308,14 +312,8 @@ class Shards:
         return self.overlay.changes
 
     def changed_rows(self) -> Int64Array:
-        """List the rows that differ from the last commit, in the order in which `pack` is fastest."""
+        """List the rows that differ from the last commit, in the order of their slots, spilled rows last."""
         return self.overlay.changed_rows()
-
-    def pack(self, ids: Int64Array, start: int, stop: int, address: int) -> None:
-        """Copy the records of ``ids[start:stop]`` to an address, contiguously."""
-        ids = ids[start:stop]
-        row_kernels.pack(self.records, self.overlay.places(ids), address)
-        self.overlay.read_spilled(ids, address)
 
     def forget_changes(self, images: Images, budget: MemoryBudget) -> None:
         """Go back to the last commit: to the files, and to `images`, which are newer than the files.
@@ -331,7 +329,7 @@ class Shards:
             again = np.isin(images.ids, rows)
             self.overlay.drop(rows[~np.isin(rows, images.ids)])
             self.load_images(Images(images.ids[again], images.addresses[again]), budget)
-            self.clear_changes()  # last, so that a call after an error does all of it again
+            self.overlay.clear_changes()  # last, so that a call after an error does all of it again
 
     def load_images(self, images: Images, budget: MemoryBudget) -> None:
         """Load committed images, which the files do not hold yet, into memory; spill other rows if need be.
@@ -368,7 +366,7 @@ class Shards:
         for start in range(0, rows.size, PAGED_ROWS):
             ids = rows[start : start + PAGED_ROWS]
             records = np.empty((ids.size, self.spec.width), np.float32)
-            other.pack(ids, 0, ids.size, records.ctypes.data)
+            other.overlay.pack(ids, records.ctypes.data)
             self.adopt_records(ids, records, budget)
 
     def adopt_records(self, ids: Int64Array, records: Float32Array, budget: MemoryBudget) -> None:
@@ -387,7 +385,7 @@ class Shards:
         return rows[~self.overlay.are_dirty(rows)]
 
     def pack_initial(self, ids: Int64Array, start: int, stop: int, address: int) -> None:
-        """As `pack`, for the initial records of rows."""
+        """Copy the initial records of ``ids[start:stop]`` to an address, contiguously."""
         row_kernels.pack(self.initial_records(ids[start:stop]), np.arange(stop - start), address)
 
     def initial_records(self, ids: Int64Array) -> Float32Array:
@@ -401,9 +399,31 @@ class Shards:
         """Note that a fold of all that is committed begins."""
         self.overlay.begin_fold()
 
-    def clear_changes(self) -> None:
-        """Note that no row differs from the last commit."""
-        self.overlay.clear_changes()
+    def freeze(self) -> None:
+        """Begin a commit of the rows that differ from the last one; see `FrozenRows`."""
+        self.frozen = FrozenRows(self.overlay, self.spec.width)
+
+    def keep(self, rows: Int64Array) -> None:
+        """Keep the records of rows that are about to change, where a commit under way still needs them.
+
+        Raises
+        ------
+        MemoryError, OSError
+            There is no memory, or the spill file cannot be read.
+        """
+        if self.frozen is not None:
+            self.frozen.keep(rows)
+
+    @property
+    def kept_row_bytes(self) -> int:
+        """Bytes of memory that `keep` may take for a row."""
+        return 0 if self.frozen is None else self.spec.record_bytes
+
+    def end_commit(self, *, committed: bool) -> None:
+        """End a commit; unless it has `committed` them, its rows differ from the last commit again."""
+        if self.frozen is not None:
+            self.frozen.release(committed=committed)
+            self.frozen = None
 
     def release_pages(self, start: int, stop: int) -> None:
         """Release the pages of the files of rows ``start:stop``; slots stay."""

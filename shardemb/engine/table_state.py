@@ -403,6 +403,7 @@ class TableState:
         with track(count, "materializing", progress=progress) as advance:
             for start in range(0, count, step):
                 with self.runtime.writing():
+                    self.runtime.folds.wait()  # for a commit under way too: it may write some of these rows
                     shards = self.live()
                     stop = min(start + step, count, self.spec.num_embeddings)
                     ids = shards.never_written(start, stop)

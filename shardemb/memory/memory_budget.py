@@ -99,7 +99,7 @@ class Folds(Protocol):
     """Moves committed rows from the log into the files. Each call may release the store's lock while it waits."""
 
     def wait(self) -> None:
-        """Wait for a fold that is running.
+        """Wait for a commit that is under way, and for a fold that is running.
 
         Raises
         ------

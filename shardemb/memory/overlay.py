@@ -66,6 +66,8 @@ class Overlay:
         The place of slot 0.
     slot_bytes, row_bytes : int
         The least and the most memory that a row in a slot takes, with its share of the index.
+    kept_bytes : int
+        Bytes of copies that `FrozenRows` keeps of this table's rows.
     """
 
     def __init__(self, memory: address_space.AddressRange, records: Float32Array) -> None:
@@ -85,6 +87,7 @@ class Overlay:
             [(np.int32, branches), *((np.int32, size) for each in nodes for size in _Nodes.sizes(each))]
         )
         self._branches, self._leaves = _Nodes(*arrays[:2]), _Nodes(*arrays[2:])
+        self.kept_bytes = 0
         self._spill_file: SpillFile | None = None
         self._mapped_bytes = 0
         self._version = 0
@@ -97,11 +100,11 @@ class Overlay:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that rows in slots take, with their index."""
+        """Bytes of memory that rows in slots take, with their index, and copies of rows."""
         if not self.slots.count:  # of thousands of tables, few have any
-            return 0
+            return self.kept_bytes
         nodes = sum(min(self.slots.count, nodes.used) for nodes in (self._branches, self._leaves))
-        return self.slots.count * self.slot_bytes + nodes * NODE_BYTES
+        return self.slots.count * self.slot_bytes + nodes * NODE_BYTES + self.kept_bytes
 
     @property
     def idle_bytes(self) -> int:
@@ -216,9 +219,44 @@ class Overlay:
         return np.concatenate([slots.owner[slots.dirty_slots()] for slots in self._all_slots()])
 
     def clear_changes(self) -> None:
-        """Note that no row differs from the last commit: all changes were committed or undone."""
+        """Note that no row differs from the last commit: all changes were undone."""
         for slots in self._all_slots():
             slots.clear_changes()
+
+    # ---- commits under way
+
+    def freeze(self) -> Int64Array:
+        """Freeze the rows that differ from the last commit; return them in the order in which `pack` is fastest.
+
+        None differs any more. Until they are unfrozen, no fold takes them for rows that it writes.
+        """
+        return np.concatenate([slots.owner[slots.freeze()] for slots in self._all_slots()])
+
+    def pack_frozen(self, rows: Int64Array, address: int) -> Int64Array:
+        """Copy the records of those of the rows that are frozen to an address, contiguously, and unfreeze them.
+
+        Returns these rows.
+
+        Raises
+        ------
+        OSError
+            The spill file cannot be read; the rows stay frozen.
+        """
+        entries, frozen = self._entries(rows), np.zeros(rows.size, np.bool_)
+        for slots, which, numbers in self._by_file(entries):
+            frozen[which] = slots.are_frozen(numbers)
+        rows, entries = rows[frozen], entries[frozen]
+        if rows.size:
+            self._pack(entries, address)
+            for slots, _, numbers in self._by_file(entries):
+                slots.unfreeze(numbers)
+        return rows
+
+    def unfreeze(self, rows: Int64Array) -> None:
+        """Freeze rows no more: they differ from the last commit again."""
+        for slots, _, numbers in self._by_file(self._entries(rows)):
+            slots.unfreeze(numbers)
+            slots.mark_changed(numbers)
 
     # ---- folds
 
@@ -321,25 +359,42 @@ class Overlay:
         yield
         self._rewinding = False  # after an error, lookups take the lock until a later rewind succeeds
 
-    def read_spilled(self, rows: Int64Array, target: int) -> None:
-        """Copy the records of those rows that are spilled to an address, where row ``i`` has the ``i``-th record.
-
-        The records of the other rows are left as they are.
+    def pack(self, rows: Int64Array, address: int) -> None:
+        """Copy the records of rows to an address, contiguously.
 
         Raises
         ------
         OSError
             The spill file cannot be read.
         """
-        if self._spill_file is not None and self.spilled:
-            entries = self._entries(rows)
-            at = np.flatnonzero(entries < 0)
-            self._spill_file.read(-entries[at].astype(np.int64) - 1, target + at * self._record_bytes)
+        row_kernels.pack(self._records, self.places(rows), address)
+        if self.spilled:
+            self._read_spilled(self._entries(rows), address)
 
     # ---- within
 
     def _all_slots(self) -> list[Slots]:
         return [self.slots] if self._spill_file is None else [self.slots, self._spill_file.slots]
+
+    def _by_file(self, entries: NDArray[np.int32]) -> Iterator[tuple[Slots, Int64Array, Int64Array]]:
+        """Yield slots in memory and those of the spill file: which entries lead there, and to which numbers."""
+        for slots, sign in zip(self._all_slots(), (1, -1), strict=False):
+            which = np.flatnonzero(entries > 0 if sign > 0 else entries < 0)
+            if which.size:
+                yield slots, which, sign * entries[which].astype(np.int64) - 1
+
+    def _pack(self, entries: NDArray[np.int32], address: int) -> None:
+        """Copy the records of rows in slots or in the spill file to an address, contiguously."""
+        places = self.first_slot - 1 + entries.astype(np.int64)
+        places[entries < 0] = -1
+        row_kernels.pack(self._records, places, address)
+        self._read_spilled(entries, address)
+
+    def _read_spilled(self, entries: NDArray[np.int32], address: int) -> None:
+        """Copy the records of those rows that are spilled to an address, where row ``i`` has the ``i``-th record."""
+        at = np.flatnonzero(entries < 0)
+        if self._spill_file is not None and at.size:
+            self._spill_file.read(-entries[at].astype(np.int64) - 1, address + at * self._record_bytes)
 
     def _addresses(self, slots: Int64Array) -> Int64Array:
         addresses: Int64Array = self._records.ctypes.data + (self.first_slot + slots) * self._record_bytes

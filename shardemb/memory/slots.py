@@ -6,6 +6,7 @@ The state of a slot is a byte of bits:
 - `UNFOLDED`: the files do not hold its record, and no fold that runs now will write it.
 - `FOLDING`: it was unfolded when the fold that runs now began. Until this ends, the files may or may not hold its
   record.
+- `FROZEN`: its record is part of a commit under way, which has not packed it yet. Such a slot is `UNFOLDED` as well.
 - `TOUCHED`: it was used since the clock hand last passed it, see `Slots.choose`.
 
 A slot is *dirty* if it is unfolded or folding: its record must not be lost, because the files may not hold it.
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from shardemb.base.validation import Int64Array
 
-USED, UNFOLDED, FOLDING, CHANGED, TOUCHED, _CHOSEN = (np.uint8(1 << bit) for bit in range(6))
+USED, UNFOLDED, FOLDING, CHANGED, TOUCHED, _CHOSEN, FROZEN = (np.uint8(1 << bit) for bit in range(7))
 DIRTY = UNFOLDED | FOLDING
 """The bits of which a dirty slot has at least one."""
 
@@ -90,7 +91,7 @@ class Slots:
 
     def flags_of(self, slots: Int64Array) -> NDArray[np.uint8]:
         """Return the flags that follow the records of slots to wherever they move, see `set_flags`."""
-        flags: NDArray[np.uint8] = self.state[slots] & (DIRTY | CHANGED)
+        flags: NDArray[np.uint8] = self.state[slots] & (DIRTY | CHANGED | FROZEN)
         return flags
 
     def set_flags(self, slots: Int64Array, flags: NDArray[np.uint8]) -> None:
@@ -133,10 +134,27 @@ class Slots:
         return self._with_bits(DIRTY, self.dirty)
 
     def clear_changes(self) -> None:
-        """Note that no slot differs from the last commit: all changes were committed or undone."""
+        """Note that no slot differs from the last commit: all changes were undone."""
         if self.changed:
             self.state[: self.end] &= ~CHANGED
             self.changed = 0
+
+    def freeze(self) -> Int64Array:
+        """Freeze the slots that differ from the last commit, and return them, ascending; none differs any more."""
+        slots = self.changed_slots()
+        if slots.size:
+            _freeze(self.state[: self.end])
+            self.changed = 0
+        return slots
+
+    def are_frozen(self, slots: Int64Array) -> NDArray[np.bool_]:
+        """Return which slots are frozen."""
+        frozen: NDArray[np.bool_] = self.state[slots] & FROZEN != 0
+        return frozen
+
+    def unfreeze(self, slots: Int64Array) -> None:
+        """Freeze slots no more."""
+        self.state[slots] &= ~FROZEN
 
     def mark_touched(self, slots: Int64Array) -> None:
         """Note that slots are in use, so that `choose` passes them over once."""
@@ -211,6 +229,13 @@ def _mark_changed(state: NDArray[np.uint8], slots: Int64Array, new: Int64Array) 
 
 
 @kernel
+def _freeze(state: NDArray[np.uint8]) -> None:
+    for slot in range(state.size):
+        if state[slot] & CHANGED:
+            state[slot] = (state[slot] & ~CHANGED) | FROZEN
+
+
+@kernel
 def _with_bits(
     state: NDArray[np.uint8], words: NDArray[np.uint64], bits: np.uint64, count: int
 ) -> Int64Array:
@@ -231,7 +256,7 @@ def _begin_fold(state: NDArray[np.uint8]) -> None:
     for slot in range(state.size):
         if state[slot] & UNFOLDED:
             state[slot] |= FOLDING
-            if not state[slot] & CHANGED:
+            if not state[slot] & (CHANGED | FROZEN):  # what is being committed belongs to the next fold
                 state[
                     slot
                 ] &= ~UNFOLDED  # a change from now on sets it again, so the end of the fold spares it

@@ -2,10 +2,13 @@
 
 ::
 
-    commit    wait if the log is full -> append images and the commit record -> one sync
+    commit    wait if the log is full -> freeze (lock) -> append images (lock for each piece) and the commit record
+              -> one sync -> remember (lock)
     fold      close the segments (lock) -> write their images into the shards -> new base (lock) -> remove segments
 
-A fold runs in a thread of its own and reads images from the log only, so training continues meanwhile.
+A fold runs in a thread of its own and reads images from the log only, so training continues meanwhile. So may a
+commit: what was changed when it was called is what it makes durable. One commit is under way at a time, and no fold
+begins while it appends to the log.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import contextlib
 import logging
 import threading
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,6 +26,7 @@ from shardemb.base.sizes import PAGE
 from shardemb.commits import fold, log_reader, log_writer
 from shardemb.errors import DiskFullError, PoisonedError, ShardEmbError
 from shardemb.format import store_paths
+from shardemb.session.pending_commit import PendingCommit
 from shardemb.storage import files, folders
 
 if TYPE_CHECKING:
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
     from shardemb.format.manifest import Manifest, TableEntry
     from shardemb.format.spec import TableSpec
 
-    _Changed = tuple[TableSpec, Int64Array, Callable[[int, int, int], None]]
+    _Fill = Callable[[Int64Array, int], None]
 
 _log = logging.getLogger("shardemb")
 
@@ -54,11 +58,35 @@ SEGMENTS = 16
 """Number of segments in a full log of the least size."""
 
 
+@dataclass(eq=False)
+class Attempt:
+    """A commit that is under way.
+
+    Attributes
+    ----------
+    manifest : Manifest
+    payload : bytes
+        The commit record: the manifest.
+    tables : list of Shards
+        Those with changes.
+    new_set : bool
+        Whether tables were created, dropped or renamed.
+    mark_committed : callable
+        See `Journal.attempt`.
+    """
+
+    manifest: Manifest
+    payload: bytes
+    tables: list[Shards]
+    new_set: bool
+    mark_committed: Callable[[], None]
+
+
 class Journal:
     """Base, log and folds of a store that is open for writing.
 
-    All methods are called with the store's lock held, except `follow`, which takes it. Those that wait for a fold
-    release the lock while they wait. Implements `memory.memory_budget.Folds`.
+    All methods are called with the store's lock held, except `follow` and `settle`, which take it. Those that wait for
+    a fold or for a commit release the lock while they wait. Implements `memory.memory_budget.Folds`.
 
     Parameters
     ----------
@@ -81,6 +109,8 @@ class Journal:
         self._condition = threading.Condition(runtime.lock)
         self._folding = False
         self._folding_bytes = 0
+        self._unfolded_bytes = 0  # that a failed fold has left
+        self._attempt: Attempt | None = None  # that is under way
         self._hurry = threading.Event()
         self._shown = False
         self._problem: Exception | None = None
@@ -89,6 +119,11 @@ class Journal:
         self._abandoned: Callable[[], None] | None = None
         self._manifest_path = store_paths.manifest(runtime.path)
         self._manifest = files.names(self._manifest_path)[1]
+
+    @property
+    def is_committing(self) -> bool:
+        """Whether a commit is under way."""
+        return self._attempt is not None
 
     @property
     def is_folding(self) -> bool:
@@ -104,66 +139,163 @@ class Journal:
         self.publish(self._base)
         log_writer.clear(store_paths.log(self._runtime.path), self._base.segment)
 
-    def commit(
-        self, manifest: Manifest, tables: Iterable[Shards], mark_committed: Callable[[Manifest], None]
-    ) -> None:
-        """Make the changes of tables durable under a new manifest, and clear their marks as changed.
+    def attempt(
+        self, manifest: Manifest, tables: Iterable[Shards], mark_committed: Callable[[], None]
+    ) -> Attempt:
+        """Plan to make the changes of tables durable under a new manifest; `commit` or `commit_behind` does it.
 
-        ``mark_committed(manifest)`` is called once they are durable, before anything else can happen.
+        ``mark_committed()`` is called once they are durable, before anything else can happen.
 
         Raises
         ------
         FormatError
             Something foreign stands where the folder of a table belongs; nothing was changed.
+        """
+        self._check_in_place()
+        last = self._runtime.committed.tables
+        new_set = [(each.uuid, each.name) for each in manifest.tables] != [
+            (each.uuid, each.name) for each in last
+        ]
+        # All that can be refused is refused before the first byte is appended.
+        if new_set:
+            folders.check_locations(self._runtime.path, manifest.tables, self._dropped(manifest))
+        changed = [each for each in tables if each.changes]
+        return Attempt(manifest, manifest.to_bytes(), changed, new_set, mark_committed)
+
+    def commit(self, attempt: Attempt) -> None:
+        """Make the changes of an attempt durable.
+
+        Raises
+        ------
         DiskFullError
             There is no space; nothing was changed.
         OSError
             A write or sync failed: the store is poisoned.
         """
-        self._check_in_place()
-        runtime, last = self._runtime, self._runtime.committed.tables
-        changes = [(table, table.changed_rows()) for table in tables if table.changes]
-        created = {each.uuid for each in manifest.tables} - {each.uuid for each in last}
-        new_set = [(each.uuid, each.name) for each in manifest.tables] != [
-            (each.uuid, each.name) for each in last
-        ]
-        payload = manifest.to_bytes()
-        # All that can be refused is refused before the first byte is appended.
-        if new_set:
-            folders.check_locations(runtime.path, manifest.tables, self._dropped(manifest))
-        if created:  # their files must be durable before a commit record names them
-            with self._poisoned_by_errors():
+        try:
+            with signals_deferred():
+                self._freeze(attempt)
+            self._complete(attempt)
+        except BaseException:
+            self._give_up(attempt)
+            raise
+        self._fold_if_due(attempt)
+
+    def commit_behind(self, attempt: Attempt, afterwards: Callable[[], None]) -> PendingCommit:
+        """Make the changes of an attempt durable in a thread of its own; then call ``afterwards()`` there.
+
+        What changes from now on belongs to the next commit.
+        """
+        assert attempt.manifest.commit is not None
+        pending = PendingCommit(self._runtime.path, attempt.manifest.commit)
+        work = partial(self._commit_behind, attempt, pending, afterwards)
+        with signals_deferred():
+            self._freeze(attempt)
+            try:
+                threading.Thread(target=work, name="shardemb-commit").start()
+            except RuntimeError:  # too many threads, or the interpreter is about to exit
+                work()
+        return pending
+
+    def _commit_behind(
+        self, attempt: Attempt, pending: PendingCommit, afterwards: Callable[[], None]
+    ) -> None:
+        runtime = self._runtime
+        try:
+            with runtime.lock:
+                self._make_space(sum(map(_frozen_bytes, attempt.tables)))
+            self._complete(attempt)
+        except BaseException as error:
+            self._give_up(attempt)
+            _log.warning("the commit of %s failed: %s", runtime.path, str(error))
+            pending.end(error)
+            return
+        pending.end(None)
+        with runtime.lock:
+            if not runtime.closed:
+                self._fold_if_due(attempt)
+        if not runtime.closed:
+            afterwards()
+
+    def _freeze(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        for each in attempt.tables:
+            each.freeze()
+
+    def _complete(self, attempt: Attempt) -> None:
+        """Append an attempt to the log. The lock is needed only while memory is looked at."""
+        runtime, manifest = self._runtime, attempt.manifest
+        if {each.uuid for each in manifest.tables} - {each.uuid for each in runtime.committed.tables}:
+            with self._poisoned_by_errors():  # files must be durable before a commit record names them
                 files.sync_tree(store_paths.parked(runtime.path, ""))
-        self._append_images([(table.spec, ids, partial(table.pack, ids)) for table, ids in changes], payload)
+        frozen = [(each.spec, each.frozen) for each in attempt.tables if each.frozen is not None]
+        images = [(spec, rows.count, self._under_lock(rows.fill)) for spec, rows in frozen]
+        self._append_images(images, attempt.payload)
         with signals_deferred():  # memory must agree with the log, also after Ctrl-C
-            self._append_commit(payload)
-            for table, _ in changes:
-                table.clear_changes()
-            mark_committed(manifest)
+            self._append_commit(attempt.payload)
+            with runtime.lock:
+                for each in attempt.tables:
+                    each.end_commit(committed=True)
+                attempt.mark_committed()
+                self._end_attempt()
         assert manifest.commit is not None
-        rows = sum(ids.size for _, ids in changes)
+        rows = sum(count for _, count, _ in images)
         _log.info("committed %s: step %d, %d rows", runtime.path, manifest.commit.step, rows)
-        if self.exceeds_limit(4 * (self._log.nbytes + self._folding_bytes) // 3):
+
+    def _under_lock(self, fill: _Fill) -> _Fill:
+        def locked(ids: Int64Array, address: int) -> None:
+            with self._runtime.lock:
+                fill(ids, address)
+
+        return locked
+
+    def _give_up(self, attempt: Attempt) -> None:
+        """Let what an attempt has not made durable count as changed again."""
+        with signals_deferred(), self._runtime.lock:
+            if self._attempt is attempt:
+                for each in attempt.tables:
+                    each.end_commit(committed=False)
+                self._end_attempt()
+
+    def _end_attempt(self) -> None:
+        self._attempt = None
+        self._condition.notify_all()
+
+    def _fold_if_due(self, attempt: Attempt) -> None:
+        if self.exceeds_limit(4 * self._in_log // 3):
             self._hurry.set()  # soon a commit will wait
-        if new_set:
+        if attempt.new_set:
             self.fold_all()
         elif (
-            self.exceeds_limit(2 * self._log.nbytes) or runtime.budget.needs_fold or self._problem is not None
+            self.exceeds_limit(2 * (self._in_log - self._folding_bytes))
+            or self._runtime.budget.needs_fold
+            or self._problem is not None
         ):
             self._start()
 
-    def wait_for_space(self, tables: Sequence[Shards]) -> None:
-        """Wait until the log has space for the changes of tables, by folding what it holds.
+    def settle(self) -> None:
+        """Wait until no commit is under way. Called with or without the lock, which it releases meanwhile."""
+        with self._runtime.lock:
+            while self._attempt is not None:
+                self._condition.wait()
+
+    def prepare(self, tables: Sequence[Shards]) -> None:
+        """Wait until no commit is under way and the log has space for the changes of tables, by folding what it holds.
 
         Raises
         ------
         DiskFullError
             The shards have no space for that.
         """
-        if self._lacks_space(tables):
-            self._wait()  # a fold that is running may be enough; the next one is better begun with more to fold
-        if self._lacks_space(tables):
-            problem = self.fold_all()
+        self.settle()
+        self._make_space(sum(map(_image_bytes, tables)))
+        self.settle()  # again, because others may have begun one while a fold ran
+
+    def _make_space(self, nbytes: int) -> None:
+        if self._lacks_space(nbytes):
+            self._wait_for_fold()  # a fold that is running may be enough; the next is better begun with more to fold
+        if self._lacks_space(nbytes):
+            problem = self._fold_once()
             if isinstance(problem, DiskFullError):
                 raise problem
 
@@ -172,14 +304,18 @@ class Journal:
         if self._runtime.log_bytes is not None or nbytes <= LOG_BYTES:
             return nbytes > (self._runtime.log_bytes or LOG_BYTES)
         mapped = sum(each.spec.num_shards * each.spec.shard_bytes for each in self._tables().values())
-        free = files.free_space(self._runtime.path) + self._log.nbytes + self._folding_bytes
+        free = files.free_space(self._runtime.path) + self._in_log
         return nbytes > max(
             LOG_BYTES, min(LOG_TABLES * mapped, free // LOG_PART, self._runtime.memory_budget)
         )
 
-    def _lacks_space(self, tables: Sequence[Shards]) -> bool:
-        in_log = self._log.nbytes + self._folding_bytes
-        return in_log > 0 and self.exceeds_limit(in_log + sum(map(_image_bytes, tables)))
+    def _lacks_space(self, nbytes: int) -> bool:
+        in_log = self._in_log
+        return in_log > 0 and self.exceeds_limit(in_log + nbytes)
+
+    @property
+    def _in_log(self) -> int:
+        return self._log.nbytes + self._folding_bytes + self._unfolded_bytes
 
     def images(self) -> log_reader.Replay:
         """Read the images that are newer than the base."""
@@ -188,7 +324,7 @@ class Journal:
     # ---- folds
 
     def wait(self) -> None:
-        """Wait for a fold that is running; see `Folds`."""
+        """Wait for a commit that is under way, and for a fold that is running; see `Folds`."""
         self._wait()
         self._runtime.check_open()  # the wait released the lock
 
@@ -205,7 +341,7 @@ class Journal:
                 raise problem
             self._runtime.check_open()  # waiting released the lock: others may have closed, or committed more
             self._runtime.check_sound()
-            if not self._log.nbytes:
+            if not self._in_log:
                 return
 
     def supplement(self, spec: TableSpec, ids: Int64Array, pack: Callable[[int, int, int], None]) -> None:
@@ -217,8 +353,9 @@ class Journal:
         if spec.uuid not in {each.uuid for each in self._runtime.committed.tables}:
             msg = "the table is not part of the last commit; call store.commit() first"
             raise ShardEmbError(msg)
+        assert self._attempt is None
         payload = self._runtime.committed.to_bytes()
-        self._append_images([(spec, ids, pack)], payload)
+        self._append_images([(spec, ids.size, log_writer.in_order(ids, pack))], payload)
         with signals_deferred():
             self._append_commit(payload)
         self.drain()
@@ -247,20 +384,31 @@ class Journal:
     def fold_all(self) -> Exception | None:
         """Fold everything that is committed and wait for it; return the error if that failed."""
         self._wait()
+        return self._fold_once()
+
+    def _fold_once(self) -> Exception | None:
+        """As `fold_all`, also while a commit is under way that has not appended anything yet."""
+        self._wait_for_fold()
         if not self._runtime.poisoned:  # not even by the fold that this waited for
             self._problem = None
             self._start()
-            self._wait()
+            self._wait_for_fold()
         return self._problem
 
     def _wait(self) -> None:
+        """Wait for a commit that is under way, and for a fold that is running."""
+        while self._attempt is not None or self._folding:
+            self.settle()
+            self._wait_for_fold()
+
+    def _wait_for_fold(self) -> None:
         while self._folding:
             self._hurry.set()
             self._condition.wait()
 
     def _start(self) -> None:
         """Start a fold, unless one is running or there is nothing to fold."""
-        if self._folding or self._runtime.poisoned or self._released or not self._log.nbytes:
+        if self._folding or self._runtime.poisoned or self._released or not self._in_log:
             return
         live: list[Shards] = []
         try:
@@ -276,7 +424,8 @@ class Journal:
                     dropped=self._dropped(self._runtime.committed),
                 )
                 # Until the new base is published, the closed segments still count against `log_bytes`.
-                self._folding, self._folding_bytes, self._log.nbytes = True, self._log.nbytes, 0
+                self._folding, self._folding_bytes = True, self._log.nbytes + self._unfolded_bytes
+                self._log.nbytes = self._unfolded_bytes = 0
                 tables = self._tables()
                 self._hurry.clear()  # a caller that waits for this fold sets it again
                 # With the lock held: what is committed later belongs to the next fold.
@@ -331,7 +480,7 @@ class Journal:
             problem = problem or error
         finally:
             if problem is not None:
-                self._log.nbytes += self._folding_bytes
+                self._unfolded_bytes = self._folding_bytes
                 if not isinstance(problem, DiskFullError | PoisonedError):
                     self._poison(problem)
             self._folding_bytes = 0
@@ -427,16 +576,17 @@ class Journal:
         gone = tuple(each for each in self._base.tables if each.uuid not in named)
         return (*self._base.dropped, *gone)
 
-    def _append_images(self, changes: Iterable[_Changed], payload: bytes) -> None:
+    def _append_images(self, images: Sequence[tuple[TableSpec, int, _Fill]], payload: bytes) -> None:
         """Append the images of an attempt to commit. The commit record `payload` will complete it."""
-        changes = list(changes)
-        sizes = [(ids.size, spec.record_bytes) for spec, ids, _ in changes]
+        sizes = [(count, spec.record_bytes) for spec, count, _ in images]
         with self._poisoned_by_errors():
             self._log.begin(log_writer.needed_bytes(sizes, len(payload)))
-            for spec, ids, pack in changes:
-                self._log.append_images(spec.uuid, ids, spec.record_bytes, pack)
+            for spec, count, fill in images:
+                self._log.append_images(spec.uuid, count, spec.record_bytes, fill)
 
     def _append_commit(self, payload: bytes) -> None:
+        if self._runtime.poisoned:  # by a fold, meanwhile
+            self._runtime.check_sound()
         try:
             self._log.append_commit(payload)
         except BaseException as error:
@@ -471,3 +621,7 @@ class Journal:
 
 def _image_bytes(table: Shards) -> int:
     return table.changes * (8 + table.spec.record_bytes)
+
+
+def _frozen_bytes(table: Shards) -> int:
+    return 0 if table.frozen is None else table.frozen.count * (8 + table.spec.record_bytes)

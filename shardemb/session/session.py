@@ -12,7 +12,7 @@ from shardemb.base import validation
 from shardemb.base.interrupts import signals_deferred
 from shardemb.commits import log_reader, rewrite, verify
 from shardemb.engine import batch
-from shardemb.errors import PoisonedError, ReadOnlyError, ShardEmbError, StaleReaderError
+from shardemb.errors import PoisonedError, ReadOnlyError, ShardEmbError, StaleReaderError, StoreClosedError
 from shardemb.format.manifest import MAX_STEP, Commit, check_metadata, new_entry
 from shardemb.format.spec import check_name, new_spec, normalized
 from shardemb.session import display, forking
@@ -25,6 +25,7 @@ from shardemb.vocabulary import keyed_rows
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from numpy.typing import ArrayLike
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from shardemb.engine.table_state import TableState
     from shardemb.format.manifest import Manifest
     from shardemb.optim import Optimizer
+    from shardemb.session.journal import Attempt
+    from shardemb.session.pending_commit import PendingCommit
     from shardemb.vocabulary.key_rows import KeyRows
     from shardemb.vocabulary.keyed_rows import KeyedRows, Missing, MissingChange
     from shardemb.vocabulary.keys import KeysLike
@@ -150,7 +153,7 @@ class Session:
         """Create a table; see `Store.create_table`."""
         name, vocabulary = check_name(wanted.name), wanted.vocabulary
         # A vocabulary must not give out rows while it is decided how many the table begins with.
-        with self.vocabularies.all_locked() if vocabulary else self.runtime.changing():
+        with self._settled(self.vocabularies.all_locked if vocabulary else self.runtime.changing):
             self.runtime.check_publishable()
             self._require_free(name)
             bound = None if vocabulary is None else self.vocabularies.find(vocabulary)
@@ -174,13 +177,13 @@ class Session:
     def drop_table(self, name: str) -> None:
         """Drop a table; see `Store.drop_table`."""
         # A vocabulary must not give out rows meanwhile, because its tables grow with it.
-        with self.vocabularies.all_locked():
+        with self._settled(self.vocabularies.all_locked):
             self.runtime.check_publishable()
             self.tables.drop(self.find(name).name)
 
     def rename_table(self, name: str, new_name: str) -> None:
         """Rename a table; see `Store.rename_table`."""
-        with self.runtime.writing():
+        with self._settled(self.runtime.writing):
             table = self.find(name)
             new_name = check_name(new_name)
             self._require_free(new_name)
@@ -199,7 +202,7 @@ class Session:
         progress: Progress,
     ) -> Commit:
         """Copy a table into other shards and commit that; see `Store.reshard`."""
-        with self.vocabularies.all_locked():
+        with self._settled(self.vocabularies.all_locked):
             self.runtime.check_publishable()
             self.journal.drain()
             table = self.find(name)  # not before: it may have been dropped or renamed meanwhile
@@ -216,7 +219,7 @@ class Session:
 
     def create_vocabulary(self, name: str, key_type: object, admission: object, reserved: object) -> KeyRows:
         """Create a vocabulary; see `Store.create_vocabulary`."""
-        with self.runtime.writing():
+        with self._settled(self.runtime.writing):
             entry = new_entry(check_name(name), key_type, admission, reserved)
             for kind in entry.table_kinds:
                 folders.require_free(self.runtime.path, f"{entry.name}@{kind}", self.journal.is_own)
@@ -224,7 +227,7 @@ class Session:
 
     def rename_vocabulary(self, name: str, new_name: str) -> None:
         """Rename a vocabulary; see `Store.rename_vocabulary`."""
-        with self.vocabularies.all_locked():
+        with self._settled(self.vocabularies.all_locked):
             self.runtime.check_publishable()
             new_name = check_name(new_name)
             vocabulary = self.vocabularies.find(name)
@@ -234,7 +237,7 @@ class Session:
 
     def drop_vocabulary(self, name: str) -> None:
         """Drop a vocabulary; see `Store.drop_vocabulary`."""
-        with self.vocabularies.all_locked():
+        with self._settled(self.vocabularies.all_locked):
             self.runtime.check_publishable()
             self.vocabularies.drop(name)
 
@@ -284,37 +287,72 @@ class Session:
     def _differs(self) -> bool:
         with self.runtime.lock:
             entries = self.vocabularies.entries()
-            return entries != self.runtime.committed.vocabularies or self.tables.differ()
+            is_committing = self._journal is not None and self._journal.is_committing
+            return is_committing or entries != self.runtime.committed.vocabularies or self.tables.differ()
 
     def commit(self, step: int | None, metadata: Mapping[str, Any] | None) -> Commit:
         """Make every change since the last commit durable; see `Store.commit`."""
-        metadata = check_metadata(metadata)
-        if step is not None:
-            step = validation.count(step, "step", minimum=0, maximum=MAX_STEP)
+        step, metadata = _checked(step, metadata)
         with self.runtime.changing():
             self.runtime.check_sound()
-            journal = self.journal
-            journal.wait_for_space([table.shards for table in self.tables.current.values()])
-            self.runtime.check_open()  # the wait released the lock
-            self.runtime.check_sound()  # whether the store is still in place, the journal looks before it appends
-            last = self.runtime.committed.commit
-            previous = last.step if last else 0
-            commit = Commit(last.id + 1 if last else 1, previous if step is None else step, metadata)
-            manifest = replace(
-                self.runtime.committed,
-                commit=commit,
-                tables=self.tables.entries(),
-                vocabularies=self.vocabularies.entries(),
-            )
-            # Listed again: while `wait_for_space` waited, others may have changed the set of tables.
-            shards = [table.shards for table in self.tables.current.values()]
-            journal.commit(manifest, shards, self._mark_committed)
+            self.journal.prepare([table.shards for table in self.tables.current.values()])
+            attempt, commit = self._attempt(step, metadata)
+            self.journal.commit(attempt)
             self.vocabularies.rebuild_stale_indexes()
             return replace(commit, metadata=check_metadata(metadata))
 
+    def commit_behind(self, step: int | None, metadata: Mapping[str, Any] | None) -> PendingCommit:
+        """Make every change so far durable in the background; see `Store.commit`."""
+        step, metadata = _checked(step, metadata)
+        with self.runtime.changing():
+            self.runtime.check_sound()
+            self.journal.settle()
+            attempt, _ = self._attempt(step, metadata)
+            return self.journal.commit_behind(attempt, self._after_commit)
+
+    def _attempt(self, step: int | None, metadata: dict[str, Any]) -> tuple[Attempt, Commit]:
+        """Plan the next commit. The waits before it have released the lock, so everything is looked at here."""
+        self.runtime.check_open()
+        self.runtime.check_sound()  # whether the store is still in place, the journal looks
+        last = self.runtime.committed.commit
+        previous = last.step if last else 0
+        commit = Commit(last.id + 1 if last else 1, previous if step is None else step, metadata)
+        manifest = replace(
+            self.runtime.committed,
+            commit=commit,
+            tables=self.tables.entries(),
+            vocabularies=self.vocabularies.entries(),
+        )
+        tables, vocabularies = self.tables.snapshot(), self.vocabularies.snapshot()
+
+        def mark_committed() -> None:
+            self.runtime.committed = manifest
+            self.tables.mark_committed(tables)
+            self.vocabularies.mark_committed(vocabularies)
+
+        shards = [table.shards for table in self.tables.current.values()]
+        return self.journal.attempt(manifest, shards, mark_committed), commit
+
+    def _after_commit(self) -> None:
+        with contextlib.suppress(StoreClosedError), self.runtime.changing():
+            self.vocabularies.rebuild_stale_indexes()
+
+    @contextlib.contextmanager
+    def _settled(self, holding: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """Hold locks as ``holding()`` does, while no commit is under way.
+
+        What changes the set of tables, or their form, does not happen beside one.
+        """
+        while True:
+            with holding():
+                if self._journal is None or not self._journal.is_committing:
+                    yield
+                    return
+            self.journal.settle()  # with none of the locks, so that nothing is locked which is not checked again
+
     def rollback(self) -> None:
         """Go back to the last commit; see `Store.rollback`."""
-        with self.vocabularies.all_locked(), self.runtime.all_or_nothing("a rollback"):
+        with self._settled(self.vocabularies.all_locked), self.runtime.all_or_nothing("a rollback"):
             self.runtime.half_done = None
             self.runtime.check_publishable()
             with self.vocabularies.reassigning():
@@ -359,12 +397,6 @@ class Session:
             runtime.committed, runtime.fresh = fresh.runtime.committed, fresh.runtime.fresh
             fresh.close()
 
-    def _mark_committed(self, manifest: Manifest) -> None:
-        """Record a commit as the one that memory is compared with from now on."""
-        self.runtime.committed = manifest
-        self.tables.mark_committed()
-        self.vocabularies.mark_committed()
-
     # ---- looking at it
 
     def verify(self, names: Sequence[str] | None, progress: Progress) -> list[verify.Damage]:
@@ -388,7 +420,7 @@ class Session:
         if self._reader is not None:
             yield self._newest_directories(), self._reader.newest
             return
-        with self.runtime.changing():
+        with self._settled(self.runtime.changing):
             if suspected and (problem := self.journal.fold_all()) is not None:
                 raise problem
             yield self.directories(), self.journal.images
@@ -490,6 +522,7 @@ class Session:
 
     def _finish_writing(self, shown: bool) -> None:
         """Fold what is committed, discard the rest, and warn of what is lost."""
+        self.journal.settle()
         if self.runtime.poisoned:
             return  # the disk may be ahead of memory: the next opening recovers it
         lost, path = self._differs(), self.runtime.path
@@ -502,3 +535,9 @@ class Session:
             warnings.warn(display.not_folded(path, problem), RuntimeWarning, stacklevel=4)
         if lost:
             warnings.warn(display.lost(path, self.runtime.committed.commit), RuntimeWarning, stacklevel=4)
+
+
+def _checked(step: int | None, metadata: Mapping[str, Any] | None) -> tuple[int | None, dict[str, Any]]:
+    if step is not None:
+        step = validation.count(step, "step", minimum=0, maximum=MAX_STEP)
+    return step, check_metadata(metadata)

@@ -156,7 +156,7 @@ class TableCatalog:
             if replay is not None:
                 table.shards.load_images(replay.images(table.spec), self._runtime.budget)
             self.current[entry.name] = table
-        self.mark_committed()
+        self.mark_committed(self.snapshot())
 
     def _open_table(self, entry: TableEntry, directory: Path, *, may_miss: bool) -> TableState:
         with table_folder.naming(entry.name, directory):
@@ -211,14 +211,16 @@ class TableCatalog:
 
     # ---- commits, rollbacks, refreshes
 
-    def mark_committed(self) -> None:
-        """Record the current tables as those of the last commit."""
+    def snapshot(self) -> dict[str, CommittedTable]:
+        """Return what `committed` will be after a commit of the current tables."""
+        return {table.spec.uuid: CommittedTable(table, table.shards) for table in self.current.values()}
+
+    def mark_committed(self, tables: dict[str, CommittedTable]) -> None:
+        """Record tables, see `snapshot`, as those of the last commit."""
         self._streams = None
-        current = set(map(id, self.current.values()))
-        self._release(each.table for each in self.committed.values() if id(each.table) not in current)
-        self.committed = {
-            table.spec.uuid: CommittedTable(table, table.shards) for table in self.current.values()
-        }
+        used = {id(table) for table in (*self.current.values(), *(each.table for each in tables.values()))}
+        self._release(each.table for each in self.committed.values() if id(each.table) not in used)
+        self.committed = tables
 
     def restore(self, replay: Replay) -> None:
         """Go back to the last commit. If it fails half way, it can be called again."""
@@ -256,9 +258,7 @@ class TableCatalog:
         self.current, fresh.current, fresh.committed = fresh.current, {}, {}
         for table in self.current.values():
             table.runtime = self._runtime
-        self.committed = {
-            table.spec.uuid: CommittedTable(table, table.shards) for table in self.current.values()
-        }
+        self.committed = self.snapshot()
 
     def detach_in_child(self) -> None:
         """Be readable in a forked child."""

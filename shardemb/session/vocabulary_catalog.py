@@ -146,7 +146,7 @@ class VocabularyCatalog:
         """Open the vocabularies of the last commit; their tables are open already."""
         for entry in self._runtime.committed.vocabularies:
             self._open_vocabulary(entry).load_index()
-        self._committed = {each.entry.uuid: each for each in self.current.values()}
+        self._committed = self.snapshot()
         if self._runtime.writable:
             folders.keep_indexes(self._runtime.path, self._committed)
 
@@ -210,9 +210,13 @@ class VocabularyCatalog:
 
     # ---- commits, rollbacks, refreshes
 
-    def mark_committed(self) -> None:
-        """Record the current vocabularies as those of the last commit."""
-        self._committed = {each.entry.uuid: each for each in self.current.values()}
+    def snapshot(self) -> dict[str, KeyRows]:
+        """Return the current vocabularies by uuid, which do not change with `current`."""
+        return {each.entry.uuid: each for each in self.current.values()}
+
+    def mark_committed(self, vocabularies: dict[str, KeyRows]) -> None:
+        """Record vocabularies, see `snapshot`, as those of the last commit."""
+        self._committed = vocabularies
 
     def rebuild_stale_indexes(self) -> None:
         """Rebuild indexes that are damaged or mostly outdated."""
@@ -245,7 +249,7 @@ class VocabularyCatalog:
             here.join(self._runtime, self._tables.bound_to)
         for gone in known.values():
             gone.drop()
-        self._committed = {each.entry.uuid: each for each in self.current.values()}
+        self._committed = self.snapshot()
         fresh.clear()  # closing it must not close what was adopted
 
     def clear(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 from weakref import WeakValueDictionary
 
 from shardemb.format.spec import normalized
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from shardemb.format.manifest import Commit
     from shardemb.optim import Optimizer
     from shardemb.session import display
+    from shardemb.session.pending_commit import PendingCommit
     from shardemb.session.session import Session
     from shardemb.session.vocabulary_catalog import VocabularyCatalog
     from shardemb.vocabulary.key_rows import KeyRows
@@ -532,7 +533,25 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         """Whether rows, steps, hyper-parameters, vocabularies or the set of tables differ from the last commit."""
         return self._session.has_changes()
 
-    def commit(self, step: int | None = None, metadata: Mapping[str, Any] | None = None) -> Commit:
+    @overload
+    def commit(
+        self,
+        step: int | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        wait: Literal[True] = True,
+    ) -> Commit: ...
+    @overload
+    def commit(
+        self, step: int | None = None, metadata: Mapping[str, Any] | None = None, *, wait: Literal[False]
+    ) -> PendingCommit: ...
+    @overload
+    def commit(
+        self, step: int | None = None, metadata: Mapping[str, Any] | None = None, *, wait: bool
+    ) -> Commit | PendingCommit: ...
+    def commit(
+        self, step: int | None = None, metadata: Mapping[str, Any] | None = None, *, wait: bool = True
+    ) -> Commit | PendingCommit:
         """Make every change since the last commit durable.
 
         The images of all changed rows and one record for all tables are appended to the log and synced. When the call
@@ -546,11 +565,17 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         metadata : dict, optional
             The job's own small JSON, at most 1 MiB: data position, random state, anything that must never disagree with
             the rows. Empty by default. NumPy's scalars become Python's; its arrays are refused.
+        wait : bool, optional
+            Whether to return only when the commit is durable, which is the default. Otherwise it is made durable in
+            the background: it has everything that was changed before the call, and later changes belong to the next
+            commit. A row that changes again before it is written is copied first, which takes memory of the budget.
 
         Returns
         -------
         Commit
             With a copy of the metadata.
+        PendingCommit
+            Without `wait`: tells when the commit is durable, and whether it failed.
 
         Raises
         ------
@@ -574,12 +599,21 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         -----
         Safe from any thread; waits for other changes, and for a fold if the log is full.
 
+        One commit is under way at a time, so a commit waits for one before it, and then begins. So do `rollback`,
+        `checkpoint`, `close`, copies, and whatever creates, drops, renames or resizes tables or vocabularies. Lookups,
+        updates and writes go on. If a commit without `wait` fails, its changes are changes still, which the next
+        commit takes; the error is raised by `PendingCommit.result` and logged. `last_commit` is the previous one until
+        the new one is durable.
+
         Examples
         --------
         >>> store.commit(step=100, metadata={"loss": 0.3})
         Commit(id=1, step=100, metadata={'loss': 0.3})
+        >>> pending = store.commit(step=200, wait=False)
+        >>> pending.result()
+        Commit(id=2, step=200, metadata={})
         """
-        return self._session.commit(step, metadata)
+        return self._session.commit(step, metadata) if wait else self._session.commit_behind(step, metadata)
 
     def rollback(self) -> None:
         """Go back to the last commit: rows, state, steps, hyper-parameters, vocabularies and the set of tables.

@@ -38,7 +38,7 @@ def write_commits(folder, commits, *, segment_bytes=1):
             )
             target[:] = records[ids[start:stop]].reshape(-1)
 
-        writer.append_images(SPEC.uuid, ids, SPEC.record_bytes, pack)
+        writer.append_images(SPEC.uuid, ids.size, SPEC.record_bytes, log_writer.in_order(ids, pack))
         if whole:
             writer.append_commit(payload)
         elif value % 2:

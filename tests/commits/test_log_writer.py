@@ -13,7 +13,7 @@ from support.specs import make
 
 from shardemb.base.sizes import PAGE
 from shardemb.commits import log_reader, log_writer
-from shardemb.commits.log_writer import Log, needed_bytes
+from shardemb.commits.log_writer import Log, in_order, needed_bytes
 from shardemb.errors import DiskFullError, FormatError, LogDamagedError
 from shardemb.format.manifest import Commit, Manifest, TableEntry
 from shardemb.storage import files
@@ -47,7 +47,7 @@ def append(log, ids, value, spec=SPEC):
             :
         ] = records[start:stop].ravel()
 
-    log.append_images(spec.uuid, ids, spec.record_bytes, pack)
+    log.append_images(spec.uuid, ids.size, spec.record_bytes, in_order(ids, pack))
 
 
 def commit(log, ids, number, spec=SPEC):

@@ -64,7 +64,7 @@ NO_IMAGES = Images(np.empty(0, np.int64), np.empty(0, np.int64))
 def images_of(table, rows):
     """What a log would hold of rows; the second value is the memory of the images."""
     records = np.empty((rows.size, table.spec.width), np.float32)
-    table.pack(rows, 0, rows.size, records.ctypes.data)
+    table.overlay.pack(rows, records.ctypes.data)
     return Images(rows, records.ctypes.data + np.arange(rows.size) * table.spec.record_bytes), records
 
 
@@ -89,7 +89,7 @@ def in_memory(table):
     """The same, as memory shows it; the rows of the last file that no table has are always zero."""
     rows = np.arange(len(table.records) // 2)
     records = np.empty((rows.size, table.spec.width), np.float32)
-    table.pack(rows, 0, rows.size, records.ctypes.data)
+    table.overlay.pack(rows, records.ctypes.data)
     if not table.spec.has_presence:
         return records.tobytes(), b""
     present = np.unpackbits(table.present, bitorder="little")

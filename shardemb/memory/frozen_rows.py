@@ -1,0 +1,94 @@
+"""The rows of one table that a commit under way makes durable, while changes go on.
+
+A commit *freezes* the rows that differ from the last one: as they are at that moment, they are part of it. It packs
+their records piece by piece, and other calls may change rows in between. A frozen row that is about to change is *kept*
+first, that is, its record is copied; the commit packs the copy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shardemb.compute import row_kernels
+
+if TYPE_CHECKING:
+    from shardemb.base.validation import Float32Array, Int64Array
+    from shardemb.memory.overlay import Overlay
+
+
+class FrozenRows:
+    """The frozen rows of one table. Callers hold the store's lock.
+
+    Parameters
+    ----------
+    overlay : Overlay
+        All of its rows that differ from the last commit are frozen.
+    width : int
+        Values of a record.
+
+    Attributes
+    ----------
+    count : int
+        How many rows there are, packed or not.
+    """
+
+    def __init__(self, overlay: Overlay, width: int) -> None:
+        self._overlay, self._width, self._record_bytes = overlay, width, 4 * width
+        self._rows = overlay.freeze()
+        self.count: int = self._rows.size
+        self._next = 0  # of `_rows`, those before it are packed or kept
+        self._kept: list[tuple[Int64Array, Float32Array]] = []
+
+    def keep(self, rows: Int64Array) -> None:
+        """Copy the records of those of the rows that are frozen, because they are about to change.
+
+        Raises
+        ------
+        MemoryError, OSError
+            There is no memory, or the spill file cannot be read; nothing was changed.
+        """
+        records = np.empty((rows.size, self._width), np.float32)  # memory that is not written to is not taken
+        kept = self._overlay.pack_frozen(rows, records.ctypes.data)
+        if kept.size:
+            self._kept.append((kept, records[: kept.size]))
+            self._overlay.kept_bytes += kept.size * self._record_bytes
+
+    def fill(self, ids: Int64Array, address: int) -> None:
+        """Take the next rows: write their ids to `ids` and their records to an address, contiguously.
+
+        In all, `count` rows can be taken, each once. Copies come first, so that their memory is released.
+
+        Raises
+        ------
+        OSError
+            The spill file cannot be read.
+        """
+        filled = 0
+        while filled < ids.size:
+            most, to = ids.size - filled, address + filled * self._record_bytes
+            some = self._fill_with_copies(most, to) if self._kept else self._fill_with_rows(most, to)
+            ids[filled : filled + some.size] = some
+            filled += some.size
+
+    def _fill_with_copies(self, most: int, address: int) -> Int64Array:
+        rows, records = self._kept.pop()
+        if rows.size > most:
+            self._kept.append((rows[most:], records[most:]))
+        row_kernels.pack(records, np.arange(min(rows.size, most)), address)
+        self._overlay.kept_bytes -= min(rows.size, most) * self._record_bytes
+        return rows[:most]
+
+    def _fill_with_rows(self, most: int, address: int) -> Int64Array:
+        some = self._rows[self._next : self._next + most]
+        packed = self._overlay.pack_frozen(some, address)  # the others were kept
+        self._next += some.size
+        return packed
+
+    def release(self, *, committed: bool) -> None:
+        """End the commit; unless it has `committed` them, all of its rows differ from the last commit again."""
+        if not committed:
+            self._overlay.unfreeze(self._rows)
+        self._kept.clear()
+        self._overlay.kept_bytes = 0
