@@ -43,7 +43,10 @@ ROOMS = {
         "hashing", "index_kernels", "key_records", "index_files", "key_kernels", "hash_index", "keys",
         "key_tables", "key_rows", "keyed_rows",
     ],
-    "session": ["forking", "display", "pending_commit", "journal", "table_catalog", "vocabulary_catalog", "session"],
+    "session": [
+        "forking", "display", "pending_commit", "attempt", "base", "journal", "table_catalog",
+        "vocabulary_catalog", "session",
+    ],
     "store": ["vocabulary", "table", "keyed_table", "store", "opening"],
     "text": [],
     "quickstart": ["corpus", "training"],

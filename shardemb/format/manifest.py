@@ -280,6 +280,11 @@ class Manifest:
         )
 
 
+def check_step(step: int | None) -> int | None:
+    """Return a commit's step as an int, if one was given, or raise `TypeError` or `ValueError`."""
+    return None if step is None else validation.count(step, "step", minimum=0, maximum=MAX_STEP)
+
+
 def check_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     """Check a commit's metadata and return a deep copy of it, in which NumPy's scalars are Python's.
 

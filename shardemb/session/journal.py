@@ -17,7 +17,7 @@ import contextlib
 import logging
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,8 @@ from shardemb.base.sizes import PAGE
 from shardemb.commits import fold, log_reader, log_writer
 from shardemb.errors import DiskFullError, PoisonedError, ShardEmbError
 from shardemb.format import store_paths
+from shardemb.session.attempt import Attempt, Images
+from shardemb.session.base import Base
 from shardemb.session.pending_commit import PendingCommit
 from shardemb.storage import files, folders
 
@@ -37,10 +39,9 @@ if TYPE_CHECKING:
     from shardemb.commits import rewrite
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.shards import Shards
-    from shardemb.format.manifest import Manifest, TableEntry
+    from shardemb.format.manifest import Manifest
     from shardemb.format.spec import TableSpec
 
-    _Fill = Callable[[Int64Array, int], None]
 
 _log = logging.getLogger("shardemb")
 
@@ -58,30 +59,6 @@ SEGMENTS = 16
 """Number of segments in a full log of the least size."""
 
 
-@dataclass(eq=False)
-class Attempt:
-    """A commit that is under way.
-
-    Attributes
-    ----------
-    manifest : Manifest
-    payload : bytes
-        The commit record: the manifest.
-    tables : list of Shards
-        Those with changes.
-    new_set : bool
-        Whether tables were created, dropped or renamed.
-    mark_committed : callable
-        See `Journal.attempt`.
-    """
-
-    manifest: Manifest
-    payload: bytes
-    tables: list[Shards]
-    new_set: bool
-    mark_committed: Callable[[], None]
-
-
 class Journal:
     """Base, log and folds of a store that is open for writing.
 
@@ -95,12 +72,16 @@ class Journal:
         What the shards hold. It is not published yet; `begin` does that.
     tables : callable
         Returns all tables of the store by uuid, also those that no commit has yet.
+
+    Attributes
+    ----------
+    base : Base
     """
 
     def __init__(self, runtime: Runtime, base: Manifest, tables: Callable[[], Mapping[str, Shards]]) -> None:
         self._runtime = runtime
         self._tables = tables
-        self._base = base
+        self.base = Base(runtime, base, tables)
         files.make_directory(store_paths.log(runtime.path))
         files.sync_directory(store_paths.private(runtime.path))
         self._log = log_writer.Log(
@@ -117,8 +98,6 @@ class Journal:
         self._thread: threading.Thread | None = None
         self._released = False
         self._abandoned: Callable[[], None] | None = None
-        self._manifest_path = store_paths.manifest(runtime.path)
-        self._manifest = files.names(self._manifest_path)[1]
 
     @property
     def is_committing(self) -> bool:
@@ -134,10 +113,10 @@ class Journal:
 
     def begin(self) -> None:
         """Publish the base, announce this writer to readers, and remove the log before it."""
-        epoch = self._base.epoch.to_bytes(8, "little").ljust(PAGE, b"\0")
+        epoch = self.base.manifest.epoch.to_bytes(8, "little").ljust(PAGE, b"\0")
         files.overwrite(store_paths.epoch(self._runtime.path), epoch)
-        self.publish(self._base)
-        log_writer.clear(store_paths.log(self._runtime.path), self._base.segment)
+        self.base.publish(self.base.manifest)
+        log_writer.clear(store_paths.log(self._runtime.path), self.base.manifest.segment)
 
     def attempt(
         self, manifest: Manifest, tables: Iterable[Shards], mark_committed: Callable[[], None]
@@ -151,16 +130,15 @@ class Journal:
         FormatError
             Something foreign stands where the folder of a table belongs; nothing was changed.
         """
-        self._check_in_place()
+        self.base.check_in_place()
         last = self._runtime.committed.tables
         new_set = [(each.uuid, each.name) for each in manifest.tables] != [
             (each.uuid, each.name) for each in last
         ]
         # All that can be refused is refused before the first byte is appended.
         if new_set:
-            folders.check_locations(self._runtime.path, manifest.tables, self._dropped(manifest))
-        changed = [each for each in tables if each.changes]
-        return Attempt(manifest, manifest.to_bytes(), changed, new_set, mark_committed)
+            folders.check_locations(self._runtime.path, manifest.tables, self.base.dropped(manifest))
+        return Attempt(manifest, tables, new_set=new_set, mark_committed=mark_committed)
 
     def commit(self, attempt: Attempt) -> None:
         """Make the changes of an attempt durable.
@@ -203,7 +181,7 @@ class Journal:
         runtime = self._runtime
         try:
             with runtime.lock:
-                self._make_space(sum(map(_frozen_bytes, attempt.tables)))
+                self._make_space(attempt.nbytes)
             self._complete(attempt)
         except BaseException as error:
             self._give_up(attempt)
@@ -219,8 +197,7 @@ class Journal:
 
     def _freeze(self, attempt: Attempt) -> None:
         self._attempt = attempt
-        for each in attempt.tables:
-            each.freeze()
+        attempt.freeze()
 
     def _complete(self, attempt: Attempt) -> None:
         """Append an attempt to the log. The lock is needed only while memory is looked at."""
@@ -228,38 +205,29 @@ class Journal:
         if {each.uuid for each in manifest.tables} - {each.uuid for each in runtime.committed.tables}:
             with self._poisoned_by_errors():  # files must be durable before a commit record names them
                 files.sync_tree(store_paths.parked(runtime.path, ""))
-        frozen = [(each.spec, each.frozen) for each in attempt.tables if each.frozen is not None]
-        images = [(spec, rows.count, self._under_lock(rows.fill)) for spec, rows in frozen]
+        images = attempt.images(runtime.lock)
         self._append_images(images, attempt.payload)
         with signals_deferred():  # memory must agree with the log, also after Ctrl-C
             self._append_commit(attempt.payload)
             with runtime.lock:
-                for each in attempt.tables:
-                    each.end_commit(committed=True)
-                attempt.mark_committed()
+                attempt.succeed()
                 self._end_attempt()
         assert manifest.commit is not None
-        rows = sum(count for _, count, _ in images)
+        rows = sum(each.count for each in images)
         _log.info("committed %s: step %d, %d rows", runtime.path, manifest.commit.step, rows)
-
-    def _under_lock(self, fill: _Fill) -> _Fill:
-        def locked(ids: Int64Array, address: int) -> None:
-            with self._runtime.lock:
-                fill(ids, address)
-
-        return locked
 
     def _give_up(self, attempt: Attempt) -> None:
         """Let what an attempt has not made durable count as changed again."""
         with signals_deferred(), self._runtime.lock:
             if self._attempt is attempt:
-                for each in attempt.tables:
-                    each.end_commit(committed=False)
+                attempt.fail()
                 self._end_attempt()
 
     def _end_attempt(self) -> None:
         self._attempt = None
         self._condition.notify_all()
+        if self._abandoned is not None and not self._folding:
+            self._abandoned()
 
     def _fold_if_due(self, attempt: Attempt) -> None:
         if self.exceeds_limit(4 * self._in_log // 3):
@@ -319,7 +287,7 @@ class Journal:
 
     def images(self) -> log_reader.Replay:
         """Read the images that are newer than the base."""
-        return log_reader.read(store_paths.log(self._runtime.path), self._base, self._log.end)
+        return log_reader.read(store_paths.log(self._runtime.path), self.base.manifest, self._log.end)
 
     # ---- folds
 
@@ -355,7 +323,7 @@ class Journal:
             raise ShardEmbError(msg)
         assert self._attempt is None
         payload = self._runtime.committed.to_bytes()
-        self._append_images([(spec, ids.size, log_writer.in_order(ids, pack))], payload)
+        self._append_images([Images(spec, ids.size, log_writer.in_order(ids, pack))], payload)
         with signals_deferred():
             self._append_commit(payload)
         self.drain()
@@ -412,7 +380,7 @@ class Journal:
             return
         live: list[Shards] = []
         try:
-            self._check_in_place()
+            self.base.check_in_place()
             with signals_deferred():
                 end = self._log.end
                 closed = self._log.close_segments()
@@ -421,7 +389,7 @@ class Journal:
                     segment=self._log.number,
                     sequence=self._log.sequence,
                     attempt=self._log.attempt + 1,
-                    dropped=self._dropped(self._runtime.committed),
+                    dropped=self.base.dropped(self._runtime.committed),
                 )
                 # Until the new base is published, the closed segments still count against `log_bytes`.
                 self._folding, self._folding_bytes = True, self._log.nbytes + self._unfolded_bytes
@@ -447,7 +415,7 @@ class Journal:
         runtime, problem, begun = self._runtime, None, time.monotonic()
         _log.info("folding %s: %d bytes of log", runtime.path, self._folding_bytes)
         try:
-            newer = log_reader.read(store_paths.log(runtime.path), self._base, end)
+            newer = log_reader.read(store_paths.log(runtime.path), self.base.manifest, end)
             fold.write(
                 [(each.location, newer.images(each.spec)) for each in live],
                 runtime.threads,
@@ -459,7 +427,7 @@ class Journal:
         with runtime.lock:
             try:
                 if problem is None:
-                    self.publish(base)
+                    self.base.publish(base)
                     self._log.discard(closed)
             except Exception as error:
                 problem = error
@@ -487,30 +455,8 @@ class Journal:
             self._problem = problem
             self._folding = False
             self._condition.notify_all()
-            if self._abandoned is not None:
+            if self._abandoned is not None and self._attempt is None:
                 self._abandoned()
-
-    def publish(self, base: Manifest) -> None:
-        """Record durably what the shards hold, then move the folders of tables to where that says."""
-        self._check_in_place()
-        path, tables = self._runtime.path, self._tables()
-        try:
-            files.replace(self._manifest_path, base.to_bytes())
-        finally:  # the new one is there also if only the sync of its folder has failed
-            self._manifest = files.names(self._manifest_path)[1]
-        self._base = base
-        try:
-            self._update_directories(folders.arrange(path, base.tables, base.dropped, keep=tables.keys()))
-        except OSError:  # some folders have moved already
-            self._update_directories(folders.locate(path, base.tables))
-            raise
-        self._base = replace(base, dropped=())  # their folders are gone
-
-    def _update_directories(self, directories: Mapping[str, Path]) -> None:
-        """Tell the tables where their folders are now."""
-        tables = self._tables()
-        for uuid in directories.keys() & tables.keys():
-            tables[uuid].directory = directories[uuid]
 
     def close(self, *, shown: bool) -> Exception | None:
         """Fold everything and remove the log; return the error if that failed, in which case the log stays."""
@@ -518,7 +464,7 @@ class Journal:
         try:
             problem = self.fold_all()
             if problem is None and not self._runtime.poisoned:
-                number, base = self._log.number, self._base
+                number, base = self._log.number, self.base.manifest
                 base = replace(
                     base,
                     clean=True,
@@ -527,7 +473,7 @@ class Journal:
                     attempt=self._log.attempt + 1,
                     dropped=(),
                 )
-                self.publish(base)
+                self.base.publish(base)
                 log_writer.clear(store_paths.log(self._runtime.path), number + 1)
         except (OSError, PoisonedError) as error:
             problem = error
@@ -546,9 +492,9 @@ class Journal:
         self._log.close()
 
     def abandon(self, lock: int | None) -> None:
-        """Close the log, and then the descriptor that holds the store's lock: when a fold that is running has ended.
+        """Close the log, and then the descriptor that holds the store's lock: when a fold and a commit have ended.
 
-        For a store that was garbage-collected, maybe in the thread of that fold, so this does not wait.
+        For a store that was garbage-collected, maybe in the thread of one of them, so this does not wait.
         """
 
         def close() -> None:
@@ -557,32 +503,20 @@ class Journal:
             if lock is not None:
                 files.close(lock)
 
-        if self._folding:
+        if self._folding or self._attempt is not None:
             self._abandoned = close
         else:
             close()
 
     # ---- within
 
-    def is_own(self, uuid: str) -> bool:
-        """Return whether a table is the store's, or was: then its folder is removed, or moved, by the next fold."""
-        return uuid in self._tables() or any(
-            each.uuid == uuid for each in (*self._base.tables, *self._base.dropped)
-        )
-
-    def _dropped(self, manifest: Manifest) -> tuple[TableEntry, ...]:
-        """List the tables whose folders go once `manifest` is the base."""
-        named = {each.uuid for each in manifest.tables}
-        gone = tuple(each for each in self._base.tables if each.uuid not in named)
-        return (*self._base.dropped, *gone)
-
-    def _append_images(self, images: Sequence[tuple[TableSpec, int, _Fill]], payload: bytes) -> None:
+    def _append_images(self, images: Sequence[Images], payload: bytes) -> None:
         """Append the images of an attempt to commit. The commit record `payload` will complete it."""
-        sizes = [(count, spec.record_bytes) for spec, count, _ in images]
+        sizes = [(each.count, each.spec.record_bytes) for each in images]
         with self._poisoned_by_errors():
             self._log.begin(log_writer.needed_bytes(sizes, len(payload)))
-            for spec, count, fill in images:
-                self._log.append_images(spec.uuid, count, spec.record_bytes, fill)
+            for each in images:
+                self._log.append_images(each.spec.uuid, each.count, each.spec.record_bytes, each.fill)
 
     def _append_commit(self, payload: bytes) -> None:
         if self._runtime.poisoned:  # by a fold, meanwhile
@@ -604,24 +538,9 @@ class Journal:
             self._poison(error)
             raise
 
-    def _check_in_place(self) -> None:
-        """As `Runtime.check_in_place`, and check that no other program has replaced the manifest."""
-        self._runtime.check_in_place()
-        try:
-            found = files.names(self._manifest_path)[1]
-        except FileNotFoundError:
-            found = None
-        if found != self._manifest:
-            self._runtime.poisoned = "its manifest was replaced by another program while it was open"
-            self._runtime.check_sound()
-
     def _poison(self, error: BaseException) -> None:
         self._runtime.poisoned = f"writing failed ({error})"
 
 
 def _image_bytes(table: Shards) -> int:
     return table.changes * (8 + table.spec.record_bytes)
-
-
-def _frozen_bytes(table: Shards) -> int:
-    return 0 if table.frozen is None else table.frozen.count * (8 + table.spec.record_bytes)

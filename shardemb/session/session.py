@@ -8,12 +8,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from shardemb import initializers
-from shardemb.base import validation
 from shardemb.base.interrupts import signals_deferred
 from shardemb.commits import log_reader, rewrite, verify
 from shardemb.engine import batch
 from shardemb.errors import PoisonedError, ReadOnlyError, ShardEmbError, StaleReaderError, StoreClosedError
-from shardemb.format.manifest import MAX_STEP, Commit, check_metadata, new_entry
+from shardemb.format.manifest import Commit, check_metadata, check_step, new_entry
 from shardemb.format.spec import check_name, new_spec, normalized
 from shardemb.session import display, forking
 from shardemb.session.journal import Journal
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from shardemb.engine.table_state import TableState
     from shardemb.format.manifest import Manifest
     from shardemb.optim import Optimizer
-    from shardemb.session.journal import Attempt
+    from shardemb.session.attempt import Attempt
     from shardemb.session.pending_commit import PendingCommit
     from shardemb.vocabulary.key_rows import KeyRows
     from shardemb.vocabulary.keyed_rows import KeyedRows, Missing, MissingChange
@@ -192,7 +191,7 @@ class Session:
     def _require_free(self, name: str) -> None:
         """Raise `TableExistsError` or `ValueError` if no table can get a name: what is refused here fails no commit."""
         self.tables.require_free(name)
-        folders.require_free(self.runtime.path, name, self.journal.is_own)
+        folders.require_free(self.runtime.path, name, self.journal.base.is_own)
 
     def reshard(
         self,
@@ -222,7 +221,7 @@ class Session:
         with self._settled(self.runtime.writing):
             entry = new_entry(check_name(name), key_type, admission, reserved)
             for kind in entry.table_kinds:
-                folders.require_free(self.runtime.path, f"{entry.name}@{kind}", self.journal.is_own)
+                folders.require_free(self.runtime.path, f"{entry.name}@{kind}", self.journal.base.is_own)
             return self.vocabularies.create(entry)
 
     def rename_vocabulary(self, name: str, new_name: str) -> None:
@@ -232,7 +231,7 @@ class Session:
             new_name = check_name(new_name)
             vocabulary = self.vocabularies.find(name)
             for kind in vocabulary.entry.table_kinds:
-                folders.require_free(self.runtime.path, f"{new_name}@{kind}", self.journal.is_own)
+                folders.require_free(self.runtime.path, f"{new_name}@{kind}", self.journal.base.is_own)
             self.vocabularies.set_name(vocabulary, new_name)
 
     def drop_vocabulary(self, name: str) -> None:
@@ -292,7 +291,7 @@ class Session:
 
     def commit(self, step: int | None, metadata: Mapping[str, Any] | None) -> Commit:
         """Make every change since the last commit durable; see `Store.commit`."""
-        step, metadata = _checked(step, metadata)
+        step, metadata = check_step(step), check_metadata(metadata)
         with self.runtime.changing():
             self.runtime.check_sound()
             self.journal.prepare([table.shards for table in self.tables.current.values()])
@@ -303,7 +302,7 @@ class Session:
 
     def commit_behind(self, step: int | None, metadata: Mapping[str, Any] | None) -> PendingCommit:
         """Make every change so far durable in the background; see `Store.commit`."""
-        step, metadata = _checked(step, metadata)
+        step, metadata = check_step(step), check_metadata(metadata)
         with self.runtime.changing():
             self.runtime.check_sound()
             self.journal.settle()
@@ -535,9 +534,3 @@ class Session:
             warnings.warn(display.not_folded(path, problem), RuntimeWarning, stacklevel=4)
         if lost:
             warnings.warn(display.lost(path, self.runtime.committed.commit), RuntimeWarning, stacklevel=4)
-
-
-def _checked(step: int | None, metadata: Mapping[str, Any] | None) -> tuple[int | None, dict[str, Any]]:
-    if step is not None:
-        step = validation.count(step, "step", minimum=0, maximum=MAX_STEP)
-    return step, check_metadata(metadata)

@@ -71,7 +71,7 @@ def images_of(table, rows):
 def save(table):
     """As a commit and a fold do it."""
     images, memory = images_of(table, np.sort(table.changed_rows()))  # as a replay has them
-    table.clear_changes()
+    table.overlay.clear_changes()
     table.begin_fold()
     fold.write([(table.location, images)], 2)
     table.overlay.end_fold(folded=True)
@@ -257,7 +257,7 @@ def test_going_back_gives_images_that_the_files_do_not_hold(tmp_path, spec):
     rows = int64([0, 1, 700, spec.num_embeddings - 1])
     write(table, rows, np.full((4, spec.embedding_dim), 5.0))
     images, memory = images_of(table, rows)
-    table.clear_changes()
+    table.overlay.clear_changes()
     expected = in_memory(table)
     write(table, [1, 2, 700], np.full((3, spec.embedding_dim), 6.0))
     assert in_memory(table) != expected
@@ -270,7 +270,7 @@ def test_going_back_gives_images_that_the_files_do_not_hold(tmp_path, spec):
 def test_rows_stay_until_the_files_hold_them(tmp_path):
     table = create(tmp_path)
     write(table, [0], np.ones((1, 5)))
-    table.clear_changes()
+    table.overlay.clear_changes()
     table.overlay.evict(10)
     assert in_slots(table) == {0}
     table.begin_fold()

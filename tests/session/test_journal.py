@@ -574,7 +574,7 @@ def test_a_fold_for_which_no_thread_can_be_started_runs_in_this_one(store, monke
 
 
 @pytest.mark.parametrize("error", [MemoryError, RuntimeError, OSError])
-@pytest.mark.parametrize("where", ["begin_fold", "close_segments", "_dropped", "end_fold", "write", "read"])
+@pytest.mark.parametrize("where", ["begin_fold", "close_segments", "dropped", "end_fold", "write", "read"])
 @pytest.mark.filterwarnings("ignore:what is committed")
 def test_whatever_goes_wrong_with_a_fold_it_ends(path, monkeypatch, where, error):
     store = shardemb.open(path)
@@ -589,7 +589,7 @@ def test_whatever_goes_wrong_with_a_fold_it_ends(path, monkeypatch, where, error
     owner = {
         "begin_fold": type(inside.shards(table)),
         "close_segments": log_writer.Log,
-        "_dropped": type(inside.journal(store)),
+        "dropped": type(inside.journal(store).base),
         "end_fold": type(inside.shards(table).overlay),
         "write": fold,
         "read": log_reader,

@@ -18,6 +18,7 @@ from shardemb.engine import batch, runtime, shards
 from shardemb.format import log_records, store_paths
 from shardemb.memory import overlay, spill_file
 from shardemb.optim import Adam
+from shardemb.session.base import Base
 from shardemb.session.journal import Journal
 from shardemb.storage import checksums, files
 from shardemb.store import opening
@@ -260,13 +261,13 @@ def _append_commit_unsynced(self, manifest):
 
 
 def recycled_before_base(patch):
-    real = Journal.publish
+    real = Base.publish
 
     def publish(self, base):
         log_writer.clear(store_paths.log(self._runtime.path), base.segment)
         real(self, base)
 
-    patch.setattr(Journal, "publish", publish)
+    patch.setattr(Base, "publish", publish)
 
 
 def fold_after_base(patch):

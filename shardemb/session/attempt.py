@@ -1,0 +1,91 @@
+"""An attempt to commit, from its plan to its end: what it is about to make durable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from threading import RLock
+
+    from shardemb.base.validation import Int64Array
+    from shardemb.engine.shards import Shards
+    from shardemb.format.manifest import Manifest
+    from shardemb.format.spec import TableSpec
+
+    Fill = Callable[[Int64Array, int], None]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images that go into the log: those of `count` rows of a table, which `fill` takes; see `Log.append_images`."""
+
+    spec: TableSpec
+    count: int
+    fill: Fill
+
+
+class Attempt:
+    """An attempt to commit. Callers hold the store's lock, unless a method says otherwise.
+
+    Parameters
+    ----------
+    manifest : Manifest
+        The manifest that it makes the last one.
+    tables : iterable of Shards
+        All tables; those with changes take part.
+    new_set : bool
+        Whether tables were created, dropped or renamed.
+    mark_committed : callable
+        Called once it is durable, before anything else can happen.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        tables: Iterable[Shards],
+        *,
+        new_set: bool,
+        mark_committed: Callable[[], None],
+    ) -> None:
+        self.manifest = manifest
+        self.payload = manifest.to_bytes()
+        self.new_set = new_set
+        self._tables = [each for each in tables if each.changes]
+        self._mark_committed = mark_committed
+
+    @property
+    def nbytes(self) -> int:
+        """About how many bytes it appends to the log."""
+        frozen = [(each.spec, each.frozen) for each in self._tables]
+        return sum(rows.count * (8 + spec.record_bytes) for spec, rows in frozen if rows is not None)
+
+    def freeze(self) -> None:
+        """Let everything that differs from the last commit be part of this attempt, and nothing that changes later."""
+        for each in self._tables:
+            each.freeze()
+
+    def images(self, lock: RLock) -> Sequence[Images]:
+        """Return the images to append; the lock is taken while some of them are copied from memory."""
+
+        def under_lock(fill: Fill) -> Fill:
+            def locked(ids: Int64Array, address: int) -> None:
+                with lock:
+                    fill(ids, address)
+
+            return locked
+
+        frozen = [(each.spec, each.frozen) for each in self._tables]
+        return [Images(spec, rows.count, under_lock(rows.fill)) for spec, rows in frozen if rows is not None]
+
+    def succeed(self) -> None:
+        """Note that it is durable."""
+        for each in self._tables:
+            each.end_commit(committed=True)
+        self._mark_committed()
+
+    def fail(self) -> None:
+        """Let what it has not made durable count as changed again."""
+        for each in self._tables:
+            each.end_commit(committed=False)
