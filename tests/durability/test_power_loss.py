@@ -13,6 +13,7 @@ from support.power_loss import (
     STATES,
     WORKLOADS,
     explore_all,
+    explore_behind,
     found_without_barrier,
     found_without_call,
     is_about_keys,
@@ -32,6 +33,13 @@ from support.power_loss import (
 def test_every_state_opens_at_the_last_commit(seed, elsewhere):
     seen = elsewhere(explore_all)
     assert len(seen) > min(50, STATES // WORKLOADS // 2)  # a short workload has few states that differ
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(WORKLOADS // 3))
+def test_every_state_of_commits_in_the_background_opens_at_the_last_one(seed, elsewhere):
+    seen = elsewhere(explore_behind)
+    assert len(seen) > min(50, STATES // WORKLOADS // 2)
 
 
 @pytest.mark.slow

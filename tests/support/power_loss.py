@@ -14,6 +14,7 @@ import re
 import sys
 import tempfile
 import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -495,6 +496,54 @@ def allowing(recording, store, commit):
     recording.acknowledged.append((len(recording.operations), (future, expected)))
 
 
+def work_behind(path, seed, recording):
+    """Train while commits are made durable in the background, and do what waits for them; as `work`."""
+    chance, rng = random.Random(seed), np.random.default_rng(seed)
+    options = {
+        "log_bytes": chance.choice([1, 60_000, 2**30]),
+        "memory_budget": chance.choice([0, 20_000, 2**30]),
+        "threads": 1,
+    }
+    store = shardemb.open(path, **options)
+    for name, initializer in (("a", None), ("b", Uniform(-1, 1, seed=1))):
+        store.create_table(
+            name,
+            num_embeddings=ROWS,
+            embedding_dim=DIM,
+            rows_per_shard=64,
+            optimizer=Adam(lr=0.1),
+            initializer=initializer,
+        )
+
+    def train():
+        for name in chance.sample(list(store), chance.randint(1, len(store))):
+            ids = rng.integers(0, ROWS, chance.choice([1, 20, 200]))
+            store[name].update(ids, rng.normal(size=(ids.size, DIM)).astype(np.float32))
+
+    for step in range(8):
+        train()
+        last, expected = store.last_commit, contents(store)[1]
+        future = ((last.id if last else 0) + 1, step, ()), expected
+        recording.acknowledged.append((None, future))
+        pending = store.commit(step=step, wait=False)
+        for _ in range(chance.randrange(4)):
+            train()
+        what = chance.choice(["", "", "rollback", "checkpoint", "reopen", "rename"])
+        if what == "rollback":
+            store.rollback()
+        elif what == "checkpoint":
+            store.checkpoint()
+        elif what == "rename":
+            store.rename_table(chance.choice(list(store)), f"r{step}")
+        elif what == "reopen":
+            close_quietly(store)
+        pending.result()
+        recording.acknowledged.append((len(recording.operations), future))
+        if what == "reopen":
+            store = shardemb.open(path, **options)
+    close_quietly(store)
+
+
 _append_images = log_writer.Log.append_images
 
 
@@ -634,6 +683,18 @@ def keys_that_are_wrong(store, *, more):
 
 def explore_all(seed):
     return explore(seed, STATES // WORKLOADS)
+
+
+def explore_behind(seed):
+    with pytest.MonkeyPatch.context() as patch:
+        real = log_writer.Log.append_images
+
+        def append_images(self, *arguments):
+            time.sleep(0.002)  # so that other threads come in between
+            real(self, *arguments)
+
+        patch.setattr(log_writer.Log, "append_images", append_images)
+        return explore(seed, STATES // WORKLOADS, work=work_behind)
 
 
 LEFT_OUT = {

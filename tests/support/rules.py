@@ -16,7 +16,7 @@ from shardemb.base import interrupts
 from shardemb.commits import fold, log_reader, log_writer
 from shardemb.engine import batch, runtime, shards
 from shardemb.format import log_records, store_paths
-from shardemb.memory import overlay, spill_file
+from shardemb.memory import frozen_rows, overlay, spill_file
 from shardemb.optim import Adam
 from shardemb.session.base import Base
 from shardemb.session.journal import Journal
@@ -219,6 +219,103 @@ def reader_is_told():
         return "a stale reader went on"
 
 
+@contextlib.contextmanager
+def committing(store, patch, step, error=None):
+    """Commit in the background; within the block, it has packed some of its rows. It ends with an error, if given."""
+    begun, go_on, real = threading.Event(), threading.Event(), log_writer.Log._reserve
+
+    def reserve(self, nbytes):
+        if self._count:
+            begun.set()
+            go_on.wait(20)
+            if error is not None:
+                raise error
+        return real(self, nbytes)
+
+    patch.setattr(log_writer, "STAGE_BYTES", 8192)
+    patch.setattr(log_writer.Log, "_reserve", reserve)
+    pending = store.commit(step=step, wait=False)
+    assert begun.wait(20)
+    try:
+        yield
+    finally:
+        go_on.set()
+    with contextlib.suppress(OSError, shardemb.ShardEmbError):
+        pending.result()
+
+
+def commit_beside_updates():
+    with scratch() as folder, pytest.MonkeyPatch.context() as patch:
+        store = new_store(folder)
+        train(store, 1, 200)
+        expected = contents(store)[1]
+        with committing(store, patch, 1):
+            train(store, 2, 200)
+        store.rollback()
+        found = contents(store)
+        close_quietly(store)
+    return None if found == ((2, 1, ()), expected) else "a commit has what was changed after it began"
+
+
+def failed_commit_beside_updates():
+    with scratch() as folder, pytest.MonkeyPatch.context() as patch:
+        store = new_store(folder)
+        train(store, 1, 200)
+        with committing(store, patch, 1, shardemb.DiskFullError(28, "the disk is full")):
+            train(store, 2)
+        patch.undo()
+        expected = contents(store)[1]
+        try:
+            store.commit(step=2)
+            with shardemb.open(store.path, "r") as reader:
+                found = contents(reader)[1]
+        finally:
+            close_quietly(store)
+    return None if found == expected else "a commit that failed has kept its rows"
+
+
+def fold_beside_commit():
+    """Ask for a fold while a commit appends to the log."""
+    with scratch() as folder, pytest.MonkeyPatch.context() as patch:
+        store = new_store(folder)
+        train(store, 1, 200)
+        store.commit(step=1)
+        train(store, 2, 200)
+        expected = contents(store)[1]
+        with committing(store, patch, 2):
+            asking = threading.Thread(target=lambda: quietly(store.checkpoint))
+            asking.start()
+            asking.join(0.3)
+        asking.join()
+        patch.undo()
+        try:
+            with shardemb.open(store.path, "r") as reader:
+                found = contents(reader)[1]
+        except shardemb.ShardEmbError as error:
+            return repr(error)
+        finally:
+            close_quietly(store)
+    return None if found == expected else "a fold has taken a part of a commit"
+
+
+def quietly(call):
+    with contextlib.suppress(OSError, shardemb.ShardEmbError):
+        call()
+
+
+def nothing_kept(patch):
+    patch.setattr(frozen_rows.FrozenRows, "keep", lambda self, rows: None)
+
+
+def failed_commits_keep_their_rows(patch):
+    real = frozen_rows.FrozenRows.release
+    patch.setattr(frozen_rows.FrozenRows, "release", lambda self, *, committed: real(self, committed=True))
+
+
+def folds_do_not_wait(patch):
+    patch.setattr(Journal, "_wait", Journal._wait_for_fold)
+
+
 def changes_in_place(patch):
     """As if the files were mapped shared: what an update changes is in them at once."""
     real = batch.change
@@ -397,6 +494,9 @@ UNDONE = {
     "R13 one writer": (no_lock, one_writer),
     "R14 a reader knows its writer": (epoch_not_compared, reader_is_told),
     "R15 in flux before it is written": (checksums_alone, power),
+    "R16 a row is kept before it changes": (nothing_kept, commit_beside_updates),
+    "R17 a failed commit gives its rows back": (failed_commits_keep_their_rows, failed_commit_beside_updates),
+    "R18 no fold takes a part of a commit": (folds_do_not_wait, fold_beside_commit),
 }
 
 
