@@ -389,14 +389,24 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
         loaded: list[Loaded] = []
         try:
             load(runtime, [_loading(*each) for each in zip(changes, shards, strict=True)], loaded)
-            with signals_deferred():  # an interrupt half way would lose records that a commit needs
-                for each, memory in zip(changes, shards, strict=True):
-                    memory.keep(each.batch.rows)
+            _keep(runtime, changes, loaded)
             _carry_out(runtime, changes, loaded)
         except BaseException:  # also Ctrl-C, which takes effect at the end of `load`
             for loading in loaded:
                 loading.abandon()
             raise
+
+
+def _keep(runtime: Runtime, changes: Sequence[Change], loaded: Sequence[Loaded]) -> None:
+    """Keep the records of rows that are about to change, where a commit under way still needs them."""
+    with signals_deferred():  # an interrupt half way would lose some
+        for each, (shards, places) in zip(changes, ((it.shards, it.places) for it in loaded), strict=True):
+            if shards.frozen is not None:
+
+                def run(function: Callable[[int, int], None], rows: int, shards: Shards = shards) -> None:
+                    run_pieces(runtime, [function], [rows], [shards.spec.record_bytes])
+
+                shards.keep(each.batch.rows, places, runtime.outputs.empty, run)
 
 
 def _loading(change: Change, shards: Shards) -> Loading:

@@ -14,8 +14,10 @@ import numpy as np
 from shardemb.compute import row_kernels
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from shardemb.base.validation import Float32Array, Int64Array
-    from shardemb.memory.overlay import Overlay
+    from shardemb.memory.overlay import InPieces, Overlay
 
 
 class FrozenRows:
@@ -41,19 +43,28 @@ class FrozenRows:
         self._next = 0  # of `_rows`, those before it are packed or kept
         self._kept: list[tuple[Int64Array, Float32Array]] = []
 
-    def keep(self, rows: Int64Array) -> None:
+    def keep(
+        self,
+        rows: Int64Array,
+        places: Int64Array,
+        empty: Callable[[tuple[int, ...]], Float32Array],
+        run: InPieces,
+    ) -> None:
         """Copy the records of those of the rows that are frozen, because they are about to change.
+
+        ``empty(shape)`` makes the array for the copies; `run` is as in `Overlay.pack_frozen`.
 
         Raises
         ------
         MemoryError, OSError
             There is no memory, or the spill file cannot be read; nothing was changed.
         """
-        records = np.empty((rows.size, self._width), np.float32)  # memory that is not written to is not taken
-        kept = self._overlay.pack_frozen(rows, records.ctypes.data)
-        if kept.size:
-            self._kept.append((kept, records[: kept.size]))
-            self._overlay.kept_bytes += kept.size * self._record_bytes
+        frozen = self._overlay.frozen_among(rows, places)
+        if frozen.size:
+            records = empty((frozen.size, self._width))
+            self._overlay.pack_frozen(frozen, records.ctypes.data, run)
+            self._kept.append((frozen, records))
+            self._overlay.kept_bytes += records.nbytes
 
     def fill(self, ids: Int64Array, address: int) -> None:
         """Take the next rows: write their ids to `ids` and their records to an address, contiguously.

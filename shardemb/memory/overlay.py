@@ -32,12 +32,14 @@ from shardemb.memory.spill_file import SpillFile
 from shardemb.storage import address_space
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from shardemb.base.validation import Float32Array, Int64Array
+
+    InPieces = Callable[[Callable[[int, int], None], int], None]
 
 SLOT_BYTES, NODE_BYTES = 16, 64
 """Bytes of a slot besides its record, and bytes of a branch or a leaf of the index."""
@@ -46,6 +48,11 @@ _MAX_SLOTS = 2**31 - 2
 """As many as an entry of the index can tell apart: it is an int32, ``slot + 1`` or ``-(slot + 1)``."""
 
 _NO_INDEX = np.empty(0, np.int32)
+
+
+def at_once(function: Callable[[int, int], None], count: int) -> None:
+    """Call ``function(start, stop)`` for all of a range, in one call."""
+    function(0, count)
 
 
 class Overlay:
@@ -232,22 +239,34 @@ class Overlay:
         """
         return np.concatenate([slots.owner[slots.freeze()] for slots in self._all_slots()])
 
-    def pack_frozen(self, rows: Int64Array, address: int) -> Int64Array:
+    def frozen_among(self, rows: Int64Array, places: Int64Array) -> Int64Array:
+        """Return those of the rows that are frozen. Their places, as `places` returns them, save a search."""
+        # While rows are spilled, one that is about to leave the spill file may have a new place already.
+        entries = self._entries(rows) if self.spilled else np.maximum(places - self.first_slot + 1, 0)
+        return rows[self._are_frozen(entries)]
+
+    def pack_frozen(self, rows: Int64Array, address: int, run: InPieces = at_once) -> Int64Array:
         """Copy the records of those of the rows that are frozen to an address, contiguously, and unfreeze them.
 
-        Returns these rows.
+        Returns these rows. ``run(function, count)`` calls ``function(start, stop)`` for all of a range.
 
         Raises
         ------
         OSError
             The spill file cannot be read; the rows stay frozen.
         """
-        entries, frozen = self._entries(rows), np.zeros(rows.size, np.bool_)
-        for slots, which, numbers in self._by_file(entries):
-            frozen[which] = slots.are_frozen(numbers)
+        entries = self._entries(rows)
+        frozen = self._are_frozen(entries)
         rows, entries = rows[frozen], entries[frozen]
         if rows.size:
-            self._pack(entries, address)
+            places = self.first_slot - 1 + entries.astype(np.int64)
+            places[entries < 0] = -1
+
+            def pack(start: int, stop: int) -> None:
+                row_kernels.pack(self._records, places[start:stop], address + start * self._record_bytes)
+
+            run(pack, rows.size)
+            self._read_spilled(entries, address)
             for slots, _, numbers in self._by_file(entries):
                 slots.unfreeze(numbers)
         return rows
@@ -376,19 +395,18 @@ class Overlay:
     def _all_slots(self) -> list[Slots]:
         return [self.slots] if self._spill_file is None else [self.slots, self._spill_file.slots]
 
-    def _by_file(self, entries: NDArray[np.int32]) -> Iterator[tuple[Slots, Int64Array, Int64Array]]:
+    def _by_file(self, entries: NDArray[np.signedinteger]) -> Iterator[tuple[Slots, Int64Array, Int64Array]]:
         """Yield slots in memory and those of the spill file: which entries lead there, and to which numbers."""
         for slots, sign in zip(self._all_slots(), (1, -1), strict=False):
             which = np.flatnonzero(entries > 0 if sign > 0 else entries < 0)
             if which.size:
                 yield slots, which, sign * entries[which].astype(np.int64) - 1
 
-    def _pack(self, entries: NDArray[np.int32], address: int) -> None:
-        """Copy the records of rows in slots or in the spill file to an address, contiguously."""
-        places = self.first_slot - 1 + entries.astype(np.int64)
-        places[entries < 0] = -1
-        row_kernels.pack(self._records, places, address)
-        self._read_spilled(entries, address)
+    def _are_frozen(self, entries: NDArray[np.signedinteger]) -> NDArray[np.bool_]:
+        frozen = np.zeros(entries.size, np.bool_)
+        for slots, which, numbers in self._by_file(entries):
+            frozen[which] = slots.are_frozen(numbers)
+        return frozen
 
     def _read_spilled(self, entries: NDArray[np.int32], address: int) -> None:
         """Copy the records of those rows that are spilled to an address, where row ``i`` has the ``i``-th record."""

@@ -304,7 +304,7 @@ def quietly(call):
 
 
 def nothing_kept(patch):
-    patch.setattr(frozen_rows.FrozenRows, "keep", lambda self, rows: None)
+    patch.setattr(frozen_rows.FrozenRows, "keep", lambda self, *rest: None)
 
 
 def failed_commits_keep_their_rows(patch):
