@@ -13,7 +13,7 @@ from . import memory, peers, torches
 from .data import ids_of, remove, warm
 from .racing import Contender, race, same_bytes
 from .reading import FULL
-from .results import Arm, Case, faster
+from .results import Arm, Case, at_most, faster
 
 BATCH = 65_536
 GRADIENTS = 8
@@ -115,6 +115,7 @@ def _steps(settings, table, contenders, distribution, batch, target, peer):
 # ---- W6b: from an empty log, with commits -------------------------------------------------------------------------
 
 STEPS, COMMIT_EVERY, ROUNDS = 300, 100, 3
+BESIDE = "the same, commits in the background"
 LONG_LOG = 8 * 2**30
 """Holds everything that is committed here: what a job gains if it can spare the disk space."""
 
@@ -139,12 +140,14 @@ def _committed(settings, distribution, target, stretch):
     inputs = make_steps(distribution, data.rows, batch, steps)
     sample = common.make_ids("uniform", data.rows, 4096)
     ours = f"lookup + Adam update, commit every {every}"
+    beside = []
     notes = [f"{steps} steps a run, {ROUNDS} runs in turns; the figure is a step's share of the total"]
     trainings = {
         ours: partial(_train_ours, shardemb.open),
         f"the same, log_bytes of {LONG_LOG >> 30} GiB": partial(
             _train_ours, partial(shardemb.open, log_bytes=LONG_LOG)
         ),
+        BESIDE: partial(_train_beside, beside),
         torches.TorchAdam.name: _train_torch,
     }
     if not peers.has("torch"):
@@ -157,12 +160,17 @@ def _committed(settings, distribution, target, stretch):
             total = sum(step_s) + sum(commit_s)
             seconds[name].append(total / steps)
             commits = ", ".join(f"{each:.2f}" for each in commit_s)
-            notes.append(f"{name}: {total:.1f} s, of it commits {commits} s")
+            notes.append(f"{name}: {total:.1f} s, of it waiting for commits {commits} s")
     arms = {name: Arm(name, batch, tuple(each)) for name, each in seconds.items()}
     equal = all(np.allclose(each, rows[ours], 1e-4, 1e-5) for each in rows.values())
     notes.append("rows of both agree within 1e-5 in the end")
-    bar = faster(arms, ours, torches.TorchAdam.name, target, stretch=stretch)
-    return Case(distribution, tuple(arms.values()), (bar,), equal, notes=tuple(notes))
+    shown = ", ".join(f"{each:.2f}" for each in beside)
+    notes.append(f"a step beside a commit, in times of one before the first commit: {shown}")
+    bars = (
+        faster(arms, ours, torches.TorchAdam.name, target, stretch=stretch),
+        at_most("a step beside a commit", float(np.median(beside)) if beside else None, 1.3, "x"),
+    )
+    return Case(distribution, tuple(arms.values()), bars, equal, notes=tuple(notes))
 
 
 def _train_ours(opened, data, inputs, every, sample):
@@ -174,6 +182,34 @@ def _train_ours(opened, data, inputs, every, sample):
         rows = table.lookup(sample)
     remove(path)
     return step_s, commit_s, rows
+
+
+def _train_beside(ratios, data, inputs, every, sample):
+    """Train while commits are made durable in the background; add to `ratios` how much slower a step is meanwhile."""
+    path = data.store("logged", common.optimizer("Adam"))
+    alone, beside, pending = [], [], None
+    with shardemb.open(path) as store:
+        table = store["rows"]
+        warm(table)
+        step, begun = step_of(table), time.perf_counter()
+        for number, batch in enumerate(inputs, 1):
+            start = time.perf_counter()
+            step(batch)
+            took = time.perf_counter() - start
+            if pending is None and number > every // 2:  # the first steps are slower: nearly all rows are new
+                alone.append(took)
+            elif pending is not None and not pending.done():
+                beside.append(took)
+            if number % every == 0:
+                pending = store.commit(wait=False)  # waits for the one before
+        trained = time.perf_counter()
+        pending.result()
+        ended = time.perf_counter()
+        rows = table.lookup(sample)
+    remove(path)
+    if beside:  # small commits may be over before the next step
+        ratios.append(float(np.median(beside) / np.median(alone)))
+    return [trained - begun], [ended - trained], rows
 
 
 def _train_torch(data, inputs, every, sample):
