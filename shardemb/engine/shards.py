@@ -201,6 +201,9 @@ class Shards:
     def read_ahead(self, rows: Int64Array, start: int, stop: int) -> None:
         """Request the pages of ascending ``rows[start:stop]``; the kernel reads them in the background."""
         self.totals.add_bytes(requested=self.pages_bytes(rows[start:stop]))
+        self._request_rows(rows, start, stop)
+
+    def _request_rows(self, rows: Int64Array, start: int, stop: int) -> None:
         # If the advice fails, only time is lost: the gather reads the pages all the same.
         for number, first, last in self._huge_pages(rows[start:stop]):
             with contextlib.suppress(OSError):
@@ -282,7 +285,10 @@ class Shards:
         return not any(each % address_space.HUGE_PAGE for each in (self.spec.shard_bytes, offset, nbytes))
 
     def read_in_rows(self, rows: Int64Array) -> None:
-        """As `read_in`, for the pages of ascending rows."""
+        """As `read_in`, for the pages of ascending rows, all of which are requested first."""
+        pages = file_blocks.pages(rows, self.spec.record_bytes)
+        self.totals.add_bytes(warmed=PAGE * (pages.size - self.count_resident(pages)))
+        self._request_rows(rows, 0, rows.size)
         if self._advise(rows, address_space.MADV_POPULATE_READ, 0, rows.size):
             raise OSError(errno.EIO, f"{self.directory} cannot be read")
 

@@ -88,11 +88,8 @@ class Shards(Protocol):
     def read_in(self, offset: int, nbytes: int) -> None:
         """Wait for a part."""
 
-    def read_ahead(self, rows: Int64Array, start: int, stop: int) -> None:
-        """Request the pages of rows."""
-
     def read_in_rows(self, rows: Int64Array) -> None:
-        """Wait for the pages of rows."""
+        """Request the pages of rows, and wait for them."""
 
 
 class Warming:
@@ -322,6 +319,5 @@ def _warm_all(shards: Shards, pieces: Iterable[tuple[int, int]], advance: Advanc
 def _warm_rows(shards: Shards, rows: Int64Array, advance: Advance) -> None:
     for start in range(0, rows.size, WARMED_ROWS):
         some = rows[start : start + WARMED_ROWS]
-        shards.read_ahead(some, 0, some.size)
         shards.read_in_rows(some)
         advance(shards.pages_bytes(some))

@@ -339,6 +339,7 @@ def test_warm_reads_the_pages_of_rows(cold, monkeypatch):
     table.warm([[5000, 0], [1, 5000]], progress=lambda done, total: seen.append((done, total)))
     assert pages_in_memory(table) == 2
     assert seen[-1] == (2 * PAGE, 2 * PAGE)
+    assert counts(table) == (0, 2 * PAGE)
     table.warm(SPREAD)
     assert pages_in_memory(table) == SPREAD.size + 1
     table.warm([])
