@@ -7,14 +7,14 @@
              -> cut into tasks, each row in one of them -> step
 
 A row that is overwritten whole is not copied first, and nothing of it is read: its slot is filled with the new record
-before the index leads to it.
+before the index leads to it. Most of many consecutive rows that were never written take no slots; see ``filling.py``.
 
 The caller has checked all arguments, so nothing here refuses them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import mul
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -24,6 +24,8 @@ import numpy as np
 from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE
 from shardemb.compute import plan, row_kernels, scheduler
+from shardemb.engine import filling
+from shardemb.engine.filling import Filling
 from shardemb.engine.shards import PAGED_ROWS
 from shardemb.errors import ShardEmbError
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from shardemb.compute.plan import Grouped, Piece
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.shards import Shards
+    from shardemb.format.fill_records import Fill
     from shardemb.optim import Optimizer
 
 SAMPLES = 32
@@ -163,8 +166,30 @@ class Change:
         """Where in `values` the new record of each row is; None if what the rows hold so far matters."""
         if self.takes_step or self.values.shape[1] != shards.spec.width:
             return None
-        last: Int64Array = self.batch.order[self.batch.starts[1:] - 1]  # of equal ids, the last one counts
+        return self.last_positions()
+
+    def last_positions(self) -> Int64Array:
+        """Where in `values` each row is given last, which counts."""
+        last: Int64Array = self.batch.order[self.batch.starts[1:] - 1]
         return last
+
+    def fills(self, shards: Shards) -> tuple[Fill, ...]:
+        """Plan which of the rows go straight to the shards."""
+        return () if self.takes_step else filling.plan(shards, self.batch.rows)
+
+    def filling(self, shards: Shards, fills: tuple[Fill, ...]) -> Filling:
+        """Return what these fills write."""
+        counts = None
+        if shards.spec.counters and self.values.shape[1] == shards.spec.embedding_dim:
+            counts = np.diff(self.batch.starts), self.table.training.step
+        return Filling(shards, fills, self.batch.rows, self.values, self.last_positions(), counts)
+
+    def without(self, fills: tuple[Fill, ...], record_bytes: int) -> Change:
+        """Return the change of the rows that these fills do not take."""
+        if not fills:
+            return self
+        left = filling.left_over(self.batch.rows, fills, record_bytes)
+        return replace(self, batch=self.batch.part(left))
 
     def renewed(self) -> Change:
         """Return the change as it has to be now; itself if nothing that it was planned from has changed.
@@ -384,12 +409,19 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
         There is no space for the rows.
     """
     with runtime.changing():
-        changes, shards = _with_room(runtime, changes)
+        changes, shards, fills = _with_room(runtime, changes)
         runtime.check_sound()
+        fillings = [
+            each.filling(memory, some)
+            for each, memory, some in zip(changes, shards, fills, strict=True)
+            if some
+        ]
+        changes = _left_over(changes, shards, fills)
         loaded: list[Loaded] = []
         try:
             load(runtime, [_loading(*each) for each in zip(changes, shards, strict=True)], loaded)
-            _carry_out(runtime, changes, loaded)
+            with filling.written(runtime, fillings):
+                _carry_out(runtime, changes, loaded, fillings)
         except BaseException:  # also Ctrl-C, which takes effect at the end of `load`
             for each in loaded:
                 each.abandon()
@@ -401,7 +433,9 @@ def _loading(change: Change, shards: Shards) -> Loading:
     return Loading(shards, change.batch.rows, None if positions is None else change.values, positions)
 
 
-def _carry_out(runtime: Runtime, changes: Sequence[Change], loaded: Sequence[Loaded]) -> None:
+def _carry_out(
+    runtime: Runtime, changes: Sequence[Change], loaded: Sequence[Loaded], fillings: Sequence[Filling]
+) -> None:
     """Change rows that are in slots."""
     work = [_work(*each) for each in zip(changes, loaded, strict=True)]
 
@@ -423,12 +457,32 @@ def _carry_out(runtime: Runtime, changes: Sequence[Change], loaded: Sequence[Loa
         scheduler.run(tasks, runtime.threads)
         for each, rows in pairs:
             rows.shards.totals.changes += 1
-            rows.shards.totals.rows_changed += each.batch.rows.size
+            rows.shards.totals.rows_changed += each.batch.rows.size + filling.count_rows(
+                rows.shards, fillings
+            )
             each.table.training.step += each.takes_step
 
 
-def _with_room(runtime: Runtime, changes: Sequence[Change]) -> tuple[list[Change], list[Shards]]:
-    """Make room for changes; return them as they have to be now, and the memory of their tables.
+def _left_over(
+    changes: Sequence[Change], shards: Sequence[Shards], fills: Sequence[tuple[Fill, ...]]
+) -> list[Change]:
+    return [
+        each.without(some, memory.spec.record_bytes)
+        for each, memory, some in zip(changes, shards, fills, strict=True)
+    ]
+
+
+def _plan_fills(changes: Sequence[Change], shards: Sequence[Shards]) -> list[tuple[Fill, ...]]:
+    """Plan the fills of each change. Where two change the same table, the order of their rows matters: none."""
+    if len({id(each) for each in shards}) < len(shards):
+        return [()] * len(shards)
+    return [each.fills(memory) for each, memory in zip(changes, shards, strict=True)]
+
+
+def _with_room(
+    runtime: Runtime, changes: Sequence[Change]
+) -> tuple[list[Change], list[Shards], list[tuple[Fill, ...]]]:
+    """Make room for changes; return them as they have to be now, the memory of their tables, and what to fill.
 
     To make room may release the lock. Other threads may then resize or drop a table, or take a key's row away. So
     nothing that was looked up before a wait is used after it: this begins again until nothing has changed meanwhile.
@@ -436,13 +490,15 @@ def _with_room(runtime: Runtime, changes: Sequence[Change]) -> tuple[list[Change
     while True:
         changes = [each.renewed() for each in changes]
         shards = [each.table.live() for each in changes]
-        _make_room(runtime, [(s, each.batch.rows) for s, each in zip(shards, changes, strict=True)])
+        fills = _plan_fills(changes, shards)
+        rest = _left_over(changes, shards, fills)
+        _make_room(runtime, [(s, each.batch.rows) for s, each in zip(shards, rest, strict=True)])
         runtime.check_open()
         now = [each.renewed() for each in changes]
         if all(
             new is old and new.table.live() is s for new, old, s in zip(now, changes, shards, strict=True)
-        ):
-            return changes, shards
+        ) and (not any(fills) or fills == _plan_fills(changes, shards)):
+            return changes, shards, fills
 
 
 def prefetch(runtime: Runtime, table: Target, rows: Int64Array, *, for_update: bool) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from dataclasses import replace
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE
-from shardemb.commits import fold, log_reader, log_writer
+from shardemb.commits import fills, fold, log_reader, log_writer
 from shardemb.errors import DiskFullError, PoisonedError, ShardEmbError
 from shardemb.format import store_paths
 from shardemb.storage import files, folders
@@ -33,10 +34,12 @@ if TYPE_CHECKING:
     from shardemb.commits import rewrite
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.shards import Shards
+    from shardemb.format.fill_records import Filled
     from shardemb.format.manifest import Manifest, TableEntry
     from shardemb.format.spec import TableSpec
 
     _Changed = tuple[TableSpec, Int64Array, Callable[[int, int, int], None]]
+    _Filled = tuple[TableSpec, Filled]
 
 _log = logging.getLogger("shardemb")
 
@@ -78,6 +81,12 @@ class Journal:
         self._log = log_writer.Log(
             store_paths.log(runtime.path), base, (runtime.log_bytes or LOG_BYTES) // SEGMENTS, SEGMENTS
         )
+        self._announcements = fills.Announcements(
+            runtime.path,
+            base.epoch,
+            lambda: [each for table in self._tables().values() for each in table.filled.unfinished()],
+        )
+        runtime.announcements = self._announcements
         self._condition = threading.Condition(runtime.lock)
         self._folding = False
         self._folding_bytes = 0
@@ -102,6 +111,7 @@ class Journal:
         epoch = self._base.epoch.to_bytes(8, "little").ljust(PAGE, b"\0")
         files.overwrite(store_paths.epoch(self._runtime.path), epoch)
         self.publish(self._base)
+        self._announcements.remove()
         log_writer.clear(store_paths.log(self._runtime.path), self._base.segment)
 
     def commit(
@@ -134,7 +144,9 @@ class Journal:
         if created:  # their files must be durable before a commit record names them
             with self._poisoned_by_errors():
                 files.sync_tree(store_paths.parked(runtime.path, ""))
-        self._append_images([(table.spec, ids, partial(table.pack, ids)) for table, ids in changes], payload)
+        filled = self._synced_fills([table for table, _ in changes])
+        images = [(table.spec, ids, partial(table.pack, ids)) for table, ids in changes]
+        self._append_images(images, payload, filled)
         with signals_deferred():  # memory must agree with the log, also after Ctrl-C
             self._append_commit(payload)
             for table, _ in changes:
@@ -142,7 +154,14 @@ class Journal:
             mark_committed(manifest)
         assert manifest.commit is not None
         rows = sum(ids.size for _, ids in changes)
-        _log.info("committed %s: step %d, %d rows", runtime.path, manifest.commit.step, rows)
+        blocks = sum(each.sums.size for _, each in filled)
+        _log.info(
+            "committed %s: step %d, %d rows, %d filled blocks",
+            runtime.path,
+            manifest.commit.step,
+            rows,
+            blocks,
+        )
         if self.exceeds_limit(4 * (self._log.nbytes + self._folding_bytes) // 3):
             self._hurry.set()  # soon a commit will wait
         if new_set:
@@ -265,6 +284,7 @@ class Journal:
         live: list[Shards] = []
         try:
             self._check_in_place()
+            self._announcements.settle()
             with signals_deferred():
                 end = self._log.end
                 closed = self._log.close_segments()
@@ -325,7 +345,7 @@ class Journal:
         """End a fold, or one that could not begin, whatever has happened to it: others wait for this."""
         try:
             for each in live:
-                each.overlay.end_fold(folded=problem is None)
+                each.end_fold(folded=problem is None)
             self._runtime.budget.evict(0)
         except Exception as error:
             problem = problem or error
@@ -379,6 +399,7 @@ class Journal:
                     dropped=(),
                 )
                 self.publish(base)
+                self._announcements.remove()
                 log_writer.clear(store_paths.log(self._runtime.path), number + 1)
         except (OSError, PoisonedError) as error:
             problem = error
@@ -427,12 +448,32 @@ class Journal:
         gone = tuple(each for each in self._base.tables if each.uuid not in named)
         return (*self._base.dropped, *gone)
 
-    def _append_images(self, changes: Iterable[_Changed], payload: bytes) -> None:
-        """Append the images of an attempt to commit. The commit record `payload` will complete it."""
+    def _synced_fills(self, tables: Iterable[Shards]) -> list[_Filled]:
+        """Make the rows durable that tables have in their files before a commit, and return their fills."""
+        filled = [(table, each) for table in tables for each in table.filled.uncommitted]
+        paths = {
+            file.path
+            for table, (fill, _) in filled
+            for file, *_ in fills.parts(table.location, fill.first, fill.stop)
+        }
+        with self._poisoned_by_errors():
+            for path in sorted(paths):
+                with files.opened(path, os.O_RDONLY) as descriptor:
+                    files.sync_data(descriptor, path)
+        return [(table.spec, each) for table, each in filled]
+
+    def _append_images(
+        self, changes: Iterable[_Changed], payload: bytes, filled: Sequence[_Filled] = ()
+    ) -> None:
+        """Append images and fills of an attempt to commit. The commit record `payload` will complete it."""
         changes = list(changes)
         sizes = [(ids.size, spec.record_bytes) for spec, ids, _ in changes]
+        needed = log_writer.needed_bytes(sizes, len(payload))
+        needed += sum(log_writer.needed_for_fill(each, spec.record_bytes) for spec, each in filled)
         with self._poisoned_by_errors():
-            self._log.begin(log_writer.needed_bytes(sizes, len(payload)))
+            self._log.begin(needed)
+            for spec, each in filled:
+                self._log.append_fill(each, spec.record_bytes)
             for spec, ids, pack in changes:
                 self._log.append_images(spec.uuid, ids, spec.record_bytes, pack)
 
@@ -470,4 +511,5 @@ class Journal:
 
 
 def _image_bytes(table: Shards) -> int:
-    return table.changes * (8 + table.spec.record_bytes)
+    filled = sum(8 * each.sums.size for each in table.filled.uncommitted)
+    return table.overlay.changes * (8 + table.spec.record_bytes) + filled
