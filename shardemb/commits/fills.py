@@ -56,7 +56,7 @@ class Announcements:
 
     def __init__(self, store: Path, epoch: int, unfinished: Callable[[], Iterable[Fill]]) -> None:
         self._path, self._epoch_path = store_paths.fills(store), store_paths.epoch(store)
-        self._epoch, self._unfinished = epoch, unfinished
+        self._epoch, self._list = epoch, unfinished
         self._named: set[Fill] = set()  # what the note on the disk may name
         self._count = 0
 
@@ -68,7 +68,7 @@ class Announcements:
         DiskFullError, OSError
             They must not be written.
         """
-        self._replace([*self._unfinished(), *begun])
+        self._replace([*self._list(), *begun])
         self._count += 1
         with files.opened(self._epoch_path, os.O_WRONLY) as descriptor:
             files.write(descriptor, self._count.to_bytes(8, "little"), COUNTER, self._epoch_path)
@@ -81,9 +81,13 @@ class Announcements:
         DiskFullError, OSError
             No fold may begin.
         """
-        unfinished = list(self._unfinished())
+        unfinished = list(self._list())
         if not self._named <= set(unfinished):
             self._replace(unfinished)
+
+    def unfinished(self) -> tuple[Fill, ...]:
+        """Return the fills that no commit has."""
+        return tuple(self._list())
 
     def remove(self) -> None:
         """Remove a note that means nothing any more."""

@@ -21,7 +21,7 @@ import numpy as np
 from shardemb.base import paths
 from shardemb.base.progress import track
 from shardemb.base.sizes import PAGE
-from shardemb.commits import fold
+from shardemb.commits import fills, fold
 from shardemb.compute import file_blocks, scheduler
 from shardemb.errors import FormatError, ShardEmbError, StoreExistsError
 from shardemb.format import store_paths, zarr_metadata
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from shardemb.base.progress import Advance, Progress
     from shardemb.base.validation import Float32Array
     from shardemb.commits.log_reader import Images, Replay
+    from shardemb.format.fill_records import Filled
     from shardemb.format.manifest import TableEntry
     from shardemb.format.spec import TableSpec
     from shardemb.format.table_files import File
@@ -349,6 +350,7 @@ class StoreCopy:
     ::
 
         follow      copy the blocks whose checksums differ from those of the copy; then read the log
+                copy the blocks of fills, which have no checksum but in the log; then read the log again
         again       if the store's base has changed meanwhile, which the caller finds out
         complete    lay the images of the log over the blocks, and make the copy a store
 
@@ -396,6 +398,9 @@ class StoreCopy:
             self._copy(foreign)
             self._made = entries
             self._replay = read_log()
+            while self._copy_fills(self._replay):
+                # A fold may have written newer images over them meanwhile. By now, the log has those.
+                self._replay = read_log()
             manifest = self._replay.manifest
 
     def complete(self) -> None:
@@ -473,6 +478,15 @@ class StoreCopy:
             scheduler.run([partial(some, task) for task in range(number)], self._threads, stop)
             folders.carry(foreign, share=False, advance=advance)
 
+    def _copy_fills(self, replay: Replay) -> bool:
+        """Copy the blocks of committed fills that have no checksum in the copy yet; return whether there were any."""
+        tasks = [
+            partial(_copy_fill, old, new, filled)
+            for old, new in self._pairs
+            for filled in replay.fills(old.spec)
+        ]
+        return any(scheduler.run(tasks, self._threads))
+
 
 def _entries(manifest: Manifest) -> list[tuple[str, str]]:
     return [(entry.name, entry.uuid) for entry in manifest.tables]
@@ -503,6 +517,31 @@ def _copy_changed(old: TableLocation, new: TableLocation, source: File, target: 
                 after = checksums.read_sums(old.checksums_path, source.first + start, stop - start)
                 held = checksums.of_copy(known[start:stop], after, data)
                 files.write(noting, held.data, 8 * (source.first + start), sums)
+
+
+def _copy_fill(old: TableLocation, new: TableLocation, filled: Filled) -> bool:
+    """Copy the blocks of a fill that have no checksum in the copy; mark those that a fold writes to as in flux."""
+    sums, first = new.checksums_path, filled.fill.first
+    missing = checksums.read_sums(sums, first, filled.sums.size) == checksums.NEVER_WRITTEN
+    blocks = first + np.flatnonzero(missing)
+    with files.opened(sums, os.O_WRONLY) as noting:
+        for begin, end in file_blocks.runs(blocks):
+            for source, start, stop in fills.parts(old, int(blocks[begin]), int(blocks[end - 1]) + 1):
+                target = new.shard(source.number)
+                with (
+                    files.opened(source.path, os.O_RDONLY) as reading,
+                    files.opened(target.path, os.O_WRONLY) as writing,
+                ):
+                    for low in range(start, stop, folders.WINDOW_BYTES):
+                        high = min(low + folders.WINDOW_BYTES, stop)
+                        data = memoryview(files.read_at(reading, high - low, low, source.path))
+                        files.write(writing, data, low, target.path)
+                        block = source.first + low // PAGE
+                        known = filled.sums[block - first : block - first + (high - low) // PAGE]
+                        found = checksums.block_sums(data)
+                        held = np.where(found == known, known, found | np.uint64(checksums.IN_FLUX))
+                        files.write(noting, held.data, 8 * block, sums)
+    return bool(missing.any())
 
 
 def _give_up_in_flux(table: TableLocation, images: Images) -> None:

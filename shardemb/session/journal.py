@@ -202,7 +202,9 @@ class Journal:
 
     def images(self) -> log_reader.Replay:
         """Read the images that are newer than the base."""
-        return log_reader.read(store_paths.log(self._runtime.path), self._base, self._log.end)
+        replay = log_reader.read(store_paths.log(self._runtime.path), self._base, self._log.end)
+        replay.unfinished = self._announcements.unfinished()
+        return replay
 
     # ---- folds
 

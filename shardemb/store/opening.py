@@ -245,14 +245,20 @@ def _open_at_last_commit(runtime: Runtime, base: Manifest) -> Session:
         may_miss=base.clean,
         replay=replay,
         reader=Reader(
-            # A private copy: the writer may use the segments again while the caller looks at the images.
-            newest=lambda: _read_next_to_writer(
-                runtime.path, partial(log_reader.read, store_paths.log(runtime.path), private=True)
-            ),
+            newest=lambda: _read_next_to_writer(runtime.path, partial(_newest, runtime.path)),
             reopen=lambda: _open_reader(runtime.again()),
             follow=partial(_follow, runtime.path, base.uuid),
         ),
     )
+
+
+def _newest(path: Path, base: Manifest) -> log_reader.Replay:
+    """Read what a writer may have added to the shards: without a commit, which comes first, and in the log."""
+    unfinished = fills.read_note(path, base).fills
+    # A private copy: the writer may use the segments again while the caller looks at the images.
+    replay = log_reader.read(store_paths.log(path), base, private=True)
+    replay.unfinished = unfinished
+    return replay
 
 
 def _watch(path: Path) -> tuple[Callable[[], bool], Callable[[], int]]:
