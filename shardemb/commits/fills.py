@@ -24,11 +24,13 @@ from shardemb.compute import file_blocks
 from shardemb.errors import FormatError
 from shardemb.format import store_paths
 from shardemb.format.fill_records import Note
-from shardemb.storage import checksums, files
+from shardemb.storage import checksums, files, folders
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from shardemb.format.fill_records import Fill, Filled
     from shardemb.format.manifest import Manifest
@@ -89,7 +91,7 @@ class Announcements:
         """Return the fills that no commit has."""
         return tuple(self._list())
 
-    def remove(self) -> None:
+    def withdraw(self) -> None:
         """Remove a note that means nothing any more."""
         files.remove(self._path)
         self._named = set()
@@ -154,6 +156,38 @@ def punch(table: TableLocation, first: int, stop: int) -> None:
                     zeros = bytes(min(ZEROED_BYTES, end - start))
                     files.write(descriptor, zeros, start, file.path)
             files.sync(descriptor, file.path)
+
+
+def copy(old: TableLocation, new: TableLocation, filled: Filled) -> bool:
+    """Copy those blocks of a fill that have no checksum in the copy of a table; return whether there were any.
+
+    Blocks to which a fold has written since are marked as in flux in the copy.
+    """
+    path, first = new.checksums_path, filled.fill.first
+    missing = checksums.read_sums(path, first, filled.sums.size) == checksums.NEVER_WRITTEN
+    blocks = first + np.flatnonzero(missing)
+    with files.opened(path, os.O_WRONLY) as noting:
+        for begin, end in file_blocks.runs(blocks):
+            for source, start, stop in parts(old, int(blocks[begin]), int(blocks[end - 1]) + 1):
+                for low in range(start, stop, folders.WINDOW_BYTES):
+                    high = min(low + folders.WINDOW_BYTES, stop)
+                    found = _copy_window(source, new.shard(source.number), low, high)
+                    block = source.first + low // PAGE
+                    known = filled.sums[block - first : block - first + found.size]
+                    held = np.where(found == known, known, found | np.uint64(checksums.IN_FLUX))
+                    files.write(noting, held.data, 8 * block, path)
+    return bool(missing.any())
+
+
+def _copy_window(source: File, target: File, start: int, stop: int) -> NDArray[np.uint64]:
+    """Copy a range of whole blocks from file to file; return the checksums of what was copied."""
+    with (
+        files.opened(source.path, os.O_RDONLY) as reading,
+        files.opened(target.path, os.O_WRONLY) as writing,
+    ):
+        data = memoryview(files.read_at(reading, stop - start, start, source.path))
+        files.write(writing, data, start, target.path)
+    return checksums.block_sums(data)
 
 
 def parts(table: TableLocation, first: int, stop: int) -> Iterator[tuple[File, int, int]]:

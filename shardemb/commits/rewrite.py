@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from shardemb.base.progress import Advance, Progress
     from shardemb.base.validation import Float32Array
     from shardemb.commits.log_reader import Images, Replay
-    from shardemb.format.fill_records import Filled
     from shardemb.format.manifest import TableEntry
     from shardemb.format.spec import TableSpec
     from shardemb.format.table_files import File
@@ -481,7 +480,7 @@ class StoreCopy:
     def _copy_fills(self, replay: Replay) -> bool:
         """Copy the blocks of committed fills that have no checksum in the copy yet; return whether there were any."""
         tasks = [
-            partial(_copy_fill, old, new, filled)
+            partial(fills.copy, old, new, filled)
             for old, new in self._pairs
             for filled in replay.fills(old.spec)
         ]
@@ -517,31 +516,6 @@ def _copy_changed(old: TableLocation, new: TableLocation, source: File, target: 
                 after = checksums.read_sums(old.checksums_path, source.first + start, stop - start)
                 held = checksums.of_copy(known[start:stop], after, data)
                 files.write(noting, held.data, 8 * (source.first + start), sums)
-
-
-def _copy_fill(old: TableLocation, new: TableLocation, filled: Filled) -> bool:
-    """Copy the blocks of a fill that have no checksum in the copy; mark those that a fold writes to as in flux."""
-    sums, first = new.checksums_path, filled.fill.first
-    missing = checksums.read_sums(sums, first, filled.sums.size) == checksums.NEVER_WRITTEN
-    blocks = first + np.flatnonzero(missing)
-    with files.opened(sums, os.O_WRONLY) as noting:
-        for begin, end in file_blocks.runs(blocks):
-            for source, start, stop in fills.parts(old, int(blocks[begin]), int(blocks[end - 1]) + 1):
-                target = new.shard(source.number)
-                with (
-                    files.opened(source.path, os.O_RDONLY) as reading,
-                    files.opened(target.path, os.O_WRONLY) as writing,
-                ):
-                    for low in range(start, stop, folders.WINDOW_BYTES):
-                        high = min(low + folders.WINDOW_BYTES, stop)
-                        data = memoryview(files.read_at(reading, high - low, low, source.path))
-                        files.write(writing, data, low, target.path)
-                        block = source.first + low // PAGE
-                        known = filled.sums[block - first : block - first + (high - low) // PAGE]
-                        found = checksums.block_sums(data)
-                        held = np.where(found == known, known, found | np.uint64(checksums.IN_FLUX))
-                        files.write(noting, held.data, 8 * block, sums)
-    return bool(missing.any())
 
 
 def _give_up_in_flux(table: TableLocation, images: Images) -> None:

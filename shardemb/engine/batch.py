@@ -25,7 +25,6 @@ from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE
 from shardemb.compute import plan, row_kernels, scheduler
 from shardemb.engine import filling
-from shardemb.engine.filling import Filling
 from shardemb.engine.shards import PAGED_ROWS
 from shardemb.errors import ShardEmbError
 
@@ -172,24 +171,6 @@ class Change:
         """Where in `values` each row is given last, which counts."""
         last: Int64Array = self.batch.order[self.batch.starts[1:] - 1]
         return last
-
-    def fills(self, shards: Shards) -> tuple[Fill, ...]:
-        """Plan which of the rows go straight to the shards."""
-        return () if self.takes_step else filling.plan(shards, self.batch.rows)
-
-    def filling(self, shards: Shards, fills: tuple[Fill, ...]) -> Filling:
-        """Return what these fills write."""
-        counts = None
-        if shards.spec.counters and self.values.shape[1] == shards.spec.embedding_dim:
-            counts = np.diff(self.batch.starts), self.table.training.step
-        return Filling(shards, fills, self.batch.rows, self.values, self.last_positions(), counts)
-
-    def without(self, fills: tuple[Fill, ...], record_bytes: int) -> Change:
-        """Return the change of the rows that these fills do not take."""
-        if not fills:
-            return self
-        left = filling.left_over(self.batch.rows, fills, record_bytes)
-        return replace(self, batch=self.batch.part(left))
 
     def renewed(self) -> Change:
         """Return the change as it has to be now; itself if nothing that it was planned from has changed.
@@ -409,17 +390,12 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
         There is no space for the rows.
     """
     with runtime.changing():
-        changes, shards, fills = _with_room(runtime, changes)
+        planned = _with_room(runtime, changes)
         runtime.check_sound()
-        fillings = [
-            each.filling(memory, some)
-            for each, memory, some in zip(changes, shards, fills, strict=True)
-            if some
-        ]
-        changes = _left_over(changes, shards, fills)
+        changes, fillings = [each.rest for each in planned], [each.filling for each in planned if each.fills]
         loaded: list[Loaded] = []
         try:
-            load(runtime, [_loading(*each) for each in zip(changes, shards, strict=True)], loaded)
+            load(runtime, [_loading(each.rest, each.shards) for each in planned], loaded)
             with filling.written(runtime, fillings):
                 _carry_out(runtime, changes, loaded, fillings)
         except BaseException:  # also Ctrl-C, which takes effect at the end of `load`
@@ -434,7 +410,7 @@ def _loading(change: Change, shards: Shards) -> Loading:
 
 
 def _carry_out(
-    runtime: Runtime, changes: Sequence[Change], loaded: Sequence[Loaded], fillings: Sequence[Filling]
+    runtime: Runtime, changes: Sequence[Change], loaded: Sequence[Loaded], fillings: Sequence[filling.Filling]
 ) -> None:
     """Change rows that are in slots."""
     work = [_work(*each) for each in zip(changes, loaded, strict=True)]
@@ -463,42 +439,55 @@ def _carry_out(
             each.table.training.step += each.takes_step
 
 
-def _left_over(
-    changes: Sequence[Change], shards: Sequence[Shards], fills: Sequence[tuple[Fill, ...]]
-) -> list[Change]:
-    return [
-        each.without(some, memory.spec.record_bytes)
-        for each, memory, some in zip(changes, shards, fills, strict=True)
-    ]
+class _Planned(NamedTuple):
+    """A change, what it fills in the memory that its table has now, and the change of the other rows."""
+
+    change: Change
+    shards: Shards
+    fills: tuple[Fill, ...]
+    rest: Change
+
+    @classmethod
+    def of(cls, change: Change, *, fills: bool) -> _Planned:
+        """Plan a change; it fills nothing unless `fills`."""
+        shards, grouped = change.table.live(), change.batch
+        found = filling.plan(shards, grouped.rows) if fills and not change.takes_step else ()
+        if not found:
+            return cls(change, shards, (), change)
+        left = filling.left_over(grouped.rows, found, shards.spec.record_bytes)
+        return cls(change, shards, found, replace(change, batch=grouped.part(left)))
+
+    @property
+    def filling(self) -> filling.Filling:
+        """What it fills, and with what."""
+        change, spec = self.change, self.shards.spec
+        counts = None
+        if spec.counters and change.values.shape[1] == spec.embedding_dim:
+            counts = np.diff(change.batch.starts), change.table.training.step
+        rows, positions = change.batch.rows, change.last_positions()
+        return filling.Filling(self.shards, self.fills, rows, change.values, positions, counts)
 
 
-def _plan_fills(changes: Sequence[Change], shards: Sequence[Shards]) -> list[tuple[Fill, ...]]:
-    """Plan the fills of each change. Where two change the same table, the order of their rows matters: none."""
-    if len({id(each) for each in shards}) < len(shards):
-        return [()] * len(shards)
-    return [each.fills(memory) for each, memory in zip(changes, shards, strict=True)]
-
-
-def _with_room(
-    runtime: Runtime, changes: Sequence[Change]
-) -> tuple[list[Change], list[Shards], list[tuple[Fill, ...]]]:
-    """Make room for changes; return them as they have to be now, the memory of their tables, and what to fill.
+def _with_room(runtime: Runtime, changes: Sequence[Change]) -> list[_Planned]:
+    """Make room for changes, and plan them as they have to be now.
 
     To make room may release the lock. Other threads may then resize or drop a table, or take a key's row away. So
     nothing that was looked up before a wait is used after it: this begins again until nothing has changed meanwhile.
     """
+    fills = len({id(each.table) for each in changes}) == len(
+        changes
+    )  # otherwise the order of changes matters
     while True:
         changes = [each.renewed() for each in changes]
-        shards = [each.table.live() for each in changes]
-        fills = _plan_fills(changes, shards)
-        rest = _left_over(changes, shards, fills)
-        _make_room(runtime, [(s, each.batch.rows) for s, each in zip(shards, rest, strict=True)])
+        planned = [_Planned.of(each, fills=fills) for each in changes]
+        _make_room(runtime, [(each.shards, each.rest.batch.rows) for each in planned])
         runtime.check_open()
-        now = [each.renewed() for each in changes]
+        now = [_Planned.of(each.renewed(), fills=fills) for each in changes]
         if all(
-            new is old and new.table.live() is s for new, old, s in zip(now, changes, shards, strict=True)
-        ) and (not any(fills) or fills == _plan_fills(changes, shards)):
-            return changes, shards, fills
+            new.change is old.change and new.shards is old.shards and new.fills == old.fills
+            for new, old in zip(now, planned, strict=True)
+        ):
+            return planned
 
 
 def prefetch(runtime: Runtime, table: Target, rows: Int64Array, *, for_update: bool) -> None:

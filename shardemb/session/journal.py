@@ -111,7 +111,7 @@ class Journal:
         epoch = self._base.epoch.to_bytes(8, "little").ljust(PAGE, b"\0")
         files.overwrite(store_paths.epoch(self._runtime.path), epoch)
         self.publish(self._base)
-        self._announcements.remove()
+        self._announcements.withdraw()
         log_writer.clear(store_paths.log(self._runtime.path), self._base.segment)
 
     def commit(
@@ -153,15 +153,8 @@ class Journal:
                 table.clear_changes()
             mark_committed(manifest)
         assert manifest.commit is not None
-        rows = sum(ids.size for _, ids in changes)
-        blocks = sum(each.sums.size for _, each in filled)
-        _log.info(
-            "committed %s: step %d, %d rows, %d filled blocks",
-            runtime.path,
-            manifest.commit.step,
-            rows,
-            blocks,
-        )
+        rows = sum(ids.size for _, ids in changes) + sum(map(_filled_rows, filled))
+        _log.info("committed %s: step %d, %d rows", runtime.path, manifest.commit.step, rows)
         if self.exceeds_limit(4 * (self._log.nbytes + self._folding_bytes) // 3):
             self._hurry.set()  # soon a commit will wait
         if new_set:
@@ -401,7 +394,7 @@ class Journal:
                     dropped=(),
                 )
                 self.publish(base)
-                self._announcements.remove()
+                self._announcements.withdraw()
                 log_writer.clear(store_paths.log(self._runtime.path), number + 1)
         except (OSError, PoisonedError) as error:
             problem = error
@@ -510,6 +503,12 @@ class Journal:
 
     def _poison(self, error: BaseException) -> None:
         self._runtime.poisoned = f"writing failed ({error})"
+
+
+def _filled_rows(filled: _Filled) -> int:
+    spec, (fill, _) = filled
+    first, last = fill.rows(spec.record_bytes)
+    return last - first
 
 
 def _image_bytes(table: Shards) -> int:

@@ -682,8 +682,7 @@ def _is_on_tmpfs(descriptor: int) -> bool:
 def _fallocate(descriptor: int, flags: int, offset: int, nbytes: int, path: Path) -> bool:
     code = errno.EINTR
     while code == errno.EINTR:  # Python has handled the signal; nothing repeats calls made through ctypes
-        done = _libc.fallocate(descriptor, flags, offset, nbytes) == 0
-        code = 0 if done else ctypes.get_errno()
+        code = 0 if _libc.fallocate(descriptor, flags, offset, nbytes) == 0 else ctypes.get_errno()
     if code not in (0, errno.EOPNOTSUPP, errno.ENOSYS):
         with _disk_errors(path):
             raise OSError(code, os.strerror(code), str(path))
