@@ -270,13 +270,16 @@ class _Piece(NamedTuple):
         data = memory.bytes(lead, nbytes)
         first = begin // PAGE - self.filled.fill.first
         self.filled.sums[first : first + nbytes // PAGE] = checksums.block_sums(data)
-        if stays_cached:
-            with files.opened(path, os.O_RDWR) as descriptor:
-                table_folder.write_to_stay(spec, descriptor, data, self.start, path)
+        with (
+            files.opened(path, os.O_RDWR)
+            if stays_cached
+            else files.opened_direct(path, os.O_RDWR) as descriptor
+        ):
+            if stays_cached:
+                table_folder.prepare_to_stay(spec, descriptor, self.start, nbytes)
+            files.write(descriptor, data, self.start, path)
+            if stays_cached:  # or the commit would wait for all of it
                 address_space.begin_write_back(descriptor, self.start, nbytes, path)
-        else:
-            with files.opened_direct(path, os.O_RDWR) as descriptor:
-                files.write(descriptor, data, self.start, path)
 
 
 def _pieces(filling: Filling, filled: Filled) -> Iterator[_Piece]:

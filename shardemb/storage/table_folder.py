@@ -195,14 +195,13 @@ def _rows_of_blocks(table: TableLocation, file: File) -> int:
     return written * PAGE // table.spec.record_bytes
 
 
-def write_to_stay(spec: TableSpec, descriptor: int, data: memoryview, offset: int, path: Path) -> None:
-    """Write to a hole of a shard through the page cache, in which it is to stay for lookups."""
+def prepare_to_stay(spec: TableSpec, descriptor: int, offset: int, nbytes: int) -> None:
+    """Prepare a hole of a shard to be written through the page cache, in which it is to stay for lookups."""
     # A large write puts large pages into the cache. When a fold writes to a block of such a page, the kernel counts all
     # of it as changed. Lookups gain from them only where they can be mapped as they are. Otherwise the hole is read
     # first, which leaves small pages there and costs no access to the disk.
     if spec.shard_bytes % address_space.HUGE_PAGE:
-        files.will_need(descriptor, offset, data.nbytes)
-    files.write(descriptor, data, offset, path)
+        files.will_need(descriptor, offset, nbytes)
 
 
 def _write_rows(table: TableLocation, rows: FirstRows, advance: Advance, *, stays_cached: bool) -> None:
@@ -222,9 +221,8 @@ def _write_rows(table: TableLocation, rows: FirstRows, advance: Advance, *, stay
                 records[:, spec.embedding_dim :] = spec.initial_state
                 offset = (start - begin) * spec.record_bytes
                 if stays_cached:
-                    write_to_stay(spec, descriptor, records.data, offset, file.path)
-                else:
-                    files.write(descriptor, records.data, offset, file.path)
+                    prepare_to_stay(spec, descriptor, offset, records.nbytes)
+                files.write(descriptor, records.data, offset, file.path)
                 advance(stop - start)
             checksums.write_file_sums(table, file)
             files.sync(descriptor, file.path)
