@@ -86,15 +86,12 @@ class FilledRows:
     # ---- changes
 
     def add(self, filled: Filled) -> None:
-        """Note a fill, and let lookups see its rows."""
+        """Note a fill that is about to be written."""
         self.uncommitted.append(filled)
-        self._show(filled, shown=True)
 
-    def discard(self, filled: Filled) -> None:
-        """Forget a fill that no commit has, and let lookups see its rows as never written."""
-        if any(each is filled for each in self.uncommitted):
-            self._show(filled, shown=False)
-            self.uncommitted = [each for each in self.uncommitted if each is not filled]
+    def show(self, filled: Filled) -> None:
+        """Let lookups see the rows of a fill that was written."""
+        self._show(filled, shown=True)
 
     def show_committed(self, filled: Iterable[Filled]) -> None:
         """Let lookups of a reader see the rows of fills that are committed, and that no fold has been through."""
@@ -107,17 +104,19 @@ class FilledRows:
         self.committed += self.uncommitted
         self.uncommitted = []
 
-    def undo(self, table: TableLocation) -> None:
-        """Make holes of the fills that no commit has, durably, and forget them. No lookup runs without the lock.
+    def undo(self, table: TableLocation, done: Iterable[Filled]) -> None:
+        """Make holes of fills that no commit has, durably, and forget them. No lookup runs without the lock.
 
         Raises
         ------
         OSError
             Some are left, and this can be called again.
         """
-        for each in tuple(self.uncommitted):
-            fills.punch(table, each.fill.first, each.fill.stop)
-            self.discard(each)
+        for filled in done:
+            fills.punch(table, filled.fill.first, filled.fill.stop)
+            self._show(filled, shown=False)
+            self.uncommitted = [each for each in self.uncommitted if each is not filled]
+        self._refresh(table)
 
     # ---- folds
 
@@ -136,8 +135,7 @@ class FilledRows:
         if folded:
             del self.committed[: self._folding]
         self._folding = 0
-        if self._private:
-            self._refresh(table)
+        self._refresh(table)
 
     # ---- the presence bitmap
 

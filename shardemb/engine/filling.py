@@ -43,6 +43,8 @@ LEAST_BYTES = 4 * 2**20
 PIECE_BYTES = 4 * 2**20
 """Bytes that are assembled, summed and written at a time."""
 
+WHAT = "a write"
+
 TAKEN_BACK_ROWS = 4096
 """Rows that are brought into slots at a time."""
 
@@ -214,13 +216,18 @@ def written(runtime: Runtime, fillings: Sequence[Filling]) -> Iterator[None]:
     runtime.check_in_place()
     runtime.announcements.announce([fill for each in fillings for fill in each.fills])
     try:
+        # Whatever comes in between, a rollback finds all of it, and nothing is committed before.
+        runtime.half_done = WHAT
         for each in fillings:
             _write(runtime, each)
+        runtime.half_done = None
         yield
     except BaseException:
-        with runtime.all_or_nothing("undoing a write"):
+        with runtime.all_or_nothing(WHAT):
             for each in fillings:
                 undo(each.shards, each.done)
+            if runtime.half_done == WHAT:
+                runtime.half_done = None
         raise
 
 
@@ -228,7 +235,10 @@ def _write(runtime: Runtime, filling: Filling) -> None:
     shards = filling.shards
     spec = shards.spec
     stays = runtime.warming.has_room(spec.num_shards * spec.shard_bytes)
-    filling.done.extend(Filled(fill, np.zeros(fill.stop - fill.first, np.uint64)) for fill in filling.fills)
+    with signals_deferred():
+        for fill in filling.fills:
+            filling.done.append(Filled(fill, np.zeros(fill.stop - fill.first, np.uint64)))
+            shards.filled.add(filling.done[-1])
     for fill in filling.fills if shards.overlay.slots.count else ():
         # Copies of what the files hold: the files are about to hold something else.
         shards.overlay.drop(np.arange(*fill.rows(spec.record_bytes)))
@@ -247,7 +257,7 @@ def _write(runtime: Runtime, filling: Filling) -> None:
     scheduler.run([partial(some, task) for task in range(number)], runtime.threads, stop)
     with signals_deferred():
         for filled in filling.done:
-            shards.filled.add(filled)
+            shards.filled.show(filled)
 
 
 class _Piece(NamedTuple):
@@ -279,7 +289,7 @@ class _Piece(NamedTuple):
                 table_folder.prepare_to_stay(spec, descriptor, self.start, nbytes)
             files.write(descriptor, data, self.start, path)
             if stays_cached:  # or the commit would wait for all of it
-                address_space.begin_write_back(descriptor, self.start, nbytes, path)
+                address_space.begin_write_back(descriptor, self.start, nbytes)
 
 
 def _pieces(filling: Filling, filled: Filled) -> Iterator[_Piece]:
@@ -295,17 +305,10 @@ def undo(shards: Shards, done: Sequence[Filled]) -> None:
     Raises
     ------
     OSError
-        Some are left. They are noted, so that a rollback undoes them.
+        Some are left, so that this can be called again.
     """
     with shards.overlay.rewinding():
-        for each in done:
-            try:
-                fills.punch(shards.location, each.fill.first, each.fill.stop)
-            except BaseException:
-                if not any(each is known for known in shards.filled.uncommitted):
-                    shards.filled.add(each)
-                raise
-            shards.filled.discard(each)
+        shards.filled.undo(shards.location, done)
 
 
 def take_back(runtime: Runtime, shards: Shards) -> None:

@@ -352,7 +352,7 @@ class Shards:
             The images fit neither in memory nor in the spill file.
         """
         with self.overlay.rewinding():
-            self.filled.undo(self.location)
+            self.filled.undo(self.location, tuple(self.filled.uncommitted))
             rows = self.changed_rows()
             # Changed rows whose committed record is not in the files yet: the image overwrites them.
             again = np.isin(images.ids, rows)

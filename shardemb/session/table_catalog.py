@@ -166,6 +166,7 @@ class TableCatalog:
         mapped.hidden = self._runtime.hidden
         if mapped.hidden is not None:
             mapped.hidden.show(mapped.spec, images.fills)
+            mapped.hidden.look(mapped.spec)
 
     def _open_table(self, entry: TableEntry, directory: Path, *, may_miss: bool) -> TableState:
         with table_folder.naming(entry.name, directory):

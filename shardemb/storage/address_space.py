@@ -233,10 +233,9 @@ def write_back(descriptor: int, offset: int, nbytes: int, path: Path) -> None:
     files.check(done, f"{path} cannot be synced")
 
 
-def begin_write_back(descriptor: int, offset: int, nbytes: int, path: Path) -> None:
-    """Begin what `write_back` does, and do not wait for it. The page cache keeps the range."""
-    done = _libc.sync_file_range(descriptor, offset, nbytes, _WRITE_BACK)
-    files.check(done, f"{path} cannot be synced")
+def begin_write_back(descriptor: int, offset: int, nbytes: int) -> None:
+    """Begin what `write_back` does, and do not wait for it. The page cache keeps the range. A sync tells of errors."""
+    _libc.sync_file_range(descriptor, offset, nbytes, _WRITE_BACK)
 
 
 def _mmap(address: int, nbytes: int, protection: int, descriptor: int, start: int = 0) -> int:

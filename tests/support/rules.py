@@ -443,6 +443,7 @@ def fill_beside_fold():
         patch.setattr(filling, "LEAST_BYTES", 4096)
         store = shardemb.open(Path(folder) / "store", threads=1)
         table = store.create_table("a", num_embeddings=4096, embedding_dim=DIM, rows_per_shard=4096)
+        store.commit()
         table.write(np.arange(0, 4096, 1024), np.ones((4, DIM), np.float32))
         store.commit()
         go_on, reached, patched = threading.Event(), threading.Event(), file_blocks.patch
