@@ -32,12 +32,14 @@ ROOMS = {
     "initializers": [],
     "admission": [],
     "format": [
-        "documents", "log_records", "store_paths", "spec", "manifest", "zarr_metadata", "table_files",
+        "documents", "fill_records", "log_records", "store_paths", "spec", "manifest", "zarr_metadata", "table_files",
     ],
     "storage": ["files", "address_space", "folders", "checksums", "table_folder"],
-    "commits": ["log_reader", "fold", "log_writer", "rewrite", "verify"],
+    "commits": ["fills", "log_reader", "fold", "log_writer", "rewrite", "verify"],
     "memory": ["slots", "spill_file", "overlay", "frozen_rows", "memory_budget"],
-    "engine": ["output_pool", "warming", "runtime", "shards", "batch", "table_state"],
+    "engine": [
+        "output_pool", "warming", "hidden_rows", "runtime", "filled_rows", "shards", "filling", "batch", "table_state",
+    ],
     "io": ["arrow", "targets", "parquet"],
     "vocabulary": [
         "hashing", "index_kernels", "key_records", "index_files", "key_kernels", "hash_index", "keys",

@@ -1,4 +1,4 @@
-"""Writes committed images into the shards and makes them durable. Nothing else writes to the shards of a table.
+"""Writes committed images into the shards and makes them durable. Only fills write to the shards of a table besides.
 
 A fold writes whole blocks: it reads a block, changes it in memory, and writes it and its new checksum (see
 ``checksums.py``). Where many of its blocks are close together and not in the page cache, it writes long stretches past
@@ -7,7 +7,11 @@ same: after a failed write-back the page cache can be right and the disk wrong.
 
 ::
 
+    write the checksums of fills, sync
     mark all blocks as in flux, sync -> write the blocks, sync each file -> write their checksums, sync
+
+The rows of a fill are in the shards already, and durable. Their blocks get the checksums that the log has, but only
+where they have none: an interrupted fold may have written images to them since.
 
 Blocks of the presence bitmap are written after those of the shards. So a row whose bit is set has its record, also for
 a concurrent lookup, and after an interrupted fold.
@@ -261,6 +265,8 @@ def write(
     bits: list[_Task] = []
     sums = []
     for table, images in tables:
+        for filled in images.fills:
+            checksums.add_sums(table.checksums_path, filled.fill.first, filled.sums)
         changed = list(patches(table, images))
         if not changed:
             continue
@@ -308,12 +314,38 @@ def patches(table: TableLocation, images: Images) -> Iterator[FilePatch]:
             partial(_keeping, ones, partial(file_blocks.patch, same, ids, spec.record_bytes)),
         )
     if spec.has_presence:
-        for number, some in _by_file(images, 8 * spec.presence_chunk_bytes):
-            bits = some.ids - number * 8 * spec.presence_chunk_bytes
-            blocks = file_blocks.pages(bits // 8, 1)
-            set_bits = partial(file_blocks.patch_bits, bits)  # a fold only ever sets bits in a bitmap
-            whole = np.zeros(blocks.size, np.bool_)
-            yield FilePatch(table.presence_chunk(number), blocks, whole, set_bits, set_bits)
+        yield from _presence_patches(table, images)
+
+
+def _presence_patches(table: TableLocation, images: Images) -> Iterator[FilePatch]:
+    """Yield what images and fills change in the presence bitmap; a fold only ever sets bits in it."""
+    rows_per_chunk = 8 * table.spec.presence_chunk_bytes
+    ids = dict(_by_file(images, rows_per_chunk))
+    none = type(images)(*np.empty((2, 0), np.int64))
+    rows = [each.fill.rows(table.spec.record_bytes) for each in images.fills]
+    numbers = {
+        number
+        for start, stop in rows
+        for number in range(start // rows_per_chunk, -(-stop // rows_per_chunk))
+    }
+    for number in sorted(numbers | ids.keys()):
+        first = number * rows_per_chunk
+        bits = ids.get(number, none).ids - first
+        ranges = np.clip(np.array(rows, np.int64).reshape(-1, 2) - first, 0, rows_per_chunk)
+        ranges = ranges[ranges[:, 0] < ranges[:, 1]]
+        pages = [
+            np.arange(start // 8 // PAGE, (stop - 1) // 8 // PAGE + 1) for start, stop in ranges.tolist()
+        ]
+        blocks = np.unique(np.concatenate([file_blocks.pages(bits // 8, 1), *pages]))
+        set_bits = partial(_set_bits, bits, ranges)
+        yield FilePatch(
+            table.presence_chunk(number), blocks, np.zeros(blocks.size, np.bool_), set_bits, set_bits
+        )
+
+
+def _set_bits(bits: Int64Array, ranges: Int64Array, blocks: Int64Array, memory: NDArray[np.uint8]) -> None:
+    file_blocks.patch_bits(bits, blocks, memory)
+    file_blocks.set_ranges(ranges, blocks, memory)
 
 
 def _keeping(

@@ -10,7 +10,8 @@ cannot be read is damage. The reader trusts nothing, and allocates nothing for a
     record    magic, type, length, epoch, sequence number, highest synced one, attempt, count, table's uuid,
               checksum of the payload, checksum of all this with the store's uuid and the segment's salt; payload
     images    payload: `count` row ids as int64, then the records of these rows
-    commit    payload: the manifest; `count` is the number of images that the attempt wrote
+    fill      payload: the first of `count` blocks that are in the shards already, then their checksums
+    commit    payload: the manifest; `count` is the number of images and blocks that the attempt wrote
     end       no payload, no sequence number of its own: says that the next segment exists
 """
 
@@ -27,8 +28,21 @@ import numpy as np
 from shardemb.base.sizes import PAGE, round_up
 from shardemb.compute import plan
 from shardemb.errors import FormatError, LogDamagedError
-from shardemb.format.documents import FORMAT_VERSION, checksum
-from shardemb.format.log_records import COMMIT, END, HEADER, IMAGES, MAGIC, RECORD, RECORD_MAGIC, SUFFIX
+from shardemb.format import fill_records
+from shardemb.format.documents import checksum
+from shardemb.format.fill_records import Filled
+from shardemb.format.log_records import (
+    COMMIT,
+    END,
+    FILL,
+    HEADER,
+    IMAGES,
+    LOG_VERSION,
+    MAGIC,
+    RECORD,
+    RECORD_MAGIC,
+    SUFFIX,
+)
 from shardemb.format.manifest import Manifest
 from shardemb.storage import address_space, files
 
@@ -36,11 +50,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shardemb.base.validation import Int64Array
+    from shardemb.format.fill_records import Fill
     from shardemb.format.spec import TableSpec
 
 
 class Images(NamedTuple):
-    """The newest committed images of rows of one table.
+    """What was committed of one table: the newest images of its rows, and the fills, which images are newer than.
 
     Attributes
     ----------
@@ -48,10 +63,13 @@ class Images(NamedTuple):
         Row ids, ascending.
     addresses : ndarray of int64, shape (n,)
         Memory address of the record of each row.
+    fills : tuple of Filled
+        What is in the shards already.
     """
 
     ids: Int64Array
     addresses: Int64Array
+    fills: tuple[Filled, ...] = ()
 
 
 class Run(NamedTuple):
@@ -72,12 +90,16 @@ class Replay:
         As of the last commit in the log, or the base if the log has no commit.
     sequence, attempt : int
         The lowest numbers that are not used yet.
+    unfinished : tuple of Fill
+        What a writer may have written to the shards without a commit, where the caller has looked.
     """
 
     manifest: Manifest
     sequence: int
     attempt: int
+    unfinished: tuple[Fill, ...] = ()
     _runs: dict[str, list[Run]] = field(default_factory=dict)
+    _fills: dict[str, list[Filled]] = field(default_factory=dict)
     _memory: list[address_space.AddressRange] = field(default_factory=list)  # that the images are in
 
     def keep_mapped(self, memory: address_space.AddressRange) -> None:
@@ -88,8 +110,26 @@ class Replay:
         """Add committed images of a table, which are newer than all added before."""
         self._runs.setdefault(table, []).append(run)
 
+    def add_fill(self, filled: Filled) -> None:
+        """Add a committed fill; all images of its rows are newer."""
+        self._fills.setdefault(filled.fill.table, []).append(filled)
+
+    def fills(self, spec: TableSpec) -> tuple[Filled, ...]:
+        """Return the committed fills of a table.
+
+        Raises
+        ------
+        LogDamagedError
+            The table does not have such blocks.
+        """
+        fills = tuple(self._fills.get(spec.uuid, ()))
+        if any(each.fill.stop * PAGE > spec.num_shards * spec.shard_bytes for each in fills):
+            msg = f"the log holds blocks that table {spec.uuid} cannot have"
+            raise LogDamagedError(msg)
+        return fills
+
     def images(self, spec: TableSpec) -> Images:
-        """Return the images of a table. They are valid as long as this object exists.
+        """Return the images of a table, and its fills. They are valid as long as this object exists.
 
         Raises
         ------
@@ -98,7 +138,7 @@ class Replay:
         """
         runs = self._runs.get(spec.uuid, [])
         if not runs:
-            return Images(np.empty(0, np.int64), np.empty(0, np.int64))
+            return Images(np.empty(0, np.int64), np.empty(0, np.int64), self.fills(spec))
         ids = np.concatenate([run.ids for run in runs])
         if any(run.record_bytes != spec.record_bytes for run in runs) or not (
             int(ids.min()) >= 0 and int(ids.max()) < spec.num_embeddings
@@ -108,7 +148,7 @@ class Replay:
         addresses = np.concatenate([run.address + np.arange(run.ids.size) * run.record_bytes for run in runs])
         grouped = plan.group(ids, spec.num_embeddings)
         newest = grouped.order[grouped.starts[1:] - 1]  # the last of each row's images
-        return Images(grouped.rows, addresses[newest])
+        return Images(grouped.rows, addresses[newest], self.fills(spec))
 
 
 def segments(folder: Path) -> list[int]:
@@ -180,7 +220,8 @@ class _Reader:
         self._private = private
         self._store = store
         self._epoch = epoch
-        self._pending: list[tuple[str, Run]] = []  # images of an attempt whose commit record may follow
+        # Images and fills of an attempt whose commit record may follow.
+        self._pending: list[tuple[str, Run | Filled]] = []
         self._pending_attempt = 0
         self.required: int | None = None  # number of the segment that must come next
         self._last = 0
@@ -231,8 +272,8 @@ class _Reader:
         magic, version, epoch, own, first, size, store, salt, found = HEADER.unpack(block)
         if magic != MAGIC or found != checksum(block[:-8]):
             self._damaged(path, "its header is damaged")
-        if version > FORMAT_VERSION:
-            msg = f"{path}: format version {version} is newer than {FORMAT_VERSION}; upgrade shardemb"
+        if version > LOG_VERSION:
+            msg = f"{path}: format version {version} is newer than {LOG_VERSION}; upgrade shardemb"
             raise FormatError(msg)
         if store != self._store or own != number:
             self._damaged(path, "it belongs elsewhere")
@@ -267,6 +308,8 @@ class _Reader:
         self.replay.attempt = max(self.replay.attempt, attempt)
         if kind == IMAGES:
             self._read_images(path, memory, position + RECORD.size, length, count, table, attempt)
+        elif kind == FILL:
+            self._read_fill(path, bytes(payload), count, table, attempt)
         elif kind == COMMIT:
             self._read_commit(path, bytes(payload), count, attempt)
         else:
@@ -296,25 +339,38 @@ class _Reader:
     ) -> None:
         if not count or length % count or length // count <= 8:
             self._damaged(path, "a record of images has an impossible size")
-        if self._pending and self._pending_attempt != attempt:
-            self._pending = []  # they are of an attempt that failed
-        self._pending_attempt = attempt
         # The images stay in the mapped file until a fold or a reader uses them: nothing is copied here.
         ids = np.frombuffer(memory.bytes(offset, count * 8), np.int64)
         run = Run(ids, memory.address + offset + count * 8, length // count - 8)
-        self._pending.append((str(uuid.UUID(bytes=table)), run))
+        self._add_pending(attempt, str(uuid.UUID(bytes=table)), run)
+
+    def _read_fill(self, path: Path, payload: bytes, count: int, table: bytes, attempt: int) -> None:
+        name = str(uuid.UUID(bytes=table))
+        filled = fill_records.unpack(name, count, payload)
+        if filled is None:
+            self._damaged(path, "a record of a fill has an impossible size")
+        self._add_pending(attempt, name, filled)
+
+    def _add_pending(self, attempt: int, table: str, written: Run | Filled) -> None:
+        if self._pending and self._pending_attempt != attempt:
+            self._pending = []  # they are of an attempt that failed
+        self._pending_attempt = attempt
+        self._pending.append((table, written))
 
     def _read_commit(self, path: Path, payload: bytes, count: int, attempt: int) -> None:
         pending = self._pending if self._pending and self._pending_attempt == attempt else []
-        # The commit record counts its images, so that a lost record of images is noticed.
-        if sum(run.ids.size for _, run in pending) != count:
+        # The commit record counts its images and blocks, so that a lost record is noticed.
+        if sum(each.sums.size if isinstance(each, Filled) else each.ids.size for _, each in pending) != count:
             self._damaged(path, "images of a commit are missing")
         manifest = Manifest.from_bytes(payload)
         if uuid.UUID(manifest.uuid).bytes != self._store:
             self._damaged(path, "a commit belongs to another store")
         self.replay.manifest = manifest
-        for table, run in pending:
-            self.replay.add(table, run)
+        for table, each in pending:
+            if isinstance(each, Filled):
+                self.replay.add_fill(each)
+            else:
+                self.replay.add(table, each)
         self._pending = []
 
     def _require_torn(

@@ -1,8 +1,9 @@
 """The writer's end of the image log, which makes commits durable.
 
 The log is a sequence of segment files with the layout given in ``log_reader.py``. A commit appends *images* of the rows
-that it changed, which are their whole records, and then one commit record with the new `Manifest`. One sync makes all
-of it durable. A commit lies within one segment, so a segment never ends in the middle of an attempt to commit.
+that it changed, which are their whole records; a record for each *fill*, whose rows are in the shards already; and then
+one commit record with the new `Manifest`. One sync makes all of it durable. A commit lies within one segment, so a
+segment never ends in the middle of an attempt to commit.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ import numpy as np
 from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE, round_up
 from shardemb.commits.log_reader import segments
-from shardemb.format.documents import FORMAT_VERSION, checksum
+from shardemb.format import fill_records
+from shardemb.format.documents import checksum
 from shardemb.format.log_records import (
     COMMIT,
     END,
+    FILL,
     HEADER,
     IMAGES,
+    LOG_VERSION,
     MAGIC,
     NO_TABLE,
     RECORD,
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shardemb.base.validation import Int64Array
+    from shardemb.format.fill_records import Filled
     from shardemb.format.manifest import Manifest
 
 FIRST_SEGMENT = 64 * 2**10
@@ -135,8 +140,18 @@ class Log:
             self._seal(offset - RECORD.size, IMAGES, payload, rows, uuid.UUID(table).bytes)
             self._count += rows
 
+    def append_fill(self, filled: Filled, record_bytes: int) -> None:
+        """Append what is in the shards already, and is durable there."""
+        for part in filled.cut(record_bytes, _fill_blocks()):
+            nbytes = fill_records.payload_bytes(part.sums.size)
+            offset = self._reserve(RECORD.size + nbytes)
+            payload = self._stage.bytes(offset + RECORD.size, nbytes)
+            fill_records.pack(part, payload)
+            self._seal(offset, FILL, payload, part.sums.size, uuid.UUID(part.fill.table).bytes)
+            self._count += part.sums.size
+
     def append_commit(self, manifest: bytes) -> None:
-        """Append the commit record, which makes the images of the attempt valid, and make all of it durable."""
+        """Append the commit record, which makes all records of the attempt valid, and make all of it durable."""
         offset = self._reserve(RECORD.size + len(manifest))
         payload = self._stage.bytes(offset + RECORD.size, len(manifest))
         payload[:] = manifest
@@ -228,7 +243,7 @@ class Log:
             descriptor = files.open_direct(temporary)
             self._fill(descriptor, nbytes, temporary, zeros=zeros)
             header = HEADER.pack(
-                MAGIC, FORMAT_VERSION, self._epoch, number, self.sequence, nbytes, self._store, salt, 0
+                MAGIC, LOG_VERSION, self._epoch, number, self.sequence, nbytes, self._store, salt, 0
             )
             block = self._stage.bytes(0, PAGE)
             block[: HEADER.size] = header
@@ -364,6 +379,16 @@ def in_order(ids: Int64Array, pack: Callable[[int, int, int], None]) -> Callable
         pack(start, taken, address)
 
     return fill
+
+
+def needed_for_fill(filled: Filled, record_bytes: int) -> int:
+    """Return the bytes that a commit appends for a fill."""
+    parts = filled.cut(record_bytes, _fill_blocks())
+    return sum(round_up(RECORD.size + fill_records.payload_bytes(part.sums.size), PAGE) for part in parts)
+
+
+def _fill_blocks() -> int:
+    return (STAGE_BYTES - PAGE) // 8
 
 
 def _images_bytes(rows: int, record_bytes: int) -> int:

@@ -21,7 +21,7 @@ import numpy as np
 from shardemb.base import paths
 from shardemb.base.progress import track
 from shardemb.base.sizes import PAGE
-from shardemb.commits import fold
+from shardemb.commits import fills, fold
 from shardemb.compute import file_blocks, scheduler
 from shardemb.errors import FormatError, ShardEmbError, StoreExistsError
 from shardemb.format import store_paths, zarr_metadata
@@ -349,6 +349,7 @@ class StoreCopy:
     ::
 
         follow      copy the blocks whose checksums differ from those of the copy; then read the log
+                copy the blocks of fills, which have no checksum but in the log; then read the log again
         again       if the store's base has changed meanwhile, which the caller finds out
         complete    lay the images of the log over the blocks, and make the copy a store
 
@@ -396,6 +397,9 @@ class StoreCopy:
             self._copy(foreign)
             self._made = entries
             self._replay = read_log()
+            while self._copy_fills(self._replay):
+                # A fold may have written newer images over them meanwhile. By now, the log has those.
+                self._replay = read_log()
             manifest = self._replay.manifest
 
     def complete(self) -> None:
@@ -472,6 +476,15 @@ class StoreCopy:
 
             scheduler.run([partial(some, task) for task in range(number)], self._threads, stop)
             folders.carry(foreign, share=False, advance=advance)
+
+    def _copy_fills(self, replay: Replay) -> bool:
+        """Copy the blocks of committed fills that have no checksum in the copy yet; return whether there were any."""
+        tasks = [
+            partial(fills.copy, old, new, filled)
+            for old, new in self._pairs
+            for filled in replay.fills(old.spec)
+        ]
+        return any(scheduler.run(tasks, self._threads))
 
 
 def _entries(manifest: Manifest) -> list[tuple[str, str]]:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from shardemb.base.progress import Progress
     from shardemb.base.validation import Int64Array
     from shardemb.commits.log_reader import Replay
+    from shardemb.format.fill_records import Fill
     from shardemb.format.table_files import File
 
     Steady: TypeAlias = Callable[
@@ -150,7 +151,8 @@ def scan(targets: Sequence[Target], threads: int, shown: Progress) -> tuple[list
 def confirm(suspects: Sequence[Suspect], newest: Callable[[], Replay]) -> list[Damage]:
     """Read suspect blocks several times more, and return those that stay damaged.
 
-    A block that the log has new values for is not damaged: a concurrent fold may be writing it.
+    A block that the log has new values for is not damaged: a concurrent fold may be writing it. Nor is one without a
+    checksum that was filled, whether or not that is committed.
     """
     left = list(suspects)
     for _ in range(CONFIRMATIONS):
@@ -161,12 +163,27 @@ def confirm(suspects: Sequence[Suspect], newest: Callable[[], Replay]) -> list[D
 
 def _still_damaged(suspect: Suspect, newest: Replay) -> Int64Array:
     (_, table), file, blocks = suspect
-    patches = fold.patches(table, newest.images(table.spec))
+    images = newest.images(table.spec)
+    blocks = _without_filled(table, blocks, [*newest.unfinished, *(each.fill for each in images.fills)])
+    patches = fold.patches(table, images)
     patch = next((each for each in patches if each.file.path == file.path), None)
     memory = address_space.AddressRange(PAGE)
     memory.map_zeros(0, PAGE)
     damaged = [block for block in blocks.tolist() if _is_damaged(table, file, block, patch, memory)]
     return np.array(damaged, np.int64)
+
+
+def _without_filled(table: TableLocation, blocks: Int64Array, fills: Sequence[Fill]) -> Int64Array:
+    """Return those of ascending blocks that were not filled, or that a fold has a checksum of by now."""
+    filled = np.zeros(blocks.size, np.bool_)
+    for each in fills:
+        if each.table == table.spec.uuid:
+            filled |= (blocks >= each.first) & (blocks < each.stop)
+    if filled.any():
+        first, stop = int(blocks[filled][0]), int(blocks[filled][-1]) + 1
+        sums = checksums.read_sums(table.checksums_path, first, stop - first)
+        filled[filled] = sums[blocks[filled] - first] == checksums.NEVER_WRITTEN
+    return blocks[~filled]
 
 
 def _damage(suspect: Suspect) -> Iterator[Damage]:

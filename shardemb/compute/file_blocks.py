@@ -86,6 +86,22 @@ def patch(
             begin = stop
 
 
+def set_ranges(ranges: Int64Array, blocks: Int64Array, target: NDArray[np.uint8]) -> None:
+    """Set ranges of bits, of shape (n, 2), in ascending blocks of a bitmap, which are contiguous in memory."""
+    held, size = target.reshape(-1, PAGE), 8 * PAGE
+    for start, stop in ranges.tolist():
+        first, last = np.searchsorted(blocks, [start // size, -(-stop // size)]).tolist()
+        for k in range(first, last):
+            block = int(blocks[k])
+            begin, end = max(start - block * size, 0), min(stop - block * size, size)
+            if end - begin == size:
+                held[k] = 255
+            elif begin < end:
+                here = np.zeros(size, np.bool_)
+                here[begin:end] = True
+                held[k] |= np.packbits(here, bitorder="little")
+
+
 WINDOW_BLOCKS = 64
 """Blocks of a window, the unit in which much of a file is read and written."""
 
@@ -154,8 +170,8 @@ def widen(blocks: Int64Array, has_data: NDArray[np.bool_]) -> tuple[Int64Array, 
     written = changed.copy()
     between = blocks[:-1][np.diff(blocks) == 2] + 1
     written[between[taken[between]]] = True
-    changes, takes = (each.reshape(-1, WINDOW_BLOCKS).sum(axis=1) for each in (changed, taken))
+    changes = changed.reshape(-1, WINDOW_BLOCKS).sum(axis=1)
     much, most = (changes >= share * WINDOW_BLOCKS for share in (READ_SHARE, WRITE_SHARE))
-    written |= np.repeat(most & (2 * takes >= WINDOW_BLOCKS), WINDOW_BLOCKS)
+    written |= np.repeat(most, WINDOW_BLOCKS) & taken
     held: Int64Array = np.flatnonzero((written | np.repeat(much, WINDOW_BLOCKS))[: has_data.size])
     return held, written[held]

@@ -47,6 +47,18 @@ class Grouped:
     starts: Int64Array
     order: Int64Array
 
+    def part(self, which: NDArray[np.bool_]) -> Grouped:
+        """Return the same for some of the rows.
+
+        Examples
+        --------
+        >>> group(np.array([7, 8, 7]), 10).part(np.array([True, False])).order.tolist()
+        [0, 2]
+        """
+        counts = np.diff(self.starts)
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts[which])])
+        return Grouped(self.rows[which], starts, self.order[np.repeat(which, counts)])
+
 
 class Piece(NamedTuple):
     """A half-open range of one of the sequences that `cut` was given."""

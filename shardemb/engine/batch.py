@@ -7,14 +7,14 @@
              -> cut into tasks, each row in one of them -> step
 
 A row that is overwritten whole is not copied first, and nothing of it is read: its slot is filled with the new record
-before the index leads to it.
+before the index leads to it. Most of many consecutive rows that were never written take no slots; see ``filling.py``.
 
 The caller has checked all arguments, so nothing here refuses them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import mul
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -24,6 +24,7 @@ import numpy as np
 from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE
 from shardemb.compute import plan, row_kernels, scheduler
+from shardemb.engine import filling
 from shardemb.engine.shards import PAGED_ROWS
 from shardemb.errors import ShardEmbError
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from shardemb.compute.plan import Grouped, Piece
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.shards import Shards
+    from shardemb.format.fill_records import Fill
     from shardemb.optim import Optimizer
 
 SAMPLES = 32
@@ -163,7 +165,11 @@ class Change:
         """Where in `values` the new record of each row is; None if what the rows hold so far matters."""
         if self.takes_step or self.values.shape[1] != shards.spec.width:
             return None
-        last: Int64Array = self.batch.order[self.batch.starts[1:] - 1]  # of equal ids, the last one counts
+        return self.last_positions()
+
+    def last_positions(self) -> Int64Array:
+        """Where in `values` each row is given last, which counts."""
+        last: Int64Array = self.batch.order[self.batch.starts[1:] - 1]
         return last
 
     def renewed(self) -> Change:
@@ -384,13 +390,15 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
         There is no space for the rows.
     """
     with runtime.changing():
-        changes, shards = _with_room(runtime, changes)
+        planned = _with_room(runtime, changes)
         runtime.check_sound()
+        changes, fillings = [each.rest for each in planned], [each.filling for each in planned if each.fills]
         loaded: list[Loaded] = []
         try:
-            load(runtime, [_loading(*each) for each in zip(changes, shards, strict=True)], loaded)
+            load(runtime, [_loading(each.rest, each.shards) for each in planned], loaded)
             _keep(runtime, changes, loaded)
-            _carry_out(runtime, changes, loaded)
+            with filling.written(runtime, fillings):
+                _carry_out(runtime, changes, loaded, fillings)
         except BaseException:  # also Ctrl-C, which takes effect at the end of `load`
             for loading in loaded:
                 loading.abandon()
@@ -414,7 +422,9 @@ def _loading(change: Change, shards: Shards) -> Loading:
     return Loading(shards, change.batch.rows, None if positions is None else change.values, positions)
 
 
-def _carry_out(runtime: Runtime, changes: Sequence[Change], loaded: Sequence[Loaded]) -> None:
+def _carry_out(
+    runtime: Runtime, changes: Sequence[Change], loaded: Sequence[Loaded], fillings: Sequence[filling.Filling]
+) -> None:
     """Change rows that are in slots."""
     work = [_work(*each) for each in zip(changes, loaded, strict=True)]
 
@@ -436,26 +446,61 @@ def _carry_out(runtime: Runtime, changes: Sequence[Change], loaded: Sequence[Loa
         scheduler.run(tasks, runtime.threads)
         for each, rows in pairs:
             rows.shards.totals.changes += 1
-            rows.shards.totals.rows_changed += each.batch.rows.size
+            rows.shards.totals.rows_changed += each.batch.rows.size + filling.count_rows(
+                rows.shards, fillings
+            )
             each.table.training.step += each.takes_step
 
 
-def _with_room(runtime: Runtime, changes: Sequence[Change]) -> tuple[list[Change], list[Shards]]:
-    """Make room for changes; return them as they have to be now, and the memory of their tables.
+class _Planned(NamedTuple):
+    """A change, what it fills in the memory that its table has now, and the change of the other rows."""
+
+    change: Change
+    shards: Shards
+    fills: tuple[Fill, ...]
+    rest: Change
+
+    @classmethod
+    def of(cls, change: Change, *, fills: bool) -> _Planned:
+        """Plan a change; it fills nothing unless `fills`."""
+        shards, grouped = change.table.live(), change.batch
+        found = filling.plan(shards, grouped.rows) if fills and not change.takes_step else ()
+        if not found:
+            return cls(change, shards, (), change)
+        left = filling.left_over(grouped.rows, found, shards.spec.record_bytes)
+        return cls(change, shards, found, replace(change, batch=grouped.part(left)))
+
+    @property
+    def filling(self) -> filling.Filling:
+        """What it fills, and with what."""
+        change, spec = self.change, self.shards.spec
+        counts = None
+        if spec.counters and change.values.shape[1] == spec.embedding_dim:
+            counts = np.diff(change.batch.starts), change.table.training.step
+        rows, positions = change.batch.rows, change.last_positions()
+        return filling.Filling(self.shards, self.fills, rows, change.values, positions, counts)
+
+
+def _with_room(runtime: Runtime, changes: Sequence[Change]) -> list[_Planned]:
+    """Make room for changes, and plan them as they have to be now.
 
     To make room may release the lock. Other threads may then resize or drop a table, or take a key's row away. So
     nothing that was looked up before a wait is used after it: this begins again until nothing has changed meanwhile.
     """
+    fills = len({id(each.table) for each in changes}) == len(
+        changes
+    )  # otherwise the order of changes matters
     while True:
         changes = [each.renewed() for each in changes]
-        shards = [each.table.live() for each in changes]
-        _make_room(runtime, [(s, each.batch.rows) for s, each in zip(shards, changes, strict=True)])
+        planned = [_Planned.of(each, fills=fills) for each in changes]
+        _make_room(runtime, [(each.shards, each.rest.batch.rows) for each in planned])
         runtime.check_open()
-        now = [each.renewed() for each in changes]
+        now = [_Planned.of(each.renewed(), fills=fills) for each in changes]
         if all(
-            new is old and new.table.live() is s for new, old, s in zip(now, changes, shards, strict=True)
+            new.change is old.change and new.shards is old.shards and new.fills == old.fills
+            for new, old in zip(now, planned, strict=True)
         ):
-            return changes, shards
+            return planned
 
 
 def prefetch(runtime: Runtime, table: Target, rows: Int64Array, *, for_update: bool) -> None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from shardemb.commits.fills import Announcements
+    from shardemb.engine.hidden_rows import HiddenRows
     from shardemb.memory.memory_budget import Folds
     from shardemb.memory.overlay import Overlay
 
@@ -58,6 +60,10 @@ class Runtime:
         Keeps changed rows within `memory_budget`.
     folds : Folds
         Moves committed rows into the files.
+    announcements : Announcements or None
+        In a writer: names what is written to the files before a commit.
+    hidden : HiddenRows or None
+        In a reader: what a writer has announced.
     outputs : OutputPool
         Makes the arrays that lookups return.
     warming : Warming
@@ -83,6 +89,8 @@ class Runtime:
     committed: Manifest = field(default=Manifest(uuid=""), repr=False)
     budget: MemoryBudget = field(default_factory=MemoryBudget, repr=False)
     folds: Folds = field(default_factory=NoFolds, repr=False)
+    announcements: Announcements | None = field(default=None, repr=False)
+    hidden: HiddenRows | None = field(default=None, repr=False)
     outputs: OutputPool = field(default_factory=OutputPool, repr=False)
     warming: Warming = field(default_factory=Warming, repr=False)
     closed: bool = False
@@ -114,6 +122,8 @@ class Runtime:
         self.folds, self.budget = NoFolds(), MemoryBudget()
         self._background, self._background_lock = None, usable_in_child(self._background_lock)
         self.warming.detach_in_child()
+        if self.hidden is not None:
+            self.hidden.detach_in_child()
 
     def check_open(self) -> None:
         """Raise `StoreClosedError` once the store is closed."""

@@ -20,6 +20,7 @@ from shardemb.base.sampling import stream_key
 from shardemb.base.sizes import PAGE, round_up
 from shardemb.commits.log_reader import Images
 from shardemb.compute import file_blocks, residency, row_kernels
+from shardemb.engine.filled_rows import FilledRows
 from shardemb.format.table_files import TableLocation
 from shardemb.initializers import Constant
 from shardemb.memory.frozen_rows import FrozenRows
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Progress
     from shardemb.base.validation import FirstRows, Float32Array, Int64Array
+    from shardemb.engine.hidden_rows import HiddenRows
     from shardemb.format.spec import TableSpec
     from shardemb.memory.memory_budget import MemoryBudget
     from shardemb.memory.overlay import InPieces
@@ -115,6 +117,10 @@ class Shards:
         yet.
     overlay : Overlay
         The rows in slots.
+    filled : FilledRows
+        The rows that the files hold and that no commit has, or no fold has been through.
+    hidden : HiddenRows or None
+        In a reader beside a writer: the rows that the writer may have filled.
     totals : Totals
     frozen : FrozenRows or None
         The rows of this table in a commit under way.
@@ -138,6 +144,8 @@ class Shards:
         )
         self.present: NDArray[np.uint8] = self._present.array(np.uint8, (self._present.nbytes,))
         self.overlay = Overlay(self._rows, self.records)
+        self.filled = FilledRows(spec, self._present)
+        self.hidden: HiddenRows | None = None
         self.totals = Totals()
         self.frozen: FrozenRows | None = None
         initializer = spec.initializer
@@ -150,7 +158,10 @@ class Shards:
         """Copy a column of rows ``ids[start:stop]`` to ``out[start:stop]``; rows never written have initial values."""
         first = self.spec.columns[column][0]
         if not self.spec.has_presence:
-            row_kernels.gather(self.records, *self.overlay.index, first, ids, out, start, stop)
+            if self.hidden is None:
+                row_kernels.gather(self.records, *self.overlay.index, first, ids, out, start, stop)
+            else:
+                self._gather_shown(self.hidden, first, ids, out, start, stop)
             return
         initializer, key, parameters = type(self.spec.initializer), self._key, self._parameters
         if column != "weight":
@@ -159,6 +170,18 @@ class Shards:
         row_kernels.gather_or_fill(initializer)(
             self.records, *self.overlay.index, self.present, first, ids, out, key, parameters, start, stop
         )
+
+    def _gather_shown(
+        self, hidden: HiddenRows, first: int, ids: Int64Array, out: Float32Array, start: int, stop: int
+    ) -> None:
+        """Gather in a table without presence bitmap, where a fresh row is all zeros; so is a hidden one."""
+        before = None
+        while before != (before := hidden.look(self.spec)):  # until no fill begins while the files are read
+            row_kernels.gather(self.records, *self.overlay.index, first, ids, out, start, stop)
+        some = ids[start:stop]
+        which = np.flatnonzero(hidden.contain(self.spec, some))
+        which = which[self.overlay.places(some[which]) == some[which]]  # committed images are in slots
+        out[start + which] = 0
 
     def is_cold(self, ids: Int64Array, max_samples: int) -> bool:
         """Estimate whether rows of a batch have to be read from disk, from one row in eight but at most `max_samples`.
@@ -316,10 +339,13 @@ class Shards:
     @property
     def changes(self) -> int:
         """How many rows differ from the last commit."""
-        return self.overlay.changes
+        in_slots, filled = self.overlay.changes, self.filled.changes
+        if in_slots and filled:  # rows may be in both
+            in_slots -= int(np.count_nonzero(self.filled.contain(self.overlay.changed_rows())))
+        return in_slots + filled
 
     def changed_rows(self) -> Int64Array:
-        """List the rows that differ from the last commit, in the order of their slots, spilled rows last."""
+        """List the rows in slots that differ from the last commit, in the order of these, spilled ones last."""
         return self.overlay.changed_rows()
 
     def forget_changes(self, images: Images, budget: MemoryBudget) -> None:
@@ -331,6 +357,7 @@ class Shards:
             The images fit neither in memory nor in the spill file.
         """
         with self.overlay.rewinding():
+            self.filled.undo(self.location, tuple(self.filled.uncommitted))
             rows = self.changed_rows()
             # Changed rows whose committed record is not in the files yet: the image overwrites them.
             again = np.isin(images.ids, rows)
@@ -348,7 +375,7 @@ class Shards:
         """
         overlay = self.overlay
         for start in range(0, images.ids.size, PAGED_ROWS):
-            ids, addresses = (each[start : start + PAGED_ROWS] for each in images)
+            ids, addresses = (each[start : start + PAGED_ROWS] for each in images[:2])
             budget.spill(overlay.count_new(ids) * overlay.row_bytes)
             overlay.reload(ids)
             places = overlay.places(ids)
@@ -404,10 +431,18 @@ class Shards:
 
     def begin_fold(self) -> None:
         """Note that a fold of all that is committed begins."""
+        self.filled.begin_fold()
         self.overlay.begin_fold()
+
+    def end_fold(self, *, folded: bool) -> None:
+        """Note that the fold has ended; see `Overlay.end_fold`."""
+        # First the filled rows: what they find in the files then leaves its slot.
+        self.filled.end_fold(self.location, folded=folded)
+        self.overlay.end_fold(folded=folded)
 
     def freeze(self) -> None:
         """Begin a commit of the rows that differ from the last one; see `FrozenRows`."""
+        self.filled.freeze()
         self.frozen = FrozenRows(self.overlay, self.spec.width)
 
     def keep(
@@ -439,6 +474,7 @@ class Shards:
         if self.frozen is not None:
             self.frozen.release(committed=committed)
             self.frozen = None
+            self.filled.end_commit(committed=committed)
 
     def release_pages(self, start: int, stop: int) -> None:
         """Release the pages of the files of rows ``start:stop``; slots stay."""
@@ -455,6 +491,7 @@ class Shards:
         if spec.has_presence:
             dirty = dirty[~self.were_written(dirty)]
         rows += np.bincount(dirty // spec.rows_per_shard, minlength=spec.num_shards)
+        rows += self.filled.count_by_shard()
         every = (self.location.shard(shard).rows for shard in range(spec.num_shards))
         counts: Int64Array = np.minimum(rows, np.array([last - first for first, last in every]))
         return counts

@@ -20,7 +20,7 @@ from shardemb.base.formatting import size
 from shardemb.base.progress import track
 from shardemb.commits import rewrite
 from shardemb.compute import plan, scheduler
-from shardemb.engine import batch, warming
+from shardemb.engine import batch, filling, warming
 from shardemb.engine.shards import Shards
 from shardemb.errors import ShardEmbError, TableNotFoundError
 from shardemb.format import store_paths
@@ -348,6 +348,7 @@ class TableState:
     def _resized(
         self, old: Shards, count: int, ids: Int64Array | None = None, records: Float32Array | None = None
     ) -> Shards:
+        filling.take_back(self.runtime, old)  # the folders share files, and a hole is a hole in both
         spec = rewrite.resized(old.spec, count)
         directory = store_paths.parked(self.runtime.path, spec.uuid)
         rewrite.resize(old.location, TableLocation(spec, directory))

@@ -35,6 +35,11 @@ def epoch(store: Path) -> Path:
     return private(store) / "epoch"
 
 
+def fills(store: Path) -> Path:
+    """File that names the parts of shards which a writer has written and no commit may have yet."""
+    return private(store) / "fills.json"
+
+
 def parked(store: Path, uuid: str) -> Path:
     """Folder of a table that is not part of the store: not yet, or no longer."""
     return private(store) / "tables" / uuid

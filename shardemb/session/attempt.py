@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from shardemb.commits import fills
+from shardemb.storage import files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -11,6 +15,7 @@ if TYPE_CHECKING:
 
     from shardemb.base.validation import Int64Array
     from shardemb.engine.shards import Shards
+    from shardemb.format.fill_records import Filled
     from shardemb.format.manifest import Manifest
     from shardemb.format.spec import TableSpec
 
@@ -59,7 +64,31 @@ class Attempt:
     def nbytes(self) -> int:
         """About how many bytes it appends to the log."""
         frozen = [(each.spec, each.frozen) for each in self._tables]
-        return sum(rows.count * (8 + spec.record_bytes) for spec, rows in frozen if rows is not None)
+        images = sum(rows.count * (8 + spec.record_bytes) for spec, rows in frozen if rows is not None)
+        return images + sum(8 * each.sums.size for _, each in self.fills)
+
+    @property
+    def fills(self) -> list[tuple[TableSpec, Filled]]:
+        """What was filled, with its tables; no lock needed once it is frozen."""
+        return [(table.spec, each) for table in self._tables for each in table.filled.attempted]
+
+    def sync_fills(self) -> None:
+        """Make what was filled durable in the shards. No lock needed.
+
+        Raises
+        ------
+        OSError
+            The disk has failed.
+        """
+        paths = {
+            file.path
+            for table in self._tables
+            for filled in table.filled.attempted
+            for file, *_ in fills.parts(table.location, filled.fill.first, filled.fill.stop)
+        }
+        for path in sorted(paths):
+            with files.opened(path, os.O_RDONLY) as descriptor:
+                files.sync_data(descriptor, path)
 
     def freeze(self) -> None:
         """Let everything that differs from the last commit be part of this attempt, and nothing that changes later."""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE
-from shardemb.commits import fold, log_reader, log_writer
+from shardemb.commits import fills, fold, log_reader, log_writer
 from shardemb.errors import DiskFullError, PoisonedError, ShardEmbError
 from shardemb.format import store_paths
 from shardemb.session.attempt import Attempt, Images
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from shardemb.commits import rewrite
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.shards import Shards
+    from shardemb.format.fill_records import Filled
     from shardemb.format.manifest import Manifest
     from shardemb.format.spec import TableSpec
 
@@ -87,6 +88,12 @@ class Journal:
         self._log = log_writer.Log(
             store_paths.log(runtime.path), base, (runtime.log_bytes or LOG_BYTES) // SEGMENTS, SEGMENTS
         )
+        self._announcements = fills.Announcements(
+            runtime.path,
+            base.epoch,
+            lambda: [each for table in self._tables().values() for each in table.filled.unfinished()],
+        )
+        runtime.announcements = self._announcements
         self._condition = threading.Condition(runtime.lock)
         self._folding = False
         self._folding_bytes = 0
@@ -116,6 +123,7 @@ class Journal:
         epoch = self.base.manifest.epoch.to_bytes(8, "little").ljust(PAGE, b"\0")
         files.overwrite(store_paths.epoch(self._runtime.path), epoch)
         self.base.publish(self.base.manifest)
+        self._announcements.withdraw()
         log_writer.clear(store_paths.log(self._runtime.path), self.base.manifest.segment)
 
     def attempt(
@@ -205,15 +213,17 @@ class Journal:
         if {each.uuid for each in manifest.tables} - {each.uuid for each in runtime.committed.tables}:
             with self._poisoned_by_errors():  # files must be durable before a commit record names them
                 files.sync_tree(store_paths.parked(runtime.path, ""))
-        images = attempt.images(runtime.lock)
-        self._append_images(images, attempt.payload)
+        images, filled = attempt.images(runtime.lock), attempt.fills
+        with self._poisoned_by_errors():
+            attempt.sync_fills()
+        self._append(images, attempt.payload, filled)
         with signals_deferred():  # memory must agree with the log, also after Ctrl-C
             self._append_commit(attempt.payload)
             with runtime.lock:
                 attempt.succeed()
                 self._end_attempt()
         assert manifest.commit is not None
-        rows = sum(each.count for each in images)
+        rows = sum(each.count for each in images) + sum(map(_filled_rows, filled))
         _log.info("committed %s: step %d, %d rows", runtime.path, manifest.commit.step, rows)
 
     def _give_up(self, attempt: Attempt) -> None:
@@ -287,7 +297,9 @@ class Journal:
 
     def images(self) -> log_reader.Replay:
         """Read the images that are newer than the base."""
-        return log_reader.read(store_paths.log(self._runtime.path), self.base.manifest, self._log.end)
+        replay = log_reader.read(store_paths.log(self._runtime.path), self.base.manifest, self._log.end)
+        replay.unfinished = self._announcements.unfinished()
+        return replay
 
     # ---- folds
 
@@ -323,7 +335,7 @@ class Journal:
             raise ShardEmbError(msg)
         assert self._attempt is None
         payload = self._runtime.committed.to_bytes()
-        self._append_images([Images(spec, ids.size, log_writer.in_order(ids, pack))], payload)
+        self._append([Images(spec, ids.size, log_writer.in_order(ids, pack))], payload)
         with signals_deferred():
             self._append_commit(payload)
         self.drain()
@@ -381,6 +393,7 @@ class Journal:
         live: list[Shards] = []
         try:
             self.base.check_in_place()
+            self._announcements.settle()
             with signals_deferred():
                 end = self._log.end
                 closed = self._log.close_segments()
@@ -442,7 +455,7 @@ class Journal:
         """End a fold, or one that could not begin, whatever has happened to it: others wait for this."""
         try:
             for each in live:
-                each.overlay.end_fold(folded=problem is None)
+                each.end_fold(folded=problem is None)
             self._runtime.budget.evict(0)
         except Exception as error:
             problem = problem or error
@@ -474,6 +487,7 @@ class Journal:
                     dropped=(),
                 )
                 self.base.publish(base)
+                self._announcements.withdraw()
                 log_writer.clear(store_paths.log(self._runtime.path), number + 1)
         except (OSError, PoisonedError) as error:
             problem = error
@@ -510,11 +524,17 @@ class Journal:
 
     # ---- within
 
-    def _append_images(self, images: Sequence[Images], payload: bytes) -> None:
-        """Append the images of an attempt to commit. The commit record `payload` will complete it."""
+    def _append(
+        self, images: Sequence[Images], payload: bytes, filled: Sequence[tuple[TableSpec, Filled]] = ()
+    ) -> None:
+        """Append images and fills of an attempt to commit. The commit record `payload` will complete it."""
         sizes = [(each.count, each.spec.record_bytes) for each in images]
+        needed = log_writer.needed_bytes(sizes, len(payload))
+        needed += sum(log_writer.needed_for_fill(each, spec.record_bytes) for spec, each in filled)
         with self._poisoned_by_errors():
-            self._log.begin(log_writer.needed_bytes(sizes, len(payload)))
+            self._log.begin(needed)
+            for spec, fill in filled:
+                self._log.append_fill(fill, spec.record_bytes)
             for each in images:
                 self._log.append_images(each.spec.uuid, each.count, each.spec.record_bytes, each.fill)
 
@@ -542,5 +562,12 @@ class Journal:
         self._runtime.poisoned = f"writing failed ({error})"
 
 
+def _filled_rows(filled: tuple[TableSpec, Filled]) -> int:
+    spec, (fill, _) = filled
+    first, stop = fill.rows(spec.record_bytes)
+    return stop - first
+
+
 def _image_bytes(table: Shards) -> int:
-    return table.changes * (8 + table.spec.record_bytes)
+    filled = sum(8 * each.sums.size for each in table.filled.uncommitted)
+    return table.overlay.changes * (8 + table.spec.record_bytes) + filled

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
-from shardemb.engine import shards
+from shardemb.engine import filling, shards
 from shardemb.engine.batch import Training
 from shardemb.engine.table_state import TableState
 from shardemb.errors import FormatError, TableExistsError, TableNotFoundError
@@ -154,9 +154,19 @@ class TableCatalog:
         for entry in entries:
             table = self._open_table(entry, directories[entry.uuid], may_miss=may_miss)
             if replay is not None:
-                table.shards.load_images(replay.images(table.spec), self._runtime.budget)
+                self._show(table.shards, replay)
             self.current[entry.name] = table
         self.mark_committed(self.snapshot())
+
+    def _show(self, mapped: Shards, replay: Replay) -> None:
+        """Show in a reader what the log has of a table, and nothing of what a writer has filled since."""
+        images = replay.images(mapped.spec)
+        mapped.filled.show_committed(images.fills)
+        mapped.load_images(images, self._runtime.budget)
+        mapped.hidden = self._runtime.hidden
+        if mapped.hidden is not None:
+            mapped.hidden.show(mapped.spec, images.fills)
+            mapped.hidden.look(mapped.spec)
 
     def _open_table(self, entry: TableEntry, directory: Path, *, may_miss: bool) -> TableState:
         with table_folder.naming(entry.name, directory):
@@ -245,6 +255,17 @@ class TableCatalog:
             if table.spec.uuid not in self.committed:
                 self._discard_if_new(table)
                 del self.current[name]
+
+    def undo_fills(self) -> None:
+        """Undo what was written to the files of the last commit's tables and is not part of it.
+
+        Raises
+        ------
+        OSError
+            Something is left, and is noted.
+        """
+        for each in self.committed.values():
+            filling.undo(each.shards, tuple(each.shards.filled.uncommitted))
 
     def adopt(self, fresh: TableCatalog) -> None:
         """Become the tables of a newer opening. Tables that exist in both stay the same objects."""

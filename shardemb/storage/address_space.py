@@ -36,7 +36,7 @@ TABLE_MAPPINGS = 6
 
 _MADV_HUGEPAGE = 14
 _PROT_NONE, _MAP_FIXED, _MAP_NORESERVE = 0, 0x10, 0x4000
-_WRITE_BACK_AND_WAIT = 7  # SYNC_FILE_RANGE_WAIT_BEFORE | _WRITE | _WAIT_AFTER
+_WRITE_BACK, _WRITE_BACK_AND_WAIT = 2, 7  # SYNC_FILE_RANGE_WRITE; _WAIT_BEFORE | _WRITE | _WAIT_AFTER
 _FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -231,6 +231,11 @@ def write_back(descriptor: int, offset: int, nbytes: int, path: Path) -> None:
     """
     done = _libc.sync_file_range(descriptor, offset, nbytes, _WRITE_BACK_AND_WAIT)
     files.check(done, f"{path} cannot be synced")
+
+
+def begin_write_back(descriptor: int, offset: int, nbytes: int) -> None:
+    """Begin what `write_back` does, and do not wait for it. The page cache keeps the range. A sync tells of errors."""
+    _libc.sync_file_range(descriptor, offset, nbytes, _WRITE_BACK)
 
 
 def _mmap(address: int, nbytes: int, protection: int, descriptor: int, start: int = 0) -> int:

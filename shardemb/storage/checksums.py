@@ -130,6 +130,21 @@ def write_sums(path: Path, blocks: Int64Array, sums: NDArray[np.uint64]) -> None
     _update(path, blocks, lambda words, part: sums[part])
 
 
+def add_sums(path: Path, first: int, sums: NDArray[np.uint64]) -> None:
+    """Write the checksums of consecutive blocks, but only of those that have none yet, durably. One thread at a time.
+
+    Raises
+    ------
+    DiskFullError, OSError
+        Any part of the checksums may have been written.
+    """
+
+    def change(words: NDArray[np.uint64], part: slice) -> NDArray[np.uint64]:
+        return np.where(words == NEVER_WRITTEN, sums[part], words)
+
+    _update(path, first + np.arange(sums.size), change)
+
+
 def _update(
     path: Path, blocks: Int64Array, change: Callable[[NDArray[np.uint64], slice], NDArray[np.uint64]]
 ) -> None:

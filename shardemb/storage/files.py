@@ -501,9 +501,9 @@ def data(descriptor: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
         start = hole_stop
 
 
-def punch(descriptor: int, offset: int, nbytes: int, path: Path) -> None:
-    """Release the disk space of a range, which reads as zeros from then on."""
-    _fallocate(descriptor, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, offset, nbytes, path)
+def punch(descriptor: int, offset: int, nbytes: int, path: Path) -> bool:
+    """Release the disk space of a range, which reads as zeros from then on; return False if that is not supported."""
+    return _fallocate(descriptor, _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE, offset, nbytes, path)
 
 
 def sync(descriptor: int, path: Path) -> None:
@@ -679,11 +679,11 @@ def _is_on_tmpfs(descriptor: int) -> bool:
     return status[0] == _TMPFS_MAGIC
 
 
-def _fallocate(descriptor: int, flags: int, offset: int, nbytes: int, path: Path) -> None:
+def _fallocate(descriptor: int, flags: int, offset: int, nbytes: int, path: Path) -> bool:
     code = errno.EINTR
     while code == errno.EINTR:  # Python has handled the signal; nothing repeats calls made through ctypes
-        done = _libc.fallocate(descriptor, flags, offset, nbytes) == 0
-        code = 0 if done else ctypes.get_errno()
+        code = 0 if _libc.fallocate(descriptor, flags, offset, nbytes) == 0 else ctypes.get_errno()
     if code not in (0, errno.EOPNOTSUPP, errno.ENOSYS):
         with _disk_errors(path):
             raise OSError(code, os.strerror(code), str(path))
+    return code == 0

@@ -195,13 +195,18 @@ def _rows_of_blocks(table: TableLocation, file: File) -> int:
     return written * PAGE // table.spec.record_bytes
 
 
-def _write_rows(table: TableLocation, rows: FirstRows, advance: Advance, *, stays_cached: bool) -> None:
-    """Write the first rows directly into new files, so that bulk data never takes private memory."""
-    spec = table.spec
+def prepare_to_stay(spec: TableSpec, descriptor: int, offset: int, nbytes: int) -> None:
+    """Prepare a hole of a shard to be written through the page cache, in which it is to stay for lookups."""
     # A large write puts large pages into the cache. When a fold writes to a block of such a page, the kernel counts all
     # of it as changed. Lookups gain from them only where they can be mapped as they are. Otherwise the hole is read
     # first, which leaves small pages there and costs no access to the disk.
-    in_small_pages = stays_cached and spec.shard_bytes % address_space.HUGE_PAGE != 0
+    if spec.shard_bytes % address_space.HUGE_PAGE:
+        files.will_need(descriptor, offset, nbytes)
+
+
+def _write_rows(table: TableLocation, rows: FirstRows, advance: Advance, *, stays_cached: bool) -> None:
+    """Write the first rows directly into new files, so that bulk data never takes private memory."""
+    spec = table.spec
     block_rows = max(1, _BLOCK_BYTES // spec.record_bytes)
     for number in range(spec.num_shards):
         file = table.shard(number)
@@ -215,8 +220,8 @@ def _write_rows(table: TableLocation, rows: FirstRows, advance: Advance, *, stay
                 records[:, : spec.embedding_dim] = rows.read(start, stop)
                 records[:, spec.embedding_dim :] = spec.initial_state
                 offset = (start - begin) * spec.record_bytes
-                if in_small_pages:
-                    files.will_need(descriptor, offset, records.nbytes)
+                if stays_cached:
+                    prepare_to_stay(spec, descriptor, offset, records.nbytes)
                 files.write(descriptor, records.data, offset, file.path)
                 advance(stop - start)
             checksums.write_file_sums(table, file)

@@ -16,8 +16,9 @@ import numpy as np
 
 from shardemb.base import paths, validation
 from shardemb.base.sizes import PAGE
-from shardemb.commits import fold, log_reader, rewrite
+from shardemb.commits import fills, fold, log_reader, rewrite
 from shardemb.compute import scheduler
+from shardemb.engine.hidden_rows import HiddenRows
 from shardemb.engine.runtime import Runtime
 from shardemb.engine.warming import Warming
 from shardemb.errors import (
@@ -170,7 +171,9 @@ def _open_reader(runtime: Runtime) -> Session:
 
     def open_once(manifest: Manifest) -> Session:
         directories = folders.locate(runtime.path, manifest.tables)
-        watching = replace(runtime, fresh=_epoch_check(runtime.path))
+        fresh, count = _watch(runtime.path)
+        hidden = HiddenRows(count, lambda: fills.read_note(runtime.path, manifest).fills)
+        watching = replace(runtime, fresh=fresh, hidden=hidden)
         session = _open_at_last_commit(watching, manifest)
         # The writer may have moved folders, or published another base, between the calls above.
         if (
@@ -242,30 +245,36 @@ def _open_at_last_commit(runtime: Runtime, base: Manifest) -> Session:
         may_miss=base.clean,
         replay=replay,
         reader=Reader(
-            # A private copy: the writer may use the segments again while the caller looks at the images.
-            newest=lambda: _read_next_to_writer(
-                runtime.path, partial(log_reader.read, store_paths.log(runtime.path), private=True)
-            ),
+            newest=lambda: _read_next_to_writer(runtime.path, partial(_newest, runtime.path)),
             reopen=lambda: _open_reader(runtime.again()),
             follow=partial(_follow, runtime.path, base.uuid),
         ),
     )
 
 
-def _epoch_check(path: Path) -> Callable[[], bool]:
-    """Return a function that returns whether no writer has opened the store since.
+def _newest(path: Path, base: Manifest) -> log_reader.Replay:
+    """Read what a writer may have added to the shards: without a commit, which comes first, and in the log."""
+    unfinished = fills.read_note(path, base).fills
+    # A private copy: the writer may use the segments again while the caller looks at the images.
+    replay = log_reader.read(store_paths.log(path), base, private=True)
+    replay.unfinished = unfinished
+    return replay
+
+
+def _watch(path: Path) -> tuple[Callable[[], bool], Callable[[], int]]:
+    """Return functions that return whether no writer has opened the store since, and how often one announced fills.
 
     A writer announces itself before it publishes its base. If it dies in between, the file is ahead of the manifest;
     so what counts is not whether the two agree, but whether the file changes.
     """
     file = store_paths.epoch(path)
     if (files.size(file) or 0) < 8:  # no writer has opened this copy of a store yet, or the file was cut off
-        return lambda: (files.size(file) or 0) < 8
+        return lambda: (files.size(file) or 0) < 8, lambda: 0
     memory = address_space.AddressRange(PAGE)
     memory.map_file(0, file, PAGE)
-    now = memory.array(np.int64, (1,))
+    now = memory.array(np.int64, (2,))
     epoch = int(now[0])
-    return lambda: int(now[0]) == epoch
+    return lambda: int(now[0]) == epoch, lambda: int(now[fills.COUNTER // 8])
 
 
 def _open_writer(runtime: Runtime, *, new: bool) -> Session:
@@ -312,6 +321,11 @@ def _recover(runtime: Runtime, base: Manifest) -> Manifest:
             spec = table_folder.spec_of(directory, may_miss=base.clean)
             images.append((TableLocation(spec, directory), replay.images(spec)))
     rewrite.unshare(runtime.path, [location for location, _ in images])
+    # Before the images are written: some may be of rows that the note still names.
+    note = fills.read_note(runtime.path, base)
+    for location, some in images:
+        named = [each for each in note.fills if each.table == location.spec.uuid]
+        fills.undo_unfinished(location, named, some.fills)
     # Every image, even where the files look right: after a failed write-back, only the page cache may be.
     fold.write(images, runtime.threads)
     current = {table.uuid for table in replay.manifest.tables}
@@ -396,6 +410,7 @@ def _clear(path: Path) -> None:
     files.remove_tree(store_paths.private(path) / "vocabularies")
     files.remove_tree(store_paths.rebuilt(path))
     files.remove_tree(store_paths.log(path))
+    files.remove(store_paths.fills(path))
     files.remove(store_paths.manifest(path))
 
 

@@ -131,7 +131,7 @@ def test_an_independent_reader_finds_the_same_rows(folder, log):
     rows, pending, sequence = {}, {}, 11
     for path in sorted(folder.glob("*.log")):
         header, records = independent(path)
-        assert header[:2] == (b"shardlog", 1)
+        assert header[:2] == (b"shardlog", 2)
         assert header[2:5] == (3, int(path.stem), sequence)
         assert header[6] == uuid.UUID(STORE).bytes
         for position, fields, payload in records:

@@ -36,6 +36,23 @@ def test_patch_bits_sets_those_that_lie_in_the_blocks_given(bits, most):
     assert set_bits(memory) == expected
 
 
+some_ranges = st.lists(
+    st.tuples(st.integers(0, 4 * ROWS_PER_BLOCK), st.integers(0, 2 * ROWS_PER_BLOCK)), max_size=3
+)
+
+
+@given(some_ranges, st.sets(st.integers(0, 6)).map(sorted))
+def test_set_ranges_sets_exactly_the_bits_of_the_blocks_that_it_is_given(ranges, blocks):
+    memory = np.zeros(len(blocks) * PAGE, np.uint8)
+    ranges = [(start, start + length) for start, length in ranges if length]
+    file_blocks.set_ranges(int64(ranges).reshape(-1, 2), int64(blocks), memory)
+    expected = np.zeros(7 * ROWS_PER_BLOCK, np.bool_)
+    for start, stop in ranges:
+        expected[start:stop] = True
+    held = expected.reshape(7, -1)[blocks].reshape(-1) if blocks else expected[:0]
+    assert np.array_equal(np.unpackbits(memory, bitorder="little"), held)
+
+
 some_blocks = st.sets(st.integers(0, 299), max_size=299)
 
 
@@ -52,8 +69,8 @@ def test_widen_completes_windows_and_gaps_of_one_block(changed, data, window):
         every = set(range(start, start + window))
         if 8 * len(every & changed) >= 3 * window:
             expected_held |= every
-        if 4 * len(every & changed) >= 3 * window and 2 * len(every & (changed | data)) >= window:
-            expected |= every
+        if 4 * len(every & changed) >= 3 * window:
+            expected |= every & (changed | data)
     assert held[written].tolist() == sorted(each for each in expected if each < 300)
     assert held.tolist() == sorted(each for each in expected | expected_held if each < 300)
 

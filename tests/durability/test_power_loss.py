@@ -16,6 +16,7 @@ from support.power_loss import (
     explore_behind,
     found_without_barrier,
     found_without_call,
+    is_about_fills,
     is_about_keys,
 )
 
@@ -54,8 +55,13 @@ def test_what_is_left_out_is_noticed(what, elsewhere):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "site", [each for each in SITES if each not in OTHER_REASONS and not is_about_keys(each)]
-)  # those of the index of keys: tests/test_vocabulary_power_loss.py
+    "site",
+    [
+        each
+        for each in SITES
+        if each not in OTHER_REASONS and not is_about_keys(each) and not is_about_fills(each)
+    ],
+)  # those: test_vocabulary_power_loss.py, test_fills_power_loss.py
 def test_every_call_is_needed(site, elsewhere):
     """Left out, as if the disk never got it, some state does not open at the last commit."""
     assert elsewhere(found_without_call)

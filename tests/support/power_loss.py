@@ -89,7 +89,7 @@ class Recording:
             name: getattr(files, name)
             for name in (
                 "write", "sync", "sync_data", "sync_tree", "rename", "remove", "remove_tree", "opened",
-                "create_sparse", "make_directory", "allocate", "link",
+                "create_sparse", "make_directory", "allocate", "link", "punch",
             )
         }  # fmt: skip
 
@@ -100,6 +100,11 @@ class Recording:
             real["write"](descriptor, data, offset, path)
             if self.keeps("write", path):
                 self.add("write", inode(descriptor), offset, bytes(data))
+
+        def punch(descriptor, offset, nbytes, path):
+            if self.keeps("punch", path):
+                self.add("write", inode(descriptor), offset, bytes(nbytes))
+            return real["punch"](descriptor, offset, nbytes, path)
 
         def sync(descriptor, path):
             if self.keeps("sync", path):
@@ -572,8 +577,13 @@ def scratch():
     return tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None)
 
 
-def explore(seed, number_of_states, *, again=0.2, kill=0.1, skip=lambda call, path: False, work=work):
-    """Crash a workload at random points; return the hashes of the states. The first bad one is an AssertionError."""
+def explore(
+    seed, number_of_states, *, again=0.2, kill=0.1, skip=lambda call, path: False, work=work, readers=False
+):
+    """Crash a workload at random points; return the hashes of the states. The first bad one is an AssertionError.
+
+    With `readers`, each state is read before it is recovered.
+    """
     chance = random.Random(seed)
     seen = set()
     with scratch() as folder, pytest.MonkeyPatch.context() as patch:
@@ -596,7 +606,8 @@ def explore(seed, number_of_states, *, again=0.2, kill=0.1, skip=lambda call, pa
             twice = killed or chance.random() < again
             before = disk if killed else None
             allowed = allowed_at(recording, point)
-            problem = check(
+            problem = readers and read_wrongly(state, allowed, numbers)
+            problem = problem or check(
                 state, allowed, chance, seen, again=twice, skip=skip, before=before, numbers=numbers
             )
             assert problem is None, f"seed {seed}, operation {point}: {problem}"
@@ -661,6 +672,23 @@ def check(state, allowed, chance, seen, *, again, skip, before=None, numbers=Non
             seen.add(digest(state))
             problem = check(state, allowed, chance, seen, again=False, skip=skip)
             return problem and f"after a crash within recovery: {problem}"
+    return None
+
+
+def read_wrongly(state, allowed, numbers):
+    """Read a crash state as it is; return what is wrong with it, or None. Not every one is a store already."""
+    with scratch() as folder:
+        materialise(state, folder, numbers)
+        try:
+            store = shardemb.open(Path(folder) / "store", "r", threads=1)
+        except shardemb.StoreNotFoundError:
+            return None
+        with store:
+            found, damage = contents(store), store.verify()
+    if damage:
+        return f"damage to a reader: {damage[0]}"
+    if found not in allowed:
+        return f"a reader opens at {found[0]}, and not at {[each[0] for each in allowed]}, or sees other rows"
     return None
 
 
@@ -738,7 +766,7 @@ SOURCE = Path(shardemb.__file__).parent
 
 MUTATED = {
     "write", "write_new", "overwrite", "rename", "stage", "publish", "replace",
-    "sync", "sync_data", "sync_tree", "sync_directory", "sync_file",
+    "sync", "sync_data", "sync_tree", "sync_directory", "sync_file", "punch",
 }  # fmt: skip
 
 
@@ -777,6 +805,10 @@ OTHER_REASONS = {
     "targets._move_in:sync_directory:2": "the same",
     "targets._move_in:rename": "the same",
     "table_folder._write_rows:sync": "so that the page cache can be emptied",
+    "fills.announce:write": "tells readers of rows that no commit has",
+    "fills.punch:write": "file systems that cannot make holes",
+    "fills.copy:write": "copies, which no workload makes",
+    "fills._copy_window:write": "the same",
 }
 
 
@@ -805,6 +837,11 @@ def call_sites():
 
 
 SITES = call_sites()
+
+
+def is_about_fills(site):
+    """Whether a call is one of what is written before its commit."""
+    return site.startswith(("fills.", "filling.", "attempt.sync_fills"))
 
 
 def is_about_keys(site):

@@ -13,16 +13,18 @@ import pytest
 
 import shardemb
 from shardemb.base import interrupts
-from shardemb.commits import fold, log_reader, log_writer
-from shardemb.engine import batch, runtime, shards
+from shardemb.commits import fills, fold, log_reader, log_writer
+from shardemb.compute import file_blocks
+from shardemb.engine import batch, filling, hidden_rows, runtime, shards
 from shardemb.format import log_records, store_paths
 from shardemb.memory import frozen_rows, overlay, spill_file
 from shardemb.optim import Adam
+from shardemb.session.attempt import Attempt
 from shardemb.session.base import Base
 from shardemb.session.journal import Journal
 from shardemb.storage import checksums, files
 from shardemb.store import opening
-from support import inside
+from support import fills_power_loss, inside
 from support.power_loss import WORKLOADS, Disk, Recording, contents, explore, scratch, work
 from support.stores import close_quietly
 from support.witnesses import WITNESSES
@@ -473,6 +475,112 @@ def checksums_alone(patch):
     patch.setattr(checksums, "mark_in_flux", begin)
 
 
+def fills_not_announced(patch):
+    patch.setattr(fills.Announcements, "_replace", lambda self, some: None)
+
+
+def fills_not_synced(patch):
+    patch.setattr(Attempt, "sync_fills", lambda self: None)
+
+
+def fills_forgotten_before_commit(patch):
+    real = Journal._append_commit
+
+    def append(self, payload):
+        self._announcements._replace([])
+        real(self, payload)
+
+    patch.setattr(Journal, "_append_commit", append)
+
+
+def fills_not_undone(patch):
+    patch.setattr(fills, "undo_unfinished", lambda table, named, committed: None)
+
+
+def fills_undone_late(patch):
+    """The images first, and without a look at what has checksums by then."""
+    undo, late = fills.undo_unfinished, []
+    patch.setattr(fills, "undo_unfinished", lambda *arguments: late.append(arguments))
+    write = fold.write
+
+    def write_first(tables, *rest):
+        write(tables, *rest)
+        while late:
+            with pytest.MonkeyPatch.context() as blind:
+                blind.setattr(checksums, "read_sums", lambda path, first, count: np.zeros(count, np.uint64))
+                undo(*late.pop())
+
+    patch.setattr(fold, "write", write_first)
+
+
+def fills_checksums_again(patch):
+    patch.setattr(
+        checksums,
+        "add_sums",
+        lambda path, first, sums: checksums.write_sums(path, first + np.arange(sums.size), sums),
+    )
+
+
+def windows_as_a_whole(patch):
+    def widen(blocks, has_data):
+        held = np.arange(has_data.size)
+        return held, np.ones(held.size, np.bool_)
+
+    patch.setattr(file_blocks, "widen", widen)
+
+
+def nothing_hidden(patch):
+    patch.setattr(hidden_rows.HiddenRows, "contain", lambda self, spec, rows: np.zeros(rows.size, np.bool_))
+
+
+def fill_beside_fold():
+    """Fill a part of a shard while a fold holds blocks of it that it has read."""
+    with scratch() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filling, "LEAST_BYTES", 4096)
+        store = shardemb.open(Path(folder) / "store", threads=1)
+        table = store.create_table("a", num_embeddings=4096, embedding_dim=DIM, rows_per_shard=4096)
+        store.commit()
+        table.write(np.arange(0, 4096, 1024), np.ones((4, DIM), np.float32))
+        store.commit()
+        go_on, reached, patched = threading.Event(), threading.Event(), file_blocks.patch
+
+        def wait(*arguments):  # it has read the blocks, and has not written them
+            reached.set()
+            go_on.wait(20)
+            patched(*arguments)
+
+        patch.setattr(file_blocks, "patch", wait)
+        folding = threading.Thread(target=store.checkpoint)
+        folding.start()
+        reached.wait(20)
+        values = np.random.default_rng(1).random((1000, DIM), np.float32)
+        table.write(np.arange(10, 1010), values)
+        filled = inside.shards(table).filled.changes
+        go_on.set()
+        folding.join()
+        same = np.array_equal(table.lookup(np.arange(10, 1010)), values)
+        store.commit()
+        damage = store.verify()
+        close_quietly(store)
+    assert filled
+    return None if same and not damage else "a fold has undone a write"
+
+
+def reader_beside_fill():
+    """Read while a writer fills, with and without a commit, before and after it began."""
+    with scratch() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filling, "LEAST_BYTES", 4096)
+        store = shardemb.open(Path(folder) / "store", threads=1)
+        table = store.create_table("a", num_embeddings=4096, embedding_dim=DIM)
+        store.commit()
+        with shardemb.open(store.path, "r") as early:
+            table.write(np.arange(2000), np.ones((2000, DIM), np.float32))
+            with shardemb.open(store.path, "r") as late:
+                found = [reader["a"].lookup(np.arange(4096)).any() for reader in (early, late)]
+        close_quietly(store)
+    return "a reader saw what no commit has" if any(found) else None
+
+
 UNDONE = {
     "R1 shards hold committed values only": (changes_in_place, other_ways_to_the_disk),
     "R2 images count with their commit": (images_count_at_once, power),
@@ -497,6 +605,14 @@ UNDONE = {
     "R16 a row is kept before it changes": (nothing_kept, commit_beside_updates),
     "R17 a failed commit gives its rows back": (failed_commits_keep_their_rows, failed_commit_beside_updates),
     "R18 no fold takes a part of a commit": (folds_do_not_wait, fold_beside_commit),
+    "R19 announced before they are written": (fills_not_announced, fills_power_loss.power),
+    "R20 filled rows are durable before their commit": (fills_not_synced, fills_power_loss.power),
+    "R21 announced until their commit is durable": (fills_forgotten_before_commit, fills_power_loss.power),
+    "R22 recovery makes holes of what no commit has": (fills_not_undone, fills_power_loss.power),
+    "R22 holes are made before images are written": (fills_undone_late, fills_power_loss.power),
+    "R23 checksums only for blocks that have none": (fills_checksums_again, fills_power_loss.power),
+    "R23 a fold writes no blocks that were never written": (windows_as_a_whole, fill_beside_fold),
+    "R24 readers hide what no commit has": (nothing_hidden, reader_beside_fill),
 }
 
 
@@ -504,4 +620,4 @@ def noticed(rule):
     undo, witness = UNDONE[rule]
     with pytest.MonkeyPatch.context() as patch:
         undo(patch)
-        return power(WITNESSES.get(rule)) if witness is power else witness()
+        return witness(WITNESSES.get(rule)) if witness in (power, fills_power_loss.power) else witness()
