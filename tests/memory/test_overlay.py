@@ -418,7 +418,8 @@ def test_memory_of_rows_that_were_evicted_here_and_there_is_released(tmp_path):
         table = store.create_table("t", num_embeddings=count, embedding_dim=DIM)
         ids = np.arange(count)
         rows = np.repeat(ids[:, None], DIM, 1).astype(np.float32)
-        table.write(ids, rows)
+        for part in (ids[::2], ids[1::2]):  # not all at once: consecutive rows would take no memory
+            table.write(part, rows[part])
         store.commit()
         store.checkpoint()
         overlay, full = inside.shards(table).overlay, anonymous()
