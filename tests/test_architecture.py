@@ -38,7 +38,8 @@ ROOMS = {
     "commits": ["fills", "log_reader", "fold", "log_writer", "rewrite", "verify"],
     "memory": ["slots", "spill_file", "overlay", "frozen_rows", "memory_budget"],
     "engine": [
-        "output_pool", "warming", "hidden_rows", "runtime", "filled_rows", "shards", "filling", "batch", "table_state",
+        "output_pool", "warming", "hidden_rows", "runtime", "filled_rows", "shards", "planned", "filling", "batch",
+        "table_state",
     ],
     "io": ["arrow", "targets", "parquet"],
     "vocabulary": [
@@ -46,8 +47,8 @@ ROOMS = {
         "key_tables", "key_rows", "keyed_rows",
     ],
     "session": [
-        "forking", "display", "pending_commit", "attempt", "base", "journal", "table_catalog",
-        "vocabulary_catalog", "session",
+        "forking", "display", "pending_commit", "attempt", "base", "log_limit", "journal",
+        "table_catalog", "vocabulary_catalog", "session",
     ],
     "store": ["vocabulary", "table", "keyed_table", "store", "opening"],
     "text": [],

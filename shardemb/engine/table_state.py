@@ -21,6 +21,7 @@ from shardemb.base.progress import track
 from shardemb.commits import rewrite
 from shardemb.compute import plan, scheduler
 from shardemb.engine import batch, filling, warming
+from shardemb.engine.planned import Change, PlannedRead, Training, require_rows
 from shardemb.engine.shards import Shards
 from shardemb.errors import ShardEmbError, TableNotFoundError
 from shardemb.format import store_paths
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Progress
     from shardemb.base.validation import Float32Array, Int64Array
-    from shardemb.engine.batch import Training
     from shardemb.engine.runtime import Runtime
     from shardemb.optim import Optimizer
 
@@ -154,19 +154,19 @@ class TableState:
 
     # ---- reading
 
-    def plan_read(self, column: str, ids: ArrayLike) -> batch.PlannedRead:
+    def plan_read(self, column: str, ids: ArrayLike) -> PlannedRead:
         """Check a lookup."""
         # Checked against the memory that will be read, not against the table, which may be resized in between.
         shards = self.live()
         checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
         first, last = shards.spec.columns[column]
-        return batch.PlannedRead(self, shards, column, checked.flat, (*checked.shape, last - first))
+        return PlannedRead(self, shards, column, checked.flat, (*checked.shape, last - first))
 
     def read(self, column: str, ids: ArrayLike, out: NDArray[np.float32] | None = None) -> Float32Array:
         """Copy a column of rows into `out`, or into a new array."""
         return self.carry_out(self.plan_read(column, ids), out)
 
-    def carry_out(self, planned: batch.PlannedRead, out: NDArray[np.float32] | None = None) -> Float32Array:
+    def carry_out(self, planned: PlannedRead, out: NDArray[np.float32] | None = None) -> Float32Array:
         """Carry out a lookup that `plan_read` has checked."""
         pool, shape = self.runtime.outputs, planned.shape
         result = pool.empty(shape) if out is None else validation.output(out, shape)
@@ -248,15 +248,13 @@ class TableState:
 
     # ---- changing rows
 
-    def plan_change(
-        self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool
-    ) -> batch.Change:
+    def plan_change(self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool) -> Change:
         """Check an update (`what` is "gradients") or a write ("rows"), and group its ids."""
         shards = self.live()
         checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
         rows = self.check_values(values, checked.shape, what, check_finite=check_finite)
         grouped = plan.group(checked.flat, shards.spec.num_embeddings)
-        return batch.Change(self, grouped, rows, what == "gradients")
+        return Change(self, grouped, rows, what == "gradients")
 
     def check_values(
         self, values: ArrayLike, shape: tuple[int, ...], what: str, *, check_finite: bool
@@ -269,22 +267,22 @@ class TableState:
         shape = (*shape, spec.embedding_dim)
         return validation.rows(values, shape, what=what, table=self.name, check_finite=check_finite)
 
-    def plan_reset(self, rows: Int64Array) -> batch.Change:
+    def plan_reset(self, rows: Int64Array) -> Change:
         """Plan to give ascending rows their initial records again; rows that were never changed are left out."""
-        shards = batch.require_rows(self, rows)
+        shards = require_rows(self, rows)
 
         def changed() -> Int64Array:
             some: Int64Array = rows[shards.were_written(rows) | (shards.overlay.places(rows) != rows)]
             return some
 
-        def renew() -> batch.Change | None:
+        def renew() -> Change | None:
             # Rows that were left out may have changed meanwhile.
             same = self.memory is shards and np.array_equal(changed(), some)
             return None if same else self.plan_reset(rows)
 
         some = changed()
         grouped = plan.Grouped(some, np.arange(some.size + 1), np.arange(some.size))
-        return batch.Change(self, grouped, shards.initial_records(some), takes_step=False, renew=renew)
+        return Change(self, grouped, shards.initial_records(some), takes_step=False, renew=renew)
 
     def change(self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool) -> None:
         """Carry out an update or a write; see `plan_change`."""
@@ -387,7 +385,7 @@ class TableState:
         directory = rewrite.reshaped(
             self.runtime.path, old.location, spec, keep_state=keep, progress=progress
         )
-        self.become(Shards(spec, directory), before if keep else batch.Training(spec.optimizer, 0))
+        self.become(Shards(spec, directory), before if keep else Training(spec.optimizer, 0))
         try:
             yield
         except BaseException:

@@ -31,6 +31,12 @@ class Images:
     fill: Fill
 
 
+def changed_bytes(table: Shards) -> int:
+    """Return about how many bytes a commit of a table's changes would append to the log."""
+    filled = sum(8 * each.sums.size for each in table.filled.uncommitted)
+    return table.overlay.changes * (8 + table.spec.record_bytes) + filled
+
+
 class Attempt:
     """An attempt to commit. Callers hold the store's lock, unless a method says otherwise.
 
@@ -71,6 +77,12 @@ class Attempt:
     def fills(self) -> list[tuple[TableSpec, Filled]]:
         """What was filled, with its tables; no lock needed once it is frozen."""
         return [(table.spec, each) for table in self._tables for each in table.filled.attempted]
+
+    @property
+    def filled_rows(self) -> int:
+        """How many rows were filled."""
+        ranges = [filled.fill.rows(spec.record_bytes) for spec, filled in self.fills]
+        return sum(stop - start for start, stop in ranges)
 
     def sync_fills(self) -> None:
         """Make what was filled durable in the shards. No lock needed.

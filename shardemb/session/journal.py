@@ -26,7 +26,8 @@ from shardemb.base.sizes import PAGE
 from shardemb.commits import fills, fold, log_reader, log_writer
 from shardemb.errors import DiskFullError, PoisonedError, ShardEmbError
 from shardemb.format import store_paths
-from shardemb.session.attempt import Attempt, Images
+from shardemb.session import log_limit
+from shardemb.session.attempt import Attempt, Images, changed_bytes
 from shardemb.session.base import Base
 from shardemb.session.pending_commit import PendingCommit
 from shardemb.storage import files, folders
@@ -45,16 +46,6 @@ if TYPE_CHECKING:
 
 
 _log = logging.getLogger("shardemb")
-
-LOG_BYTES = 2**30
-"""The least that the log may take if nothing was said, whatever the tables and the disk have."""
-
-LOG_TABLES, LOG_PART = 3, 8
-"""If nothing was said, the log may take this many times what the tables map, but one such part of the free space.
-
-So two commits of a whole table do not wait for a fold, and a fold that begins at half of it writes most blocks once.
-Nor may it take more than the memory budget, because a reader of a crashed store has all of it in memory.
-"""
 
 SEGMENTS = 16
 """Number of segments in a full log of the least size."""
@@ -86,7 +77,10 @@ class Journal:
         files.make_directory(store_paths.log(runtime.path))
         files.sync_directory(store_paths.private(runtime.path))
         self._log = log_writer.Log(
-            store_paths.log(runtime.path), base, (runtime.log_bytes or LOG_BYTES) // SEGMENTS, SEGMENTS
+            store_paths.log(runtime.path),
+            base,
+            (runtime.log_bytes or log_limit.LOG_BYTES) // SEGMENTS,
+            SEGMENTS,
         )
         self._announcements = fills.Announcements(
             runtime.path,
@@ -94,6 +88,7 @@ class Journal:
             lambda: [each for table in self._tables().values() for each in table.filled.unfinished()],
         )
         runtime.announcements = self._announcements
+        self._limit = log_limit.LogLimit(runtime, tables)
         self._condition = threading.Condition(runtime.lock)
         self._folding = False
         self._folding_bytes = 0
@@ -223,7 +218,7 @@ class Journal:
                 attempt.succeed()
                 self._end_attempt()
         assert manifest.commit is not None
-        rows = sum(each.count for each in images) + sum(map(_filled_rows, filled))
+        rows = sum(each.count for each in images) + attempt.filled_rows
         _log.info("committed %s: step %d, %d rows", runtime.path, manifest.commit.step, rows)
 
     def _give_up(self, attempt: Attempt) -> None:
@@ -240,12 +235,12 @@ class Journal:
             self._abandoned()
 
     def _fold_if_due(self, attempt: Attempt) -> None:
-        if self.exceeds_limit(4 * self._in_log // 3):
+        if self._limit.is_exceeded(4 * self._in_log // 3, self._in_log):
             self._hurry.set()  # soon a commit will wait
         if attempt.new_set:
             self.fold_all()
         elif (
-            self.exceeds_limit(2 * (self._in_log - self._folding_bytes))
+            self._limit.is_exceeded(2 * (self._in_log - self._folding_bytes), self._in_log)
             or self._runtime.budget.needs_fold
             or self._problem is not None
         ):
@@ -266,7 +261,7 @@ class Journal:
             The shards have no space for that.
         """
         self.settle()
-        self._make_space(sum(map(_image_bytes, tables)))
+        self._make_space(sum(map(changed_bytes, tables)))
         self.settle()  # again, because others may have begun one while a fold ran
 
     def _make_space(self, nbytes: int) -> None:
@@ -277,19 +272,9 @@ class Journal:
             if isinstance(problem, DiskFullError):
                 raise problem
 
-    def exceeds_limit(self, nbytes: int) -> bool:
-        """Return whether a log of that many bytes would be too large."""
-        if self._runtime.log_bytes is not None or nbytes <= LOG_BYTES:
-            return nbytes > (self._runtime.log_bytes or LOG_BYTES)
-        mapped = sum(each.spec.num_shards * each.spec.shard_bytes for each in self._tables().values())
-        free = files.free_space(self._runtime.path) + self._in_log
-        return nbytes > max(
-            LOG_BYTES, min(LOG_TABLES * mapped, free // LOG_PART, self._runtime.memory_budget)
-        )
-
     def _lacks_space(self, nbytes: int) -> bool:
         in_log = self._in_log
-        return in_log > 0 and self.exceeds_limit(in_log + nbytes)
+        return in_log > 0 and self._limit.is_exceeded(in_log + nbytes, in_log)
 
     @property
     def _in_log(self) -> int:
@@ -461,7 +446,7 @@ class Journal:
             problem = problem or error
         finally:
             if problem is not None:
-                self._unfolded_bytes = self._folding_bytes
+                self._unfolded_bytes += self._folding_bytes
                 if not isinstance(problem, DiskFullError | PoisonedError):
                     self._poison(problem)
             self._folding_bytes = 0
@@ -560,14 +545,3 @@ class Journal:
 
     def _poison(self, error: BaseException) -> None:
         self._runtime.poisoned = f"writing failed ({error})"
-
-
-def _filled_rows(filled: tuple[TableSpec, Filled]) -> int:
-    spec, (fill, _) = filled
-    first, stop = fill.rows(spec.record_bytes)
-    return stop - first
-
-
-def _image_bytes(table: Shards) -> int:
-    filled = sum(8 * each.sums.size for each in table.filled.uncommitted)
-    return table.overlay.changes * (8 + table.spec.record_bytes) + filled

@@ -22,7 +22,7 @@ class PendingCommit:
     Examples
     --------
     >>> pending = store.commit(step=100, wait=False)
-    >>> table.update(ids, grads)  # belongs to the next commit
+    >>> table.write([1], np.ones((1, 4), np.float32))  # belongs to the next commit
     >>> pending.result()
     Commit(id=1, step=100, metadata={})
     >>> pending.done()

@@ -519,14 +519,6 @@ class Session:
         self.tables.detach_in_child()
         self.vocabularies.detach_in_child()
 
-    def _undo_fills(self) -> Exception | None:
-        """Undo what was filled and not committed; return the error if that failed: then the next opening does it."""
-        try:
-            self.tables.undo_fills()
-        except OSError as error:
-            return error
-        return None
-
     def _finish_writing(self, shown: bool) -> None:
         """Fold what is committed, discard the rest, and warn of what is lost."""
         self.journal.settle()
@@ -534,7 +526,7 @@ class Session:
             return  # the disk may be ahead of memory: the next opening recovers it
         lost, path = self._differs(), self.runtime.path
         self.tables.discard_new()
-        problem = self._undo_fills() or self.journal.close(shown=shown)
+        problem = self.tables.undo_fills() or self.journal.close(shown=shown)
         # Not from a failed fold, whose commits would be safe in the log.
         if isinstance(problem, PoisonedError):
             warnings.warn(str(problem), RuntimeWarning, stacklevel=4)

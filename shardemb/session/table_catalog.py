@@ -6,7 +6,7 @@ from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardemb.engine import filling, shards
-from shardemb.engine.batch import Training
+from shardemb.engine.planned import Training
 from shardemb.engine.table_state import TableState
 from shardemb.errors import FormatError, TableExistsError, TableNotFoundError
 from shardemb.format import store_paths
@@ -256,16 +256,17 @@ class TableCatalog:
                 self._discard_if_new(table)
                 del self.current[name]
 
-    def undo_fills(self) -> None:
+    def undo_fills(self) -> OSError | None:
         """Undo what was written to the files of the last commit's tables and is not part of it.
 
-        Raises
-        ------
-        OSError
-            Something is left, and is noted.
+        Returns the error if that failed: what is left is noted, and the next opening undoes it.
         """
-        for each in self.committed.values():
-            filling.undo(each.shards, tuple(each.shards.filled.uncommitted))
+        try:
+            for each in self.committed.values():
+                filling.undo(each.shards, tuple(each.shards.filled.uncommitted))
+        except OSError as error:
+            return error
+        return None
 
     def adopt(self, fresh: TableCatalog) -> None:
         """Become the tables of a newer opening. Tables that exist in both stay the same objects."""

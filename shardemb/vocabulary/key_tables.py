@@ -13,6 +13,7 @@ import numpy as np
 from shardemb.base.sizes import round_up
 from shardemb.compute import plan
 from shardemb.engine import batch
+from shardemb.engine.planned import Change, Read
 from shardemb.errors import FormatError
 from shardemb.format.spec import BYTES, FREED, KEYS, SKETCH
 from shardemb.vocabulary import key_kernels, key_records, keys
@@ -130,7 +131,7 @@ class KeyTables:
 
     def enter(
         self, new: Keys, hashes: NDArray[np.uint64], rows: Int64Array, text_bytes: int, *, fresh: int
-    ) -> tuple[list[batch.Change], int]:
+    ) -> tuple[list[Change], int]:
         """Plan to write keys to the records of rows; return also where the bytes of the next string go.
 
         Rows from `fresh` on were never assigned: what their records say is ignored.
@@ -150,7 +151,7 @@ class KeyTables:
         words = key_records.string_records(hashes, begins, new.lengths, capacities)
         return [self.change(KEYS, rows, words), *self._enter_bytes(new, begins, text_bytes)], text_bytes
 
-    def forget(self, rows: Int64Array, words: Words) -> batch.Change:
+    def forget(self, rows: Int64Array, words: Words) -> Change:
         """Plan to remove the keys of ascending rows, whose records are `words`."""
         return self.change(KEYS, rows, key_records.without_key(words))
 
@@ -164,7 +165,7 @@ class KeyTables:
         """Read the freed rows number ``start:stop``, in the order in which they were freed."""
         return self._words(FREED, self._cells_of_ring(start, stop)).view(np.int64).reshape(-1)
 
-    def free(self, start: int, rows: Int64Array) -> batch.Change:
+    def free(self, start: int, rows: Int64Array) -> Change:
         """Plan to record that rows were freed, after `start` others."""
         cells = self._cells_of_ring(start, start + rows.size)
         order = np.argsort(cells)
@@ -186,7 +187,7 @@ class KeyTables:
 
     # ---- counts of keys that have no row
 
-    def count(self, counters: Int64Array, occurrences: Int64Array) -> tuple[NDArray[np.uint32], batch.Change]:
+    def count(self, counters: Int64Array, occurrences: Int64Array) -> tuple[NDArray[np.uint32], Change]:
         """Plan to count occurrences of keys.
 
         Parameters
@@ -213,17 +214,17 @@ class KeyTables:
 
     # ---- within
 
-    def change(self, which: str, rows: Int64Array, words: Words) -> batch.Change:
+    def change(self, which: str, rows: Int64Array, words: Words) -> Change:
         """Plan to write records of ascending rows."""
         grouped = plan.Grouped(rows, np.arange(rows.size + 1), np.arange(rows.size))
-        return batch.Change(self._tables[which], grouped, words.view(np.float32), takes_step=False)
+        return Change(self._tables[which], grouped, words.view(np.float32), takes_step=False)
 
     def _words(self, which: str, rows: Int64Array) -> Words:
         table = self._tables[which]
         shards = table.live()
         last = shards.spec.num_embeddings - 1
         out = np.empty((rows.size, shards.spec.embedding_dim), np.float32)
-        batch.read(self._runtime, [batch.Read(table, shards, "weight", np.minimum(rows, last), out)])
+        batch.read(self._runtime, [Read(table, shards, "weight", np.minimum(rows, last), out)])
         # A lookup without a lock may ask for rows that do not exist: after a concurrent rollback, or because it saw a
         # record that was half written.
         out[rows > last] = 0
@@ -236,7 +237,7 @@ class KeyTables:
         firsts = np.concatenate([[0], ends[:-1]])[: ends.size]
         return cells, firsts * key_records.CELL_BYTES + begins % key_records.CELL_BYTES
 
-    def _enter_bytes(self, new: Keys, begins: Int64Array, text_bytes: int) -> list[batch.Change]:
+    def _enter_bytes(self, new: Keys, begins: Int64Array, text_bytes: int) -> list[Change]:
         grow(self._tables[BYTES], -(-text_bytes // key_records.CELL_BYTES) + 1)
         rows = np.unique(_cells_of(begins, new.lengths)[0])
         if not rows.size:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Progress
     from shardemb.base.validation import Float32Array, Int64Array
+    from shardemb.engine.planned import Change, PlannedRead
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.table_state import TableState
     from shardemb.vocabulary.key_rows import KeyRows
@@ -90,7 +91,7 @@ class KeyedRows:
         *,
         missing: Missing = "error",
         find: Callable[[KeysLike], Int64Array] | None = None,
-    ) -> batch.PlannedRead:
+    ) -> PlannedRead:
         """Check a lookup of keys that `find` finds the rows of, by default `KeyRows.lookup`."""
         missing = self._checked_missing(missing, "error", "initial", "zeros")
         ids = (find or self.keys.lookup)(given)
@@ -192,14 +193,14 @@ class KeyedRows:
         missing: MissingChange = "error",
         create: bool = False,
         check_finite: bool,
-    ) -> batch.Change:
+    ) -> Change:
         """Check an update or a write, and give new keys rows; see `TableState.plan_change`."""
         checked, rows = self.check_change(
             given, values, what, missing=missing, create=create, check_finite=check_finite
         )
         find = self.finder(create=create)
 
-        def plan() -> batch.Change:
+        def plan() -> Change:
             before = self.keys.reassigned
             ids, kept = self._rows_to_change(checked, rows, missing, find)
             change = self.table.plan_change(ids, kept, what, check_finite=check_finite and missing == "skip")
@@ -366,7 +367,7 @@ def plan_changes(
     missing: MissingChange,
     create: bool,
     check_finite: bool,
-) -> list[batch.Change]:
+) -> list[Change]:
     """Check updates of several tables, and give new keys rows; see `Store.update`."""
     tables, keyed = _by_kind(targets)
     # All of them are checked before the first key is added.

@@ -17,7 +17,7 @@ from shardemb.commits import fold, log_reader, log_writer
 from shardemb.errors import DiskFullError, PoisonedError, ReadOnlyError, StaleReaderError
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD
-from shardemb.session import journal
+from shardemb.session import log_limit
 from shardemb.storage import address_space, files
 
 ROWS, DIM = 5000, 16
@@ -196,20 +196,24 @@ def test_the_log_is_bounded(path):
 def test_the_log_is_as_large_as_tables_disk_and_memory_allow(
     path, monkeypatch, free, budget, log_bytes, limit
 ):
-    monkeypatch.setattr(journal, "LOG_BYTES", 50_000)
+    monkeypatch.setattr(log_limit, "LOG_BYTES", 50_000)
     with shardemb.open(path, log_bytes=log_bytes, memory_budget=budget) as store:
         table = new_table(store)
         store.commit()
         log = inside.journal(store)
+
+        def exceeded(nbytes):
+            return log._limit.is_exceeded(nbytes, log._in_log)
+
         monkeypatch.setattr(files, "free_space", lambda folder: free)
         if limit == "tables":
             spec = inside.shards(table).spec
             limit = 3 * spec.num_shards * spec.shard_bytes
-        assert not log.exceeds_limit(limit)
-        assert log.exceeds_limit(limit + 10_000)  # what the log holds counts as free
+        assert not exceeded(limit)
+        assert exceeded(limit + 10_000)  # what the log holds counts as free
         if free > 10**6 < budget:  # with another table, it is larger
             store.create_table("other", num_embeddings=ROWS, embedding_dim=DIM)
-            assert not log.exceeds_limit(limit + 10_000)
+            assert not exceeded(limit + 10_000)
             store.rollback()
 
 
