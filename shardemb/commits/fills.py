@@ -72,7 +72,7 @@ class Announcements:
         """
         self._replace([*self._list(), *begun])
         self._count += 1
-        with files.opened(self._epoch_path, os.O_WRONLY) as descriptor:
+        with files.opened(self._epoch_path, os.O_WRONLY | os.O_CREAT) as descriptor:
             files.write(descriptor, self._count.to_bytes(8, "little"), COUNTER, self._epoch_path)
 
     def settle(self) -> None:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from shardemb.base.progress import Advance
     from shardemb.base.validation import Int64Array
     from shardemb.commits.log_reader import Images
+    from shardemb.format.fill_records import Filled
     from shardemb.format.table_files import File, TableLocation
 
 BUFFER_BLOCKS = 2048
@@ -265,8 +266,8 @@ def write(
     bits: list[_Task] = []
     sums = []
     for table, images in tables:
-        for filled in images.fills:
-            checksums.add_sums(table.checksums_path, filled.fill.first, filled.sums)
+        if images.fills:
+            _register(table, images.fills)
         changed = list(patches(table, images))
         if not changed:
             continue
@@ -285,6 +286,13 @@ def write(
             _run(tasks, threads, advance, pace)
     for path, blocks, new in sums:
         checksums.write_sums(path, blocks, new)
+
+
+def _register(table: TableLocation, fills: Sequence[Filled]) -> None:
+    """Give blocks of fills the checksums that the log has, unless they have one."""
+    ascending = sorted(fills, key=lambda each: each.fill.first)
+    blocks = np.concatenate([np.arange(fill.first, fill.stop) for fill, _ in ascending])
+    checksums.add_sums(table.checksums_path, blocks, np.concatenate([sums for _, sums in ascending]))
 
 
 def _run(tasks: Sequence[_Task], threads: int, advance: Advance, pace: Pace) -> None:

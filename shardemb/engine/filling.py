@@ -307,6 +307,8 @@ def undo(shards: Shards, done: Sequence[Filled]) -> None:
     OSError
         Some are left, so that this can be called again.
     """
+    if not done:
+        return
     with shards.overlay.rewinding():
         shards.filled.undo(shards.location, done)
 

@@ -209,7 +209,7 @@ class Runtime:
         with self._background_lock:
             self.closed = True
             background, self._background = self._background, None
-        self.fresh = None  # keeps a file mapped
+        self.fresh = self.hidden = None  # keep a file mapped
         self.warming.close()
         if background is not None:
             background.shutdown(cancel_futures=True)

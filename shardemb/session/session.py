@@ -394,6 +394,7 @@ class Session:
             self.tables.adopt(fresh.tables)
             self.vocabularies.adopt(fresh.vocabularies)
             runtime.committed, runtime.fresh = fresh.runtime.committed, fresh.runtime.fresh
+            runtime.hidden = fresh.runtime.hidden
             fresh.close()
 
     # ---- looking at it

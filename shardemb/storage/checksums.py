@@ -130,8 +130,8 @@ def write_sums(path: Path, blocks: Int64Array, sums: NDArray[np.uint64]) -> None
     _update(path, blocks, lambda words, part: sums[part])
 
 
-def add_sums(path: Path, first: int, sums: NDArray[np.uint64]) -> None:
-    """Write the checksums of consecutive blocks, but only of those that have none yet, durably. One thread at a time.
+def add_sums(path: Path, blocks: Int64Array, sums: NDArray[np.uint64]) -> None:
+    """As `write_sums`, but only those of blocks that have none yet.
 
     Raises
     ------
@@ -142,7 +142,7 @@ def add_sums(path: Path, first: int, sums: NDArray[np.uint64]) -> None:
     def change(words: NDArray[np.uint64], part: slice) -> NDArray[np.uint64]:
         return np.where(words == NEVER_WRITTEN, sums[part], words)
 
-    _update(path, first + np.arange(sums.size), change)
+    _update(path, blocks, change)
 
 
 def _update(

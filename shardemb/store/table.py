@@ -391,7 +391,7 @@ class Table:
         self._state.change(ids, grads, "gradients", check_finite=check_finite)
 
     def write(self, ids: ArrayLike, rows: ArrayLike, *, check_finite: bool = True) -> None:
-        """Overwrite weights; optimizer state stays. In memory only until `Store.commit`.
+        """Overwrite weights; optimizer state stays. Undone unless `Store.commit` follows.
 
         Parameters
         ----------
@@ -411,7 +411,9 @@ class Table:
 
         Notes
         -----
-        Safe from any thread; waits as `update`.
+        Safe from any thread; waits as `update`. Rows are in memory only until the commit, except where 4 MiB or more of
+        consecutive rows were never written: these go to the disk at once, which takes no memory and is the fastest way
+        to fill a table. A lookup in another thread may see some of them before the call returns.
 
         Examples
         --------

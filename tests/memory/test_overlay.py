@@ -12,7 +12,7 @@ from support.model import assert_same_bits
 import shardemb
 from shardemb.commits import fold
 from shardemb.compute import row_kernels
-from shardemb.engine import batch
+from shardemb.engine import batch, filling
 from shardemb.engine.shards import Shards
 from shardemb.errors import DiskFullError
 from shardemb.initializers import Constant, Uniform
@@ -411,8 +411,9 @@ def test_prefetched_rows_are_not_the_first_to_be_evicted(tmp_path):
         assert (inside.shards(table).overlay._entries(np.arange(5000, 5300)) > 0).all()
 
 
-def test_memory_of_rows_that_were_evicted_here_and_there_is_released(tmp_path):
+def test_memory_of_rows_that_were_evicted_here_and_there_is_released(tmp_path, monkeypatch):
     """Every tenth row stays, so no page is empty; the rows that stay are moved together."""
+    monkeypatch.setattr(filling, "LEAST_BYTES", 2**40)  # so that they go into slots
     count, anonymous = 100_000, lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
     with shardemb.open(tmp_path / "s") as store:
         table = store.create_table("t", num_embeddings=count, embedding_dim=DIM)

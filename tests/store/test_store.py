@@ -17,6 +17,7 @@ from support.model import StoreModel, TableModel, assert_same_bits
 from support.stores import close_quietly
 
 import shardemb
+from shardemb.engine import filling
 from shardemb.errors import (
     DiskFullError,
     PoisonedError,
@@ -1075,7 +1076,8 @@ def test_memory_budget_zero_changes_nothing_else(path, initializer):
 
 
 @pytest.mark.filterwarnings("ignore:what is committed in")
-def test_a_full_disk_fails_the_commit_and_nothing_else(small_disk):
+def test_a_full_disk_fails_the_commit_and_nothing_else(small_disk, monkeypatch):
+    monkeypatch.setattr(filling, "LEAST_BYTES", 2**40)
     path = small_disk.place / "store.zarr"
     with shardemb.open(path) as store:
         table = store.create_table("t", num_embeddings=20_000, embedding_dim=256, initializer=Constant(1.0))
@@ -1105,7 +1107,30 @@ def test_a_full_disk_fails_the_commit_and_nothing_else(small_disk):
         assert store.last_commit.step == 2
 
 
-def test_rollback_after_a_full_disk(small_disk):
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_full_disk_fails_a_large_write_and_nothing_else(small_disk, warm):
+    """Such a write goes to the shards at once, and takes their space."""
+    path, everything = small_disk.place / "store.zarr", np.arange(20_000)
+    with shardemb.open(path, warm=warm) as store:
+        table = store.create_table("t", num_embeddings=20_000, embedding_dim=256, initializer=Constant(1.0))
+        table.write(np.arange(1000), np.full((1000, 256), 2.0))
+        store.commit(step=1)
+        for _ in range(2):
+            with pytest.raises(DiskFullError, match=r"no space left.*free some space"):
+                table.write(everything, np.full((20_000, 256), 3.0))
+            assert not store.has_changes
+            assert (table.lookup(everything) == np.where(everything < 1000, 2, 1)[:, None]).all()
+        store.commit(step=2)
+        small_disk.make_room()
+        table.write(everything, np.full((20_000, 256), 3.0))
+        store.commit(step=3)
+    with shardemb.open(path) as store:
+        assert (store["t"].lookup(everything) == 3).all()
+        assert store.verify() == []
+
+
+def test_rollback_after_a_full_disk(small_disk, monkeypatch):
+    monkeypatch.setattr(filling, "LEAST_BYTES", 2**40)
     path = small_disk.place / "store.zarr"
     with shardemb.open(path) as store:
         table = store.create_table("t", num_embeddings=20_000, embedding_dim=256)

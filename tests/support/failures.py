@@ -47,7 +47,7 @@ KINDS = ["full", "error", "short"]
 CALLS = (
     "write", "sync", "sync_data", "sync_tree", "sync_directory", "rename", "link", "remove", "remove_tree",
     "create_sparse", "make_directory", "allocate", "opened", "open_direct", "open_unnamed", "read_at", "read_into",
-    "copy_link",
+    "copy_link", "punch",
 )  # fmt: skip
 
 
