@@ -93,8 +93,8 @@ def test_the_log_reader():
             started = time.monotonic()
             try:
                 found = log_reader.read(copy, base)
-                ids, addresses = found.images(spec)
-                assert ids.size == addresses.size <= 500
+                images = found.images(spec)
+                assert images.ids.size == images.addresses.size <= 500
             except FormatError:  # LogDamagedError is one
                 refused += 1
             assert time.monotonic() - started < 5
