@@ -251,14 +251,16 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
 
 def _keep(runtime: Runtime, changes: Sequence[Change], loaded: Sequence[Loaded]) -> None:
     """Keep the records of rows that are about to change, where a commit under way still needs them."""
-    with signals_deferred():  # an interrupt half way would lose some
-        for each, (shards, places) in zip(changes, ((it.shards, it.places) for it in loaded), strict=True):
-            if shards.frozen is not None:
+    for each, rows in zip(changes, loaded, strict=True):
+        shards = rows.shards
+        if shards.frozen is None:
+            continue
 
-                def run(function: Callable[[int, int], None], rows: int, shards: Shards = shards) -> None:
-                    run_pieces(runtime, [function], [rows], [shards.spec.record_bytes])
+        def run(function: Callable[[int, int], None], count: int, shards: Shards = shards) -> None:
+            run_pieces(runtime, [function], [count], [shards.spec.record_bytes])
 
-                shards.keep(each.batch.rows, places, runtime.outputs.empty, run)
+        with signals_deferred():  # an interrupt half way would lose some
+            shards.keep(each.batch.rows, rows.places, runtime.outputs.empty, run)
 
 
 def _loading(change: Change, shards: Shards) -> Loading:

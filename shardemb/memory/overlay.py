@@ -256,20 +256,23 @@ class Overlay:
             The spill file cannot be read; the rows stay frozen.
         """
         entries = self._entries(rows)
-        frozen = self._are_frozen(entries)
-        rows, entries = rows[frozen], entries[frozen]
-        if rows.size:
-            places = self.first_slot - 1 + entries.astype(np.int64)
-            places[entries < 0] = -1
+        if self.spilled:
+            which = np.flatnonzero(self._are_frozen(entries))
+            places = self.first_slot - 1 + entries[which].astype(np.int64)
+            places[entries[which] < 0] = -1
+        else:  # nothing can fail below
+            which, slots = self.slots.take_frozen(entries)
+            places = self.first_slot + slots
 
-            def pack(start: int, stop: int) -> None:
-                row_kernels.pack(self._records, places[start:stop], address + start * self._record_bytes)
+        def pack(start: int, stop: int) -> None:
+            row_kernels.pack(self._records, places[start:stop], address + start * self._record_bytes)
 
-            run(pack, rows.size)
-            self._read_spilled(entries, address)
-            for slots, _, numbers in self._by_file(entries):
-                slots.unfreeze(numbers)
-        return rows
+        run(pack, which.size)
+        if self.spilled:
+            self._read_spilled(entries[which], address)
+            for file, _, numbers in self._by_file(entries[which]):
+                file.unfreeze(numbers)
+        return rows if which.size == rows.size else rows[which]
 
     def unfreeze(self, rows: Int64Array) -> None:
         """Freeze rows no more: they differ from the last commit again."""
@@ -397,6 +400,10 @@ class Overlay:
 
     def _by_file(self, entries: NDArray[np.signedinteger]) -> Iterator[tuple[Slots, Int64Array, Int64Array]]:
         """Yield slots in memory and those of the spill file: which entries lead there, and to which numbers."""
+        if not self.spilled:  # nearly always
+            which = np.flatnonzero(entries)
+            yield self.slots, which, entries[which].astype(np.int64) - 1
+            return
         for slots, sign in zip(self._all_slots(), (1, -1), strict=False):
             which = np.flatnonzero(entries > 0 if sign > 0 else entries < 0)
             if which.size:

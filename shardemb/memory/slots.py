@@ -142,15 +142,20 @@ class Slots:
     def freeze(self) -> Int64Array:
         """Freeze the slots that differ from the last commit, and return them, ascending; none differs any more."""
         slots = self.changed_slots()
-        if slots.size:
-            _freeze(self.state[: self.end])
-            self.changed = 0
+        _freeze(self.state, slots)
+        self.changed = 0
         return slots
 
     def are_frozen(self, slots: Int64Array) -> NDArray[np.bool_]:
         """Return which slots are frozen."""
         frozen: NDArray[np.bool_] = self.state[slots] & FROZEN != 0
         return frozen
+
+    def take_frozen(self, entries: NDArray[np.int32]) -> tuple[Int64Array, Int64Array]:
+        """Unfreeze the slots that positive entries of the index lead to; return which entries did, and these slots."""
+        which, slots = np.empty(entries.size, np.int64), np.empty(entries.size, np.int64)
+        count = _take_frozen(self.state, entries, which, slots)
+        return which[:count], slots[:count]
 
     def unfreeze(self, slots: Int64Array) -> None:
         """Freeze slots no more."""
@@ -229,10 +234,23 @@ def _mark_changed(state: NDArray[np.uint8], slots: Int64Array, new: Int64Array) 
 
 
 @kernel
-def _freeze(state: NDArray[np.uint8]) -> None:
-    for slot in range(state.size):
-        if state[slot] & CHANGED:
-            state[slot] = (state[slot] & ~CHANGED) | FROZEN
+def _freeze(state: NDArray[np.uint8], slots: Int64Array) -> None:
+    for i in range(slots.size):
+        state[slots[i]] = (state[slots[i]] & ~CHANGED) | FROZEN
+
+
+@kernel
+def _take_frozen(
+    state: NDArray[np.uint8], entries: NDArray[np.int32], which: Int64Array, slots: Int64Array
+) -> int:
+    count = 0
+    for i in range(entries.size):
+        slot = entries[i] - 1
+        if slot >= 0 and state[slot] & FROZEN:
+            state[slot] &= ~FROZEN
+            which[count], slots[count] = i, slot
+            count += 1
+    return count
 
 
 @kernel
