@@ -376,6 +376,27 @@ def test_close_discards_what_no_commit_has(path):
         assert store.verify() == []
 
 
+def test_what_close_cannot_undo_the_next_opening_does(path, monkeypatch):
+    store = shardemb.open(path)
+    table = new_table(store)
+    table.write([2900], values(1))
+    store.commit()
+    expected = everything(table)
+    table.write(np.arange(2000), values(2000))
+
+    def fail(*arguments):
+        raise OSError(5, "it failed")
+
+    monkeypatch.setattr(files, "punch", fail)
+    with pytest.warns(RuntimeWarning) as caught:
+        store.close()
+    assert any("it failed" in str(each.message) for each in caught)
+    monkeypatch.undo()
+    for mode in ("r", "r+"):
+        with shardemb.open(path, mode) as store:
+            assert np.array_equal(everything(store["t"]), expected)
+
+
 def test_a_full_log_leaves_the_fill_uncommitted(path, monkeypatch):
     with shardemb.open(path) as store:
         table = new_table(store)
