@@ -305,6 +305,7 @@ class _Piece(NamedTuple):
         begin = self.file.first * PAGE + self.start
         rows = begin // size, -(-(begin + nbytes) // size)
         records = memory.array(np.float32, (rows[1] - rows[0], spec.width), lead + rows[0] * size - begin)
+        # A copy also where none is needed: another thread may change the values between their sum and the write.
         self.filling.assemble(self.filled.fill, *rows, records)
         data = memory.bytes(lead, nbytes)
         first = begin // PAGE - self.filled.fill.first
