@@ -74,7 +74,7 @@ WITNESSES = {
     "R15 in flux before it is written": 0,
     "R16 announced before they are written": 0,
     "R17 filled rows are durable before their commit": 0,
-    "R18 announced until their commit is durable": 0,
+    "R18 announced until their commit is durable": 1,
     "R19 recovery makes holes of what no commit has": 0,
     "R19 holes are made before images are written": 28,
     "R20 checksums only for blocks that have none": 0,
