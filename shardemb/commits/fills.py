@@ -60,10 +60,23 @@ class Announcements:
         self._path, self._epoch_path = store_paths.fills(store), store_paths.epoch(store)
         self._epoch, self._list = epoch, unfinished
         self._named: set[Fill] = set()  # what the note on the disk may name
+        self._durable: tuple[Fill, ...] = ()  # what it names for certain
         self._count = 0
+
+    def cover(self, begun: Iterable[Fill]) -> bool:
+        """Return whether the note names fills already: then their blocks may be written."""
+        return all(
+            any(
+                each.table == fill.table and each.first <= fill.first <= fill.stop <= each.stop
+                for each in self._durable
+            )
+            for fill in begun
+        )
 
     def announce(self, begun: Sequence[Fill]) -> None:
         """Name fills that begin, durably, and let readers know; then their blocks may be written.
+
+        They may be larger than what is written, by blocks that were never written either.
 
         Raises
         ------
@@ -94,13 +107,13 @@ class Announcements:
     def withdraw(self) -> None:
         """Remove a note that means nothing any more."""
         files.remove(self._path)
-        self._named = set()
+        self._named, self._durable = set(), ()
 
     def _replace(self, fills: Sequence[Fill]) -> None:
         # Where that fails, either note may be there.
-        self._named |= set(fills)
+        self._named, self._durable = self._named | set(fills), ()
         files.replace(self._path, Note(self._epoch, tuple(fills)).to_bytes())
-        self._named = set(fills)
+        self._named, self._durable = set(fills), tuple(fills)
 
 
 def read_note(store: Path, base: Manifest) -> Note:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,6 +42,9 @@ LEAST_BYTES = 4 * 2**20
 
 PIECE_BYTES = 4 * 2**20
 """Bytes that are assembled, summed and written at a time."""
+
+AHEAD_BYTES = 2**30
+"""Most bytes of blocks that are named ahead."""
 
 WHAT = "a write"
 
@@ -115,16 +118,7 @@ def plan(shards: Shards, rows: Int64Array) -> tuple[Fill, ...]:
     if rows.size * nbytes < LEAST_BYTES or int(rows[-1]) - int(rows[0]) >= rows.size:
         return ()
     first, stop = -(-int(rows[0]) * nbytes // PAGE), (int(rows[-1]) + 1) * nbytes // PAGE
-    if (stop - first) * PAGE < LEAST_BYTES:
-        return ()
-    free = checksums.read_sums(shards.location.checksums_path, first, stop - first) == checksums.NEVER_WRITTEN
-    if not free.any():
-        return ()
-    shards.filled.take_blocks(first, free)
-    for some in (_dirty(shards, rows), _present(shards, rows)):
-        blocks = file_blocks.pages(some, nbytes) - first
-        free[blocks[(blocks >= 0) & (blocks < free.size)]] = False
-    _require_zeros(shards, first, free)
+    free = _free(shards, first, stop) if (stop - first) * PAGE >= LEAST_BYTES else np.zeros(0, np.bool_)
     found = []
     numbers = np.flatnonzero(free)
     for begin, end in file_blocks.runs(numbers):
@@ -133,6 +127,38 @@ def plan(shards: Shards, rows: Int64Array) -> tuple[Fill, ...]:
         if (end - begin) * PAGE >= LEAST_BYTES and start < last:
             found.append(fill)
     return tuple(found)
+
+
+def _free(shards: Shards, first: int, stop: int) -> NDArray[np.bool_]:
+    """Return which of a range of blocks were never written, and have no row that is dirty."""
+    nbytes = shards.spec.record_bytes
+    sums = checksums.read_sums(shards.location.checksums_path, first, stop - first)
+    free: NDArray[np.bool_] = sums == checksums.NEVER_WRITTEN
+    if not free.any():
+        return free
+    shards.filled.take_blocks(first, free)
+    rows = np.arange(first * PAGE // nbytes, min(-(-stop * PAGE // nbytes), shards.spec.num_embeddings))
+    for some in (_dirty(shards, rows), _present(shards, rows)):
+        blocks = file_blocks.pages(some, nbytes) - first
+        free[blocks[(blocks >= 0) & (blocks < free.size)]] = False
+    _require_zeros(shards, first, free)
+    return free
+
+
+def _ahead(shards: Shards, fills: Sequence[Fill]) -> list[Fill]:
+    """Extend the last of some fills by blocks that could be filled next, about as many as were filled since the commit.
+
+    So the note is replaced a few times while a table is filled from one end to the other, and not once for each call.
+    """
+    last, spec = fills[-1], shards.spec
+    blocks = sum(each.sums.size for each in shards.filled.uncommitted)
+    blocks = min(blocks + last.stop - last.first, AHEAD_BYTES // PAGE)
+    stop = min(last.stop + blocks, spec.num_embeddings * spec.record_bytes // PAGE)
+    if stop == last.stop:
+        return list(fills)
+    free = _free(shards, last.stop, stop)
+    more = free.size if free.all() else int(np.argmin(free))
+    return [*fills[:-1], replace(last, stop=last.stop + more)]
 
 
 def _dirty(shards: Shards, rows: Int64Array) -> Int64Array:
@@ -214,7 +240,10 @@ def written(runtime: Runtime, fillings: Sequence[Filling]) -> Iterator[None]:
         return
     assert runtime.announcements is not None
     runtime.check_in_place()
-    runtime.announcements.announce([fill for each in fillings for fill in each.fills])
+    if not runtime.announcements.cover(fill for each in fillings for fill in each.fills):
+        runtime.announcements.announce(
+            [fill for each in fillings for fill in _ahead(each.shards, each.fills)]
+        )
     try:
         # Whatever comes in between, a rollback finds all of it, and nothing is committed before.
         runtime.half_done = WHAT
@@ -276,6 +305,7 @@ class _Piece(NamedTuple):
         begin = self.file.first * PAGE + self.start
         rows = begin // size, -(-(begin + nbytes) // size)
         records = memory.array(np.float32, (rows[1] - rows[0], spec.width), lead + rows[0] * size - begin)
+        # A copy also where none is needed: another thread may change the values between their sum and the write.
         self.filling.assemble(self.filled.fill, *rows, records)
         data = memory.bytes(lead, nbytes)
         first = begin // PAGE - self.filled.fill.first

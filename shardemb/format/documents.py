@@ -7,12 +7,15 @@ import re
 import zlib
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xxhash
 
 from shardemb.errors import FormatError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
 
 FORMAT_VERSION = 1
 
@@ -109,3 +112,8 @@ def crc32(document: Mapping[str, object]) -> int:
 def checksum(data: bytes | memoryview) -> int:
     """Return the checksum of binary data (blocks of files, headers, payloads): XXH3, 64 bits, seed 0."""
     return xxhash.xxh3_64_intdigest(data)
+
+
+def checksums(parts: NDArray[np.uint8] | Sequence[NDArray[np.uint8]]) -> NDArray[np.uint64]:
+    """Return the checksum of each row of an array, or of each array."""
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, parts), np.uint64, len(parts))

@@ -15,7 +15,7 @@ import numpy as np
 
 from shardemb.base.sizes import PAGE
 from shardemb.compute import file_blocks
-from shardemb.format.documents import checksum
+from shardemb.format import documents
 from shardemb.storage import address_space, files
 
 if TYPE_CHECKING:
@@ -37,13 +37,15 @@ _PER_PAGE = PAGE // 8
 
 def block_sums(data: memoryview, which: Int64Array | None = None) -> NDArray[np.uint64]:
     """Return the checksums of the blocks of `data`, or only of the blocks `which`."""
-    blocks = range(len(data) // PAGE) if which is None else which.tolist()
-    return np.array([block_sum(data[block * PAGE : (block + 1) * PAGE]) for block in blocks], np.uint64)
+    blocks = np.frombuffer(data, np.uint8).reshape(-1, PAGE)
+    found = documents.checksums(blocks if which is None else [blocks[block] for block in which.tolist()])
+    sums: NDArray[np.uint64] = np.maximum(found & ~np.uint64(IN_FLUX), np.uint64(DAMAGED + 2))
+    return sums
 
 
 def block_sum(data: memoryview) -> int:
     """Return the checksum of one block."""
-    return max(checksum(data) & ~IN_FLUX, DAMAGED + 2)
+    return max(documents.checksum(data) & ~IN_FLUX, DAMAGED + 2)
 
 
 ZEROS = block_sum(memoryview(bytes(PAGE)))

@@ -154,6 +154,38 @@ def test_blocks_that_were_written_are_not_filled(store):
     assert plan(table, 320, 640) == ()
 
 
+def test_a_table_that_is_filled_in_order_is_announced_a_few_times(store):
+    table = new_table(store)
+    announcements, named = inside.runtime(store).announcements, []
+    for start in range(0, ROWS, 200):
+        table.write(np.arange(start, min(start + 200, ROWS)), values(min(200, ROWS - start)))
+        named.append(announcements._count)
+        assert announcements.cover(inside.shards(table).filled.unfinished())
+    assert named[0] == 1
+    assert named[-1] <= 5
+    store.commit()
+    with shardemb.open(store.path, "r") as reader:  # what is named ahead and written otherwise counts
+        assert np.array_equal(reader["t"].lookup(np.arange(ROWS)), table.lookup(np.arange(ROWS)))
+
+
+def test_what_was_named_ahead_and_written_by_row_counts(path):
+    with shardemb.open(path) as store:
+        table = new_table(store)
+        table.write(np.arange(1000), values(1000))
+        assert inside.runtime(store).announcements._durable[0].rows(64)[1] > 1500
+        table.write([1100, 1499], values(2))
+        store.commit()
+        expected = everything(table)
+        for _ in range(2):
+            with shardemb.open(path, "r") as reader:
+                assert np.array_equal(everything(reader["t"]), expected)
+                assert reader.verify() == []
+            store.checkpoint()
+        store.rollback()
+    with shardemb.open(path) as store:
+        assert np.array_equal(everything(store["t"]), expected)
+
+
 def test_too_few_rows_or_rows_with_gaps_are_not_filled(store):
     table = new_table(store)
     assert plan(table, 1, 180) == ()
@@ -374,6 +406,27 @@ def test_close_discards_what_no_commit_has(path):
     with shardemb.open(path) as store:
         assert not everything(store["t"]).any()
         assert store.verify() == []
+
+
+def test_what_close_cannot_undo_the_next_opening_does(path, monkeypatch):
+    store = shardemb.open(path)
+    table = new_table(store)
+    table.write([2900], values(1))
+    store.commit()
+    expected = everything(table)
+    table.write(np.arange(2000), values(2000))
+
+    def fail(*arguments):
+        raise OSError(5, "it failed")
+
+    monkeypatch.setattr(files, "punch", fail)
+    with pytest.warns(RuntimeWarning) as caught:
+        store.close()
+    assert any("it failed" in str(each.message) for each in caught)
+    monkeypatch.undo()
+    for mode in ("r", "r+"):
+        with shardemb.open(path, mode) as store:
+            assert np.array_equal(everything(store["t"]), expected)
 
 
 def test_a_full_log_leaves_the_fill_uncommitted(path, monkeypatch):

@@ -74,7 +74,7 @@ WITNESSES = {
     "R15 in flux before it is written": 0,
     "R19 announced before they are written": 0,
     "R20 filled rows are durable before their commit": 0,
-    "R21 announced until their commit is durable": 0,
+    "R21 announced until their commit is durable": 1,
     "R22 recovery makes holes of what no commit has": 0,
     "R22 holes are made before images are written": 28,
     "R23 checksums only for blocks that have none": 0,
