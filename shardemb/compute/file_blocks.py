@@ -7,7 +7,7 @@ file; the blocks that are being written are contiguous in memory, wherever they 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -137,7 +137,22 @@ def pages(rows: Int64Array, record_bytes: int) -> Int64Array:
     return all_of_each[np.diff(all_of_each, prepend=-1) > 0]
 
 
-def widen(blocks: Int64Array, has_data: NDArray[np.bool_]) -> tuple[Int64Array, NDArray[np.bool_]]:
+class Widened(NamedTuple):
+    """What a fold reads and writes of a file, see `widen`.
+
+    Attributes
+    ----------
+    held : ndarray of int64
+        The blocks to hold in memory, ascending.
+    written : ndarray of bool
+        Which of these to write: all that change, and some more.
+    """
+
+    held: Int64Array
+    written: NDArray[np.bool_]
+
+
+def widen(blocks: Int64Array, has_data: NDArray[np.bool_]) -> Widened:
     """Add unchanged blocks to those that change, because a few long requests cost less than many short ones.
 
     A block between two that change is written with them if it takes disk space already. A window of which much changes
@@ -150,13 +165,6 @@ def widen(blocks: Int64Array, has_data: NDArray[np.bool_]) -> tuple[Int64Array, 
         Blocks of a file that change, ascending.
     has_data : ndarray of bool
         For every block of the file, whether it takes disk space.
-
-    Returns
-    -------
-    held : ndarray of int64
-        The blocks to hold in memory, ascending.
-    written : ndarray of bool
-        Which of these to write: all that change, and some more.
 
     Examples
     --------
@@ -174,4 +182,4 @@ def widen(blocks: Int64Array, has_data: NDArray[np.bool_]) -> tuple[Int64Array, 
     much, most = (changes >= share * WINDOW_BLOCKS for share in (READ_SHARE, WRITE_SHARE))
     written |= np.repeat(most, WINDOW_BLOCKS) & taken
     held: Int64Array = np.flatnonzero((written | np.repeat(much, WINDOW_BLOCKS))[: has_data.size])
-    return held, written[held]
+    return Widened(held, written[held])

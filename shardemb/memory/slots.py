@@ -142,8 +142,12 @@ class Slots:
     def freeze(self) -> Int64Array:
         """Freeze the slots that differ from the last commit, and return them, ascending; none differs any more."""
         slots = self.changed_slots()
-        _freeze(self.state, slots)
-        self.changed = 0
+        if slots.size:
+            state = self.state[: self.end]
+            changed = state & CHANGED
+            state ^= changed
+            state |= changed * (FROZEN // CHANGED)
+            self.changed = 0
         return slots
 
     def are_frozen(self, slots: Int64Array) -> NDArray[np.bool_]:
@@ -231,12 +235,6 @@ def _mark_changed(state: NDArray[np.uint8], slots: Int64Array, new: Int64Array) 
         state[slots[i]] = before | _CHANGING
     new[0] += not_dirty
     new[1] += not_changed
-
-
-@kernel
-def _freeze(state: NDArray[np.uint8], slots: Int64Array) -> None:
-    for i in range(slots.size):
-        state[slots[i]] = (state[slots[i]] & ~CHANGED) | FROZEN
 
 
 @kernel

@@ -50,6 +50,11 @@ class Attempt:
         Whether tables were created, dropped or renamed.
     mark_committed : callable
         Called once it is durable, before anything else can happen.
+
+    Attributes
+    ----------
+    appends : bool
+        Whether it has begun to append to the log; then no fold may begin.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class Attempt:
         self.manifest = manifest
         self.payload = manifest.to_bytes()
         self.new_set = new_set
+        self.appends = False
         self._tables = [each for each in tables if each.changes]
         self._mark_committed = mark_committed
 

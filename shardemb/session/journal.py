@@ -184,7 +184,7 @@ class Journal:
         runtime = self._runtime
         try:
             with runtime.lock:
-                self._make_space(attempt.nbytes)
+                self._make_space(attempt)
             self._complete(attempt)
         except BaseException as error:
             self._give_up(attempt)
@@ -208,6 +208,7 @@ class Journal:
         if {each.uuid for each in manifest.tables} - {each.uuid for each in runtime.committed.tables}:
             with self._poisoned_by_errors():  # files must be durable before a commit record names them
                 files.sync_tree(store_paths.parked(runtime.path, ""))
+        attempt.appends = True
         images, filled = attempt.images(runtime.lock), attempt.fills
         with self._poisoned_by_errors():
             attempt.sync_fills()
@@ -239,7 +240,7 @@ class Journal:
             self._hurry.set()  # soon a commit will wait
         if attempt.new_set:
             self.fold_all()
-        elif (
+        elif self._attempt is None and (  # or the commit after this one looks
             self._limit.is_exceeded(2 * (self._in_log - self._folding_bytes), self._in_log)
             or self._runtime.budget.needs_fold
             or self._problem is not None
@@ -261,16 +262,19 @@ class Journal:
             The shards have no space for that.
         """
         self.settle()
-        self._make_space(sum(map(changed_bytes, tables)))
+        nbytes = sum(map(changed_bytes, tables))
+        if self._lacks_space(nbytes):
+            self._wait()  # a fold that is running may be enough; the next is better begun with more to fold
+        if self._lacks_space(nbytes):
+            _raise_if_full(self.fold_all())
         self.settle()  # again, because others may have begun one while a fold ran
 
-    def _make_space(self, nbytes: int) -> None:
-        if self._lacks_space(nbytes):
-            self._wait_for_fold()  # a fold that is running may be enough; the next is better begun with more to fold
-        if self._lacks_space(nbytes):
-            problem = self._fold_once()
-            if isinstance(problem, DiskFullError):
-                raise problem
+    def _make_space(self, attempt: Attempt) -> None:
+        """As `prepare`, for the attempt that is under way and has appended nothing."""
+        if self._lacks_space(attempt.nbytes):
+            self._wait_for_fold()
+        if self._lacks_space(attempt.nbytes):
+            _raise_if_full(self._fold_once())
 
     def _lacks_space(self, nbytes: int) -> bool:
         in_log = self._in_log
@@ -306,7 +310,7 @@ class Journal:
                 raise problem
             self._runtime.check_open()  # waiting released the lock: others may have closed, or committed more
             self._runtime.check_sound()
-            if not self._in_log:
+            if not self._in_log and self._attempt is None:
                 return
 
     def supplement(self, spec: TableSpec, ids: Int64Array, pack: Callable[[int, int, int], None]) -> None:
@@ -375,6 +379,7 @@ class Journal:
         """Start a fold, unless one is running or there is nothing to fold."""
         if self._folding or self._runtime.poisoned or self._released or not self._in_log:
             return
+        assert self._attempt is None or not self._attempt.appends
         live: list[Shards] = []
         try:
             self.base.check_in_place()
@@ -545,3 +550,8 @@ class Journal:
 
     def _poison(self, error: BaseException) -> None:
         self._runtime.poisoned = f"writing failed ({error})"
+
+
+def _raise_if_full(problem: Exception | None) -> None:
+    if isinstance(problem, DiskFullError):
+        raise problem

@@ -11,7 +11,7 @@ import pytest
 from support import inside
 
 import shardemb
-from shardemb.commits import log_writer
+from shardemb.commits import fold, log_writer
 from shardemb.errors import DiskFullError, PoisonedError, ReadOnlyError
 from shardemb.initializers import Uniform
 from shardemb.optim import Adam
@@ -445,3 +445,78 @@ def test_lookups_see_whole_rows_meanwhile(path):
         looking.join()
         assert not wrong
     assert committed(path)[59 % 7 :: 3] == [59] * len(range(59 % 7, ROWS, 3))
+
+
+def test_commits_of_several_threads(path, monkeypatch):
+    """Some wait and some do not, the log is often full, and folds run all the time."""
+    real = log_writer.Log.append_images
+
+    def slowly(self, *arguments):
+        time.sleep(0.003)
+        real(self, *arguments)
+
+    monkeypatch.setattr(log_writer.Log, "append_images", slowly)
+    with shardemb.open(path, log_bytes=30_000, threads=1) as store:
+        names = ["a", "b", "c"]
+        for name in names:
+            store.create_table(name, num_embeddings=ROWS, embedding_dim=DIM, optimizer=Adam())
+        store.commit()
+        failed, last = [], {}
+
+        def work(name):
+            rng = np.random.default_rng(names.index(name))
+            try:
+                for number in range(40):
+                    rows = rng.integers(0, ROWS, 100)
+                    store[name].update(rows, rng.normal(size=(100, DIM)).astype(np.float32))
+                    if rng.random() < 0.5:
+                        store.commit(wait=bool(rng.random() < 0.3))
+                    if number % 10 == 9:
+                        store.checkpoint()
+                last[name] = store[name].lookup(ALL)
+            except BaseException as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=work, args=(name,)) for name in names]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+        assert not failed
+        store.commit()
+        assert store.verify() == []
+    with shardemb.open(path) as store:
+        assert all((store[name].lookup(ALL) == last[name]).all() for name in names)
+
+
+def test_a_table_is_not_resized_beside_a_commit_that_began_while_it_waited(path, monkeypatch, gate):
+    """Resizing waits for a fold; a commit in the background that begins meanwhile comes first."""
+    with shardemb.open(path) as store:
+        gate.set()
+        store.create_table("t", num_embeddings=ROWS, embedding_dim=DIM)
+        store.commit()
+        write(store, range(10), 1)
+        store.commit()
+        gate.clear()
+        real, folding, go_on = fold.write, threading.Event(), threading.Event()
+
+        def slowly(*arguments):
+            folding.set()
+            go_on.wait(30)
+            real(*arguments)
+
+        monkeypatch.setattr(fold, "write", slowly)
+        resizing = threading.Thread(target=store["t"].resize, args=(ROWS + 100,))
+        resizing.start()
+        assert folding.wait(30)
+        write(store, range(5, 15), 2)
+        pending = store.commit(step=2, wait=False)
+        write(store, range(12, 20), 3)
+        go_on.set()
+        resizing.join(0.1)
+        gate.set()
+        resizing.join(30)
+        assert pending.result().step == 2
+        assert values(store)[:ROWS] == expected(v1=range(5), v2=range(5, 12), v3=range(12, 20))
+        store.rollback()
+        assert values(store) == expected(v1=range(5), v2=range(5, 15))
