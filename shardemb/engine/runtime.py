@@ -227,3 +227,14 @@ class Runtime:
             except BaseException:
                 self.half_done = what
                 raise
+
+
+def in_thread(name: str, work: Callable[[], None]) -> threading.Thread | None:
+    """Run work in a thread of its own, and return that; where none can be started, run it in this one."""
+    thread = threading.Thread(target=work, name=name)
+    try:
+        thread.start()
+    except RuntimeError:  # too many threads, or the interpreter is about to exit
+        work()
+        return None
+    return thread

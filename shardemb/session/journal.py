@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE
 from shardemb.commits import fills, fold, log_reader, log_writer
+from shardemb.engine.runtime import in_thread
 from shardemb.errors import DiskFullError, PoisonedError, ShardEmbError
 from shardemb.format import store_paths
 from shardemb.session import log_limit
@@ -172,10 +173,7 @@ class Journal:
         work = partial(self._commit_behind, attempt, pending, afterwards)
         with signals_deferred():
             self._freeze(attempt)
-            try:
-                threading.Thread(target=work, name="shardemb-commit").start()
-            except RuntimeError:  # too many threads, or the interpreter is about to exit
-                work()
+            in_thread("shardemb-commit", work)
         return pending
 
     def _commit_behind(
@@ -403,14 +401,8 @@ class Journal:
                 live += [tables[each.uuid] for each in base.tables]
                 for each in live:
                     each.begin_fold()
-                thread = threading.Thread(
-                    target=self._fold, args=(base, end, closed, live), name="shardemb-fold"
-                )
-                try:
-                    thread.start()
-                    self._thread = thread
-                except RuntimeError:  # too many threads, or the interpreter is about to exit
-                    self._fold(base, end, closed, live)
+                work = partial(self._fold, base, end, closed, live)
+                self._thread = in_thread("shardemb-fold", work) or self._thread
         except Exception as error:  # returned by the calls that wait for the fold
             self._end(live, error)
 
