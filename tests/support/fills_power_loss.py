@@ -21,6 +21,7 @@ from support.power_loss import (
     found_without,
     is_about_fills,
     leaving_out,
+    slow_commits,
 )
 from support.stores import close_quietly
 from support.witnesses import WITNESSES
@@ -49,7 +50,16 @@ def work(path, seed, recording):
         _work(path, chance, np.random.default_rng(seed), recording)
 
 
-def _work(path, chance, rng, recording):
+def work_behind(path, seed, recording):
+    """As `work`, with commits in the background, beside which tables are filled."""
+    with pytest.MonkeyPatch.context() as patch:
+        chance = random.Random(seed)
+        lower_limits(patch, chance)
+        slow_commits(patch)
+        _work(path, chance, np.random.default_rng(seed), recording, behind=True)
+
+
+def _work(path, chance, rng, recording, *, behind=False):
     options = {
         "log_bytes": chance.choice([1, 100_000, 2**30]),
         "memory_budget": chance.choice([0, 2**30]),
@@ -63,7 +73,13 @@ def _work(path, chance, rng, recording):
         expected, before = contents(store)[1], store.last_commit
         future = ((before.id if before else 0) + 1, step, ()), expected
         recording.acknowledged.append((None, future))  # from here on a crash may leave this commit
-        store.commit(step=step)
+        if behind:
+            pending = store.commit(step=step, wait=False)
+            for table in chance.sample(list(store.values()), chance.randint(0, len(store))):
+                fill(table)
+            pending.result()
+        else:
+            store.commit(step=step)
         recording.acknowledged.append((len(recording.operations), future))
 
     def new(name):
@@ -143,6 +159,10 @@ def failing(chance):
 
 def explore_fills(seed):
     return explore(seed, STATES // WORKLOADS, work=work, readers=True)
+
+
+def explore_fills_behind(seed):
+    return explore(seed, STATES // WORKLOADS, work=work_behind, readers=True)
 
 
 def power(witness=None):

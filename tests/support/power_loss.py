@@ -715,14 +715,19 @@ def explore_all(seed):
 
 def explore_behind(seed):
     with pytest.MonkeyPatch.context() as patch:
-        real = log_writer.Log.append_images
-
-        def append_images(self, *arguments):
-            time.sleep(0.002)  # so that other threads come in between
-            real(self, *arguments)
-
-        patch.setattr(log_writer.Log, "append_images", append_images)
+        slow_commits(patch)
         return explore(seed, STATES // WORKLOADS, work=work_behind)
+
+
+def slow_commits(patch):
+    """Let commits take a little longer, so that other threads come in between."""
+    real = log_writer.Log.append_images
+
+    def append_images(self, *arguments):
+        time.sleep(0.002)
+        real(self, *arguments)
+
+    patch.setattr(log_writer.Log, "append_images", append_images)
 
 
 LEFT_OUT = {
