@@ -11,8 +11,11 @@ import pytest
 from support import inside
 
 import shardemb
-from shardemb.commits import fold, log_writer
+from shardemb.commits import fills, fold, log_writer
+from shardemb.engine import filling
 from shardemb.errors import DiskFullError, PoisonedError, ReadOnlyError
+from shardemb.format import store_paths
+from shardemb.format.manifest import Manifest
 from shardemb.initializers import Uniform
 from shardemb.optim import Adam
 from shardemb.storage import files
@@ -520,3 +523,69 @@ def test_a_table_is_not_resized_beside_a_commit_that_began_while_it_waited(path,
         assert values(store)[:ROWS] == expected(v1=range(5), v2=range(5, 12), v3=range(12, 20))
         store.rollback()
         assert values(store) == expected(v1=range(5), v2=range(5, 15))
+
+
+# ---- rows that were filled --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def filled(path, monkeypatch):
+    """A store in which writes of two blocks and more go straight to the shards; two tables without rows in slots."""
+    monkeypatch.setattr(filling, "LEAST_BYTES", 8192)
+    with shardemb.open(path, threads=1) as store:
+        for name in ("t", "u"):
+            store.create_table(name, num_embeddings=4096, embedding_dim=DIM)
+        store.commit()
+        yield store
+        store.rollback()
+
+
+def named(path):
+    """The tables whose blocks the note names, and how many at least."""
+    base = Manifest.from_bytes(store_paths.manifest(path).read_bytes())
+    return {each.table: each.stop - each.first for each in fills.read_note(path, base).fills}
+
+
+def test_filled_rows_are_part_of_it(filled, path, gate):
+    write(filled, range(1024), 1)
+    assert filled["t"].stats()["rows_copied"] == 0
+    pending = filled.commit(step=1, wait=False)
+    write(filled, range(10), 2)  # of a fill that is being committed
+    write(filled, range(2048, 3072), 3)  # a fill of the next commit
+    gate.set()
+    pending.result()
+    assert committed(path) == [1.0] * 1024 + [0.0] * 3072
+    filled.rollback()
+    assert values(filled) == [1.0] * 1024 + [0.0] * 3072
+
+
+def test_fills_of_a_commit_under_way_stay_named(filled, path, gate):
+    write(filled, range(1024), 1)
+    pending = filled.commit(step=1, wait=False)
+    write(filled, range(1024), 1, name="u")
+    first, second = (inside.state(filled[name]).spec.uuid for name in ("t", "u"))
+    assert named(path).keys() == {first, second}
+    assert min(named(path).values()) >= 4
+    gate.set()
+    pending.result()
+    filled.checkpoint()
+    assert named(path).keys() == {second}
+
+
+def test_fills_of_a_commit_that_fails_can_be_rolled_back_and_committed(filled, path, monkeypatch):
+    def begin(self, nbytes):
+        raise DiskFullError(errno.ENOSPC, "the disk is full", str(path))
+
+    for end in (filled.rollback, filled.commit):
+        write(filled, range(1024), 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(log_writer.Log, "begin", begin)
+            with pytest.raises(DiskFullError):
+                filled.commit(step=1, wait=False).result()
+        assert values(filled)[:1024] == [1.0] * 1024
+        end()
+        assert (
+            values(filled)
+            == committed(path)
+            == ([1.0] if end == filled.commit else [0.0]) * 1024 + [0.0] * 3072
+        )
