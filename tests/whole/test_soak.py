@@ -35,17 +35,31 @@ def announce(what, seed, count):
 
 
 @pytest.mark.parametrize("piece", range(PIECES))
-@pytest.mark.parametrize("of", ["rows", "keys"])
+@pytest.mark.parametrize("of", ["rows", "keys", "background", "fills", "fills beside commits"])
 def test_loss_of_power(piece, of):
-    from support.power_loss import explore, work
+    from support import fills_power_loss
+    from support.power_loss import explore, slow_commits, work, work_behind
 
     seed, states = FIRST_SEED + piece, int((1_000_000 if of == "rows" else 200_000) * SCALE / PIECES)
     announce(f"loss of power, {of}", seed, f"{states} different states")
     found, workloads = 0, 0  # the states of two workloads differ: their stores have different uuids
-    work = work if of == "rows" else of_keys.work
-    while found < states:
-        found += len(explore(seed * 10_000 + workloads, min(states, 400), work=work))
-        workloads += 1
+    work = {
+        "rows": work,
+        "keys": of_keys.work,
+        "background": work_behind,
+        "fills": fills_power_loss.work,
+        "fills beside commits": fills_power_loss.work_behind,
+    }[of]
+    with pytest.MonkeyPatch.context() as patch:
+        if of == "background":
+            slow_commits(patch)
+        while found < states:
+            found += len(
+                explore(
+                    seed * 10_000 + workloads, min(states, 400), work=work, readers=of.startswith("fills")
+                )
+            )
+            workloads += 1
     print(f"{found} different states of {workloads} workloads")
 
 
