@@ -412,8 +412,8 @@ def undisturbed(path, what):
     """Return the calls that a change makes, what each commit holds from the first one on, and what memory does then."""
     states, mark, failing = [], TableCatalog.mark_committed, Failing()
 
-    def note(catalog):
-        mark(catalog)
+    def note(catalog, tables):
+        mark(catalog, tables)
         if catalog is inside.session(store).tables:
             states.append(contents(store))
 
