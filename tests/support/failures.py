@@ -28,7 +28,7 @@ from shardemb.format import zarr_metadata
 from shardemb.format.table_files import TableLocation
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD, Adam
-from shardemb.session.table_catalog import TableCatalog
+from shardemb.session.journal import Journal
 from shardemb.storage import files
 from support import inside
 from support.power_loss import NOTHING, contents, scratch
@@ -410,19 +410,19 @@ def leave(store, failing):
 
 def undisturbed(path, what):
     """Return the calls that a change makes, what each commit holds from the first one on, and what memory does then."""
-    states, mark, failing = [], TableCatalog.mark_committed, Failing()
+    states, go_on, failing = [], Journal._fold_if_due, Failing()
 
-    def note(catalog, tables):
-        mark(catalog, tables)
-        if catalog is inside.session(store).tables:
+    def note(journal, attempt):  # once it is committed
+        if journal is inside.journal(store):
             states.append(contents(store))
+        go_on(journal, attempt)
 
     with pytest.MonkeyPatch.context() as patch, failing.on():
         with failing.off():
             with shardemb.open(path, "r") as store:
                 states.append(contents(store))
             store = begin(path, what)
-            patch.setattr(TableCatalog, "mark_committed", note)
+            patch.setattr(Journal, "_fold_if_due", note)
         CHANGES[what](store)
         with failing.off():
             after = contents(store)[1]
