@@ -153,8 +153,8 @@ def undo_unfinished(table: TableLocation, named: Iterable[Fill], committed: Iter
         # One with a checksum was written by a fold since: the note may name more than was filled.
         left = checksums.read_sums(table.checksums_path, fill.first, fill.stop - fill.first)
         left = left == checksums.NEVER_WRITTEN
-        for each in (other.fill for other in committed):
-            left[max(each.first - fill.first, 0) : max(each.stop - fill.first, 0)] = False
+        for each in committed:
+            left[each.fill.within(fill.first)] = False
         blocks = fill.first + np.flatnonzero(left)
         for first, last in file_blocks.runs(blocks):
             punch(table, int(blocks[first]), int(blocks[last - 1]) + 1)

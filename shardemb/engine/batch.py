@@ -260,7 +260,7 @@ def _keep(runtime: Runtime, changes: Sequence[Change], loaded: Sequence[Loaded])
             run_pieces(runtime, [function], [count], [shards.spec.record_bytes])
 
         with signals_deferred():  # an interrupt half way would lose some
-            shards.keep(each.batch.rows, rows.places, runtime.outputs.empty, run)
+            shards.frozen.keep(each.batch.rows, rows.places, runtime.outputs.empty, run)
 
 
 def _loading(change: Change, shards: Shards) -> Loading:

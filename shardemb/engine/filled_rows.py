@@ -76,7 +76,7 @@ class FilledRows:
     def take_blocks(self, first: int, free: NDArray[np.bool_]) -> None:
         """Note in `free`, which is about blocks from `first` on, that those of fills are not free."""
         for each in self._all():
-            free[max(each.fill.first - first, 0) : max(each.fill.stop - first, 0)] = False
+            free[each.fill.within(first)] = False
 
     def count_by_shard(self) -> Int64Array:
         """Count for each shard the rows in fills that no fold has been through."""

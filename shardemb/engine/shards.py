@@ -28,7 +28,7 @@ from shardemb.memory.overlay import Overlay
 from shardemb.storage import address_space, files, table_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from shardemb.engine.hidden_rows import HiddenRows
     from shardemb.format.spec import TableSpec
     from shardemb.memory.memory_budget import MemoryBudget
-    from shardemb.memory.overlay import InPieces
 
 PAGED_ROWS = 4096
 """Rows that are loaded into memory at a time if a batch may exceed the memory budget."""
@@ -445,28 +444,9 @@ class Shards:
         self.filled.freeze()
         self.frozen = FrozenRows(self.overlay, self.spec.width)
 
-    def keep(
-        self,
-        rows: Int64Array,
-        places: Int64Array,
-        empty: Callable[[tuple[int, ...]], Float32Array],
-        run: InPieces,
-    ) -> None:
-        """Keep the records of rows that are about to change, where a commit under way still needs them.
-
-        ``empty(shape)`` makes the array for copies; `run` is as in `Overlay.pack_frozen`.
-
-        Raises
-        ------
-        MemoryError, OSError
-            There is no memory, or the spill file cannot be read.
-        """
-        if self.frozen is not None:
-            self.frozen.keep(rows, places, empty, run)
-
     @property
     def kept_row_bytes(self) -> int:
-        """Bytes of memory that `keep` may take for a row."""
+        """Bytes of memory that `FrozenRows.keep` may take for a row."""
         return 0 if self.frozen is None else self.spec.record_bytes
 
     def end_commit(self, *, committed: bool) -> None:

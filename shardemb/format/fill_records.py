@@ -63,6 +63,10 @@ class Fill:
         start = -(-self.first * PAGE // record_bytes)
         return start, max(start, self.stop * PAGE // record_bytes)
 
+    def within(self, first: int) -> slice:
+        """Return where its blocks are in an array about the blocks from `first` on."""
+        return slice(max(self.first - first, 0), max(self.stop - first, 0))
+
 
 class Filled(NamedTuple):
     """A fill with the checksum of each of its blocks."""
