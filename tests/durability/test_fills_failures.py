@@ -3,12 +3,11 @@
 import contextlib
 import random
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 from support import inside
-from support.failures import Failing, every_site, fail_each, scratch, small
+from support.failures import every_site, fail_each, small, trained
 from support.fills_power_loss import lower_limits
 from support.power_loss import NOTHING, contents
 from support.stores import close_quietly
@@ -104,19 +103,9 @@ def check(path, allowed, what):
         assert store.verify() == [], what
 
 
-def trained(seed):
-    failing = Failing()
-    with scratch() as folder:
-        with failing.on():
-            allowed = train(Path(folder) / "store", seed, failing)
-        assert len(allowed) == 1
-        check(Path(folder) / "store", allowed, "nothing failed")
-    return failing
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(WORKLOADS))
 def test_every_operation_fails_once(seed):
     with small():
-        sites = [trained(each).sites for each in range(WORKLOADS)]
+        sites = [trained(each, train, check).sites for each in range(WORKLOADS)]
         assert {"write", "sync", "punch"} <= fail_each(seed, every_site(sites, seed), train, check).keys()

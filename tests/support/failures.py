@@ -264,9 +264,9 @@ def small():
         yield
 
 
-def trained(seed):
+def trained(seed, train=train, check=check, depth=100):
     """Return the calls of a workload in which none fails."""
-    failing = Failing()
+    failing = Failing(depth=depth)
     with scratch() as folder:
         with failing.on():
             allowed = train(Path(folder) / "store", seed, failing)

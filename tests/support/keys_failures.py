@@ -3,7 +3,6 @@
 import contextlib
 import random
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +13,8 @@ from shardemb.errors import PoisonedError, ShardEmbError
 from shardemb.optim import SGD
 from shardemb.vocabulary import hash_index
 from support import failures, inside
-from support.failures import KINDS, Failing, every_position, every_site
-from support.power_loss import NOTHING, contents, keys_that_are_wrong, scratch
+from support.failures import KINDS, every_position, every_site
+from support.power_loss import NOTHING, contents, keys_that_are_wrong
 from support.small import make_small, pool_of
 from support.stores import close_quietly
 
@@ -132,13 +131,8 @@ def small(seed):
 
 def trained(seed):
     """Return the calls of a workload in which none fails."""
-    failing = Failing(depth=DEPTH)
-    with small(seed), scratch() as folder:
-        with failing.on():
-            allowed = train(Path(folder) / "store", seed, failing)
-        assert len(allowed) == 1
-        check(Path(folder) / "store", allowed, "nothing failed")
-    return failing
+    with small(seed):
+        return failures.trained(seed, train, check, depth=DEPTH)
 
 
 def fail_everywhere(seed):
