@@ -17,7 +17,7 @@ from importlib import import_module
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
-from shardemb import initializers, optim
+from shardemb import dtypes, initializers, optim
 from shardemb.admission import Admission
 from shardemb.errors import (
     DiskFullError,
@@ -77,6 +77,7 @@ __all__ = [
     "VocabularyExistsError",
     "VocabularyNotFoundError",
     "__version__",
+    "dtypes",
     "initializers",
     "open",
     "optim",

@@ -29,11 +29,13 @@ ROOMS = {
         "row_kernels",
     ],
     "optim": ["base", "sgd", "adagrad", "adam", "__init__"],
+    "dtypes": [],
     "initializers": [],
     "admission": [],
     "format": [
         "documents", "fill_records", "log_records", "store_paths", "spec", "manifest", "zarr_metadata", "table_files",
     ],
+    "precision": ["codecs", "coded_rows", "records"],
     "storage": ["files", "address_space", "folders", "checksums", "table_folder"],
     "commits": ["fills", "log_reader", "fold", "log_writer", "rewrite", "verify"],
     "memory": ["slots", "spill_file", "overlay", "frozen_rows", "memory_budget"],
@@ -58,7 +60,8 @@ ROOMS = {
 }  # fmt: skip
 
 LEVELS = [
-    {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission"}, {"format"}, {"storage"},
+    {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission", "dtypes"}, {"format"}, {"precision"},
+    {"storage"},
     {"commits", "memory"}, {"engine", "io"}, {"vocabulary"}, {"session"}, {"store"}, {"text"},
     {"quickstart", "warm_up"}, {"cli"},
 ]  # fmt: skip
@@ -74,6 +77,7 @@ OUTSIDE = {
     "llvmlite": {"compute.intrinsics"},
     "pyarrow": {"io.arrow", "io.parquet", "vocabulary.keys", "vocabulary.key_rows"},
     "xxhash": {"format.documents"},
+    "ml_dtypes": {"dtypes"},
     "click": {"cli"},
     "matplotlib": {"cli"},
     "rich": {"base.progress", "quickstart.training", "cli"},
@@ -396,7 +400,9 @@ def parameters(node):
     return [each for each in every if each.arg not in ("self", "cls")]
 
 
-HOT_LOOPS = {"compute.row_kernels", "compute.residency", "compute.row_index", "vocabulary.index_kernels"}
+HOT_LOOPS = {
+    "compute.row_kernels", "compute.residency", "compute.row_index", "vocabulary.index_kernels", "precision.coded_rows",
+}  # fmt: skip
 
 
 def test_parameters_are_few():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import shardemb
-from shardemb import initializers, optim, text
+from shardemb import dtypes, initializers, optim, text
 
 NAMES = [
     "Admission",
@@ -37,6 +37,7 @@ NAMES = [
     "VocabularyExistsError",
     "VocabularyNotFoundError",
     "__version__",
+    "dtypes",
     "initializers",
     "open",
     "optim",
@@ -58,6 +59,7 @@ to_arrow_batches(self) -> Iterator[pa.RecordBatch]
 """
 
 KEYED_TABLE = """
+dtype: str | Dtype
 embedding_dim: int
 evict(self, *, older_than: int | None = None, keep: int | None = None, \
 by: "Literal['lru', 'lfu']" = 'lru') -> NDArray[Any]
@@ -66,9 +68,9 @@ rows: tuple[int, int] | None = None, parts: int | None = None, encoding: Encodin
 progress: Progress = None) -> ExportReport
 initializer: Initializer
 lookup(self, keys: KeysLike, *, missing: Missing = 'error', create: bool = False, \
-out: NDArray[np.float32] | None = None) -> NDArray[np.float32]
-lookup_unique(self, keys: KeysLike, *, create: bool = False) \
--> tuple[NDArray[np.float32], NDArray[Any], NDArray[np.int64]]
+dtype: DtypeLike | None = None, out: NDArray[Any] | None = None) -> NDArray[Any]
+lookup_unique(self, keys: KeysLike, *, create: bool = False, dtype: DtypeLike | None = None) \
+-> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]
 name: str
 num_embeddings: int
 optimizer: Optimizer | None
@@ -101,7 +103,8 @@ commit(self, step: int | None = None, metadata: Mapping[str, Any] | None = None,
 copy(self, path: str | os.PathLike[str], *, progress: Progress = None) -> None
 create_table(self, name: str, *, num_embeddings: int | None = None, embedding_dim: int, \
 vocabulary: str | None = None, counters: bool = False, initializer: initializers.Initial | None = None, \
-optimizer: Optimizer | None = None, rows_per_shard: int | None = None, progress: Progress = None) \
+optimizer: Optimizer | None = None, rows_per_shard: int | None = None, dtype: DtypeLike = 'float32', \
+state_dtype: str = 'float32', rounding: RoundingLike = 'nearest', progress: Progress = None) \
 -> Table | KeyedTable
 create_vocabulary(self, name: str, *, key_type: KeyType, admission: Admission | None = None, \
 reserved: int = 0) -> Vocabulary
@@ -117,7 +120,8 @@ refresh(self) -> None
 rename_table(self, name: str, new_name: str) -> None
 rename_vocabulary(self, name: str, new_name: str) -> None
 reshard(self, name: str, *, rows_per_shard: int | None = None, \
-optimizer: "Optimizer | Literal['keep'] | None" = 'keep', progress: Progress = None) -> Commit
+optimizer: "Optimizer | Literal['keep'] | None" = 'keep', dtype: DtypeLike | None = None, \
+progress: Progress = None) -> Commit
 rollback(self) -> None
 stats(self) -> dict[str, int]
 update(self, batches: Mapping[str, tuple[KeysLike, ArrayLike]], *, missing: MissingChange = 'error', \
@@ -127,14 +131,16 @@ vocabularies: Mapping[str, Vocabulary]
 """
 
 TABLE = """
+dtype: str | Dtype
 embedding_dim: int
 export_parquet(self, path: str | os.PathLike[str], *, columns: Sequence[str] = (), \
 rows: tuple[int, int] | None = None, parts: int | None = None, encoding: Encoding = 'plain', \
 progress: Progress = None) -> ExportReport
 explain(self, ids: ArrayLike) -> Explanation
 initializer: Initializer
-lookup(self, ids: ArrayLike, *, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]
-lookup_unique(self, ids: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]
+lookup(self, ids: ArrayLike, *, dtype: DtypeLike | None = None, out: NDArray[Any] | None = None) -> NDArray[Any]
+lookup_unique(self, ids: ArrayLike, *, dtype: DtypeLike | None = None) \
+-> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]
 materialize(self, *, progress: Progress = None) -> None
 name: str
 nbytes: int
@@ -176,6 +182,12 @@ TruncatedNormal(mean: float = 0.0, std: float = 1.0, low: float | None = None, h
 Uniform(low: float, high: float, seed: int = 0)
 VarianceScaling(scale: float = 1.0, fan: Fan = 'fan_avg', distribution: Distribution = 'truncated_normal', \
 seed: int = 0)
+"""
+
+DTYPES = """
+BlockScaled(values: "Literal['float8_e4m3fn', 'float8_e5m2']" = 'float8_e4m3fn', block: int = 32)
+ScaledInt8(bias: bool = True)
+Stochastic(seed: int = 0)
 """
 
 TEXT = """
@@ -254,6 +266,7 @@ def test_types_come_with_the_package():
         (public_members(shardemb.Vocabulary), VOCABULARY),
         (public_members(shardemb.KeyedTable), KEYED_TABLE),
         ({name: getattr(optim, name) for name in optim.__all__}, OPTIMIZERS),
+        ({name: getattr(dtypes, name) for name in dtypes.__all__}, DTYPES),
         ({name: getattr(initializers, name) for name in initializers.__all__}, INITIALIZERS),
         ({name: getattr(text, name) for name in ("Encoder", "read_lines", "words")}, TEXT),
         ({name: getattr(text.Encoder, name) for name in ("batches", "decode", "encode")}, ENCODER),

@@ -326,28 +326,68 @@ def _require_real_numbers(array: NDArray[Any], what: str, given: object = None) 
         raise TypeError(msg)
 
 
-def output(out: NDArray[Any], shape: tuple[int, ...]) -> Float32Array:
+def is_raw(values: object, *, raw: bool) -> bool:
+    """Whether rows are given as bytes. If they are to be `raw`, everything is, for `raw_rows` to judge."""
+    return raw or str(getattr(values, "dtype", "")).removeprefix("torch.") == "uint8"
+
+
+def raw_rows(values: ArrayLike, shape: tuple[int, ...], *, table: str) -> NDArray[np.uint8]:
+    """Check rows that are given as bytes; return them flattened over the ids.
+
+    Raises
+    ------
+    TypeError
+        The dtype is not uint8.
+    ValueError
+        Another shape.
+    """
+    array = _as_array(values, "u", "rows", table)
+    if array.size == 0 and not isinstance(values, np.ndarray):
+        array = array.astype(np.uint8)
+    if array.dtype != np.uint8:
+        msg = f"table {table!r}: raw rows must be uint8, got {described(values, array)}"
+        raise TypeError(msg)
+    if array.shape != shape:
+        msg = (
+            f"table {table!r}: raw rows have shape {array.shape}, but the ids ask for {shape} "
+            f"(ids.shape + (bytes of a row,))"
+        )
+        raise ValueError(msg)
+    return np.require(array, np.uint8, ["C", "A", "W"]).reshape(-1, shape[-1])
+
+
+_FLOAT32 = np.dtype(np.float32)
+
+
+def output(out: NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[Any] = _FLOAT32) -> NDArray[Any]:
     """Return `out` if the result can be written into it as it is.
 
     Raises
     ------
     TypeError
-        Not an array of float32, or one with a mask.
+        Not an array of that dtype, or one with a mask.
     ValueError
         Another shape, not C-contiguous and aligned, or read-only.
     """
     is_array = isinstance(out, np.ndarray) and not isinstance(out, np.ma.MaskedArray)
-    if not is_array or out.dtype != np.float32:
+    if not is_array or out.dtype != dtype:
         got = f"dtype {out.dtype}" if is_array else type(out).__name__
-        msg = f"out must be a NumPy array of float32, got {got}"
+        msg = f"out must be a NumPy array of {dtype}, got {got}"
         raise TypeError(msg)
     if out.shape != shape:
         msg = f"out has shape {out.shape}, but the result has {shape}"
         raise ValueError(msg)
     if not (out.flags.c_contiguous and out.flags.aligned and out.flags.writeable):
-        msg = "out must be C-contiguous, aligned and writable, for example np.empty(shape, np.float32)"
+        msg = (
+            f"out must be C-contiguous, aligned and writable, for example np.empty(shape, {_written(dtype)})"
+        )
         raise ValueError(msg)
     return out
+
+
+def _written(dtype: np.dtype[Any]) -> str:
+    """Return how a dtype is written in a program."""
+    return f"{'np' if dtype.isbuiltin == 1 else 'ml_dtypes'}.{dtype}"
 
 
 def number(value: object, name: str, *, minimum: float | None = None) -> float:

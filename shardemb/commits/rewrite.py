@@ -14,7 +14,7 @@ import uuid
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from shardemb.format import store_paths, zarr_metadata
 from shardemb.format.manifest import Manifest
 from shardemb.format.spec import shard_rows_multiple
 from shardemb.format.table_files import TableLocation
+from shardemb.precision.records import converted
 from shardemb.storage import checksums, files, folders, table_folder
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shardemb.base.progress import Advance, Progress
-    from shardemb.base.validation import Float32Array
     from shardemb.commits.log_reader import Images, Replay
     from shardemb.format.manifest import TableEntry
     from shardemb.format.spec import TableSpec
@@ -216,10 +216,8 @@ def _fill(old: TableLocation, new: TableLocation, file: File, staged: Path, *, k
             records, written = _read(old, start, stop)
             if not written.any():
                 continue
-            memory = np.zeros((-(-(stop - start) // multiple) * multiple, spec.width), np.float32)
-            columns = spec.width if keep_state else spec.embedding_dim
-            memory[: stop - start][written, :columns] = records[written, :columns]
-            memory[: stop - start][written, columns:] = spec.initial_state[columns - spec.embedding_dim :]
+            memory = np.zeros((-(-(stop - start) // multiple) * multiple, spec.width), spec.element)
+            memory[: stop - start] = converted(old.spec, spec, records, written, keep_state=keep_state)
             blocks = memory.reshape(-1).view(np.uint64).reshape(-1, PAGE // 8)
             offset = (start - begin) * spec.record_bytes
             filled = np.flatnonzero(blocks.any(axis=1))  # blocks of zeros stay holes
@@ -246,10 +244,10 @@ def _write_presence(new: TableLocation, start: int, written: NDArray[np.bool_]) 
         done += end - begin
 
 
-def _read(old: TableLocation, start: int, stop: int) -> tuple[Float32Array, NDArray[np.bool_]]:
+def _read(old: TableLocation, start: int, stop: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Read the records of rows ``start:stop``, and whether each row was ever written."""
     spec = old.spec
-    records = np.zeros((stop - start, spec.width), np.float32)
+    records = np.zeros((stop - start, spec.width), spec.element)
     for number in range(start // spec.rows_per_shard, (stop - 1) // spec.rows_per_shard + 1):
         file = old.shard(number)
         begin, end = max(start, file.rows[0]), min(stop, file.rows[1])
@@ -258,9 +256,11 @@ def _read(old: TableLocation, start: int, stop: int) -> tuple[Float32Array, NDAr
         with files.opened(file.path, os.O_RDONLY) as descriptor:
             if next(files.data(descriptor, low, high), None) is not None:
                 data = _read_intact(old, file, descriptor, low, high)[first - low : last - low]
-                records[begin - start : end - start] = np.frombuffer(data, np.float32).reshape(-1, spec.width)
+                records[begin - start : end - start] = np.frombuffer(data, spec.element).reshape(
+                    -1, spec.width
+                )
     if not spec.has_presence:
-        return records, np.logical_or.reduce(records.view(np.uint32) != 0, axis=1)
+        return records, np.logical_or.reduce(records.view(np.uint8) != 0, axis=1)
     return records, _written(old, start, stop)
 
 

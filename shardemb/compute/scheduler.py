@@ -103,7 +103,11 @@ def run(tasks: Sequence[Callable[[], T]], threads: int, stop: threading.Event | 
 
 
 def as_array(
-    read: Callable[[int, int], NDArray[np.float32]], num_rows: int, width: int, rows_per_chunk: int
+    read: Callable[[int, int], NDArray[Any]],
+    num_rows: int,
+    width: int,
+    rows_per_chunk: int,
+    dtype: np.dtype[Any],
 ) -> Array:
     """Make a dask array whose chunks call ``read(start, stop)`` when they are computed."""
     import dask.array as da
@@ -112,11 +116,11 @@ def as_array(
     full, rest = divmod(num_rows, rows_per_chunk)
     rows = (rows_per_chunk,) * full + ((rest,) if rest else ())
 
-    def block(block_info: dict[None, Any]) -> NDArray[np.float32]:
+    def block(block_info: dict[None, Any]) -> NDArray[Any]:
         (start, stop), _ = block_info[None]["array-location"]
         return read(start, stop)
 
-    return da.map_blocks(block, chunks=(rows, (width,)), dtype=np.float32, meta=np.empty((0, 0), np.float32))
+    return da.map_blocks(block, chunks=(rows, (width,)), dtype=dtype, meta=np.empty((0, 0), dtype))
 
 
 def _get(tasks: int, threads: int) -> Callable[..., Any]:

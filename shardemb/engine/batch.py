@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from operator import mul
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shardemb.base.validation import Float32Array, Int64Array
+    from shardemb.base.validation import Int64Array
     from shardemb.compute.plan import Piece
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.shards import Shards
@@ -60,7 +60,7 @@ class Loading(NamedTuple):
 
     shards: Shards
     rows: Int64Array
-    values: Float32Array | None = None
+    values: NDArray[Any] | None = None
     positions: Int64Array | None = None
 
     def part(self, which: NDArray[np.bool_]) -> Loading:
@@ -130,13 +130,16 @@ def count_tasks(runtime: Runtime, shards: Shards, ids: Int64Array) -> int:
     return len(_cut(runtime, [ids.size], [_row_bytes(shards, "weight", ids)]))
 
 
-def read_range(runtime: Runtime, table: Target, column: str, start: int, stop: int) -> Float32Array:
+def read_range(
+    runtime: Runtime, table: Target, column: str, form: str, start: int, stop: int
+) -> NDArray[Any]:
     """Copy a column of rows ``start:stop``, all in the calling thread: this may be called from a task."""
     shards = table.live()
-    first, last = shards.spec.columns[column]
     ids = np.arange(start, stop, dtype=np.int64)
-    out = np.empty((stop - start, last - first), np.float32)
-    _without_lock(runtime, [Read(table, shards, column, ids, out)], _gather_range)
+    width, dtype = shards.codec.shape_of(column, form)
+    out = np.empty((stop - start, width), dtype)
+    into = out if form == "float32" else out.view(np.uint8)
+    _without_lock(runtime, [Read(table, shards, column, ids, into, form)], _gather_range)
     return out
 
 
@@ -176,7 +179,7 @@ def _gather(runtime: Runtime, reads: Sequence[Read]) -> None:
 
 
 def _gather_all(runtime: Runtime, reads: Sequence[Read]) -> None:
-    gathers = [partial(read.shards.gather, read.column, read.ids, read.out) for read in reads]
+    gathers = [partial(read.shards.gather, read.column, read.form, read.ids, read.out) for read in reads]
     run_pieces(
         runtime,
         gathers,
@@ -189,7 +192,7 @@ def _gather_range(runtime: Runtime, reads: Sequence[Read]) -> None:
     for read in reads:
         if read.shards.is_cold(read.ids, SAMPLES):
             read.shards.read_ahead(read.ids, 0, read.ids.size)
-        read.shards.gather(read.column, read.ids, read.out, 0, read.ids.size)
+        read.shards.gather(read.column, read.form, read.ids, read.out, 0, read.ids.size)
 
 
 def _gather_paged(runtime: Runtime, read: Read) -> None:
@@ -215,7 +218,7 @@ def _gather_paged(runtime: Runtime, read: Read) -> None:
                 shards.overlay.reload(rows)
             if shards.is_cold(rows, SAMPLES):
                 shards.read_ahead(rows, 0, rows.size)
-            shards.gather(read.column, read.ids, read.out, start, stop)
+            shards.gather(read.column, read.form, read.ids, read.out, start, stop)
 
 
 def change(runtime: Runtime, changes: Sequence[Change]) -> None:
@@ -321,7 +324,7 @@ class _Planned(NamedTuple):
         """What it fills, and with what."""
         change, spec = self.change, self.shards.spec
         counts = None
-        if spec.counters and change.values.shape[1] == spec.embedding_dim:
+        if spec.counters and change.values.shape[1] == spec.weight_width:
             counts = np.diff(change.batch.starts), change.table.training.step
         rows, positions = change.batch.rows, change.last_positions()
         return filling.Filling(self.shards, self.fills, rows, change.values, positions, counts)
@@ -431,7 +434,8 @@ def _fill(part: Loading, slots: Int64Array) -> Callable[[int, int], None]:
     if part.values is None or part.positions is None:
         return partial(part.shards.copy, part.rows, slots)
     each_once = np.arange(slots.size + 1)
-    return partial(row_kernels.scatter, part.shards.records, slots, each_once, part.positions, part.values)
+    values = part.values.view(np.uint8)
+    return partial(row_kernels.scatter, part.shards.bytes, slots, each_once, part.positions, values)
 
 
 def _make_room(runtime: Runtime, batches: Sequence[tuple[Shards, Int64Array]]) -> None:
@@ -460,21 +464,25 @@ def _work(change: Change, rows: Loaded) -> Callable[[int, int], None]:
         rows.shards,
         rows.places,
     )
-    counts_writes = shards.spec.counters and values.shape[1] == shards.spec.embedding_dim
+    counts_writes = shards.spec.counters and values.shape[1] == shards.spec.weight_width
 
     def overwrite(start: int, stop: int) -> None:
-        row_kernels.scatter(shards.records, places, batch.starts, batch.order, values, start, stop)
+        new = values.view(np.uint8)
+        row_kernels.scatter(shards.bytes, places, batch.starts, batch.order, new, start, stop)
         if counts_writes:
-            counters = shards.records[places[start:stop], -2:]
+            records = shards.records.view(np.float32)  # counters are float32, whatever the rest is
+            counters = records[places[start:stop], -2:]
             counters[:, 0] += np.diff(batch.starts[start : stop + 1])
             counters[:, 0] = np.minimum(counters[:, 0], row_kernels.MAX_COUNT)
             counters[:, 1] = training.step
-            shards.records[places[start:stop], -2:] = counters
+            records[places[start:stop], -2:] = counters
 
     if not change.takes_step or training.optimizer is None:
         return overwrite
-    step = row_kernels.step(type(training.optimizer))
     number = training.step + 1
+    if shards.spec.precision.is_coded:
+        return shards.codec.step(training.optimizer, number, shards.bytes, places, batch, values)
+    step = row_kernels.step(type(training.optimizer))
     scalars = np.array(training.optimizer.scalars(number), np.float32)
     counting = number if shards.spec.counters else 0
 
@@ -495,7 +503,7 @@ def _samples(tables: int) -> int:
 def _row_bytes(shards: Shards, column: str, ids: Int64Array) -> int:
     """Return the cost of looking up one row of a batch, as the bytes that could be copied in that time."""
     first, last = shards.spec.columns[column]
-    copied = max(4 * (last - first), MIN_ROW_BYTES)
+    copied = max(shards.spec.element.itemsize * (last - first), MIN_ROW_BYTES)
     if ids.size * copied * DRAWN_WORK < 2 * plan.TASK_BYTES:
         return copied  # one task even if all rows are drawn, so the sample can be spared
     return round(copied * (1 + (DRAWN_WORK - 1) * shards.share_drawn(column, ids, SAMPLES)))

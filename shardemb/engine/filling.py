@@ -16,7 +16,7 @@ import os
 import threading
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shardemb.base.validation import Float32Array, Int64Array
+    from shardemb.base.validation import Int64Array
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.shards import Shards
     from shardemb.format.table_files import File
@@ -62,8 +62,8 @@ class Filling:
     fills : tuple of Fill
     rows : ndarray of int64
         The rows of the change, ascending and without gaps.
-    values : ndarray of float32
-        Weights, or whole records.
+    values : ndarray
+        Weights, or whole records, as the elements of these.
     positions : ndarray of int64
         Where in `values` each row is.
     counters : tuple of ndarray and int, optional
@@ -73,12 +73,12 @@ class Filling:
     shards: Shards
     fills: tuple[Fill, ...]
     rows: Int64Array
-    values: Float32Array
+    values: NDArray[Any]
     positions: Int64Array
     counters: tuple[Int64Array, int] | None = None
     done: list[Filled] = field(default_factory=list)
 
-    def assemble(self, fill: Fill, start: int, stop: int, target: Float32Array) -> None:
+    def assemble(self, fill: Fill, start: int, stop: int, target: NDArray[Any]) -> None:
         """Write the records of rows ``start:stop`` to memory; those that are not of the fill are zeros."""
         spec = self.shards.spec
         first, last = fill.rows(spec.record_bytes)
@@ -88,11 +88,12 @@ class Filling:
         which = slice(begin - int(self.rows[0]), end - int(self.rows[0]))
         width, records = self.values.shape[1], target[begin - start : end - start]
         records[:, :width] = self.values[_as_slice(self.positions[which])]
-        records[:, width:] = spec.initial_state[width - spec.embedding_dim :]
+        records[:, width:] = spec.initial_state[width - spec.weight_width :]
         if self.counters is not None:
             counts, step = self.counters
-            records[:, -2] = np.minimum(counts[which], row_kernels.MAX_COUNT)
-            records[:, -1] = step
+            numbers = records.view(np.float32)
+            numbers[:, -2] = np.minimum(counts[which], row_kernels.MAX_COUNT)
+            numbers[:, -1] = step
 
 
 def _as_slice(positions: Int64Array) -> slice | Int64Array:
@@ -304,7 +305,7 @@ class _Piece(NamedTuple):
         nbytes, size = self.stop - self.start, spec.record_bytes
         begin = self.file.first * PAGE + self.start
         rows = begin // size, -(-(begin + nbytes) // size)
-        records = memory.array(np.float32, (rows[1] - rows[0], spec.width), lead + rows[0] * size - begin)
+        records = memory.array(spec.element, (rows[1] - rows[0], spec.width), lead + rows[0] * size - begin)
         # A copy also where none is needed: another thread may change the values between their sum and the write.
         self.filling.assemble(self.filled.fill, *rows, records)
         data = memory.bytes(lead, nbytes)
@@ -356,7 +357,7 @@ def take_back(runtime: Runtime, shards: Shards) -> None:
         for begin in range(start, stop, TAKEN_BACK_ROWS):
             rows = np.arange(begin, min(begin + TAKEN_BACK_ROWS, stop))
             rows = rows[~shards.overlay.are_dirty(rows)]
-            records = np.empty((rows.size, shards.spec.width), np.float32)
+            records = np.empty((rows.size, shards.spec.width), shards.spec.element)
             shards.overlay.pack(rows, records.ctypes.data)
             shards.adopt_records(rows, records, runtime.budget)
         undo(shards, [filled])

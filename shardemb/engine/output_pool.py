@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,13 +20,15 @@ from shardemb.storage import address_space
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from shardemb.base.validation import Float32Array
+    from numpy.typing import NDArray
+
+_FLOAT32 = np.dtype(np.float32)
 
 MIN_BYTES, MAX_BYTES = 2**20, 2**26
 """Results of fewer or of more bytes are left to the C library; free memory of at most `MAX_BYTES` in all is kept."""
 
-ALIGNED = 16
-"""Arrays in one block of memory begin at multiples of that many numbers, which is a cache line."""
+ALIGNED = 64
+"""Arrays in one block of memory begin at multiples of that many bytes, which is a cache line."""
 
 
 class OutputPool:
@@ -41,24 +43,25 @@ class OutputPool:
         self._free: list[address_space.AddressRange] = []
         self._closed = False
 
-    def empty(self, shape: tuple[int, ...]) -> Float32Array:
-        """Make an uninitialised array of float32, whose memory is its own until the last view of it is gone."""
-        nbytes = 4 * math.prod(shape)
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any] = _FLOAT32) -> NDArray[Any]:
+        """Make an uninitialised array, whose memory is its own until the last view of it is gone."""
+        nbytes = dtype.itemsize * math.prod(shape)
         if not MIN_BYTES <= nbytes <= MAX_BYTES:
-            return np.empty(shape, np.float32)
+            return np.empty(shape, dtype)
         memory = self._reuse(nbytes) or _new(nbytes)
-        return np.asarray(_Lease(self, memory, shape))
+        # The interface that a lease offers knows no dtypes of other packages.
+        return np.asarray(_Lease(self, memory, nbytes)).view(dtype).reshape(shape)
 
-    def empty_together(self, shapes: Sequence[tuple[int, ...]]) -> list[Float32Array]:
+    def empty_together(self, wanted: Sequence[tuple[tuple[int, ...], np.dtype[Any]]]) -> list[NDArray[Any]]:
         """Make several arrays as `empty` does, in one block of memory, so that they share its huge pages."""
-        sizes = [math.prod(shape) for shape in shapes]
+        sizes = [dtype.itemsize * math.prod(shape) for shape, dtype in wanted]
         ends = list(accumulate(round_up(size, ALIGNED) for size in sizes))
-        if not ends or not MIN_BYTES <= 4 * ends[-1] <= MAX_BYTES:
-            return [self.empty(shape) for shape in shapes]
-        block = self.empty((ends[-1],))
+        if not ends or not MIN_BYTES <= ends[-1] <= MAX_BYTES:
+            return [self.empty(*each) for each in wanted]
+        block = self.empty((ends[-1],), np.dtype(np.uint8))
         return [
-            block[start : start + size].reshape(shape)
-            for start, size, shape in zip([0, *ends], sizes, shapes, strict=False)
+            block[start : start + size].view(dtype).reshape(shape)
+            for start, size, (shape, dtype) in zip([0, *ends], sizes, wanted, strict=False)
         ]
 
     def close(self) -> None:
@@ -93,12 +96,12 @@ class OutputPool:
 class _Lease:
     """What NumPy needs to make an array over memory; the memory is put back when the last of its arrays is gone."""
 
-    def __init__(self, pool: OutputPool, memory: address_space.AddressRange, shape: tuple[int, ...]) -> None:
+    def __init__(self, pool: OutputPool, memory: address_space.AddressRange, nbytes: int) -> None:
         self._pool, self._memory = pool, memory
         self.__array_interface__ = {
             "data": (memory.address, False),
-            "typestr": np.dtype(np.float32).str,
-            "shape": shape,
+            "typestr": np.dtype(np.uint8).str,
+            "shape": (nbytes,),
             "version": 3,
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -12,7 +12,9 @@ from shardemb.errors import ShardEmbError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shardemb.base.validation import Float32Array, Int64Array
+    from numpy.typing import NDArray
+
+    from shardemb.base.validation import Int64Array
     from shardemb.compute.plan import Grouped
     from shardemb.engine.shards import Shards
     from shardemb.optim import Optimizer
@@ -64,32 +66,40 @@ class PlannedRead(NamedTuple):
     column: str
     ids: Int64Array
     shape: tuple[int, ...]
-    replace: Callable[[Float32Array], None] | None = None
+    form: str = "float32"
+    dtype: np.dtype[Any] = np.dtype(np.float32)
+    replace: Callable[[NDArray[Any]], None] | None = None
 
-    def replacing(self, replace: Callable[[Float32Array], None]) -> PlannedRead:
+    def replacing(self, replace: Callable[[NDArray[Any]], None]) -> PlannedRead:
         """Return the same lookup, whose result `replace` completes."""
         return self._replace(replace=replace)
 
-    def finish(self, result: Float32Array) -> None:
+    def finish(self, result: NDArray[Any]) -> None:
         """Complete a result that has been read."""
         if self.replace is not None:
             self.replace(result)
 
-    def into(self, result: Float32Array) -> Read:
+    def into(self, result: NDArray[Any]) -> Read:
         """Add the array that the result goes to; it has that shape and is C-contiguous."""
         # To kernels, a subclass of ndarray such as memmap would be another type.
         flat = np.asarray(result).reshape(-1, self.shape[-1])
-        return Read(self.table, self.shards, self.column, self.ids, flat)
+        if self.form != "float32":
+            flat = flat.view(np.uint8)  # numba does not know all types
+        return Read(self.table, self.shards, self.column, self.ids, flat, self.form)
 
 
 class Read(NamedTuple):
-    """A lookup in one table: ``out[i]`` becomes the column of row ``ids[i]``. The ids were checked against `shards`."""
+    """A lookup in one table: ``out[i]`` becomes the column of row ``ids[i]``. The ids were checked against `shards`.
+
+    The form is the name of a float type, or ``"raw"``; unless it is float32, `out` is the bytes of the result.
+    """
 
     table: Target
     shards: Shards
     column: str
     ids: Int64Array
-    out: Float32Array
+    out: NDArray[Any]
+    form: str = "float32"
 
     def renewed(self) -> Read:
         """Return the lookup in the memory that the table has now; itself if that is still the same."""
@@ -111,8 +121,9 @@ class Change:
         Its memory is looked up when the change is carried out, and not before.
     batch : Grouped
         The rows.
-    values : ndarray of float32
-        Gradients or weights. Weights may also be as wide as whole records.
+    values : ndarray
+        Gradients as float32, or weights as the elements that records of the table have. Weights may also be as wide as
+        whole records.
     takes_step : bool
         Whether the optimizer takes a step with the gradients.
     renew : callable, optional
@@ -122,7 +133,7 @@ class Change:
 
     table: Target
     batch: Grouped
-    values: Float32Array
+    values: NDArray[Any]
     takes_step: bool
     renew: Callable[[], Change | None] | None = None
 

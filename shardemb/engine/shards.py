@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,12 +19,13 @@ from shardemb.base.forks import usable_in_child
 from shardemb.base.sampling import stream_key
 from shardemb.base.sizes import PAGE, round_up
 from shardemb.commits.log_reader import Images
-from shardemb.compute import file_blocks, residency, row_kernels
+from shardemb.compute import file_blocks, residency, row_index, row_kernels
 from shardemb.engine.filled_rows import FilledRows
 from shardemb.format.table_files import TableLocation
 from shardemb.initializers import Constant
 from shardemb.memory.frozen_rows import FrozenRows
 from shardemb.memory.overlay import Overlay
+from shardemb.precision.records import RecordCodec
 from shardemb.storage import address_space, files, table_folder
 
 if TYPE_CHECKING:
@@ -109,8 +110,12 @@ class Shards:
     Attributes
     ----------
     spec : TableSpec
-    records : ndarray of float32, shape (twice the rows of whole shards, width)
-        All records of the files, followed by the slots. Only slots that are in use take memory.
+    records : ndarray of float32 or of uint8, shape (twice the rows of whole shards, width)
+        All records of the files, followed by the slots, as the spec's elements. Only slots that are in use take memory.
+    bytes : ndarray of uint8, shape (twice the rows of whole shards, record_bytes)
+        The same memory.
+    codec : RecordCodec
+        What the records mean.
     present : ndarray of uint8
         The presence bitmap of the files; empty if the table has none. Rows in slots, and spilled ones, may not be in it
         yet.
@@ -138,11 +143,13 @@ class Shards:
         _map(self._present, chunks, spec.presence_chunk_bytes, missing)
         # By default the kernel reads ahead, which would be whole megabytes for one row.
         self._rows.advise(0, files_bytes, address_space.MADV_RANDOM)
-        self.records: Float32Array = self._rows.array(
-            np.float32, (2 * spec.num_shards * spec.rows_per_shard, spec.width)
+        self.records: NDArray[Any] = self._rows.array(
+            spec.element, (2 * spec.num_shards * spec.rows_per_shard, spec.width)
         )
+        self.bytes: NDArray[np.uint8] = self.records.view(np.uint8)
+        self.codec = RecordCodec(spec)
         self.present: NDArray[np.uint8] = self._present.array(np.uint8, (self._present.nbytes,))
-        self.overlay = Overlay(self._rows, self.records)
+        self.overlay = Overlay(self._rows, self.bytes)
         self.filled = FilledRows(spec, self._present)
         self.hidden: HiddenRows | None = None
         self.totals = Totals()
@@ -153,8 +160,22 @@ class Shards:
 
     # ---- reading; no lock needed, if the caller compares `Overlay.version`
 
-    def gather(self, column: str, ids: Int64Array, out: Float32Array, start: int, stop: int) -> None:
-        """Copy a column of rows ``ids[start:stop]`` to ``out[start:stop]``; rows never written have initial values."""
+    def gather(
+        self,
+        column: str,
+        form: str,
+        ids: Int64Array,
+        out: NDArray[Any],
+        start: int,
+        stop: int,
+    ) -> None:
+        """Copy a column of rows ``ids[start:stop]`` to ``out[start:stop]``; rows never written have initial values.
+
+        The form is the name of a float type, or ``"raw"``; `out` has its dtype, or is its bytes.
+        """
+        if form != "float32" or self.spec.precision.is_coded:
+            self._gather_coded(column, form, ids, out, start, stop)
+            return
         first = self.spec.columns[column][0]
         if not self.spec.has_presence:
             if self.hidden is None:
@@ -181,6 +202,45 @@ class Shards:
         which = np.flatnonzero(hidden.contain(self.spec, some))
         which = which[self.overlay.places(some[which]) == some[which]]  # committed images are in slots
         out[start + which] = 0
+
+    def _gather_coded(
+        self, column: str, form: str, ids: Int64Array, out: NDArray[Any], start: int, stop: int
+    ) -> None:
+        """Gather what has to be decoded or encoded."""
+        hidden = None if self.spec.has_presence else self.hidden
+        while True:
+            before = None if hidden is None else hidden.look(self.spec)
+            # The place of a row before its bit, as in `row_kernels.gather_or_fill`.
+            places = row_index.places_of(*self.overlay.index, ids, start, stop)
+            fresh = self._fresh(ids[start:stop], places, hidden)
+            places[fresh] = -1
+            self.codec.gather(self.bytes, places, column, form, out, start)
+            if hidden is None or before == hidden.look(
+                self.spec
+            ):  # no fill has begun while the files were read
+                break
+        if fresh.size:
+            self._put_initial(column, form, ids[start + fresh], out, start + fresh)
+
+    def _fresh(self, rows: Int64Array, places: Int64Array, hidden: HiddenRows | None) -> Int64Array:
+        """Return which of the rows at places have their initial values, though not in slots."""
+        if hidden is not None:
+            fresh = hidden.contain(self.spec, rows) & (places == rows)  # committed images are in slots
+        elif self.spec.has_presence:
+            fresh = (places == rows) & ~self.were_written(rows)
+        else:
+            return np.empty(0, np.int64)
+        which: Int64Array = np.flatnonzero(fresh)
+        return which
+
+    def _put_initial(
+        self, column: str, form: str, rows: Int64Array, out: NDArray[Any], where: Int64Array
+    ) -> None:
+        """Set some rows of `out` to the initial values of rows."""
+        records = self.initial_records(rows).view(np.uint8)
+        found = np.empty((rows.size, out.shape[1]), out.dtype)
+        self.codec.gather(records, np.arange(rows.size), column, form, found, 0)
+        out[where] = found
 
     def is_cold(self, ids: Int64Array, max_samples: int) -> bool:
         """Estimate whether rows of a batch have to be read from disk, from one row in eight but at most `max_samples`.
@@ -319,7 +379,12 @@ class Shards:
     def copy(self, rows: Int64Array, places: Int64Array, start: int, stop: int) -> None:
         """Copy the records of ``rows[start:stop]``, the files' or initial ones, to the slots reserved for them."""
         if not self.spec.has_presence:
-            row_kernels.copy_rows(self.records, rows, places, start, stop)
+            row_kernels.copy_rows(self.bytes, rows, places, start, stop)
+            return
+        if self.spec.precision.is_coded:
+            row_kernels.copy_rows(self.bytes, rows, places, start, stop)
+            fresh = start + np.flatnonzero(~self.were_written(rows[start:stop]))
+            self.records[places[fresh]] = self.initial_records(rows[fresh])
             return
         row_kernels.copy_or_fill(type(self.spec.initializer))(
             self.records,
@@ -383,7 +448,7 @@ class Shards:
             # new or is being opened, or the caller is `rewinding`.
             places[new] = overlay.reserve(ids[new])
             overlay.publish(ids[new], places[new])
-            row_kernels.place_images(self.records, places, addresses)
+            row_kernels.place_images(self.bytes, places, addresses)
             overlay.mark_dirty(places)
 
     def adopt_changes(self, other: Shards, budget: MemoryBudget) -> None:
@@ -398,11 +463,11 @@ class Shards:
         rows = rows[rows < self.spec.num_embeddings]
         for start in range(0, rows.size, PAGED_ROWS):
             ids = rows[start : start + PAGED_ROWS]
-            records = np.empty((ids.size, self.spec.width), np.float32)
+            records = np.empty((ids.size, self.spec.width), self.spec.element)
             other.overlay.pack(ids, records.ctypes.data)
             self.adopt_records(ids, records, budget)
 
-    def adopt_records(self, ids: Int64Array, records: Float32Array, budget: MemoryBudget) -> None:
+    def adopt_records(self, ids: Int64Array, records: NDArray[Any], budget: MemoryBudget) -> None:
         """Copy records in as uncommitted changes; raises what `adopt_changes` does."""
         for start in range(0, ids.size, PAGED_ROWS):
             some, given = ids[start : start + PAGED_ROWS], records[start : start + PAGED_ROWS]
@@ -419,14 +484,25 @@ class Shards:
 
     def pack_initial(self, ids: Int64Array, start: int, stop: int, address: int) -> None:
         """Copy the initial records of ``ids[start:stop]`` to an address, contiguously."""
-        row_kernels.pack(self.initial_records(ids[start:stop]), np.arange(stop - start), address)
+        records = self.initial_records(ids[start:stop]).view(np.uint8)
+        row_kernels.pack(records, np.arange(stop - start), address)
 
-    def initial_records(self, ids: Int64Array) -> Float32Array:
+    def initial_records(self, ids: Int64Array) -> NDArray[Any]:
         """Compute the initial records of rows, shape (ids.size, width); they need not be rows of the table yet."""
-        weights = np.empty((ids.size, self.spec.embedding_dim), np.float32)
-        fill = row_kernels.fill(type(self.spec.initializer))
+        spec = self.spec
+        if spec.precision.is_raw:
+            return np.zeros((ids.size, spec.width), spec.element)
+        weights = np.empty((ids.size, spec.embedding_dim), np.float32)
+        fill = row_kernels.fill(type(spec.initializer))
         fill(ids, weights, self._key, self._parameters, 0, ids.size)
-        return np.hstack([weights, np.tile(self.spec.initial_state, (ids.size, 1))])
+        return np.hstack([self.codec.encoded(weights), np.tile(spec.initial_state, (ids.size, 1))])
+
+    def initial_weights(self, ids: Int64Array, form: str) -> NDArray[Any]:
+        """Compute the initial weights of rows as a lookup returns them; they need not be rows of the table yet."""
+        width, dtype = self.codec.shape_of("weight", form)
+        out = np.empty((ids.size, width), dtype)
+        self._put_initial("weight", form, ids, out, np.arange(ids.size))
+        return out
 
     def begin_fold(self) -> None:
         """Note that a fold of all that is committed begins."""
@@ -442,7 +518,7 @@ class Shards:
     def freeze(self) -> None:
         """Begin a commit of the rows that differ from the last one; see `FrozenRows`."""
         self.filled.freeze()
-        self.frozen = FrozenRows(self.overlay, self.spec.width)
+        self.frozen = FrozenRows(self.overlay, self.spec.record_bytes)
 
     @property
     def kept_row_bytes(self) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
+from shardemb import dtypes
 from shardemb.base import serialization, validation
 from shardemb.base.formatting import size
 from shardemb.base.progress import track
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
     from shardemb.base.progress import Progress
-    from shardemb.base.validation import Float32Array, Int64Array
+    from shardemb.base.validation import Int64Array
     from shardemb.engine.runtime import Runtime
     from shardemb.optim import Optimizer
 
@@ -154,38 +155,48 @@ class TableState:
 
     # ---- reading
 
-    def plan_read(self, column: str, ids: ArrayLike) -> PlannedRead:
+    def form(self, dtype: object) -> str:
+        """Check as what a lookup of weights is to return them: the name of a float type, or ``"raw"``."""
+        return dtypes.checked_form(dtype, self.live().spec.precision.dtype, self.name)
+
+    def plan_read(self, column: str, ids: ArrayLike, form: str = "float32") -> PlannedRead:
         """Check a lookup."""
         # Checked against the memory that will be read, not against the table, which may be resized in between.
         shards = self.live()
         checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
-        first, last = shards.spec.columns[column]
-        return PlannedRead(self, shards, column, checked.flat, (*checked.shape, last - first))
+        width, dtype = shards.codec.shape_of(column, form)
+        return PlannedRead(self, shards, column, checked.flat, (*checked.shape, width), form, dtype)
 
-    def read(self, column: str, ids: ArrayLike, out: NDArray[np.float32] | None = None) -> Float32Array:
+    def read(
+        self, column: str, ids: ArrayLike, out: NDArray[Any] | None = None, form: str = "float32"
+    ) -> NDArray[Any]:
         """Copy a column of rows into `out`, or into a new array."""
-        return self.carry_out(self.plan_read(column, ids), out)
+        return self.carry_out(self.plan_read(column, ids, form), out)
 
-    def carry_out(self, planned: PlannedRead, out: NDArray[np.float32] | None = None) -> Float32Array:
+    def carry_out(self, planned: PlannedRead, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Carry out a lookup that `plan_read` has checked."""
-        pool, shape = self.runtime.outputs, planned.shape
-        result = pool.empty(shape) if out is None else validation.output(out, shape)
+        shape, dtype = planned.shape, planned.dtype
+        new = self.runtime.outputs.empty
+        result = new(shape, dtype) if out is None else validation.output(out, shape, dtype)
         batch.read(self.runtime, [planned.into(result)])
         planned.finish(result)
         return result
 
-    def read_unique(self, ids: ArrayLike) -> tuple[Float32Array, Int64Array, Int64Array]:
+    def read_unique(
+        self, ids: ArrayLike, dtype: object = None
+    ) -> tuple[NDArray[Any], Int64Array, Int64Array]:
         """Copy each distinct row once; return also the ids of these rows, and the inverse."""
+        form = self.form(dtype)
         count = self.live().spec.num_embeddings
         checked = validation.row_ids(ids, count, self.name)
         unique_ids, inverse = plan.distinct(checked.flat, count)
-        return self.read("weight", unique_ids), unique_ids, inverse.reshape(checked.shape)
+        return self.read("weight", unique_ids, form=form), unique_ids, inverse.reshape(checked.shape)
 
-    def read_items(self, items: ArrayLike | slice) -> Float32Array:
+    def read_items(self, items: ArrayLike | slice) -> NDArray[Any]:
         """Copy the rows of ids, or of a range of them."""
         if isinstance(items, slice):
             items = np.arange(*items.indices(self.live().spec.num_embeddings))
-        return self.read("weight", items)
+        return self.read("weight", items, form=self.form(None))
 
     def as_numpy(
         self, rows: Int64Array | None, dtype: DTypeLike | None, *, copy: bool | None
@@ -202,28 +213,29 @@ class TableState:
         if copy is False:
             msg = f"table {self.name!r} cannot become an array without a copy: its rows are on disk"
             raise ValueError(msg)
-        if 4 * count * spec.embedding_dim > ARRAY_BYTES:
+        nbytes = dtypes.numpy_dtype(self.form(None)).itemsize * count * spec.embedding_dim
+        if nbytes > ARRAY_BYTES:
             msg = (
-                f"table {self.name!r} has {size(4 * count * spec.embedding_dim)}, too much to become an array unasked; "
+                f"table {self.name!r} has {size(nbytes)}, too much to become an array unasked; "
                 f"use lookup() for some rows, to_dask_array() for lazy ones, or lookup(np.arange({count})) for all"
             )
             raise ValueError(msg)
-        found: NDArray[Any] = self.read("weight", np.arange(count) if rows is None else rows)
+        found = self.read("weight", np.arange(count) if rows is None else rows, form=self.form(None))
         return found if dtype is None else found.astype(dtype, copy=False)
 
-    def read_state(self, column: str, ids: ArrayLike) -> Float32Array:
+    def read_state(self, column: str, ids: ArrayLike) -> NDArray[Any]:
         """Copy a state column of rows; without its last axis if it has one number a row."""
         self.live()
-        states = list(self.spec.columns)[1:]
+        states = self.spec.states
         if column not in states:
             msg = f"table {self.name!r} has no state column {column!r}; it has {', '.join(states) or 'none'}"
             raise ValueError(msg)
         rows = self.read(column, ids)
         return rows[..., 0] if self.spec.is_row_wise(column) else rows
 
-    def read_range(self, column: str, start: int, stop: int) -> Float32Array:
+    def read_range(self, column: str, start: int, stop: int, form: str = "float32") -> NDArray[Any]:
         """Copy a column of rows ``start:stop`` in the calling thread."""
-        return batch.read_range(self.runtime, self, column, start, stop)
+        return batch.read_range(self.runtime, self, column, form, start, stop)
 
     def prefetch(self, ids: ArrayLike, *, for_update: bool) -> None:
         """Start to read rows into memory, in the background."""
@@ -239,12 +251,12 @@ class TableState:
 
     def as_dask_array(self, owner: object) -> dask.array.Array:
         """Make a dask array of the weights, one chunk a shard; it holds `owner`, which keeps the store open."""
-        rows, dim = self.live().spec.num_embeddings, self.spec.embedding_dim
+        rows, dim, form = self.live().spec.num_embeddings, self.spec.embedding_dim, self.form(None)
 
-        def read(start: int, stop: int, _owner: object = owner) -> Float32Array:
-            return self.read_range("weight", start, stop)
+        def read(start: int, stop: int, _owner: object = owner) -> NDArray[Any]:
+            return self.read_range("weight", start, stop, form)
 
-        return scheduler.as_array(read, rows, dim, self.spec.rows_per_shard)
+        return scheduler.as_array(read, rows, dim, self.spec.rows_per_shard, dtypes.numpy_dtype(form))
 
     # ---- changing rows
 
@@ -253,17 +265,37 @@ class TableState:
         shards = self.live()
         checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
         rows = self.check_values(values, checked.shape, what, check_finite=check_finite)
+        if what == "rows":
+            rows = self._encoded(shards, rows, checked.flat)
         grouped = plan.group(checked.flat, shards.spec.num_embeddings)
         return Change(self, grouped, rows, what == "gradients")
 
+    def _encoded(self, shards: Shards, rows: NDArray[Any], ids: Int64Array) -> NDArray[Any]:
+        """Return rows as the elements of records, rounded as the table rounds."""
+        if rows.dtype == shards.spec.element:
+            return rows
+        out = np.empty((len(rows), shards.spec.weight_width), shards.spec.element)
+        encode = partial(shards.codec.encode, rows, out, ids, self.training.step)
+        batch.run_pieces(self.runtime, [encode], [len(rows)], [rows.itemsize * rows.shape[1]])
+        return out
+
     def check_values(
         self, values: ArrayLike, shape: tuple[int, ...], what: str, *, check_finite: bool
-    ) -> Float32Array:
-        """Check the values of an update or a write for ids of a shape; return them flattened over the ids."""
+    ) -> NDArray[Any]:
+        """Check the values of an update or a write for ids of a shape; return them flattened over the ids.
+
+        Rows of a table that is not float32 may also be given as its bytes, which are uint8.
+        """
         spec = self.live().spec
         if what == "gradients" and self.training.optimizer is None:
             msg = f"table {self.name!r} has no optimizer: give create_table one, or set rows with write()"
             raise ValueError(msg)
+        if (
+            what == "rows"
+            and spec.precision.is_coded
+            and validation.is_raw(values, raw=spec.precision.is_raw)
+        ):
+            return validation.raw_rows(values, (*shape, spec.weight_width), table=self.name)
         shape = (*shape, spec.embedding_dim)
         return validation.rows(values, shape, what=what, table=self.name, check_finite=check_finite)
 
@@ -337,14 +369,14 @@ class TableState:
             if count != rows:
                 self.become(self._resized(old, count), self.training)
 
-    def resize_and_write(self, count: int, ids: Int64Array, records: Float32Array) -> None:
+    def resize_and_write(self, count: int, ids: Int64Array, records: NDArray[Any]) -> None:
         """Change the number of rows and write the records of some of them: both or neither."""
         with self.runtime.writing():
             self.runtime.folds.drain()
             self.become(self._resized(self.live(), count, ids, records), self.training)
 
     def _resized(
-        self, old: Shards, count: int, ids: Int64Array | None = None, records: Float32Array | None = None
+        self, old: Shards, count: int, ids: Int64Array | None = None, records: NDArray[Any] | None = None
     ) -> Shards:
         filling.take_back(self.runtime, old)  # the folders share files, and a hole is a hole in both
         spec = rewrite.resized(old.spec, count)
@@ -365,9 +397,10 @@ class TableState:
         self,
         optimizer: Optimizer | Literal["keep"] | None,
         rows_per_shard: int | None,
+        dtype: object,
         progress: Progress,
     ) -> Iterator[None]:
-        """Continue with a copy that has other shards or another optimizer, if the body of the ``with`` commits it.
+        """Continue with a copy that has another form, if the body of the ``with`` commits it.
 
         All changes have to be committed before. If the copy is interrupted, the next call for the same commit
         continues it.
@@ -381,6 +414,7 @@ class TableState:
             rows_per_shard=rows_per_shard,
             max_shards=address_space.mappings_left(),
             commit_id=str(commit.id),
+            precision=self._converted(dtype, optimizer),
         )
         directory = rewrite.reshaped(
             self.runtime.path, old.location, spec, keep_state=keep, progress=progress
@@ -393,6 +427,21 @@ class TableState:
             if self.runtime.committed.commit is commit and not self.runtime.poisoned:
                 self.become(old, before)
             raise
+
+    def _converted(self, dtype: object, optimizer: object) -> dtypes.Precision:
+        """Check a dtype to convert the table to, None for its own; return the precision that it has then."""
+        now = self.spec.precision
+        if optimizer is None:
+            now = replace(now, state_dtype="float32").with_dtype(now.dtype)
+        wanted = now.dtype if dtype is None else dtypes.checked_dtype(dtype)
+        raw = dtypes.Plain(dtypes.RAW)
+        if wanted != now.dtype and raw in (wanted, now.dtype):
+            msg = f"table {self.name!r} is {now.dtype.label}: raw bytes are neither made nor converted, got {dtype!r}"
+            raise ValueError(msg)
+        if now.is_raw and optimizer not in ("keep", None):
+            msg = f"table {self.name!r} holds raw bytes, which no optimizer can train"
+            raise ValueError(msg)
+        return now if wanted == now.dtype else now.with_dtype(wanted)
 
     def materialize(self, progress: Progress) -> None:
         """Write the initial records of all rows that were never written into the shards."""
@@ -454,13 +503,13 @@ class TableSource:
         self.rows_per_shard = spec.rows_per_shard
         self.threads = table.runtime.threads
         self.keys = keys
-        self.columns = {
-            name: last - first for name, (first, last) in spec.columns.items() if name != "weight"
-        }
+        self.columns = {name: spec.parts[name].count for name in spec.states}
+        self.form = spec.precision.exported
 
-    def read_rows(self, start: int, stop: int, columns: Sequence[str]) -> list[Float32Array]:
+    def read_rows(self, start: int, stop: int, columns: Sequence[str]) -> list[NDArray[Any]]:
         """Read the weights of a range of rows, then each state column."""
-        return [self._table.read_range(column, start, stop) for column in ("weight", *columns)]
+        states = [self._table.read_range(column, start, stop) for column in columns]
+        return [self._table.read_range("weight", start, stop, self.form), *states]
 
     def run(self, tasks: Sequence[Callable[[], T]], stop: threading.Event | None = None) -> list[T]:
         """Run tasks, as many concurrently as a batch of the table may use threads."""

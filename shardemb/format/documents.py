@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 
+CODED_VERSION = 2
+"""Version of the document of a table whose records are not float32."""
+
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -41,8 +44,8 @@ def parse_json(data: bytes) -> dict[str, Any]:
     return document
 
 
-def require_version(document: Mapping[str, Any]) -> None:
-    """Refuse a document that a newer shardemb wrote.
+def require_version(document: Mapping[str, Any], newest: int = FORMAT_VERSION) -> int:
+    """Refuse a document that a newer shardemb wrote; return its version.
 
     Raises
     ------
@@ -50,12 +53,13 @@ def require_version(document: Mapping[str, Any]) -> None:
         The document has no version, or a newer one.
     """
     version = int_field(document, "format_version", 2**31)
-    if version > FORMAT_VERSION:
+    if version > newest:
         msg = (
-            f"format version {version} is newer than {FORMAT_VERSION}, the newest that this shardemb reads; "
+            f"format version {version} is newer than {newest}, the newest that this shardemb reads; "
             f"upgrade shardemb"
         )
         raise FormatError(msg)
+    return version
 
 
 def field(document: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:  # noqa: ANN401

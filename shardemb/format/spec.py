@@ -3,8 +3,9 @@
 A `TableSpec` is fixed when its table is created, and is stored in the table's zarr metadata. What a commit can change
 about a table is in ``manifest.py``.
 
-One row is one **record**: the weight, then each state column, side by side, as float32. A row-shard is
-`rows_per_shard` records, one zarr chunk, one file.
+One row is one **record**: the weight, then each state column, side by side. A row-shard is `rows_per_shard` records,
+one zarr chunk, one file. A record is an array of *elements*: of float32, or of bytes if the table stores anything else
+than float32, see ``dtypes.py``.
 """
 
 from __future__ import annotations
@@ -13,22 +14,32 @@ import math
 import re
 import unicodedata
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shardemb import initializers, optim
+from shardemb import dtypes, initializers, optim
 from shardemb.base import serialization, validation
 from shardemb.base.sizes import PAGE, round_up
 from shardemb.errors import FormatError
-from shardemb.format.documents import FORMAT_VERSION, crc32, field, int_field, require_version, uuid_field
+from shardemb.format.documents import (
+    CODED_VERSION,
+    FORMAT_VERSION,
+    crc32,
+    field,
+    int_field,
+    require_version,
+    uuid_field,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from shardemb.base.validation import Float32Array
+    from numpy.typing import NDArray
+
+    from shardemb.dtypes import Part, Precision
 
 
 ROWS_PER_WORD = 64
@@ -59,6 +70,10 @@ INTERNAL = KEYS, BYTES, FREED, SKETCH = "keys", "bytes", "freed", "sketch"
 NAME_CHARACTERS, NAME_BYTES = 64, 192
 """Most characters of a table's name, and most bytes of it in UTF-8. Every file system takes it, also with a suffix."""
 
+FLOAT32 = dtypes.Precision()
+
+_FLOAT32, _BYTE = np.dtype(np.float32), np.dtype(np.uint8)
+
 _STORED_NAME = re.compile(r"(?![.-])[A-Za-z0-9_.\-\u00a1-\ud7ff\ue000-\U0010ffff]+")
 _INTERNAL_NAME = re.compile(rf"(.*)@({'|'.join(INTERNAL)})")
 
@@ -75,7 +90,7 @@ class TableSpec:
         Selects the stream of its initial values: the name under which the table was created, followed by ``#2``,
         ``#3`` and so on if a table of the store already had that stream.
     num_embeddings, embedding_dim : int
-        Number of rows, and number of float32 values in the weight of each.
+        Number of rows, and number of values in the weight of each.
     rows_per_shard : int
         A multiple of `shard_rows_multiple`.
     optimizer : Optimizer or None
@@ -84,6 +99,8 @@ class TableSpec:
         Gives the weights of rows that were never written.
     counters : bool
         Whether each row counts its updates, in columns ``count`` and ``last_step`` after those of the optimizer.
+    precision : Precision
+        How the numbers of a record are stored.
     """
 
     uuid: str
@@ -94,16 +111,45 @@ class TableSpec:
     optimizer: optim.Optimizer | None
     initializer: initializers.Initializer
     counters: bool = False
+    precision: Precision = FLOAT32
+
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        """Maps the name of each column to where it lies in the record, in bytes; scales are columns of their own."""
+        states = self.optimizer.state_columns(self.embedding_dim) if self.optimizer else {}
+        return self.precision.parts(self.embedding_dim, states, COUNTERS if self.counters else ())
 
     @cached_property
     def columns(self) -> dict[str, tuple[int, int]]:
-        """Maps each column's name to its half-open range of values in the record; ``"weight"`` is the first."""
-        return record_columns(self.embedding_dim, self.optimizer, counters=self.counters)
+        """Maps each column's name to its half-open range of elements in the record.
+
+        ``"weight"`` is the first; it includes the scales.
+        """
+        scales = list(self.precision.dtype.columns(self.embedding_dim))
+        size, parts = self.element.itemsize, self.parts
+        ranges = {"weight": (0, parts[scales[-1]].stop // size)}
+        rest = {name: part for name, part in parts.items() if name not in scales}
+        return ranges | {name: (part.offset // size, part.stop // size) for name, part in rest.items()}
+
+    @property
+    def states(self) -> list[str]:
+        """Names of the columns of state, counters included."""
+        return list(self.columns)[1:]
+
+    @property
+    def element(self) -> np.dtype[Any]:
+        """NumPy's dtype of the elements of a record."""
+        return _BYTE if self.precision.is_coded else _FLOAT32
 
     @cached_property
     def width(self) -> int:
-        """Number of float32 values in a record."""
-        return max(stop for _, stop in self.columns.values())
+        """Number of elements in a record."""
+        return self.precision.record_bytes(self.parts) // self.element.itemsize
+
+    @cached_property
+    def weight_width(self) -> int:
+        """Number of elements in a record's weight."""
+        return self.columns["weight"][1]
 
     def is_row_wise(self, column: str) -> bool:
         """Whether a state column holds one number per row, whatever the embedding dimension."""
@@ -115,7 +161,7 @@ class TableSpec:
     @property
     def record_bytes(self) -> int:
         """Bytes of a record."""
-        return 4 * self.width
+        return self.element.itemsize * self.width
 
     @property
     def num_shards(self) -> int:
@@ -133,13 +179,21 @@ class TableSpec:
         return self.num_embeddings * self.record_bytes
 
     @cached_property
-    def initial_state(self) -> Float32Array:
-        """Initial values of the state columns of a row, float32, shape (width - embedding_dim,)."""
-        state = np.zeros(self.width, np.float32)
+    def initial_state(self) -> NDArray[Any]:
+        """Initial elements of the state columns of a row, shape (width - weight_width,)."""
+        state = np.zeros(self.width, self.element)
         if self.optimizer is not None:
             for name, value in self.optimizer.initial_state().items():
-                state[slice(*self.columns[name])] = value
-        return state[self.embedding_dim :]
+                part = self.parts[name]
+                values = np.full(part.count, value, np.float32).astype(dtypes.numpy_dtype(part.dtype))
+                state.view(np.uint8)[part.offset : part.stop] = values.view(np.uint8)
+        return state[self.weight_width :]
+
+    def initial_value(self, column: str) -> float:
+        """Return the value that a column of state has in a fresh row."""
+        values = self.optimizer.initial_state() if self.optimizer else {}
+        part = self.parts[column]
+        return float(np.float32(values.get(column, 0.0)).astype(dtypes.numpy_dtype(part.dtype)))
 
     @cached_property
     def has_presence(self) -> bool:
@@ -174,20 +228,29 @@ class TableSpec:
 
     def to_json(self) -> dict[str, object]:
         """Return the table's attributes in zarr, including a checksum over all the others."""
+        coded = self.precision.is_coded
         document: dict[str, object] = {
-            "format_version": FORMAT_VERSION,
+            "format_version": CODED_VERSION if coded else FORMAT_VERSION,
             "uuid": self.uuid,
             "stream": self.stream,
             "num_embeddings": self.num_embeddings,
             "embedding_dim": self.embedding_dim,
             "rows_per_shard": self.rows_per_shard,
-            "columns": {name: list(bounds) for name, bounds in self.columns.items()},
+            "columns": self.described_columns(),
             "optimizer": serialization.to_json(self.optimizer) if self.optimizer else None,
             "initializer": serialization.to_json(self.initializer),
         }
         if self.counters:
             document["counters"] = True
+        if coded:
+            document |= self.precision.to_json()
         return document | {"crc32": crc32(document)}
+
+    def described_columns(self) -> dict[str, object]:
+        """Return the columns as the table's attributes have them."""
+        if self.precision.is_coded:
+            return {name: asdict(part) for name, part in self.parts.items()}
+        return {name: list(bounds) for name, bounds in self.columns.items()}
 
     @staticmethod
     def from_json(document: Mapping[str, Any]) -> TableSpec:
@@ -199,7 +262,7 @@ class TableSpec:
             The version is newer, a value is missing or impossible, the columns disagree with the optimizer, or the
             checksum is wrong. (The first stores had no checksum.)
         """
-        require_version(document)
+        coded = require_version(document, CODED_VERSION) == CODED_VERSION
         optimizer = field(document, "optimizer", (dict, type(None)))
         spec = TableSpec(
             uuid=uuid_field(document),
@@ -210,8 +273,12 @@ class TableSpec:
             optimizer=None if optimizer is None else optim.from_json(optimizer),
             initializer=initializers.from_json(field(document, "initializer", dict)),
             counters="counters" in document and field(document, "counters", bool),
+            precision=dtypes.from_json(document) if coded else FLOAT32,
         )
-        columns = {name: list(bounds) for name, bounds in spec.columns.items()}
+        if coded != spec.precision.is_coded:
+            msg = f"format version {CODED_VERSION} is for tables that are not float32"
+            raise FormatError(msg)
+        columns = spec.described_columns()
         if document.get("columns") != columns:
             msg = f"columns are {document.get('columns')}, but those of the optimizer are {columns}"
             raise FormatError(msg)
@@ -233,6 +300,7 @@ def new_spec(
     counters: bool = False,
     rows_per_shard: int | None,
     max_shards: int,
+    precision: Precision = FLOAT32,
 ) -> TableSpec:
     """Make the spec of a new table from a name and shape that were checked already.
 
@@ -241,23 +309,33 @@ def new_spec(
     TypeError, ValueError
         The optimizer or the number of rows per shard is invalid.
     """
-    checked, rows = _checked(shape, optimizer, rows_per_shard, max_shards, counters=counters)
-    return TableSpec(
+    spec = TableSpec(
         uuid=str(uuid.uuid4()),
         stream=stream,
         num_embeddings=shape[0],
         embedding_dim=shape[1],
-        rows_per_shard=rows,
-        optimizer=checked,
+        rows_per_shard=1,
+        optimizer=_checked_optimizer(optimizer),
         initializer=initializer,
         counters=counters,
+        precision=precision,
     )
+    if precision.is_raw and spec.initializer != initializers.Constant(0.0):
+        msg = f"initializer: the rows of a table with dtype='raw' begin as zero bytes, got {initializer!r}"
+        raise ValueError(msg)
+    return replace(spec, rows_per_shard=_rows_per_shard(spec, rows_per_shard, max_shards))
 
 
 def reshaped_spec(
-    spec: TableSpec, *, optimizer: object, rows_per_shard: int | None, max_shards: int, commit_id: str
+    spec: TableSpec,
+    *,
+    optimizer: object,
+    rows_per_shard: int | None,
+    max_shards: int,
+    commit_id: str,
+    precision: Precision | None = None,
 ) -> TableSpec:
-    """Make the spec of a table with other shards or another optimizer.
+    """Make the spec of a table with other shards, another optimizer or another precision.
 
     Equal arguments give the same uuid, so that an interrupted rewrite is continued and not started again. `commit_id`
     identifies the commit whose rows are copied.
@@ -267,36 +345,27 @@ def reshaped_spec(
     TypeError, ValueError
         As `new_spec`.
     """
-    shape = spec.num_embeddings, spec.embedding_dim
     wanted = spec.rows_per_shard if rows_per_shard is None else rows_per_shard
-    checked, rows = _checked(shape, optimizer, wanted, max_shards, counters=spec.counters)
-    identity = uuid.uuid5(uuid.UUID(spec.uuid), f"{commit_id} {rows} {checked!r}")
-    return replace(spec, uuid=str(identity), rows_per_shard=rows, optimizer=checked)
+    checked = _checked_optimizer(optimizer)
+    new = replace(spec, optimizer=checked, precision=precision or spec.precision)
+    rows = _rows_per_shard(new, wanted, max_shards)
+    named = f"{commit_id} {rows} {checked!r}" + ("" if new.precision == spec.precision else f" {precision!r}")
+    identity = uuid.uuid5(uuid.UUID(spec.uuid), named)
+    return replace(new, uuid=str(identity), rows_per_shard=rows)
 
 
-def _checked(
-    shape: tuple[int, int], optimizer: object, rows_per_shard: int | None, max_shards: int, *, counters: bool
-) -> tuple[optim.Optimizer | None, int]:
-    """Check an optimizer and a number of rows per shard; return the optimizer, and the number rounded or chosen."""
+def _checked_optimizer(optimizer: object) -> optim.Optimizer | None:
     if optimizer is not None and not isinstance(optimizer, optim.Optimizer):
         msg = f"optimizer must be one of shardemb.optim, for example shardemb.optim.Adam(), got {optimizer!r}"
         raise TypeError(msg)
-    if rows_per_shard is not None:
-        rows_per_shard = validation.count(rows_per_shard, "rows_per_shard", maximum=MAX_ROWS)
-    width = max(stop for _, stop in record_columns(shape[1], optimizer, counters=counters).values())
-    return optimizer, choose_rows_per_shard(shape[0], 4 * width, rows_per_shard, max_shards)
+    return optimizer
 
 
-def record_columns(
-    embedding_dim: int, optimizer: optim.Optimizer | None, *, counters: bool = False
-) -> dict[str, tuple[int, int]]:
-    """Return the layout of a record: the half-open range of values of the weight and of each state column, in order."""
-    columns, start = {"weight": (0, embedding_dim)}, embedding_dim
-    states = optimizer.state_columns(embedding_dim) if optimizer else {}
-    for name, width in (states | (dict.fromkeys(COUNTERS, 1) if counters else {})).items():
-        columns[name] = (start, start + width)
-        start += width
-    return columns
+def _rows_per_shard(spec: TableSpec, wanted: int | None, max_shards: int) -> int:
+    """Check a number of rows per shard; return it rounded or chosen."""
+    if wanted is not None:
+        wanted = validation.count(wanted, "rows_per_shard", maximum=MAX_ROWS)
+    return choose_rows_per_shard(spec.num_embeddings, spec.record_bytes, wanted, max_shards)
 
 
 def shard_rows_multiple(record_bytes: int) -> int:

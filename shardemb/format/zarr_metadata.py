@@ -8,7 +8,8 @@ zarr wrote them, by their checksum, are not checked by zarr again, so opening a 
 
     zarr.json                 group: attributes.shardemb = {format_version, uuid}
     NAME/zarr.json            group: attributes.shardemb = TableSpec, and a checksum of it and the documents below
-    NAME/rows/zarr.json       float32 (num_embeddings, width), chunks (rows_per_shard, width), keys "c.17.0"
+    NAME/rows/zarr.json       float32 (num_embeddings, width), chunks (rows_per_shard, width), keys "c.17.0";
+                              uint8 if a record is anything else than float32
     NAME/present/zarr.json    uint8, one bit per row; only if a fresh record is not all zero bytes
     NAME/checks/zarr.json     uint64, one checksum per block of 4,096 bytes of the files above
 """
@@ -103,10 +104,10 @@ def _array_documents(spec: TableSpec) -> dict[str, bytes]:
     arrays = [
         _Array(
             ROWS,
-            "float32",
+            spec.element.name,
             (spec.num_embeddings, spec.width),
             (spec.rows_per_shard, spec.width),
-            ("row", "column"),
+            ("row", "byte" if spec.precision.is_coded else "column"),
         ),
         _Array(PRESENT, "uint8", (spec.presence_bytes,), (spec.presence_chunk_bytes,), ("byte",)),
         _Array(CHECKS, "uint64", (spec.num_blocks,), (round_up(spec.num_blocks, PAGE // 8),), ("block",)),

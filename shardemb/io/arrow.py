@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shardemb.base.validation import Float32Array, Int64Array
+    from shardemb.base.validation import Int64Array
 
 T = TypeVar("T")
 
@@ -64,15 +64,17 @@ class RowSource(Protocol):
     rows_per_shard: int
     threads: int
     keys: RowKeys | None
+    form: str
 
     @property
     def columns(self) -> Mapping[str, int]:
         """The state columns, and how many values each has in a row."""
 
-    def read_rows(self, start: int, stop: int, columns: Sequence[str]) -> list[Float32Array]:
+    def read_rows(self, start: int, stop: int, columns: Sequence[str]) -> list[NDArray[Any]]:
         """Read the vectors of rows ``[start, stop)``, then each state column. Safe from several threads.
 
-        The arrays have shape (stop - start, width) and belong to the caller.
+        The arrays have shape (stop - start, width) and belong to the caller. State is float32; vectors are as the
+        `form` says: ``"float32"``, ``"float16"``, or ``"raw"``, which is uint8.
         """
 
     def run(self, tasks: Sequence[Callable[[], T]], stop: threading.Event | None = None) -> list[T]:
@@ -93,8 +95,9 @@ def schema(source: RowSource, columns: Sequence[str] = ()) -> pa.Schema:
     source : RowSource
         The table.
     columns : sequence of str
-        State columns to export after ``id`` (int64) and ``embedding`` (float32 lists of fixed size), in this order.
-        They are such lists too, or plain float32 if the state is one number a row.
+        State columns to export after ``id`` (int64) and ``embedding`` (lists of fixed size, of float32 or float16; or
+        bytes), in this order.
+        They are lists of float32, or plain float32 if the state is one number a row.
 
     Returns
     -------
@@ -110,7 +113,7 @@ def schema(source: RowSource, columns: Sequence[str] = ()) -> pa.Schema:
     --------
     >>> from types import SimpleNamespace as Source
     >>> source = Source(name="tokens", num_embeddings=5, embedding_dim=2, columns={"sum": 1}, keys=None,
-    ...     describe=dict)
+    ...     form="float32", describe=dict)
     >>> schema(source, ["sum"]).names
     ['id', 'embedding', 'sum']
     """
@@ -124,7 +127,13 @@ def schema(source: RowSource, columns: Sequence[str] = ()) -> pa.Schema:
     # Parquet calls the items of a list "element"; under another name they would come back changed.
     item = pa.field("element", pa.float32(), nullable=False)
     types = {"id": pa.int64()} | ({} if source.keys is None else {"key": source.keys.kind})
-    types["embedding"] = pa.list_(item, source.embedding_dim)
+    short = pa.field("element", pa.float16(), nullable=False)
+    binary = source.form == "raw"
+    types["embedding"] = (
+        pa.binary(source.embedding_dim)
+        if binary
+        else pa.list_(short if source.form == "float16" else item, source.embedding_dim)
+    )
     for name in columns:
         width = source.columns[name]
         types[name] = pa.float32() if width == 1 else pa.list_(item, width)
@@ -167,8 +176,8 @@ def to_arrow_batches(
     >>> from types import SimpleNamespace as Source
     >>> source = Source(
     ...     name="tokens", num_embeddings=5, embedding_dim=1, rows_per_shard=64, columns={}, keys=None, describe=dict,
-    ...     read_rows=lambda start, stop, columns: [np.ones((stop - start, 1), np.float32)], release_pages=print,
-    ...     threads=1, run=lambda tasks: [tasks[0]()])
+    ...     form="float32", release_pages=print, threads=1, run=lambda tasks: [tasks[0]()],
+    ...     read_rows=lambda start, stop, columns: [np.ones((stop - start, 1), np.float32)])
     >>> for batch in to_arrow_batches(source, rows=(1, 4)):
     ...     batch.num_rows
     1 4
@@ -193,6 +202,15 @@ def cut_by_bytes(start: int, nbytes: Int64Array, most: int) -> Iterator[tuple[in
         last = max(first + 1, int(np.searchsorted(ends, done + most, side="right")))
         yield start + first, start + last
         first, done = last, int(ends[last - 1])
+
+
+def _column(array: NDArray[Any], kind: pa.DataType) -> pa.Array:
+    """Return rows as an array of Arrow, of lists or bytes or numbers."""
+    if pa.types.is_fixed_size_binary(kind):
+        return pa.FixedSizeBinaryArray.from_buffers(kind, len(array), [None, pa.py_buffer(array)])
+    values = pa.array(array.reshape(-1))
+    nested = pa.types.is_fixed_size_list(kind)
+    return pa.FixedSizeListArray.from_arrays(values, type=kind) if nested else values
 
 
 @dataclass(frozen=True)
@@ -277,9 +295,7 @@ class Selection:
             columns = [pa.array(ids[with_key]), keys]
             arrays = [array[with_key] for array in arrays]
         for array, kind in zip(arrays, self.schema.types[first_state - 1 :], strict=True):
-            values = pa.array(array.reshape(-1))
-            nested = not pa.types.is_float32(kind)
-            columns.append(pa.FixedSizeListArray.from_arrays(values, type=kind) if nested else values)
+            columns.append(_column(array, kind))
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
 
     def stream(self) -> Iterator[pa.RecordBatch]:

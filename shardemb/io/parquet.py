@@ -115,7 +115,7 @@ def export_parquet(
     >>> from types import SimpleNamespace as Source
     >>> source = Source(
     ...     name="tokens", num_embeddings=5, embedding_dim=1, rows_per_shard=64, columns={}, keys=None, describe=dict,
-    ...     threads=1, run=list)
+    ...     threads=1, run=list, form="float32")
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     report = export_parquet(source, f"{folder}/nothing.parquet", rows=(2, 2))
     >>> report.num_rows, report.path.name

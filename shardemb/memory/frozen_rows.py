@@ -7,7 +7,7 @@ first, that is, its record is copied; the commit packs the copy.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,7 +16,9 @@ from shardemb.compute import row_kernels
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from shardemb.base.validation import Float32Array, Int64Array
+    from numpy.typing import NDArray
+
+    from shardemb.base.validation import Int64Array
     from shardemb.memory.overlay import InPieces, Overlay
 
 
@@ -27,8 +29,8 @@ class FrozenRows:
     ----------
     overlay : Overlay
         All of its rows that differ from the last commit are frozen.
-    width : int
-        Values of a record.
+    record_bytes : int
+        Bytes of a record.
 
     Attributes
     ----------
@@ -36,23 +38,23 @@ class FrozenRows:
         How many rows there are, packed or not.
     """
 
-    def __init__(self, overlay: Overlay, width: int) -> None:
-        self._overlay, self._width, self._record_bytes = overlay, width, 4 * width
+    def __init__(self, overlay: Overlay, record_bytes: int) -> None:
+        self._overlay, self._record_bytes = overlay, record_bytes
         self._rows = overlay.freeze()
         self.count: int = self._rows.size
         self._next = 0  # of `_rows`, those before it are packed or kept
-        self._kept: list[tuple[Int64Array, Float32Array]] = []
+        self._kept: list[tuple[Int64Array, NDArray[np.uint8]]] = []
 
     def keep(
         self,
         rows: Int64Array,
         places: Int64Array,
-        empty: Callable[[tuple[int, ...]], Float32Array],
+        empty: Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]],
         run: InPieces,
     ) -> None:
         """Copy the records of those of the rows that are frozen, because they are about to change.
 
-        ``empty(shape)`` makes the array for the copies; `run` is as in `Overlay.pack_frozen`.
+        ``empty(shape, dtype)`` makes the array for the copies; `run` is as in `Overlay.pack_frozen`.
 
         Raises
         ------
@@ -61,7 +63,7 @@ class FrozenRows:
         """
         frozen = self._overlay.frozen_among(rows, places)
         if frozen.size:
-            records = empty((frozen.size, self._width))
+            records = empty((frozen.size, self._record_bytes), np.dtype(np.uint8))
             self._overlay.pack_frozen(frozen, records.ctypes.data, run)
             self._kept.append((frozen, records))
             self._overlay.kept_bytes += records.nbytes

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shardemb.base.validation import Float32Array, Int64Array
+    from shardemb.base.validation import Int64Array
 
     InPieces = Callable[[Callable[[int, int], None], int], None]
 
@@ -62,7 +62,7 @@ class Overlay:
     ----------
     memory : AddressRange
         Holds the table's files, and after them as much address space for slots.
-    records : ndarray of float32, shape (twice the rows of the files, width)
+    records : ndarray of uint8, shape (twice the rows of the files, bytes of a record)
         The same memory as records: the rows of the files first, then the slots. A *place* is an index into it.
 
     Attributes
@@ -77,11 +77,11 @@ class Overlay:
         Bytes of copies that `FrozenRows` keeps of this table's rows.
     """
 
-    def __init__(self, memory: address_space.AddressRange, records: Float32Array) -> None:
+    def __init__(self, memory: address_space.AddressRange, records: NDArray[np.uint8]) -> None:
         self._memory = memory
         self._records = records
         self.first_slot = len(records) // 2
-        self._record_bytes: int = 4 * records.shape[1]
+        self._record_bytes: int = records.shape[1]
         self.slot_bytes: int = self._record_bytes + SLOT_BYTES
         self.row_bytes: int = self.slot_bytes + 2 * NODE_BYTES
         self._max_slots = min(self.first_slot, _MAX_SLOTS)

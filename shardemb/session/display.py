@@ -61,6 +61,8 @@ class Facts:
     nbytes: int
     changed_rows: int | None
     bytes_on_disk: int | None = None
+    dtype: str = "float32"
+    row_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -185,11 +187,13 @@ def facts(table: TableState, *, measured: bool = False) -> Facts:
         optimizer=repr(training.optimizer) if training.optimizer else "no optimizer",
         initializer=repr(spec.initializer),
         step=training.step,
-        state_columns=tuple(spec.columns)[1:],
+        state_columns=tuple(spec.states),
         rows_per_shard=spec.rows_per_shard,
         num_shards=spec.num_shards,
         nbytes=spec.nbytes,
         changed_rows=table.changed_rows,
+        dtype=spec.precision.dtype.label,
+        row_bytes=spec.record_bytes,
         bytes_on_disk=files.allocated(table.shards.directory) if measured else None,
     )
 
@@ -224,7 +228,7 @@ def one_line(facts: Facts) -> str:
     "Table 'tokens': 1,000 x 8 float32, SGD(lr=0.1), step 3, 1 shard, 5 changed rows not committed"
     """
     parts = [
-        f"{facts.num_embeddings:,} x {facts.embedding_dim} float32",
+        f"{facts.num_embeddings:,} x {facts.embedding_dim} {facts.dtype}",
         facts.optimizer,
         f"step {facts.step:,}",
         plural(facts.num_shards, "shard"),
@@ -250,7 +254,8 @@ def describe(info: StoreInfo) -> str:
         lines += [
             "",
             f"Table   {facts.name}",
-            f"  rows         {facts.num_embeddings:,} x {facts.embedding_dim} float32",
+            f"  rows         {facts.num_embeddings:,} x {facts.embedding_dim} {facts.dtype}, "
+            f"{facts.row_bytes:,} bytes each with state",
             f"  optimizer    {facts.optimizer}, step {facts.step:,}",
             f"  state        {', '.join(facts.state_columns) or 'none'}",
             f"  initializer  {facts.initializer}",
@@ -337,7 +342,7 @@ def explanation(table: TableState, given: ArrayLike) -> Explanation:
     in_files, written = places == rows, shards.were_written(rows)
     read = rows[in_files & written]
     pages = file_blocks.pages(read, shards.spec.record_bytes)
-    resident, row_bytes = shards.count_resident(pages), 4 * shards.spec.embedding_dim
+    resident, row_bytes = shards.count_resident(pages), shards.codec.shape_of("weight", "raw")[0]
     return Explanation(
         ids=ids.size,
         rows=rows.size,

@@ -7,13 +7,14 @@ import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from shardemb import initializers
+from shardemb import dtypes, initializers
 from shardemb.base.interrupts import signals_deferred
 from shardemb.commits import log_reader, rewrite, verify
 from shardemb.engine import batch
 from shardemb.errors import PoisonedError, ReadOnlyError, ShardEmbError, StaleReaderError, StoreClosedError
 from shardemb.format.manifest import Commit, check_metadata, check_step, new_entry
 from shardemb.format.spec import check_name, new_spec, normalized
+from shardemb.precision import records
 from shardemb.session import display, forking
 from shardemb.session.journal import Journal
 from shardemb.session.table_catalog import TableCatalog
@@ -27,10 +28,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from numpy.typing import ArrayLike
+    from numpy.typing import ArrayLike, NDArray
 
     from shardemb.base.progress import Progress
-    from shardemb.base.validation import Float32Array
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.table_state import TableState
     from shardemb.format.manifest import Manifest
@@ -53,6 +53,9 @@ class TableRequest(NamedTuple):
     initializer: initializers.Initial | None
     optimizer: Optimizer | None
     rows_per_shard: int | None
+    dtype: dtypes.DtypeLike = "float32"
+    state_dtype: str = "float32"
+    rounding: dtypes.RoundingLike = "nearest"
 
 
 class Reader(NamedTuple):
@@ -161,6 +164,9 @@ class Session:
             )
             count = shape[0] if bound is None else bound.entry.rows
             kind, rows = initializers.resolve(wanted.initializer, shape, count)
+            precision = dtypes.checked(
+                wanted.dtype, wanted.state_dtype, wanted.rounding, trains=wanted.optimizer is not None
+            )
             spec = new_spec(
                 self.tables.unused_stream(name),
                 shape,
@@ -169,7 +175,9 @@ class Session:
                 counters=wanted.counters,
                 rows_per_shard=rows_per_shard,
                 max_shards=address_space.mappings_left(),
+                precision=precision,
             )
+            rows = None if rows is None else records.first_rows(spec, rows)
             identity = None if bound is None else bound.entry.uuid
             return self.tables.create(name, spec, rows=rows, progress=progress, vocabulary=identity)
 
@@ -198,6 +206,7 @@ class Session:
         name: str,
         rows_per_shard: int | None,
         optimizer: Optimizer | Literal["keep"] | None,
+        dtype: dtypes.DtypeLike | None,
         progress: Progress,
     ) -> Commit:
         """Copy a table into other shards and commit that; see `Store.reshard`."""
@@ -211,7 +220,7 @@ class Session:
                     f"the store {path} has changes that are not committed; call commit() or rollback() first"
                 )
                 raise ShardEmbError(msg)
-            with table.reshaped(optimizer, rows_per_shard, progress):
+            with table.reshaped(optimizer, rows_per_shard, dtype, progress):
                 return self.commit(commit.step, commit.metadata)
 
     # ---- vocabularies
@@ -244,7 +253,7 @@ class Session:
 
     def lookup(
         self, ids: Mapping[str, KeysLike], *, missing: Missing, create: bool
-    ) -> dict[str, Float32Array]:
+    ) -> dict[str, NDArray[Any]]:
         """Look up rows of several tables together; see `Store.lookup`."""
         return keyed_rows.read_many(
             self.runtime, self._batch_targets(ids), ids, missing=missing, create=create

@@ -216,9 +216,9 @@ def _write_rows(table: TableLocation, rows: FirstRows, advance: Advance, *, stay
         with files.opened(file.path, os.O_RDWR) as descriptor:
             for start in range(begin, end, block_rows):
                 stop = min(start + block_rows, end)
-                records = np.empty((stop - start, spec.width), np.float32)
-                records[:, : spec.embedding_dim] = rows.read(start, stop)
-                records[:, spec.embedding_dim :] = spec.initial_state
+                records = np.empty((stop - start, spec.width), spec.element)
+                records[:, : spec.weight_width] = rows.read(start, stop)
+                records[:, spec.weight_width :] = spec.initial_state
                 offset = (start - begin) * spec.record_bytes
                 if stays_cached:
                     prepare_to_stay(spec, descriptor, offset, records.nbytes)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
     from shardemb.base.progress import Progress
+    from shardemb.dtypes import Dtype, DtypeLike
     from shardemb.initializers import Initializer
     from shardemb.io.parquet import Encoding, ExportReport
     from shardemb.optim import Optimizer
@@ -95,6 +96,11 @@ class KeyedTable:
         return self._rows.embedding_dim
 
     @property
+    def dtype(self) -> str | Dtype:
+        """What a row is stored as; see `Table.dtype`."""
+        return self.rows.dtype
+
+    @property
     def shape(self) -> tuple[int, int]:
         """``(num_embeddings, embedding_dim)``."""
         return self.num_embeddings, self.embedding_dim
@@ -123,7 +129,7 @@ class KeyedTable:
     def __iter__(self) -> Iterator[Any]:
         return iter(self._vocabulary)
 
-    def __getitem__(self, keys: KeysLike) -> NDArray[np.float32]:
+    def __getitem__(self, keys: KeysLike) -> NDArray[Any]:
         return self.lookup(keys)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
@@ -173,8 +179,9 @@ class KeyedTable:
         *,
         missing: Missing = "error",
         create: bool = False,
-        out: NDArray[np.float32] | None = None,
-    ) -> NDArray[np.float32]:
+        dtype: DtypeLike | None = None,
+        out: NDArray[Any] | None = None,
+    ) -> NDArray[Any]:
         """Copy the rows of keys out of the table.
 
         Parameters
@@ -187,12 +194,14 @@ class KeyedTable:
         create : bool
             Give new keys rows first, as `Vocabulary.add` does. `missing` then applies to keys that are not admitted
             yet.
-        out : ndarray of float32, shape ``keys.shape + (embedding_dim,)``, optional
+        dtype : str or dtype, optional
+            As for `Table.lookup`.
+        out : ndarray of float32 or of `dtype`, shape ``keys.shape + (embedding_dim,)``, optional
             As for `Table.lookup`.
 
         Returns
         -------
-        ndarray of float32, shape ``keys.shape + (embedding_dim,)``
+        ndarray of float32 or of `dtype`, shape ``keys.shape + (embedding_dim,)``
             The caller's own memory; `out` if that was given.
 
         Raises
@@ -215,11 +224,11 @@ class KeyedTable:
         >>> table.lookup([[-5], [7]], missing="initial").shape
         (2, 1, 2)
         """
-        return self._keyed.read(keys, missing=missing, create=create, out=out)
+        return self._keyed.read(keys, missing=missing, create=create, out=out, dtype=dtype)
 
     def lookup_unique(
-        self, keys: KeysLike, *, create: bool = False
-    ) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[np.int64]]:
+        self, keys: KeysLike, *, create: bool = False, dtype: DtypeLike | None = None
+    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]:
         """Copy the row of each distinct key once.
 
         Parameters
@@ -228,10 +237,12 @@ class KeyedTable:
             As for `Vocabulary.lookup`.
         create : bool
             Give new keys rows first, as for `lookup`.
+        dtype : str or dtype, optional
+            As for `Table.lookup`.
 
         Returns
         -------
-        rows : ndarray of float32, shape (u, embedding_dim)
+        rows : ndarray of float32 or of `dtype`, shape (u, embedding_dim)
             The distinct rows, by ascending row id; the caller's own memory.
         unique_keys : ndarray of int64, or of str or bytes objects, shape (u,)
             Their keys.
@@ -255,7 +266,7 @@ class KeyedTable:
         >>> unique_keys, inverse
         (array([-5,  7]), array([0, 1, 0]))
         """
-        return self._keyed.read_unique(keys, create=create)
+        return self._keyed.read_unique(keys, create=create, dtype=dtype)
 
     def state(self, column: str, keys: KeysLike) -> NDArray[np.float32]:
         """Copy a column of optimizer state, or a counter, of the rows of keys.

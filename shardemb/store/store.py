@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from shardemb.admission import Admission
     from shardemb.base.progress import Progress
     from shardemb.commits.verify import Damage
+    from shardemb.dtypes import DtypeLike, RoundingLike
     from shardemb.engine.table_state import TableState
     from shardemb.format.manifest import Commit
     from shardemb.optim import Optimizer
@@ -103,6 +104,9 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         initializer: initializers.Initial | None = None,
         optimizer: Optimizer | None = None,
         rows_per_shard: int | None = None,
+        dtype: DtypeLike = "float32",
+        state_dtype: str = "float32",
+        rounding: RoundingLike = "nearest",
         progress: Progress = None,
     ) -> Table | KeyedTable:
         """Create a table. It becomes part of the store with the next commit.
@@ -137,6 +141,16 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         rows_per_shard : int, optional
             Rows in one file, rounded up so that a file is a whole number of pages. By default a file has 64 to 512 MiB,
             or less if the table is small.
+        dtype : str or a type of `shardemb.dtypes`
+            What a row is stored as: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"float8_e4m3fn"`` or
+            ``"float8_e5m2"``; ``ScaledInt8`` or ``BlockScaled`` of `shardemb.dtypes`; or ``"raw"``, bytes that nothing
+            here interprets, `embedding_dim` of them a row. Whatever it is, the arithmetic is float32: what is written
+            is rounded, and lookups return float32 unless asked for something else.
+        state_dtype : {"float32", "bfloat16"}
+            What the optimizer's state is stored as. Columns with one number a row stay float32.
+        rounding : {"nearest", "stochastic"} or Stochastic
+            How numbers are rounded to the dtype: to nearest, ties to even; or up or down at random, with 0 as the seed
+            or that of `shardemb.dtypes.Stochastic`. Initial values are rounded to nearest.
         progress : bool or callable, optional
             Reports the copying of an array or function: True shows a bar; a function is called as
             ``progress(done, total)``, in rows.
@@ -151,7 +165,8 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         TableExistsError, VocabularyNotFoundError
             There is a table of that name, or something foreign in the place of its folder; there is no such vocabulary.
         TypeError, ValueError
-            The name, a size, the array, the initializer or the optimizer is invalid.
+            The name, a size, the array, the initializer or the optimizer is invalid; a dtype is unknown, or does not go
+            with the rest, such as an optimizer with raw bytes.
         ShardEmbError
             The table has more files than this process can map: choose larger shards, or close another store.
         ReadOnlyError, StoreClosedError, PoisonedError, DiskFullError
@@ -180,6 +195,9 @@ class Store(Mapping[str, "Table | KeyedTable"]):
             initializer=initializer,
             optimizer=optimizer,
             rows_per_shard=rows_per_shard,
+            dtype=dtype,
+            state_dtype=state_dtype,
+            rounding=rounding,
         )
         return self._table(self._session.create_table(wanted, progress))
 
@@ -239,9 +257,10 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         *,
         rows_per_shard: int | None = None,
         optimizer: Optimizer | Literal["keep"] | None = "keep",
+        dtype: DtypeLike | None = None,
         progress: Progress = None,
     ) -> Commit:
-        """Copy a table into shards of another size, or replace its optimizer, and commit that.
+        """Copy a table into shards of another size, replace its optimizer, or convert its rows, and commit that.
 
         Memory stays bounded, and rows that were never written take no disk space in the copy. The store holds its lock
         meanwhile: lookups continue, everything else waits. If the call is interrupted by Ctrl-C or a crash, the table
@@ -256,6 +275,9 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         optimizer : Optimizer, "keep" or None
             ``"keep"`` copies the optimizer's state bit for bit and keeps the step count. Another optimizer, or None,
             keeps only the weights: state and step count start again.
+        dtype : str or a type of `shardemb.dtypes`, optional
+            What rows are stored as from then on, as in `create_table`; by default as now. Weights are decoded and
+            rounded to nearest. State keeps its dtype. Raw bytes are neither made nor converted.
         progress : bool or callable, optional
             True shows a bar; a function is called as ``progress(done, total)``, in rows.
 
@@ -284,7 +306,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> store["tokens"].optimizer is None
         True
         """
-        return self._session.reshard(name, rows_per_shard, optimizer, progress)
+        return self._session.reshard(name, rows_per_shard, optimizer, dtype, progress)
 
     def copy(self, path: str | os.PathLike[str], *, progress: Progress = None) -> None:
         """Copy the last commit into a new store. What takes no space on disk takes none in the copy.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
     from shardemb.base.progress import Progress
+    from shardemb.dtypes import Dtype, DtypeLike
     from shardemb.engine.table_state import TableState
     from shardemb.initializers import Initializer
     from shardemb.io.parquet import Encoding, ExportReport
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Table:
-    """Rows of float32 on disk, looked up and trained by row id. Made by `Store.create_table`, found by name.
+    """Rows of numbers on disk, looked up and trained by row id. Made by `Store.create_table`, found by name.
 
     Thread safety: lookups may run in any number of threads, also concurrently with an update; such a lookup may see a
     row half updated. Updates, writes and commits wait for each other. A table cannot be pickled: open the store in the
@@ -85,6 +86,11 @@ class Table:
         return self.num_embeddings, self.embedding_dim
 
     @property
+    def dtype(self) -> str | Dtype:
+        """What a row is stored as, as `Store.create_table` takes it. Lookups return float32 unless asked otherwise."""
+        return self._state.spec.precision.public_dtype
+
+    @property
     def rows_per_shard(self) -> int:
         """Rows in a row-shard: one file, and one zarr chunk."""
         return self._state.spec.rows_per_shard
@@ -111,25 +117,34 @@ class Table:
 
     # ---- reading
 
-    def lookup(self, ids: ArrayLike, *, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    def lookup(
+        self, ids: ArrayLike, *, dtype: DtypeLike | None = None, out: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
         """Copy rows out of the table.
 
         Parameters
         ----------
         ids : array_like of int
             Row ids of any integer dtype and any shape, also empty; nested lists too.
-        out : ndarray of float32, shape ``ids.shape + (embedding_dim,)``, optional
+        dtype : str or dtype, optional
+            What to return: ``"float32"``, which is the default; ``"float16"``, ``"bfloat16"``, ``"float8_e4m3fn"`` or
+            ``"float8_e5m2"``; or ``"raw"``, the bytes of the rows as they are stored, without optimizer state. Rows
+            that are stored as that are copied, others are decoded and rounded to nearest. A table of raw bytes returns
+            these by default.
+        out : ndarray of that dtype, shape ``ids.shape + (embedding_dim,)``, optional
             Array to fill and return. It must be C-contiguous and writable.
 
         Returns
         -------
-        ndarray of float32, shape ``ids.shape + (embedding_dim,)``
-            The caller's own memory, never a view of the table; `out` if that was given.
+        ndarray of float32 or of `dtype`, shape ``ids.shape + (embedding_dim,)``
+            The caller's own memory, never a view of the table; `out` if that was given. The dtypes that NumPy lacks are
+            those of the package ml_dtypes; torch and JAX take their memory as it is. Bytes are uint8, and their last
+            axis is as long as a row in bytes.
 
         Raises
         ------
         TypeError, ValueError
-            The ids are not integers; `out` has another dtype, shape or layout.
+            The ids are not integers; `dtype` is none of these; `out` has another dtype, shape or layout.
         RowIdError
             An id is negative or past the end.
         StoreClosedError, TableNotFoundError
@@ -150,22 +165,26 @@ class Table:
         --------
         >>> table.lookup([[0, 2], [1, 2]]).shape
         (2, 2, 4)
+        >>> table.lookup([0, 2], dtype="bfloat16").dtype
+        dtype(bfloat16)
         """
-        return self._state.read("weight", ids, out)
+        return self._state.read("weight", ids, out, self._state.form(dtype))
 
     def lookup_unique(
-        self, ids: ArrayLike
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+        self, ids: ArrayLike, *, dtype: DtypeLike | None = None
+    ) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
         """Copy each distinct row once.
 
         Parameters
         ----------
         ids : array_like of int
             Row ids of any integer dtype and any shape.
+        dtype : str or dtype, optional
+            As for `lookup`.
 
         Returns
         -------
-        rows : ndarray of float32, shape (u, embedding_dim)
+        rows : ndarray of float32 or of `dtype`, shape (u, embedding_dim)
             The distinct rows, by ascending id; the caller's own memory.
         unique_ids : ndarray of int64, shape (u,)
             Their ids.
@@ -187,7 +206,7 @@ class Table:
         >>> unique_ids, inverse
         (array([3, 5]), array([1, 0, 1]))
         """
-        return self._state.read_unique(ids)
+        return self._state.read_unique(ids, dtype)
 
     def state(self, column: str, ids: ArrayLike) -> NDArray[np.float32]:
         """Copy a column of optimizer state.
@@ -398,7 +417,8 @@ class Table:
         ids : array_like of int
             Row ids of any integer dtype and any shape; of duplicates the last wins.
         rows : array_like of float, shape ``ids.shape + (embedding_dim,)``
-            float16, bfloat16, float32 or float64; stored as float32.
+            float16, bfloat16, float32 or float64; stored as the table's dtype, rounded as the table rounds. If that is
+            not float32, also uint8: the bytes of rows, which ``lookup(dtype="raw")`` returns, stored as they are.
         check_finite : bool
             Refuse NaN and infinity.
 
@@ -554,7 +574,7 @@ class Table:
 
         Returns
         -------
-        dask.array.Array of float32, shape (num_embeddings, embedding_dim)
+        dask.array.Array of float32, or uint8 if the table holds raw bytes, shape (num_embeddings, embedding_dim)
             Shows the rows as they are when a chunk is computed, uncommitted changes included. It works with the
             schedulers of this process; in other processes open ``TABLE/rows`` with `dask.array.from_zarr`. It
             keeps the store open; chunks that are computed after `Store.close` raise `StoreClosedError`.
@@ -591,7 +611,8 @@ class Table:
         -------
         pyarrow.RecordBatchReader
             ``id: int64``, ``embedding: FixedSizeList<float32>``, then the state columns, none of them nullable; at most
-            65,536 rows in a batch. Each batch owns its memory. Rows are as they are when their batch is read,
+            65,536 rows in a batch. A table of float16 has lists of float16, one of raw bytes has FixedSizeBinary; other
+            dtypes become float32. Each batch owns its memory. Rows are as they are when their batch is read,
             uncommitted changes included. duckdb, polars, lance and others take the reader directly. The
             reader keeps the store open.
 
@@ -663,7 +684,8 @@ class Table:
         Notes
         -----
         The file has ``id: int64``, ``embedding: FixedSizeList<float32>`` and the state columns, none of
-        them nullable. It is compressed with zstd, in row groups of at most 65,536 rows and 32 MiB of values. Rows are
+        them nullable. A table of float16 has lists of float16, one of raw bytes has FixedSizeBinary; other dtypes
+        become float32. It is compressed with zstd, in row groups of at most 65,536 rows and 32 MiB of values. Rows are
         exported as a lookup sees them, uncommitted changes included.
 
         Safe from any thread. Updates may run concurrently; rows are as they are when their row group is read.
@@ -697,7 +719,7 @@ class Table:
     def __len__(self) -> int:
         return self.num_embeddings
 
-    def __getitem__(self, ids: ArrayLike | slice) -> NDArray[np.float32]:
+    def __getitem__(self, ids: ArrayLike | slice) -> NDArray[Any]:
         return self._state.read_items(ids)
 
     # By position, Python would iterate over the rows one by one.

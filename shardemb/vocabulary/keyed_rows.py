@@ -71,13 +71,15 @@ class KeyedRows:
         return self.keys.checked(given)
 
     def finder(
-        self, out: NDArray[np.float32] | None = None, *, create: bool
+        self, out: NDArray[Any] | None = None, form: str = "float32", *, create: bool
     ) -> Callable[[KeysLike], Int64Array]:
         """Return a function that finds the rows of keys, -1 for those that have none.
 
         If keys are to be created, its first call adds them, and counts them; no key is added if `out` is not right.
         """
-        steps = iter([partial(self.keys.add, approve=partial(self._require_output, out))] if create else [])
+        steps = iter(
+            [partial(self.keys.add, approve=partial(self._require_output, out, form))] if create else []
+        )
 
         def find(given: KeysLike) -> Int64Array:
             return next(steps, self.keys.lookup)(given)
@@ -91,42 +93,48 @@ class KeyedRows:
         *,
         missing: Missing = "error",
         find: Callable[[KeysLike], Int64Array] | None = None,
+        form: str = "float32",
     ) -> PlannedRead:
         """Check a lookup of keys that `find` finds the rows of, by default `KeyRows.lookup`."""
         missing = self._checked_missing(missing, "error", "initial", "zeros")
         ids = (find or self.keys.lookup)(given)
         unknown = ids < 0
         if not unknown.any():
-            return self.table.plan_read(column, ids)
+            return self.table.plan_read(column, ids, form)
         if missing == "error":
             self._refuse(given, ids)
         if not isinstance(missing, str):
             ids[unknown] = missing
-            return self.table.plan_read(column, ids)
+            return self.table.plan_read(column, ids, form)
 
-        def replace_unknown(rows: Float32Array) -> None:
-            rows[unknown] = 0 if missing == "zeros" else self._initial(given, unknown)
+        def replace_unknown(rows: NDArray[Any]) -> None:
+            rows[unknown] = 0 if missing == "zeros" else self._initial(given, unknown, form)
 
-        return self.table.plan_read(column, np.maximum(ids, 0)).replacing(replace_unknown)
+        return self.table.plan_read(column, np.maximum(ids, 0), form).replacing(replace_unknown)
 
     def read(
-        self, given: KeysLike, *, missing: Missing, create: bool, out: NDArray[np.float32] | None
-    ) -> Float32Array:
+        self, given: KeysLike, *, missing: Missing, create: bool, out: NDArray[Any] | None, dtype: object
+    ) -> NDArray[Any]:
         """Copy the weights of keys; see `KeyedTable.lookup`."""
-        find = self.finder(out, create=create)
+        form = self.table.form(dtype)
+        find = self.finder(out, form, create=create)
 
-        def read() -> Float32Array:
-            return self.table.carry_out(self.plan_read("weight", given, missing=missing, find=find), out)
+        def read() -> NDArray[Any]:
+            planned = self.plan_read("weight", given, missing=missing, find=find, form=form)
+            return self.table.carry_out(planned, out)
 
         return read_steadily([self.keys], read)
 
-    def read_unique(self, given: KeysLike, *, create: bool) -> tuple[Float32Array, NDArray[Any], Int64Array]:
+    def read_unique(
+        self, given: KeysLike, *, create: bool, dtype: object
+    ) -> tuple[NDArray[Any], NDArray[Any], Int64Array]:
         """Copy the row of each distinct key once; see `KeyedTable.lookup_unique`."""
+        self.table.form(dtype)
         find = self.finder(create=create)
 
-        def read() -> tuple[Float32Array, NDArray[Any], Int64Array]:
+        def read() -> tuple[NDArray[Any], NDArray[Any], Int64Array]:
             ids = self._known(given, find)
-            rows, unique_ids, inverse = self.table.read_unique(ids)
+            rows, unique_ids, inverse = self.table.read_unique(ids, dtype)
             return rows, self.keys.keys_of(unique_ids), inverse
 
         return read_steadily([self.keys], read)
@@ -276,11 +284,11 @@ class KeyedRows:
             raise (ValueError if isinstance(missing, str) else TypeError)(msg)
         return int(validation.row_ids(missing, max(self.num_rows, 1), self.table.name).flat[0])
 
-    def _require_output(self, out: NDArray[np.float32] | None, shape: tuple[int, ...]) -> None:
+    def _require_output(self, out: NDArray[Any] | None, form: str, shape: tuple[int, ...]) -> None:
         """Refuse a lookup that would fail after keys were added for it."""
-        self.table.live()
+        width, dtype = self.table.live().codec.shape_of("weight", form)
         if out is not None:
-            validation.output(out, (*shape, self.table.spec.embedding_dim))
+            validation.output(out, (*shape, width), dtype)
 
     def _known(self, given: KeysLike, find: Callable[[KeysLike], Int64Array] | None = None) -> Int64Array:
         ids = (find or self.keys.lookup)(given)
@@ -301,9 +309,9 @@ class KeyedRows:
         )
         raise UnknownKeyError(msg)
 
-    def _initial(self, given: KeysLike, unknown: NDArray[np.bool_]) -> Float32Array:
+    def _initial(self, given: KeysLike, unknown: NDArray[np.bool_], form: str) -> NDArray[Any]:
         rows = self.keys.future_rows(given, np.flatnonzero(unknown.reshape(-1)))
-        return self.table.live().initial_records(rows)[:, : self.table.spec.embedding_dim]
+        return self.table.live().initial_weights(rows, form)
 
     def _scan(self, column: str) -> Iterator[tuple[Int64Array, Float32Array]]:
         """Iterate over the rows that have keys and their values of a column, in slices."""
@@ -336,21 +344,22 @@ def read_many(
     *,
     missing: Missing,
     create: bool,
-) -> dict[str, Float32Array]:
+) -> dict[str, NDArray[Any]]:
     """Look up the weights of several tables together; see `Store.lookup`."""
     tables, keyed = _by_kind(targets)
     # All of them are checked before the first key is added.
-    plain = {name: table.plan_read("weight", ids[name]) for name, table in tables.items()}
+    plain = {name: table.plan_read("weight", ids[name], table.form(None)) for name, table in tables.items()}
+    forms = {name: each.table.form(None) for name, each in keyed.items()}
     given = {name: each.check_lookup(ids[name], missing) for name, each in keyed.items()}
     find = {name: each.finder(create=create) for name, each in keyed.items()}
 
-    def read() -> dict[str, Float32Array]:
+    def read() -> dict[str, NDArray[Any]]:
         wanted = plain | {
-            name: each.plan_read("weight", given[name], missing=missing, find=find[name])
+            name: each.plan_read("weight", given[name], missing=missing, find=find[name], form=forms[name])
             for name, each in keyed.items()
         }
         # One block of memory for all results: alone, each would take whole huge pages.
-        results = runtime.outputs.empty_together([each.shape for each in wanted.values()])
+        results = runtime.outputs.empty_together([(each.shape, each.dtype) for each in wanted.values()])
         batch.read(runtime, [each.into(rows) for each, rows in zip(wanted.values(), results, strict=True)])
         found = dict(zip(wanted, results, strict=True))
         for name, each in wanted.items():

@@ -185,7 +185,7 @@ USE_EVERYTHING = """
     inner = hashing._rotate_left, hashing._sip_round, index_kernels.bucket_of, index_kernels._filter_bit
     inner += index_kernels.first_bits, index_kernels._bucket_in_part
     inner += row_index._take_node, row_index._free_if_empty
-    inner += row_kernels._copy_from, row_kernels._stream_from, row_kernels._lowest, file_blocks._first_from
+    inner += row_kernels.copy_from, row_kernels._stream_from, row_kernels._lowest, file_blocks._first_from
     found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
     found = [each for each in found if each.targetoptions.get("inline") != "always"]
     found += [row_kernels.step(Adam), row_kernels.gather_or_fill(Uniform), row_kernels.copy_or_fill(Uniform)]

@@ -123,7 +123,7 @@ def test_a_large_result_has_the_gaps_of_a_small_one():
     records, places = table(3000, 64), np.random.default_rng(0).integers(0, 3000, count)
     places[[0, 7, count - 1]] = -1
     out = aligned((count, 64), 0)
-    row_kernels._copy_from(records.ctypes.data, 256, places, out.ctypes.data, 256)
+    row_kernels.copy_from(records.ctypes.data, 256, places, out.ctypes.data, 256)
     gaps = places < 0
     np.testing.assert_array_equal(out[~gaps], records[places[~gaps]])
     assert (out[gaps] == -1).all()

@@ -406,7 +406,7 @@ def test_an_array_has_a_chunk_a_shard_and_reads_when_it_is_computed(num_rows, ch
         read.append((start, stop))
         return values[start:stop]
 
-    array = scheduler.as_array(rows, num_rows, 3, 4)
+    array = scheduler.as_array(rows, num_rows, 3, 4, np.dtype(np.float32))
     assert array.chunks == (chunks, (3,))
     assert array.dtype == np.float32
     assert read == []
@@ -422,7 +422,7 @@ def test_an_array_reads_only_the_chunks_that_are_asked_for():
         read.append((start, stop))
         return np.zeros((stop - start, 2), np.float32)
 
-    assert scheduler.as_array(rows, 100, 2, 10)[35:41, 1].compute().shape == (6,)
+    assert scheduler.as_array(rows, 100, 2, 10, np.dtype(np.float32))[35:41, 1].compute().shape == (6,)
     assert sorted(read) == [(30, 40), (40, 50)]
 
 

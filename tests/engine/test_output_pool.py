@@ -136,12 +136,13 @@ def test_threads_never_get_the_same_memory(monkeypatch):
     assert wrong == []
 
 
+FLOAT32 = np.dtype(np.float32)
 SHAPES = [(3, 64), (0, 64), (ROWS // 2, 64), (64,), (2, 5, 7), (ROWS, 64)]
 
 
 @pytest.mark.parametrize("shapes", [[], SHAPES[:2], SHAPES, [(MAX_BYTES // 256, 64), SHAPE]], ids=len)
 def test_arrays_that_are_made_together_are_what_np_empty_makes(shapes):
-    arrays = OutputPool().empty_together(shapes)
+    arrays = OutputPool().empty_together([(each, FLOAT32) for each in shapes])
     assert [each.shape for each in arrays] == shapes
     for number, each in enumerate(arrays):
         assert (each.dtype, type(each)) == (np.float32, np.ndarray)
@@ -153,7 +154,7 @@ def test_arrays_that_are_made_together_are_what_np_empty_makes(shapes):
 
 def test_arrays_that_are_made_together_are_contiguous_until_the_last_is_gone():
     pool = OutputPool()
-    arrays = pool.empty_together(SHAPES)
+    arrays = pool.empty_together([(each, FLOAT32) for each in SHAPES])
     first = address(arrays[0])
     ends = [address(each) + each.nbytes - first for each in arrays]
     assert [(address(each) - first) % 64 for each in arrays] == [0] * len(arrays)
