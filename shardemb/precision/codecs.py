@@ -44,7 +44,7 @@ def bfloat16_value(code: np.uint16) -> np.float32:
 
 def bfloat16_code(value: np.float32) -> np.uint16:
     """Round a number to bfloat16."""
-    bits = value.view(np.uint32)
+    bits = np.float32(value).view(np.uint32)
     rounded = np.uint32(bits + np.uint32(0x7FFF) + np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1)))
     nan = np.uint32((bits & _SIGN) | _QUIET_NAN)
     chosen = nan if np.uint32(bits & _MAGNITUDE) > _INFINITY else rounded
@@ -53,7 +53,7 @@ def bfloat16_code(value: np.float32) -> np.uint16:
 
 def bfloat16_drawn(value: np.float32, word: np.uint32) -> np.uint16:
     """Round a number to bfloat16 stochastically."""
-    bits = value.view(np.uint32)
+    bits = np.float32(value).view(np.uint32)
     magnitude = np.uint32(bits & _MAGNITUDE)
     nearest = np.uint32(np.uint32(0x7FFF) + np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1)))
     added = np.uint32(word >> np.uint32(16)) if magnitude <= np.uint32(0x7F7F0000) else nearest
@@ -73,13 +73,13 @@ def _number(code: Any, mantissa: int, bias: int, width: int, infinity: int) -> A
     normal = np.uint32(shifted + np.uint32((127 - bias) << 23)).view(np.float32)
     # One exponent more, and the leading bit taken off again: exact, and no arithmetic with denormal numbers.
     lowest = np.uint32(np.uint32(128 - bias) << np.uint32(23))
-    small = np.float32(np.uint32(shifted + lowest).view(np.float32) - lowest.view(np.float32))
+    small = np.float32(np.uint32(shifted + lowest).view(np.float32) - np.uint32(lowest).view(np.float32))
     value = small if magnitude < np.uint32(1 << mantissa) else normal
     if infinity:
         special = np.uint32(_INFINITY | np.uint32(shifted & np.uint32(0x7FFFFF)))
-        bits = special if magnitude >= np.uint32(infinity) else value.view(np.uint32)
+        bits = special if magnitude >= np.uint32(infinity) else np.float32(value).view(np.uint32)
     else:
-        bits = _QUIET_NAN if magnitude == np.uint32((1 << (width - 1)) - 1) else value.view(np.uint32)
+        bits = _QUIET_NAN if magnitude == np.uint32((1 << (width - 1)) - 1) else np.float32(value).view(np.uint32)
     return np.uint32(np.uint32(bits) | sign).view(np.float32)
 
 
@@ -89,7 +89,7 @@ def _code(value: Any, word: Any, most: int, mantissa: int, bias: int, top: int, 
     `top` is the code of what is too large, `nan` that of NaN. Numbers up to the bits of `most` are rounded by the
     random `word`; if that is 0, all are rounded to nearest.
     """
-    magnitude: Any = np.int64(value.view(np.uint32) & _MAGNITUDE)
+    magnitude: Any = np.int64(np.float32(value).view(np.uint32) & _MAGNITUDE)
     exponent, lowest = max(magnitude >> 23, 1), 128 - bias
     leading = 0x800000 if magnitude >= 0x800000 else 0
     significand = (magnitude & 0x7FFFFF) | leading
@@ -113,13 +113,13 @@ def float16_value(code: np.uint16) -> Any:  # noqa: ANN401
 
 def float16_code(value: np.float32) -> np.uint16:
     """Round a number to float16."""
-    sign = (value.view(np.uint32) >> 16) & 0x8000
+    sign = (np.float32(value).view(np.uint32) >> 16) & 0x8000
     return np.uint16(_code(value, 0, 0, 10, 15, 0x7C00, 0x7E00) | sign)
 
 
 def float16_drawn(value: np.float32, word: np.uint32) -> np.uint16:
     """Round a number to float16 stochastically."""
-    sign = (value.view(np.uint32) >> 16) & 0x8000
+    sign = (np.float32(value).view(np.uint32) >> 16) & 0x8000
     return np.uint16(_code(value, np.int64(word), 0x477FE000, 10, 15, 0x7C00, 0x7E00) | sign)
 
 
@@ -130,13 +130,13 @@ def float8_e5m2_value(code: np.uint8) -> Any:  # noqa: ANN401
 
 def float8_e5m2_code(value: np.float32) -> np.uint8:
     """Round a number to float8_e5m2."""
-    sign = (value.view(np.uint32) >> 24) & 0x80
+    sign = (np.float32(value).view(np.uint32) >> 24) & 0x80
     return np.uint8(_code(value, 0, 0, 2, 15, 0x7C, 0x7E) | sign)
 
 
 def float8_e5m2_drawn(value: np.float32, word: np.uint32) -> np.uint8:
     """Round a number to float8_e5m2 stochastically."""
-    sign = (value.view(np.uint32) >> 24) & 0x80
+    sign = (np.float32(value).view(np.uint32) >> 24) & 0x80
     return np.uint8(_code(value, np.int64(word), 0x47600000, 2, 15, 0x7C, 0x7E) | sign)
 
 
@@ -147,13 +147,13 @@ def float8_e4m3fn_value(code: np.uint8) -> Any:  # noqa: ANN401
 
 def float8_e4m3fn_code(value: np.float32) -> np.uint8:
     """Round a number to float8_e4m3fn."""
-    sign = (value.view(np.uint32) >> 24) & 0x80
+    sign = (np.float32(value).view(np.uint32) >> 24) & 0x80
     return np.uint8(_code(value, 0, 0, 3, 7, 0x7F, 0x7F) | sign)
 
 
 def float8_e4m3fn_drawn(value: np.float32, word: np.uint32) -> np.uint8:
     """Round a number to float8_e4m3fn stochastically."""
-    sign = (value.view(np.uint32) >> 24) & 0x80
+    sign = (np.float32(value).view(np.uint32) >> 24) & 0x80
     return np.uint8(_code(value, np.int64(word), 0x43E00000, 3, 7, 0x7F, 0x7F) | sign)
 
 
