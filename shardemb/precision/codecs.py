@@ -260,7 +260,7 @@ def encode_biased(source: Float32Array, target: Bytes, words: Words, block: int)
     dim = source.size
     low, high = _ends(source)
     scales, span = target[dim : dim + 8].view(np.float32), np.float32(high - low)
-    scales[0], scales[1] = span / np.float32(255), low
+    scales[0], scales[1] = span / np.float32(255), low + np.float32(0)  # no negative zero
     inverse = np.float32(255) / np.float32(span + np.float32(1e-8))
     for j in range(dim):
         scaled = np.float32(np.float32(source[j] - low) * inverse)
@@ -273,7 +273,7 @@ def encode_biased_drawn(source: Float32Array, target: Bytes, words: Words, block
     dim = source.size
     low, high = _ends(source)
     scales, span = target[dim : dim + 8].view(np.float32), np.float32(high - low)
-    scales[0], scales[1] = span / np.float32(255), low
+    scales[0], scales[1] = span / np.float32(255), low + np.float32(0)  # no negative zero
     inverse = np.float32(255) / np.float32(span + np.float32(1e-8))
     for j in range(dim):
         unit = np.float32(np.int32(words[j] >> np.uint32(8))) * _RANDOM_UNIT

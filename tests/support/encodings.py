@@ -45,7 +45,7 @@ def decode(dtype, data, dim):
 
 def _fbgemm(row):
     """The fused 8-bit row of FBGEMM: bias = min, scale = range / 255, q = round((x - min) * 255 / (range + 1e-8))."""
-    low, span = row.min(), np.float32(row.max() - row.min())
+    low, span = row.min() + np.float32(0), np.float32(row.max() - row.min())
     inverse = np.float32(255) / np.float32(span + np.float32(1e-8))
     codes = np.rint(np.float32(row - low) * inverse).clip(0, 255).astype(np.uint8)
     return np.concatenate([codes, np.array([span / np.float32(255), low], np.float32).view(np.uint8)])
