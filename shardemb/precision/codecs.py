@@ -1,9 +1,12 @@
 """From float32 to the bytes of a row and back: plain functions that ``compute/compiler.py`` compiles into kernels.
 
-A codec is a pair of functions over one row, ``decode(source, target, block)`` and ``encode(source, target, words,
-block)``: bytes to float32, and back. Loops over values have no branches, so that they are vectorised. Numbers are
-rounded to nearest, ties to even; what is too large becomes infinity, or NaN in a type without infinity, as NumPy's
-`astype` has it with the types of the package ml_dtypes.
+A codec is a pair of functions over one row: ``decode(data, codes, target, block)`` from its bytes to float32, and
+``encode(source, data, codes, words, block)`` back. The bytes are in memory of the kernel, and `codes` is that memory as
+the type's integers: to take a part of an array, or another view of it, costs more than all the arithmetic of a row.
+
+Loops over values have no branches, so that they are vectorised. Numbers are rounded to nearest, ties to even; what is
+too large becomes infinity, or NaN in a type without infinity, as NumPy's `astype` has it with the types of the package
+ml_dtypes.
 
 Each `encode` has a twin that rounds stochastically: of the two neighbours of a number, the upper is chosen with a
 probability of its distance to the lower, by one random word for each value. What is too large is rounded to nearest.
@@ -11,6 +14,7 @@ probability of its distance to the lower, by one random word for each value. Wha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +24,6 @@ from shardemb.compute.compiler import formula
 from shardemb.dtypes import ITEM_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from numpy.typing import NDArray
 
     from shardemb.base.validation import Float32Array
@@ -67,20 +69,23 @@ def _number(code: Any, mantissa: int, bias: int, width: int, infinity: int) -> A
 
     `infinity` is the code of infinity; 0 in a type that has none, in which the largest code is NaN.
     """
-    magnitude = np.uint32(code & ((1 << (width - 1)) - 1))
-    sign = np.uint32(np.uint32(code >> (width - 1)) << np.uint32(31))
-    shifted = np.uint32(magnitude << np.uint32(23 - mantissa))
-    normal = np.uint32(shifted + np.uint32((127 - bias) << 23)).view(np.float32)
+    # Sign and magnitude where float32 has them.
+    placed = np.int32(np.int32(np.int32(code) << (32 - width)) >> (9 - width + mantissa))
+    sign = np.int32(placed & np.int32(-0x80000000))
+    magnitude = np.int32(placed & np.int32(((1 << (width - 1)) - 1) << (23 - mantissa)))
+    normal = np.int32(magnitude + np.int32((127 - bias) << 23)).view(np.float32)
     # One exponent more, and the leading bit taken off again: exact, and no arithmetic with denormal numbers.
-    lowest = np.uint32(np.uint32(128 - bias) << np.uint32(23))
-    small = np.float32(np.uint32(shifted + lowest).view(np.float32) - np.uint32(lowest).view(np.float32))
-    value = small if magnitude < np.uint32(1 << mantissa) else normal
+    lowest = np.int32((128 - bias) << 23)
+    small = np.float32(np.int32(magnitude + lowest).view(np.float32) - np.int32(lowest).view(np.float32))
+    value = small if magnitude < np.int32(1 << 23) else normal
     if infinity:
-        special = np.uint32(_INFINITY | np.uint32(shifted & np.uint32(0x7FFFFF)))
-        bits = special if magnitude >= np.uint32(infinity) else np.float32(value).view(np.uint32)
+        special = np.int32(magnitude | np.int32(0x7F800000))
+        at = np.int32(infinity << (23 - mantissa))
+        bits = special if magnitude >= at else np.float32(value).view(np.int32)
     else:
-        bits = _QUIET_NAN if magnitude == np.uint32((1 << (width - 1)) - 1) else np.float32(value).view(np.uint32)
-    return np.uint32(np.uint32(bits) | sign).view(np.float32)
+        nan = np.int32(((1 << (width - 1)) - 1) << (23 - mantissa))
+        bits = np.int32(0x7FC00000) if magnitude == nan else np.float32(value).view(np.int32)
+    return np.int32(np.int32(bits) | sign).view(np.float32)
 
 
 def _code(value: Any, word: Any, most: int, mantissa: int, bias: int, top: int, nan: int) -> Any:  # noqa: ANN401
@@ -170,59 +175,67 @@ def _drawn(value: Any, word: Any) -> Any:  # noqa: ANN401
 
 
 # ---- one row --------------------------------------------------------------------------------------------------
+#
+# `data` is memory for the bytes of one row, and `codes` the same memory as the integers of a type, or as float32.
 
 
-def decode_float32(source: Bytes, target: Float32Array, block: int) -> None:
-    """Copy float32."""
-    values = source.view(np.float32)
-    for j in range(target.size):
-        target[j] = values[j]
+def bytes_as_codes(data: Bytes) -> Bytes:
+    """Return the bytes of a row as they are."""
+    return data
 
 
-def encode_float32(source: Float32Array, target: Bytes, words: Words, block: int) -> None:
-    """Copy float32, which loses nothing."""
-    values = target.view(np.float32)
-    for j in range(source.size):
-        values[j] = source[j]
+def bytes_as_words(data: Bytes) -> NDArray[np.uint16]:
+    """Return the bytes of a row as integers of 16 bits."""
+    return data.view(np.uint16)
 
 
-def decode_16(source: Bytes, target: Float32Array, block: int) -> None:
-    """Decode values of two bytes."""
-    codes = source.view(np.uint16)
+def bytes_as_floats(data: Bytes) -> Float32Array:
+    """Return the bytes of a row as float32."""
+    return data.view(np.float32)
+
+
+def decode(data: Bytes, codes: Any, target: Float32Array, block: int) -> None:  # noqa: ANN401
+    """Decode values."""
     for j in range(target.size):
         target[j] = _value(codes[j])
 
 
-def encode_16(source: Float32Array, target: Bytes, words: Words, block: int) -> None:
-    """Encode values of two bytes."""
-    codes = target.view(np.uint16)
+def encode(source: Float32Array, data: Bytes, codes: Any, words: Words, block: int) -> None:  # noqa: ANN401
+    """Encode values."""
     for j in range(source.size):
         codes[j] = _rounded(source[j])
 
 
-def encode_16_drawn(source: Float32Array, target: Bytes, words: Words, block: int) -> None:
-    """Encode values of two bytes, rounded stochastically."""
-    codes = target.view(np.uint16)
+def encode_drawn(source: Float32Array, data: Bytes, codes: Any, words: Words, block: int) -> None:  # noqa: ANN401
+    """Encode values, rounded stochastically."""
     for j in range(source.size):
         codes[j] = _drawn(source[j], words[j])
 
 
-def decode_8(source: Bytes, target: Float32Array, block: int) -> None:
-    """Decode values of one byte."""
-    for j in range(target.size):
-        target[j] = _value(source[j])
+def same(value: Any) -> Any:  # noqa: ANN401
+    """Return a value: float32 is neither decoded nor encoded."""
+    return value
 
 
-def encode_8(source: Float32Array, target: Bytes, words: Words, block: int) -> None:
-    """Encode values of one byte."""
-    for j in range(source.size):
-        target[j] = _rounded(source[j])
+def same_drawn(value: Any, word: Any) -> Any:  # noqa: ANN401
+    """Return a value: float32 is not rounded."""
+    return value
 
 
-def encode_8_drawn(source: Float32Array, target: Bytes, words: Words, block: int) -> None:
-    """Encode values of one byte, rounded stochastically."""
-    for j in range(source.size):
-        target[j] = _drawn(source[j], words[j])
+def _float_at(data: Bytes, at: int) -> np.float32:
+    """Return the float32 of four bytes, which may begin anywhere."""
+    bits = np.uint32(data[at]) | np.uint32(np.uint32(data[at + 1]) << np.uint32(8))
+    bits |= np.uint32(np.uint32(data[at + 2]) << np.uint32(16)) | np.uint32(
+        np.uint32(data[at + 3]) << np.uint32(24)
+    )
+    return np.uint32(bits).view(np.float32)
+
+
+def _set_float(data: Bytes, at: int, value: np.float32) -> None:
+    """Write a float32 to four bytes, which may begin anywhere."""
+    bits = np.float32(value).view(np.uint32)
+    for k in range(4):
+        data[at + k] = np.uint8((bits >> np.uint32(8 * k)) & np.uint32(255))
 
 
 # ---- one row, a scale for all of it ---------------------------------------------------------------------------
@@ -246,80 +259,77 @@ def _ends(values: Float32Array) -> tuple[np.float32, np.float32]:
     return low, high
 
 
-def decode_biased(source: Bytes, target: Float32Array, block: int) -> None:
+def decode_biased(data: Bytes, codes: Bytes, target: Float32Array, block: int) -> None:
     """Decode a row of FBGEMM's fused 8-bit layout: uint8, then scale and bias."""
     dim = target.size
-    scales = source[dim : dim + 8].view(np.float32)
-    scale, bias = scales[0], scales[1]
+    scale, bias = _float_at(data, dim), _float_at(data, dim + 4)
     for j in range(dim):
-        target[j] = np.float32(source[j]) * scale + bias
+        target[j] = np.float32(codes[j]) * scale + bias
 
 
-def encode_biased(source: Float32Array, target: Bytes, words: Words, block: int) -> None:
+def _set_biased(data: Bytes, dim: int, low: np.float32, high: np.float32) -> None:
+    """Write scale and bias of a row."""
+    _set_float(data, dim, np.float32(high - low) / np.float32(255))
+    _set_float(data, dim + 4, low + np.float32(0))  # no negative zero
+
+
+def encode_biased(source: Float32Array, data: Bytes, codes: Bytes, words: Words, block: int) -> None:
     """Encode a row in FBGEMM's fused 8-bit layout, by its formula."""
-    dim = source.size
     low, high = _ends(source)
-    scales, span = target[dim : dim + 8].view(np.float32), np.float32(high - low)
-    scales[0], scales[1] = span / np.float32(255), low + np.float32(0)  # no negative zero
-    inverse = np.float32(255) / np.float32(span + np.float32(1e-8))
-    for j in range(dim):
+    inverse = np.float32(255) / np.float32(np.float32(high - low) + np.float32(1e-8))
+    _set_biased(data, source.size, low, high)
+    for j in range(source.size):
         scaled = np.float32(np.float32(source[j] - low) * inverse)
         scaled = np.float32(255) if scaled > np.float32(255) else scaled
-        target[j] = np.uint8(np.int32(np.rint(scaled if scaled >= np.float32(0) else np.float32(0))))
+        codes[j] = np.uint8(np.int32(np.rint(scaled if scaled >= np.float32(0) else np.float32(0))))
 
 
-def encode_biased_drawn(source: Float32Array, target: Bytes, words: Words, block: int) -> None:
+def encode_biased_drawn(source: Float32Array, data: Bytes, codes: Bytes, words: Words, block: int) -> None:
     """Do what `encode_biased` does, rounded stochastically."""
-    dim = source.size
     low, high = _ends(source)
-    scales, span = target[dim : dim + 8].view(np.float32), np.float32(high - low)
-    scales[0], scales[1] = span / np.float32(255), low + np.float32(0)  # no negative zero
-    inverse = np.float32(255) / np.float32(span + np.float32(1e-8))
-    for j in range(dim):
+    inverse = np.float32(255) / np.float32(np.float32(high - low) + np.float32(1e-8))
+    _set_biased(data, source.size, low, high)
+    for j in range(source.size):
         unit = np.float32(np.int32(words[j] >> np.uint32(8))) * _RANDOM_UNIT
         scaled = np.float32(np.float32(source[j] - low) * inverse) + unit
         scaled = np.float32(255) if scaled > np.float32(255) else scaled
-        target[j] = np.uint8(np.int32(np.floor(scaled if scaled >= np.float32(0) else np.float32(0))))
+        codes[j] = np.uint8(np.int32(np.floor(scaled if scaled >= np.float32(0) else np.float32(0))))
 
 
-def decode_symmetric(source: Bytes, target: Float32Array, block: int) -> None:
+def decode_symmetric(data: Bytes, codes: Bytes, target: Float32Array, block: int) -> None:
     """Decode a row of int8 with a scale."""
     dim = target.size
-    values, scale = source[:dim].view(np.int8), source[dim : dim + 4].view(np.float32)[0]
+    scale = _float_at(data, dim)
     for j in range(dim):
-        target[j] = np.float32(values[j]) * scale
+        target[j] = np.float32(np.int8(codes[j])) * scale
 
 
-def encode_symmetric(source: Float32Array, target: Bytes, words: Words, block: int) -> None:
+def _set_symmetric(source: Float32Array, data: Bytes) -> np.float32:
+    """Write the scale of a row; return by what its values are multiplied."""
+    low, high = _ends(source)
+    most = np.float32(max(-low, high))
+    scale = np.float32(0) if most < _TINIEST else most / np.float32(127)
+    _set_float(data, source.size, scale)
+    return np.float32(127) / most if most >= _TINIEST else np.float32(0)
+
+
+def encode_symmetric(source: Float32Array, data: Bytes, codes: Bytes, words: Words, block: int) -> None:
     """Encode a row as int8 with a scale."""
-    dim = source.size
-    low, high = _ends(source)
-    most = np.float32(max(-low, high))
-    target[dim : dim + 4].view(np.float32)[0] = (
-        most / np.float32(127) if not most < _TINIEST else np.float32(0)
-    )
-    inverse = np.float32(127) / most if most >= _TINIEST else np.float32(0)
-    values = target[:dim].view(np.int8)
-    for j in range(dim):
+    inverse = _set_symmetric(source, data)
+    for j in range(source.size):
         scaled = np.float32(source[j] * inverse)
-        values[j] = np.int8(np.int32(np.rint(scaled if abs(scaled) <= np.float32(128) else np.float32(0))))
+        number = np.int32(np.rint(scaled if abs(scaled) <= np.float32(128) else np.float32(0)))
+        codes[j] = np.uint8(number & 255)
 
 
-def encode_symmetric_drawn(source: Float32Array, target: Bytes, words: Words, block: int) -> None:
+def encode_symmetric_drawn(source: Float32Array, data: Bytes, codes: Bytes, words: Words, block: int) -> None:
     """Do what `encode_symmetric` does, rounded stochastically."""
-    dim = source.size
-    low, high = _ends(source)
-    most = np.float32(max(-low, high))
-    target[dim : dim + 4].view(np.float32)[0] = (
-        most / np.float32(127) if not most < _TINIEST else np.float32(0)
-    )
-    inverse = np.float32(127) / most if most >= _TINIEST else np.float32(0)
-    values = target[:dim].view(np.int8)
-    for j in range(dim):
+    inverse = _set_symmetric(source, data)
+    for j in range(source.size):
         unit = np.float32(np.int32(words[j] >> np.uint32(8))) * _RANDOM_UNIT
         scaled = np.floor(np.float32(source[j] * inverse) + unit)
         scaled = np.float32(127) if scaled > np.float32(127) else scaled
-        values[j] = np.int8(np.int32(scaled if scaled >= np.float32(-127) else np.float32(0)))
+        codes[j] = np.uint8(np.int32(scaled if scaled >= np.float32(-127) else np.float32(0)) & 255)
 
 
 # ---- one row, a power of two as the scale of each block -------------------------------------------------------
@@ -332,12 +342,11 @@ def _scale_value(code: np.uint8) -> np.float32:
     return np.uint32(chosen).view(np.float32)
 
 
-def _scale_code(values: Float32Array, exponent: int) -> Any:  # noqa: ANN401
-    """Return the least scale with which the largest of values is at most ``1.75 * 2**exponent``; 255 if one is NaN."""
-    bits: Any = values.view(np.int32)
+def _scale_code(values: Float32Array, start: int, stop: int, exponent: int) -> Any:  # noqa: ANN401
+    """Return the least scale with which the largest of some values is at most ``1.75 * 2**exponent``; 255 for NaN."""
     most = np.int32(0)
-    for j in range(bits.size):
-        most = max(most, np.int32(bits[j] & np.int32(0x7FFFFFFF)))
+    for j in range(np.uint64(start), np.uint64(stop)):
+        most = max(most, np.int32(np.float32(values[j]).view(np.int32) & np.int32(0x7FFFFFFF)))
     if most >= 0x7F800000:
         return 255
     scale = (most >> 23) - exponent + (1 if (most & 0x7FFFFF) > 0x600000 else 0)
@@ -357,38 +366,42 @@ def _e5m2_exponent() -> int:
     return 15
 
 
-def decode_blocks(source: Bytes, target: Float32Array, block: int) -> None:
+# Unsigned positions: numba would look at each of the others whether it counts from the end.
+
+
+def decode_blocks(data: Bytes, codes: Bytes, target: Float32Array, block: int) -> None:
     """Decode values of one byte, whose blocks have scales."""
     dim = target.size
+    for j in range(dim):
+        target[j] = _value(codes[j])
     for k in range((dim + block - 1) // block):
-        start, stop = k * block, min((k + 1) * block, dim)
-        scale = _scale_value(source[dim + k])
-        for j in range(start, stop):
-            target[j] = np.float32(_value(source[j])) * scale
+        scale = _scale_value(codes[dim + k])
+        for j in range(np.uint64(k * block), np.uint64(min((k + 1) * block, dim))):
+            target[j] *= scale
 
 
-def encode_blocks(source: Float32Array, target: Bytes, words: Words, block: int) -> None:
+def encode_blocks(source: Float32Array, data: Bytes, codes: Bytes, words: Words, block: int) -> None:
     """Encode values of one byte, whose blocks have scales."""
     dim = source.size
     for k in range((dim + block - 1) // block):
         start, stop = k * block, min((k + 1) * block, dim)
-        code = _scale_code(source[start:stop], _largest_exponent())
-        target[dim + k] = np.uint8(code)
-        inverse = np.uint32((254 - min(code, 254)) << 23).view(np.float32)
-        for j in range(start, stop):
-            target[j] = _rounded(np.float32(source[j] * inverse))
+        scale = _scale_code(source, start, stop, _largest_exponent())
+        codes[dim + k] = np.uint8(scale)
+        inverse = np.uint32((254 - min(scale, 254)) << 23).view(np.float32)
+        for j in range(np.uint64(start), np.uint64(stop)):
+            codes[j] = _rounded(np.float32(source[j] * inverse))
 
 
-def encode_blocks_drawn(source: Float32Array, target: Bytes, words: Words, block: int) -> None:
+def encode_blocks_drawn(source: Float32Array, data: Bytes, codes: Bytes, words: Words, block: int) -> None:
     """Do what `encode_blocks` does, rounded stochastically."""
     dim = source.size
     for k in range((dim + block - 1) // block):
         start, stop = k * block, min((k + 1) * block, dim)
-        code = _scale_code(source[start:stop], _largest_exponent())
-        target[dim + k] = np.uint8(code)
-        inverse = np.uint32((254 - min(code, 254)) << 23).view(np.float32)
-        for j in range(start, stop):
-            target[j] = _drawn(np.float32(source[j] * inverse), words[j])
+        scale = _scale_code(source, start, stop, _largest_exponent())
+        codes[dim + k] = np.uint8(scale)
+        inverse = np.uint32((254 - min(scale, 254)) << 23).view(np.float32)
+        for j in range(np.uint64(start), np.uint64(stop)):
+            codes[j] = _drawn(np.float32(source[j] * inverse), words[j])
 
 
 # ---- the codecs of types --------------------------------------------------------------------------------------
@@ -422,52 +435,71 @@ def drawing(*, drawn: bool) -> Callable[..., Any]:
     return formula(draw_words, _philox=formula(sampling.philox)) if drawn else formula(draw_nothing)
 
 
-_VALUES: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
+_Functions = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
+
+# The number of a code, and rounding to nearest and stochastically.
+_VALUES: dict[str, _Functions] = {
+    "float32": (same, same, same_drawn),
     "bfloat16": (bfloat16_value, bfloat16_code, bfloat16_drawn),
     "float16": (float16_value, float16_code, float16_drawn),
     "float8_e4m3fn": (float8_e4m3fn_value, float8_e4m3fn_code, float8_e4m3fn_drawn),
     "float8_e5m2": (float8_e5m2_value, float8_e5m2_code, float8_e5m2_drawn),
 }
 _EXPONENTS = {"float8_e4m3fn": _e4m3fn_exponent, "float8_e5m2": _e5m2_exponent}
+_VIEWS = {1: bytes_as_codes, 2: bytes_as_words, 4: bytes_as_floats}
 
-# Decoding, rounding to nearest, rounding stochastically.
-_PLAIN: dict[int, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
-    1: (decode_8, encode_8, encode_8_drawn),
-    2: (decode_16, encode_16, encode_16_drawn),
-}
-_BLOCKS = decode_blocks, encode_blocks, encode_blocks_drawn
-_ROWS: dict[bool, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
-    True: (decode_biased, encode_biased, encode_biased_drawn),
-    False: (decode_symmetric, encode_symmetric, encode_symmetric_drawn),
-}
+# Decoding a row, and encoding it to nearest and stochastically.
+_PLAIN: _Functions = (decode, encode, encode_drawn)
+_BLOCKS: _Functions = (decode_blocks, encode_blocks, encode_blocks_drawn)
+_BIASED: _Functions = (decode_biased, encode_biased, encode_biased_drawn)
+_SYMMETRIC: _Functions = (decode_symmetric, encode_symmetric, encode_symmetric_drawn)
+
+
+def viewer(dtype: Dtype) -> Callable[..., Any]:
+    """Return the compiled function from the bytes of a row to the same memory as `codes`."""
+    return formula(_VIEWS[ITEM_BYTES[dtype.columns(1)["weight"][0]]])
 
 
 def decoder(dtype: Dtype) -> Callable[..., Any]:
-    """Return `decode` of a type, compiled."""
+    """Return ``decode(data, codes, target, block)`` of a type, compiled."""
     columns = dtype.columns(1)
     kind = columns["weight"][0]
-    if kind == "float32":
-        return formula(decode_float32)
     if kind not in _VALUES:
-        return formula(_ROWS["bias" in columns][0])
-    helpers = {} if kind == "bfloat16" else {"_number": formula(_number)}
-    value = formula(_VALUES[kind][0], **helpers)
+        floats = formula(_float_at)
+        return formula((_BIASED if "bias" in columns else _SYMMETRIC)[0], _float_at=floats)
+    value = number(kind)
     if dtype.block_size:
         return formula(_BLOCKS[0], _value=value, _scale_value=formula(_scale_value))
-    return formula(_PLAIN[ITEM_BYTES[kind]][0], _value=value)
+    return formula(_PLAIN[0], _value=value)
 
 
 def encoder(dtype: Dtype, *, drawn: bool) -> Callable[..., Any]:
-    """Return `encode` of a type, compiled: the one that rounds stochastically if the words are `drawn`."""
+    """Return ``encode(source, data, codes, words, block)`` of a type, compiled.
+
+    It rounds stochastically if the words are `drawn`.
+    """
     columns = dtype.columns(1)
     kind, which = columns["weight"][0], 2 if drawn else 1
-    if kind == "float32":
-        return formula(encode_float32)
     if kind not in _VALUES:
-        return formula(_ROWS["bias" in columns][which], _ends=formula(_ends))
-    helpers = {} if kind == "bfloat16" else {"_code": formula(_code)}
-    one = {"_drawn" if drawn else "_rounded": formula(_VALUES[kind][which], **helpers)}
+        ends, floats = formula(_ends), formula(_set_float)
+        if "bias" in columns:
+            return formula(_BIASED[which], _ends=ends, _set_biased=formula(_set_biased, _set_float=floats))
+        both = formula(_set_symmetric, _ends=ends, _set_float=floats)
+        return formula(_SYMMETRIC[which], _set_symmetric=both)
+    one = {"_drawn" if drawn else "_rounded": rounding(kind, drawn=drawn)}
     if not dtype.block_size:
-        return formula(_PLAIN[ITEM_BYTES[kind]][which], **one)
+        return formula(_PLAIN[which], **one)
     largest = formula(_EXPONENTS[kind])
     return formula(_BLOCKS[which], **one, _scale_code=formula(_scale_code), _largest_exponent=largest)
+
+
+def number(kind: str) -> Callable[..., Any]:
+    """Return the compiled function from a code of a float type to its number."""
+    helpers = {} if kind in ("float32", "bfloat16") else {"_number": formula(_number)}
+    return formula(_VALUES[kind][0], **helpers)
+
+
+def rounding(kind: str, *, drawn: bool) -> Callable[..., Any]:
+    """Return the compiled function that rounds a number to a float type."""
+    helpers = {} if kind in ("float32", "bfloat16") else {"_code": formula(_code)}
+    return formula(_VALUES[kind][2 if drawn else 1], **helpers)

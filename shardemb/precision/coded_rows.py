@@ -43,16 +43,30 @@ def _prefetch_bytes(address: int, nbytes: int) -> None:
         prefetch(address + line)
 
 
-def _decode(source: Any, target: Any, block: Any) -> None:  # noqa: ANN401
-    """Hold the place of a codec's function in the kernels below."""
+def _view(data: Any) -> Any:  # noqa: ANN401
+    """Hold the place of what returns the bytes of a row as the codes of a type, in the kernels below."""
 
 
-def _encode(source: Any, target: Any, words: Any, block: Any) -> None:  # noqa: ANN401
-    """Hold the place of a codec's function in the kernels below."""
+def _out_view(data: Any) -> Any:  # noqa: ANN401
+    """Hold the place of the same for the type that is wanted."""
+
+
+def _decode(data: Any, codes: Any, target: Any, block: Any) -> None:  # noqa: ANN401
+    """Hold the place of a codec's function."""
+
+
+def _encode(source: Any, data: Any, codes: Any, words: Any, block: Any) -> None:  # noqa: ANN401
+    """Hold the place of a codec's function."""
 
 
 def _draw(words: Any, row: Any, key: Any, step: Any) -> None:  # noqa: ANN401
     """Hold the place of what draws random words for rounding."""
+
+
+@inlined
+def _scratch(nbytes: int) -> Bytes:
+    """Make memory for a row, so much that it can be seen as numbers of any size."""
+    return np.empty((nbytes + 7) // 8 * 8, np.uint8)
 
 
 # ---- reading --------------------------------------------------------------------------------------------------
@@ -72,7 +86,8 @@ def _gather(
 
     They are the `nbytes` bytes from byte `first` on, as they are decoded, and encoded again as `out` has them.
     """
-    row, coded, none = np.empty(values, np.float32), np.empty(out.shape[1], np.uint8), np.empty(0, np.uint32)
+    data, row, made = _scratch(nbytes), np.empty(values, np.float32), _scratch(out.shape[1])
+    codes, made_codes, none = _view(data), _out_view(made), np.empty(0, np.uint32)
     row_bytes, record_bytes = out.shape[1], records.shape[1]
     source, target = records.ctypes.data + first, out.ctypes.data + start * row_bytes
     streamed = places.size * row_bytes >= _STREAMED_BYTES and (target | row_bytes) % STREAMED == 0
@@ -82,13 +97,14 @@ def _gather(
             _prefetch_bytes(source + places[i + _AHEAD] * record_bytes, ahead_bytes)
         if places[i] < 0:
             continue
-        _decode(records[places[i], first : first + nbytes], row, block)
-        _encode(row, coded, none, 0)
+        copy(data.ctypes.data, source + places[i] * record_bytes, nbytes)
+        _decode(data, codes, row, block)
+        _encode(row, made, made_codes, none, 0)
         if streamed:
             for at in range(0, row_bytes, STREAMED):
-                stream(target + i * row_bytes + at, coded.ctypes.data + at)
+                stream(target + i * row_bytes + at, made.ctypes.data + at)
         else:
-            copy(target + i * row_bytes, coded.ctypes.data, row_bytes)
+            copy(target + i * row_bytes, made.ctypes.data, row_bytes)
     if streamed:
         fence()  # another core may read the result as soon as this returns
 
@@ -107,21 +123,25 @@ def _encode_rows(
     stop: int,
 ) -> None:
     """Set ``out[i]`` to the bytes of ``values[i]``, which are those of row ``rows[i]``."""
-    words = np.empty(values.shape[1], np.uint32)
+    dim, row_bytes = values.shape[1], out.shape[1]
+    row, words, data = np.empty(dim, np.float32), np.empty(dim, np.uint32), _scratch(row_bytes)
+    codes, source, target = _view(data), values.ctypes.data, out.ctypes.data
     for i in range(start, stop):
+        copy(row.ctypes.data, source + i * 4 * dim, 4 * dim)
         _draw(words, rows[i], key, step)
-        _encode(values[i], out[i], words, block)
+        _encode(row, data, codes, words, block)
+        copy(target + i * row_bytes, data.ctypes.data, row_bytes)
 
 
 def _row_step(weight: Any, state: Any, gradient: Any, scalars: Any) -> None:  # noqa: ANN401
     """Hold the place of an optimizer's function in the kernel below."""
 
 
-def _state_of(record: Any, columns: Any, scratch: Any) -> Any:  # noqa: ANN401
-    """Hold the place of what returns the state of a record as float32."""
+def _decode_state(record: Any, columns: Any, state: Any) -> None:  # noqa: ANN401
+    """Hold the place of what reads the state of a record."""
 
 
-def _keep_state(scratch: Any, record: Any, columns: Any, words: Any) -> None:  # noqa: ANN401
+def _encode_state(state: Any, record: Any, columns: Any, words: Any, first: Any) -> None:  # noqa: ANN401
     """Hold the place of what puts the state back into its record."""
 
 
@@ -147,97 +167,92 @@ def _step(
     As ``row_kernels.step`` does, on records that are bytes. `columns` has the first byte, the number of values and the
     bytes of a value of each column of state, one after the other.
     """
-    dim, state_values = gradients.shape[1], 0
+    dim, record_bytes = gradients.shape[1], records.shape[1]
+    row_bytes, values = 4 * dim, 0
     for k in range(0, columns.size, 3):
-        state_values += columns[k + 1]
-    weight, summed = np.empty(dim, np.float32), np.empty(dim, np.float32)
-    state_scratch, words = np.empty(state_values, np.float32), np.empty(dim + state_values, np.uint32)
-    row_bytes, record_bytes = 4 * dim, records.shape[1]
+        values += columns[k + 1]
+    record, data = _scratch(record_bytes), _scratch(weight_bytes)
+    codes, floats = _view(data), record.view(np.float32)
+    weight, summed, more = np.empty(dim, np.float32), np.empty(dim, np.float32), np.empty(dim, np.float32)
+    state, words = np.empty(values, np.float32), np.empty(dim + values, np.uint32)
     source, target, end = gradients.ctypes.data, records.ctypes.data, order.size - 1
     for u in range(start, stop):
         first, last = starts[u], starts[u + 1]
         if u + _AHEAD < stop:
             _prefetch_bytes(target + places[u + _AHEAD] * record_bytes, record_bytes)
         _prefetch_bytes(source + order[min(first + 2 * _AHEAD, end)] * row_bytes, row_bytes)
-        record = records[places[u]]
+        copy(record.ctypes.data, target + places[u] * record_bytes, record_bytes)
         if counting:
-            counters = record[record_bytes - 8 :].view(np.float32)
-            counters[0] = min(counters[0] + np.float32(last - first), MAX_COUNT)
-            counters[1] = np.float32(counting)
-        gradient = gradients[order[first]]
-        if last - first > 1:
-            # The order of these additions is part of the contract: it decides the bits.
+            at = record_bytes // 4 - 2
+            floats[at] = min(floats[at] + np.float32(last - first), MAX_COUNT)
+            floats[at + 1] = np.float32(counting)
+        copy(summed.ctypes.data, source + order[first] * row_bytes, row_bytes)
+        # The order of these additions is part of the contract: it decides the bits.
+        for k in range(first + 1, last):
+            _prefetch_bytes(source + order[min(k + 2 * _AHEAD, end)] * row_bytes, row_bytes)
+            copy(more.ctypes.data, source + order[k] * row_bytes, row_bytes)
             for j in range(dim):
-                summed[j] = gradient[j]
-            for k in range(first + 1, last):
-                _prefetch_bytes(source + order[min(k + 2 * _AHEAD, end)] * row_bytes, row_bytes)
-                more = gradients[order[k]]
-                for j in range(dim):
-                    summed[j] += more[j]
-            gradient = summed
-        _decode(record[:weight_bytes], weight, block)
-        state = _state_of(record, columns, state_scratch)
-        _row_step(weight, state, gradient, scalars)
+                summed[j] += more[j]
+        copy(data.ctypes.data, record.ctypes.data, weight_bytes)
+        _decode(data, codes, weight, block)
+        _decode_state(record, columns, state)
+        _row_step(weight, state, summed, scalars)
         _draw(words, rows[u], key, number)
-        _encode(weight, record[:weight_bytes], words[:dim], block)
-        _keep_state(state, record, columns, words[dim:])
+        _encode(weight, data, codes, words, block)
+        copy(record.ctypes.data, data.ctypes.data, weight_bytes)
+        _encode_state(state, record, columns, words, dim)
+        copy(target + places[u] * record_bytes, record.ctypes.data, record_bytes)
 
 
-def state_view(record: Bytes, columns: Int64Array, scratch: Float32Array) -> Float32Array:
-    """Return the state of a record where it lies: all of it is float32, without gaps."""
-    return record[columns[0] : columns[0] + 4 * scratch.size].view(np.float32)
+def decode_floats(record: Bytes, columns: Int64Array, state: Float32Array) -> None:
+    """Read the state of a record: all of it is float32, without gaps."""
+    copy(state.ctypes.data, record.ctypes.data + columns[0], 4 * state.size)
 
 
-def state_stays(scratch: Float32Array, record: Bytes, columns: Int64Array, words: Words) -> None:
-    """Do nothing: the state was changed where it lies."""
+def encode_floats(state: Float32Array, record: Bytes, columns: Int64Array, words: Words, first: int) -> None:
+    """Put the state back, as it is."""
+    copy(record.ctypes.data + columns[0], state.ctypes.data, 4 * state.size)
 
 
-def state_copy(record: Bytes, columns: Int64Array, scratch: Float32Array) -> Float32Array:
-    """Decode the state of a record, in columns of bfloat16 and of float32."""
-    done = 0
+def decode_columns(record: Bytes, columns: Int64Array, state: Float32Array) -> None:
+    """Read the state of a record, in columns of bfloat16 and of float32."""
+    done, codes = 0, record.view(np.uint16)
     for k in range(0, columns.size, 3):
-        first, count, width = columns[k], columns[k + 1], columns[k + 2]
-        if width == 4:
-            values = record[first : first + 4 * count].view(np.float32)
-            for j in range(count):
-                scratch[done + j] = values[j]
+        at, count = columns[k], columns[k + 1]
+        if columns[k + 2] == 4:
+            copy(state.ctypes.data + 4 * done, record.ctypes.data + at, 4 * count)
         else:
-            codes = record[first : first + 2 * count].view(np.uint16)
-            for j in range(count):
-                scratch[done + j] = _value(codes[j])
-        done += count
-    return scratch
-
-
-def state_kept(scratch: Float32Array, record: Bytes, columns: Int64Array, words: Words) -> None:
-    """Encode the state of a record, rounded to nearest."""
-    done = 0
-    for k in range(0, columns.size, 3):
-        first, count, width = columns[k], columns[k + 1], columns[k + 2]
-        if width == 4:
-            values = record[first : first + 4 * count].view(np.float32)
-            for j in range(count):
-                values[j] = scratch[done + j]
-        else:
-            codes = record[first : first + 2 * count].view(np.uint16)
-            for j in range(count):
-                codes[j] = _rounded(scratch[done + j])
+            for j in range(np.uint64(count)):
+                state[np.uint64(done) + j] = _value(codes[np.uint64(at // 2) + j])
         done += count
 
 
-def state_kept_drawn(scratch: Float32Array, record: Bytes, columns: Int64Array, words: Words) -> None:
-    """Encode the state of a record, rounded stochastically."""
-    done = 0
+def encode_columns(state: Float32Array, record: Bytes, columns: Int64Array, words: Words, first: int) -> None:
+    """Put the state back; what is bfloat16 is rounded to nearest."""
+    done, codes = 0, record.view(np.uint16)
     for k in range(0, columns.size, 3):
-        first, count, width = columns[k], columns[k + 1], columns[k + 2]
-        if width == 4:
-            values = record[first : first + 4 * count].view(np.float32)
-            for j in range(count):
-                values[j] = scratch[done + j]
+        at, count = columns[k], columns[k + 1]
+        if columns[k + 2] == 4:
+            copy(record.ctypes.data + at, state.ctypes.data + 4 * done, 4 * count)
         else:
-            codes = record[first : first + 2 * count].view(np.uint16)
-            for j in range(count):
-                codes[j] = _drawn(scratch[done + j], words[done + j])
+            for j in range(np.uint64(count)):
+                codes[np.uint64(at // 2) + j] = _rounded(state[np.uint64(done) + j])
+        done += count
+
+
+def encode_columns_drawn(
+    state: Float32Array, record: Bytes, columns: Int64Array, words: Words, first: int
+) -> None:
+    """Put the state back; what is bfloat16 is rounded stochastically, with the words from `first` on."""
+    done, codes = 0, record.view(np.uint16)
+    for k in range(0, columns.size, 3):
+        at, count = columns[k], columns[k + 1]
+        if columns[k + 2] == 4:
+            copy(record.ctypes.data + at, state.ctypes.data + 4 * done, 4 * count)
+        else:
+            for j in range(np.uint64(count)):
+                word = words[np.uint64(first + done) + j]
+                codes[np.uint64(at // 2) + j] = _drawn(state[np.uint64(done) + j], word)
         done += count
 
 
@@ -259,17 +274,25 @@ def _drawn(value: Any, word: Any) -> Any:  # noqa: ANN401
 @cache
 def gather(stored: Dtype, wanted: str) -> Callable[..., None]:
     """Return `_gather` compiled for rows that are stored as one type and wanted as another."""
-    name = f"gather_{_label(stored)}_as_{wanted}"
-    encode = codecs.encoder(Plain(wanted), drawn=False)
-    return specialised(_gather, name, _decode=codecs.decoder(stored), _encode=encode)
+    return specialised(
+        _gather,
+        f"gather_{_label(stored)}_as_{wanted}",
+        _view=codecs.viewer(stored),
+        _decode=codecs.decoder(stored),
+        _out_view=codecs.viewer(Plain(wanted)),
+        _encode=codecs.encoder(Plain(wanted), drawn=False),
+    )
 
 
 @cache
 def encode_rows(stored: Dtype, *, drawn: bool) -> Callable[..., None]:
     """Return `_encode_rows` compiled for one type, which rounds stochastically if random words are `drawn`."""
-    name = f"encode_{_label(stored)}{'_drawn' * drawn}"
     return specialised(
-        _encode_rows, name, _encode=codecs.encoder(stored, drawn=drawn), _draw=codecs.drawing(drawn=drawn)
+        _encode_rows,
+        f"encode_{_label(stored)}{'_drawn' * drawn}",
+        _view=codecs.viewer(stored),
+        _encode=codecs.encoder(stored, drawn=drawn),
+        _draw=codecs.drawing(drawn=drawn),
     )
 
 
@@ -277,23 +300,21 @@ def encode_rows(stored: Dtype, *, drawn: bool) -> Callable[..., None]:
 def step(optimizer: type[Any], stored: Dtype, state: str, *, drawn: bool) -> Callable[..., None]:
     """Return `_step` compiled for one class of optimizers and one type of rows and of their state."""
     if state == "float32":
-        state_of, keep_state = formula(state_view), formula(state_stays)
+        decode_state, encode_state = formula(decode_floats), formula(encode_floats)
     else:
-        state_of = formula(state_copy, _value=formula(codecs.bfloat16_value))
-        keep_state = (
-            formula(state_kept_drawn, _drawn=formula(codecs.bfloat16_drawn))
-            if drawn
-            else formula(state_kept, _rounded=formula(codecs.bfloat16_code))
-        )
+        decode_state = formula(decode_columns, _value=codecs.number(state))
+        one = {"_drawn" if drawn else "_rounded": codecs.rounding(state, drawn=drawn)}
+        encode_state = formula(encode_columns_drawn if drawn else encode_columns, **one)
     return specialised(
         _step,
         f"step_{optimizer.__name__}_{_label(stored)}_{state}{'_drawn' * drawn}",
+        _view=codecs.viewer(stored),
         _decode=codecs.decoder(stored),
         _encode=codecs.encoder(stored, drawn=drawn),
         _draw=codecs.drawing(drawn=drawn),
         _row_step=formula(optimizer.row_step),
-        _state_of=state_of,
-        _keep_state=keep_state,
+        _decode_state=decode_state,
+        _encode_state=encode_state,
     )
 
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from support import encodings
 
 from shardemb.dtypes import BlockScaled, Plain, ScaledInt8
 from shardemb.precision import coded_rows
-from support import encodings
 
 FLOATS = {name: kind for name, kind in encodings.FLOATS.items() if name != "float32"}
 each_float = pytest.mark.parametrize("name", FLOATS)
@@ -51,14 +51,18 @@ def boundaries(kind):
     values = every_code(kind).astype(np.float32)
     values = np.unique(values[np.isfinite(values)])
     with np.errstate(over="ignore"):
-        past = values[-1] + (values[-1] - values[-2]) * np.array([0.5, 1], np.float32)  # where it becomes infinite
+        past = values[-1] + (values[-1] - values[-2]) * np.array(
+            [0.5, 1], np.float32
+        )  # where it becomes infinite
     values = np.concatenate([values, past[np.isfinite(past)], -past[np.isfinite(past)]])
     values.sort()
     halves = (values[:-1].astype(np.float64) / 2 + values[1:].astype(np.float64) / 2).astype(np.float32)
     some = np.concatenate([values, halves])
     with np.errstate(over="ignore"):
         near = [np.nextafter(some, np.float32(np.inf)), np.nextafter(some, np.float32(-np.inf))]
-    extremes = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1e-45, -1e-45, 3.4e38, -3.4e38], np.float32)
+    extremes = np.array(
+        [0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1e-45, -1e-45, 3.4e38, -3.4e38], np.float32
+    )
     return np.concatenate([some, *near, extremes])
 
 
@@ -113,7 +117,9 @@ def test_drawn_numbers_are_a_neighbour_and_on_average_the_number(name):
     top = float(ml_dtypes.finfo(kind).max)
     smallest = float(ml_dtypes.finfo(kind).smallest_subnormal)
     with np.errstate(over="ignore", under="ignore"):
-        values = np.array([1.0, 1.01, -1.3, 0.3, 1.5 * smallest, smallest / 8, 0.99 * top, -top, 0.0], np.float32)
+        values = np.array(
+            [1.0, 1.01, -1.3, 0.3, 1.5 * smallest, smallest / 8, 0.99 * top, -top, 0.0], np.float32
+        )
     data = encode(Plain(name), np.tile(values, (draws, 1)), np.arange(draws)).view(kind).astype(np.float64)
     lower, upper = neighbours(values, kind)
     assert np.isin(data, [lower, upper]).all() or ((data == lower) | (data == upper)).all()
@@ -199,7 +205,9 @@ def test_scaled_rows_at_the_edges(bias, drawn):
     assert np.isnan(found[2:4]).all()
 
 
-@pytest.mark.parametrize("dtype", [ScaledInt8(bias=True), ScaledInt8(bias=False), BlockScaled(block=8)], ids=repr)
+@pytest.mark.parametrize(
+    "dtype", [ScaledInt8(bias=True), ScaledInt8(bias=False), BlockScaled(block=8)], ids=repr
+)
 def test_drawn_scaled_rows_are_right_on_average(dtype):
     values, draws = np.random.default_rng(1).normal(size=24).astype(np.float32), 4096
     data = encode(dtype, np.tile(values, (draws, 1)), np.arange(draws))

@@ -23,7 +23,9 @@ def encode(dtype, values):
         with np.errstate(over="ignore"):
             return values.astype(FLOATS[dtype.kind]).view(np.uint8).reshape(len(values), -1)
     if isinstance(dtype, BlockScaled):
-        return np.stack([_blocks(dtype, row) for row in values]) if len(values) else np.empty((0, 1), np.uint8)
+        return (
+            np.stack([_blocks(dtype, row) for row in values]) if len(values) else np.empty((0, 1), np.uint8)
+        )
     return np.stack([_fbgemm(row) if dtype.bias else _symmetric(row) for row in values])
 
 
@@ -64,10 +66,19 @@ def _blocks(dtype, row):
     for start in range(0, row.size, dtype.block):
         some = row[start : start + dtype.block].astype(np.float64)
         largest = np.abs(some).max()
-        exponent = -127 if largest == 0 else max(int(np.ceil(np.log2(largest / float(ml_dtypes.finfo(kind).max)))), -127)
+        exponent = (
+            -127
+            if largest == 0
+            else max(int(np.ceil(np.log2(largest / float(ml_dtypes.finfo(kind).max)))), -127)
+        )
         codes.append((some / 2.0**exponent).astype(np.float32).astype(kind).view(np.uint8))
         scales.append(exponent + 127)
     return np.concatenate([*codes, np.array(scales, np.uint8)])
 
 
-EVERY = [*(Plain(name) for name in FLOATS if name != "float32"), ScaledInt8(True), ScaledInt8(False), BlockScaled(block=4)]
+EVERY = [
+    *(Plain(name) for name in FLOATS if name != "float32"),
+    ScaledInt8(True),
+    ScaledInt8(False),
+    BlockScaled(block=4),
+]

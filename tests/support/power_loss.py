@@ -396,7 +396,7 @@ def contents(store):
 
 def work(path, seed, recording):
     """Train, commit, roll back, fold, change tables, reopen; note what each acknowledged commit holds."""
-    chance = random.Random(seed)
+    chance, precisions = random.Random(seed), random.Random(-seed - 1)
     rng = np.random.default_rng(seed)
     options = {
         "log_bytes": chance.choice([1, 60_000, 2**30]),
@@ -418,6 +418,8 @@ def work(path, seed, recording):
         values = np.ones((ROWS, DIM), np.float32)
         more = chance.choice([{}, {"initializer": Uniform(-1, 1, seed=1)}, {"initializer": values}])
         optimizer = chance.choice([SGD(lr=0.5), Adam(lr=0.1), Adagrad(initial_accumulator_value=0.5)])
+        if precisions.random() < 0.4:
+            more = more | {"dtype": "bfloat16", "rounding": precisions.choice(["nearest", "stochastic"])}
         store.create_table(
             name, num_embeddings=ROWS, embedding_dim=DIM, rows_per_shard=64, optimizer=optimizer, **more
         )

@@ -8,7 +8,9 @@ from shardemb.initializers import Constant
 UUID = "0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c11"
 
 
-def make(num_embeddings=1000, dim=6, optimizer=None, initializer=None, rows_per_shard=None, precision=FLOAT32):
+def make(
+    num_embeddings=1000, dim=6, optimizer=None, initializer=None, rows_per_shard=None, precision=FLOAT32
+):
     spec = TableSpec(
         uuid=UUID,
         stream="tokens",
