@@ -202,7 +202,7 @@ def test_every_fence_is_closed_and_names_its_language():
 # ---- examples in docstrings
 
 
-PUBLIC_MODULES = (shardemb, shardemb.optim, shardemb.initializers, shardemb.text)
+PUBLIC_MODULES = (shardemb, shardemb.optim, shardemb.initializers, shardemb.dtypes, shardemb.text)
 
 
 def public_objects():

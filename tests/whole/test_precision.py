@@ -19,6 +19,8 @@ from shardemb.dtypes import BlockScaled, ScaledInt8, Stochastic
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
 
+pytestmark = pytest.mark.filterwarnings("ignore:the changes of")
+
 ROWS, DIM = 300, 6
 
 every_dtype = pytest.mark.parametrize("dtype", encodings.EVERY, ids=lambda dtype: dtype.label)
@@ -205,7 +207,6 @@ def train(path, *, threads=1, rows_per_shard=None, dtype="bfloat16", crash=False
     return found
 
 
-@pytest.mark.filterwarnings("ignore:the changes of")
 @pytest.mark.parametrize("dtype", ["bfloat16", ScaledInt8()], ids=str)
 def test_stochastic_rounding_repeats_bit_for_bit(tmp_path, dtype):
     """For any number of threads and shards, and after a crash."""
