@@ -195,6 +195,8 @@ def test_arguments_fit(capsys):
 # ---- the comparison with others -----------------------------------------------------------------------------------
 
 ARMS = {
+    "B4": {"float32", "bfloat16", "bfloat16 as float32"},
+    "B5": {"float32, 256 bytes", "float8 as bfloat16, 264 bytes", "float8 as they are, 264 bytes"},
     "W1": {"lookup", "lookup(out=)", "numpy a[ids] in RAM", "zarr"},
     "W5": {"write + commit", "zarr"},
     "W8": {"commit", "np.save + fsync"},
@@ -223,7 +225,7 @@ def _installed(peers):
 @pytest.mark.parametrize(
     "names",
     [
-        pytest.param(["W1", "W5", "W12", "W14", "W16", "W17", "W18"], marks=pytest.mark.slow),
+        pytest.param(["B4", "B5", "W1", "W5", "W12", "W14", "W16", "W17", "W18"], marks=pytest.mark.slow),
         pytest.param(sorted(ARMS), marks=pytest.mark.soak),
     ],
 )

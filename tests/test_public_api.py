@@ -278,6 +278,7 @@ def test_types_come_with_the_package():
         "Vocabulary",
         "KeyedTable",
         "optim",
+        "dtypes",
         "initializers",
         "text",
         "Encoder",

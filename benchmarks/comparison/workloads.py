@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import around, capped, committing, filling, folding, peers, reading, starting, training
+from . import around, capped, committing, filling, folding, peers, precision, reading, starting, training
 from .data import remove
 from .processes import CannotRun, alone
 from .results import Outcome
@@ -46,6 +46,8 @@ WORKLOADS = {
         Workload("W10", "a table of a billion rows", around.huge),
         Workload("W11", "small batches", reading.small_batches),
         Workload("W12", "many tables in one call", reading.many_tables),
+        Workload("B4", "rows of bfloat16", precision.short_rows),
+        Workload("B5", "rows of float8 with scales", precision.scaled_rows),
         Workload("W13", "the first seconds of a process", around.first_use),
     )
 }
