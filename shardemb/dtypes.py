@@ -381,9 +381,9 @@ def checked_dtype(given: object) -> Dtype:
     TypeError, ValueError
         It is none that a table can have.
     """
-    if isinstance(given, Dtype):
+    if isinstance(given, _Scaled):
         return given
-    name = _name_of(given)
+    name = given.kind if isinstance(given, Plain) else _name_of(given)
     if name in (*FLOATS, RAW):
         return Plain(name)
     scaled = "ScaledInt8(bias=True), BlockScaled('float8_e4m3fn', block=32)"

@@ -1,7 +1,8 @@
 """Compile all kernels ahead, so that no later process waits for it: while an image is built, or before a measurement.
 
 A kernel is compiled when it is first called, for each optimizer, initializer and type of keys once. So tiny stores are
-used in every way, in a temporary folder.
+used in every way, in a temporary folder. Of the many pairs of optimizers and dtypes of rows, only Adam on bfloat16 is
+compiled ahead, and what lookups and writes of the other dtypes need.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 import shardemb
 from shardemb.base.progress import track
+from shardemb.dtypes import BlockScaled, ScaledInt8
 from shardemb.initializers import INITIALIZERS, Constant, Uniform
 from shardemb.optim import OPTIMIZERS
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from shardemb.base.progress import Progress
+    from shardemb.dtypes import DtypeLike
     from shardemb.initializers import Initializer
     from shardemb.optim import Optimizer
     from shardemb.vocabulary.keys import KeyType
@@ -49,11 +52,19 @@ def warm_up(progress: Progress = None) -> None:
     optimizers = [kind(lr=0.1) for kind in make.values()]
     initializers = [Uniform(-1.0, 1.0) if kind is Uniform else kind() for kind in INITIALIZERS.values()]
     key_types: list[KeyType] = ["int64", "string", "bytes"]
+    dtypes: list[DtypeLike] = [
+        "bfloat16",
+        "float16",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        ScaledInt8(),
+        BlockScaled(),
+    ]
     with (
         tempfile.TemporaryDirectory(prefix="shardemb-") as folder,
         warnings.catch_warnings(),
         track(
-            len(optimizers) + len(initializers) + len(key_types),
+            len(optimizers) + len(initializers) + len(key_types) + len(dtypes),
             "compiling kernels",
             unit="table",
             progress=progress,
@@ -69,6 +80,9 @@ def warm_up(progress: Progress = None) -> None:
             advance(1)
         for key_type in key_types:
             _train_by_key(path, key_type)
+            advance(1)
+        for dtype in dtypes:
+            _convert(path, dtype)
             advance(1)
 
 
@@ -101,6 +115,28 @@ def _train(path: Path, optimizer: Optimizer, initializer: Initializer) -> None:
         table.warm(ids)
         table.warm()
         table.to_arrow_batches().read_all()
+
+
+def _convert(path: Path, dtype: DtypeLike) -> None:
+    ids = np.arange(100)
+    with shardemb.open(path, "w") as store:
+        trained = dtype == "bfloat16"
+        for rounding in ("nearest", "stochastic") if trained else ("nearest",):
+            table = store.create_table(
+                rounding,
+                num_embeddings=100,
+                embedding_dim=2,
+                dtype=dtype,
+                rounding=rounding,
+                optimizer=shardemb.optim.Adam() if trained else None,
+            )
+            assert isinstance(table, shardemb.Table)
+            table.write(ids, np.ones((100, 2), np.float32))
+            table.lookup(ids)
+            table.lookup(ids, dtype="bfloat16")
+            table.lookup(ids, dtype="raw")
+            if trained:
+                table.update(ids, np.ones((100, 2), np.float32))
 
 
 def _train_by_key(path: Path, key_type: KeyType) -> None:

@@ -137,11 +137,11 @@ def _row_step(weight: Any, state: Any, gradient: Any, scalars: Any) -> None:  # 
     """Hold the place of an optimizer's function in the kernel below."""
 
 
-def _decode_state(record: Any, columns: Any, state: Any) -> None:  # noqa: ANN401
-    """Hold the place of what reads the state of a record."""
+def _state_of(record: Any, floats: Any, scratch: Any, state: Any, columns: Any) -> Any:  # noqa: ANN401
+    """Hold the place of what returns the state of a record as float32."""
 
 
-def _encode_state(state: Any, record: Any, columns: Any, words: Any, first: Any) -> None:  # noqa: ANN401
+def _keep_state(record: Any, scratch: Any, state: Any, columns: Any, words: Any, first: Any) -> None:  # noqa: ANN401
     """Hold the place of what puts the state back into its record."""
 
 
@@ -171,89 +171,106 @@ def _step(
     row_bytes, values = 4 * dim, 0
     for k in range(0, columns.size, 3):
         values += columns[k + 1]
-    record, data = _scratch(record_bytes), _scratch(weight_bytes)
-    codes, floats = _view(data), record.view(np.float32)
-    weight, summed, more = np.empty(dim, np.float32), np.empty(dim, np.float32), np.empty(dim, np.float32)
-    state, words = np.empty(values, np.float32), np.empty(dim + values, np.uint32)
+    # Where nothing of a record is float32, it may have any number of bytes.
+    floats = records.view(np.float32) if record_bytes % 4 == 0 else np.empty((1, 1), np.float32)
+    scratch, data = _scratch(record_bytes), _scratch(weight_bytes)
+    codes, at = _view(data), record_bytes // 4 - 2
+    weight, summed = np.empty(dim, np.float32), np.empty(dim, np.float32)
+    decoded, words = np.empty(values, np.float32), np.empty(dim + values, np.uint32)
     source, target, end = gradients.ctypes.data, records.ctypes.data, order.size - 1
     for u in range(start, stop):
-        first, last = starts[u], starts[u + 1]
+        first, last, place = starts[u], starts[u + 1], places[u]
+        record = target + place * record_bytes
         if u + _AHEAD < stop:
             _prefetch_bytes(target + places[u + _AHEAD] * record_bytes, record_bytes)
         _prefetch_bytes(source + order[min(first + 2 * _AHEAD, end)] * row_bytes, row_bytes)
-        copy(record.ctypes.data, target + places[u] * record_bytes, record_bytes)
         if counting:
-            at = record_bytes // 4 - 2
-            floats[at] = min(floats[at] + np.float32(last - first), MAX_COUNT)
-            floats[at + 1] = np.float32(counting)
-        copy(summed.ctypes.data, source + order[first] * row_bytes, row_bytes)
-        # The order of these additions is part of the contract: it decides the bits.
-        for k in range(first + 1, last):
-            _prefetch_bytes(source + order[min(k + 2 * _AHEAD, end)] * row_bytes, row_bytes)
-            copy(more.ctypes.data, source + order[k] * row_bytes, row_bytes)
-            for j in range(dim):
-                summed[j] += more[j]
-        copy(data.ctypes.data, record.ctypes.data, weight_bytes)
+            floats[place, at] = min(floats[place, at] + np.float32(last - first), MAX_COUNT)
+            floats[place, at + 1] = np.float32(counting)
+        gradient = gradients[order[first]]
+        if last - first > 1:  # most rows occur once: no copy of their gradient
+            copy(summed.ctypes.data, source + order[first] * row_bytes, row_bytes)
+            # The order of these additions is part of the contract: it decides the bits.
+            for k in range(first + 1, last):
+                _prefetch_bytes(source + order[min(k + 2 * _AHEAD, end)] * row_bytes, row_bytes)
+                another = gradients[order[k]]
+                for j in range(dim):
+                    summed[j] += another[j]
+            gradient = summed
+        copy(data.ctypes.data, record, weight_bytes)
         _decode(data, codes, weight, block)
-        _decode_state(record, columns, state)
-        _row_step(weight, state, summed, scalars)
+        state = _state_of(record, floats[place], scratch, decoded, columns)
+        _row_step(weight, state, gradient, scalars)
         _draw(words, rows[u], key, number)
         _encode(weight, data, codes, words, block)
-        copy(record.ctypes.data, data.ctypes.data, weight_bytes)
-        _encode_state(state, record, columns, words, dim)
-        copy(target + places[u] * record_bytes, record.ctypes.data, record_bytes)
+        copy(record, data.ctypes.data, weight_bytes)
+        _keep_state(record, scratch, state, columns, words, dim)
 
 
-def decode_floats(record: Bytes, columns: Int64Array, state: Float32Array) -> None:
-    """Read the state of a record: all of it is float32, without gaps."""
-    copy(state.ctypes.data, record.ctypes.data + columns[0], 4 * state.size)
+def state_in_place(
+    record: int, floats: Float32Array, scratch: Bytes, state: Float32Array, columns: Int64Array
+) -> Float32Array:
+    """Return the state where it lies: all of it is float32, without gaps."""
+    first = columns[0] // 4
+    return floats[first : first + state.size] if state.size else state
 
 
-def encode_floats(state: Float32Array, record: Bytes, columns: Int64Array, words: Words, first: int) -> None:
-    """Put the state back, as it is."""
-    copy(record.ctypes.data + columns[0], state.ctypes.data, 4 * state.size)
+def state_stays(
+    record: int, scratch: Bytes, state: Float32Array, columns: Int64Array, words: Words, first: int
+) -> None:
+    """Do nothing: the state was changed where it lies."""
 
 
-def decode_columns(record: Bytes, columns: Int64Array, state: Float32Array) -> None:
-    """Read the state of a record, in columns of bfloat16 and of float32."""
-    done, codes = 0, record.view(np.uint16)
+def decode_columns(
+    record: int, floats: Float32Array, scratch: Bytes, state: Float32Array, columns: Int64Array
+) -> Float32Array:
+    """Decode the state of a record, in columns of bfloat16 and of float32."""
+    copy(scratch.ctypes.data, record, columns[-3] + columns[-2] * columns[-1])
+    done, codes = 0, scratch.view(np.uint16)
     for k in range(0, columns.size, 3):
         at, count = columns[k], columns[k + 1]
         if columns[k + 2] == 4:
-            copy(state.ctypes.data + 4 * done, record.ctypes.data + at, 4 * count)
+            copy(state.ctypes.data + 4 * done, scratch.ctypes.data + at, 4 * count)
         else:
             for j in range(np.uint64(count)):
                 state[np.uint64(done) + j] = _value(codes[np.uint64(at // 2) + j])
         done += count
+    return state
 
 
-def encode_columns(state: Float32Array, record: Bytes, columns: Int64Array, words: Words, first: int) -> None:
+def encode_columns(
+    record: int, scratch: Bytes, state: Float32Array, columns: Int64Array, words: Words, first: int
+) -> None:
     """Put the state back; what is bfloat16 is rounded to nearest."""
-    done, codes = 0, record.view(np.uint16)
+    done, codes = 0, scratch.view(np.uint16)
     for k in range(0, columns.size, 3):
         at, count = columns[k], columns[k + 1]
         if columns[k + 2] == 4:
-            copy(record.ctypes.data + at, state.ctypes.data + 4 * done, 4 * count)
+            copy(scratch.ctypes.data + at, state.ctypes.data + 4 * done, 4 * count)
         else:
             for j in range(np.uint64(count)):
                 codes[np.uint64(at // 2) + j] = _rounded(state[np.uint64(done) + j])
         done += count
+    end = columns[-3] + columns[-2] * columns[-1]
+    copy(record + columns[0], scratch.ctypes.data + columns[0], end - columns[0])
 
 
 def encode_columns_drawn(
-    state: Float32Array, record: Bytes, columns: Int64Array, words: Words, first: int
+    record: int, scratch: Bytes, state: Float32Array, columns: Int64Array, words: Words, first: int
 ) -> None:
     """Put the state back; what is bfloat16 is rounded stochastically, with the words from `first` on."""
-    done, codes = 0, record.view(np.uint16)
+    done, codes = 0, scratch.view(np.uint16)
     for k in range(0, columns.size, 3):
         at, count = columns[k], columns[k + 1]
         if columns[k + 2] == 4:
-            copy(record.ctypes.data + at, state.ctypes.data + 4 * done, 4 * count)
+            copy(scratch.ctypes.data + at, state.ctypes.data + 4 * done, 4 * count)
         else:
             for j in range(np.uint64(count)):
                 word = words[np.uint64(first + done) + j]
                 codes[np.uint64(at // 2) + j] = _drawn(state[np.uint64(done) + j], word)
         done += count
+    end = columns[-3] + columns[-2] * columns[-1]
+    copy(record + columns[0], scratch.ctypes.data + columns[0], end - columns[0])
 
 
 def _value(code: Any) -> Any:  # noqa: ANN401
@@ -300,11 +317,11 @@ def encode_rows(stored: Dtype, *, drawn: bool) -> Callable[..., None]:
 def step(optimizer: type[Any], stored: Dtype, state: str, *, drawn: bool) -> Callable[..., None]:
     """Return `_step` compiled for one class of optimizers and one type of rows and of their state."""
     if state == "float32":
-        decode_state, encode_state = formula(decode_floats), formula(encode_floats)
+        state_of, keep_state = formula(state_in_place), formula(state_stays)
     else:
-        decode_state = formula(decode_columns, _value=codecs.number(state))
+        state_of = formula(decode_columns, _value=codecs.number(state))
         one = {"_drawn" if drawn else "_rounded": codecs.rounding(state, drawn=drawn)}
-        encode_state = formula(encode_columns_drawn if drawn else encode_columns, **one)
+        keep_state = formula(encode_columns_drawn if drawn else encode_columns, **one)
     return specialised(
         _step,
         f"step_{optimizer.__name__}_{_label(stored)}_{state}{'_drawn' * drawn}",
@@ -313,8 +330,8 @@ def step(optimizer: type[Any], stored: Dtype, state: str, *, drawn: bool) -> Cal
         _encode=codecs.encoder(stored, drawn=drawn),
         _draw=codecs.drawing(drawn=drawn),
         _row_step=formula(optimizer.row_step),
-        _decode_state=decode_state,
-        _encode_state=encode_state,
+        _state_of=state_of,
+        _keep_state=keep_state,
     )
 
 

@@ -481,7 +481,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
 
         Returns
         -------
-        dict of str to ndarray of float32, shape ``ids.shape + (embedding_dim,)``
+        dict of str to ndarray of float32 (of uint8 for raw bytes), shape ``ids.shape + (embedding_dim,)``
             The caller's own memory. Results of one call may share a block of memory, which is freed with the last of
             them: copy what you keep for long.
 

@@ -381,6 +381,8 @@ class Table:
         Gradients of duplicate ids are summed first, in the order of the batch, so the result has the same bits for any
         number of threads and shards. Rows that are not in `ids` do not change. In memory only until `Store.commit`.
 
+        In a table that is not float32, a row is decoded, changed in float32, and rounded as the table rounds.
+
         Parameters
         ----------
         ids : array_like of int

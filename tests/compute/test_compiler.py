@@ -99,7 +99,9 @@ USE_EVERYTHING = """
     import numpy as np
     import shardemb
     from shardemb.compute import file_blocks, grouping, plan, residency, row_index, row_kernels
+    from shardemb.dtypes import Plain
     from shardemb.memory import slots
+    from shardemb.precision import coded_rows
     from shardemb.vocabulary import hash_index, hashing, index_kernels, key_kernels
     from shardemb.initializers import Uniform
     from shardemb.optim import Adam
@@ -114,13 +116,17 @@ USE_EVERYTHING = """
 
     path = sys.argv[1]
     with shardemb.open(path, memory_budget=0) as store:
-        for name, more in {"plain": {}, "drawn": {"initializer": Uniform(-1, 1)}}.items():
+        drawn = {"initializer": Uniform(-1, 1)}
+        short = {"dtype": "bfloat16", "rounding": "stochastic"}
+        for name, more in {"plain": {}, "drawn": drawn, "short": short, "short drawn": short | drawn}.items():
+            name = name.replace(" ", "_")
             store.create_table(name, num_embeddings=70_000, embedding_dim=3, optimizer=Adam(), **more)
         for table in store.values():
             for ids in batches():
                 rows = table.lookup(ids)
                 table.lookup(ids, out=np.empty_like(rows))
                 table.lookup_unique(ids)
+                table.lookup(ids, dtype="bfloat16")
                 table.state("exp_avg", ids)
                 for kind in (np.float16, np.float32, np.float64):
                     table.update(ids, rows.astype(kind))
@@ -188,6 +194,10 @@ USE_EVERYTHING = """
     inner += row_kernels.copy_from, row_kernels._stream_from, row_kernels._lowest, file_blocks._first_from
     found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
     found = [each for each in found if each.targetoptions.get("inline") != "always"]
+    short = Plain("bfloat16")
+    found += [coded_rows.gather(short, "float32"), coded_rows.gather(Plain("float32"), "bfloat16")]
+    found += [coded_rows.encode_rows(short, drawn=drawn) for drawn in (False, True)]
+    found += [coded_rows.step(Adam, short, "float32", drawn=True)]
     found += [row_kernels.step(Adam), row_kernels.gather_or_fill(Uniform), row_kernels.copy_or_fill(Uniform)]
     found = [each for each in found if each not in inner]  # called only by kernels
     assert len(found) > 12

@@ -41,6 +41,7 @@ class Rows:
     states: dict = field(default_factory=dict)
     rows_per_shard: int = 64
     name: str = "tokens"
+    form: str = "float32"
     before_read: Callable[[int], object] = lambda start: None
     events: list = field(default_factory=list)
     arrays: list = field(default_factory=list)

@@ -22,6 +22,7 @@ FACTS = Facts(
     num_shards=7,
     nbytes=614_400_000,
     changed_rows=0,
+    row_bytes=1536,
 )
 
 
@@ -72,7 +73,7 @@ def test_describe_a_store():
         'Job     {"loss": 0.5}',
         "",
         "Table   tokens",
-        "  rows         400,000 x 128 float32",
+        "  rows         400,000 x 128 float32, 1,536 bytes each with state",
         "  optimizer    Adam(lr=0.001), step 1,234",
         "  state        exp_avg, exp_avg_sq",
         "  initializer  Constant(value=0.0)",
