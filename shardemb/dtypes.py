@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -344,33 +344,39 @@ _SCALED: dict[str, type[_Scaled]] = {"ScaledInt8": ScaledInt8, "BlockScaled": Bl
 # ---- what users give ------------------------------------------------------------------------------------------
 
 
-def checked(dtype: object, state_dtype: object, rounding: object, *, trains: bool) -> Precision:
-    """Check how the rows of a new table are to be stored, which an optimizer `trains` or not.
+class Wanted(NamedTuple):
+    """How the rows of a new table are to be stored, as users say it; nothing is checked yet."""
 
-    Raises
-    ------
-    TypeError, ValueError
-        A name is unknown, or they do not fit together.
-    """
-    found = checked_dtype(dtype)
-    state = _name_of(state_dtype)
-    if state not in STATES:
-        msg = f"state_dtype must be one of {', '.join(STATES)}, got {state_dtype!r}"
-        raise ValueError(msg)
-    precision = Precision(found, state, _checked_rounding(rounding))
-    if precision.is_raw and (trains or precision.rounding or state != "float32"):
-        msg = (
-            'a table with dtype="raw" holds bytes that are not numbers: it has no optimizer, no state and no rounding; '
-            "choose a dtype that is one, such as BlockScaled for rows with scales"
-        )
-        raise ValueError(msg)
-    if state != "float32" and not trains:
-        msg = f"state_dtype={state!r}: the table has no optimizer, so there is no state; leave it out"
-        raise ValueError(msg)
-    if precision.rounding and not precision.is_coded:
-        msg = "rounding: a float32 table with float32 state rounds nothing; leave it out, or choose another dtype"
-        raise ValueError(msg)
-    return precision
+    dtype: object = "float32"
+    state_dtype: object = "float32"
+    rounding: object = "nearest"
+
+    def checked(self, *, trains: bool) -> Precision:
+        """Check it for a table that has an optimizer, which `trains` it, or has none.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A name is unknown, or they do not fit together.
+        """
+        state = _name_of(self.state_dtype)
+        if state not in STATES:
+            msg = f"state_dtype must be one of {', '.join(STATES)}, got {self.state_dtype!r}"
+            raise ValueError(msg)
+        precision = Precision(checked_dtype(self.dtype), state, _checked_rounding(self.rounding))
+        if precision.is_raw and (trains or precision.rounding or state != "float32"):
+            msg = (
+                'a table with dtype="raw" holds bytes that are not numbers: it has no optimizer, state or rounding; '
+                "choose a dtype that is one, such as BlockScaled for rows with scales"
+            )
+            raise ValueError(msg)
+        if state != "float32" and not trains:
+            msg = f"state_dtype={state!r}: the table has no optimizer, so there is no state; leave it out"
+            raise ValueError(msg)
+        if precision.rounding and not precision.is_coded:
+            msg = "rounding: a float32 table with float32 state rounds nothing; leave it out, or choose another dtype"
+            raise ValueError(msg)
+        return precision
 
 
 def checked_dtype(given: object) -> Dtype:

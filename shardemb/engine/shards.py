@@ -25,7 +25,7 @@ from shardemb.format.table_files import TableLocation
 from shardemb.initializers import Constant
 from shardemb.memory.frozen_rows import FrozenRows
 from shardemb.memory.overlay import Overlay
-from shardemb.precision.records import RecordCodec
+from shardemb.precision.records import RecordCodec, first_rows
 from shardemb.storage import address_space, files, table_folder
 
 if TYPE_CHECKING:
@@ -163,11 +163,11 @@ class Shards:
     def gather(
         self,
         column: str,
-        form: str,
         ids: Int64Array,
         out: NDArray[Any],
         start: int,
         stop: int,
+        form: str = "float32",
     ) -> None:
         """Copy a column of rows ``ids[start:stop]`` to ``out[start:stop]``; rows never written have initial values.
 
@@ -378,13 +378,11 @@ class Shards:
 
     def copy(self, rows: Int64Array, places: Int64Array, start: int, stop: int) -> None:
         """Copy the records of ``rows[start:stop]``, the files' or initial ones, to the slots reserved for them."""
-        if not self.spec.has_presence:
+        if not self.spec.has_presence or self.spec.precision.is_coded:
             row_kernels.copy_rows(self.bytes, rows, places, start, stop)
-            return
-        if self.spec.precision.is_coded:
-            row_kernels.copy_rows(self.bytes, rows, places, start, stop)
-            fresh = start + np.flatnonzero(~self.were_written(rows[start:stop]))
-            self.records[places[fresh]] = self.initial_records(rows[fresh])
+            fresh = start + self._fresh(rows[start:stop], rows[start:stop], None)
+            if fresh.size:
+                self.records[places[fresh]] = self.initial_records(rows[fresh])
             return
         row_kernels.copy_or_fill(type(self.spec.initializer))(
             self.records,
@@ -580,7 +578,7 @@ def create(
     stays_cached: bool = False,
 ) -> Shards:
     """Create a table's folder, see `table_folder.create`, and map it; remove the folder if it cannot be mapped."""
-    table_folder.create(spec, directory, rows, progress, stays_cached=stays_cached)
+    table_folder.create(spec, directory, first_rows(spec, rows), progress, stays_cached=stays_cached)
     try:
         mapped = Shards(spec, directory)
         if stays_cached:  # or the first lookups would have a page fault for each 64 KiB

@@ -29,14 +29,17 @@ WRITTEN, UPDATED = "@written", "@updated"
 """What is added to a table's stream for the random words that round writes, and updates. No table has such a name."""
 
 
-def first_rows(spec: TableSpec, rows: FirstRows) -> FirstRows:
-    """Return the first rows of a table as the elements of its records.
+def first_rows(spec: TableSpec, rows: FirstRows | None) -> FirstRows | None:
+    """Return the first rows of a table, if there are any, as the elements of its records.
 
     They raise `ValueError` if the table holds raw bytes and the values are none.
     """
+    if rows is None or not spec.precision.is_coded:
+        return rows
+    given = rows.read
 
     def read(start: int, stop: int) -> NDArray[Any]:
-        values = rows.read(start, stop)
+        values = given(start, stop)
         if not spec.precision.is_raw:
             return RecordCodec(spec).encoded(values)
         found = values.astype(np.uint8)
@@ -45,7 +48,7 @@ def first_rows(spec: TableSpec, rows: FirstRows) -> FirstRows:
             raise ValueError(msg)
         return found
 
-    return FirstRows(rows.count, read) if spec.precision.is_coded else rows
+    return FirstRows(rows.count, read)
 
 
 def converted(

@@ -14,7 +14,6 @@ from shardemb.engine import batch
 from shardemb.errors import PoisonedError, ReadOnlyError, ShardEmbError, StaleReaderError, StoreClosedError
 from shardemb.format.manifest import Commit, check_metadata, check_step, new_entry
 from shardemb.format.spec import check_name, new_spec, normalized
-from shardemb.precision import records
 from shardemb.session import display, forking
 from shardemb.session.journal import Journal
 from shardemb.session.table_catalog import TableCatalog
@@ -53,9 +52,7 @@ class TableRequest(NamedTuple):
     initializer: initializers.Initial | None
     optimizer: Optimizer | None
     rows_per_shard: int | None
-    dtype: dtypes.DtypeLike = "float32"
-    state_dtype: str = "float32"
-    rounding: dtypes.RoundingLike = "nearest"
+    precision: dtypes.Wanted = dtypes.Wanted()
 
 
 class Reader(NamedTuple):
@@ -164,9 +161,6 @@ class Session:
             )
             count = shape[0] if bound is None else bound.entry.rows
             kind, rows = initializers.resolve(wanted.initializer, shape, count)
-            precision = dtypes.checked(
-                wanted.dtype, wanted.state_dtype, wanted.rounding, trains=wanted.optimizer is not None
-            )
             spec = new_spec(
                 self.tables.unused_stream(name),
                 shape,
@@ -175,9 +169,8 @@ class Session:
                 counters=wanted.counters,
                 rows_per_shard=rows_per_shard,
                 max_shards=address_space.mappings_left(),
-                precision=precision,
+                precision=wanted.precision.checked(trains=wanted.optimizer is not None),
             )
-            rows = None if rows is None else records.first_rows(spec, rows)
             identity = None if bound is None else bound.entry.uuid
             return self.tables.create(name, spec, rows=rows, progress=progress, vocabulary=identity)
 

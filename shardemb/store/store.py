@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 from weakref import WeakValueDictionary
 
+from shardemb.dtypes import Wanted
 from shardemb.format.spec import normalized
 from shardemb.session.session import TableRequest
 from shardemb.store.keyed_table import KeyedTable
@@ -195,9 +196,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
             initializer=initializer,
             optimizer=optimizer,
             rows_per_shard=rows_per_shard,
-            dtype=dtype,
-            state_dtype=state_dtype,
-            rounding=rounding,
+            precision=Wanted(dtype, state_dtype, rounding),
         )
         return self._table(self._session.create_table(wanted, progress))
 

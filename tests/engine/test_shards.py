@@ -53,7 +53,7 @@ def look_up(table, rows, column="weight"):
     first, last = table.spec.columns[column]
     out = np.empty((len(rows), last - first), np.float32)
     table.overlay.reload(int64(rows))
-    table.gather(column, "float32", np.array(rows, np.int64), out, 0, len(rows))
+    table.gather(column, np.array(rows, np.int64), out, 0, len(rows))
     return out
 
 

@@ -277,10 +277,10 @@ def test_a_lookup_that_found_an_empty_index_looks_again(store, monkeypatch):
     entered, go_on, found = threading.Event(), threading.Event(), []
     gather = mapped.gather
 
-    def slow_gather(column, ids, out, start, stop):
+    def slow_gather(column, ids, out, start, stop, form="float32"):
         index, parameters = mapped.overlay.index, np.array([5.0])
         if entered.is_set():
-            gather(column, ids, out, start, stop)
+            gather(column, ids, out, start, stop, form)
             return
         entered.set()
         go_on.wait()
@@ -309,14 +309,14 @@ def test_a_lookup_notices_that_a_slot_it_reads_is_used_for_another_row(store, mo
     entered, go_on, found = threading.Event(), threading.Event(), []
     set_entries, gather = Overlay._set_entries, mapped.gather
 
-    def slow_gather(column, ids, out, start, stop):
+    def slow_gather(column, ids, out, start, stop, form="float32"):
         if threading.current_thread() is looker and not entered.is_set():
             place = int(mapped.overlay.places(ids)[0])
             entered.set()
             go_on.wait()
             out[:] = mapped.records[place, :DIM]
         else:
-            gather(column, ids, out, start, stop)
+            gather(column, ids, out, start, stop, form)
 
     def slow_set(self, rows, entries):
         if not looker.is_alive() and not entered.is_set() and not entries.any():
@@ -445,12 +445,12 @@ def test_rows_that_move_while_a_lookup_runs_are_looked_up_again(store, monkeypat
     mapped.overlay.drop(ids[:20])
     gather = mapped.gather
 
-    def late_gather(column, ids, out, start, stop):
+    def late_gather(column, ids, out, start, stop, form="float32"):
         index = mapped.overlay.index
         if not gathered:
             mapped.overlay.compact()
         gathered.append(index)
-        gather(column, ids, out, start, stop)
+        gather(column, ids, out, start, stop, form)
 
     monkeypatch.setattr(mapped, "gather", late_gather)
     assert_same_bits(table.lookup(ids), rows)

@@ -216,6 +216,25 @@ def test_stochastic_rounding_repeats_bit_for_bit(tmp_path, dtype):
     assert train(tmp_path / "d", dtype=dtype, crash=True) == once
 
 
+def test_a_row_is_rounded_the_same_whatever_else_is_in_the_batch(tmp_path):
+    ids, grads = np.unique(batch(1)[0]), batch(2)[1]
+    with shardemb.open(tmp_path / "s") as store:
+        options = {
+            "dtype": "bfloat16",
+            "state_dtype": "bfloat16",
+            "rounding": "stochastic",
+            "optimizer": Adam(lr=0.1),
+        }
+        table = new(store, **options)
+        store.commit()
+        table.update(ids, grads[: ids.size])
+        together = table.lookup(ids[3:7]), table.state("exp_avg", ids[3:7])
+        store.rollback()
+        table.update(ids[3:7][::-1], grads[3:7][::-1])
+        np.testing.assert_array_equal(table.lookup(ids[3:7]), together[0])
+        np.testing.assert_array_equal(table.state("exp_avg", ids[3:7]), together[1])
+
+
 def test_small_steps_are_lost_to_nearest_and_not_stochastically(tmp_path):
     found = {}
     with shardemb.open(tmp_path / "s") as store:
