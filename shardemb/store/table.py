@@ -138,8 +138,9 @@ class Table:
         -------
         ndarray of float32 or of `dtype`, shape ``ids.shape + (embedding_dim,)``
             The caller's own memory, never a view of the table; `out` if that was given. The dtypes that NumPy lacks are
-            those of the package ml_dtypes; torch and JAX take their memory as it is. Bytes are uint8, and their last
-            axis is as long as a row in bytes.
+            those of the package ml_dtypes. JAX knows these; torch takes their memory by way of integers, without a
+            copy: ``torch.from_numpy(rows.view(np.int16)).view(torch.bfloat16)``. Bytes are uint8, and their last axis
+            is as long as a row in bytes.
 
         Raises
         ------
