@@ -106,8 +106,9 @@ class Read(NamedTuple):
         now = self.table.memory
         if now is None or now is self.shards:
             return self
-        if self.ids.size and int(self.ids.max()) >= now.spec.num_embeddings:
-            return self  # the table lost rows: the lookup sees them as they were when it began
+        gone = self.ids.size and int(self.ids.max()) >= now.spec.num_embeddings
+        if gone or now.spec.precision != self.shards.spec.precision:
+            return self  # it lost rows, or was converted: the lookup sees them as they were when it began
         return self._replace(shards=now)
 
 

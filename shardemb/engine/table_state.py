@@ -265,10 +265,17 @@ class TableState:
         shards = self.live()
         checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
         rows = self.check_values(values, checked.shape, what, check_finite=check_finite)
-        if what == "rows":
-            rows = self._encoded(shards, rows, checked.flat)
         grouped = plan.group(checked.flat, shards.spec.num_embeddings)
-        return Change(self, grouped, rows, what == "gradients")
+        if what == "gradients":
+            return Change(self, grouped, rows, takes_step=True)
+
+        def renew() -> Change | None:
+            now = self.memory  # a table that was converted meanwhile has other bytes for the same rows
+            if now is None or now.spec.precision == shards.spec.precision:
+                return None
+            return self.plan_change(ids, values, what, check_finite=check_finite)
+
+        return Change(self, grouped, self._encoded(shards, rows, checked.flat), takes_step=False, renew=renew)
 
     def _encoded(self, shards: Shards, rows: NDArray[Any], ids: Int64Array) -> NDArray[Any]:
         """Return rows as the elements of records, rounded as the table rounds."""

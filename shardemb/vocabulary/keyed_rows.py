@@ -212,7 +212,12 @@ class KeyedRows:
             before = self.keys.reassigned
             ids, kept = self._rows_to_change(checked, rows, missing, find)
             change = self.table.plan_change(ids, kept, what, check_finite=check_finite and missing == "skip")
-            return replace(change, renew=lambda: None if self.keys.reassigned == before else plan())
+
+            def renew() -> Change | None:
+                stale = self.keys.reassigned != before or (change.renew is not None and change.renew())
+                return plan() if stale else None
+
+            return replace(change, renew=renew)
 
         return plan()
 

@@ -16,6 +16,8 @@ from support import encodings, inside
 import shardemb
 from shardemb.commits import rewrite
 from shardemb.dtypes import BlockScaled, ScaledInt8, Stochastic
+from shardemb.engine.shards import Shards
+from shardemb.engine.table_state import TableState
 from shardemb.initializers import Constant, Uniform
 from shardemb.optim import SGD, Adagrad, Adam, RowWiseAdagrad
 
@@ -483,6 +485,58 @@ def test_an_interrupted_conversion_is_continued(tmp_path, monkeypatch):
         np.testing.assert_array_equal(
             table.lookup(np.arange(5000), dtype="float16"), values.astype(np.float16)
         )
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("float32", "bfloat16"), ("bfloat16", ScaledInt8()), ("float16", "float32")]
+)
+@pytest.mark.parametrize("keyed", [False, True])
+def test_a_table_is_converted_while_a_write_waits(tmp_path, monkeypatch, before, after, keyed):
+    """What was encoded for the type that the table had must not be taken for bytes of the one that it has then."""
+    values = np.random.default_rng(0).normal(size=(5, DIM)).astype(np.float32)
+    with shardemb.open(tmp_path / "s") as store:
+        if keyed:
+            store.create_vocabulary("v", key_type="int64").add(np.arange(5))
+            table = store.create_table("t", vocabulary="v", embedding_dim=DIM, dtype=before)
+        else:
+            table = new(store, dtype=before)
+        store.commit()
+        state, plan_change = inside.state(getattr(table, "rows", table)), TableState.plan_change
+
+        def late(self, *arguments, **options):
+            planned = plan_change(self, *arguments, **options)
+            monkeypatch.undo()
+            store.reshard("t", dtype=after)
+            return planned
+
+        monkeypatch.setattr(TableState, "plan_change", late)
+        table.write(np.arange(5), values)
+        assert state.spec.precision.public_dtype == after
+        expected = encodings.encode(after, values)
+        np.testing.assert_array_equal(table.lookup(np.arange(5), dtype="raw"), expected)
+
+
+def test_a_table_is_converted_while_it_is_looked_up(tmp_path, monkeypatch):
+    with shardemb.open(tmp_path / "s") as store:
+        table = new(store, dtype="float8_e5m2")
+        store.commit()
+        expected = {form: table.lookup([1, 2], dtype=form) for form in ("raw", "float8_e5m2", "float32")}
+        gather, converted = Shards.gather, iter([ScaledInt8(), "bfloat16", "float32"])
+
+        def late(self, *arguments, **options):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Shards, "gather", gather)
+                store.reshard("t", dtype=next(converted))
+            gather(self, *arguments, **options)
+
+        for form, rows in expected.items():
+            monkeypatch.setattr(Shards, "gather", late)
+            found = table.lookup([1, 2], dtype=form)
+            monkeypatch.undo()
+            if form == "raw":
+                np.testing.assert_array_equal(found, rows)
+            assert found.shape[0] == 2
+            assert np.isfinite(found.astype(np.float32)).all()
 
 
 # ---- other programs ---------------------------------------------------------------------------------------------
