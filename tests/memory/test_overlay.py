@@ -212,11 +212,11 @@ def test_a_row_that_is_spilled_in_the_middle_of_a_lookup_is_looked_up_again(stor
     mapped = inside.shards(table)
     real, gathered = mapped.gather, []
 
-    def gather(*arguments):
+    def gather(*arguments, **form):
         if not gathered:
             mapped.overlay.spill(mapped.overlay.slots.count, tmp)
         gathered.append(mapped.overlay.spilled)
-        real(*arguments)
+        real(*arguments, **form)
 
     tmp = store.path / ".shardemb"
     monkeypatch.setattr(mapped, "gather", gather)
@@ -481,10 +481,10 @@ def test_a_lookup_that_began_before_a_fold_starts_over(tmp_path, monkeypatch):
             assert go_on.wait(30)
             write(tables, threads, *rest)
 
-        def before_and_after(self, *arguments):
+        def before_and_after(self, *arguments, **form):
             gathered.append(1)
             if len(gathered) > 1:
-                gather(self, *arguments)
+                gather(self, *arguments, **form)
                 return
             # The lookup knows where row 5 is by now: in the files. There it was changed, and the fold is half way.
             table.write([5], np.full((1, DIM), 7, np.float32))

@@ -736,7 +736,7 @@ DAMAGE = {
     ),
     "table of a newer version": (
         lambda p: edit(p / "t/zarr.json", lambda d: attributes(d).update(format_version=99)),
-        r"'t'.*format version 99 is newer than 1.*upgrade shardemb",
+        r"'t'.*format version 99 is newer than 2.*upgrade shardemb",
     ),
     "manifest of a newer version": (
         lambda p: set_manifest(p, lambda d: d.update(format_version=2)),
