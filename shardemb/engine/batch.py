@@ -179,10 +179,9 @@ def _gather(runtime: Runtime, reads: Sequence[Read]) -> None:
 
 
 def _gather_all(runtime: Runtime, reads: Sequence[Read]) -> None:
-    gathers = [partial(read.shards.gather, read.column, read.ids, read.out, form=read.form) for read in reads]
     run_pieces(
         runtime,
-        gathers,
+        [read.gather for read in reads],
         [read.ids.size for read in reads],
         [_row_bytes(read.shards, read.column, read.ids) for read in reads],
     )
@@ -192,7 +191,7 @@ def _gather_range(runtime: Runtime, reads: Sequence[Read]) -> None:
     for read in reads:
         if read.shards.is_cold(read.ids, SAMPLES):
             read.shards.read_ahead(read.ids, 0, read.ids.size)
-        read.shards.gather(read.column, read.ids, read.out, 0, read.ids.size, read.form)
+        read.gather(0, read.ids.size)
 
 
 def _gather_paged(runtime: Runtime, read: Read) -> None:
@@ -218,7 +217,7 @@ def _gather_paged(runtime: Runtime, read: Read) -> None:
                 shards.overlay.reload(rows)
             if shards.is_cold(rows, SAMPLES):
                 shards.read_ahead(rows, 0, rows.size)
-            shards.gather(read.column, read.ids, read.out, start, stop, read.form)
+            read.gather(start, stop)
 
 
 def change(runtime: Runtime, changes: Sequence[Change]) -> None:

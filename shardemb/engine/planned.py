@@ -101,6 +101,13 @@ class Read(NamedTuple):
     out: NDArray[Any]
     form: str = "float32"
 
+    def gather(self, start: int, stop: int) -> None:
+        """Set ``out[start:stop]``; see `Shards.gather`."""
+        if self.form == "float32":
+            self.shards.gather(self.column, self.ids, self.out, start, stop)
+        else:
+            self.shards.gather(self.column, self.ids, self.out, start, stop, self.form)
+
     def renewed(self) -> Read:
         """Return the lookup in the memory that the table has now; itself if that is still the same."""
         now = self.table.memory

@@ -212,11 +212,11 @@ def test_a_row_that_is_spilled_in_the_middle_of_a_lookup_is_looked_up_again(stor
     mapped = inside.shards(table)
     real, gathered = mapped.gather, []
 
-    def gather(*arguments, **form):
+    def gather(*arguments):
         if not gathered:
             mapped.overlay.spill(mapped.overlay.slots.count, tmp)
         gathered.append(mapped.overlay.spilled)
-        real(*arguments, **form)
+        real(*arguments)
 
     tmp = store.path / ".shardemb"
     monkeypatch.setattr(mapped, "gather", gather)
@@ -277,10 +277,10 @@ def test_a_lookup_that_found_an_empty_index_looks_again(store, monkeypatch):
     entered, go_on, found = threading.Event(), threading.Event(), []
     gather = mapped.gather
 
-    def slow_gather(column, ids, out, start, stop, form="float32"):
+    def slow_gather(column, ids, out, start, stop):
         index, parameters = mapped.overlay.index, np.array([5.0])
         if entered.is_set():
-            gather(column, ids, out, start, stop, form)
+            gather(column, ids, out, start, stop)
             return
         entered.set()
         go_on.wait()
@@ -309,14 +309,14 @@ def test_a_lookup_notices_that_a_slot_it_reads_is_used_for_another_row(store, mo
     entered, go_on, found = threading.Event(), threading.Event(), []
     set_entries, gather = Overlay._set_entries, mapped.gather
 
-    def slow_gather(column, ids, out, start, stop, form="float32"):
+    def slow_gather(column, ids, out, start, stop):
         if threading.current_thread() is looker and not entered.is_set():
             place = int(mapped.overlay.places(ids)[0])
             entered.set()
             go_on.wait()
             out[:] = mapped.records[place, :DIM]
         else:
-            gather(column, ids, out, start, stop, form)
+            gather(column, ids, out, start, stop)
 
     def slow_set(self, rows, entries):
         if not looker.is_alive() and not entered.is_set() and not entries.any():
@@ -445,12 +445,12 @@ def test_rows_that_move_while_a_lookup_runs_are_looked_up_again(store, monkeypat
     mapped.overlay.drop(ids[:20])
     gather = mapped.gather
 
-    def late_gather(column, ids, out, start, stop, form="float32"):
+    def late_gather(column, ids, out, start, stop):
         index = mapped.overlay.index
         if not gathered:
             mapped.overlay.compact()
         gathered.append(index)
-        gather(column, ids, out, start, stop, form)
+        gather(column, ids, out, start, stop)
 
     monkeypatch.setattr(mapped, "gather", late_gather)
     assert_same_bits(table.lookup(ids), rows)
@@ -481,10 +481,10 @@ def test_a_lookup_that_began_before_a_fold_starts_over(tmp_path, monkeypatch):
             assert go_on.wait(30)
             write(tables, threads, *rest)
 
-        def before_and_after(self, *arguments, **form):
+        def before_and_after(self, *arguments):
             gathered.append(1)
             if len(gathered) > 1:
-                gather(self, *arguments, **form)
+                gather(self, *arguments)
                 return
             # The lookup knows where row 5 is by now: in the files. There it was changed, and the fold is half way.
             table.write([5], np.full((1, DIM), 7, np.float32))
