@@ -213,6 +213,10 @@ class Stochastic:
         Which of two neighbours a number becomes is a function of this seed, the table's name at creation, the row, the
         column and the step, so a run repeats bit for bit.
 
+    Notes
+    -----
+    Updates and writes draw different numbers. Several writes of a row between two updates draw the same ones.
+
     Examples
     --------
     >>> import shardemb
