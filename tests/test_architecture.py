@@ -21,14 +21,16 @@ SOURCE = Path(shardemb.__file__).parent
 ROOMS = {
     "errors": [],
     "base": [
-        "arrays", "forks", "formatting", "interrupts", "paths", "progress", "serialization", "sizes", "validation",
-        "sampling",
+        "arrays", "forks", "formatting", "interrupts", "paths", "progress", "ranges", "reductions", "serialization",
+        "sizes", "validation", "sampling",
     ],
     "compute": [
         "compiler", "intrinsics", "scheduler", "file_blocks", "grouping", "row_index", "plan", "residency",
         "row_kernels",
     ],
-    "optim": ["base", "sgd", "adagrad", "adam", "__init__"],
+    "optim": [
+        "schedules", "options", "base", "sgd", "adagrad", "adam", "lamb", "rmsprop", "ftrl", "__init__",
+    ],
     "initializers": [],
     "admission": [],
     "format": [

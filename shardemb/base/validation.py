@@ -376,6 +376,20 @@ def number(value: object, name: str, *, minimum: float | None = None) -> float:
     return result
 
 
+def flag(value: object, name: str) -> bool:
+    """Check a yes or no given by the user, of Python or NumPy.
+
+    Raises
+    ------
+    TypeError
+        It is neither.
+    """
+    if not isinstance(value, bool | np.bool_):
+        msg = f"{name} must be True or False, got {value!r}"
+        raise TypeError(msg)
+    return bool(value)
+
+
 def count(value: object, name: str, *, minimum: int = 1, maximum: int = 2**48) -> int:
     """Check a size given by the user: an integer (not a bool or float) within the limits.
 

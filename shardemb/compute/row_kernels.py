@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shardemb.base import sampling
+from shardemb.base import reductions, sampling
 from shardemb.compute.compiler import formula, inlined, kernel, specialised
 from shardemb.compute.intrinsics import STREAMED, add_to_eight, copy, fence, prefetch, stream
 from shardemb.compute.row_index import places_of
@@ -254,7 +254,19 @@ def scatter(
 
 
 def _row_step(weight: Any, state: Any, gradient: Any, scalars: Any) -> None:  # noqa: ANN401
-    """Hold the place of an optimizer's function in the kernel below."""
+    """Hold the place of an optimizer's function in `_take_step`."""
+
+
+def _take_step(
+    weight: Float32Array,
+    state: Float32Array,
+    gradient: Float32Array,
+    scalars: Float32Array,
+    options: Float32Array,
+    work: Float32Array,
+) -> None:
+    """Take the step of an optimizer without options on one row; that of one with options has the same arguments."""
+    _row_step(weight, state, gradient, scalars[0])
 
 
 def _step(
@@ -264,6 +276,7 @@ def _step(
     order: Int64Array,
     gradients: Float32Array,
     scalars: Float32Array,
+    options: Float32Array,
     scratch: Float32Array,
     counting: int,
     start: int,
@@ -288,7 +301,7 @@ def _step(
             record[record.size - 2] = min(record[record.size - 2] + np.float32(last - first), MAX_COUNT)
             record[record.size - 1] = np.float32(counting)
         if last - first == 1:  # most rows occur once: no copy of their gradient
-            _row_step(record[:dim], record[dim:], gradients[order[first]], scalars)
+            _take_step(record[:dim], record[dim:], gradients[order[first]], scalars, options, scratch)
             continue
         # The order of these additions is part of the contract: it decides the bits.
         for j in range(dim):
@@ -298,7 +311,7 @@ def _step(
             gradient = gradients[order[k]]
             for j in range(dim):
                 scratch[j] += gradient[j]
-        _row_step(record[:dim], record[dim:], scratch, scalars)
+        _take_step(record[:dim], record[dim:], scratch, scalars, options, scratch)
 
 
 # ---- whole records, as the log and the spill file have them ------------------------------------------------------
@@ -382,6 +395,54 @@ def copy_or_fill(initializer: type[Any]) -> Callable[..., None]:
 
 
 @cache
-def step(optimizer: type[Any]) -> Callable[..., None]:
-    """Return `_step` compiled for one class of optimizers, which has a `row_step`."""
-    return specialised(_step, f"step_{optimizer.__name__}", _row_step=formula(optimizer.row_step))
+def step(optimizer: type[Any], *, with_options: bool) -> Callable[..., None]:
+    """Return `_step` compiled for one class of optimizers, which has a `row_step` and a `take_step` with options."""
+    squares = formula(reductions.sum_of_squares)
+    own = formula(optimizer.row_step, sum_of_squares=squares)
+    if not with_options:
+        return specialised(_step, f"step_{optimizer.__name__}", _take_step=formula(_take_step, _row_step=own))
+    clip, constrain = (formula(each, sum_of_squares=squares) for each in optimizer.around_step)
+    whole = formula(optimizer.take_step, _row_step=own, clip_gradient=clip, constrain=constrain)
+    return specialised(_step, f"step_{optimizer.__name__}_with_options", _take_step=whole)
+
+
+@kernel
+def sum_squares(
+    starts: Int64Array,
+    order: Int64Array,
+    gradients: Float32Array,
+    squares: NDArray[np.float64],
+    start: int,
+    stop: int,
+) -> None:
+    """Set ``squares[u]`` to the sum of the squares of row ``u``'s gradient, which is the sum of its gradients."""
+    dim, end = gradients.shape[1], order.size - 1
+    source, row_bytes = gradients.ctypes.data, 4 * gradients.shape[1]
+    scratch = np.empty(dim, np.float32)
+    for u in range(start, stop):
+        first, last = starts[u], starts[u + 1]
+        _prefetch_bytes(source + order[min(first + 2 * _AHEAD, end)] * row_bytes, row_bytes)
+        if last - first == 1:
+            squares[u] = _sum_squares_of(gradients[order[first]])
+            continue
+        for j in range(dim):
+            scratch[j] = gradients[order[first], j]
+        for k in range(first + 1, last):
+            gradient = gradients[order[k]]
+            for j in range(dim):
+                scratch[j] += gradient[j]
+        squares[u] = _sum_squares_of(scratch)
+
+
+@inlined
+def _sum_squares_of(values: Float32Array) -> float:
+    """Return the sum of the squares of a row's values in float64, in which it cannot overflow."""
+    s0, s1, s2, s3, whole = 0.0, 0.0, 0.0, 0.0, values.size - values.size % 4
+    for j in range(0, whole, 4):
+        s0 += np.float64(values[j]) * np.float64(values[j])
+        s1 += np.float64(values[j + 1]) * np.float64(values[j + 1])
+        s2 += np.float64(values[j + 2]) * np.float64(values[j + 2])
+        s3 += np.float64(values[j + 3]) * np.float64(values[j + 3])
+    for j in range(whole, values.size):
+        s0 += np.float64(values[j]) * np.float64(values[j])
+    return (s0 + s1) + (s2 + s3)

@@ -14,6 +14,7 @@ The caller has checked all arguments, so nothing here refuses them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from operator import mul
@@ -25,7 +26,7 @@ from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE
 from shardemb.compute import plan, row_kernels, scheduler
 from shardemb.engine import filling
-from shardemb.engine.planned import Change, Read, Target
+from shardemb.engine.planned import Change, Read, Scaling, Target
 from shardemb.engine.shards import PAGED_ROWS
 
 if TYPE_CHECKING:
@@ -218,8 +219,10 @@ def _gather_paged(runtime: Runtime, read: Read) -> None:
             shards.gather(read.column, read.ids, read.out, start, stop)
 
 
-def change(runtime: Runtime, changes: Sequence[Change]) -> None:
+def change(runtime: Runtime, changes: Sequence[Change], scaling: Scaling | None = None) -> float | None:
     """Carry out changes of one or several tables, together: all of them or none.
+
+    With a `scaling`, return the norm of all gradients; if it is not finite, nothing was changed.
 
     Each distinct row belongs to one task. Until `_carry_out` marks the rows as changed, anything may fail, and nothing
     has changed; after that, nothing is expected to fail.
@@ -230,6 +233,8 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
         The store cannot be changed.
     ShardEmbError
         The table lost rows or its optimizer after the change was checked.
+    FrozenRowError, LearningRateError, ValueError
+        A row is frozen; the learning rate is not known; the norm of the gradients is not finite, and it has to be.
     DiskFullError, OSError
         There is no space for the rows.
     """
@@ -237,9 +242,19 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
         planned = _with_room(runtime, changes)
         runtime.check_sound()
         changes, fillings = [each.rest for each in planned], [each.filling for each in planned if each.fills]
+        norm = None
+        if scaling is not None:
+            norm = scaling.norm(_sum_squares(runtime, changes))
+            if not math.isfinite(norm):
+                return norm
+            changes = [replace(each, factor=scaling.factor(norm)) for each in changes]
         loaded: list[Loaded] = []
         try:
-            load(runtime, [_loading(each.rest, each.shards) for each in planned], loaded)
+            load(
+                runtime,
+                [_loading(each, one.shards) for each, one in zip(changes, planned, strict=True)],
+                loaded,
+            )
             _keep(runtime, changes, loaded)
             with filling.written(runtime, fillings):
                 _carry_out(runtime, changes, loaded, fillings)
@@ -247,6 +262,20 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
             for loading in loaded:
                 loading.abandon()
             raise
+        return norm
+
+
+def _sum_squares(runtime: Runtime, changes: Sequence[Change]) -> float:
+    """Add up the squares of all rows' gradients, in float64 and in an order that does not depend on the tasks."""
+    squares = [np.empty(each.batch.rows.size) for each in changes]
+    functions = [
+        partial(row_kernels.sum_squares, each.batch.starts, each.batch.order, each.values, found)
+        for each, found in zip(changes, squares, strict=True)
+    ]
+    run_pieces(
+        runtime, functions, [each.size for each in squares], [4 * each.values.shape[1] for each in changes]
+    )
+    return math.fsum(float(found.sum()) for found in squares)
 
 
 def _keep(runtime: Runtime, changes: Sequence[Change], loaded: Sequence[Loaded]) -> None:
@@ -310,7 +339,11 @@ class _Planned(NamedTuple):
     def of(cls, change: Change, *, fills: bool) -> _Planned:
         """Plan a change; it fills nothing unless `fills`."""
         shards, grouped = change.table.live(), change.batch
-        found = filling.plan(shards, grouped.rows) if fills and not change.takes_step else ()
+        stale = (
+            shards.spec.is_caught_up and change.table.training.step > 0
+        )  # new records do not begin at step 0
+        fills = fills and not change.takes_step and not stale
+        found = filling.plan(shards, grouped.rows) if fills else ()
         if not found:
             return cls(change, shards, (), change)
         left = filling.left_over(grouped.rows, found, shards.spec.record_bytes)
@@ -463,6 +496,8 @@ def _work(change: Change, rows: Loaded) -> Callable[[int, int], None]:
     counts_writes = shards.spec.counters and values.shape[1] == shards.spec.embedding_dim
 
     def overwrite(start: int, stop: int) -> None:
+        if shards.spec.is_caught_up and values.shape[1] != shards.spec.width:
+            shards.catch_up(places, training.step, start, stop)
         row_kernels.scatter(shards.records, places, batch.starts, batch.order, values, start, stop)
         if counts_writes:
             counters = shards.records[places[start:stop], -2:]
@@ -473,16 +508,19 @@ def _work(change: Change, rows: Loaded) -> Callable[[int, int], None]:
 
     if not change.takes_step or training.optimizer is None:
         return overwrite
-    step = row_kernels.step(type(training.optimizer))
-    number = training.step + 1
-    scalars = np.array(training.optimizer.scalars(number), np.float32)
+    optimizer, number = training.optimizer, training.step + 1
+    plain = change.factor == 1 and not optimizer.has_options
+    step = row_kernels.step(type(optimizer), with_options=not plain)
+    scalars = optimizer.scalars_of(number)
+    options = optimizer.options_of(number, shards.spec.embedding_dim, change.factor)
     counting = number if shards.spec.counters else 0
 
     def take_step(start: int, stop: int) -> None:
         scratch = np.empty(values.shape[1], np.float32)
-        step(
-            shards.records, places, batch.starts, batch.order, values, scalars, scratch, counting, start, stop
-        )
+        if shards.spec.is_caught_up:
+            shards.catch_up(places, number, start, stop)
+        rows = shards.records, places, batch.starts, batch.order
+        step(*rows, values, scalars, options, scratch, counting, start, stop)
 
     return take_step
 

@@ -19,6 +19,7 @@ from shardemb.base.forks import usable_in_child
 from shardemb.base.sampling import stream_key
 from shardemb.base.sizes import PAGE, round_up
 from shardemb.commits.log_reader import Images
+from shardemb.compute import catch_up as catching_up
 from shardemb.compute import file_blocks, residency, row_kernels
 from shardemb.engine.filled_rows import FilledRows
 from shardemb.format.table_files import TableLocation
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from shardemb.base.progress import Progress
     from shardemb.base.validation import FirstRows, Float32Array, Int64Array
     from shardemb.engine.hidden_rows import HiddenRows
+    from shardemb.engine.planned import Training
     from shardemb.format.spec import TableSpec
     from shardemb.memory.memory_budget import MemoryBudget
 
@@ -123,6 +125,8 @@ class Shards:
     totals : Totals
     frozen : FrozenRows or None
         The rows of this table in a commit under way.
+    training : Training or None
+        The step and the optimizer that rows are caught up to, once a table has this memory.
     """
 
     def __init__(self, spec: TableSpec, directory: Path, missing: Collection[Path] = ()) -> None:
@@ -147,6 +151,7 @@ class Shards:
         self.hidden: HiddenRows | None = None
         self.totals = Totals()
         self.frozen: FrozenRows | None = None
+        self.training: Training | None = None
         initializer = spec.initializer
         self._key = np.uint64(stream_key(getattr(initializer, "seed", 0), spec.stream))
         self._parameters = np.array(initializer.parameters(), np.float64)
@@ -155,6 +160,39 @@ class Shards:
 
     def gather(self, column: str, ids: Int64Array, out: Float32Array, start: int, stop: int) -> None:
         """Copy a column of rows ``ids[start:stop]`` to ``out[start:stop]``; rows never written have initial values."""
+        if self.spec.is_caught_up and self.training is not None:
+            self._gather_caught_up(column, ids, out, start, stop)
+        else:
+            self._gather(column, ids, out, start, stop)
+
+    def _gather_caught_up(
+        self, column: str, ids: Int64Array, out: Float32Array, start: int, stop: int
+    ) -> None:
+        """Gather in a table whose rows have to be caught up: whole records, some at a time."""
+        first, last = self.spec.columns[column]
+        for begin in range(start, stop, PAGED_ROWS):
+            some = ids[begin : min(begin + PAGED_ROWS, stop)]
+            records = np.empty((some.size, self.spec.width), np.float32)
+            for name, (left, right) in self.spec.columns.items():
+                values = np.empty((some.size, right - left), np.float32)
+                self._gather(name, some, values, 0, some.size)
+                records[:, left:right] = values
+            self._catch_up(records, np.arange(some.size), 0, 0, some.size)
+            out[begin : begin + some.size] = records[:, first:last]
+
+    def catch_up(self, places: Int64Array, mark: int, start: int, stop: int) -> None:
+        """Bring the rows in slots ``places[start:stop]`` to the table's step, and note there that it was `mark`."""
+        self._catch_up(self.records, places, mark, start, stop)
+
+    def _catch_up(self, records: Float32Array, places: Int64Array, mark: int, start: int, stop: int) -> None:
+        assert self.training is not None
+        optimizer, step, dim = self.training.optimizer, self.training.step, self.spec.embedding_dim
+        assert optimizer is not None
+        decays = optimizer.decays_until(step, dim)
+        kernel = catching_up.catch_up(type(optimizer))
+        kernel(records, dim, places, *decays, step, mark, start, stop)
+
+    def _gather(self, column: str, ids: Int64Array, out: Float32Array, start: int, stop: int) -> None:
         first = self.spec.columns[column][0]
         if not self.spec.has_presence:
             if self.hidden is None:

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from shardemb.base import serialization, validation
+from shardemb import optim
+from shardemb.base import ranges, serialization, validation
 from shardemb.base.formatting import size
 from shardemb.base.progress import track
 from shardemb.commits import rewrite
 from shardemb.compute import plan, scheduler
 from shardemb.engine import batch, filling, warming
-from shardemb.engine.planned import Change, PlannedRead, Training, require_rows
+from shardemb.engine.planned import Change, PlannedRead, Scaling, Training, require_rows
 from shardemb.engine.shards import Shards
 from shardemb.errors import ShardEmbError, TableNotFoundError
 from shardemb.format import store_paths
@@ -88,6 +89,7 @@ class TableState:
         self.vocabulary = vocabulary
         self.dropped = False
         self._shards: Shards | None = shards
+        shards.training = training
 
     # ---- what it is
 
@@ -106,7 +108,8 @@ class TableState:
     def entry(self) -> TableEntry:
         """The entry that a commit now would write about the table."""
         training = self.training
-        return TableEntry(self.spec.uuid, self.name, training.step, training.optimizer, self.vocabulary)
+        of_update = training.step, training.optimizer
+        return TableEntry(self.spec.uuid, self.name, *of_update, self.vocabulary, training.frozen)
 
     @property
     def changed_rows(self) -> int | None:
@@ -264,6 +267,8 @@ class TableState:
         if what == "gradients" and self.training.optimizer is None:
             msg = f"table {self.name!r} has no optimizer: give create_table one, or set rows with write()"
             raise ValueError(msg)
+        if what == "gradients" and self.training.optimizer is not None:
+            self.training.optimizer.require_known_lr(f"table {self.name!r}")
         shape = (*shape, spec.embedding_dim)
         return validation.rows(values, shape, what=what, table=self.name, check_finite=check_finite)
 
@@ -272,6 +277,8 @@ class TableState:
         shards = require_rows(self, rows)
 
         def changed() -> Int64Array:
+            if shards.spec.is_caught_up and self.training.step:
+                return rows  # steps have changed them all
             some: Int64Array = rows[shards.were_written(rows) | (shards.overlay.places(rows) != rows)]
             return some
 
@@ -282,11 +289,24 @@ class TableState:
 
         some = changed()
         grouped = plan.Grouped(some, np.arange(some.size + 1), np.arange(some.size))
-        return Change(self, grouped, shards.initial_records(some), takes_step=False, renew=renew)
+        records = shards.initial_records(some)
+        if shards.spec.is_caught_up:
+            records[:, -1] = self.training.step  # they are not what steps would have made of initial ones
+        return Change(self, grouped, records, takes_step=False, renew=renew)
 
-    def change(self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool) -> None:
-        """Carry out an update or a write; see `plan_change`."""
-        batch.change(self.runtime, [self.plan_change(ids, values, what, check_finite=check_finite)])
+    def change(
+        self,
+        ids: ArrayLike,
+        values: ArrayLike,
+        what: str,
+        *,
+        scaling: Scaling | None = None,
+        check_finite: bool,
+    ) -> float | None:
+        """Carry out an update or a write; see `plan_change` and `batch.change`."""
+        finite = check_finite and (scaling is None or scaling.scale is None)
+        change = self.plan_change(ids, values, what, check_finite=finite)
+        return batch.change(self.runtime, [change], scaling)
 
     def reset(self, ids: ArrayLike) -> None:
         """Give rows their initial records again."""
@@ -297,17 +317,40 @@ class TableState:
         with self.runtime.changing():
             self.live()
             now = self.training.optimizer
-            if (
-                now is None
-                or type(optimizer) is not type(now)
-                or optimizer.initial_state() != now.initial_state()
-            ):
+            same = now is not None and optim.same_columns(now, optimizer)
+            if now is None or not same or now.initial_state() != optimizer.initial_state():
                 msg = (
-                    f"table {self.name!r} has the optimizer {now}; set_optimizer changes its hyper-parameters, "
-                    f"but neither its kind nor its initial state, got {optimizer!r}"
+                    f"table {self.name!r} has the optimizer {now}; set_optimizer changes its hyper-parameters, but "
+                    f"neither its kind nor its state columns and their initial values, got {optimizer!r}; "
+                    f"store.reshard({self.name!r}, optimizer=...) does"
                 )
                 raise ValueError(msg)
+            step = -1
+            while (
+                self.spec.is_caught_up and optimizer != self.training.optimizer and step != self.training.step
+            ):
+                step = self.training.step  # there may be others, while room is made for rows
+                self._catch_up()
             self.training.optimizer = optimizer
+
+    def _catch_up(self) -> None:
+        """Bring all rows to the table's step, before the optimizer that they are caught up by changes."""
+        rows_at_once = max(1, MATERIALIZED_BYTES // self.spec.record_bytes)
+        for start in range(0, self.live().spec.num_embeddings, rows_at_once):
+            rows = np.arange(start, min(start + rows_at_once, self.live().spec.num_embeddings))
+            records = np.hstack([self.read(column, rows) for column in self.spec.columns])
+            records[:, -1] = self.training.step
+            each_once = plan.Grouped(rows, np.arange(rows.size + 1), np.arange(rows.size))
+            batch.change(self.runtime, [Change(self, each_once, records, takes_step=False)])
+
+    def freeze(self, start: int, stop: int | None, *, frozen: bool) -> None:
+        """Freeze a range of rows, or unfreeze it."""
+        with self.runtime.changing():
+            count = self.live().spec.num_embeddings
+            first = validation.count(start, "start", minimum=0, maximum=count)
+            last = count if stop is None else validation.count(stop, "stop", minimum=first, maximum=count)
+            change = ranges.united if frozen else ranges.without
+            self.training.frozen = change(self.training.frozen, first, last)
 
     def _distinct(self, ids: ArrayLike) -> Int64Array:
         """Check row ids; return the distinct ones, ascending."""
@@ -385,7 +428,7 @@ class TableState:
         directory = rewrite.reshaped(
             self.runtime.path, old.location, spec, keep_state=keep, progress=progress
         )
-        self.become(Shards(spec, directory), before if keep else Training(spec.optimizer, 0))
+        self.become(Shards(spec, directory), before if keep else Training(spec.optimizer, 0, before.frozen))
         try:
             yield
         except BaseException:
@@ -414,8 +457,9 @@ class TableState:
 
     def become(self, shards: Shards, training: Training) -> None:
         """Continue with other memory, after the number of rows, the shards or the optimizer changed."""
-        self._shards, self.spec = shards, shards.spec
+        self._shards, self.spec, shards.training = shards, shards.spec, self.training
         self.training.optimizer, self.training.step = training.optimizer, training.step
+        self.training.frozen = ranges.without(training.frozen, self.spec.num_embeddings, MAX_ROWS)
 
     def restore(self, name: str, shards: Shards, training: Training) -> None:
         """Go back to what the table was at the last commit."""
@@ -477,6 +521,6 @@ class TableSource:
         return {
             "uuid": spec.uuid,
             "step": training.step,
-            "optimizer": serialization.to_json(training.optimizer) if training.optimizer else None,
+            "optimizer": optim.to_json(training.optimizer) if training.optimizer else None,
             "initializer": serialization.to_json(spec.initializer),
         }

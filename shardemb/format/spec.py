@@ -105,6 +105,11 @@ class TableSpec:
         """Number of float32 values in a record."""
         return max(stop for _, stop in self.columns.values())
 
+    @property
+    def is_caught_up(self) -> bool:
+        """Whether rows that no update changes have to be caught up when they are read, because steps change them."""
+        return self.optimizer is not None and self.optimizer.dense_equivalent
+
     def is_row_wise(self, column: str) -> bool:
         """Whether a state column holds one number per row, whatever the embedding dimension."""
         if column in COUNTERS:
@@ -182,7 +187,7 @@ class TableSpec:
             "embedding_dim": self.embedding_dim,
             "rows_per_shard": self.rows_per_shard,
             "columns": {name: list(bounds) for name, bounds in self.columns.items()},
-            "optimizer": serialization.to_json(self.optimizer) if self.optimizer else None,
+            "optimizer": optim.to_json(self.optimizer) if self.optimizer else None,
             "initializer": serialization.to_json(self.initializer),
         }
         if self.counters:
@@ -293,7 +298,12 @@ def record_columns(
     """Return the layout of a record: the half-open range of values of the weight and of each state column, in order."""
     columns, start = {"weight": (0, embedding_dim)}, embedding_dim
     states = optimizer.state_columns(embedding_dim) if optimizer else {}
-    for name, width in (states | (dict.fromkeys(COUNTERS, 1) if counters else {})).items():
+    if counters:
+        states.pop(
+            LAST_STEP, None
+        )  # an optimizer that catches up has this column too: there is one of it, the last
+        states |= dict.fromkeys(COUNTERS, 1)
+    for name, width in states.items():
         columns[name] = (start, start + width)
         start += width
     return columns

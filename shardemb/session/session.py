@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Progress
     from shardemb.base.validation import Float32Array
+    from shardemb.engine.planned import Scaling
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.table_state import TableState
     from shardemb.format.manifest import Manifest
@@ -256,14 +257,16 @@ class Session:
         *,
         missing: MissingChange,
         create: bool,
+        scaling: Scaling | None,
         check_finite: bool,
-    ) -> None:
+    ) -> float | None:
         """Take one optimizer step in several tables together; see `Store.update`."""
         self.runtime.check_open()
+        finite = check_finite and (scaling is None or scaling.scale is None)
         changes = keyed_rows.plan_changes(
-            self._batch_targets(batches), batches, missing=missing, create=create, check_finite=check_finite
+            self._batch_targets(batches), batches, missing=missing, create=create, check_finite=finite
         )
-        batch.change(self.runtime, changes)
+        return batch.change(self.runtime, changes, scaling)
 
     def _batch_targets(self, names: Iterable[str]) -> dict[str, TableState | KeyedRows]:
         """Return what takes batches for tables: a table itself, or, if it is used by key, its `KeyedRows`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
+from shardemb import optim
 from shardemb.engine import filling, shards
 from shardemb.engine.planned import Training
 from shardemb.engine.table_state import TableState
@@ -171,10 +172,10 @@ class TableCatalog:
     def _open_table(self, entry: TableEntry, directory: Path, *, may_miss: bool) -> TableState:
         with table_folder.naming(entry.name, directory):
             mapped = shards.open_existing(directory, may_miss=may_miss, may_create=self._runtime.writable)
-            if type(mapped.spec.optimizer) is not type(entry.optimizer):
+            if not optim.same_columns(mapped.spec.optimizer, entry.optimizer):
                 msg = f"it was created for {mapped.spec.optimizer}, but the commit says {entry.optimizer}"
                 raise FormatError(msg)
-        training = Training(entry.optimizer, entry.step)
+        training = Training(entry.optimizer, entry.step, entry.frozen)
         return TableState(self._runtime, entry.name, mapped, training, entry.vocabulary)
 
     def create(
@@ -247,7 +248,7 @@ class TableCatalog:
         for entry in entries:
             table, mapped = self.committed[entry.uuid]
             mapped.forget_changes(replay.images(mapped.spec), self._runtime.budget)
-            table.restore(entry.name, mapped, Training(entry.optimizer, entry.step))
+            table.restore(entry.name, mapped, Training(entry.optimizer, entry.step, entry.frozen))
 
     def discard_new(self) -> None:
         """Remove the current tables that no commit has."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from shardemb.engine.planned import Scaling
 from shardemb.session import display
 
 if TYPE_CHECKING:
@@ -378,8 +379,9 @@ class KeyedTable:
         *,
         missing: MissingChange = "error",
         create: bool = False,
+        scale: float | None = None,
         check_finite: bool = True,
-    ) -> None:
+    ) -> float | None:
         """Take one optimizer step on the rows of keys: all of them change, or none; see `Table.update`.
 
         Parameters
@@ -392,9 +394,16 @@ class KeyedTable:
             What happens to the gradients of keys without a row: ``"error"`` raises; ``"skip"`` ignores them; an int
             adds them to those of the row of that id.
         create : bool
-            Give new keys rows first, as for `lookup`. If the update fails after that, they keep them.
+            Give new keys rows first, as for `lookup`. If the update fails or is skipped after that, they keep them.
+        scale : float, optional
+            Divide the gradients by this number, and skip the step if any is not finite then; see `Table.update`.
         check_finite : bool
-            Refuse NaN and infinity.
+            Refuse NaN and infinity, unless there is a `scale`.
+
+        Returns
+        -------
+        float or None
+            With `scale`, the norm of the gradients; see `Table.update`.
 
         Raises
         ------
@@ -402,7 +411,8 @@ class KeyedTable:
             A key has no row; the message names the first one.
         TypeError, ValueError
             Wrong type, dtype or shape; NaN or infinity; a missing key (null); the table has no optimizer.
-        RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
+        RowIdError, LearningRateError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError,
+        DiskFullError, OSError
             As `Table.update`; nothing was changed.
 
         Notes
@@ -413,8 +423,15 @@ class KeyedTable:
         --------
         >>> table.update([-5, 99], np.ones((2, 2), np.float32), missing="skip")
         """
-        self._keyed.change(
-            keys, grads, "gradients", missing=missing, create=create, check_finite=check_finite
+        scaling = Scaling.of(scale)
+        return self._keyed.change(
+            keys,
+            grads,
+            "gradients",
+            missing=missing,
+            create=create,
+            scaling=scaling,
+            check_finite=check_finite,
         )
 
     def write(

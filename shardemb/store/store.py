@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 from weakref import WeakValueDictionary
 
+from shardemb.engine.planned import Scaling
 from shardemb.format.spec import normalized
 from shardemb.session.session import TableRequest
 from shardemb.store.keyed_table import KeyedTable
@@ -488,8 +489,11 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         *,
         missing: MissingChange = "error",
         create: bool = False,
+        max_norm: float | None = None,
+        extra_norm_sq: float = 0.0,
+        scale: float | None = None,
         check_finite: bool = True,
-    ) -> None:
+    ) -> float | None:
         """Take one optimizer step in each of several tables: in all of them or in none.
 
         Parameters
@@ -501,13 +505,32 @@ class Store(Mapping[str, "Table | KeyedTable"]):
             What becomes of gradients of keys without a row, as for `KeyedTable.update`; the same in all tables.
         create : bool
             Give new keys rows first, as for `KeyedTable.update`.
+        max_norm : float, optional
+            Clip by the global norm: if the norm of all gradients together is more, multiply them by
+            ``max_norm / (norm + 1e-6)``, as ``torch.nn.utils.clip_grad_norm_`` does. The gradients of a row that occurs
+            several times are summed first.
+        extra_norm_sq : float
+            Added to the square of that norm: the square of the norm of the dense part of a model, which the caller
+            clips by the same factor.
+        scale : float, optional
+            Divide the gradients by this number first, and skip the step in all tables if any is not finite then; see
+            `Table.update`.
         check_finite : bool
-            Refuse NaN and infinity.
+            Refuse NaN and infinity, unless there is a `scale`.
+
+        Returns
+        -------
+        float or None
+            With `max_norm` or `scale`, the norm of all gradients, including the extra, after the division and before
+            clipping. If it is infinite or NaN, the step was skipped.
 
         Raises
         ------
         TableNotFoundError, TypeError, ValueError, RowIdError, UnknownKeyError
-            As `Table.update` and `KeyedTable.update`; no table was changed.
+            As `Table.update` and `KeyedTable.update`; or the norm is not finite, there is a `max_norm` and no `scale`.
+            No table was changed.
+        FrozenRowError, LearningRateError
+            As `Table.update`; no table was changed.
         ReadOnlyError, StoreClosedError, PoisonedError, DiskFullError
             No table was changed.
 
@@ -519,7 +542,10 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         --------
         >>> store.update({"tokens": ([1, 2], np.ones((2, 4), np.float32))})
         """
-        self._session.update(batches, missing=missing, create=create, check_finite=check_finite)
+        scaling = Scaling.of(scale, max_norm, extra_norm_sq)
+        return self._session.update(
+            batches, missing=missing, create=create, scaling=scaling, check_finite=check_finite
+        )
 
     # ---- commits
 

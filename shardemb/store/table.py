@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from shardemb.engine.planned import Scaling
 from shardemb.engine.table_state import TableSource
 from shardemb.session import display
 
@@ -108,6 +109,11 @@ class Table:
     def step(self) -> int:
         """Number of updates so far. Adam's bias correction uses it."""
         return self._state.training.step
+
+    @property
+    def frozen_rows(self) -> tuple[tuple[int, int], ...]:
+        """The ranges of rows, from the first to one past the last, that no update changes; see `freeze_rows`."""
+        return self._state.training.frozen
 
     # ---- reading
 
@@ -356,7 +362,9 @@ class Table:
 
     # ---- changing
 
-    def update(self, ids: ArrayLike, grads: ArrayLike, *, check_finite: bool = True) -> None:
+    def update(
+        self, ids: ArrayLike, grads: ArrayLike, *, scale: float | None = None, check_finite: bool = True
+    ) -> float | None:
         """Take one optimizer step on the rows in `ids`: all of them change, or none.
 
         Gradients of duplicate ids are summed first, in the order of the batch, so the result has the same bits for any
@@ -368,13 +376,24 @@ class Table:
             Row ids of any integer dtype and any shape.
         grads : array_like of float, shape ``ids.shape + (embedding_dim,)``
             float16, bfloat16, float32 or float64; the computation is in float32.
+        scale : float, optional
+            Divide the gradients by this number, as a gradient scaler of mixed precision needs it. If any of them is not
+            finite then, the whole step is skipped: nothing changes, neither rows nor steps.
         check_finite : bool
-            Refuse NaN and infinity.
+            Refuse NaN and infinity, unless there is a `scale`.
+
+        Returns
+        -------
+        float or None
+            With `scale`, the Euclidean norm of the gradients after the division; infinite or NaN if the step was
+            skipped.
 
         Raises
         ------
         TypeError, ValueError
             Wrong dtype or shape; NaN or infinity; the table has no optimizer.
+        FrozenRowError, LearningRateError
+            A row is frozen; the learning rate is a function that has to be set again. Nothing was changed.
         RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError
             Nothing was changed.
         DiskFullError, OSError
@@ -388,7 +407,66 @@ class Table:
         --------
         >>> table.update([0, 1], np.ones((2, 4), np.float32))
         """
-        self._state.change(ids, grads, "gradients", check_finite=check_finite)
+        scaling = Scaling.of(scale)
+        return self._state.change(ids, grads, "gradients", scaling=scaling, check_finite=check_finite)
+
+    def freeze_rows(self, start: int = 0, stop: int | None = None) -> None:
+        """Let no update change rows ``start:stop``, by default all of them; part of the next commit.
+
+        An update with a gradient for one of them is refused. `write` and `reset_rows` still change them.
+
+        Parameters
+        ----------
+        start : int
+            The first row.
+        stop : int, optional
+            One past the last row; by default the end of the table.
+
+        Raises
+        ------
+        TypeError, ValueError
+            They are not integers in ascending order within the table.
+        ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError
+            As `update`.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes.
+
+        Examples
+        --------
+        >>> table.freeze_rows(100, 200)
+        >>> table.frozen_rows
+        ((100, 200),)
+        """
+        self._state.freeze(start, stop, frozen=True)
+
+    def unfreeze_rows(self, start: int = 0, stop: int | None = None) -> None:
+        """Let updates change rows ``start:stop`` again, by default all; part of the next commit.
+
+        Parameters
+        ----------
+        start : int
+            The first row.
+        stop : int, optional
+            One past the last row; by default the end of the table.
+
+        Raises
+        ------
+        TypeError, ValueError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError
+            As `freeze_rows`.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes.
+
+        Examples
+        --------
+        >>> table.unfreeze_rows()
+        >>> table.frozen_rows
+        ()
+        """
+        self._state.freeze(start, stop, frozen=False)
 
     def write(self, ids: ArrayLike, rows: ArrayLike, *, check_finite: bool = True) -> None:
         """Overwrite weights; optimizer state stays. Undone unless `Store.commit` follows.

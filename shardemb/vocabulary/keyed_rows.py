@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Progress
     from shardemb.base.validation import Float32Array, Int64Array
-    from shardemb.engine.planned import Change, PlannedRead
+    from shardemb.engine.planned import Change, PlannedRead, Scaling
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.table_state import TableState
     from shardemb.vocabulary.key_rows import KeyRows
@@ -232,13 +232,13 @@ class KeyedRows:
         *,
         missing: MissingChange,
         create: bool,
+        scaling: Scaling | None = None,
         check_finite: bool,
-    ) -> None:
-        """Carry out an update or a write; see `plan_change`."""
-        change = self.plan_change(
-            given, values, what, missing=missing, create=create, check_finite=check_finite
-        )
-        batch.change(self.table.runtime, [change])
+    ) -> float | None:
+        """Carry out an update or a write; see `plan_change` and `batch.change`."""
+        finite = check_finite and (scaling is None or scaling.scale is None)
+        change = self.plan_change(given, values, what, missing=missing, create=create, check_finite=finite)
+        return batch.change(self.table.runtime, [change], scaling)
 
     def evict(self, *, older_than: int | None, keep: int | None, by: Literal["lru", "lfu"]) -> NDArray[Any]:
         """Remove the keys that are used least; return them. See `KeyedTable.evict`."""
