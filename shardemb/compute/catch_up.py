@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shardemb.base import reductions
 from shardemb.compute.compiler import formula, specialised
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def _catch_up(
 @cache
 def catch_up(optimizer: type[Any]) -> Callable[..., None]:
     """Return `_catch_up` compiled for one class of optimizers."""
-    squares = formula(reductions.sum_of_squares)
+    squares = formula(optimizer.sum_of_squares)
     own = formula(optimizer.row_step, sum_of_squares=squares)
     clip, constrain = (formula(each, sum_of_squares=squares) for each in optimizer.around_step)
     whole = formula(optimizer.take_step, _row_step=own, clip_gradient=clip, constrain=constrain)

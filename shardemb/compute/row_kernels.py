@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shardemb.base import reductions, sampling
+from shardemb.base import sampling
 from shardemb.compute.compiler import formula, inlined, kernel, specialised
 from shardemb.compute.intrinsics import STREAMED, add_to_eight, copy, fence, prefetch, stream
 from shardemb.compute.row_index import places_of
@@ -397,7 +397,7 @@ def copy_or_fill(initializer: type[Any]) -> Callable[..., None]:
 @cache
 def step(optimizer: type[Any], *, with_options: bool) -> Callable[..., None]:
     """Return `_step` compiled for one class of optimizers, which has a `row_step` and a `take_step` with options."""
-    squares = formula(reductions.sum_of_squares)
+    squares = formula(optimizer.sum_of_squares)
     own = formula(optimizer.row_step, sum_of_squares=squares)
     if not with_options:
         return specialised(_step, f"step_{optimizer.__name__}", _take_step=formula(_take_step, _row_step=own))

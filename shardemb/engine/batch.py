@@ -26,7 +26,7 @@ from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE
 from shardemb.compute import plan, row_kernels, scheduler
 from shardemb.engine import filling
-from shardemb.engine.planned import Change, Read, Scaling, Target
+from shardemb.engine.planned import Change, Read, Target
 from shardemb.engine.shards import PAGED_ROWS
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from shardemb.compute.plan import Piece
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.shards import Shards
+    from shardemb.engine.training import Scaling
     from shardemb.format.fill_records import Fill
 
 SAMPLES = 32

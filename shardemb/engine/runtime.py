@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shardemb.commits.fills import Announcements
-    from shardemb.engine.hidden_rows import HiddenRows
+    from shardemb.memory.hidden_rows import HiddenRows
     from shardemb.memory.memory_budget import Folds
     from shardemb.memory.overlay import Overlay
 

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Progress
     from shardemb.base.validation import FirstRows, Float32Array, Int64Array
-    from shardemb.engine.hidden_rows import HiddenRows
-    from shardemb.engine.planned import Training
+    from shardemb.engine.training import Training
     from shardemb.format.spec import TableSpec
+    from shardemb.memory.hidden_rows import HiddenRows
     from shardemb.memory.memory_budget import MemoryBudget
 
 PAGED_ROWS = 4096

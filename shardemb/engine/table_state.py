@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from shardemb import optim
-from shardemb.base import ranges, serialization, validation
+from shardemb.base import serialization, validation
 from shardemb.base.formatting import size
 from shardemb.base.progress import track
 from shardemb.commits import rewrite
 from shardemb.compute import plan, scheduler
 from shardemb.engine import batch, filling, warming
-from shardemb.engine.planned import Change, PlannedRead, Scaling, Training, require_rows
+from shardemb.engine.planned import Change, PlannedRead, require_rows
 from shardemb.engine.shards import Shards
+from shardemb.engine.training import Scaling, Training
 from shardemb.errors import ShardEmbError, TableNotFoundError
-from shardemb.format import store_paths
+from shardemb.format import ranges, store_paths
 from shardemb.format.manifest import TableEntry
 from shardemb.format.spec import MAX_ROWS, reshaped_spec
 from shardemb.format.table_files import TableLocation

@@ -33,7 +33,7 @@ from shardemb.format.documents import (
 from shardemb.format.spec import BYTES, INTERNAL, KEY_TYPES, MAX_ROWS, SKETCH, check_stored_name
 
 if TYPE_CHECKING:
-    from shardemb.base.ranges import Ranges
+    from shardemb.format.ranges import Ranges
 
 MAX_DEPTH = 64
 """Most levels of a commit's metadata, so that a reader can parse it however deep its own stack is."""

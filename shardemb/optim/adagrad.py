@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shardemb.base.reductions import sum_of_squares
 from shardemb.base.serialization import optional
 from shardemb.optim.base import Optimizer, Rest, Scalar
+from shardemb.optim.options import sum_of_squares
 
 if TYPE_CHECKING:
     from shardemb.base.validation import Float32Array

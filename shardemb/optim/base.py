@@ -14,7 +14,16 @@ from shardemb.base import serialization, validation
 from shardemb.base.serialization import optional
 from shardemb.errors import LearningRateError
 from shardemb.optim import schedules
-from shardemb.optim.options import CONSTRAINTS, UNIT_NORM, Options, clip_gradient, constrain, take_step
+from shardemb.optim.options import (
+    CONSTRAINTS,
+    KEPT,
+    UNIT_NORM,
+    Options,
+    clip_gradient,
+    constrain,
+    sum_of_squares,
+    take_step,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -110,6 +119,9 @@ class Optimizer(ABC):
         if self.constraint is not None and self.constraint not in CONSTRAINTS:
             msg = f"constraint must be one of {', '.join(map(repr, CONSTRAINTS))} or None, got {self.constraint!r}"
             raise ValueError(msg)
+        if self.constraint == UNIT_NORM and self.max_norm is not None:
+            msg = "constraint='unit_norm' sets the norm of each row, so there can be no max_norm"
+            raise ValueError(msg)
         if self.rowwise_bias_correction and not self.has_bias_correction:
             msg = f"{type(self).__name__} has no bias correction, so rowwise_bias_correction is not an option"
             raise ValueError(msg)
@@ -163,6 +175,7 @@ class Optimizer(ABC):
 
     take_step = staticmethod(take_step)
     around_step = clip_gradient, constrain
+    sum_of_squares = staticmethod(sum_of_squares)
 
     def state_columns(self, embedding_dim: int) -> dict[str, int]:
         """Return name and width (values per row) of each state column, in the order of the record.
@@ -360,7 +373,7 @@ def _decays(optimizer: Optimizer, steps: int, embedding_dim: int) -> Decays:
         raise LearningRateError(msg)
     options = np.tile(optimizer.options_of(1, embedding_dim), (steps, 1))
     if optimizer.decoupled_weight_decay:
-        options[:, Options._fields.index("kept")] = left
+        options[:, KEPT] = left
     log_kept = np.concatenate([[0.0], np.cumsum(np.log(left))])
     rest = optimizer.after_rest()
     with np.errstate(divide="ignore"):  # what does not last at all has a logarithm of minus infinity

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from shardemb.base.reductions import sum_of_squares
 from shardemb.optim.adam import MomentOptimizer
+from shardemb.optim.options import sum_of_squares
 
 if TYPE_CHECKING:
     from shardemb.base.validation import Float32Array

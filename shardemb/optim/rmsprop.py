@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shardemb.base.reductions import sum_of_squares
 from shardemb.base.serialization import optional
 from shardemb.optim.adagrad import outside_and_inside
 from shardemb.optim.base import Optimizer, Rest, Scalar, steps_to_rest
+from shardemb.optim.options import sum_of_squares
 from shardemb.optim.sgd import below_one
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from shardemb.base import validation
-from shardemb.base.reductions import sum_of_squares
 from shardemb.base.serialization import optional
 from shardemb.optim.base import Optimizer, Rest, Scalar, beta_pair, steps_to_rest
+from shardemb.optim.options import sum_of_squares
 
 if TYPE_CHECKING:
     from shardemb.base.validation import Float32Array

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Progress
     from shardemb.base.validation import Float32Array
-    from shardemb.engine.planned import Scaling
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.table_state import TableState
+    from shardemb.engine.training import Scaling
     from shardemb.format.manifest import Manifest
     from shardemb.optim import Optimizer
     from shardemb.session.attempt import Attempt

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from shardemb import optim
 from shardemb.engine import filling, shards
-from shardemb.engine.planned import Training
 from shardemb.engine.table_state import TableState
+from shardemb.engine.training import Training
 from shardemb.errors import FormatError, TableExistsError, TableNotFoundError
 from shardemb.format import store_paths
 from shardemb.format.spec import is_internal, normalized

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from shardemb.engine.planned import Scaling
+from shardemb.engine.training import Scaling
 from shardemb.session import display
 
 if TYPE_CHECKING:

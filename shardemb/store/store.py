@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 from weakref import WeakValueDictionary
 
-from shardemb.engine.planned import Scaling
+from shardemb.engine.training import Scaling
 from shardemb.format.spec import normalized
 from shardemb.session.session import TableRequest
 from shardemb.store.keyed_table import KeyedTable

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from shardemb.engine.planned import Scaling
 from shardemb.engine.table_state import TableSource
+from shardemb.engine.training import Scaling
 from shardemb.session import display
 
 if TYPE_CHECKING:

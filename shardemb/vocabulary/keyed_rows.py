@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Progress
     from shardemb.base.validation import Float32Array, Int64Array
-    from shardemb.engine.planned import Change, PlannedRead, Scaling
+    from shardemb.engine.planned import Change, PlannedRead
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.table_state import TableState
+    from shardemb.engine.training import Scaling
     from shardemb.vocabulary.key_rows import KeyRows
     from shardemb.vocabulary.keys import Keys, KeysLike
 

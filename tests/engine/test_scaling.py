@@ -221,7 +221,7 @@ def test_bad_ranges_freeze_nothing(two, arguments, error):
 @settings(max_examples=50)
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 12), st.integers(0, 12)), max_size=8))
 def test_ranges_are_sets(changes):
-    from shardemb.base import ranges
+    from shardemb.format import ranges
 
     found, model = (), set()
     for add, one, other in changes:

@@ -195,6 +195,8 @@ OPTION_SETS = st.fixed_dictionaries(
 @settings(max_examples=60)
 @given(kind=st.sampled_from([SGD, RowWiseAdagrad, Adam, LAMB]), options=OPTION_SETS, seed=st.integers(0, 99))
 def test_options_in_any_combination(tmp_path_factory, kind, options, seed):
+    if options.get("constraint") == "unit_norm":
+        options.pop("max_norm", None)
     with shardemb.open(tmp_path_factory.mktemp("store") / "s", "w") as store:
         table, model = pair(store, kind(**options))
         for ids, grads in batches(4, seed):
@@ -294,6 +296,7 @@ def test_a_function_that_gives_no_learning_rate_changes_nothing(store, value):
         (lambda: SGD(clip_norm="1"), TypeError, "clip_norm"),
         (lambda: SGD(max_norm=np.inf), ValueError, "max_norm"),
         (lambda: SGD(constraint="positive"), ValueError, "'non_neg', 'unit_norm'"),
+        (lambda: SGD(constraint="unit_norm", max_norm=1.0), ValueError, "no max_norm"),
         (lambda: SGD(speed=1.0), TypeError, "speed"),
         (lambda: SGD(rowwise_bias_correction=True), ValueError, "SGD has no bias correction"),
         (lambda: RMSprop(alpha=1.0), ValueError, "alpha"),

@@ -1,0 +1,95 @@
+"""What a step of a table is taken with: its optimizer and step number, and what happens to all gradients alike."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shardemb.base import validation
+
+if TYPE_CHECKING:
+    from shardemb.format.ranges import Ranges
+    from shardemb.optim import Optimizer
+
+
+@dataclass
+class Training:
+    """The mutable state of a table besides its rows.
+
+    Attributes
+    ----------
+    optimizer : Optimizer or None
+        It has the hyper-parameters of the next update.
+    step : int
+        Updates so far.
+    frozen : tuple of (int, int)
+        The ranges of rows that no update changes.
+    """
+
+    optimizer: Optimizer | None
+    step: int
+    frozen: Ranges = ()
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What happens to all gradients of a step alike.
+
+    Attributes
+    ----------
+    scale : float or None
+        Divides the gradients; the step is skipped if their norm is not finite.
+    max_norm : float or None
+        The most that the norm of all gradients together may be.
+    extra_norm_sq : float
+        The square of the norm of gradients that the caller has besides.
+    """
+
+    scale: float | None = None
+    max_norm: float | None = None
+    extra_norm_sq: float = 0.0
+
+    @classmethod
+    def of(cls, scale: object, max_norm: object = None, extra_norm_sq: object = 0.0) -> Scaling | None:
+        """Check what an update is given; return None if nothing is to be scaled.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `scale` is not a number above 0, or one of the others not one of at least 0.
+        """
+        if scale is None and max_norm is None:
+            return None
+        checked = None if scale is None else validation.number(scale, "scale", minimum=0.0)
+        if checked == 0:
+            msg = "scale divides the gradients, so it must be greater than 0"
+            raise ValueError(msg)
+        if isinstance(extra_norm_sq, float | np.floating) and not np.isfinite(extra_norm_sq):
+            extra = float(extra_norm_sq)  # what a step with a scale is skipped for
+        else:
+            extra = validation.number(extra_norm_sq, "extra_norm_sq", minimum=0.0)
+        most = None if max_norm is None else validation.number(max_norm, "max_norm", minimum=0.0)
+        return cls(checked, most, extra)
+
+    def norm(self, sum_of_squares: float) -> float:
+        """Return the norm of all gradients, divided by the scale, from the sum of their squares before.
+
+        Raises
+        ------
+        ValueError
+            It is not finite, and there is no scale, so that the step cannot be skipped.
+        """
+        squares = sum_of_squares / (self.scale or 1.0) ** 2 + self.extra_norm_sq
+        norm = math.sqrt(squares) if squares >= 0 else math.nan
+        if not math.isfinite(norm) and self.scale is None:
+            msg = f"the norm of the gradients is {norm}: they cannot be clipped; scale=1.0 skips such a step"
+            raise ValueError(msg)
+        return norm
+
+    def factor(self, norm: float) -> float:
+        """Return what gradients of this norm are multiplied by; as ``torch.nn.utils.clip_grad_norm_`` has it."""
+        clipped = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (norm + 1e-6))
+        return clipped / (self.scale or 1.0)
