@@ -213,6 +213,9 @@ class Optimizer(ABC):
                 self.weight_decay and not (self.decoupled_weight_decay or self.decay_is_a_factor)
             ),
         }
+        highest = getattr(lr, "lr", lr)
+        if not callable(highest):
+            reasons["lr * weight_decay is 1 or more"] = highest * self.weight_decay >= 1
         found = [reason for reason, holds in reasons.items() if holds]
         if found:
             msg = f"{self!r} cannot be dense_equivalent: {found[0]}"
@@ -273,13 +276,7 @@ class Optimizer(ABC):
         return False
 
     def decays_until(self, step: int, embedding_dim: int) -> Decays:
-        """Return what catching up reads, for all updates up to number `step`, or more.
-
-        Raises
-        ------
-        LearningRateError
-            A step's ``lr * weight_decay`` is 1 or more.
-        """
+        """Return what catching up reads, for all updates up to number `step`, or more."""
         return _decays(self, max(1024, 1 << max(step - 1, 0).bit_length()), embedding_dim)
 
     @property
@@ -368,9 +365,6 @@ def _decays(optimizer: Optimizer, steps: int, embedding_dim: int) -> Decays:
         tuple(np.broadcast_to(each, numbers.shape) for each in optimizer.scalars(rates, numbers))
     )
     left = 1 - rates * optimizer.weight_decay
-    if left.min() <= 0:
-        msg = f"lr * weight_decay must be less than 1 in all steps, got {1 - left.min():g}"
-        raise LearningRateError(msg)
     options = np.tile(optimizer.options_of(1, embedding_dim), (steps, 1))
     if optimizer.decoupled_weight_decay:
         options[:, KEPT] = left

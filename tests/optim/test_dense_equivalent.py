@@ -236,6 +236,11 @@ def test_many_rows_have_the_same_bits_for_any_number_of_threads_and_shards(tmp_p
         (lambda: Adam(betas=(0.9, 0.5), dense_equivalent=True), "betas"),
         (lambda: Adam(rowwise_bias_correction=True, dense_equivalent=True), "rowwise_bias_correction"),
         (lambda: Adagrad(constraint="unit_norm", dense_equivalent=True), "unit norm"),
+        (lambda: SGD(lr=1.0, weight_decay=1.0, dense_equivalent=True), "is 1 or more"),
+        (
+            lambda: SGD(lr=schedules.StepDecay(2.0, 5), weight_decay=0.5, dense_equivalent=True),
+            "is 1 or more",
+        ),
         (lambda: LAMB(dense_equivalent=True), "LAMB cannot be dense_equivalent: its steps have the length"),
         (lambda: Lion(dense_equivalent=True), "Lion cannot be dense_equivalent"),
         (lambda: FTRL(l2_shrinkage=0.1, dense_equivalent=True), "FTRL"),
@@ -244,10 +249,3 @@ def test_many_rows_have_the_same_bits_for_any_number_of_threads_and_shards(tmp_p
 def test_where_there_is_no_bound_it_is_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()
-
-
-def test_a_decay_of_everything_is_refused(store):
-    table, _ = pair(store, SGD(lr=1.0, weight_decay=1.0))
-    with pytest.raises(shardemb.LearningRateError, match="less than 1"):
-        table.update([0], np.ones((1, DIM)))
-    assert table.step == 0
