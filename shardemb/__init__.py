@@ -22,6 +22,8 @@ from shardemb.admission import Admission
 from shardemb.errors import (
     DiskFullError,
     FormatError,
+    FrozenRowError,
+    LearningRateError,
     LogDamagedError,
     PoisonedError,
     ReadOnlyError,
@@ -56,7 +58,9 @@ __all__ = [
     "Commit",
     "DiskFullError",
     "FormatError",
+    "FrozenRowError",
     "KeyedTable",
+    "LearningRateError",
     "LogDamagedError",
     "PendingCommit",
     "PoisonedError",

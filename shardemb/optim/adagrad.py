@@ -94,7 +94,8 @@ class RowWiseAdagrad(Optimizer):
     -----
     Formula and defaults of FBGEMM's exact row-wise Adagrad; its weight decay ``L2`` is ``weight_decay``, and
     ``DECOUPLE`` is ``decoupled_weight_decay=True``. State column ``sum``, one number per row. The mean is computed from
-    eight interleaved partial sums, which are added pairwise.
+    eight interleaved partial sums, which are added pairwise. The options of all optimizers are described at
+    `Optimizer`.
 
     Examples
     --------

@@ -110,17 +110,19 @@ class AdamW(Adam):
 
     Parameters
     ----------
-    lr, betas, eps, rowwise_bias_correction
-        As for `Adam`.
+    lr, betas, eps, rowwise_bias_correction : see `Adam`
     eps_after_correction : bool
         As for `Adam`, but True by default.
     weight_decay : float
         At least 0.
+    decoupled_weight_decay : bool
+        False makes it `Adam` with a decay that its moments see.
 
     Notes
     -----
-    Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"; formula and defaults of
-    ``torch.optim.AdamW``, applied only to the rows of the batch: they decay, the others do not.
+    Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"; formula and defaults of ``torch.optim.AdamW``,
+    applied only to the rows of the batch: they decay, the others do not. The options of all optimizers are described at
+    `Optimizer`.
 
     Examples
     --------
@@ -140,8 +142,7 @@ class AMSGrad(Adam):
 
     Parameters
     ----------
-    lr, betas, eps, rowwise_bias_correction
-        As for `Adam`.
+    lr, betas, eps, rowwise_bias_correction : see `Adam`
     eps_after_correction : bool
         As for `Adam`, but True by default.
 
@@ -149,7 +150,7 @@ class AMSGrad(Adam):
     -----
     Reddi, Kale and Kumar 2018, "On the Convergence of Adam and Beyond"; formula and defaults of
     ``torch.optim.Adam(amsgrad=True)``. State columns ``exp_avg``, ``exp_avg_sq`` and ``max_exp_avg_sq``, shape (dim,)
-    each.
+    each. The options of all optimizers are described at `Optimizer`.
 
     Examples
     --------
@@ -189,15 +190,15 @@ class PartialRowWiseAdam(Adam):
 
     Parameters
     ----------
-    lr, betas, eps, rowwise_bias_correction
-        As for `Adam`.
+    lr, betas, eps, rowwise_bias_correction : see `Adam`
     eps_after_correction : bool
         As for `Adam`, but True by default.
 
     Notes
     -----
     Formula and defaults of FBGEMM's partial row-wise Adam; its weight decay is ``decoupled_weight_decay=True``. State
-    columns ``exp_avg``, shape (dim,), and ``exp_avg_sq``, one number per row.
+    columns ``exp_avg``, shape (dim,), and ``exp_avg_sq``, one number per row. The options of all optimizers are
+    described at `Optimizer`.
 
     Examples
     --------
@@ -232,8 +233,7 @@ class Adamax(MomentOptimizer):
 
     Parameters
     ----------
-    lr, betas, rowwise_bias_correction
-        As for `Adam`.
+    lr, betas, rowwise_bias_correction : see `Adam`
     eps : float
         Keeps the division finite. At least 0.
     eps_outside_maximum : bool
@@ -242,7 +242,7 @@ class Adamax(MomentOptimizer):
     Notes
     -----
     Kingma and Ba 2015, "Adam", section 7.1; formula and defaults of ``torch.optim.Adamax``. State columns ``exp_avg``
-    and ``exp_inf``, shape (dim,) each.
+    and ``exp_inf``, shape (dim,) each. The options of all optimizers are described at `Optimizer`.
 
     Examples
     --------
@@ -293,15 +293,15 @@ class NAdam(MomentOptimizer):
 
     Parameters
     ----------
-    lr, betas, eps, rowwise_bias_correction
-        As for `Adam`.
+    lr, betas, eps, rowwise_bias_correction : see `Adam`
     momentum_decay : float
         At least 0; 1 for Keras (with ``lr=1e-3, eps=1e-7``).
 
     Notes
     -----
     Dozat 2016, "Incorporating Nesterov Momentum into Adam"; formula and defaults of ``torch.optim.NAdam``. State
-    columns ``exp_avg`` and ``exp_avg_sq``, shape (dim,) each; the product is computed from the step.
+    columns ``exp_avg`` and ``exp_avg_sq``, shape (dim,) each; the product is computed from the step. The options of all
+    optimizers are described at `Optimizer`.
 
     Examples
     --------

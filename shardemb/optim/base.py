@@ -77,10 +77,18 @@ class Optimizer(ABC):
         Scale the weight down to this Euclidean norm after the step, if it is longer.
     constraint : {"non_neg", "unit_norm"}, optional
         Set negative weights to zero after the step, or scale the weight to norm 1; as Keras has them.
+    rowwise_bias_correction : bool
+        Correct the bias of moments by the number of steps of the row and not of the table; for optimizers that correct
+        one. It takes a state column ``step``, one number per row.
     dense_equivalent : bool
         Let rows that are not in a batch be what a dense optimizer would make of them, to which their gradients are
         zero: they are caught up when they are next read or changed. It takes a state column ``last_step``, one number
         per row. Where an optimizer cannot do this with some option, it says so.
+
+    Examples
+    --------
+    >>> shardemb.optim.Adagrad(lr=0.1, clip_norm=1.0, weight_decay=1e-5)
+    Adagrad(lr=0.1, lr_decay=0.0, eps=1e-10, initial_accumulator_value=0.0, clip_norm=1.0, weight_decay=1e-05)
     """
 
     has_bias_correction: ClassVar[bool] = False

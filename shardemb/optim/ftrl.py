@@ -38,7 +38,7 @@ class FTRL(Optimizer):
     -----
     McMahan et al. 2013, "Ad Click Prediction: a View from the Trenches"; formula and defaults of
     ``keras.optimizers.Ftrl`` with ``learning_rate_power=-0.5``. A weight that is 0 / 0 counts as 0. State columns
-    ``accumulator`` and ``linear``, shape (dim,) each.
+    ``accumulator`` and ``linear``, shape (dim,) each. The options of all optimizers are described at `Optimizer`.
 
     Examples
     --------

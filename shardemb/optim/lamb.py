@@ -24,14 +24,13 @@ class LAMB(MomentOptimizer):
 
     Parameters
     ----------
-    lr, betas, eps, rowwise_bias_correction
-        As for `Adam`.
+    lr, betas, eps, rowwise_bias_correction : see `Adam`
 
     Notes
     -----
     You et al. 2020, "Large Batch Optimization for Deep Learning"; formula and defaults of FBGEMM's LAMB, but for rows
     of zeros. The option ``weight_decay`` is part of the formula, unless it is decoupled, as Keras has it. State columns
-    ``exp_avg`` and ``exp_avg_sq``, shape (dim,) each.
+    ``exp_avg`` and ``exp_avg_sq``, shape (dim,) each. The options of all optimizers are described at `Optimizer`.
 
     Examples
     --------
@@ -83,13 +82,12 @@ class PartialRowWiseLAMB(LAMB):
 
     Parameters
     ----------
-    lr, betas, eps, rowwise_bias_correction
-        As for `Adam`.
+    lr, betas, eps, rowwise_bias_correction : see `Adam`
 
     Notes
     -----
     Formula and defaults of FBGEMM's partial row-wise LAMB; see `LAMB`. State columns ``exp_avg``, shape (dim,), and
-    ``exp_avg_sq``, one number per row.
+    ``exp_avg_sq``, one number per row. The options of all optimizers are described at `Optimizer`.
 
     Examples
     --------

@@ -47,7 +47,7 @@ class RMSprop(Optimizer):
     -----
     Formula and defaults of ``torch.optim.RMSprop``. State columns ``square_avg``, ``grad_avg`` if centered and
     ``momentum_buffer`` if there is a momentum, shape (dim,) each. ``v - a*a`` counts as 0 where rounding makes it
-    negative.
+    negative. The options of all optimizers are described at `Optimizer`.
 
     Examples
     --------
@@ -124,13 +124,12 @@ class RowWiseRMSprop(Optimizer):
 
     Parameters
     ----------
-    lr, alpha, eps, eps_inside_root
-        As for `RMSprop`.
+    lr, alpha, eps, eps_inside_root : see `RMSprop`
 
     Notes
     -----
     `RMSprop` with the statistic of FBGEMM's row-wise RMSprop, without its decay of rows that were not touched. State
-    column ``square_avg``, one number per row.
+    column ``square_avg``, one number per row. The options of all optimizers are described at `Optimizer`.
 
     Examples
     --------
@@ -188,7 +187,7 @@ class Adadelta(Optimizer):
     Notes
     -----
     Zeiler 2012, "ADADELTA"; formula and defaults of ``torch.optim.Adadelta``. State columns ``square_avg`` and
-    ``acc_delta``, shape (dim,) each.
+    ``acc_delta``, shape (dim,) each. The options of all optimizers are described at `Optimizer`.
 
     Examples
     --------

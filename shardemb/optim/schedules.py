@@ -122,10 +122,12 @@ class CosineDecay(Schedule):
 
     Parameters
     ----------
-    lr, min_lr : float
-        The first and the last learning rate, at least 0.
+    lr : float
+        The first learning rate, at least 0.
     decay_steps : int
         Steps of the half cosine, at least 1.
+    min_lr : float
+        The last learning rate, at least 0.
     warmup_steps : int
         Steps of the linear warm-up before it; 0 for none.
 

@@ -123,7 +123,7 @@ class LARS(Optimizer):
     -----
     You, Gitman and Ginsburg 2017, "Large Batch Training of Convolutional Networks"; formula and defaults of FBGEMM's
     LARS-SGD. The option ``weight_decay`` is part of the formula, unless it is decoupled. State column
-    ``momentum_buffer``, shape (dim,).
+    ``momentum_buffer``, shape (dim,). The options of all optimizers are described at `Optimizer`.
 
     Examples
     --------
@@ -181,7 +181,7 @@ class Lion(Optimizer):
     -----
     Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms"; formula and defaults of
     ``keras.optimizers.Lion``. Its weight decay is ``decoupled_weight_decay=True``. State column ``exp_avg``, shape
-    (dim,).
+    (dim,). The options of all optimizers are described at `Optimizer`.
 
     Examples
     --------

@@ -98,7 +98,7 @@ USE_EVERYTHING = """
     import sys
     import numpy as np
     import shardemb
-    from shardemb.compute import file_blocks, grouping, plan, residency, row_index, row_kernels
+    from shardemb.compute import catch_up, file_blocks, grouping, plan, residency, row_index, row_kernels
     from shardemb.memory import slots
     from shardemb.vocabulary import hash_index, hashing, index_kernels, key_kernels
     from shardemb.initializers import Uniform
@@ -126,6 +126,15 @@ USE_EVERYTHING = """
                     table.update(ids, rows.astype(kind))
                     table.write(ids, np.asfortranarray(rows.astype(kind)))
                 table.prefetch(ids, for_update=True)
+        store.update({"plain": ([1, 2], np.ones((2, 3)))}, max_norm=1.0)
+        rested = store.create_table(
+            "rested", num_embeddings=9, embedding_dim=3, initializer=Uniform(-1, 1),
+            optimizer=Adam(dense_equivalent=True),
+        )
+        for ids in ([1], [2], [1]):
+            rested.update(ids, np.ones((1, 3)))
+            rested.write(ids, np.ones((1, 3)))
+        rested.lookup([1, 2, 3])
         store.commit()
         repr(store)
         for ids in (np.arange(60_000), np.arange(10)):
@@ -189,6 +198,7 @@ USE_EVERYTHING = """
     found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
     found = [each for each in found if each.targetoptions.get("inline") != "always"]
     found += [row_kernels.step(Adam), row_kernels.gather_or_fill(Uniform), row_kernels.copy_or_fill(Uniform)]
+    found += [row_kernels.step(Adam, with_options=True), catch_up.catch_up(Adam)]
     found = [each for each in found if each not in inner]  # called only by kernels
     assert len(found) > 12
     print({each.py_func.__name__: len(each.signatures) for each in found if len(each.signatures) != 1})
@@ -240,8 +250,8 @@ zero, ones = np.zeros(1, np.int64), np.ones((1, 1), np.float32)
 
 
 def step():
-    kernel, record, scalars = row_kernels.step(Adam), np.zeros((1, 3), np.float32), np.ones(4, np.float32)
-    kernel(record, zero, np.array([0, 1]), zero, ones, scalars, ones[0].copy(), 0, 0, 1)
+    kernel, record, scalars = row_kernels.step(Adam), np.zeros((1, 3), np.float32), np.ones((1, 4), np.float32)
+    kernel(record, zero, np.array([0, 1]), zero, ones, scalars, ones[0], ones[0].copy(), 0, 0, 1)
     return kernel, record[0]
 
 
