@@ -395,7 +395,7 @@ def copy_or_fill(initializer: type[Any]) -> Callable[..., None]:
 
 
 @cache
-def step(optimizer: type[Any], *, with_options: bool = False) -> Callable[..., None]:
+def step(optimizer: type[Any], *, with_options: bool) -> Callable[..., None]:
     """Return `_step` compiled for one class of optimizers, which has a `row_step` and a `take_step` with options."""
     squares = formula(optimizer.sum_of_squares)
     own = formula(optimizer.row_step, sum_of_squares=squares)

@@ -42,7 +42,7 @@ def is_kernel(each):
 
 def dispatchers():
     specialised = [
-        row_kernels.step(Adam),
+        row_kernels.step(Adam, with_options=False),
         row_kernels.gather_or_fill(Uniform),
         row_kernels.copy_or_fill(Uniform),
     ]
@@ -197,8 +197,8 @@ USE_EVERYTHING = """
     inner += row_kernels._copy_from, row_kernels._stream_from, row_kernels._lowest, file_blocks._first_from
     found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
     found = [each for each in found if each.targetoptions.get("inline") != "always"]
-    found += [row_kernels.step(Adam), row_kernels.gather_or_fill(Uniform), row_kernels.copy_or_fill(Uniform)]
-    found += [row_kernels.step(Adam, with_options=True), catch_up.catch_up(Adam)]
+    found += [row_kernels.gather_or_fill(Uniform), row_kernels.copy_or_fill(Uniform), catch_up.catch_up(Adam)]
+    found += [row_kernels.step(Adam, with_options=each) for each in (False, True)]
     found = [each for each in found if each not in inner]  # called only by kernels
     assert len(found) > 12
     print({each.py_func.__name__: len(each.signatures) for each in found if len(each.signatures) != 1})
@@ -250,7 +250,8 @@ zero, ones = np.zeros(1, np.int64), np.ones((1, 1), np.float32)
 
 
 def step():
-    kernel, record, scalars = row_kernels.step(Adam), np.zeros((1, 3), np.float32), np.ones((1, 4), np.float32)
+    kernel = row_kernels.step(Adam, with_options=False)
+    record, scalars = np.zeros((1, 3), np.float32), np.ones((1, 4), np.float32)
     kernel(record, zero, np.array([0, 1]), zero, ones, scalars, ones[0], ones[0].copy(), 0, 0, 1)
     return kernel, record[0]
 
@@ -344,7 +345,10 @@ def first_uniform_values():
 EDITS = {
     "the step of an optimizer": (
         ("step", "optim/adam.py"),
-        ("weight[j] -= step_size", "weight[j] += step_size"),
+        (
+            "exp_avg_sq = state[:dim], state[dim:]\n        for",
+            "exp_avg_sq = state[:dim], state[dim:]\n        step_size = -step_size\n        for",
+        ),
         ([-0.5, 1.0, 1.0], [0.5, 1.0, 1.0]),
     ),
     "what an initializer calls": (
