@@ -61,6 +61,8 @@ to_arrow_batches(self) -> Iterator[pa.RecordBatch]
 """
 
 KEYED_TABLE = """
+copy_rows(self, source: KeysLike, target: KeysLike) -> None
+delete(self, keys: KeysLike) -> NDArray[np.int64]
 embedding_dim: int
 evict(self, *, older_than: int | None = None, keep: int | None = None, \
 by: "Literal['lru', 'lfu']" = 'lru') -> NDArray[Any]
@@ -76,12 +78,14 @@ name: str
 num_embeddings: int
 optimizer: Optimizer | None
 prefetch(self, keys: KeysLike, *, for_update: bool = False) -> None
+reset_rows(self, keys: KeysLike) -> None
 rows: Table
 set_optimizer(self, optimizer: Optimizer) -> None
 shape: tuple[int, int]
 state(self, column: str, keys: KeysLike) -> NDArray[np.float32]
 stats(self) -> dict[str, Any]
 step: int
+swap_rows(self, keys: KeysLike, others: KeysLike) -> None
 to_arrow_batches(self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None) -> pa.RecordBatchReader
 update(self, keys: KeysLike, grads: ArrayLike, *, missing: MissingChange = 'error', create: bool = False, \
 scale: float | None = None, check_finite: bool = True) -> float | None
@@ -131,6 +135,7 @@ vocabularies: Mapping[str, Vocabulary]
 """
 
 TABLE = """
+copy_rows(self, source: ArrayLike, target: ArrayLike) -> None
 embedding_dim: int
 explain(self, ids: ArrayLike) -> Explanation
 export_parquet(self, path: str | os.PathLike[str], *, columns: Sequence[str] = (), \
@@ -155,6 +160,7 @@ shape: tuple[int, int]
 state(self, column: str, ids: ArrayLike) -> NDArray[np.float32]
 stats(self) -> dict[str, Any]
 step: int
+swap_rows(self, rows: ArrayLike, others: ArrayLike) -> None
 to_arrow_batches(self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None) -> pa.RecordBatchReader
 to_dask_array(self) -> dask.array.Array
 unfreeze_rows(self, start: int = 0, stop: int | None = None) -> None

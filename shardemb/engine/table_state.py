@@ -295,6 +295,49 @@ class TableState:
             records[:, -1] = self.training.step  # they are not what steps would have made of initial ones
         return Change(self, grouped, records, takes_step=False, renew=renew)
 
+    def plan_copy(self, source: ArrayLike, target: ArrayLike) -> Change:
+        """Plan to overwrite whole records of rows by those of others, all of which are read before any changes."""
+        count = self.live().spec.num_embeddings
+        read, changed = (validation.row_ids(ids, count, self.name) for ids in (source, target))
+        if read.shape != changed.shape:
+            msg = f"table {self.name!r}: {read.shape} rows cannot be copied to {changed.shape}; give as many of both"
+            raise ValueError(msg)
+        return self._copying(read.flat, plan.group(changed.flat, count))
+
+    def _copying(self, source: Int64Array, target: plan.Grouped) -> Change:
+        require_rows(self, np.sort(source))
+        records = self._records(source)
+
+        def renew() -> Change | None:
+            same = np.array_equal(records.view(np.uint32), self._records(source).view(np.uint32))
+            return None if same else self._copying(source, target)
+
+        return Change(self, target, records, takes_step=False, renew=renew)
+
+    def plan_swap(self, one: ArrayLike, other: ArrayLike) -> Change:
+        """Plan to let rows change places, each of them once."""
+        count = self.live().spec.num_embeddings
+        both = [validation.row_ids(ids, count, self.name) for ids in (one, other)]
+        joined = np.concatenate([each.flat for each in both])
+        if both[0].shape != both[1].shape or np.unique(joined).size != joined.size:
+            msg = (
+                f"table {self.name!r}: rows change places in pairs, and each of them once; "
+                f"got {both[0].flat.size} and {both[1].flat.size} ids, {np.unique(joined).size} of them different"
+            )
+            raise ValueError(msg)
+        return self.plan_copy(joined, np.concatenate([both[1].flat, both[0].flat]))
+
+    def _records(self, rows: Int64Array) -> Float32Array:
+        """Copy whole records of rows, as they are at the table's step."""
+        records = np.hstack([self.read(column, rows) for column in self.spec.columns])
+        if self.spec.is_caught_up:
+            records[:, -1] = self.training.step
+        return records
+
+    def carry_out_change(self, change: Change) -> None:
+        """Carry out a change that was planned."""
+        batch.change(self.runtime, [change])
+
     def change(
         self,
         ids: ArrayLike,
@@ -339,10 +382,8 @@ class TableState:
         rows_at_once = max(1, MATERIALIZED_BYTES // self.spec.record_bytes)
         for start in range(0, self.live().spec.num_embeddings, rows_at_once):
             rows = np.arange(start, min(start + rows_at_once, self.live().spec.num_embeddings))
-            records = np.hstack([self.read(column, rows) for column in self.spec.columns])
-            records[:, -1] = self.training.step
             each_once = plan.Grouped(rows, np.arange(rows.size + 1), np.arange(rows.size))
-            batch.change(self.runtime, [Change(self, each_once, records, takes_step=False)])
+            batch.change(self.runtime, [Change(self, each_once, self._records(rows), takes_step=False)])
 
     def freeze(self, start: int, stop: int | None, *, frozen: bool) -> None:
         """Freeze a range of rows, or unfreeze it."""

@@ -475,6 +475,118 @@ class KeyedTable:
         """
         self._keyed.change(keys, rows, "rows", missing=missing, create=create, check_finite=check_finite)
 
+    def reset_rows(self, keys: KeysLike) -> None:
+        """Make the rows of keys freshly initialised; see `Table.reset_rows`.
+
+        Parameters
+        ----------
+        keys : array_like of int, str or bytes
+            As for `Vocabulary.lookup`; they keep their rows.
+
+        Raises
+        ------
+        UnknownKeyError, TypeError, ValueError
+            As `lookup`; nothing was changed.
+        ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
+            As `Table.reset_rows`; nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits as `Table.update`.
+
+        Examples
+        --------
+        >>> table.reset_rows([-5])
+        """
+        self._keyed.reset(keys)
+
+    def copy_rows(self, source: KeysLike, target: KeysLike) -> None:
+        """Overwrite the rows of keys by those of others, with optimizer state and counters; see `Table.copy_rows`.
+
+        Parameters
+        ----------
+        source : array_like of int, str or bytes
+            The keys whose rows are copied.
+        target : array_like of int, str or bytes, shape ``source.shape``
+            The keys whose rows become like them; they have rows already.
+
+        Raises
+        ------
+        UnknownKeyError, TypeError, ValueError
+            A key has no row; the shapes differ. Nothing was changed.
+        ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
+            As `Table.copy_rows`; nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits as `Table.update`.
+
+        Examples
+        --------
+        >>> table.copy_rows([-5], [-5])
+        """
+        self._keyed.copy_rows(source, target)
+
+    def swap_rows(self, keys: KeysLike, others: KeysLike) -> None:
+        """Let the rows of keys change places with those of others; see `Table.swap_rows`.
+
+        Parameters
+        ----------
+        keys, others : array_like of int, str or bytes
+            As many of both, each of them once.
+
+        Raises
+        ------
+        UnknownKeyError, TypeError, ValueError
+            A key has no row; the shapes differ; a key occurs twice. Nothing was changed.
+        ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
+            As `Table.swap_rows`; nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits as `Table.update`.
+
+        Examples
+        --------
+        >>> table.write([1, 2], [[1.0, 1.0], [2.0, 2.0]], create=True)
+        >>> table.swap_rows([1], [2])
+        >>> table.lookup([1, 2])
+        array([[2., 2.],
+               [1., 1.]], dtype=float32)
+        """
+        self._keyed.swap_rows(keys, others)
+
+    def delete(self, keys: KeysLike) -> NDArray[np.int64]:
+        """Take the rows of keys away, in all tables of their vocabulary; see `Vocabulary.remove`.
+
+        Parameters
+        ----------
+        keys : array_like of int, str or bytes
+            As for `Vocabulary.lookup`.
+
+        Returns
+        -------
+        ndarray of int64, shape ``keys.shape``
+            The rows that they had, -1 for keys that had none. The caller's own memory.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `Vocabulary.remove`.
+        ReadOnlyError, StoreClosedError, VocabularyNotFoundError, PoisonedError, DiskFullError
+            No key was removed.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes. Other keys get these rows after the next commit.
+
+        Examples
+        --------
+        >>> table.delete([1, 2]).size
+        2
+        """
+        return self._keyed.keys.remove_keys(keys)
+
     def evict(
         self, *, older_than: int | None = None, keep: int | None = None, by: Literal["lru", "lfu"] = "lru"
     ) -> NDArray[Any]:

@@ -526,6 +526,60 @@ class Table:
         """
         self._state.reset(ids)
 
+    def copy_rows(self, source: ArrayLike, target: ArrayLike) -> None:
+        """Overwrite rows by others, with optimizer state and counters: all of them, or none.
+
+        Parameters
+        ----------
+        source : array_like of int
+            The rows to copy, of any integer dtype and any shape. All are read before any row changes.
+        target : array_like of int, shape ``source.shape``
+            The rows that become like them; of duplicates the last wins.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The ids are not integers, or the shapes differ.
+        RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
+            As `update`; nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits as `update`. In memory only until `Store.commit`.
+
+        Examples
+        --------
+        >>> table.copy_rows([0, 1], [10, 11])
+        >>> bool((table.lookup([10, 11]) == table.lookup([0, 1])).all())
+        True
+        """
+        self._state.carry_out_change(self._state.plan_copy(source, target))
+
+    def swap_rows(self, rows: ArrayLike, others: ArrayLike) -> None:
+        """Let rows change places with others, with optimizer state and counters: all of them, or none.
+
+        Parameters
+        ----------
+        rows, others : array_like of int
+            Row ids of any integer dtype, and of one shape; each id occurs once.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The ids are not integers; the shapes differ; an id occurs twice.
+        RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
+            As `update`; nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits as `update`. In memory only until `Store.commit`.
+
+        Examples
+        --------
+        >>> table.swap_rows([0, 1], [20, 21])
+        """
+        self._state.carry_out_change(self._state.plan_swap(rows, others))
+
     def set_optimizer(self, optimizer: Optimizer) -> None:
         """Change the optimizer's hyper-parameters for the following updates; part of the next commit.
 

@@ -241,6 +241,33 @@ class KeyedRows:
         change = self.plan_change(given, values, what, missing=missing, create=create, check_finite=finite)
         return batch.change(self.table.runtime, [change], scaling)
 
+    def reset(self, given: KeysLike) -> None:
+        """Give the rows of keys their initial records again."""
+        self._carry_out(lambda: self.table.plan_reset(np.unique(self._known(given))))
+
+    def copy_rows(self, source: KeysLike, target: KeysLike) -> None:
+        """Overwrite the rows of keys by those of others; see `TableState.plan_copy`."""
+        self._carry_out(lambda: self.table.plan_copy(self._known(source), self._known(target)))
+
+    def swap_rows(self, one: KeysLike, other: KeysLike) -> None:
+        """Let the rows of keys change places; see `TableState.plan_swap`."""
+        self._carry_out(lambda: self.table.plan_swap(self._known(one), self._known(other)))
+
+    def _carry_out(self, plan: Callable[[], Change]) -> None:
+        """Carry out a change of rows of keys; it is planned anew if a key gets another row before it begins."""
+
+        def planned() -> Change:
+            before, change = self.keys.reassigned, plan()
+
+            def renew() -> Change | None:
+                if self.keys.reassigned != before:
+                    return planned()
+                return change.renew() if change.renew else None
+
+            return replace(change, renew=renew)
+
+        self.table.carry_out_change(planned())
+
     def evict(self, *, older_than: int | None, keep: int | None, by: Literal["lru", "lfu"]) -> NDArray[Any]:
         """Remove the keys that are used least; return them. See `KeyedTable.evict`."""
         if COUNT not in self.table.spec.columns:
