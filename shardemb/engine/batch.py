@@ -25,7 +25,7 @@ from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE
 from shardemb.compute import plan, row_kernels, scheduler
 from shardemb.engine import filling
-from shardemb.engine.planned import Change, Read, Target
+from shardemb.engine.planned import Change, Read, Reading, Target
 from shardemb.engine.shards import PAGED_ROWS
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Loaded:
 _NO_ROWS = np.empty(0, np.int64)
 
 
-def read(runtime: Runtime, reads: Sequence[Read]) -> None:
+def read(runtime: Runtime, reads: Sequence[Reading]) -> None:
     """Carry out lookups in one or several tables, together.
 
     Warm batches are gathered as they are, without a sort or a system call for each row. Cold ones are grouped first,
@@ -141,7 +141,7 @@ def read_range(runtime: Runtime, table: Target, column: str, start: int, stop: i
 
 
 def _without_lock(
-    runtime: Runtime, reads: Sequence[Read], gather: Callable[[Runtime, Sequence[Read]], None]
+    runtime: Runtime, reads: Sequence[Reading], gather: Callable[[Runtime, Sequence[Reading]], None]
 ) -> None:
     """Gather without the lock; if rows are spilled or leave their slots meanwhile, start over under the lock.
 
@@ -162,7 +162,7 @@ def _without_lock(
         _gather_paged(runtime, each)
 
 
-def _gather(runtime: Runtime, reads: Sequence[Read]) -> None:
+def _gather(runtime: Runtime, reads: Sequence[Reading]) -> None:
     samples = _samples(len(reads))
     cold = [each for each in reads if each.shards.is_cold(each.ids, samples)]
     if not cold:
@@ -175,24 +175,23 @@ def _gather(runtime: Runtime, reads: Sequence[Read]) -> None:
         _gather_all(runtime, reads)
 
 
-def _gather_all(runtime: Runtime, reads: Sequence[Read]) -> None:
-    gathers = [partial(read.shards.gather, read.column, read.ids, read.out) for read in reads]
+def _gather_all(runtime: Runtime, reads: Sequence[Reading]) -> None:
     run_pieces(
         runtime,
-        gathers,
+        [read.gather for read in reads],
         [read.ids.size for read in reads],
         [_row_bytes(read.shards, read.column, read.ids) for read in reads],
     )
 
 
-def _gather_range(runtime: Runtime, reads: Sequence[Read]) -> None:
+def _gather_range(runtime: Runtime, reads: Sequence[Reading]) -> None:
     for read in reads:
         if read.shards.is_cold(read.ids, SAMPLES):
             read.shards.read_ahead(read.ids, 0, read.ids.size)
-        read.shards.gather(read.column, read.ids, read.out, 0, read.ids.size)
+        read.gather(0, read.ids.size)
 
 
-def _gather_paged(runtime: Runtime, read: Read) -> None:
+def _gather_paged(runtime: Runtime, read: Reading) -> None:
     """Gather under the lock, part by part, and reload the spilled rows of each part first.
 
     So a lookup exceeds the memory budget by one part at most, and others get the lock between parts.
@@ -215,7 +214,7 @@ def _gather_paged(runtime: Runtime, read: Read) -> None:
                 shards.overlay.reload(rows)
             if shards.is_cold(rows, SAMPLES):
                 shards.read_ahead(rows, 0, rows.size)
-            shards.gather(read.column, read.ids, read.out, start, stop)
+            read.gather_part(start, stop)
 
 
 def change(runtime: Runtime, changes: Sequence[Change]) -> None:
@@ -465,11 +464,8 @@ def _work(change: Change, rows: Loaded) -> Callable[[int, int], None]:
     def overwrite(start: int, stop: int) -> None:
         row_kernels.scatter(shards.records, places, batch.starts, batch.order, values, start, stop)
         if counts_writes:
-            counters = shards.records[places[start:stop], -2:]
-            counters[:, 0] += np.diff(batch.starts[start : stop + 1])
-            counters[:, 0] = np.minimum(counters[:, 0], row_kernels.MAX_COUNT)
-            counters[:, 1] = training.step
-            shards.records[places[start:stop], -2:] = counters
+            _count_more(shards, places[start:stop], np.diff(batch.starts[start : stop + 1]))
+            shards.records[places[start:stop], -1] = training.step
 
     if not change.takes_step or training.optimizer is None:
         return overwrite
@@ -478,13 +474,39 @@ def _work(change: Change, rows: Loaded) -> Callable[[int, int], None]:
     scalars = np.array(training.optimizer.scalars(number), np.float32)
     counting = number if shards.spec.counters else 0
 
-    def take_step(start: int, stop: int) -> None:
+    def take_step(
+        grouped: plan.Grouped, values: Float32Array, slots: Int64Array, start: int, stop: int
+    ) -> None:
         scratch = np.empty(values.shape[1], np.float32)
         step(
-            shards.records, places, batch.starts, batch.order, values, scalars, scratch, counting, start, stop
+            shards.records,
+            slots,
+            grouped.starts,
+            grouped.order,
+            values,
+            scalars,
+            scratch,
+            counting,
+            start,
+            stop,
         )
 
-    return take_step
+    if change.row_gradients is None:
+        return partial(take_step, batch, values, places)
+
+    def take_summed_step(start: int, stop: int) -> None:
+        for some, gradients in change.summed(start, stop):
+            count = len(gradients)
+            take_step(plan.each_once(count), gradients, places[some], 0, count)
+            if counting:  # the step has counted each row once
+                _count_more(shards, places[some], np.diff(batch.starts)[some] - 1)
+
+    return take_summed_step
+
+
+def _count_more(shards: Shards, places: Int64Array, times: Int64Array) -> None:
+    """Add to the counts of updates of distinct rows."""
+    shards.records[places, -2] = np.minimum(shards.records[places, -2] + times, row_kernels.MAX_COUNT)
 
 
 def _samples(tables: int) -> int:
