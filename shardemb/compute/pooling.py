@@ -75,11 +75,11 @@ def divisors(weights: Float32Array, bounds: Int64Array, squared: bool) -> Float3
     """Return the sum of each bag's weights, or the root of the sum of their squares; without weights, all are 1."""
     found = np.empty(bounds.size - 1, np.float32)
     for bag in range(found.size):
-        total = float(bounds[bag + 1] - bounds[bag])
+        total = np.float64(bounds[bag + 1] - bounds[bag])
         if weights.size:
             total = 0.0
             for i in range(bounds[bag], bounds[bag + 1]):
-                weight = float(weights[i])
+                weight = np.float64(weights[i])
                 total += weight * weight if squared else weight
         found[bag] = np.sqrt(total) if squared else total
     return found
@@ -250,11 +250,11 @@ def weigh(
     ``(p[k] - sum(w * p) / d * w[k] / d) / d`` where the divisor is the root of the sum of squares; 0 if it is 0.
     """
     for bag in range(bounds.size - 1):
-        first, last, divisor = bounds[bag], bounds[bag + 1], float(divisors[bag])
+        first, last, divisor = bounds[bag], bounds[bag + 1], np.float64(divisors[bag])
         pooled = 0.0
         for i in range(first, last):
-            pooled += float(weights[i]) * float(products[i])
+            pooled += np.float64(weights[i]) * np.float64(products[i])
         pooled = pooled / divisor if divisor != 0 else 0.0
         for i in range(first, last):
-            share = float(weights[i]) / divisor if squared else 1.0
-            products[i] = (float(products[i]) - pooled * share) / divisor if divisor != 0 else 0.0
+            share = np.float64(weights[i]) / divisor if squared else 1.0
+            products[i] = (np.float64(products[i]) - pooled * share) / divisor if divisor != 0 else 0.0

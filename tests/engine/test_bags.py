@@ -256,15 +256,20 @@ def test_nor_on_how_large_pieces_are(tmp_path, monkeypatch):
 
 def test_spilled_rows_are_read_part_by_part_also_within_a_bag(path, monkeypatch):
     monkeypatch.setattr("shardemb.engine.batch.PAGED_ROWS", 16)
-    with shardemb.open(path, memory_budget=0) as store:
+    store = shardemb.open(path, memory_budget=0)
+    try:
         table = new_table(store)
         table.write(EVERYTHING, np.random.default_rng(1).normal(size=(ROWS, DIM)))
+        table.write([0], np.ones((1, DIM)))  # what is in memory is spilled for it
         assert table.stats()["rows_out"]
         rows = table.lookup(EVERYTHING)
         ids, offsets = np.concatenate([EVERYTHING, [5, 6]]), [0, 0, 1, 299, 301]
         for mode in MODES:
             expected, _ = bag_model.pool(rows[ids], ids, bag_model.bounds_of(offsets, ids.size), mode)
             assert_same_bits(table.lookup_bag(ids, offsets, mode=mode), expected)
+            table.write([0], rows[:1])
+            assert table.stats()["rows_out"]
+    finally:
         close_quietly(store)
 
 
@@ -281,7 +286,7 @@ def test_rows_that_move_meanwhile_are_read_again(store, monkeypatch):
         calls.append(arguments)
         if len(calls) == 1:
             arguments[2][:] = np.nan
-            shards.overlay.version += 1
+            shards.overlay._version += 1
 
     monkeypatch.setattr(shards, "gather", disturbed)
     assert_same_bits(table.lookup_bag(ids, offsets), expected)
@@ -297,7 +302,7 @@ def test_cold_batches_request_their_pages_first(path):
         store.checkpoint()
     with shardemb.open(path, mode="r", warm=False) as store:
         table = store["t"]
-        drop_caches(path)
+        drop_caches(table)
         expected = ids.reshape(100, 20).sum(axis=1, dtype=np.float32)
         assert_same_bits(table.lookup_bag(ids.reshape(100, 20))[:, 5], expected)
         assert table.stats()["cold_lookups"] == 1
