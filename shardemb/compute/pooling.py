@@ -7,9 +7,7 @@ then. So a bag is summed in the order of its positions, whatever the pieces of t
 `locate` finds the places of rows, and says so where some of them are not in any record. `add` and `maximise` take rows
 from places, in the records of a table or in a scratch of a few rows that were copied or drawn before.
 
-Rows are prefetched across the ends of bags. The loops over the values of a row are as plain as LLVM needs to vectorise
-them; a row of a thousand bytes stays in the first-level cache as the sum of its bag, where adding to it costs nothing
-beside the cache misses of the rows.
+Rows are prefetched across the ends of bags, and as many columns of a sum as possible stay in registers.
 """
 
 from __future__ import annotations
@@ -18,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shardemb.compute.compiler import inlined, kernel
-from shardemb.compute.intrinsics import prefetch
+from shardemb.compute.compiler import kernel
+from shardemb.compute.intrinsics import add_rows, max_rows, prefetch
 from shardemb.compute.row_index import places_of
 
 if TYPE_CHECKING:
@@ -28,17 +26,10 @@ if TYPE_CHECKING:
     from shardemb.base.validation import Float32Array, Int64Array
 
 _AHEAD = 12
-"""How many rows ahead to prefetch: one takes less time here than in a gather, as it is not written anywhere."""
+"""How many rows ahead to prefetch."""
 
-_CACHE_LINE, _PREFETCHED_BYTES = 64, 512
-"""How much of a row is prefetched; for the rest, the processor recognises the sequential access."""
-
-
-@inlined
-def _prefetch_row(address: int, nbytes: int) -> None:
-    """Prefetch the first bytes of a row, a cache line at a time."""
-    for line in range(0, min(nbytes, _PREFETCHED_BYTES), _CACHE_LINE):
-        prefetch(address + line)
+WIDE, NARROW = 64, 16
+"""Columns that are added up at a time; those that are left over at the end of a row one by one."""
 
 
 # ---- bags -----------------------------------------------------------------------------------------------------
@@ -75,14 +66,56 @@ def divisors(weights: Float32Array, bounds: Int64Array, squared: bool) -> Float3
     """Return the sum of each bag's weights, or the root of the sum of their squares; without weights, all are 1."""
     found = np.empty(bounds.size - 1, np.float32)
     for bag in range(found.size):
-        total = np.float64(bounds[bag + 1] - bounds[bag])
-        if weights.size:
-            total = 0.0
+        total = 0.0
+        if not weights.size:
+            total += bounds[bag + 1] - bounds[bag]
+        else:
             for i in range(bounds[bag], bounds[bag + 1]):
                 weight = np.float64(weights[i])
                 total += weight * weight if squared else weight
         found[bag] = np.sqrt(total) if squared else total
     return found
+
+
+@kernel
+def _add_some(
+    records: Float32Array,
+    places: Int64Array,
+    weights: Float32Array,
+    total: Float32Array,
+    first: int,
+    last: int,
+    start: int,
+) -> None:
+    """Add the rows at ``places[first:last]`` to `total`; `start` is the position of the first of all places."""
+    dim, record_bytes, source, here = (
+        total.size,
+        4 * records.shape[1],
+        records.ctypes.data,
+        places.ctypes.data,
+    )
+    count, known, here, column = last - first, places.size - first, here + 8 * first, 0
+    factors = weights.ctypes.data + 4 * (start + first)
+    while column + NARROW <= dim:
+        target, row = total.ctypes.data + 4 * column, source + 4 * column
+        if column + WIDE <= dim:
+            if weights.size:
+                add_rows(WIDE, target, row, here, record_bytes, count, known, factors)
+            else:
+                add_rows(WIDE, target, row, here, record_bytes, count, known, 0)
+            column += WIDE
+        else:
+            if weights.size:
+                add_rows(NARROW, target, row, here, record_bytes, count, known, factors)
+            else:
+                add_rows(NARROW, target, row, here, record_bytes, count, known, 0)
+            column += NARROW
+    if column < dim:
+        for k in range(first, last):
+            prefetch(source + places[min(k + _AHEAD, places.size - 1)] * record_bytes + 4 * column)
+            weight = weights[start + k] if weights.size else np.float32(1)
+            for j in range(column, dim):
+                total[j] += weight * records[places[k], j]
 
 
 @kernel
@@ -101,31 +134,66 @@ def add(
     `bag` is that of the first position, or an empty one before it. Rows are multiplied by `weights`, and complete sums
     divided by `divisors`, if there are any; a sum that would be divided by 0 becomes 0.
     """
-    dim, stop, last = out.shape[1], start + places.size, places.size - 1
-    base, record_bytes = records.ctypes.data, 4 * records.shape[1]
-    i = start
-    while i < stop:
-        while bounds[bag + 1] <= i:  # an empty one, or the one before
+    dim, i = out.shape[1], 0
+    while i < places.size:
+        while bounds[bag + 1] <= start + i:  # an empty one, or the one before
             bag += 1
-        total, end = out[bag], min(bounds[bag + 1], stop)
-        if i == bounds[bag]:
+        total, end = out[bag], min(bounds[bag + 1] - start, places.size)
+        if start + i == bounds[bag]:
             for j in range(dim):
                 total[j] = 0
-        for k in range(i, end):
-            _prefetch_row(base + places[min(k - start + _AHEAD, last)] * record_bytes, 4 * dim)
-            row = records[places[k - start]]
-            if weights.size:
-                weight = weights[k]
-                for j in range(dim):
-                    total[j] += weight * row[j]
-            else:
-                for j in range(dim):
-                    total[j] += row[j]
-        if divisors.size and end == bounds[bag + 1]:
+        _add_some(records, places, weights, total, i, end, start)
+        if divisors.size and start + end == bounds[bag + 1]:
             divisor = divisors[bag]
             for j in range(dim):
                 total[j] = total[j] / divisor if divisor != 0 else np.float32(0)
         i = end
+
+
+@kernel
+def _max_some(
+    records: Float32Array,
+    places: Int64Array,
+    greatest: Float32Array,
+    winner: NDArray[np.int32],
+    first: int,
+    last: int,
+    within: int,
+) -> None:
+    """Take the rows at ``places[first:last]`` into the maxima; `within` is the position in its bag of the first one."""
+    dim, record_bytes, source, here = (
+        greatest.size,
+        4 * records.shape[1],
+        records.ctypes.data,
+        places.ctypes.data,
+    )
+    count, known, here, column = last - first, places.size - first, here + 8 * first, 0
+    while column + NARROW <= dim:
+        target, row, wins = (
+            greatest.ctypes.data + 4 * column,
+            source + 4 * column,
+            winner.ctypes.data + 4 * column,
+        )
+        if column + WIDE <= dim:
+            if winner.size:
+                max_rows(WIDE, target, row, here, record_bytes, count, known, wins, within)
+            else:
+                max_rows(WIDE, target, row, here, record_bytes, count, known, 0, within)
+            column += WIDE
+        else:
+            if winner.size:
+                max_rows(NARROW, target, row, here, record_bytes, count, known, wins, within)
+            else:
+                max_rows(NARROW, target, row, here, record_bytes, count, known, 0, within)
+            column += NARROW
+    for k in range(first, last if column < dim else first):
+        prefetch(source + places[min(k + _AHEAD, places.size - 1)] * record_bytes + 4 * column)
+        for j in range(column, dim):
+            value = records[places[k], j]
+            if value > greatest[j]:
+                greatest[j] = value
+                if winner.size:
+                    winner[j] = within + k - first
 
 
 @kernel
@@ -142,28 +210,18 @@ def maximise(
 
     If `winners` has rows, ``winners[bag, j]`` becomes the position in its bag that value ``j`` comes from.
     """
-    dim, stop, last = out.shape[1], start + places.size, places.size - 1
-    base, record_bytes = records.ctypes.data, 4 * records.shape[1]
-    i = start
-    while i < stop:
-        while bounds[bag + 1] <= i:
+    i = 0
+    while i < places.size:
+        while bounds[bag + 1] <= start + i:
             bag += 1
-        greatest, end = out[bag], min(bounds[bag + 1], stop)
-        for k in range(i, end):
-            _prefetch_row(base + places[min(k - start + _AHEAD, last)] * record_bytes, 4 * dim)
-            row, within = records[places[k - start]], np.int32(k - bounds[bag])
-            if winners.size:
-                winner = winners[bag]
-                for j in range(dim):
-                    wins = within == 0 or row[j] > greatest[j]
-                    greatest[j] = row[j] if wins else greatest[j]
-                    winner[j] = within if wins else winner[j]
-            elif within == 0:
-                for j in range(dim):
-                    greatest[j] = row[j]
-            else:
-                for j in range(dim):
-                    greatest[j] = row[j] if row[j] > greatest[j] else greatest[j]
+        greatest, end, within = out[bag], min(bounds[bag + 1] - start, places.size), start + i - bounds[bag]
+        winner = winners[bag] if winners.size else winners.reshape(-1)
+        if within == 0:
+            for j in range(greatest.size):
+                greatest[j] = records[places[i], j]
+            for j in range(winner.size):
+                winner[j] = 0
+        _max_some(records, places, greatest, winner, i, end, within)
         i = end
 
 
@@ -171,22 +229,22 @@ def maximise(
 
 
 @kernel
-def sum_gradients(
+def sum_won(
     gradients: Float32Array,
-    bags: Int64Array,
-    bounds: Int64Array,
-    coefficients: Float32Array,
     winners: NDArray[np.int32],
+    bounds: Int64Array,
+    bags: Int64Array,
+    coefficients: Float32Array,
     starts: Int64Array,
     order: Int64Array,
     out: Float32Array,
     start: int,
     stop: int,
 ) -> None:
-    """Set ``out[u - start]`` to the summed gradient of each of the distinct rows ``start:stop`` of a grouped batch.
+    """Set ``out[u - start]`` to the gradient by each of the distinct rows ``start:stop`` of a batch, of maxima.
 
-    A row gets, for each of its positions in the order of the batch, the coefficient of the position times the gradient
-    of the bag; of a maximum, only those values that come from this position.
+    A row gets, for each of its positions in the order of the batch, the gradients of its bag's values that come from
+    this position, multiplied by the position's coefficient if there are any.
     """
     dim = gradients.shape[1]
     for u in range(start, stop):
@@ -196,16 +254,10 @@ def sum_gradients(
         for k in range(starts[u], starts[u + 1]):
             position = order[k]
             bag = bags[position]
-            gradient, coefficient = gradients[bag], np.float32(1)
-            if coefficients.size:
-                coefficient = coefficients[position]
-            if winners.size:
-                winner, within = winners[bag], np.int32(position - bounds[bag])
-                for j in range(dim):
-                    total[j] += coefficient * gradient[j] if winner[j] == within else np.float32(0)
-            else:
-                for j in range(dim):
-                    total[j] += coefficient * gradient[j]
+            gradient, winner, within = gradients[bag], winners[bag], np.int32(position - bounds[bag])
+            coefficient = coefficients[position] if coefficients.size else np.float32(1)
+            for j in range(dim):
+                total[j] += coefficient * gradient[j] if winner[j] == within else np.float32(0)
 
 
 @kernel
@@ -225,7 +277,9 @@ def dot(
     base, record_bytes = records.ctypes.data, 4 * records.shape[1]
     parts = np.empty(8, np.float32)
     for i in range(places.size):
-        _prefetch_row(base + places[min(i + _AHEAD, last)] * record_bytes, 4 * dim)
+        ahead = base + places[min(i + _AHEAD, last)] * record_bytes
+        for line in range(0, min(4 * dim, 512), 64):
+            prefetch(ahead + line)
         row, gradient = records[places[i]], gradients[bags[start + i]]
         parts[:] = 0
         for j in range(0, dim - dim % 8, 8):

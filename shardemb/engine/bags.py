@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from shardemb.engine.shards import Shards
     from shardemb.format.spec import TableSpec
 
+RowGradients: TypeAlias = "Callable[[Float32Array, int, int], None]"
+
 Mode = Literal["sum", "mean", "max", "sqrtn"]
 """How the rows of a bag become one; see `Table.lookup_bag`."""
 
@@ -159,6 +161,10 @@ class Pooling:
         """The bag of each position."""
         return np.repeat(np.arange(self.count), np.diff(self.bounds))
 
+    def begin_at(self, position: int) -> bool:
+        """Whether a bag begins at a position."""
+        return bool(self.bounds[np.searchsorted(self.bounds, position)] == position)
+
     def pool(
         self,
         out: Float32Array,
@@ -230,14 +236,25 @@ def visit(
     stop: int,
     use: Callable[[Float32Array, Int64Array, int], None],
 ) -> None:
-    """Call ``use(records, places, first)`` for consecutive ranges of the positions ``start:stop``."""
+    """Call ``use(records, places, first)`` for consecutive ranges of the positions ``start:stop``.
+
+    A bag that begins at `start` may be begun once more: `use` begins it anew.
+    """
     if start == stop:
         return
-    if bags.stand_ins is None and shards.hidden is None:
-        places = pooling.locate(*shards.overlay.index, shards.present, bags.ids, start, stop)
+    hidden, begins = shards.hidden, bags.begin_at(start)
+    seen = None if hidden is None else hidden.look(shards.spec)
+    if bags.stand_ins is None and (seen is None or (begins and not seen[1])):
+        index = shards.overlay.index
+        if index[0].size or shards.present.size:
+            places = pooling.locate(*index, shards.present, bags.ids, start, stop)
+        else:  # all rows are where they are in the files
+            places = bags.ids[start:stop]
         if places.size:
             use(shards.records, places, start)
-            return
+            # A writer may have begun to fill rows that this reader must not see.
+            if hidden is None or hidden.look(shards.spec) == seen:
+                return
     for first, last in few_rows(start, stop, shards.spec.embedding_dim):
         rows = np.empty((last - first, shards.spec.embedding_dim), np.float32)
         shards.gather("weight", bags.ids[first:last], rows, 0, last - first)
@@ -398,20 +415,24 @@ class PlannedBags(NamedTuple):
             return self._change_of_maximum(change, coefficients)
         if not coefficients.size:  # a row's gradient is the sum of those of its bags
             return replace(change, batch=replace(grouped, order=bags.bag_of[grouped.order]))
-        return replace(change, row_gradients=_weighed(change, bags.bag_of, bags.bounds, coefficients))
+        return replace(change, row_gradients=_weighed(change, bags.bag_of, coefficients))
 
     def _change_of_maximum(self, change: Change, coefficients: Float32Array) -> Change:
         """Complete a change by where the maxima come from, which is looked up again if any row has changed since."""
         before = self.shards.totals.changes
-        weighed = _weighed(change, self.bags.bag_of, self.bags.bounds, coefficients, self.winners())
+        bags, grouped, winners = self.bags, change.batch, self.winners()
+
+        def row_gradients(out: Float32Array, start: int, stop: int) -> None:
+            given = change.values, winners, bags.bounds, bags.bag_of, coefficients
+            pooling.sum_won(*given, grouped.starts, grouped.order, out, start, stop)
 
         def renew() -> Change | None:
-            now = memory_now(self.table, self.shards, self.bags.ids)
+            now = memory_now(self.table, self.shards, bags.ids)
             if now is self.shards and now.totals.changes == before:
                 return None
             return self._replace(shards=now)._change_of_maximum(change, coefficients)
 
-        return replace(change, row_gradients=weighed, renew=renew)
+        return replace(change, row_gradients=row_gradients, renew=renew)
 
 
 def grouped_at(ids: Int64Array, positions: Int64Array | None, num_embeddings: int) -> plan.Grouped:
@@ -426,8 +447,7 @@ def by_frequency(change: Change) -> Change:
     """Return a change that divides the gradients of each row by how often the row occurs in the batch."""
     count = len(change.values)
     coefficients = _frequencies(change.batch, _NO_FLOATS, count)
-    each = np.arange(count + 1)
-    return replace(change, row_gradients=_weighed(change, each[:-1], each, coefficients))
+    return replace(change, row_gradients=_weighed(change, np.arange(count), coefficients))
 
 
 def _frequencies(grouped: plan.Grouped, weights: Float32Array, count: int) -> Float32Array:
@@ -438,20 +458,18 @@ def _frequencies(grouped: plan.Grouped, weights: Float32Array, count: int) -> Fl
     return coefficients * weights if weights.size else coefficients
 
 
-def _weighed(
-    change: Change,
-    bag_of: Int64Array,
-    bounds: Int64Array,
-    coefficients: Float32Array,
-    winners: NDArray[np.int32] = _NO_WINNERS,
-) -> Callable[[Float32Array, int, int], None]:
-    """Return what writes the summed gradients of a range of distinct rows; see `pooling.sum_gradients`."""
-    grouped, gradients = change.batch, change.values
+def _weighed(change: Change, bag_of: Int64Array, coefficients: Float32Array) -> RowGradients:
+    """Return what writes the gradients of rows: those of their bags, each times the coefficient of its position.
+
+    They are added up like the rows of bags: the bags are what is added, and the positions of a row make one of them.
+    """
+    grouped = change.batch
+    bags, factors = bag_of[grouped.order], coefficients[grouped.order]
 
     def row_gradients(out: Float32Array, start: int, stop: int) -> None:
-        pooling.sum_gradients(
-            gradients, bag_of, bounds, coefficients, winners, grouped.starts, grouped.order, out, start, stop
-        )
+        bounds = grouped.starts[start : stop + 1]
+        some = slice(int(bounds[0]), int(bounds[-1]))
+        pooling.add(change.values, bags[some], factors[some], bounds - bounds[0], _NO_FLOATS, out, 0, 0)
 
     return row_gradients
 

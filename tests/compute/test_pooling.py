@@ -7,15 +7,18 @@ from support.model import assert_same_bits
 
 from shardemb.compute import pooling
 
-DIM, ROWS = 5, 40
+ROWS = 40
+DIMS = [1, 16, 21, 64, 64 + 2 * 16 + 3]
+"""Some have columns in wide and in narrow registers, and some in none."""
+
 NOTHING = np.empty(0, np.float32)
 NO_INDEX = *[np.empty(0, np.int32)] * 3, 0
 NO_WINNERS = np.empty((0, 0), np.int32)
 
 
-def batch(seed, count=60, bags=17):
+def batch(seed, dim, count=60, bags=17):
     rng = np.random.default_rng(seed)
-    records = rng.normal(size=(ROWS, DIM + 2)).astype(np.float32)
+    records = rng.normal(size=(ROWS, dim + 2)).astype(np.float32)
     ids = rng.integers(0, ROWS, count)
     bounds = np.sort(np.concatenate([[0, count], rng.integers(0, count + 1, bags - 1)]))
     return records, ids, bounds, rng.normal(size=count).astype(np.float32)
@@ -31,18 +34,19 @@ def bag_at(bounds, position):
     return int(np.searchsorted(bounds, position, "right")) - 1
 
 
+@pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("mode", ["sum", "mean", "sqrtn"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_sums_are_those_of_a_loop_wherever_the_batch_is_cut(mode, weighted):
-    for seed in range(5):
-        records, ids, bounds, weights = batch(seed)
+def test_sums_are_those_of_a_loop_wherever_the_batch_is_cut(dim, mode, weighted):
+    for seed in range(3):
+        records, ids, bounds, weights = batch(seed, dim)
         given = weights if weighted else NOTHING
         divisors = NOTHING if mode == "sum" else pooling.divisors(given, bounds, mode == "sqrtn")
-        out = np.zeros((bounds.size - 1, DIM), np.float32)
+        out = np.zeros((bounds.size - 1, dim), np.float32)
         out[np.diff(bounds) > 0] = np.nan  # what was there is overwritten; empty bags are the caller's
         for start, stop in pieces(np.random.default_rng(seed), ids.size):
             pooling.add(records, ids[start:stop], given, bounds, divisors, out, bag_at(bounds, start), start)
-        expected, _ = bag_model.pool(records[ids, :DIM], ids, bounds, mode, weights if weighted else None)
+        expected, _ = bag_model.pool(records[ids, :dim], ids, bounds, mode, weights if weighted else None)
         assert_same_bits(out, expected)
 
 
@@ -54,16 +58,17 @@ def test_a_sum_is_not_divided_by_zero():
     assert_same_bits(out, np.zeros((1, 2), np.float32))
 
 
+@pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("with_winners", [False, True])
-def test_the_first_of_equal_maxima_wins_wherever_the_batch_is_cut(with_winners):
-    for seed in range(5):
-        records, ids, bounds, _ = batch(seed)
+def test_the_first_of_equal_maxima_wins_wherever_the_batch_is_cut(dim, with_winners):
+    for seed in range(3):
+        records, ids, bounds, _ = batch(seed, dim)
         records = np.round(records)  # many are equal
-        out = np.zeros((bounds.size - 1, DIM), np.float32)
+        out = np.zeros((bounds.size - 1, dim), np.float32)
         winners = np.full(out.shape, -1, np.int32) if with_winners else NO_WINNERS
         for start, stop in pieces(np.random.default_rng(seed), ids.size):
             pooling.maximise(records, ids[start:stop], bounds, out, winners, bag_at(bounds, start), start)
-        expected, where = bag_model.pool(records[ids, :DIM], ids, bounds, "max")
+        expected, where = bag_model.pool(records[ids, :dim], ids, bounds, "max")
         assert_same_bits(out, expected)
         if with_winners:
             filled = np.diff(bounds) > 0
@@ -87,23 +92,20 @@ def test_it_is_said_where_rows_are_in_no_record():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("maximum", [False, True])
-def test_a_row_gets_the_gradients_of_its_bags(weighted, maximum):
-    records, ids, bounds, weights = batch(1)
-    grads = np.random.default_rng(2).normal(size=(bounds.size - 1, DIM)).astype(np.float32)
-    _, where = bag_model.pool(records[ids, :DIM], ids, bounds, "max")
+def test_a_row_gets_the_gradients_that_it_has_won(weighted):
+    records, ids, bounds, weights = batch(1, 5)
+    grads = np.random.default_rng(2).normal(size=(bounds.size - 1, 5)).astype(np.float32)
+    _, where = bag_model.pool(records[ids, :5], ids, bounds, "max")
     bags = np.repeat(np.arange(bounds.size - 1), np.diff(bounds))
     order = np.argsort(ids, kind="stable")
     rows, starts = np.unique(ids[order], return_index=True)
     starts = np.append(starts, ids.size)
-    winners = (where - bounds[:-1, np.newaxis]).astype(np.int32) if maximum else NO_WINNERS
-    out = np.empty((4, DIM), np.float32)
-    pooling.sum_gradients(
-        grads, bags, bounds, weights if weighted else NOTHING, winners, starts, order, out, 3, 7
-    )
-    expected = bag_model.row_gradients(
-        ids, bounds, grads, "max" if maximum else "sum", weights if weighted else None, winners=where
-    )
+    winners = (where - bounds[:-1, np.newaxis]).astype(np.int32)
+    out = np.empty((4, 5), np.float32)
+    coefficients = weights if weighted else NOTHING
+    pooling.sum_won(grads, winners, bounds, bags, coefficients, starts, order, out, 3, 7)
+    given = weights if weighted else None
+    expected = bag_model.row_gradients(ids, bounds, grads, "max", given, winners=where)
     np.testing.assert_allclose(out, [expected[int(row)] for row in rows[3:7]], rtol=1e-5, atol=1e-6)
 
 
