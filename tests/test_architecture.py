@@ -400,6 +400,7 @@ def parameters(node):
 HOT_LOOPS = {
     "compute.row_kernels",
     "compute.pooling",
+    "compute.intrinsics",
     "compute.residency",
     "compute.row_index",
     "vocabulary.index_kernels",

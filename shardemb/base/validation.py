@@ -287,15 +287,12 @@ def bag_weights(weights: ArrayLike, shape: tuple[int, ...], mode: str, table: st
     if mode == "max":
         msg = f'table {table!r}: the mode "max" takes no weights; leave them out, or choose "sum", "mean" or "sqrtn"'
         raise ValueError(msg)
-    found = rows(
-        np.asarray(as_array(weights, f"table {table!r}: weights"))[..., np.newaxis],
-        (*shape, 1),
-        what="weights",
-        table=table,
-        check_finite=False,
-        form="ids.shape, and one more axis",
-    )
-    return found.reshape(-1)
+    array = as_array(weights, f"table {table!r}: weights")
+    if array.shape != shape:
+        msg = f"table {table!r}: weights have shape {array.shape}, but the ids have {shape}: pass one for each id"
+        raise ValueError(msg)
+    checked = rows(array[..., np.newaxis], (*shape, 1), what="weights", table=table, check_finite=False)
+    return checked.reshape(-1)
 
 
 def padding_row(padding_idx: object, num_embeddings: int, table: str) -> int:

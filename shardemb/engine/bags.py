@@ -189,7 +189,7 @@ class Pooling:
             return self
         before = np.concatenate([np.zeros(1, np.int64), np.cumsum(kept)])
         weights = self.weights[kept] if self.weights.size else self.weights
-        stand_ins = self.stand_ins and self.stand_ins._replace(which=self.stand_ins.which[kept])
+        stand_ins = self.stand_ins and StandIns(self.stand_ins.which[kept], self.stand_ins.row)
         return replace(
             self,
             ids=self.ids[kept],
@@ -412,12 +412,12 @@ class PlannedBags(NamedTuple):
         if scale_grad_by_freq:
             coefficients = _frequencies(grouped, coefficients, bags.ids.size)
         if bags.mode == "max":
-            return self._change_of_maximum(change, coefficients)
+            return self.change_of_maximum(change, coefficients)
         if not coefficients.size:  # a row's gradient is the sum of those of its bags
             return replace(change, batch=replace(grouped, order=bags.bag_of[grouped.order]))
         return replace(change, row_gradients=_weighed(change, bags.bag_of, coefficients))
 
-    def _change_of_maximum(self, change: Change, coefficients: Float32Array) -> Change:
+    def change_of_maximum(self, change: Change, coefficients: Float32Array) -> Change:
         """Complete a change by where the maxima come from, which is looked up again if any row has changed since."""
         before = self.shards.totals.changes
         bags, grouped, winners = self.bags, change.batch, self.winners()
@@ -430,7 +430,7 @@ class PlannedBags(NamedTuple):
             now = memory_now(self.table, self.shards, bags.ids)
             if now is self.shards and now.totals.changes == before:
                 return None
-            return self._replace(shards=now)._change_of_maximum(change, coefficients)
+            return self._replace(shards=now).change_of_maximum(change, coefficients)
 
         return replace(change, row_gradients=row_gradients, renew=renew)
 

@@ -493,15 +493,22 @@ def _work(change: Change, rows: Loaded) -> Callable[[int, int], None]:
 
     if change.row_gradients is None:
         return partial(take_step, batch, values, places)
+    return partial(_take_summed_step, change, rows, take_step)
 
-    def take_summed_step(start: int, stop: int) -> None:
-        for some, gradients in change.summed(start, stop):
-            count = len(gradients)
-            take_step(plan.each_once(count), gradients, places[some], 0, count)
-            if counting:  # the step has counted each row once
-                _count_more(shards, places[some], np.diff(batch.starts)[some] - 1)
 
-    return take_summed_step
+def _take_summed_step(
+    change: Change,
+    rows: Loaded,
+    take_step: Callable[[plan.Grouped, Float32Array, Int64Array, int, int], None],
+    start: int,
+    stop: int,
+) -> None:
+    """Take a step with gradients that were summed before, a few rows at a time."""
+    for some, gradients in change.summed(start, stop):
+        count, places = len(gradients), rows.places[some]
+        take_step(plan.each_once(count), gradients, places, 0, count)
+        if rows.shards.spec.counters:  # the step has counted each row once
+            _count_more(rows.shards, places, np.diff(change.batch.starts[some.start : some.stop + 1]) - 1)
 
 
 def _count_more(shards: Shards, places: Int64Array, times: Int64Array) -> None:
