@@ -229,12 +229,32 @@ def maximise(
 
 
 @kernel
+def list_won(
+    winners: NDArray[np.int32], bounds: Int64Array, begins: Int64Array, columns: NDArray[np.int32]
+) -> None:
+    """List which values of the maxima come from each position: ``columns[begins[i]:begins[i + 1]]``, ascending.
+
+    `begins` has two numbers more than there are positions and is zeros; `columns` has room for all values of `winners`.
+    """
+    for bag in range(winners.shape[0]):
+        for j in range(winners.shape[1] if bounds[bag] < bounds[bag + 1] else 0):
+            begins[bounds[bag] + winners[bag, j] + 2] += 1
+    for i in range(2, begins.size):  # now ``begins[i + 1]`` is where those of position ``i`` begin
+        begins[i] += begins[i - 1]
+    for bag in range(winners.shape[0]):
+        for j in range(winners.shape[1] if bounds[bag] < bounds[bag + 1] else 0):
+            after = bounds[bag] + winners[bag, j] + 1
+            columns[begins[after]] = j
+            begins[after] += 1
+
+
+@kernel
 def sum_won(
     gradients: Float32Array,
-    winners: NDArray[np.int32],
-    bounds: Int64Array,
     bags: Int64Array,
     coefficients: Float32Array,
+    begins: Int64Array,
+    columns: NDArray[np.int32],
     starts: Int64Array,
     order: Int64Array,
     out: Float32Array,
@@ -243,21 +263,18 @@ def sum_won(
 ) -> None:
     """Set ``out[u - start]`` to the gradient by each of the distinct rows ``start:stop`` of a batch, of maxima.
 
-    A row gets, for each of its positions in the order of the batch, the gradients of its bag's values that come from
-    this position, multiplied by the position's coefficient if there are any.
+    A row gets, for each of its positions in the order of the batch, the gradients of the values that it has won there
+    (`list_won`), multiplied by the position's coefficient if there are any.
     """
-    dim = gradients.shape[1]
     for u in range(start, stop):
         total = out[u - start]
-        for j in range(dim):
+        for j in range(total.size):
             total[j] = 0
         for k in range(starts[u], starts[u + 1]):
             position = order[k]
-            bag = bags[position]
-            gradient, winner, within = gradients[bag], winners[bag], np.int32(position - bounds[bag])
             coefficient = coefficients[position] if coefficients.size else np.float32(1)
-            for j in range(dim):
-                total[j] += coefficient * gradient[j] if winner[j] == within else np.float32(0)
+            for i in range(begins[position], begins[position + 1]):
+                total[columns[i]] += coefficient * gradients[bags[position], columns[i]]
 
 
 @kernel

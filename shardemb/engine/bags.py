@@ -414,16 +414,18 @@ class PlannedBags(NamedTuple):
         if bags.mode == "max":
             return self.change_of_maximum(change, coefficients)
         if not coefficients.size:  # a row's gradient is the sum of those of its bags
-            return replace(change, batch=replace(grouped, order=bags.bag_of[grouped.order]))
+            return replace(change, batch=replace(grouped, order=bags.bag_of.take(grouped.order)))
         return replace(change, row_gradients=_weighed(change, bags.bag_of, coefficients))
 
     def change_of_maximum(self, change: Change, coefficients: Float32Array) -> Change:
         """Complete a change by where the maxima come from, which is looked up again if any row has changed since."""
         before = self.shards.totals.changes
         bags, grouped, winners = self.bags, change.batch, self.winners()
+        begins, columns = np.zeros(bags.ids.size + 2, np.int64), np.empty(winners.size, np.int32)
+        pooling.list_won(winners, bags.bounds, begins, columns)
 
         def row_gradients(out: Float32Array, start: int, stop: int) -> None:
-            given = change.values, winners, bags.bounds, bags.bag_of, coefficients
+            given = change.values, bags.bag_of, coefficients, begins, columns
             pooling.sum_won(*given, grouped.starts, grouped.order, out, start, stop)
 
         def renew() -> Change | None:
@@ -464,7 +466,7 @@ def _weighed(change: Change, bag_of: Int64Array, coefficients: Float32Array) -> 
     They are added up like the rows of bags: the bags are what is added, and the positions of a row make one of them.
     """
     grouped = change.batch
-    bags, factors = bag_of[grouped.order], coefficients[grouped.order]
+    bags, factors = bag_of.take(grouped.order), coefficients.take(grouped.order)
 
     def row_gradients(out: Float32Array, start: int, stop: int) -> None:
         bounds = grouped.starts[start : stop + 1]

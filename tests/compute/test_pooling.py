@@ -103,7 +103,9 @@ def test_a_row_gets_the_gradients_that_it_has_won(weighted):
     winners = (where - bounds[:-1, np.newaxis]).astype(np.int32)
     out = np.empty((4, 5), np.float32)
     coefficients = weights if weighted else NOTHING
-    pooling.sum_won(grads, winners, bounds, bags, coefficients, starts, order, out, 3, 7)
+    begins, columns = np.zeros(ids.size + 2, np.int64), np.empty(winners.size, np.int32)
+    pooling.list_won(winners, bounds, begins, columns)
+    pooling.sum_won(grads, bags, coefficients, begins, columns, starts, order, out, 3, 7)
     given = weights if weighted else None
     expected = bag_model.row_gradients(ids, bounds, grads, "max", given, winners=where)
     np.testing.assert_allclose(out, [expected[int(row)] for row in rows[3:7]], rtol=1e-5, atol=1e-6)
