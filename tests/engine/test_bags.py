@@ -330,6 +330,34 @@ def test_a_reader_sees_the_bags_of_its_commit(path):
             assert reader["t"].lookup_bag([1, 2, 3], [0])[0, 0] == 6
 
 
+def test_a_reader_sees_nothing_of_what_a_writer_fills(path, monkeypatch):
+    monkeypatch.setattr("shardemb.engine.filling.LEAST_BYTES", 8192)
+    with shardemb.open(path) as store:
+        table = store.create_table("t", num_embeddings=4000, embedding_dim=DIM)
+        store.commit()
+        ids = np.arange(4000).reshape(40, 100)
+        with shardemb.open(path, mode="r") as reader:
+            assert not reader["t"].lookup_bag(ids).any()
+            table.write(np.arange(4000), np.ones((4000, DIM)))
+            for mode in MODES:
+                assert not reader["t"].lookup_bag(ids, mode=mode).any()
+            store.commit()
+            reader.refresh()
+            assert (reader["t"].lookup_bag(ids) == 100).all()
+
+
+@pytest.mark.parametrize(
+    "named", [{}, {"weights": np.ones(5)}, {"mode": "max"}, {"scale_grad_by_freq": True}]
+)
+def test_rows_count_how_often_they_are_in_bags(store, named):
+    table = new_table(store, counters=True, initializer=None)
+    before = table.state("count", [1, 2, 3, 4])
+    table.update_bag([1, 2, 1, 3, 1], [0, 2], np.ones((2, DIM)), **named)
+    table.update_bag([1, 2, 1, 3, 1], [0, 2], np.ones((2, DIM)), **named)
+    assert (table.state("count", [1, 2, 3, 4]) - before).tolist() == [6, 2, 2, 0]
+    assert table.state("last_step", [1, 3]).tolist() == [2, 2]
+
+
 def test_nothing_as_large_as_all_rows_is_made(store, monkeypatch):
     table = new_table(store)
     ids = np.random.default_rng(1).integers(0, ROWS, 20_000)
