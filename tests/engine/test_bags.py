@@ -346,6 +346,26 @@ def test_a_reader_sees_nothing_of_what_a_writer_fills(path, monkeypatch):
             assert (reader["t"].lookup_bag(ids) == 100).all()
 
 
+def test_nor_of_what_is_filled_while_rows_are_added_up(path, monkeypatch):
+    monkeypatch.setattr("shardemb.engine.filling.LEAST_BYTES", 8192)
+    with shardemb.open(path) as store:
+        table = store.create_table("t", num_embeddings=4000, embedding_dim=DIM)
+        store.commit()
+        with shardemb.open(path, mode="r") as reader:
+            hidden = reader["t"]._state.shards.hidden
+            look, looks = hidden.look, []
+
+            def look_and_write(spec):
+                looks.append(look(spec))
+                if len(looks) == 1:
+                    table.write(np.arange(4000), np.ones((4000, DIM)))
+                return looks[-1]
+
+            monkeypatch.setattr(hidden, "look", look_and_write)
+            assert not reader["t"].lookup_bag(np.arange(4000), [0]).any()
+        store.rollback()
+
+
 @pytest.mark.parametrize(
     "named", [{}, {"weights": np.ones(5)}, {"mode": "max"}, {"scale_grad_by_freq": True}]
 )
