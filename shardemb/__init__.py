@@ -43,6 +43,7 @@ from shardemb.errors import (
 
 if TYPE_CHECKING:
     from shardemb import text
+    from shardemb.engine.bags import Bags
     from shardemb.format.manifest import Commit
     from shardemb.session.pending_commit import PendingCommit
     from shardemb.store.keyed_table import KeyedTable
@@ -55,6 +56,7 @@ __version__ = _version("shardemb")
 
 __all__ = [
     "Admission",
+    "Bags",
     "Commit",
     "DiskFullError",
     "FormatError",
@@ -88,6 +90,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Bags": "engine.bags",
     "open": "store.opening",
     "Store": "store.store",
     "Table": "store.table",

@@ -205,11 +205,16 @@ ARMS = {
     "W16": {"cold write + commit", "warm write + commit"},
     "W17": {"write + commit + checkpoint", "a plain file, synced"},
     "W18": {"lookup beside a fold", "lookup alone"},
+    "B1": {"lookup_bag"},
+    "B2": {"lookup_bag + Adam update_bag"},
+    "B3": {"26 tables", "one table"},
 }
 PEERS = {
     "W1": {"torch": "torch embedding in RAM", "lmdb": "lmdb", "rocksdict": "RocksDB", "lance": "Lance"},
     "W5": {"tensorstore": "tensorstore", "lmdb": "lmdb", "rocksdict": "RocksDB", "h5py": "h5py"},
     "W14": {"torch": "torch.load + 100 SparseAdam steps"},
+    "B1": {"torch": "torch embedding_bag in RAM"},
+    "B2": {"torch": "torch EmbeddingBag, SparseAdam in RAM"},
     "W16": {"rocksdict": "RocksDB"},
 }
 """By workload: the module of a peer that may be missing, and its arm."""
@@ -223,7 +228,9 @@ def _installed(peers):
 @pytest.mark.parametrize(
     "names",
     [
-        pytest.param(["W1", "W5", "W12", "W14", "W16", "W17", "W18"], marks=pytest.mark.slow),
+        pytest.param(
+            ["W1", "W5", "W12", "W14", "W16", "W17", "W18", "B1", "B2", "B3"], marks=pytest.mark.slow
+        ),
         pytest.param(sorted(ARMS), marks=pytest.mark.soak),
     ],
 )

@@ -14,6 +14,7 @@ from shardemb.optim import schedules
 
 NAMES = [
     "Admission",
+    "Bags",
     "Commit",
     "DiskFullError",
     "FormatError",
@@ -61,6 +62,9 @@ to_arrow_batches(self) -> Iterator[pa.RecordBatch]
 """
 
 KEYED_TABLE = """
+bag_weight_gradient(self, keys: KeysLike, offsets: ArrayLike | None, grads: ArrayLike, *, \
+mode: "Literal['sum', 'mean', 'sqrtn']" = 'sum', weights: ArrayLike | None = None, padding_key: Any = None, \
+include_last_offset: bool = False, missing: Missing = 'error') -> NDArray[np.float32]
 copy_rows(self, source: KeysLike, target: KeysLike) -> None
 delete(self, keys: KeysLike) -> NDArray[np.int64]
 embedding_dim: int
@@ -72,6 +76,10 @@ progress: Progress = None) -> ExportReport
 initializer: Initializer
 lookup(self, keys: KeysLike, *, missing: Missing = 'error', create: bool = False, \
 out: NDArray[np.float32] | None = None) -> NDArray[np.float32]
+lookup_bag(self, keys: KeysLike, offsets: ArrayLike | None = None, *, mode: Mode = 'sum', \
+weights: ArrayLike | None = None, padding_key: Any = None, include_last_offset: bool = False, \
+missing: Missing = 'error', create: bool = False, out: NDArray[np.float32] | None = None) \
+-> NDArray[np.float32]
 lookup_unique(self, keys: KeysLike, *, create: bool = False) \
 -> tuple[NDArray[np.float32], NDArray[Any], NDArray[np.int64]]
 name: str
@@ -88,6 +96,10 @@ step: int
 swap_rows(self, keys: KeysLike, others: KeysLike) -> None
 to_arrow_batches(self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None) -> pa.RecordBatchReader
 update(self, keys: KeysLike, grads: ArrayLike, *, missing: MissingChange = 'error', create: bool = False, \
+scale: float | None = None, check_finite: bool = True) -> float | None
+update_bag(self, keys: KeysLike, offsets: ArrayLike | None, grads: ArrayLike, *, mode: Mode = 'sum', \
+weights: ArrayLike | None = None, padding_key: Any = None, include_last_offset: bool = False, \
+scale_grad_by_freq: bool = False, missing: MissingChange = 'error', create: bool = False, \
 scale: float | None = None, check_finite: bool = True) -> float | None
 vocabulary: Vocabulary
 warm(self, keys: KeysLike | None = None, *, progress: Progress = None) -> None
@@ -108,8 +120,8 @@ commit(self, step: int | None = None, metadata: Mapping[str, Any] | None = None,
 copy(self, path: str | os.PathLike[str], *, progress: Progress = None) -> None
 create_table(self, name: str, *, num_embeddings: int | None = None, embedding_dim: int, \
 vocabulary: str | None = None, counters: bool = False, initializer: initializers.Initial | None = None, \
-optimizer: Optimizer | None = None, rows_per_shard: int | None = None, progress: Progress = None) \
--> Table | KeyedTable
+optimizer: Optimizer | None = None, rows_per_shard: int | None = None, padding_idx: int | None = None, \
+progress: Progress = None) -> Table | KeyedTable
 create_vocabulary(self, name: str, *, key_type: KeyType, admission: Admission | None = None, \
 reserved: int = 0) -> Vocabulary
 drop_table(self, name: str) -> None
@@ -119,6 +131,8 @@ info(self) -> display.StoreInfo
 last_commit: Commit | None
 lookup(self, ids: Mapping[str, KeysLike], *, missing: Missing = 'error', create: bool = False) \
 -> dict[str, NDArray[np.float32]]
+lookup_bag(self, bags: Mapping[str, Any], *, missing: Missing = 'error', create: bool = False) -> dict[str, \
+NDArray[np.float32]]
 path: Path
 refresh(self) -> None
 rename_table(self, name: str, new_name: str) -> None
@@ -130,11 +144,17 @@ stats(self) -> dict[str, int]
 update(self, batches: Mapping[str, tuple[KeysLike, ArrayLike]], *, missing: MissingChange = 'error', \
 create: bool = False, max_norm: float | None = None, extra_norm_sq: float = 0.0, scale: float | None = None, \
 check_finite: bool = True) -> float | None
+update_bag(self, batches: Mapping[str, tuple[Any, ...]], *, missing: MissingChange = 'error', \
+create: bool = False, scale_grad_by_freq: bool = False, max_norm: float | None = None, \
+extra_norm_sq: float = 0.0, scale: float | None = None, check_finite: bool = True) -> float | None
 verify(self, tables: Sequence[str] | None = None, *, progress: Progress = None) -> list[Damage]
 vocabularies: Mapping[str, Vocabulary]
 """
 
 TABLE = """
+bag_weight_gradient(self, ids: ArrayLike, offsets: ArrayLike | None, grads: ArrayLike, *, \
+mode: "Literal['sum', 'mean', 'sqrtn']" = 'sum', weights: ArrayLike | None = None, \
+padding_idx: int | None = None, include_last_offset: bool = False) -> NDArray[np.float32]
 copy_rows(self, source: ArrayLike, target: ArrayLike) -> None
 embedding_dim: int
 explain(self, ids: ArrayLike) -> Explanation
@@ -144,13 +164,18 @@ progress: Progress = None) -> ExportReport
 freeze_rows(self, start: int = 0, stop: int | None = None) -> None
 frozen_rows: tuple[tuple[int, int], ...]
 initializer: Initializer
-lookup(self, ids: ArrayLike, *, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]
+lookup(self, ids: ArrayLike, *, out: NDArray[np.float32] | None = None, out_of_range: OutOfRange = 'raise') \
+-> NDArray[np.float32]
+lookup_bag(self, ids: ArrayLike, offsets: ArrayLike | None = None, *, mode: Mode = 'sum', \
+weights: ArrayLike | None = None, padding_idx: int | None = None, include_last_offset: bool = False, \
+out_of_range: OutOfRange = 'raise', out: NDArray[np.float32] | None = None) -> NDArray[np.float32]
 lookup_unique(self, ids: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]
 materialize(self, *, progress: Progress = None) -> None
 name: str
 nbytes: int
 num_embeddings: int
 optimizer: Optimizer | None
+padding_idx: int | None
 prefetch(self, ids: ArrayLike, *, for_update: bool = False) -> None
 reset_rows(self, ids: ArrayLike) -> None
 resize(self, num_embeddings: int, *, drop_rows: bool = False) -> None
@@ -164,8 +189,11 @@ swap_rows(self, rows: ArrayLike, others: ArrayLike) -> None
 to_arrow_batches(self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None) -> pa.RecordBatchReader
 to_dask_array(self) -> dask.array.Array
 unfreeze_rows(self, start: int = 0, stop: int | None = None) -> None
-update(self, ids: ArrayLike, grads: ArrayLike, *, scale: float | None = None, check_finite: bool = True) \
--> float | None
+update(self, ids: ArrayLike, grads: ArrayLike, *, padding_idx: int | None = None, \
+scale_grad_by_freq: bool = False, scale: float | None = None, check_finite: bool = True) -> float | None
+update_bag(self, ids: ArrayLike, offsets: ArrayLike | None, grads: ArrayLike, *, mode: Mode = 'sum', \
+weights: ArrayLike | None = None, padding_idx: int | None = None, include_last_offset: bool = False, \
+scale_grad_by_freq: bool = False, scale: float | None = None, check_finite: bool = True) -> float | None
 warm(self, rows: ArrayLike | None = None, *, progress: Progress = None) -> None
 write(self, ids: ArrayLike, rows: ArrayLike, *, check_finite: bool = True) -> None
 """

@@ -26,7 +26,7 @@ from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE
 from shardemb.compute import plan, row_kernels, scheduler
 from shardemb.engine import filling
-from shardemb.engine.planned import Change, Read, Target
+from shardemb.engine.planned import Change, Read, Reading, Target
 from shardemb.engine.shards import PAGED_ROWS
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Loaded:
 _NO_ROWS = np.empty(0, np.int64)
 
 
-def read(runtime: Runtime, reads: Sequence[Read]) -> None:
+def read(runtime: Runtime, reads: Sequence[Reading]) -> None:
     """Carry out lookups in one or several tables, together.
 
     Warm batches are gathered as they are, without a sort or a system call for each row. Cold ones are grouped first,
@@ -143,7 +143,7 @@ def read_range(runtime: Runtime, table: Target, column: str, start: int, stop: i
 
 
 def _without_lock(
-    runtime: Runtime, reads: Sequence[Read], gather: Callable[[Runtime, Sequence[Read]], None]
+    runtime: Runtime, reads: Sequence[Reading], gather: Callable[[Runtime, Sequence[Reading]], None]
 ) -> None:
     """Gather without the lock; if rows are spilled or leave their slots meanwhile, start over under the lock.
 
@@ -164,7 +164,7 @@ def _without_lock(
         _gather_paged(runtime, each)
 
 
-def _gather(runtime: Runtime, reads: Sequence[Read]) -> None:
+def _gather(runtime: Runtime, reads: Sequence[Reading]) -> None:
     samples = _samples(len(reads))
     cold = [each for each in reads if each.shards.is_cold(each.ids, samples)]
     if not cold:
@@ -177,24 +177,23 @@ def _gather(runtime: Runtime, reads: Sequence[Read]) -> None:
         _gather_all(runtime, reads)
 
 
-def _gather_all(runtime: Runtime, reads: Sequence[Read]) -> None:
-    gathers = [partial(read.shards.gather, read.column, read.ids, read.out) for read in reads]
+def _gather_all(runtime: Runtime, reads: Sequence[Reading]) -> None:
     run_pieces(
         runtime,
-        gathers,
+        [read.gather for read in reads],
         [read.ids.size for read in reads],
         [_row_bytes(read.shards, read.column, read.ids) for read in reads],
     )
 
 
-def _gather_range(runtime: Runtime, reads: Sequence[Read]) -> None:
+def _gather_range(runtime: Runtime, reads: Sequence[Reading]) -> None:
     for read in reads:
         if read.shards.is_cold(read.ids, SAMPLES):
             read.shards.read_ahead(read.ids, 0, read.ids.size)
-        read.shards.gather(read.column, read.ids, read.out, 0, read.ids.size)
+        read.gather(0, read.ids.size)
 
 
-def _gather_paged(runtime: Runtime, read: Read) -> None:
+def _gather_paged(runtime: Runtime, read: Reading) -> None:
     """Gather under the lock, part by part, and reload the spilled rows of each part first.
 
     So a lookup exceeds the memory budget by one part at most, and others get the lock between parts.
@@ -217,7 +216,7 @@ def _gather_paged(runtime: Runtime, read: Read) -> None:
                 shards.overlay.reload(rows)
             if shards.is_cold(rows, SAMPLES):
                 shards.read_ahead(rows, 0, rows.size)
-            shards.gather(read.column, read.ids, read.out, start, stop)
+            read.gather_part(start, stop)
 
 
 def change(runtime: Runtime, changes: Sequence[Change], scaling: Scaling | None = None) -> float | None:
@@ -269,14 +268,21 @@ def change(runtime: Runtime, changes: Sequence[Change], scaling: Scaling | None 
 def _sum_squares(runtime: Runtime, changes: Sequence[Change]) -> float:
     """Add up the squares of all rows' gradients, in float64 and in an order that does not depend on the tasks."""
     squares = [np.empty(each.batch.rows.size) for each in changes]
-    functions = [
-        partial(row_kernels.sum_squares, each.batch.starts, each.batch.order, each.values, found)
-        for each, found in zip(changes, squares, strict=True)
-    ]
+    functions = [partial(_sum_squares_of, *each) for each in zip(changes, squares, strict=True)]
     run_pieces(
         runtime, functions, [each.size for each in squares], [4 * each.values.shape[1] for each in changes]
     )
     return math.fsum(float(found.sum()) for found in squares)
+
+
+def _sum_squares_of(change: Change, squares: NDArray[np.float64], start: int, stop: int) -> None:
+    """Set the sum of the squares of each row's gradient."""
+    if change.row_gradients is None:
+        row_kernels.sum_squares(change.batch.starts, change.batch.order, change.values, squares, start, stop)
+        return
+    for some, gradients in change.summed(start, stop):
+        once = plan.each_once(len(gradients))
+        row_kernels.sum_squares(once.starts, once.order, gradients, squares[some], 0, len(gradients))
 
 
 def _keep(runtime: Runtime, changes: Sequence[Change], loaded: Sequence[Loaded]) -> None:
@@ -501,11 +507,8 @@ def _work(change: Change, rows: Loaded) -> Callable[[int, int], None]:
             shards.catch_up(places, training.step, start, stop)
         row_kernels.scatter(shards.records, places, batch.starts, batch.order, values, start, stop)
         if counts_writes:
-            counters = shards.records[places[start:stop], -2:]
-            counters[:, 0] += np.diff(batch.starts[start : stop + 1])
-            counters[:, 0] = np.minimum(counters[:, 0], row_kernels.MAX_COUNT)
-            counters[:, 1] = training.step
-            shards.records[places[start:stop], -2:] = counters
+            _count_more(shards, places[start:stop], np.diff(batch.starts[start : stop + 1]))
+            shards.records[places[start:stop], -1] = training.step
 
     if not change.takes_step or training.optimizer is None:
         return overwrite
@@ -516,14 +519,38 @@ def _work(change: Change, rows: Loaded) -> Callable[[int, int], None]:
     options = optimizer.options_of(number, shards.spec.embedding_dim, change.factor)
     counting = number if shards.spec.counters else 0
 
-    def take_step(start: int, stop: int) -> None:
+    def take_step(
+        grouped: plan.Grouped, values: Float32Array, slots: Int64Array, start: int, stop: int
+    ) -> None:
         scratch = np.empty(values.shape[1], np.float32)
         if shards.spec.is_caught_up:
-            shards.catch_up(places, number, start, stop)
-        rows = shards.records, places, batch.starts, batch.order
+            shards.catch_up(slots, number, start, stop)
+        rows = shards.records, slots, grouped.starts, grouped.order
         step(*rows, values, scalars, options, scratch, counting, start, stop)
 
-    return take_step
+    if change.row_gradients is None:
+        return partial(take_step, batch, values, places)
+    return partial(_take_summed_step, change, rows, take_step)
+
+
+def _take_summed_step(
+    change: Change,
+    rows: Loaded,
+    take_step: Callable[[plan.Grouped, Float32Array, Int64Array, int, int], None],
+    start: int,
+    stop: int,
+) -> None:
+    """Take a step with gradients that were summed before, a few rows at a time."""
+    for some, gradients in change.summed(start, stop):
+        count, places = len(gradients), rows.places[some]
+        take_step(plan.each_once(count), gradients, places, 0, count)
+        if rows.shards.spec.counters:  # the step has counted each row once
+            _count_more(rows.shards, places, np.diff(change.batch.starts[some.start : some.stop + 1]) - 1)
+
+
+def _count_more(shards: Shards, places: Int64Array, times: Int64Array) -> None:
+    """Add to the counts of updates of distinct rows."""
+    shards.records[places, -2] = np.minimum(shards.records[places, -2] + times, row_kernels.MAX_COUNT)
 
 
 def _samples(tables: int) -> int:

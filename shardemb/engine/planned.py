@@ -11,12 +11,23 @@ from shardemb.errors import FrozenRowError, ShardEmbError
 from shardemb.format import ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from shardemb.base.validation import Float32Array, Int64Array
     from shardemb.compute.plan import Grouped
     from shardemb.engine.shards import Shards
     from shardemb.engine.training import Training
+
+
+SCRATCH_BYTES = 2**18
+"""Memory for rows that are copied or computed on the way to a result: it stays in the processor's caches."""
+
+
+def few_rows(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
+    """Cut a range of rows into ranges of so few that they fit into `SCRATCH_BYTES`, or of one."""
+    step = max(1, SCRATCH_BYTES // (4 * width))
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
 
 
 class Target(Protocol):
@@ -67,6 +78,49 @@ class PlannedRead(NamedTuple):
         return Read(self.table, self.shards, self.column, self.ids, flat)
 
 
+class Reading(Protocol):
+    """A lookup in one table as a batch carries it out, whatever becomes of the rows."""
+
+    @property
+    def table(self) -> Target:
+        """The table."""
+
+    @property
+    def shards(self) -> Shards:
+        """The memory that the ids were checked against."""
+
+    @property
+    def column(self) -> str:
+        """What is read of each row."""
+
+    @property
+    def ids(self) -> Int64Array:
+        """The rows."""
+
+    def gather(self, start: int, stop: int) -> None:
+        """Read for the positions ``start:stop`` of the ids; a task may do so beside others that have other positions.
+
+        What must not be divided belongs to the positions that it begins at, so that pieces which cover all of the ids
+        do all of the work.
+        """
+
+    def gather_part(self, start: int, stop: int) -> None:
+        """Read the rows at positions ``start:stop``, neither more nor less; the parts follow one another."""
+
+    def renewed(self) -> Reading:
+        """Return the lookup in the memory that the table has now; itself if that is still the same."""
+
+
+def memory_now(table: Target, shards: Shards, ids: Int64Array) -> Shards:
+    """Return the memory in which to look up ids that were checked against `shards`: what the table has now."""
+    now = table.memory
+    if now is None or now is shards:
+        return shards
+    if ids.size and int(ids.max()) >= now.spec.num_embeddings:
+        return shards  # the table lost rows: the lookup sees them as they were when it began
+    return now
+
+
 class Read(NamedTuple):
     """A lookup in one table: ``out[i]`` becomes the column of row ``ids[i]``. The ids were checked against `shards`."""
 
@@ -76,14 +130,18 @@ class Read(NamedTuple):
     ids: Int64Array
     out: Float32Array
 
+    def gather(self, start: int, stop: int) -> None:
+        """See `Reading`: rows do not depend on each other."""
+        self.shards.gather(self.column, self.ids, self.out, start, stop)
+
+    def gather_part(self, start: int, stop: int) -> None:
+        """See `Reading`."""
+        self.gather(start, stop)
+
     def renewed(self) -> Read:
-        """Return the lookup in the memory that the table has now; itself if that is still the same."""
-        now = self.table.memory
-        if now is None or now is self.shards:
-            return self
-        if self.ids.size and int(self.ids.max()) >= now.spec.num_embeddings:
-            return self  # the table lost rows: the lookup sees them as they were when it began
-        return self._replace(shards=now)
+        """See `Reading`."""
+        now = memory_now(self.table, self.shards, self.ids)
+        return self if now is self.shards else self._replace(shards=now)
 
 
 @dataclass(frozen=True)
@@ -105,6 +163,9 @@ class Change:
     renew : callable, optional
         Returns the change as it has to be now, if what it was planned from has changed, otherwise None. It is called
         with the store's lock held, again after every wait.
+    row_gradients : callable, optional
+        Given if the gradient of a row is more than the sum of its `values`: ``row_gradients(out, start, stop)`` writes
+        those of the distinct rows ``start:stop``, one after the other.
     """
 
     table: Target
@@ -113,12 +174,22 @@ class Change:
     takes_step: bool
     factor: float = 1.0
     renew: Callable[[], Change | None] | None = None
+    row_gradients: Callable[[Float32Array, int, int], None] | None = None
 
     def overwritten(self, shards: Shards) -> Int64Array | None:
         """Where in `values` the new record of each row is; None if what the rows hold so far matters."""
         if self.takes_step or self.values.shape[1] != shards.spec.width:
             return None
         return self.last_positions()
+
+    def summed(self, start: int, stop: int) -> Iterator[tuple[slice, Float32Array]]:
+        """Iterate over the `row_gradients` of the distinct rows ``start:stop``, a few rows at a time."""
+        assert self.row_gradients is not None
+        dim = self.values.shape[1]
+        for first, last in few_rows(start, stop, dim):
+            gradients = np.empty((last - first, dim), np.float32)
+            self.row_gradients(gradients, first, last)
+            yield slice(first, last), gradients
 
     def last_positions(self) -> Int64Array:
         """Where in `values` each row is given last, which counts."""

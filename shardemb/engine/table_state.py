@@ -21,10 +21,10 @@ from shardemb.base.formatting import size
 from shardemb.base.progress import track
 from shardemb.commits import rewrite
 from shardemb.compute import plan, scheduler
-from shardemb.engine import batch, filling, warming
+from shardemb.engine import bags, batch, filling, warming
 from shardemb.engine.planned import Change, PlannedRead, require_rows
 from shardemb.engine.shards import Shards
-from shardemb.engine.training import Scaling, Training
+from shardemb.engine.training import Scaling, Training, is_checked
 from shardemb.errors import ShardEmbError, TableNotFoundError
 from shardemb.format import ranges, store_paths
 from shardemb.format.manifest import TableEntry
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Progress
     from shardemb.base.validation import Float32Array, Int64Array
+    from shardemb.engine.bags import OutOfRange
     from shardemb.engine.runtime import Runtime
     from shardemb.optim import Optimizer
 
@@ -178,6 +179,21 @@ class TableState:
         planned.finish(result)
         return result
 
+    def read_any(
+        self, ids: ArrayLike, out: NDArray[np.float32] | None, out_of_range: OutOfRange
+    ) -> Float32Array:
+        """Copy weights, where ids may be out of range; see `Table.lookup`."""
+        if isinstance(out_of_range, str) and out_of_range == "raise":
+            return self.read("weight", ids, out)
+        given, stand_ins = bags.in_range(ids, self, out_of_range)
+        planned = self.plan_read("weight", given)
+
+        def replace_unknown(rows: Float32Array) -> None:
+            if stand_ins is not None:
+                stand_ins.fill(planned.shards, rows.reshape(-1, rows.shape[-1]), 0, planned.ids.size)
+
+        return self.carry_out(planned.replacing(replace_unknown), out)
+
     def read_unique(self, ids: ArrayLike) -> tuple[Float32Array, Int64Array, Int64Array]:
         """Copy each distinct row once; return also the ids of these rows, and the inverse."""
         count = self.live().spec.num_embeddings
@@ -254,14 +270,39 @@ class TableState:
 
     def plan_change(self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool) -> Change:
         """Check an update (`what` is "gradients") or a write ("rows"), and group its ids."""
+        if what == "gradients":
+            return self.plan_update(ids, values, check_finite=check_finite)
         shards = self.live()
         checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
         rows = self.check_values(values, checked.shape, what, check_finite=check_finite)
-        grouped = plan.group(checked.flat, shards.spec.num_embeddings)
-        return Change(self, grouped, rows, what == "gradients")
+        return Change(self, plan.group(checked.flat, shards.spec.num_embeddings), rows, takes_step=False)
+
+    def plan_update(
+        self,
+        ids: ArrayLike,
+        grads: ArrayLike,
+        *,
+        padding_idx: int | None = None,
+        scale_grad_by_freq: bool = False,
+        check_finite: bool,
+    ) -> Change:
+        """Check an update, and group its ids."""
+        spec = self.live().spec
+        checked = validation.row_ids(ids, spec.num_embeddings, self.name)
+        rows = self.check_values(grads, checked.shape, "gradients", check_finite=check_finite)
+        padding = bags.padding_of(self, padding_idx)
+        kept = None if padding is None else np.flatnonzero(checked.flat != padding)
+        change = Change(self, bags.grouped_at(checked.flat, kept, spec.num_embeddings), rows, takes_step=True)
+        return bags.by_frequency(change) if scale_grad_by_freq else change
 
     def check_values(
-        self, values: ArrayLike, shape: tuple[int, ...], what: str, *, check_finite: bool
+        self,
+        values: ArrayLike,
+        shape: tuple[int, ...],
+        what: str,
+        *,
+        check_finite: bool,
+        form: str = "ids.shape + (embedding_dim,)",
     ) -> Float32Array:
         """Check the values of an update or a write for ids of a shape; return them flattened over the ids."""
         spec = self.live().spec
@@ -271,7 +312,9 @@ class TableState:
         if what == "gradients" and self.training.optimizer is not None:
             self.training.optimizer.require_known_lr(f"table {self.name!r}")
         shape = (*shape, spec.embedding_dim)
-        return validation.rows(values, shape, what=what, table=self.name, check_finite=check_finite)
+        return validation.rows(
+            values, shape, what=what, table=self.name, check_finite=check_finite, form=form
+        )
 
     def plan_reset(self, rows: Int64Array) -> Change:
         """Plan to give ascending rows their initial records again; rows that were never changed are left out."""
@@ -338,23 +381,43 @@ class TableState:
         """Carry out a change that was planned."""
         batch.change(self.runtime, [change])
 
-    def change(
+    def change(self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool) -> None:
+        """Carry out a write; see `plan_change`."""
+        batch.change(self.runtime, [self.plan_change(ids, values, what, check_finite=check_finite)])
+
+    def update(
         self,
         ids: ArrayLike,
-        values: ArrayLike,
-        what: str,
+        grads: ArrayLike,
         *,
-        scaling: Scaling | None = None,
+        padding_idx: int | None,
+        scale_grad_by_freq: bool,
+        scaling: Scaling | None,
         check_finite: bool,
     ) -> float | None:
-        """Carry out an update or a write; see `plan_change` and `batch.change`."""
-        finite = check_finite and (scaling is None or scaling.scale is None)
-        change = self.plan_change(ids, values, what, check_finite=finite)
+        """Carry out an update; see `Table.update` and `batch.change`."""
+        change = self.plan_update(
+            ids,
+            grads,
+            padding_idx=padding_idx,
+            scale_grad_by_freq=scale_grad_by_freq,
+            check_finite=is_checked(scaling, check_finite=check_finite),
+        )
         return batch.change(self.runtime, [change], scaling)
 
     def reset(self, ids: ArrayLike) -> None:
         """Give rows their initial records again."""
         batch.change(self.runtime, [self.plan_reset(self._distinct(ids))])
+
+    def clear(self, row: int) -> None:
+        """Set the weight of a row that was never written to zeros, without counting that."""
+        shards = self.live()
+        if not shards.spec.has_presence:
+            return  # it is zeros
+        record = shards.initial_records(np.array([row]))
+        record[:, : shards.spec.embedding_dim] = 0
+        grouped = replace(plan.each_once(1), rows=np.array([row]))
+        batch.change(self.runtime, [Change(self, grouped, record, takes_step=False)])
 
     def set_optimizer(self, optimizer: Optimizer) -> None:
         """Change hyper-parameters, from the next update on."""

@@ -93,3 +93,8 @@ class Scaling:
         """Return what gradients of this norm are multiplied by; as ``torch.nn.utils.clip_grad_norm_`` has it."""
         clipped = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (norm + 1e-6))
         return clipped / (self.scale or 1.0)
+
+
+def is_checked(scaling: Scaling | None, *, check_finite: bool) -> bool:
+    """Whether an update refuses gradients that are not finite, rather than being skipped for them."""
+    return check_finite and (scaling is None or scaling.scale is None)

@@ -84,6 +84,8 @@ class TableSpec:
         Gives the weights of rows that were never written.
     counters : bool
         Whether each row counts its updates, in columns ``count`` and ``last_step`` after those of the optimizer.
+    padding_idx : int or None
+        The row of padding, whose gradients are dropped.
     """
 
     uuid: str
@@ -94,6 +96,7 @@ class TableSpec:
     optimizer: optim.Optimizer | None
     initializer: initializers.Initializer
     counters: bool = False
+    padding_idx: int | None = None
 
     @cached_property
     def columns(self) -> dict[str, tuple[int, int]]:
@@ -192,6 +195,8 @@ class TableSpec:
         }
         if self.counters:
             document["counters"] = True
+        if self.padding_idx is not None:
+            document["padding_idx"] = self.padding_idx
         return document | {"crc32": crc32(document)}
 
     @staticmethod
@@ -216,6 +221,9 @@ class TableSpec:
             initializer=initializers.from_json(field(document, "initializer", dict)),
             counters="counters" in document and field(document, "counters", bool),
         )
+        if "padding_idx" in document:
+            row = int_field(document, "padding_idx", spec.num_embeddings - 1, minimum=0)
+            spec = replace(spec, padding_idx=row)
         columns = {name: list(bounds) for name, bounds in spec.columns.items()}
         if document.get("columns") != columns:
             msg = f"columns are {document.get('columns')}, but those of the optimizer are {columns}"
@@ -236,10 +244,11 @@ def new_spec(
     initializer: initializers.Initializer,
     optimizer: object,
     counters: bool = False,
+    padding_idx: int | None = None,
     rows_per_shard: int | None,
     max_shards: int,
 ) -> TableSpec:
-    """Make the spec of a new table from a name and shape that were checked already.
+    """Make the spec of a new table from a name, a shape and a row of padding that were checked already.
 
     Raises
     ------
@@ -256,6 +265,7 @@ def new_spec(
         optimizer=checked,
         initializer=initializer,
         counters=counters,
+        padding_idx=padding_idx,
     )
 
 

@@ -11,13 +11,14 @@ from shardemb import initializers
 from shardemb.base.interrupts import signals_deferred
 from shardemb.commits import log_reader, rewrite, verify
 from shardemb.engine import batch
+from shardemb.engine.training import Scaling, is_checked
 from shardemb.errors import PoisonedError, ReadOnlyError, ShardEmbError, StaleReaderError, StoreClosedError
 from shardemb.format.manifest import Commit, check_metadata, check_step, new_entry
 from shardemb.format.spec import check_name, new_spec, normalized
 from shardemb.session import display, forking
 from shardemb.session.journal import Journal
 from shardemb.session.table_catalog import TableCatalog
-from shardemb.session.vocabulary_catalog import VocabularyCatalog
+from shardemb.session.vocabulary_catalog import VocabularyCatalog, first_padding, first_shape
 from shardemb.storage import address_space, files, folders
 from shardemb.vocabulary import keyed_rows
 
@@ -33,27 +34,14 @@ if TYPE_CHECKING:
     from shardemb.base.validation import Float32Array
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.table_state import TableState
-    from shardemb.engine.training import Scaling
     from shardemb.format.manifest import Manifest
     from shardemb.optim import Optimizer
     from shardemb.session.attempt import Attempt
     from shardemb.session.pending_commit import PendingCommit
+    from shardemb.session.table_catalog import TableRequest
     from shardemb.vocabulary.key_rows import KeyRows
     from shardemb.vocabulary.keyed_rows import KeyedRows, Missing, MissingChange
     from shardemb.vocabulary.keys import KeysLike
-
-
-class TableRequest(NamedTuple):
-    """The arguments of `Store.create_table`, none of them checked yet."""
-
-    name: str
-    num_embeddings: int | None
-    embedding_dim: int
-    vocabulary: str | None
-    counters: bool
-    initializer: initializers.Initial | None
-    optimizer: Optimizer | None
-    rows_per_shard: int | None
 
 
 class Reader(NamedTuple):
@@ -157,7 +145,7 @@ class Session:
             self.runtime.check_publishable()
             self._require_free(name)
             bound = None if vocabulary is None else self.vocabularies.find(vocabulary)
-            shape, rows_per_shard = keyed_rows.first_shape(
+            shape, rows_per_shard = first_shape(
                 bound, wanted.num_embeddings, wanted.embedding_dim, wanted.rows_per_shard
             )
             count = shape[0] if bound is None else bound.entry.rows
@@ -168,6 +156,7 @@ class Session:
                 initializer=kind,
                 optimizer=wanted.optimizer,
                 counters=wanted.counters,
+                padding_idx=first_padding(bound, wanted.padding_idx, shape[0], name),
                 rows_per_shard=rows_per_shard,
                 max_shards=address_space.mappings_left(),
             )
@@ -248,7 +237,7 @@ class Session:
     ) -> dict[str, Float32Array]:
         """Look up rows of several tables together; see `Store.lookup`."""
         return keyed_rows.read_many(
-            self.runtime, self._batch_targets(ids), ids, missing=missing, create=create
+            self.runtime, self.batch_targets(ids), ids, missing=missing, create=create
         )
 
     def update(
@@ -262,13 +251,16 @@ class Session:
     ) -> float | None:
         """Take one optimizer step in several tables together; see `Store.update`."""
         self.runtime.check_open()
-        finite = check_finite and (scaling is None or scaling.scale is None)
         changes = keyed_rows.plan_changes(
-            self._batch_targets(batches), batches, missing=missing, create=create, check_finite=finite
+            self.batch_targets(batches),
+            batches,
+            missing=missing,
+            create=create,
+            check_finite=is_checked(scaling, check_finite=check_finite),
         )
         return batch.change(self.runtime, changes, scaling)
 
-    def _batch_targets(self, names: Iterable[str]) -> dict[str, TableState | KeyedRows]:
+    def batch_targets(self, names: Iterable[str]) -> dict[str, TableState | KeyedRows]:
         """Return what takes batches for tables: a table itself, or, if it is used by key, its `KeyedRows`."""
         tables = {name: self.find(name) for name in names}
         return {name: self.vocabularies.keyed(table) or table for name, table in tables.items()}

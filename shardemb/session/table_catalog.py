@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
+    from shardemb import initializers
     from shardemb.base.progress import Progress
     from shardemb.base.validation import FirstRows
     from shardemb.commits.log_reader import Replay
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from shardemb.format.spec import TableSpec
     from shardemb.format.table_files import TableLocation
     from shardemb.memory.overlay import Overlay
+    from shardemb.optim import Optimizer
 
 
 class CommittedTable(NamedTuple):
@@ -41,6 +43,20 @@ class CommittedTable(NamedTuple):
 
     table: TableState
     shards: Shards
+
+
+class TableRequest(NamedTuple):
+    """The arguments of `Store.create_table`, none of them checked yet."""
+
+    name: str
+    num_embeddings: int | None
+    embedding_dim: int
+    vocabulary: str | None
+    counters: bool
+    initializer: initializers.Initial | None
+    optimizer: Optimizer | None
+    rows_per_shard: int | None
+    padding_idx: int | None
 
 
 class TableCatalog:
@@ -200,6 +216,12 @@ class TableCatalog:
         self.current[name] = table
         if self._streams is not None:
             self._streams.add(spec.stream)
+        if spec.padding_idx is not None and rows is None:
+            try:
+                table.clear(spec.padding_idx)
+            except BaseException:
+                self.drop(name)
+                raise
         return table
 
     def set_name(self, table: TableState, name: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import shardemb
-from shardemb.compute import file_blocks, grouping, residency, row_index, row_kernels
+from shardemb.compute import file_blocks, grouping, pooling, residency, row_index, row_kernels
 from shardemb.initializers import Uniform
 from shardemb.memory import slots
 from shardemb.optim import Adam
@@ -24,6 +24,7 @@ from shardemb.vocabulary import hashing, index_kernels, key_kernels
 
 WITH_KERNELS = (
     row_kernels,
+    pooling,
     row_index,
     residency,
     grouping,
@@ -98,7 +99,7 @@ USE_EVERYTHING = """
     import sys
     import numpy as np
     import shardemb
-    from shardemb.compute import catch_up, file_blocks, grouping, plan, residency, row_index, row_kernels
+    from shardemb.compute import catch_up, file_blocks, grouping, plan, pooling, residency, row_index, row_kernels
     from shardemb.memory import slots
     from shardemb.vocabulary import hash_index, hashing, index_kernels, key_kernels
     from shardemb.initializers import Uniform
@@ -126,6 +127,17 @@ USE_EVERYTHING = """
                     table.update(ids, rows.astype(kind))
                     table.write(ids, np.asfortranarray(rows.astype(kind)))
                 table.prefetch(ids, for_update=True)
+            for ids in ([[1, 2], [2, 1]], np.array([[3, 60_000]], np.int32), [[]]):
+                grads = np.ones((len(ids), 3))
+                for mode in ("sum", "mean", "sqrtn", "max"):
+                    given = [None, np.ones(np.shape(ids))] if mode != "max" else [None]
+                    for weights in given:
+                        named = {"mode": mode, "weights": weights}
+                        table.lookup_bag(ids, **named, padding_idx=2, out_of_range=np.zeros(3))
+                        table.lookup_bag(ids, out=np.empty((len(ids), 3), np.float32), **named)
+                        table.update_bag(ids, None, grads, **named, scale_grad_by_freq=True)
+                        table.update_bag(ids, None, np.asfortranarray(grads), **named)
+                        mode != "max" and table.bag_weight_gradient(ids, None, grads, **named)
         store.update({"plain": ([1, 2], np.ones((2, 3)))}, max_norm=1.0)
         rested = store.create_table(
             "rested", num_embeddings=9, embedding_dim=3, initializer=Uniform(-1, 1),
@@ -190,10 +202,12 @@ USE_EVERYTHING = """
                 table.prefetch(ids)
             table.warm()
             list(table.to_arrow_batches())
-    modules = row_kernels, row_index, residency, grouping, file_blocks, hashing, index_kernels, key_kernels, slots
+    modules = row_kernels, pooling, row_index, residency, grouping, file_blocks, hashing, index_kernels, key_kernels
+    modules += (slots,)
     inner = hashing._rotate_left, hashing._sip_round, index_kernels.bucket_of, index_kernels._filter_bit
     inner += index_kernels.first_bits, index_kernels._bucket_in_part
     inner += row_index._take_node, row_index._free_if_empty
+    inner += pooling._add_some, pooling._max_some
     inner += row_kernels._copy_from, row_kernels._stream_from, row_kernels._lowest, file_blocks._first_from
     found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
     found = [each for each in found if each.targetoptions.get("inline") != "always"]

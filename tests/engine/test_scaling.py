@@ -139,6 +139,30 @@ def test_by_key(store):
     assert store.update({"t": (["x", "z"], [[3.0, 0], [0, 9.0]])}, max_norm=6.0, missing="skip") == 3.0
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_are_clipped_by_the_norm_of_their_rows(store, mode):
+    """As if the gradients of the rows had been given."""
+    ids, offsets, by_bag = [1, 5, 5, 9, 1], [0, 3], grads([0, 1], 3)
+    tables = [
+        store.create_table(name, num_embeddings=10, embedding_dim=3, optimizer=SGD(lr=1.0))
+        for name in ("free", "clipped", "scaled")
+    ]
+    tables[0].update_bag(ids, offsets, by_bag, mode=mode)
+    by_row = -tables[0].lookup(range(10))
+    expected = np.linalg.norm(by_row)
+    assert store.update_bag(
+        {"clipped": (shardemb.Bags(ids, offsets, mode=mode), by_bag)}, max_norm=0.5
+    ) == pytest.approx(expected, rel=1e-6)
+    np.testing.assert_allclose(
+        tables[1].lookup(range(10)), -by_row * (0.5 / (expected + 1e-6)), rtol=1e-5, atol=1e-7
+    )
+    assert tables[2].update_bag(ids, offsets, by_bag, mode=mode, scale=2.0) == pytest.approx(
+        expected / 2, rel=1e-6
+    )
+    assert math.isnan(tables[2].update_bag(ids, offsets, by_bag * np.nan, mode=mode, scale=2.0))
+    assert tables[2].step == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [

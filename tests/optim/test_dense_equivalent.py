@@ -210,6 +210,20 @@ def test_exports_and_ranges_are_caught_up(store, tmp_path):
     np.testing.assert_allclose(table[0:ROWS], model.weights, rtol=1e-5)
 
 
+def test_bags_are_caught_up(store):
+    table, model = pair(store, AdamW(lr=0.05, weight_decay=0.5))
+    train(table, model, [5])
+    for mode in ("sum", "max"):
+        pooled = table.lookup_bag([[1, 2, 2]], mode=mode)
+        np.testing.assert_allclose(
+            pooled, getattr(table.lookup([1, 2, 2]), mode)(axis=0, keepdims=True), rtol=1e-6
+        )
+    gradient = np.ones((1, DIM), np.float32)
+    table.update_bag([[1, 2, 2]], None, gradient)
+    model.update([1, 2, 2], np.repeat(gradient, 3, axis=0))
+    check(table, model)
+
+
 def test_many_rows_have_the_same_bits_for_any_number_of_threads_and_shards(tmp_path):
     ids = np.random.default_rng(0).integers(0, 20_000, (3, 15_000))
     found = set()
