@@ -5,7 +5,19 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import around, capped, committing, filling, folding, peers, pooling, reading, starting, training
+from . import (
+    around,
+    capped,
+    committing,
+    filling,
+    folding,
+    optimizers,
+    peers,
+    pooling,
+    reading,
+    starting,
+    training,
+)
 from .data import remove
 from .processes import CannotRun, alone
 from .results import Outcome
@@ -49,6 +61,8 @@ WORKLOADS = {
         Workload("W11", "small batches", reading.small_batches),
         Workload("W12", "many tables in one call", reading.many_tables),
         Workload("B3", "bags of many tables in one call", pooling.many_tables),
+        Workload("B6", "a step of each optimizer", optimizers.each_optimizer),
+        Workload("B7", "clipping by the global norm", optimizers.clipping),
         Workload("W13", "the first seconds of a process", around.first_use),
     )
 }
