@@ -191,7 +191,7 @@ def rows(
         raise ValueError(msg)
     converted = _as_float32(array)
     if check_finite:
-        _require_finite(converted, f"table {table!r}: {what}", " (check_finite=False allows such values)")
+        require_finite(converted, f"table {table!r}: {what}", " (check_finite=False allows such values)")
     return converted.reshape(-1, shape[-1])
 
 
@@ -465,7 +465,7 @@ def _exact_rows(block: NDArray[Any], start: int, what: str) -> Float32Array:
             f"convert it first"
         )
         raise ValueError(msg)
-    _require_finite(converted, what, "", first_row=start)
+    require_finite(converted, what, "", first_row=start)
     return converted
 
 
@@ -560,11 +560,18 @@ def count(value: object, name: str, *, minimum: int = 1, maximum: int = 2**48) -
 
 
 def _as_float32(array: NDArray[Any]) -> Float32Array:
-    with np.errstate(over="ignore"):  # `_require_finite` finds values that become infinite
+    with np.errstate(over="ignore"):  # `require_finite` finds values that become infinite
         return np.require(array, np.float32, ["C", "A", "W"])
 
 
-def _require_finite(array: Float32Array, what: str, way_out: str, *, first_row: int = 0) -> None:
+def require_finite(array: Float32Array, what: str, way_out: str, *, first_row: int = 0) -> None:
+    """Refuse values of which one is not finite, and say where.
+
+    Raises
+    ------
+    ValueError
+        One is NaN or infinite.
+    """
     # A sum of squares reads the values once, and is not finite if one of them is not. It also overflows if they are
     # large; then min and max, which are NaN if any value is, decide.
     flat = array.reshape(-1)

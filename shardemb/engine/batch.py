@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from shardemb.base import validation
 from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE
 from shardemb.compute import plan, row_kernels, scheduler
@@ -244,7 +245,7 @@ def change(runtime: Runtime, changes: Sequence[Change], scaling: Scaling | None 
         changes, fillings = [each.rest for each in planned], [each.filling for each in planned if each.fills]
         norm = None
         if scaling is not None:
-            norm = scaling.norm(_sum_squares(runtime, changes))
+            norm = _norm(runtime, changes, scaling)
             if not math.isfinite(norm):
                 return norm
             changes = [replace(each, factor=scaling.factor(norm)) for each in changes]
@@ -263,6 +264,19 @@ def change(runtime: Runtime, changes: Sequence[Change], scaling: Scaling | None 
                 loading.abandon()
             raise
         return norm
+
+
+def _norm(runtime: Runtime, changes: Sequence[Change], scaling: Scaling) -> float:
+    """Return the norm of all gradients; refuse one that is not finite if the step cannot be skipped."""
+    norm = scaling.norm(_sum_squares(runtime, changes))
+    if scaling.scale is None and not math.isfinite(norm):
+        way_out = " (with scale=1.0, such a step is skipped)"
+        for each in changes:
+            directory = each.table.live().directory
+            validation.require_finite(each.values, f"gradients for the table in {directory}", way_out)
+        msg = f"extra_norm_sq is {scaling.extra_norm_sq}, so gradients cannot be clipped{way_out}; nothing was changed"
+        raise ValueError(msg)
+    return norm
 
 
 def _sum_squares(runtime: Runtime, changes: Sequence[Change]) -> float:

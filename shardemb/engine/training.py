@@ -75,19 +75,9 @@ class Scaling:
         return cls(checked, most, extra)
 
     def norm(self, sum_of_squares: float) -> float:
-        """Return the norm of all gradients, divided by the scale, from the sum of their squares before.
-
-        Raises
-        ------
-        ValueError
-            It is not finite, and there is no scale, so that the step cannot be skipped.
-        """
+        """Return the norm of all gradients, divided by the scale, from the sum of their squares before."""
         squares = sum_of_squares / (self.scale or 1.0) ** 2 + self.extra_norm_sq
-        norm = math.sqrt(squares) if squares >= 0 else math.nan
-        if not math.isfinite(norm) and self.scale is None:
-            msg = f"the norm of the gradients is {norm}: they cannot be clipped; scale=1.0 skips such a step"
-            raise ValueError(msg)
-        return norm
+        return math.sqrt(squares) if squares >= 0 else math.nan
 
     def factor(self, norm: float) -> float:
         """Return what gradients of this norm are multiplied by; as ``torch.nn.utils.clip_grad_norm_`` has it."""
@@ -96,5 +86,5 @@ class Scaling:
 
 
 def is_checked(scaling: Scaling | None, *, check_finite: bool) -> bool:
-    """Whether an update refuses gradients that are not finite, rather than being skipped for them."""
-    return check_finite and (scaling is None or scaling.scale is None)
+    """Whether the gradients of an update have to be checked: with a scaling, their norm tells if all are finite."""
+    return check_finite and scaling is None

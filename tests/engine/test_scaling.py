@@ -171,7 +171,7 @@ def test_bags_are_clipped_by_the_norm_of_their_rows(store, mode):
         ({"scale": "1"}, TypeError, "scale"),
         ({"max_norm": -1.0}, ValueError, "max_norm"),
         ({"max_norm": 1.0, "extra_norm_sq": -1.0}, ValueError, "extra_norm_sq"),
-        ({"max_norm": 1.0, "extra_norm_sq": math.nan}, ValueError, "norm of the gradients is nan.*scale"),
+        ({"max_norm": 1.0, "extra_norm_sq": math.nan}, ValueError, "extra_norm_sq is nan.*scale=1.0"),
     ],
 )
 def test_bad_limits_change_nothing(store, two, arguments, error, match):
@@ -181,8 +181,11 @@ def test_bad_limits_change_nothing(store, two, arguments, error, match):
 
 
 def test_a_norm_that_is_not_finite_cannot_be_clipped(store, two):
-    with pytest.raises(ValueError, match=r"scale=1.0"):
-        store.update({"a": ([3], [[np.inf, 0, 0]])}, max_norm=1.0, check_finite=False)
+    for check_finite in (False, True):
+        with pytest.raises(ValueError, match=r"gradients .* hold inf at position \(1, 2\).*scale=1.0"):
+            store.update(
+                {"a": ([3, 5], [[0, 0, 0], [0, 0, np.inf]])}, max_norm=1.0, check_finite=check_finite
+            )
     assert two[0].step == 0
 
 
