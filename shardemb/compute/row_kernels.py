@@ -406,24 +406,58 @@ def step(optimizer: type[Any], *, with_options: bool) -> Callable[..., None]:
     return specialised(_step, f"step_{optimizer.__name__}_with_options", _take_step=whole)
 
 
+@inlined
+def _sum_squares(values: Float32Array) -> float:
+    """Return the sum of the squares of a row's values, in eight parts, and in float64 if it overflows otherwise."""
+    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = np.float32(0)
+    whole = values.size - values.size % 8
+    for j in range(0, whole, 8):
+        s0 += values[j] * values[j]
+        s1 += values[j + 1] * values[j + 1]
+        s2 += values[j + 2] * values[j + 2]
+        s3 += values[j + 3] * values[j + 3]
+        s4 += values[j + 4] * values[j + 4]
+        s5 += values[j + 5] * values[j + 5]
+        s6 += values[j + 6] * values[j + 6]
+        s7 += values[j + 7] * values[j + 7]
+    total = ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
+    for j in range(whole, values.size):
+        total += values[j] * values[j]
+    exact = float(total)
+    if not np.isfinite(total):
+        exact = 0.0
+        for j in range(values.size):
+            exact += float(values[j]) * float(values[j])
+    return exact
+
+
 @kernel
-def sum_squares(
+def sum_squares(gradients: Float32Array, squares: NDArray[np.float64], start: int, stop: int) -> None:
+    """Set ``squares[i]`` to the sum of the squares of the gradient at position ``i`` of a batch.
+
+    In the order of the batch, because random ones would have to come from memory: a quarter of the time.
+    """
+    for i in range(start, stop):
+        squares[i] = _sum_squares(gradients[i])
+
+
+@kernel
+def sum_squares_of_rows(
     starts: Int64Array,
     order: Int64Array,
     gradients: Float32Array,
     squares: NDArray[np.float64],
+    sums: NDArray[np.float64],
     start: int,
     stop: int,
 ) -> None:
-    """Set ``squares[u]`` to the sum of the squares of row ``u``'s gradient, which is the sum of its gradients."""
-    dim, end = gradients.shape[1], order.size - 1
-    source, row_bytes = gradients.ctypes.data, 4 * gradients.shape[1]
+    """Set ``sums[u]`` to the sum of the squares of row ``u``'s gradient, given `sum_squares` of all positions."""
+    dim = gradients.shape[1]
     scratch = np.empty(dim, np.float32)
     for u in range(start, stop):
         first, last = starts[u], starts[u + 1]
-        _prefetch_bytes(source + order[min(first + 2 * _AHEAD, end)] * row_bytes, row_bytes)
-        if last - first == 1:
-            squares[u] = _sum_squares_of(gradients[order[first]])
+        if last - first == 1:  # nearly all
+            sums[u] = squares[order[first]]
             continue
         for j in range(dim):
             scratch[j] = gradients[order[first], j]
@@ -431,18 +465,4 @@ def sum_squares(
             gradient = gradients[order[k]]
             for j in range(dim):
                 scratch[j] += gradient[j]
-        squares[u] = _sum_squares_of(scratch)
-
-
-@inlined
-def _sum_squares_of(values: Float32Array) -> float:
-    """Return the sum of the squares of a row's values in float64, in which it cannot overflow."""
-    s0, s1, s2, s3, whole = 0.0, 0.0, 0.0, 0.0, values.size - values.size % 4
-    for j in range(0, whole, 4):
-        s0 += np.float64(values[j]) * np.float64(values[j])
-        s1 += np.float64(values[j + 1]) * np.float64(values[j + 1])
-        s2 += np.float64(values[j + 2]) * np.float64(values[j + 2])
-        s3 += np.float64(values[j + 3]) * np.float64(values[j + 3])
-    for j in range(whole, values.size):
-        s0 += np.float64(values[j]) * np.float64(values[j])
-    return (s0 + s1) + (s2 + s3)
+        sums[u] = _sum_squares(scratch)

@@ -280,23 +280,33 @@ def _norm(runtime: Runtime, changes: Sequence[Change], scaling: Scaling) -> floa
 
 
 def _sum_squares(runtime: Runtime, changes: Sequence[Change]) -> float:
-    """Add up the squares of all rows' gradients, in float64 and in an order that does not depend on the tasks."""
-    squares = [np.empty(each.batch.rows.size) for each in changes]
-    functions = [partial(_sum_squares_of, *each) for each in zip(changes, squares, strict=True)]
-    run_pieces(
-        runtime, functions, [each.size for each in squares], [4 * each.values.shape[1] for each in changes]
-    )
-    return math.fsum(float(found.sum()) for found in squares)
+    """Add up the squares of all rows' gradients, in an order that does not depend on the tasks."""
+    sizes = [4 * each.values.shape[1] for each in changes]
+    given = [np.empty(len(each.values)) for each in changes if each.row_gradients is None]
+    first = [partial(row_kernels.sum_squares, each.values) for each in changes if each.row_gradients is None]
+    first = [partial(function, squares) for function, squares in zip(first, given, strict=True)]
+    run_pieces(runtime, first, [squares.size for squares in given], sizes[: len(given)])
+    sums, squares = [np.empty(each.batch.rows.size) for each in changes], iter(given)
+    functions = [
+        partial(_sum_squares_of, each, found, next(squares) if each.row_gradients is None else found)
+        for each, found in zip(changes, sums, strict=True)
+    ]
+    run_pieces(runtime, functions, [found.size for found in sums], sizes)
+    return math.fsum(float(found.sum()) for found in sums)
 
 
-def _sum_squares_of(change: Change, squares: NDArray[np.float64], start: int, stop: int) -> None:
-    """Set the sum of the squares of each row's gradient."""
+def _sum_squares_of(
+    change: Change, sums: NDArray[np.float64], squares: NDArray[np.float64], start: int, stop: int
+) -> None:
+    """Set the sum of the squares of each row's gradient, given those of each position."""
     if change.row_gradients is None:
-        row_kernels.sum_squares(change.batch.starts, change.batch.order, change.values, squares, start, stop)
+        grouped = change.batch
+        row_kernels.sum_squares_of_rows(
+            grouped.starts, grouped.order, change.values, squares, sums, start, stop
+        )
         return
     for some, gradients in change.summed(start, stop):
-        once = plan.each_once(len(gradients))
-        row_kernels.sum_squares(once.starts, once.order, gradients, squares[some], 0, len(gradients))
+        row_kernels.sum_squares(gradients, sums[some], 0, len(gradients))
 
 
 def _keep(runtime: Runtime, changes: Sequence[Change], loaded: Sequence[Loaded]) -> None:
