@@ -423,11 +423,11 @@ def _sum_squares(values: Float32Array) -> float:
     total = ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
     for j in range(whole, values.size):
         total += values[j] * values[j]
-    exact = float(total)
+    exact: float = np.float64(total)
     if not np.isfinite(total):
         exact = 0.0
         for j in range(values.size):
-            exact += float(values[j]) * float(values[j])
+            exact += np.float64(values[j]) * np.float64(values[j])
     return exact
 
 
