@@ -329,30 +329,15 @@ class TableState:
 
     def change(self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool) -> None:
         """Carry out an update or a write; see `plan_change`."""
-        batch.change(self.runtime, [self.plan_change(ids, values, what, check_finite=check_finite)])
+        self.apply(self.plan_change(ids, values, what, check_finite=check_finite))
 
-    def update(
-        self,
-        ids: ArrayLike,
-        grads: ArrayLike,
-        *,
-        padding_idx: int | None,
-        scale_grad_by_freq: bool,
-        check_finite: bool,
-    ) -> None:
-        """Carry out an update; see `Table.update`."""
-        change = self.plan_update(
-            ids,
-            grads,
-            padding_idx=padding_idx,
-            scale_grad_by_freq=scale_grad_by_freq,
-            check_finite=check_finite,
-        )
+    def apply(self, change: Change) -> None:
+        """Carry out a planned change."""
         batch.change(self.runtime, [change])
 
     def reset(self, ids: ArrayLike) -> None:
         """Give rows their initial records again."""
-        batch.change(self.runtime, [self.plan_reset(self._distinct(ids))])
+        self.apply(self.plan_reset(self._distinct(ids)))
 
     def clear(self, row: int) -> None:
         """Set the weight of a row that was never written to zeros, without counting that."""
@@ -362,7 +347,7 @@ class TableState:
         record = shards.initial_records(np.array([row]))
         record[:, : shards.spec.embedding_dim] = 0
         grouped = replace(plan.each_once(1), rows=np.array([row]))
-        batch.change(self.runtime, [Change(self, grouped, record, takes_step=False)])
+        self.apply(Change(self, grouped, record, takes_step=False))
 
     def set_optimizer(self, optimizer: Optimizer) -> None:
         """Change hyper-parameters, from the next update on."""

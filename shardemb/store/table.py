@@ -543,13 +543,14 @@ class Table:
         --------
         >>> table.update([0, 1], np.ones((2, 4), np.float32))
         """
-        self._state.update(
+        change = self._state.plan_update(
             ids,
             grads,
             padding_idx=padding_idx,
             scale_grad_by_freq=scale_grad_by_freq,
             check_finite=check_finite,
         )
+        self._state.apply(change)
 
     def update_bag(
         self,
