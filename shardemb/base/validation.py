@@ -191,7 +191,7 @@ def rows(
         raise ValueError(msg)
     converted = _as_float32(array)
     if check_finite:
-        _require_finite(converted, f"table {table!r}: {what}", " (check_finite=False allows such values)")
+        require_finite(converted, f"table {table!r}: {what}")
     return converted.reshape(-1, shape[-1])
 
 
@@ -548,6 +548,17 @@ def count(value: object, name: str, *, minimum: int = 1, maximum: int = 2**48) -
 def _as_float32(array: NDArray[Any]) -> Float32Array:
     with np.errstate(over="ignore"):  # `_require_finite` finds values that become infinite
         return np.require(array, np.float32, ["C", "A", "W"])
+
+
+def require_finite(array: Float32Array, what: str) -> None:
+    """Refuse NaN and infinity in the values that a change is made with.
+
+    Raises
+    ------
+    ValueError
+        A value is not finite; the message names its position.
+    """
+    _require_finite(array, what, " (check_finite=False allows such values)")
 
 
 def _require_finite(array: Float32Array, what: str, way_out: str, *, first_row: int = 0) -> None:

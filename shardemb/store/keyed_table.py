@@ -559,7 +559,7 @@ class KeyedTable:
         create : bool
             Give new keys rows first, as for `lookup`. If the update fails after that, they keep them.
         check_finite : bool
-            Refuse NaN and infinity in `grads`.
+            Refuse NaN and infinity in `grads` and `weights`.
 
         Raises
         ------

@@ -582,12 +582,12 @@ class Table:
         scale_grad_by_freq : bool
             Divide the gradients of each row by how often its id is in the batch, padding left out.
         check_finite : bool
-            Refuse NaN and infinity in `grads`.
+            Refuse NaN and infinity in `grads` and `weights`.
 
         Raises
         ------
         TypeError, ValueError
-            As `lookup_bag`; `grads` has another dtype or shape, or holds NaN or infinity; the table has no optimizer.
+            As `lookup_bag`; `grads` has another dtype or shape; NaN or infinity; the table has no optimizer.
             Nothing was changed.
         RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
             As `update`; nothing was changed.
@@ -599,6 +599,8 @@ class Table:
         With ``"mean"`` and ``"sqrtn"``, the gradient of a bag is divided by what its sum was divided by. With
         ``"max"``, each value of it goes to the first of the bag's rows that has the greatest value now. So it is that
         of `torch.nn.functional.embedding_bag`, and the result has the same bits for any number of threads and shards.
+        (With `scale_grad_by_freq`, it is that of `torch.nn.functional.embedding`, whose rows are pooled: on CPUs,
+        ``embedding_bag`` of torch 2.13 divides by the counts of other ids.)
 
         Examples
         --------
