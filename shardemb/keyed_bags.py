@@ -91,7 +91,9 @@ class CheckedChange(NamedTuple):
     ) -> CheckedChange:
         """Check both, without looking anything up."""
         checked = CheckedBags.of(keyed, given, missing, _IN_CHANGES)
-        values = bags.checked_gradients(keyed.table, gradients, checked.num_bags, check_finite=check_finite)
+        values = bags.checked_gradients(
+            keyed.table, gradients, checked.num_bags, checked.form.weights, check_finite=check_finite
+        )
         return CheckedChange(checked, values)
 
     def plan(self, *, create: bool, scale_grad_by_freq: bool) -> Change:

@@ -191,7 +191,7 @@ def rows(
         raise ValueError(msg)
     converted = _as_float32(array)
     if check_finite:
-        require_finite(converted, f"table {table!r}: {what}", " (check_finite=False allows such values)")
+        require_finite(converted, f"table {table!r}: {what}")
     return converted.reshape(-1, shape[-1])
 
 
@@ -564,13 +564,16 @@ def _as_float32(array: NDArray[Any]) -> Float32Array:
         return np.require(array, np.float32, ["C", "A", "W"])
 
 
-def require_finite(array: Float32Array, what: str, way_out: str, *, first_row: int = 0) -> None:
-    """Refuse values of which one is not finite, and say where.
+_CHECK_LESS = " (check_finite=False allows such values)"
+
+
+def require_finite(array: Float32Array, what: str, way_out: str = _CHECK_LESS, *, first_row: int = 0) -> None:
+    """Refuse NaN and infinity in the values that a change is made with.
 
     Raises
     ------
     ValueError
-        One is NaN or infinite.
+        A value is not finite; the message names its position.
     """
     # A sum of squares reads the values once, and is not finite if one of them is not. It also overflows if they are
     # large; then min and max, which are NaN if any value is, decide.

@@ -512,7 +512,9 @@ def plan_change(
 ) -> Change:
     """Check an update by the gradients of bags, and group its ids; see `Table.update_bag`."""
     planned = plan_read(bags, table)
-    values = checked_gradients(table, gradients, planned.bags.count, check_finite=check_finite)
+    values = checked_gradients(
+        table, gradients, planned.bags.count, planned.bags.weights, check_finite=check_finite
+    )
     return planned.change(values, scale_grad_by_freq=scale_grad_by_freq)
 
 
@@ -532,11 +534,14 @@ def update(
 
 
 def checked_gradients(
-    table: Trained, gradients: ArrayLike, count: int, *, check_finite: bool
+    table: Trained, gradients: ArrayLike, count: int, weights: Float32Array, *, check_finite: bool
 ) -> Float32Array:
-    """Check the gradients of so many bags for an update."""
+    """Check the gradients of so many bags for an update; the weights, whose form was checked, must be finite too."""
     form = "(bags, embedding_dim)"
-    return table.check_values(gradients, (count,), "gradients", check_finite=check_finite, form=form)
+    values = table.check_values(gradients, (count,), "gradients", check_finite=check_finite, form=form)
+    if check_finite and weights.size:
+        validation.require_finite(weights, f"table {table.name!r}: weights")
+    return values
 
 
 def in_range(ids: ArrayLike, table: Named, out_of_range: OutOfRange) -> tuple[ArrayLike, StandIns | None]:

@@ -24,7 +24,7 @@ from shardemb.compute import plan, scheduler
 from shardemb.engine import bags, batch, filling, warming
 from shardemb.engine.planned import Change, PlannedRead, require_rows
 from shardemb.engine.shards import Shards
-from shardemb.engine.training import Scaling, Training, is_checked
+from shardemb.engine.training import Scaling, Training
 from shardemb.errors import ShardEmbError, TableNotFoundError
 from shardemb.format import ranges, store_paths
 from shardemb.format.manifest import TableEntry
@@ -377,37 +377,17 @@ class TableState:
             records[:, -1] = self.training.step
         return records
 
-    def carry_out_change(self, change: Change) -> None:
-        """Carry out a change that was planned."""
-        batch.change(self.runtime, [change])
-
     def change(self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool) -> None:
         """Carry out a write; see `plan_change`."""
-        batch.change(self.runtime, [self.plan_change(ids, values, what, check_finite=check_finite)])
+        self.apply(self.plan_change(ids, values, what, check_finite=check_finite))
 
-    def update(
-        self,
-        ids: ArrayLike,
-        grads: ArrayLike,
-        *,
-        padding_idx: int | None,
-        scale_grad_by_freq: bool,
-        scaling: Scaling | None,
-        check_finite: bool,
-    ) -> float | None:
-        """Carry out an update; see `Table.update` and `batch.change`."""
-        change = self.plan_update(
-            ids,
-            grads,
-            padding_idx=padding_idx,
-            scale_grad_by_freq=scale_grad_by_freq,
-            check_finite=is_checked(scaling, check_finite=check_finite),
-        )
+    def apply(self, change: Change, scaling: Scaling | None = None) -> float | None:
+        """Carry out a planned change; see `batch.change`."""
         return batch.change(self.runtime, [change], scaling)
 
     def reset(self, ids: ArrayLike) -> None:
         """Give rows their initial records again."""
-        batch.change(self.runtime, [self.plan_reset(self._distinct(ids))])
+        self.apply(self.plan_reset(self._distinct(ids)))
 
     def clear(self, row: int) -> None:
         """Set the weight of a row that was never written to zeros, without counting that."""
@@ -417,7 +397,7 @@ class TableState:
         record = shards.initial_records(np.array([row]))
         record[:, : shards.spec.embedding_dim] = 0
         grouped = replace(plan.each_once(1), rows=np.array([row]))
-        batch.change(self.runtime, [Change(self, grouped, record, takes_step=False)])
+        self.apply(Change(self, grouped, record, takes_step=False))
 
     def set_optimizer(self, optimizer: Optimizer) -> None:
         """Change hyper-parameters, from the next update on."""

@@ -579,7 +579,7 @@ class KeyedTable:
         scale : float, optional
             Divide the gradients by this number, and skip the step if any is not finite then; see `Table.update`.
         check_finite : bool
-            Refuse NaN and infinity in `grads`, unless there is a `scale`.
+            Refuse NaN and infinity in `grads`, unless there is a `scale`, and in `weights`.
 
         Returns
         -------

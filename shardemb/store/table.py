@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from shardemb.engine import bags
 from shardemb.engine.bags import Bags
 from shardemb.engine.table_state import TableSource
-from shardemb.engine.training import Scaling
+from shardemb.engine.training import Scaling, is_checked
 from shardemb.session import display
 
 if TYPE_CHECKING:
@@ -561,14 +561,15 @@ class Table:
         --------
         >>> table.update([0, 1], np.ones((2, 4), np.float32))
         """
-        return self._state.update(
+        scaling = Scaling.of(scale)
+        change = self._state.plan_update(
             ids,
             grads,
             padding_idx=padding_idx,
             scale_grad_by_freq=scale_grad_by_freq,
-            scaling=Scaling.of(scale),
-            check_finite=check_finite,
+            check_finite=is_checked(scaling, check_finite=check_finite),
         )
+        return self._state.apply(change, scaling)
 
     def update_bag(
         self,
@@ -603,7 +604,7 @@ class Table:
         scale : float, optional
             Divide the gradients by this number, and skip the step if any is not finite then; see `update`.
         check_finite : bool
-            Refuse NaN and infinity in `grads`, unless there is a `scale`.
+            Refuse NaN and infinity in `grads`, unless there is a `scale`, and in `weights`.
 
         Returns
         -------
@@ -613,7 +614,7 @@ class Table:
         Raises
         ------
         TypeError, ValueError
-            As `lookup_bag`; `grads` has another dtype or shape, or holds NaN or infinity; the table has no optimizer.
+            As `lookup_bag`; `grads` has another dtype or shape; NaN or infinity; the table has no optimizer.
             Nothing was changed.
         FrozenRowError, LearningRateError
             As `update`; nothing was changed.
@@ -627,6 +628,8 @@ class Table:
         With ``"mean"`` and ``"sqrtn"``, the gradient of a bag is divided by what its sum was divided by. With
         ``"max"``, each value of it goes to the first of the bag's rows that has the greatest value now. So it is that
         of `torch.nn.functional.embedding_bag`, and the result has the same bits for any number of threads and shards.
+        (With `scale_grad_by_freq`, it is that of `torch.nn.functional.embedding`, whose rows are pooled: on CPUs,
+        ``embedding_bag`` of torch 2.13 divides by the counts of other ids.)
 
         Examples
         --------
@@ -785,7 +788,7 @@ class Table:
         >>> bool((table.lookup([10, 11]) == table.lookup([0, 1])).all())
         True
         """
-        self._state.carry_out_change(self._state.plan_copy(source, target))
+        self._state.apply(self._state.plan_copy(source, target))
 
     def swap_rows(self, rows: ArrayLike, others: ArrayLike) -> None:
         """Let rows change places with others, with optimizer state and counters: all of them, or none.
@@ -810,7 +813,7 @@ class Table:
         --------
         >>> table.swap_rows([0, 1], [20, 21])
         """
-        self._state.carry_out_change(self._state.plan_swap(rows, others))
+        self._state.apply(self._state.plan_swap(rows, others))
 
     def set_optimizer(self, optimizer: Optimizer) -> None:
         """Change the optimizer's hyper-parameters for the following updates; part of the next commit.

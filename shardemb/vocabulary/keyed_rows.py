@@ -266,7 +266,7 @@ class KeyedRows:
 
             return replace(change, renew=renew)
 
-        self.table.carry_out_change(planned())
+        self.table.apply(planned())
 
     def evict(self, *, older_than: int | None, keep: int | None, by: Literal["lru", "lfu"]) -> NDArray[Any]:
         """Remove the keys that are used least; return them. See `KeyedTable.evict`."""

@@ -1,6 +1,7 @@
 """Lookups and changes of bags, against a plain model and torch; how a batch runs must not show in any bit."""
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -299,6 +300,37 @@ def test_rows_that_move_meanwhile_are_read_again(store, monkeypatch):
     monkeypatch.setattr(shards, "gather", disturbed)
     assert_same_bits(table.lookup_bag(ids, offsets), expected)
     assert len(calls) > 1
+
+
+def test_bags_are_those_of_their_rows_while_rows_are_spilled_evicted_and_folded(path):
+    store = shardemb.open(path, memory_budget=0, log_bytes=1)
+    table = store.create_table("t", num_embeddings=3000, embedding_dim=2, rows_per_shard=64)
+    rows = np.arange(3000, dtype=np.float32)[:, np.newaxis].repeat(2, 1)
+    table.write(np.arange(3000), rows)
+    stop, wrong = threading.Event(), []
+
+    def read(seed):
+        rng = np.random.default_rng(seed)
+        while not stop.is_set() and not wrong:
+            ids = rng.integers(0, 3000, 50)
+            found = table.lookup_bag(np.stack([ids] * 3, axis=1), mode="max")
+            if not ((found == rows[ids]) | (found == rows[ids] + 0.5)).all():
+                wrong.append(ids)
+
+    readers = [threading.Thread(target=read, args=(seed,)) for seed in range(2)]
+    for each in readers:
+        each.start()
+    rng = np.random.default_rng(9)
+    for number in range(25):
+        some = rng.integers(0, 3000, 400)
+        table.write(some, rows[some] + np.float32(0.5 * (number % 2)))
+        if number % 3 == 0:
+            store.commit()
+    stop.set()
+    for each in readers:
+        each.join()
+    close_quietly(store)
+    assert not wrong
 
 
 def test_cold_batches_request_their_pages_first(path):

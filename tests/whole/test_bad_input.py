@@ -288,6 +288,8 @@ def test_bad_arguments_of_bags_are_refused(filled):
         ):
             with pytest.raises(ValueError, match=match):
                 table.update_bag(*bags, grads)
+        with pytest.raises(ValueError, match=r"'t': weights hold inf at position \(1,\)"):
+            table.update_bag(*bags, ONES, weights=[1.0, INF, 1.0])
         with pytest.raises(ValueError, match="'plain' has no optimizer"):
             filled["plain"].update_bag(*bags, ONES)
         with pytest.raises(ValueError, match=r"gradients have shape \(3, 4\)"):
