@@ -26,7 +26,7 @@ ROOMS = {
     ],
     "compute": [
         "compiler", "intrinsics", "scheduler", "file_blocks", "grouping", "row_index", "plan", "residency",
-        "row_kernels", "pooling", "catch_up",
+        "row_kernels", "pooling",
     ],
     "optim": [
         "schedules", "options", "base", "sgd", "adagrad", "adam", "lamb", "rmsprop", "ftrl", "__init__",
@@ -402,7 +402,6 @@ def parameters(node):
 
 HOT_LOOPS = {
     "compute.row_kernels",
-    "compute.catch_up",
     "compute.pooling",
     "compute.intrinsics",
     "compute.residency",

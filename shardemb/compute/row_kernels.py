@@ -314,6 +314,52 @@ def _step(
         _take_step(record[:dim], record[dim:], scratch, scalars, options, scratch)
 
 
+# ---- catching up ----------------------------------------------------------------------------------------------
+#
+# To a dense optimizer, a row that is not in a batch has a gradient of zeros: weights decay, moments decay, and a
+# momentum goes on moving the weight. An optimizer says after how many such steps nothing is left but decay. So many are
+# taken one by one, with its own formula; the rest is one multiplication.
+
+
+def _catch_up(
+    records: Float32Array,
+    dim: int,
+    places: Int64Array,
+    scalars: Float32Array,
+    options: Float32Array,
+    log_kept: NDArray[np.float64],
+    log_state: NDArray[np.float64],
+    replayed: int,
+    step: int,
+    mark: int,
+    start: int,
+    stop: int,
+) -> None:
+    """Bring the records at ``places[start:stop]`` to a step, in place.
+
+    The last value of a record is the step that the row has been brought to; it becomes `mark`. `scalars` and `options`
+    are those of each step; for the others see ``optim.base.Decays``.
+    """
+    zeros, work = np.zeros(dim, np.float32), np.empty(dim, np.float32)
+    for i in range(start, stop):
+        record = records[places[i]]
+        weight, state = record[:dim], record[dim:]
+        last = np.int64(record[record.size - 1])
+        record[record.size - 1] = np.float32(max(last, np.int64(mark)))
+        if last >= step:  # also where an update in another thread was faster than a lookup
+            continue
+        middle = min(last + np.int64(replayed), np.int64(step))
+        for k in range(last, middle):  # the steps that are numbered from `last` + 1 on
+            _take_step(weight, state, zeros, scalars[k], options[k], work)
+        if middle < step:
+            kept = np.float32(np.exp(log_kept[step] - log_kept[middle]))
+            for j in range(dim):
+                weight[j] *= kept
+            for j in range(log_state.size):
+                if log_state[j] != 0:
+                    state[j] *= np.float32(np.exp(log_state[j] * (step - middle)))
+
+
 # ---- whole records, as the log and the spill file have them ------------------------------------------------------
 
 
@@ -394,16 +440,32 @@ def copy_or_fill(initializer: type[Any]) -> Callable[..., None]:
     return specialised(_copy_or_fill, f"copy_or_fill_{initializer.__name__}", **_fill_helpers(initializer))
 
 
+def _whole_step(optimizer: type[Any]) -> Callable[..., None]:
+    """Compile an optimizer's step with everything that its options may ask for."""
+    squares = formula(optimizer.sum_of_squares)
+    own = formula(optimizer.row_step, sum_of_squares=squares)
+    clip, constrain = (formula(each, sum_of_squares=squares) for each in optimizer.around_step)
+    return formula(optimizer.take_step, _row_step=own, clip_gradient=clip, constrain=constrain)
+
+
 @cache
 def step(optimizer: type[Any], *, with_options: bool) -> Callable[..., None]:
     """Return `_step` compiled for one class of optimizers, which has a `row_step` and a `take_step` with options."""
-    squares = formula(optimizer.sum_of_squares)
-    own = formula(optimizer.row_step, sum_of_squares=squares)
-    if not with_options:
-        return specialised(_step, f"step_{optimizer.__name__}", _take_step=formula(_take_step, _row_step=own))
-    clip, constrain = (formula(each, sum_of_squares=squares) for each in optimizer.around_step)
-    whole = formula(optimizer.take_step, _row_step=own, clip_gradient=clip, constrain=constrain)
-    return specialised(_step, f"step_{optimizer.__name__}_with_options", _take_step=whole)
+    if with_options:
+        return specialised(
+            _step, f"step_{optimizer.__name__}_with_options", _take_step=_whole_step(optimizer)
+        )
+    own = formula(optimizer.row_step, sum_of_squares=formula(optimizer.sum_of_squares))
+    return specialised(_step, f"step_{optimizer.__name__}", _take_step=formula(_take_step, _row_step=own))
+
+
+@cache
+def catch_up(optimizer: type[Any]) -> Callable[..., None]:
+    """Return `_catch_up` compiled for one class of optimizers."""
+    return specialised(_catch_up, f"catch_up_{optimizer.__name__}", _take_step=_whole_step(optimizer))
+
+
+# ---- the norm of gradients ----------------------------------------------------------------------------------------
 
 
 @inlined

@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from shardemb.base import validation
 from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE
 from shardemb.compute import plan, row_kernels, scheduler
 from shardemb.engine import filling
-from shardemb.engine.planned import Change, Read, Reading, Target
+from shardemb.engine.planned import Change, Read, Reading, Target, norm_of
 from shardemb.engine.shards import PAGED_ROWS
 
 if TYPE_CHECKING:
@@ -245,7 +244,7 @@ def change(runtime: Runtime, changes: Sequence[Change], scaling: Scaling | None 
         changes, fillings = [each.rest for each in planned], [each.filling for each in planned if each.fills]
         norm = None
         if scaling is not None:
-            norm = _norm(runtime, changes, scaling)
+            norm = norm_of(changes, scaling, partial(run_pieces, runtime))
             if not math.isfinite(norm):
                 return norm
             changes = [replace(each, factor=scaling.factor(norm)) for each in changes]
@@ -264,49 +263,6 @@ def change(runtime: Runtime, changes: Sequence[Change], scaling: Scaling | None 
                 loading.abandon()
             raise
         return norm
-
-
-def _norm(runtime: Runtime, changes: Sequence[Change], scaling: Scaling) -> float:
-    """Return the norm of all gradients; refuse one that is not finite if the step cannot be skipped."""
-    norm = scaling.norm(_sum_squares(runtime, changes))
-    if scaling.scale is None and not math.isfinite(norm):
-        way_out = " (with scale=1.0, such a step is skipped)"
-        for each in changes:
-            directory = each.table.live().directory
-            validation.require_finite(each.values, f"gradients for the table in {directory}", way_out)
-        msg = f"extra_norm_sq is {scaling.extra_norm_sq}, so gradients cannot be clipped{way_out}; nothing was changed"
-        raise ValueError(msg)
-    return norm
-
-
-def _sum_squares(runtime: Runtime, changes: Sequence[Change]) -> float:
-    """Add up the squares of all rows' gradients, in an order that does not depend on the tasks."""
-    sizes = [4 * each.values.shape[1] for each in changes]
-    given = [np.empty(len(each.values)) for each in changes if each.row_gradients is None]
-    first = [partial(row_kernels.sum_squares, each.values) for each in changes if each.row_gradients is None]
-    first = [partial(function, squares) for function, squares in zip(first, given, strict=True)]
-    run_pieces(runtime, first, [squares.size for squares in given], sizes[: len(given)])
-    sums, squares = [np.empty(each.batch.rows.size) for each in changes], iter(given)
-    functions = [
-        partial(_sum_squares_of, each, found, next(squares) if each.row_gradients is None else found)
-        for each, found in zip(changes, sums, strict=True)
-    ]
-    run_pieces(runtime, functions, [found.size for found in sums], sizes)
-    return math.fsum(float(found.sum()) for found in sums)
-
-
-def _sum_squares_of(
-    change: Change, sums: NDArray[np.float64], squares: NDArray[np.float64], start: int, stop: int
-) -> None:
-    """Set the sum of the squares of each row's gradient, given those of each position."""
-    if change.row_gradients is None:
-        grouped = change.batch
-        row_kernels.sum_squares_of_rows(
-            grouped.starts, grouped.order, change.values, squares, sums, start, stop
-        )
-        return
-    for some, gradients in change.summed(start, stop):
-        row_kernels.sum_squares(gradients, sums[some], 0, len(gradients))
 
 
 def _keep(runtime: Runtime, changes: Sequence[Change], loaded: Sequence[Loaded]) -> None:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from shardemb.base import validation
+from shardemb.compute import plan, row_kernels
 from shardemb.errors import FrozenRowError, ShardEmbError
 from shardemb.format import ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+
+    from numpy.typing import ArrayLike, NDArray
 
     from shardemb.base.validation import Float32Array, Int64Array
     from shardemb.compute.plan import Grouped
     from shardemb.engine.shards import Shards
-    from shardemb.engine.training import Training
+    from shardemb.engine.training import Scaling, Training
 
 
 SCRATCH_BYTES = 2**18
@@ -196,6 +202,19 @@ class Change:
         last: Int64Array = self.batch.order[self.batch.starts[1:] - 1]
         return last
 
+    def square_rows(
+        self, sums: NDArray[np.float64], squares: NDArray[np.float64], start: int, stop: int
+    ) -> None:
+        """Sum the squares of the gradients of rows ``start:stop``, given those of the positions of the batch."""
+        if self.row_gradients is None:
+            grouped = self.batch
+            row_kernels.sum_squares_of_rows(
+                grouped.starts, grouped.order, self.values, squares, sums, start, stop
+            )
+            return
+        for some, gradients in self.summed(start, stop):
+            row_kernels.sum_squares(gradients, sums[some], 0, len(gradients))
+
     def renewed(self) -> Change:
         """Return the change as it has to be now; itself if nothing that it was planned from has changed.
 
@@ -240,3 +259,108 @@ def require_rows(table: Target, rows: Int64Array, *, takes_step: bool = False) -
         )
         raise ShardEmbError(msg)
     return shards
+
+
+# ---- the norm of gradients ------------------------------------------------------------------------------------
+
+
+def norm_of(changes: Sequence[Change], scaling: Scaling, run: Callable[..., None]) -> float:
+    """Return the norm of all gradients, with `run` for work in pieces; refuse one that is not finite without a scale.
+
+    Raises
+    ------
+    ValueError
+        It is not finite, and the step cannot be skipped.
+    """
+    found = scaling.norm(_sum_squares(changes, run))
+    if scaling.scale is None and not math.isfinite(found):
+        way_out = " (with scale=1.0, such a step is skipped)"
+        for each in changes:
+            directory = each.table.live().directory
+            validation.require_finite(each.values, f"gradients for the table in {directory}", way_out)
+        msg = f"extra_norm_sq is {scaling.extra_norm_sq}, so gradients cannot be clipped{way_out}; nothing was changed"
+        raise ValueError(msg)
+    return found
+
+
+def _sum_squares(changes: Sequence[Change], run: Callable[..., None]) -> float:
+    """Add up the squares of all rows' gradients, in an order that does not depend on the tasks."""
+    sizes = [4 * each.values.shape[1] for each in changes]
+    given = [np.empty(0 if each.row_gradients else len(each.values)) for each in changes]
+    sums = [np.empty(each.batch.rows.size) for each in changes]
+    pairs = list(zip(changes, given, strict=True))
+    first = [partial(row_kernels.sum_squares, each.values, squares) for each, squares in pairs]
+    run(first, [each.size for each in given], sizes)
+    then = [
+        partial(each.square_rows, found, squares) for (each, squares), found in zip(pairs, sums, strict=True)
+    ]
+    run(then, [each.size for each in sums], sizes)
+    return math.fsum(float(each.sum()) for each in sums)
+
+
+# ---- rows that move -------------------------------------------------------------------------------------------
+
+
+class Moving(Target, Protocol):
+    """A table as changes of whole records see it."""
+
+    @property
+    def name(self) -> str:
+        """Its name, for messages."""
+
+    def read(self, column: str, ids: ArrayLike) -> Float32Array:
+        """Copy a column of rows."""
+
+
+def records_of(table: Moving, rows: Int64Array) -> Float32Array:
+    """Copy whole records of rows, as they are at the table's step."""
+    spec = table.live().spec
+    records = np.hstack([table.read(column, rows) for column in spec.columns])
+    if spec.is_caught_up:
+        records[:, -1] = table.training.step
+    return records
+
+
+def catch_up(table: Moving, rows_at_once: int) -> Iterator[Change]:
+    """Plan changes that bring all rows to the table's step, before the optimizer that says how changes."""
+    count = table.live().spec.num_embeddings
+    for start in range(0, count, rows_at_once):
+        rows = np.arange(start, min(start + rows_at_once, count))
+        each_once = plan.Grouped(rows, np.arange(rows.size + 1), np.arange(rows.size))
+        yield Change(table, each_once, records_of(table, rows), takes_step=False)
+
+
+def plan_copy(table: Moving, source: ArrayLike, target: ArrayLike) -> Change:
+    """Plan to overwrite whole records of rows by those of others, all of which are read before any changes."""
+    count = table.live().spec.num_embeddings
+    read, changed = (validation.row_ids(ids, count, table.name) for ids in (source, target))
+    if read.shape != changed.shape:
+        msg = f"table {table.name!r}: {read.shape} rows cannot be copied to {changed.shape}; give as many of both"
+        raise ValueError(msg)
+    return _copying(table, read.flat, plan.group(changed.flat, count))
+
+
+def _copying(table: Moving, source: Int64Array, target: Grouped) -> Change:
+    require_rows(table, np.sort(source))
+    records = records_of(table, source)
+
+    def renew() -> Change | None:
+        same = np.array_equal(records.view(np.uint32), records_of(table, source).view(np.uint32))
+        return None if same else _copying(table, source, target)
+
+    return Change(table, target, records, takes_step=False, renew=renew)
+
+
+def plan_swap(table: Moving, one: ArrayLike, other: ArrayLike) -> Change:
+    """Plan to let rows change places, each of them once."""
+    count = table.live().spec.num_embeddings
+    first, second = (validation.row_ids(ids, count, table.name) for ids in (one, other))
+    joined = np.concatenate([first.flat, second.flat])
+    distinct = np.unique(joined).size
+    if first.shape != second.shape or distinct != joined.size:
+        msg = (
+            f"table {table.name!r}: rows change places in pairs, and each of them once; "
+            f"got {first.flat.size} and {second.flat.size} ids, {distinct} of them different"
+        )
+        raise ValueError(msg)
+    return plan_copy(table, joined, np.concatenate([second.flat, first.flat]))

@@ -19,7 +19,6 @@ from shardemb.base.forks import usable_in_child
 from shardemb.base.sampling import stream_key
 from shardemb.base.sizes import PAGE, round_up
 from shardemb.commits.log_reader import Images
-from shardemb.compute import catch_up as catching_up
 from shardemb.compute import file_blocks, residency, row_kernels
 from shardemb.engine.filled_rows import FilledRows
 from shardemb.format.table_files import TableLocation
@@ -189,7 +188,7 @@ class Shards:
         optimizer, step, dim = self.training.optimizer, self.training.step, self.spec.embedding_dim
         assert optimizer is not None
         decays = optimizer.decays_until(step, dim)
-        kernel = catching_up.catch_up(type(optimizer))
+        kernel = row_kernels.catch_up(type(optimizer))
         kernel(records, dim, places, *decays, step, mark, start, stop)
 
     def _gather(self, column: str, ids: Int64Array, out: Float32Array, start: int, stop: int) -> None:

@@ -21,7 +21,7 @@ from shardemb.base.formatting import size
 from shardemb.base.progress import track
 from shardemb.commits import rewrite
 from shardemb.compute import plan, scheduler
-from shardemb.engine import bags, batch, filling, warming
+from shardemb.engine import bags, batch, filling, planned, warming
 from shardemb.engine.planned import Change, PlannedRead, require_rows
 from shardemb.engine.shards import Shards
 from shardemb.engine.training import Scaling, Training
@@ -338,45 +338,6 @@ class TableState:
             records[:, -1] = self.training.step  # they are not what steps would have made of initial ones
         return Change(self, grouped, records, takes_step=False, renew=renew)
 
-    def plan_copy(self, source: ArrayLike, target: ArrayLike) -> Change:
-        """Plan to overwrite whole records of rows by those of others, all of which are read before any changes."""
-        count = self.live().spec.num_embeddings
-        read, changed = (validation.row_ids(ids, count, self.name) for ids in (source, target))
-        if read.shape != changed.shape:
-            msg = f"table {self.name!r}: {read.shape} rows cannot be copied to {changed.shape}; give as many of both"
-            raise ValueError(msg)
-        return self._copying(read.flat, plan.group(changed.flat, count))
-
-    def _copying(self, source: Int64Array, target: plan.Grouped) -> Change:
-        require_rows(self, np.sort(source))
-        records = self._records(source)
-
-        def renew() -> Change | None:
-            same = np.array_equal(records.view(np.uint32), self._records(source).view(np.uint32))
-            return None if same else self._copying(source, target)
-
-        return Change(self, target, records, takes_step=False, renew=renew)
-
-    def plan_swap(self, one: ArrayLike, other: ArrayLike) -> Change:
-        """Plan to let rows change places, each of them once."""
-        count = self.live().spec.num_embeddings
-        both = [validation.row_ids(ids, count, self.name) for ids in (one, other)]
-        joined = np.concatenate([each.flat for each in both])
-        if both[0].shape != both[1].shape or np.unique(joined).size != joined.size:
-            msg = (
-                f"table {self.name!r}: rows change places in pairs, and each of them once; "
-                f"got {both[0].flat.size} and {both[1].flat.size} ids, {np.unique(joined).size} of them different"
-            )
-            raise ValueError(msg)
-        return self.plan_copy(joined, np.concatenate([both[1].flat, both[0].flat]))
-
-    def _records(self, rows: Int64Array) -> Float32Array:
-        """Copy whole records of rows, as they are at the table's step."""
-        records = np.hstack([self.read(column, rows) for column in self.spec.columns])
-        if self.spec.is_caught_up:
-            records[:, -1] = self.training.step
-        return records
-
     def change(self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool) -> None:
         """Carry out a write; see `plan_change`."""
         self.apply(self.plan_change(ids, values, what, check_finite=check_finite))
@@ -404,38 +365,24 @@ class TableState:
         with self.runtime.changing():
             self.live()
             now = self.training.optimizer
-            same = now is not None and optim.same_columns(now, optimizer)
-            if now is None or not same or now.initial_state() != optimizer.initial_state():
+            if now is None or not optim.may_replace(now, optimizer):
                 msg = (
                     f"table {self.name!r} has the optimizer {now}; set_optimizer changes its hyper-parameters, but "
                     f"neither its kind nor its state columns and their initial values, got {optimizer!r}; "
                     f"store.reshard({self.name!r}, optimizer=...) does"
                 )
                 raise ValueError(msg)
-            step = -1
-            while (
-                self.spec.is_caught_up and optimizer != self.training.optimizer and step != self.training.step
-            ):
-                step = self.training.step  # there may be others, while room is made for rows
-                self._catch_up()
+            step = -1 if self.spec.is_caught_up and optimizer != now else self.training.step
+            while step != self.training.step:  # there may be others, while room is made for rows
+                step = self.training.step
+                for change in planned.catch_up(self, MATERIALIZED_BYTES // self.spec.record_bytes):
+                    self.apply(change)
             self.training.optimizer = optimizer
-
-    def _catch_up(self) -> None:
-        """Bring all rows to the table's step, before the optimizer that they are caught up by changes."""
-        rows_at_once = max(1, MATERIALIZED_BYTES // self.spec.record_bytes)
-        for start in range(0, self.live().spec.num_embeddings, rows_at_once):
-            rows = np.arange(start, min(start + rows_at_once, self.live().spec.num_embeddings))
-            each_once = plan.Grouped(rows, np.arange(rows.size + 1), np.arange(rows.size))
-            batch.change(self.runtime, [Change(self, each_once, self._records(rows), takes_step=False)])
 
     def freeze(self, start: int, stop: int | None, *, frozen: bool) -> None:
         """Freeze a range of rows, or unfreeze it."""
         with self.runtime.changing():
-            count = self.live().spec.num_embeddings
-            first = validation.count(start, "start", minimum=0, maximum=count)
-            last = count if stop is None else validation.count(stop, "stop", minimum=first, maximum=count)
-            change = ranges.united if frozen else ranges.without
-            self.training.frozen = change(self.training.frozen, first, last)
+            self.training.freeze(start, stop, self.live().spec.num_embeddings, frozen=frozen)
 
     def _distinct(self, ids: ArrayLike) -> Int64Array:
         """Check row ids; return the distinct ones, ascending."""

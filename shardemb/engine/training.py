@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shardemb.base import validation
+from shardemb.format import ranges
 
 if TYPE_CHECKING:
     from shardemb.format.ranges import Ranges
@@ -32,6 +33,18 @@ class Training:
     optimizer: Optimizer | None
     step: int
     frozen: Ranges = ()
+
+    def freeze(self, start: int, stop: int | None, count: int, *, frozen: bool) -> None:
+        """Freeze a range of the rows of a table that has so many, or unfreeze it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            It is no range of these.
+        """
+        first = validation.count(start, "start", minimum=0, maximum=count)
+        last = count if stop is None else validation.count(stop, "stop", minimum=first, maximum=count)
+        self.frozen = (ranges.united if frozen else ranges.without)(self.frozen, first, last)
 
 
 @dataclass(frozen=True)

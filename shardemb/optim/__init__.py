@@ -70,6 +70,12 @@ def same_columns(one: Optimizer | None, other: object) -> bool:
     return type(one) is type(other) and one.state_columns(1) == other.state_columns(1)
 
 
+def may_replace(one: Optimizer, other: object) -> bool:
+    """Whether another optimizer can go on with the state of one: `same_columns`, and the same initial values."""
+    same = isinstance(other, Optimizer) and same_columns(one, other)
+    return same and one.initial_state() == other.initial_state()  # type: ignore[attr-defined]
+
+
 def to_json(optimizer: Optimizer) -> dict[str, object]:
     """Describe an optimizer; of a learning rate that is no schedule but another function, only that it is one."""
     document = serialization.to_json(optimizer)

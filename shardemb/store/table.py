@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from shardemb.engine import bags
+from shardemb.engine import bags, planned
 from shardemb.engine.bags import Bags
 from shardemb.engine.table_state import TableSource
 from shardemb.engine.training import Scaling, is_checked
@@ -788,7 +788,7 @@ class Table:
         >>> bool((table.lookup([10, 11]) == table.lookup([0, 1])).all())
         True
         """
-        self._state.apply(self._state.plan_copy(source, target))
+        self._state.apply(planned.plan_copy(self._state, source, target))
 
     def swap_rows(self, rows: ArrayLike, others: ArrayLike) -> None:
         """Let rows change places with others, with optimizer state and counters: all of them, or none.
@@ -813,7 +813,7 @@ class Table:
         --------
         >>> table.swap_rows([0, 1], [20, 21])
         """
-        self._state.apply(self._state.plan_swap(rows, others))
+        self._state.apply(planned.plan_swap(self._state, rows, others))
 
     def set_optimizer(self, optimizer: Optimizer) -> None:
         """Change the optimizer's hyper-parameters for the following updates; part of the next commit.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from shardemb.base import validation
-from shardemb.engine import batch
+from shardemb.engine import batch, planned
 from shardemb.engine.table_state import TableSource
 from shardemb.engine.training import Scaling, is_checked
 from shardemb.errors import UnknownKeyError
@@ -246,12 +246,12 @@ class KeyedRows:
         self._carry_out(lambda: self.table.plan_reset(np.unique(self.known(given))))
 
     def copy_rows(self, source: KeysLike, target: KeysLike) -> None:
-        """Overwrite the rows of keys by those of others; see `TableState.plan_copy`."""
-        self._carry_out(lambda: self.table.plan_copy(self.known(source), self.known(target)))
+        """Overwrite the rows of keys by those of others; see `planned.plan_copy`."""
+        self._carry_out(lambda: planned.plan_copy(self.table, self.known(source), self.known(target)))
 
     def swap_rows(self, one: KeysLike, other: KeysLike) -> None:
-        """Let the rows of keys change places; see `TableState.plan_swap`."""
-        self._carry_out(lambda: self.table.plan_swap(self.known(one), self.known(other)))
+        """Let the rows of keys change places; see `planned.plan_swap`."""
+        self._carry_out(lambda: planned.plan_swap(self.table, self.known(one), self.known(other)))
 
     def _carry_out(self, plan: Callable[[], Change]) -> None:
         """Carry out a change of rows of keys; it is planned anew if a key gets another row before it begins."""

@@ -99,7 +99,7 @@ USE_EVERYTHING = """
     import sys
     import numpy as np
     import shardemb
-    from shardemb.compute import catch_up, file_blocks, grouping, plan, pooling, residency, row_index, row_kernels
+    from shardemb.compute import file_blocks, grouping, plan, pooling, residency, row_index, row_kernels
     from shardemb.memory import slots
     from shardemb.vocabulary import hash_index, hashing, index_kernels, key_kernels
     from shardemb.initializers import Uniform
@@ -211,7 +211,7 @@ USE_EVERYTHING = """
     inner += row_kernels._copy_from, row_kernels._stream_from, row_kernels._lowest, file_blocks._first_from
     found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
     found = [each for each in found if each.targetoptions.get("inline") != "always"]
-    found += [row_kernels.gather_or_fill(Uniform), row_kernels.copy_or_fill(Uniform), catch_up.catch_up(Adam)]
+    found += [row_kernels.gather_or_fill(Uniform), row_kernels.copy_or_fill(Uniform), row_kernels.catch_up(Adam)]
     found += [row_kernels.step(Adam, with_options=each) for each in (False, True)]
     found = [each for each in found if each not in inner]  # called only by kernels
     assert len(found) > 12
