@@ -208,6 +208,8 @@ ARMS = {
     "B1": {"lookup_bag"},
     "B2": {"lookup_bag + Adam update_bag"},
     "B3": {"26 tables", "one table"},
+    "B6": {"Adam", "SGD"},
+    "B7": {"update", "clipped"},
 }
 PEERS = {
     "W1": {"torch": "torch embedding in RAM", "lmdb": "lmdb", "rocksdict": "RocksDB", "lance": "Lance"},
@@ -229,7 +231,7 @@ def _installed(peers):
     "names",
     [
         pytest.param(
-            ["W1", "W5", "W12", "W14", "W16", "W17", "W18", "B1", "B2", "B3"], marks=pytest.mark.slow
+            ["W1", "W5", "W12", "W14", "W16", "W17", "W18", "B1", "B2", "B3", "B7"], marks=pytest.mark.slow
         ),
         pytest.param(sorted(ARMS), marks=pytest.mark.soak),
     ],

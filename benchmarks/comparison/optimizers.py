@@ -59,7 +59,9 @@ def each_optimizer(settings):
                 f"time per byte of record, of {record:,} bytes, to Adam's", per_byte, 1.5, "x", stretch=1.2
             )
             facts = {"step to Adam's": ratio, "state bytes": record - 4 * DIM}
-            cases.append(Case(name, tuple(arms.values()), (bar,), facts=facts))
+            moved = table.lookup(_batches(rows)(size)[0])
+            equal = bool(np.isfinite(moved).all() and moved.any())
+            cases.append(Case(name, tuple(arms.values()), (bar,), equal, facts=facts))
             store.drop_table(f"other{number}")
         store.rollback()
     return cases
