@@ -66,6 +66,9 @@ _STREAMED_BYTES = 2**20
 Gathering 40,960 random rows of 256 bytes then takes four fifths of the time, also if the rows are summed up afterwards.
 """
 
+KEPT = 5
+"""Where the options of a step say what it leaves of a weight; ``optim.options`` has the whole list."""
+
 MAX_COUNT = np.float32(2**24)
 """The most that a row's count of updates can be: float32 does not have the next whole number."""
 
@@ -327,6 +330,7 @@ def _catch_up(
     places: Int64Array,
     scalars: Float32Array,
     options: Float32Array,
+    kept: Float32Array,
     log_kept: NDArray[np.float64],
     log_state: NDArray[np.float64],
     replayed: int,
@@ -337,10 +341,10 @@ def _catch_up(
 ) -> None:
     """Bring the records at ``places[start:stop]`` to a step, in place.
 
-    The last value of a record is the step that the row has been brought to; it becomes `mark`. `scalars` and `options`
-    are those of each step; for the others see ``optim.base.Decays``.
+    The last value of a record is the step that the row has been brought to; it becomes `mark`. For what is known of the
+    optimizer see ``optim.base.Decays``.
     """
-    zeros, work = np.zeros(dim, np.float32), np.empty(dim, np.float32)
+    zeros, work, options = np.zeros(dim, np.float32), np.empty(dim, np.float32), options.copy()
     for i in range(start, stop):
         record = records[places[i]]
         weight, state = record[:dim], record[dim:]
@@ -350,11 +354,12 @@ def _catch_up(
             continue
         middle = min(last + np.int64(replayed), np.int64(step))
         for k in range(last, middle):  # the steps that are numbered from `last` + 1 on
-            _take_step(weight, state, zeros, scalars[k], options[k], work)
+            options[KEPT] = kept[k]
+            _take_step(weight, state, zeros, scalars[k], options, work)
         if middle < step:
-            kept = np.float32(np.exp(log_kept[step] - log_kept[middle]))
+            left = np.float32(np.exp(log_kept[step] - log_kept[middle]))
             for j in range(dim):
-                weight[j] *= kept
+                weight[j] *= left
             for j in range(log_state.size):
                 if log_state[j] != 0:
                     state[j] *= np.float32(np.exp(log_state[j] * (step - middle)))

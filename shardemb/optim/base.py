@@ -348,7 +348,10 @@ class Decays(NamedTuple):
     Attributes
     ----------
     scalars : ndarray of float32, shape (steps, 1, k)
-    options : ndarray of float32, shape (steps, m)
+    options : ndarray of float32, shape (m,)
+        `Options`, but for what a step leaves of a weight.
+    kept : ndarray of float32, shape (steps,)
+        What each step leaves of a weight.
     log_kept : ndarray of float64, shape (steps + 1,)
         The sum, over the steps so far, of the logarithm of what a step leaves of a weight.
     log_state : ndarray of float64, shape (width of the state,)
@@ -359,6 +362,7 @@ class Decays(NamedTuple):
 
     scalars: Float32Array
     options: Float32Array
+    kept: Float32Array
     log_kept: NDArray[np.float64]
     log_state: NDArray[np.float64]
     replayed: int
@@ -373,9 +377,10 @@ def _decays(optimizer: Optimizer, steps: int, embedding_dim: int) -> Decays:
         tuple(np.broadcast_to(each, numbers.shape) for each in optimizer.scalars(rates, numbers))
     )
     left = 1 - rates * optimizer.weight_decay
-    options = np.tile(optimizer.options_of(1, embedding_dim), (steps, 1))
+    options = optimizer.options_of(1, embedding_dim)
+    kept = np.full(steps, options[KEPT])
     if optimizer.decoupled_weight_decay:
-        options[:, KEPT] = left
+        kept[:] = left
     log_kept = np.concatenate([[0.0], np.cumsum(np.log(left))])
     rest = optimizer.after_rest()
     with np.errstate(divide="ignore"):  # what does not last at all has a logarithm of minus infinity
@@ -387,7 +392,7 @@ def _decays(optimizer: Optimizer, steps: int, embedding_dim: int) -> Decays:
     replayed = rest.replayed
     if optimizer.max_norm is not None or optimizer.constraint is not None:
         replayed = max(replayed, 1)  # rows may not have been held to it before
-    return Decays(scalars[:, np.newaxis], options, log_kept, log_state, replayed)
+    return Decays(scalars[:, np.newaxis], options, kept, log_kept, log_state, replayed)
 
 
 def beta_pair(betas: object) -> tuple[float, float]:
