@@ -279,6 +279,11 @@ class Optimizer(ABC):
         )
 
     @property
+    def changes_fresh_rows(self) -> bool:
+        """Whether a row that was never in a batch changes in the steps of a dense optimizer."""
+        return bool(self.weight_decay or self.max_norm is not None or self.constraint is not None)
+
+    @property
     def decay_is_a_factor(self) -> bool:
         """Whether a weight decay that is not decoupled multiplies the weight by the same as one that is."""
         return False

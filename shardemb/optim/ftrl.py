@@ -70,6 +70,10 @@ class FTRL(Optimizer):
         constant = self.beta / lr + 2 * self.l2_strength
         return (1 / lr, constant, self.l1_strength, 2 * self.l2_shrinkage)
 
+    @property
+    def changes_fresh_rows(self) -> bool:  # noqa: D102
+        return True  # its first step computes each weight anew
+
     def after_rest(self) -> Rest:  # noqa: D102
         if callable(self.lr) or self.l2_shrinkage or self.decoupled_weight_decay:
             msg = "FTRL cannot be dense_equivalent with a schedule, l2_shrinkage or decoupled_weight_decay"

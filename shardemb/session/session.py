@@ -18,7 +18,7 @@ from shardemb.format.spec import check_name, new_spec, normalized
 from shardemb.session import display, forking
 from shardemb.session.journal import Journal
 from shardemb.session.table_catalog import TableCatalog
-from shardemb.session.vocabulary_catalog import VocabularyCatalog, first_padding, first_shape
+from shardemb.session.vocabulary_catalog import VocabularyCatalog, check_optimizer, first_padding, first_shape
 from shardemb.storage import address_space, files, folders
 from shardemb.vocabulary import keyed_rows
 
@@ -145,6 +145,8 @@ class Session:
             self.runtime.check_publishable()
             self._require_free(name)
             bound = None if vocabulary is None else self.vocabularies.find(vocabulary)
+            if bound is not None:
+                check_optimizer(wanted.optimizer, name)
             shape, rows_per_shard = first_shape(
                 bound, wanted.num_embeddings, wanted.embedding_dim, wanted.rows_per_shard
             )
@@ -195,6 +197,8 @@ class Session:
             self.runtime.check_publishable()
             self.journal.drain()
             table = self.find(name)  # not before: it may have been dropped or renamed meanwhile
+            if table.vocabulary is not None:
+                check_optimizer(optimizer, name)
             commit, path = self.runtime.committed.commit, self.runtime.path
             if self._differs() or commit is None:
                 msg = (

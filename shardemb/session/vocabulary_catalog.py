@@ -12,6 +12,7 @@ from shardemb.errors import ShardEmbError, VocabularyExistsError, VocabularyNotF
 from shardemb.format import store_paths
 from shardemb.format.spec import MAX_ROWS, SHARD_BYTES, check_shape, new_spec, normalized
 from shardemb.initializers import Constant
+from shardemb.optim import Optimizer
 from shardemb.session.display import VocabularyFacts
 from shardemb.storage import address_space, folders
 from shardemb.vocabulary.key_rows import KeyRows
@@ -280,6 +281,22 @@ class VocabularyCatalog:
         key_rows.join(self._runtime, self._tables.bound_to)
         self.current[entry.name] = key_rows
         return key_rows
+
+
+def check_optimizer(optimizer: object, table: str) -> None:
+    """Refuse an optimizer for a table whose rows a vocabulary gives out.
+
+    Raises
+    ------
+    ValueError
+        It is to be equivalent to a dense one, which would have changed the rows of keys before these came.
+    """
+    if isinstance(optimizer, Optimizer) and optimizer.dense_equivalent and optimizer.changes_fresh_rows:
+        msg = (
+            f"table {table!r}: dense_equivalent with {optimizer!r} would change the row of a key in all steps before "
+            f"it came; leave out its weight decay, max_norm and constraint, or dense_equivalent"
+        )
+        raise ValueError(msg)
 
 
 def first_shape(

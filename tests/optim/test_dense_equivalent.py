@@ -263,3 +263,20 @@ def test_many_rows_have_the_same_bits_for_any_number_of_threads_and_shards(tmp_p
 def test_where_there_is_no_bound_it_is_refused(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_a_table_by_key_refuses_what_would_change_rows_before_their_keys_come(store):
+    store.create_vocabulary("v", key_type="int64")
+    for optimizer in (AdamW(), SGD(max_norm=1.0), FTRL()):
+        with pytest.raises(ValueError, match=r"table 't'.*before it came"):
+            store.create_table("t", vocabulary="v", embedding_dim=2, optimizer=dense(optimizer))
+    table = store.create_table(
+        "t", vocabulary="v", embedding_dim=2, optimizer=dense(SGD(lr=1.0, momentum=0.5))
+    )
+    for _ in range(3):
+        table.update([1], [[1.0, 1.0]], create=True)
+    table.update([2], [[1.0, 1.0]], create=True)
+    store.commit()
+    np.testing.assert_allclose(table.lookup([1, 2])[:, 0], [-(1 + 1.5 + 1.75 + 0.875), -1.0])
+    with pytest.raises(ValueError, match="before it came"):
+        store.reshard("t", optimizer=dense(AdamW()))
