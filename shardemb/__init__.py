@@ -22,6 +22,8 @@ from shardemb.admission import Admission
 from shardemb.errors import (
     DiskFullError,
     FormatError,
+    FrozenRowError,
+    LearningRateError,
     LogDamagedError,
     PoisonedError,
     ReadOnlyError,
@@ -41,6 +43,7 @@ from shardemb.errors import (
 
 if TYPE_CHECKING:
     from shardemb import text
+    from shardemb.engine.bags import Bags
     from shardemb.format.manifest import Commit
     from shardemb.session.pending_commit import PendingCommit
     from shardemb.store.keyed_table import KeyedTable
@@ -53,10 +56,13 @@ __version__ = _version("shardemb")
 
 __all__ = [
     "Admission",
+    "Bags",
     "Commit",
     "DiskFullError",
     "FormatError",
+    "FrozenRowError",
     "KeyedTable",
+    "LearningRateError",
     "LogDamagedError",
     "PendingCommit",
     "PoisonedError",
@@ -85,6 +91,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Bags": "engine.bags",
     "open": "store.opening",
     "Store": "store.store",
     "Table": "store.table",

@@ -403,6 +403,26 @@ def checked_dtype(given: object) -> Dtype:
     raise (ValueError if isinstance(given, str) else TypeError)(msg)
 
 
+def converted(now: Precision, dtype: object, optimizer: object, table: str) -> Precision:
+    """Check a dtype to convert a table to, None for its own; return the precision that it has then.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The dtype is none that a table can have; raw bytes would be made, converted or trained.
+    """
+    if optimizer is None:
+        now = replace(now, state_dtype="float32").with_dtype(now.dtype)
+    wanted = now.dtype if dtype is None else checked_dtype(dtype)
+    if wanted != now.dtype and Plain(RAW) in (wanted, now.dtype):
+        msg = f"table {table!r} is {now.dtype.label}: raw bytes are neither made nor converted, got {dtype!r}"
+        raise ValueError(msg)
+    if now.is_raw and optimizer not in ("keep", None):
+        msg = f"table {table!r} holds raw bytes, which no optimizer can train"
+        raise ValueError(msg)
+    return now if wanted == now.dtype else now.with_dtype(wanted)
+
+
 def checked_form(given: object, stored: Dtype, table: str) -> str:
     """Check as what a lookup is to return rows: the name of a float type, or ``"raw"``.
 

@@ -16,6 +16,9 @@ and `ValueError`.
     |   |-- UnknownKeyError (KeyError)            a key that has no row
     |   |-- StoreNotFoundError (FileNotFoundError)
     |   `-- StoreExistsError (FileExistsError)
+    |-- the table is not set up for this
+    |   |-- FrozenRowError (ValueError)           an update of a frozen row
+    |   `-- LearningRateError (ValueError)        a learning rate that has to be set again
     |-- the store is not open for this
     |   |-- StoreLockedError (BlockingIOError)    it is already open for writing
     |   |-- StoreClosedError (ValueError)         it was closed
@@ -35,6 +38,8 @@ from __future__ import annotations
 __all__ = [
     "DiskFullError",
     "FormatError",
+    "FrozenRowError",
+    "LearningRateError",
     "LogDamagedError",
     "PoisonedError",
     "ReadOnlyError",
@@ -102,6 +107,14 @@ class StoreExistsError(ShardEmbError, FileExistsError):
 
 class StoreLockedError(ShardEmbError, BlockingIOError):
     """The store is already open for writing, here or in another process; only one writer is allowed at a time."""
+
+
+class FrozenRowError(ShardEmbError, ValueError):
+    """An update has gradients for a row that is frozen. Nothing was changed."""
+
+
+class LearningRateError(ShardEmbError, ValueError):
+    """The learning rate is a function that the store could not keep, or it gave no number. Nothing was changed."""
 
 
 class StoreClosedError(ShardEmbError, ValueError):

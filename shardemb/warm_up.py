@@ -101,6 +101,7 @@ def _train(path: Path, optimizer: Optimizer, initializer: Initializer) -> None:
             store.commit()
             table.write(some, np.ones((some.size, 2), np.float32))
             store.rollback()
+        _use_bags(table)
         table.prefetch(ids, for_update=True)
         table.resize(2 * _MANY + 10)
         store.commit()
@@ -115,6 +116,16 @@ def _train(path: Path, optimizer: Optimizer, initializer: Initializer) -> None:
         table.warm(ids)
         table.warm()
         table.to_arrow_batches().read_all()
+
+
+def _use_bags(table: shardemb.Table) -> None:
+    ids, grads = [[1, 2], [2, 3]], np.ones((2, 2), np.float32)
+    for weights in (None, np.ones((2, 2), np.float32)):
+        for mode in ("sum", "mean"):
+            table.lookup_bag(ids, mode=mode, weights=weights)
+            table.bag_weight_gradient(ids, None, grads, mode=mode, weights=weights)
+            table.update_bag(ids, None, grads, mode=mode, weights=weights)
+    table.update_bag(ids, None, grads, mode="max")
 
 
 def _convert(path: Path, dtype: DtypeLike) -> None:

@@ -207,11 +207,18 @@ ARMS = {
     "W16": {"cold write + commit", "warm write + commit"},
     "W17": {"write + commit + checkpoint", "a plain file, synced"},
     "W18": {"lookup beside a fold", "lookup alone"},
+    "B1": {"lookup_bag"},
+    "B2": {"lookup_bag + Adam update_bag"},
+    "B3": {"26 tables", "one table"},
+    "B6": {"Adam", "SGD"},
+    "B7": {"update", "clipped"},
 }
 PEERS = {
     "W1": {"torch": "torch embedding in RAM", "lmdb": "lmdb", "rocksdict": "RocksDB", "lance": "Lance"},
     "W5": {"tensorstore": "tensorstore", "lmdb": "lmdb", "rocksdict": "RocksDB", "h5py": "h5py"},
     "W14": {"torch": "torch.load + 100 SparseAdam steps"},
+    "B1": {"torch": "torch embedding_bag in RAM"},
+    "B2": {"torch": "torch EmbeddingBag, SparseAdam in RAM"},
     "W16": {"rocksdict": "RocksDB"},
 }
 """By workload: the module of a peer that may be missing, and its arm."""
@@ -225,7 +232,10 @@ def _installed(peers):
 @pytest.mark.parametrize(
     "names",
     [
-        pytest.param(["B4", "B5", "W1", "W5", "W12", "W14", "W16", "W17", "W18"], marks=pytest.mark.slow),
+        pytest.param(
+            ["W1", "W5", "W12", "W14", "W16", "W17", "W18", "B1", "B2", "B3", "B4", "B5", "B7"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(sorted(ARMS), marks=pytest.mark.soak),
     ],
 )

@@ -19,6 +19,8 @@ TREE = {
     "StoreNotFoundError": FileNotFoundError,
     "StoreExistsError": FileExistsError,
     "StoreLockedError": BlockingIOError,
+    "FrozenRowError": ValueError,
+    "LearningRateError": ValueError,
     "StoreClosedError": ValueError,
     "ReadOnlyError": PermissionError,
     "FormatError": ValueError,

@@ -10,13 +10,17 @@ import pytest
 
 import shardemb
 from shardemb import dtypes, initializers, optim, text
+from shardemb.optim import schedules
 
 NAMES = [
     "Admission",
+    "Bags",
     "Commit",
     "DiskFullError",
     "FormatError",
+    "FrozenRowError",
     "KeyedTable",
+    "LearningRateError",
     "LogDamagedError",
     "PendingCommit",
     "PoisonedError",
@@ -59,6 +63,11 @@ to_arrow_batches(self) -> Iterator[pa.RecordBatch]
 """
 
 KEYED_TABLE = """
+bag_weight_gradient(self, keys: KeysLike, offsets: ArrayLike | None, grads: ArrayLike, *, \
+mode: "Literal['sum', 'mean', 'sqrtn']" = 'sum', weights: ArrayLike | None = None, padding_key: Any = None, \
+include_last_offset: bool = False, missing: Missing = 'error') -> NDArray[np.float32]
+copy_rows(self, source: KeysLike, target: KeysLike) -> None
+delete(self, keys: KeysLike) -> NDArray[np.int64]
 dtype: str | Dtype
 embedding_dim: int
 evict(self, *, older_than: int | None = None, keep: int | None = None, \
@@ -69,21 +78,31 @@ progress: Progress = None) -> ExportReport
 initializer: Initializer
 lookup(self, keys: KeysLike, *, missing: Missing = 'error', create: bool = False, \
 dtype: DtypeLike | None = None, out: NDArray[Any] | None = None) -> NDArray[Any]
+lookup_bag(self, keys: KeysLike, offsets: ArrayLike | None = None, *, mode: Mode = 'sum', \
+weights: ArrayLike | None = None, padding_key: Any = None, include_last_offset: bool = False, \
+missing: Missing = 'error', create: bool = False, out: NDArray[np.float32] | None = None) \
+-> NDArray[np.float32]
 lookup_unique(self, keys: KeysLike, *, create: bool = False, dtype: DtypeLike | None = None) \
 -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]
 name: str
 num_embeddings: int
 optimizer: Optimizer | None
 prefetch(self, keys: KeysLike, *, for_update: bool = False) -> None
+reset_rows(self, keys: KeysLike) -> None
 rows: Table
 set_optimizer(self, optimizer: Optimizer) -> None
 shape: tuple[int, int]
 state(self, column: str, keys: KeysLike) -> NDArray[np.float32]
 stats(self) -> dict[str, Any]
 step: int
+swap_rows(self, keys: KeysLike, others: KeysLike) -> None
 to_arrow_batches(self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None) -> pa.RecordBatchReader
 update(self, keys: KeysLike, grads: ArrayLike, *, missing: MissingChange = 'error', create: bool = False, \
-check_finite: bool = True) -> None
+scale: float | None = None, check_finite: bool = True) -> float | None
+update_bag(self, keys: KeysLike, offsets: ArrayLike | None, grads: ArrayLike, *, mode: Mode = 'sum', \
+weights: ArrayLike | None = None, padding_key: Any = None, include_last_offset: bool = False, \
+scale_grad_by_freq: bool = False, missing: MissingChange = 'error', create: bool = False, \
+scale: float | None = None, check_finite: bool = True) -> float | None
 vocabulary: Vocabulary
 warm(self, keys: KeysLike | None = None, *, progress: Progress = None) -> None
 write(self, keys: KeysLike, rows: ArrayLike, *, missing: MissingChange = 'error', create: bool = False, \
@@ -103,9 +122,9 @@ commit(self, step: int | None = None, metadata: Mapping[str, Any] | None = None,
 copy(self, path: str | os.PathLike[str], *, progress: Progress = None) -> None
 create_table(self, name: str, *, num_embeddings: int | None = None, embedding_dim: int, \
 vocabulary: str | None = None, counters: bool = False, initializer: initializers.Initial | None = None, \
-optimizer: Optimizer | None = None, rows_per_shard: int | None = None, dtype: DtypeLike = 'float32', \
-state_dtype: str = 'float32', rounding: RoundingLike = 'nearest', progress: Progress = None) \
--> Table | KeyedTable
+optimizer: Optimizer | None = None, rows_per_shard: int | None = None, padding_idx: int | None = None, \
+dtype: DtypeLike = 'float32', state_dtype: str = 'float32', rounding: RoundingLike = 'nearest', \
+progress: Progress = None) -> Table | KeyedTable
 create_vocabulary(self, name: str, *, key_type: KeyType, admission: Admission | None = None, \
 reserved: int = 0) -> Vocabulary
 drop_table(self, name: str) -> None
@@ -115,6 +134,8 @@ info(self) -> display.StoreInfo
 last_commit: Commit | None
 lookup(self, ids: Mapping[str, KeysLike], *, missing: Missing = 'error', create: bool = False) \
 -> dict[str, NDArray[np.float32]]
+lookup_bag(self, bags: Mapping[str, Any], *, missing: Missing = 'error', create: bool = False) -> dict[str, \
+NDArray[np.float32]]
 path: Path
 refresh(self) -> None
 rename_table(self, name: str, new_name: str) -> None
@@ -125,20 +146,34 @@ progress: Progress = None) -> Commit
 rollback(self) -> None
 stats(self) -> dict[str, int]
 update(self, batches: Mapping[str, tuple[KeysLike, ArrayLike]], *, missing: MissingChange = 'error', \
-create: bool = False, check_finite: bool = True) -> None
+create: bool = False, max_norm: float | None = None, extra_norm_sq: float = 0.0, scale: float | None = None, \
+check_finite: bool = True) -> float | None
+update_bag(self, batches: Mapping[str, tuple[Any, ...]], *, missing: MissingChange = 'error', \
+create: bool = False, scale_grad_by_freq: bool = False, max_norm: float | None = None, \
+extra_norm_sq: float = 0.0, scale: float | None = None, check_finite: bool = True) -> float | None
 verify(self, tables: Sequence[str] | None = None, *, progress: Progress = None) -> list[Damage]
 vocabularies: Mapping[str, Vocabulary]
 """
 
 TABLE = """
+bag_weight_gradient(self, ids: ArrayLike, offsets: ArrayLike | None, grads: ArrayLike, *, \
+mode: "Literal['sum', 'mean', 'sqrtn']" = 'sum', weights: ArrayLike | None = None, \
+padding_idx: int | None = None, include_last_offset: bool = False) -> NDArray[np.float32]
+copy_rows(self, source: ArrayLike, target: ArrayLike) -> None
 dtype: str | Dtype
 embedding_dim: int
+explain(self, ids: ArrayLike) -> Explanation
 export_parquet(self, path: str | os.PathLike[str], *, columns: Sequence[str] = (), \
 rows: tuple[int, int] | None = None, parts: int | None = None, encoding: Encoding = 'plain', \
 progress: Progress = None) -> ExportReport
-explain(self, ids: ArrayLike) -> Explanation
+freeze_rows(self, start: int = 0, stop: int | None = None) -> None
+frozen_rows: tuple[tuple[int, int], ...]
 initializer: Initializer
-lookup(self, ids: ArrayLike, *, dtype: DtypeLike | None = None, out: NDArray[Any] | None = None) -> NDArray[Any]
+lookup(self, ids: ArrayLike, *, dtype: DtypeLike | None = None, out: NDArray[Any] | None = None, \
+out_of_range: OutOfRange = 'raise') -> NDArray[Any]
+lookup_bag(self, ids: ArrayLike, offsets: ArrayLike | None = None, *, mode: Mode = 'sum', \
+weights: ArrayLike | None = None, padding_idx: int | None = None, include_last_offset: bool = False, \
+out_of_range: OutOfRange = 'raise', out: NDArray[np.float32] | None = None) -> NDArray[np.float32]
 lookup_unique(self, ids: ArrayLike, *, dtype: DtypeLike | None = None) \
 -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]
 materialize(self, *, progress: Progress = None) -> None
@@ -146,6 +181,7 @@ name: str
 nbytes: int
 num_embeddings: int
 optimizer: Optimizer | None
+padding_idx: int | None
 prefetch(self, ids: ArrayLike, *, for_update: bool = False) -> None
 reset_rows(self, ids: ArrayLike) -> None
 resize(self, num_embeddings: int, *, drop_rows: bool = False) -> None
@@ -155,19 +191,61 @@ shape: tuple[int, int]
 state(self, column: str, ids: ArrayLike) -> NDArray[np.float32]
 stats(self) -> dict[str, Any]
 step: int
+swap_rows(self, rows: ArrayLike, others: ArrayLike) -> None
 to_arrow_batches(self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None) -> pa.RecordBatchReader
 to_dask_array(self) -> dask.array.Array
-update(self, ids: ArrayLike, grads: ArrayLike, *, check_finite: bool = True) -> None
+unfreeze_rows(self, start: int = 0, stop: int | None = None) -> None
+update(self, ids: ArrayLike, grads: ArrayLike, *, padding_idx: int | None = None, \
+scale_grad_by_freq: bool = False, scale: float | None = None, check_finite: bool = True) -> float | None
+update_bag(self, ids: ArrayLike, offsets: ArrayLike | None, grads: ArrayLike, *, mode: Mode = 'sum', \
+weights: ArrayLike | None = None, padding_idx: int | None = None, include_last_offset: bool = False, \
+scale_grad_by_freq: bool = False, scale: float | None = None, check_finite: bool = True) -> float | None
 warm(self, rows: ArrayLike | None = None, *, progress: Progress = None) -> None
 write(self, ids: ArrayLike, rows: ArrayLike, *, check_finite: bool = True) -> None
 """
 
 OPTIMIZERS = """
-SGD(lr: float = 0.01)
-Adagrad(lr: float = 0.01, lr_decay: float = 0.0, eps: float = 1e-10, initial_accumulator_value: float = 0.0)
-Adam(lr: float = 0.001, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-08)
-Optimizer()
-RowWiseAdagrad(lr: float = 0.01, eps: float = 1e-08)
+AMSGrad(lr: float | LearningRate = 0.001, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-08, *, \
+eps_after_correction: bool = True)
+Adadelta(lr: float | LearningRate = 1.0, rho: float = 0.9, eps: float = 1e-06)
+Adagrad(lr: float | LearningRate = 0.01, lr_decay: float = 0.0, eps: float = 1e-10, \
+initial_accumulator_value: float = 0.0, *, eps_inside_root: bool = False)
+Adam(lr: float | LearningRate = 0.001, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-08, *, \
+eps_after_correction: bool = False)
+AdamW(lr: float | LearningRate = 0.001, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-08, *, \
+weight_decay: float = 0.01, decoupled_weight_decay: bool = True, eps_after_correction: bool = True)
+Adamax(lr: float | LearningRate = 0.002, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-08, *, \
+eps_outside_maximum: bool = False)
+FTRL(lr: float | LearningRate = 0.001, initial_accumulator_value: float = 0.1, l1_strength: float = 0.0, \
+l2_strength: float = 0.0, l2_shrinkage: float = 0.0, beta: float = 0.0)
+LAMB(lr: float | LearningRate = 0.001, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-08)
+LARS(lr: float | LearningRate = 0.01, momentum: float = 0.9, eta: float = 0.001)
+Lion(lr: float | LearningRate = 0.001, betas: tuple[float, float] = (0.9, 0.99))
+NAdam(lr: float | LearningRate = 0.002, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-08, \
+momentum_decay: float = 0.004)
+Optimizer(*, maximize: bool = False, clip_value: float | None = None, clip_norm: float | None = None, \
+l1: float = 0.0, weight_decay: float = 0.0, decoupled_weight_decay: bool = False, \
+max_norm: float | None = None, constraint: str | None = None, rowwise_bias_correction: bool = False, \
+dense_equivalent: bool = False)
+PartialRowWiseAdam(lr: float | LearningRate = 0.001, betas: tuple[float, float] = (0.9, 0.999), \
+eps: float = 1e-08, *, eps_after_correction: bool = True)
+PartialRowWiseLAMB(lr: float | LearningRate = 0.001, betas: tuple[float, float] = (0.9, 0.999), \
+eps: float = 1e-08)
+RMSprop(lr: float | LearningRate = 0.01, alpha: float = 0.99, eps: float = 1e-08, momentum: float = 0.0, \
+centered: bool = False, *, eps_inside_root: bool = False, lr_in_momentum: bool = False)
+RowWiseAdagrad(lr: float | LearningRate = 0.01, eps: float = 1e-08, *, lr_decay: float = 0.0, \
+initial_accumulator_value: float = 0.0, eps_inside_root: bool = False)
+RowWiseRMSprop(lr: float | LearningRate = 0.01, alpha: float = 0.99, eps: float = 1e-08, *, \
+eps_inside_root: bool = False)
+SGD(lr: float | LearningRate = 0.01, *, momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False, \
+lr_in_momentum: bool = False)
+"""
+
+SCHEDULES = """
+CosineDecay(lr: float, decay_steps: int, min_lr: float = 0.0, warmup_steps: int = 0)
+InverseSquareRoot(lr: float, warmup_steps: int = 1)
+LinearWarmup(lr: float, warmup_steps: int = 0)
+StepDecay(lr: float, step_size: int, gamma: float = 0.1, warmup_steps: int = 0)
 """
 
 INITIALIZERS = """
@@ -204,10 +282,17 @@ encode(self, sentences: Iterable[str], *, create: bool = False) -> NDArray[np.in
 """
 
 
+COMMON = inspect.signature(optim.Optimizer).parameters.values()
+
+
 def signature(name, value):
     if isinstance(value, property):
         return f"{name}: {value.fget.__annotations__['return']}"
-    shown = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(value)))
+    found = inspect.signature(value)
+    if value in optim.OPTIMIZERS.values():  # what all have in common stands at `Optimizer`
+        own = [each for each in found.parameters.values() if each not in COMMON]
+        found = found.replace(parameters=own)
+    shown = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(found))
     shown = re.sub(r"<function (\w+) at 0x\w+>", r"\1", shown)
     return name + (shown.removesuffix(" -> None") if inspect.isclass(value) else shown)
 
@@ -265,7 +350,8 @@ def test_types_come_with_the_package():
         (public_members(shardemb.Table), TABLE),
         (public_members(shardemb.Vocabulary), VOCABULARY),
         (public_members(shardemb.KeyedTable), KEYED_TABLE),
-        ({name: getattr(optim, name) for name in optim.__all__}, OPTIMIZERS),
+        ({name: getattr(optim, name) for name in optim.__all__ if name != "schedules"}, OPTIMIZERS),
+        (schedules.SCHEDULES, SCHEDULES),
         ({name: getattr(dtypes, name) for name in dtypes.__all__}, DTYPES),
         ({name: getattr(initializers, name) for name in initializers.__all__}, INITIALIZERS),
         ({name: getattr(text, name) for name in ("Encoder", "read_lines", "words")}, TEXT),
@@ -278,6 +364,7 @@ def test_types_come_with_the_package():
         "Vocabulary",
         "KeyedTable",
         "optim",
+        "schedules",
         "dtypes",
         "initializers",
         "text",
@@ -324,8 +411,8 @@ VALUES = [
     pytest.param(getattr(module, name), id=name)
     for module in (optim, initializers)
     for name in module.__all__
-    if name not in ("Optimizer", "Initializer")
-]
+    if name not in ("Initializer", "schedules")
+] + [pytest.param(each, id=name) for name, each in schedules.SCHEDULES.items()]
 
 
 def sections(value):
@@ -345,7 +432,7 @@ def documented_parameters(text):
     """The names before a colon on lines that are not indented."""
     names = []
     for line in text.splitlines():
-        if match := re.match(r"([a-z_, ]+) : ", line):
+        if match := re.match(r"([a-z0-9_, ]+) : ", line):
             names += match[1].split(", ")
     return names
 
@@ -386,7 +473,13 @@ def test_everything_has_a_summary_of_one_sentence_or_more(value):
 
 @pytest.mark.parametrize("cls", VALUES)
 def test_every_value_documents_its_fields(cls):
-    assert documented_parameters(sections(cls)["Parameters"]) == list(inspect.signature(cls).parameters)
+    documented = documented_parameters(sections(cls)["Parameters"])
+    expected = inspect.signature(cls).parameters
+    if cls in optim.OPTIMIZERS.values():  # `Optimizer` describes what all have in common
+        expected = [name for name, each in expected.items() if name in documented or each not in COMMON]
+        assert "`Optimizer`" in sections(cls)["Notes"]
+        documented.sort(key=expected.index)
+    assert documented == list(expected)
 
 
 def test_a_commit_documents_its_fields():

@@ -59,10 +59,27 @@ class TorchAdam:
         return self.table.weight.detach()[self.torch.from_numpy(ids)].numpy()
 
 
+class TorchBagAdam(TorchAdam):
+    """`nn.EmbeddingBag(sparse=True)` with `SparseAdam`."""
+
+    name = "torch EmbeddingBag, SparseAdam in RAM"
+
+    def step(self, batch):
+        ids, offsets, grads = (self.torch.from_numpy(each) for each in batch)
+        bags = self.torch.nn.functional.embedding_bag(
+            ids, self.table.weight, offsets, mode="sum", sparse=True
+        )
+        bags.backward(grads)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return bags.detach()
+
+
 class FbgemmAdagrad:
     """FBGEMM's fused kernel for CPUs: exact row-wise Adagrad within the backward pass."""
 
     name = "FBGEMM row-wise Adagrad in RAM"
+    pooling = "NONE"
 
     def __init__(self, array):
         import fbgemm_gpu  # noqa: F401 - loads its operators
@@ -81,7 +98,7 @@ class FbgemmAdagrad:
             optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
             learning_rate=LEARNING_RATE,
             eps=1e-8,
-            pooling_mode=PoolingMode.NONE,
+            pooling_mode=PoolingMode[self.pooling],
         )
         self.weights = self.table.split_embedding_weights()[0]
         self.weights.copy_(torch.from_numpy(array))
@@ -94,6 +111,34 @@ class FbgemmAdagrad:
 
     def rows(self, ids):
         return self.weights[self.torch.from_numpy(ids)].numpy()
+
+
+class FbgemmBagAdagrad(FbgemmAdagrad):
+    """The same kernel for sums of bags."""
+
+    name = "FBGEMM row-wise Adagrad on bags in RAM"
+    pooling = "SUM"
+
+    def step(self, batch):
+        ids, offsets, grads = batch
+        bounds = self.torch.from_numpy(np.append(offsets, ids.size))
+        bags = self.table(self.torch.from_numpy(ids), bounds)
+        bags.backward(self.torch.from_numpy(grads))
+        return bags.detach()
+
+
+def embedding_bag(array, mode):
+    """Make torch's lookup of bags on an array in memory; bags are ids, offsets, and weights or None."""
+    import torch
+
+    table = torch.from_numpy(array)
+
+    def pooled(bags):
+        ids, offsets, weights = (None if each is None else torch.from_numpy(each) for each in bags)
+        given = torch.nn.functional.embedding_bag(ids, table, offsets, mode=mode, per_sample_weights=weights)
+        return given.numpy()
+
+    return pooled
 
 
 def embedding(array, out):

@@ -5,7 +5,20 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import around, capped, committing, filling, folding, peers, precision, reading, starting, training
+from . import (
+    around,
+    capped,
+    committing,
+    filling,
+    folding,
+    optimizers,
+    peers,
+    pooling,
+    precision,
+    reading,
+    starting,
+    training,
+)
 from .data import remove
 from .processes import CannotRun, alone
 from .results import Outcome
@@ -36,6 +49,8 @@ WORKLOADS = {
         Workload("W9", "parquet export", around.export, (), reading.FULL),
         Workload("W6a", "warm training step", training.warm_steps, ("torch", "FBGEMM"), reading.FULL),
         Workload("W6b", "training with commits", training.committed_steps, ("torch",), reading.FULL),
+        Workload("B1", "lookups of bags", pooling.lookups, ("torch",), reading.FULL),
+        Workload("B2", "training steps on bags", pooling.steps, ("torch", "FBGEMM"), reading.FULL),
         Workload("W14", "a hundred steps from a cold start", starting.cold_start, ("torch",), reading.FULL),
         Workload("W15", "a hundred steps after creation", starting.first_steps, (), reading.FULL),
         Workload("W3", "cold lookup", reading.cold_uniform, ("Lance", "lmdb", "RocksDB"), reading.LARGE),
@@ -46,8 +61,11 @@ WORKLOADS = {
         Workload("W10", "a table of a billion rows", around.huge),
         Workload("W11", "small batches", reading.small_batches),
         Workload("W12", "many tables in one call", reading.many_tables),
+        Workload("B3", "bags of many tables in one call", pooling.many_tables),
         Workload("B4", "rows of bfloat16", precision.short_rows),
         Workload("B5", "rows of float8 with scales", precision.scaled_rows),
+        Workload("B6", "a step of each optimizer", optimizers.each_optimizer),
+        Workload("B7", "clipping by the global norm", optimizers.clipping),
         Workload("W13", "the first seconds of a process", around.first_use),
     )
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import field, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from shardemb.errors import FormatError
@@ -11,6 +11,27 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 T = TypeVar("T")
+
+_OPTIONAL = "optional"
+
+
+def optional(default: Any) -> Any:  # noqa: ANN401
+    """Declare a keyword-only field that is stored, and shown, only if it differs from its default.
+
+    So what was stored before there was such a field can still be read, and programs that do not know it can read
+    everything that does not use it.
+    """
+    return field(default=default, kw_only=True, metadata={_OPTIONAL: True})
+
+
+def stored_fields(instance: Any) -> dict[str, object]:  # noqa: ANN401
+    """Return the fields of a dataclass instance with their values, those that may be given by position first.
+
+    Optional ones that have their default are left out.
+    """
+    ordered = sorted(fields(instance), key=lambda f: bool(f.kw_only))
+    found = [(f, getattr(instance, f.name)) for f in ordered]
+    return {f.name: value for f, value in found if _OPTIONAL not in f.metadata or value != f.default}
 
 
 def to_json(instance: Any) -> dict[str, object]:  # noqa: ANN401
@@ -21,7 +42,7 @@ def to_json(instance: Any) -> dict[str, object]:  # noqa: ANN401
     >>> to_json(shardemb.optim.SGD(lr=0.5))
     {'name': 'SGD', 'lr': 0.5}
     """
-    return {"name": type(instance).__name__} | {f.name: getattr(instance, f.name) for f in fields(instance)}
+    return {"name": type(instance).__name__} | stored_fields(instance)
 
 
 def from_json(what: str, classes: Mapping[str, type[T]], document: Mapping[str, object]) -> T:
@@ -37,7 +58,8 @@ def from_json(what: str, classes: Mapping[str, type[T]], document: Mapping[str, 
     if not isinstance(name, str) or name not in classes:
         msg = f"{what} {name!r} is not one of {', '.join(classes)}"
         raise FormatError(msg)
-    expected = {f.name for f in fields(classes[name])}  # type: ignore[arg-type]
+    known = {f.name: _OPTIONAL in f.metadata for f in fields(classes[name])}  # type: ignore[arg-type]
+    expected = {each for each, is_optional in known.items() if not is_optional or each in values}
     if set(values) != expected:
         msg = f"{what} {name} has the fields {sorted(values)} instead of {sorted(expected)}"
         raise FormatError(msg)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -22,9 +22,11 @@ from shardemb.base.arrays import as_array, described, is_layer
 from shardemb.errors import RowIdError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import ArrayLike, NDArray
+
+T = TypeVar("T")
 
 Float32Array: TypeAlias = "NDArray[np.float32]"
 Int64Array: TypeAlias = "NDArray[np.int64]"
@@ -108,6 +110,13 @@ def row_ids(ids: ArrayLike, num_embeddings: int, table: str) -> Ids:
     return Ids(flat.reshape(-1), array.shape)
 
 
+def any_ids(ids: ArrayLike, table: str) -> Ids:
+    """Check ids as `row_ids` does, whether or not there are such rows. Those beyond int64 become the largest."""
+    if isinstance(ids, np.ndarray) and ids.dtype == np.uint64:
+        ids = np.minimum(ids, np.uint64(2**63 - 1))
+    return row_ids(ids, 2**64, table)
+
+
 def _as_array(given: object, kinds: str, what: str, table: str) -> NDArray[Any]:
     """Return an array of the right kind as it is: to make the message alone would cost as much as a check."""
     if type(given) is np.ndarray and given.dtype.kind in kinds:
@@ -132,7 +141,13 @@ def _refuse_ids(array: NDArray[Any], num_embeddings: int, table: str) -> None:
 
 
 def rows(
-    values: ArrayLike, shape: tuple[int, ...], *, what: str, table: str, check_finite: bool
+    values: ArrayLike,
+    shape: tuple[int, ...],
+    *,
+    what: str,
+    table: str,
+    check_finite: bool,
+    form: str = "ids.shape + (embedding_dim,)",
 ) -> Float32Array:
     """Check gradients or weights and bring them to float32.
 
@@ -148,6 +163,8 @@ def rows(
         The table's name, for the message.
     check_finite : bool
         Refuse NaN and infinity, including float64 values that become infinite in float32.
+    form : str
+        What makes up `shape`, for the message.
 
     Returns
     -------
@@ -170,15 +187,148 @@ def rows(
             raise TypeError(msg)
         array = array.astype(np.float32)
     if array.shape != shape:
-        msg = (
-            f"table {table!r}: {what} have shape {array.shape}, but the ids ask for {shape} "
-            f"(ids.shape + (embedding_dim,))"
-        )
+        msg = f"table {table!r}: {what} have shape {array.shape}, but the ids ask for {shape} ({form})"
         raise ValueError(msg)
     converted = _as_float32(array)
     if check_finite:
-        _require_finite(converted, f"table {table!r}: {what}", " (check_finite=False allows such values)")
+        require_finite(converted, f"table {table!r}: {what}")
     return converted.reshape(-1, shape[-1])
+
+
+def bag_bounds(
+    offsets: ArrayLike | None, shape: tuple[int, ...], table: str, *, include_last_offset: bool
+) -> Int64Array:
+    """Check where the bags of a batch begin.
+
+    Parameters
+    ----------
+    offsets : array_like of int, shape (bags,) or (bags + 1,)
+        Where each bag begins among ids of one dimension; None for ids of two, each of whose rows is a bag.
+    shape : tuple of int
+        That of the ids.
+    table : str
+        The table's name, for the message.
+    include_last_offset : bool
+        Whether the last offset is where the last bag ends.
+
+    Returns
+    -------
+    ndarray of int64, shape (bags + 1,)
+        Where each bag begins, and the number of ids.
+
+    Raises
+    ------
+    TypeError
+        The offsets are not integers.
+    ValueError
+        They do not go with the ids, do not begin with 0 or do not ascend; or one is past the ids.
+    """
+    what = f"table {table!r}: offsets"
+    if len(shape) == 2 and offsets is None:
+        return np.arange(shape[0] + 1, dtype=np.int64) * shape[1]
+    if len(shape) != 1 or offsets is None:
+        given = "no offsets" if offsets is None else "offsets"
+        msg = (
+            f"table {table!r}: ids of shape {shape} with {given} are no bags: pass ids of one dimension and the "
+            f"offsets at which bags begin, or ids of two dimensions without offsets, one bag a row"
+        )
+        raise ValueError(msg)
+    array = as_array(offsets, what)
+    if array.size == 0 and not isinstance(offsets, np.ndarray):
+        array = array.astype(np.int64)  # np.asarray([]) is float64
+    if array.dtype.kind not in "iu":
+        msg = f"{what} must be integers, got {described(offsets, array)}; convert them first, for example to int64"
+        raise TypeError(msg)
+    if array.ndim != 1:
+        msg = f"{what} have shape {array.shape}, but must have one dimension: where each bag begins"
+        raise ValueError(msg)
+    bounds = array.astype(np.int64)
+    if (bounds.size or include_last_offset or shape[0]) and (not bounds.size or bounds[0] != 0):
+        found = bounds[0] if bounds.size else "none"
+        msg = f"{what} must begin with 0, where the first bag begins, got {found}"
+        raise ValueError(msg)
+    if not include_last_offset:
+        bounds = np.append(bounds, shape[0])
+    elif bounds[-1] != shape[0]:
+        msg = (
+            f"{what} end with {bounds[-1]}, but with include_last_offset=True the last is the number of ids, "
+            f"which is {shape[0]}"
+        )
+        raise ValueError(msg)
+    _require_ascending(bounds, shape[0], what)
+    return bounds
+
+
+def _require_ascending(bounds: Int64Array, count: int, what: str) -> None:
+    descents = np.flatnonzero(np.diff(bounds) < 0)
+    if not descents.size:
+        return
+    at = int(descents[0])
+    if bounds[at] > count:
+        msg = f"{what} reach past the ids: {bounds[at]} at position {at}, but there are {count} ids"
+    else:
+        msg = (
+            f"{what} must ascend, got {bounds[at + 1]} at position {at + 1} after {bounds[at]}; "
+            f"a bag without ids begins where the next one begins"
+        )
+    raise ValueError(msg)
+
+
+def bag_weights(weights: ArrayLike, shape: tuple[int, ...], mode: str, table: str) -> Float32Array:
+    """Check the weights of the rows of bags, one for each id, and bring them to float32.
+
+    Raises
+    ------
+    TypeError
+        They are not float16, bfloat16, float32 or float64.
+    ValueError
+        They have another shape than the ids; or the mode has no weights.
+    """
+    if mode == "max":
+        msg = f'table {table!r}: the mode "max" takes no weights; leave them out, or choose "sum", "mean" or "sqrtn"'
+        raise ValueError(msg)
+    array = as_array(weights, f"table {table!r}: weights")
+    if array.shape != shape:
+        msg = f"table {table!r}: weights have shape {array.shape}, but the ids have {shape}: pass one for each id"
+        raise ValueError(msg)
+    checked = rows(array[..., np.newaxis], (*shape, 1), what="weights", table=table, check_finite=False)
+    return checked.reshape(-1)
+
+
+def padding_row(padding_idx: object, num_embeddings: int, table: str) -> int:
+    """Check the row of padding; a negative one counts from the end.
+
+    Raises
+    ------
+    TypeError
+        Not an integer.
+    ValueError
+        The table has no such row.
+    """
+    if isinstance(padding_idx, bool) or not isinstance(padding_idx, int | np.integer):
+        msg = f"table {table!r}: padding_idx must be one row id, got {padding_idx!r:.80}"
+        raise TypeError(msg)
+    if not -num_embeddings <= padding_idx < num_embeddings:
+        msg = (
+            f"table {table!r}: padding_idx {padding_idx} is no row: the table has {num_embeddings} rows, so it runs "
+            f"from 0 to {num_embeddings - 1}, or from -1 down to {-num_embeddings}, counted from the end"
+        )
+        raise ValueError(msg)
+    return int(padding_idx) % num_embeddings
+
+
+def choice(value: T, allowed: Sequence[T], name: str, table: str) -> T:
+    """Check a word of which there are a few.
+
+    Raises
+    ------
+    TypeError, ValueError
+        It is not a string; it is none of them.
+    """
+    if not isinstance(value, str) or value not in allowed:
+        msg = f"table {table!r}: {name} must be one of {', '.join(map(repr, allowed))}, got {value!r:.80}"
+        raise (ValueError if isinstance(value, str) else TypeError)(msg)
+    return value
 
 
 @runtime_checkable
@@ -315,7 +465,7 @@ def _exact_rows(block: NDArray[Any], start: int, what: str) -> Float32Array:
             f"convert it first"
         )
         raise ValueError(msg)
-    _require_finite(converted, what, "", first_row=start)
+    require_finite(converted, what, "", first_row=start)
     return converted
 
 
@@ -416,6 +566,20 @@ def number(value: object, name: str, *, minimum: float | None = None) -> float:
     return result
 
 
+def flag(value: object, name: str) -> bool:
+    """Check a yes or no given by the user, of Python or NumPy.
+
+    Raises
+    ------
+    TypeError
+        It is neither.
+    """
+    if not isinstance(value, bool | np.bool_):
+        msg = f"{name} must be True or False, got {value!r}"
+        raise TypeError(msg)
+    return bool(value)
+
+
 def count(value: object, name: str, *, minimum: int = 1, maximum: int = 2**48) -> int:
     """Check a size given by the user: an integer (not a bool or float) within the limits.
 
@@ -436,11 +600,21 @@ def count(value: object, name: str, *, minimum: int = 1, maximum: int = 2**48) -
 
 
 def _as_float32(array: NDArray[Any]) -> Float32Array:
-    with np.errstate(over="ignore"):  # `_require_finite` finds values that become infinite
+    with np.errstate(over="ignore"):  # `require_finite` finds values that become infinite
         return np.require(array, np.float32, ["C", "A", "W"])
 
 
-def _require_finite(array: Float32Array, what: str, way_out: str, *, first_row: int = 0) -> None:
+_CHECK_LESS = " (check_finite=False allows such values)"
+
+
+def require_finite(array: Float32Array, what: str, way_out: str = _CHECK_LESS, *, first_row: int = 0) -> None:
+    """Refuse NaN and infinity in the values that a change is made with.
+
+    Raises
+    ------
+    ValueError
+        A value is not finite; the message names its position.
+    """
     # A sum of squares reads the values once, and is not finite if one of them is not. It also overflows if they are
     # large; then min and max, which are NaN if any value is, decide.
     flat = array.reshape(-1)

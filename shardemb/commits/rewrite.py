@@ -54,7 +54,10 @@ ROUNDS = 50
 
 def resized(spec: TableSpec, num_embeddings: int) -> TableSpec:
     """Return the spec of a table with another number of rows."""
-    return replace(spec, uuid=str(uuid.uuid4()), num_embeddings=num_embeddings)
+    padding = spec.padding_idx
+    if padding is not None and padding >= num_embeddings:
+        padding = None  # the row is dropped
+    return replace(spec, uuid=str(uuid.uuid4()), num_embeddings=num_embeddings, padding_idx=padding)
 
 
 def resize(old: TableLocation, new: TableLocation) -> None:

@@ -5,14 +5,17 @@ Addresses and numbers of bytes are plain integers; nothing here checks them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llvmlite import ir
 from numba import types as nb
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-_BYTE, _WORD, _FLOAT = ir.IntType(8), ir.IntType(32), ir.FloatType()
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_BYTE, _WORD, _LONG, _FLOAT = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 STREAMED = 32
 """Bytes that one `stream` writes; their address must be a multiple. Half a cache line is faster than more or less."""
@@ -34,17 +37,21 @@ def copy(typing_context: Any, target: Any, source: Any, nbytes: Any) -> Any:  # 
     return nb.void(nb.intp, nb.intp, nb.intp), generate
 
 
+def _prefetch(builder: Any, address: Any) -> None:  # noqa: ANN401
+    pointer = _BYTE.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, _WORD, _WORD, _WORD])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    # For reading, into all levels of the cache, and into that of data rather than of instructions.
+    read, keep, data = _WORD(0), _WORD(3), _WORD(1)
+    builder.call(function, [builder.inttoptr(address, pointer), read, keep, data])
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def prefetch(typing_context: Any, address: Any) -> Any:  # noqa: ANN401
     """Let the processor fetch the cache line at an address, without waiting for it. Any address will do."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
-        pointer = _BYTE.as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [pointer, _WORD, _WORD, _WORD])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        # For reading, into all levels of the cache, and into that of data rather than of instructions.
-        read, keep, data = _WORD(0), _WORD(3), _WORD(1)
-        builder.call(function, [builder.inttoptr(args[0], pointer), read, keep, data])
+        _prefetch(builder, args[0])
         return context.get_dummy_value()
 
     return nb.void(nb.intp), generate
@@ -95,3 +102,151 @@ def add_to_eight(typing_context: Any, target: Any, source: Any, number: Any) -> 
         return context.get_dummy_value()
 
     return nb.void(nb.intp, nb.intp, nb.int64), generate
+
+
+# ---- many rows into one -----------------------------------------------------------------------------------------
+
+_LANES, _LINE, _AHEAD = 8, 64, 12
+"""Columns in one register, bytes of a cache line, and how many rows ahead one is prefetched."""
+
+
+class _Rows:
+    """The loop over some columns of the rows at some places, with accumulators in registers.
+
+    numba's own loop would read and write the sum of a bag in memory for each row, and check each time whether it is
+    part of the row. That takes more than twice as long, because fewer cache misses of rows overlap.
+    """
+
+    def __init__(self, builder: Any, columns: int, args: Any) -> None:  # noqa: ANN401
+        self._builder, self._registers = builder, range(columns // _LANES)
+        self.target, self._source, self._places, self._record_bytes, self._count, self._known = args
+        self._lines = range(0, 4 * columns, _LINE)
+
+    def load(self, address: Any, kind: Any) -> list[Any]:  # noqa: ANN401
+        """Return accumulators with the numbers at an address."""
+        vectors, found = self._vectors(address, kind), []
+        for k in self._registers:
+            found.append(cgutils.alloca_once(self._builder, ir.VectorType(kind, _LANES)))
+            self._builder.store(self._vector(vectors, k), found[-1])
+        return found
+
+    def store(self, accumulators: list[Any], address: Any, kind: Any) -> None:  # noqa: ANN401
+        """Store accumulators at an address."""
+        vectors = self._vectors(address, kind)
+        for k in self._registers:
+            value = self._builder.load(accumulators[k])
+            self._builder.store(value, self._builder.gep(vectors, [_LONG(k)]), align=4)
+
+    def each(self, use: Callable[[Any, list[Any]], None]) -> None:
+        """Call ``use(number, vectors)`` for each row, with its number and its values."""
+        builder = self._builder
+        last = builder.sub(self._known, _LONG(1))
+        with cgutils.for_range(builder, self._count, intp=_LONG) as loop:
+            ahead = builder.add(loop.index, _LONG(_AHEAD))
+            ahead = self._row(builder.select(builder.icmp_signed("<", ahead, last), ahead, last))
+            for line in self._lines:
+                _prefetch(builder, builder.add(ahead, _LONG(line)))
+            row = self._vectors(self._row(loop.index), _FLOAT)
+            use(loop.index, [self._vector(row, k) for k in self._registers])
+
+    def everywhere(self, value: Any) -> Any:  # noqa: ANN401
+        """Return a vector that has the same number everywhere."""
+        vector = ir.Constant(ir.VectorType(value.type, _LANES), ir.Undefined)
+        for k in range(_LANES):
+            vector = self._builder.insert_element(vector, value, _WORD(k))
+        return vector
+
+    def _row(self, number: Any) -> Any:  # noqa: ANN401
+        places = self._builder.inttoptr(self._places, _LONG.as_pointer())
+        place = self._builder.load(self._builder.gep(places, [number]))
+        return self._builder.add(self._source, self._builder.mul(place, self._record_bytes))
+
+    def _vectors(self, address: Any, kind: Any) -> Any:  # noqa: ANN401
+        return self._builder.inttoptr(address, ir.VectorType(kind, _LANES).as_pointer())
+
+    def _vector(self, vectors: Any, k: int) -> Any:  # noqa: ANN401
+        return self._builder.load(self._builder.gep(vectors, [_LONG(k)]), align=4)
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def add_rows(
+    typing_context: Any,  # noqa: ANN401
+    columns: Any,  # noqa: ANN401
+    target: Any,  # noqa: ANN401
+    source: Any,  # noqa: ANN401
+    places: Any,  # noqa: ANN401
+    record_bytes: Any,  # noqa: ANN401
+    count: Any,  # noqa: ANN401
+    known: Any,  # noqa: ANN401
+    weights: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    """Add some columns of `count` rows to the numbers at `target`, in the order of the rows.
+
+    `columns` is a constant, a multiple of 8. `source` is where these columns of the first record are, `places` where
+    the places of the rows are, and `known` how many of these there are, also beyond the `count`, to prefetch from.
+    `weights` is where the rows' factors are, or the constant 0.
+    """
+    weighted = not isinstance(weights, nb.IntegerLiteral)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+        rows = _Rows(builder, columns.literal_value, args[1:7])
+        totals = rows.load(rows.target, _FLOAT)
+
+        def use(number: Any, values: list[Any]) -> None:  # noqa: ANN401
+            if weighted:
+                factors = builder.inttoptr(args[7], _FLOAT.as_pointer())
+                factor = rows.everywhere(builder.load(builder.gep(factors, [number])))
+                values = [builder.fmul(factor, value) for value in values]
+            for total, value in zip(totals, values, strict=True):
+                builder.store(builder.fadd(builder.load(total), value), total)
+
+        rows.each(use)
+        rows.store(totals, rows.target, _FLOAT)
+        return context.get_dummy_value()
+
+    return nb.void(columns, *[nb.int64] * 6, nb.int64 if weighted else weights), generate
+
+
+@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+def max_rows(
+    typing_context: Any,  # noqa: ANN401
+    columns: Any,  # noqa: ANN401
+    target: Any,  # noqa: ANN401
+    source: Any,  # noqa: ANN401
+    places: Any,  # noqa: ANN401
+    record_bytes: Any,  # noqa: ANN401
+    count: Any,  # noqa: ANN401
+    known: Any,  # noqa: ANN401
+    winners: Any,  # noqa: ANN401
+    first: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    """Take the greater ones of some columns of rows and the numbers at `target`; see `add_rows`.
+
+    `winners` is where int32 are that become `first` plus the number of the row wherever it is greater, or the constant
+    0.
+    """
+    telling = not isinstance(winners, nb.IntegerLiteral)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+        rows = _Rows(builder, columns.literal_value, args[1:7])
+        greatest = rows.load(rows.target, _FLOAT)
+        numbers = rows.load(args[7], _WORD) if telling else []
+
+        def use(number: Any, values: list[Any]) -> None:  # noqa: ANN401
+            wins = [
+                builder.fcmp_ordered(">", value, builder.load(best))
+                for value, best in zip(values, greatest, strict=True)
+            ]
+            within = rows.everywhere(builder.trunc(builder.add(number, args[8]), _WORD))
+            for each, won in zip(numbers, wins, strict=False):
+                builder.store(builder.select(won, within, builder.load(each)), each)
+            for best, value, won in zip(greatest, values, wins, strict=True):
+                builder.store(builder.select(won, value, builder.load(best)), best)
+
+        rows.each(use)
+        rows.store(greatest, rows.target, _FLOAT)
+        if telling:
+            rows.store(numbers, args[7], _WORD)
+        return context.get_dummy_value()
+
+    return nb.void(columns, *[nb.int64] * 6, nb.int64 if telling else winners, nb.int64), generate

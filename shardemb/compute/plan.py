@@ -80,6 +80,12 @@ def group(ids: Int64Array, num_embeddings: int) -> Grouped:
     return Grouped(rows[:count], starts[: count + 1], order)
 
 
+def each_once(count: int) -> Grouped:
+    """Return a batch in which each of so many rows occurs once, in their order; the rows are numbered from 0 on."""
+    numbers = np.arange(count + 1)
+    return Grouped(numbers[:-1], numbers, numbers[:-1])
+
+
 def distinct(ids: Int64Array, num_embeddings: int) -> tuple[Int64Array, Int64Array]:
     """Return the distinct ids, ascending, and for each position of the batch the index of its id; O(n) too."""
     words = _sort(ids, num_embeddings)

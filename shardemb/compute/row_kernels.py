@@ -66,6 +66,9 @@ _STREAMED_BYTES = 2**20
 Gathering 40,960 random rows of 256 bytes then takes four fifths of the time, also if the rows are summed up afterwards.
 """
 
+KEPT = 5
+"""Where the options of a step say what it leaves of a weight; ``optim.options`` has the whole list."""
+
 MAX_COUNT = np.float32(2**24)
 """The most that a row's count of updates can be: float32 does not have the next whole number."""
 
@@ -254,7 +257,23 @@ def scatter(
 
 
 def _row_step(weight: Any, state: Any, gradient: Any, scalars: Any) -> None:  # noqa: ANN401
-    """Hold the place of an optimizer's function in the kernel below."""
+    """Hold the place of an optimizer's function in `_without_options`."""
+
+
+def _without_options(
+    weight: Float32Array,
+    state: Float32Array,
+    gradient: Float32Array,
+    scalars: Float32Array,
+    options: Float32Array,
+    work: Float32Array,
+) -> None:
+    """Take the step of an optimizer without options on one row; that of one with options has the same arguments."""
+    _row_step(weight, state, gradient, scalars[0])
+
+
+def _take_step(weight: Any, state: Any, gradient: Any, scalars: Any, options: Any, work: Any) -> None:  # noqa: ANN401
+    """Hold the place of either in the kernels below."""
 
 
 def _step(
@@ -264,6 +283,7 @@ def _step(
     order: Int64Array,
     gradients: Float32Array,
     scalars: Float32Array,
+    options: Float32Array,
     scratch: Float32Array,
     counting: int,
     start: int,
@@ -288,7 +308,7 @@ def _step(
             record[record.size - 2] = min(record[record.size - 2] + np.float32(last - first), MAX_COUNT)
             record[record.size - 1] = np.float32(counting)
         if last - first == 1:  # most rows occur once: no copy of their gradient
-            _row_step(record[:dim], record[dim:], gradients[order[first]], scalars)
+            _take_step(record[:dim], record[dim:], gradients[order[first]], scalars, options, scratch)
             continue
         # The order of these additions is part of the contract: it decides the bits.
         for j in range(dim):
@@ -298,7 +318,55 @@ def _step(
             gradient = gradients[order[k]]
             for j in range(dim):
                 scratch[j] += gradient[j]
-        _row_step(record[:dim], record[dim:], scratch, scalars)
+        _take_step(record[:dim], record[dim:], scratch, scalars, options, scratch)
+
+
+# ---- catching up ----------------------------------------------------------------------------------------------
+#
+# To a dense optimizer, a row that is not in a batch has a gradient of zeros: weights decay, moments decay, and a
+# momentum goes on moving the weight. An optimizer says after how many such steps nothing is left but decay. So many are
+# taken one by one, with its own formula; the rest is one multiplication.
+
+
+def _catch_up(
+    records: Float32Array,
+    dim: int,
+    places: Int64Array,
+    scalars: Float32Array,
+    options: Float32Array,
+    kept: Float32Array,
+    log_kept: NDArray[np.float64],
+    log_state: NDArray[np.float64],
+    replayed: int,
+    step: int,
+    mark: int,
+    start: int,
+    stop: int,
+) -> None:
+    """Bring the records at ``places[start:stop]`` to a step, in place.
+
+    The last value of a record is the step that the row has been brought to; it becomes `mark`. For what is known of the
+    optimizer see ``optim.base.Decays``.
+    """
+    zeros, work, options = np.zeros(dim, np.float32), np.empty(dim, np.float32), options.copy()
+    for i in range(start, stop):
+        record = records[places[i]]
+        weight, state = record[:dim], record[dim:]
+        last = np.int64(record[record.size - 1])
+        record[record.size - 1] = np.float32(max(last, np.int64(mark)))
+        if last >= step:  # also where an update in another thread was faster than a lookup
+            continue
+        middle = min(last + np.int64(replayed), np.int64(step))
+        for k in range(last, middle):  # the steps that are numbered from `last` + 1 on
+            options[KEPT] = kept[k]
+            _take_step(weight, state, zeros, scalars[k], options, work)
+        if middle < step:
+            left = np.float32(np.exp(log_kept[step] - log_kept[middle]))
+            for j in range(dim):
+                weight[j] *= left
+            for j in range(log_state.size):
+                if log_state[j] != 0:
+                    state[j] *= np.float32(np.exp(log_state[j] * (step - middle)))
 
 
 # ---- whole records, of any elements, as the log and the spill file have them -----------------------------------
@@ -381,7 +449,95 @@ def copy_or_fill(initializer: type[Any]) -> Callable[..., None]:
     return specialised(_copy_or_fill, f"copy_or_fill_{initializer.__name__}", **_fill_helpers(initializer))
 
 
+def _whole_step(optimizer: type[Any]) -> Callable[..., None]:
+    """Compile an optimizer's step with everything that its options may ask for."""
+    squares = formula(optimizer.sum_of_squares)
+    own = formula(optimizer.row_step, sum_of_squares=squares)
+    clip, constrain = (formula(each, sum_of_squares=squares) for each in optimizer.around_step)
+    return formula(optimizer.take_step, _row_step=own, clip_gradient=clip, constrain=constrain)
+
+
+def step_formula(optimizer: type[Any], *, with_options: bool) -> Callable[..., None]:
+    """Compile what takes the step of an optimizer on one row, with options or without."""
+    if with_options:
+        return _whole_step(optimizer)
+    own = formula(optimizer.row_step, sum_of_squares=formula(optimizer.sum_of_squares))
+    return formula(_without_options, _row_step=own)
+
+
 @cache
-def step(optimizer: type[Any]) -> Callable[..., None]:
-    """Return `_step` compiled for one class of optimizers, which has a `row_step`."""
-    return specialised(_step, f"step_{optimizer.__name__}", _row_step=formula(optimizer.row_step))
+def step(optimizer: type[Any], *, with_options: bool) -> Callable[..., None]:
+    """Return `_step` compiled for one class of optimizers, which has a `row_step` and a `take_step` with options."""
+    label = f"step_{optimizer.__name__}{'_with_options' * with_options}"
+    return specialised(_step, label, _take_step=step_formula(optimizer, with_options=with_options))
+
+
+@cache
+def catch_up(optimizer: type[Any]) -> Callable[..., None]:
+    """Return `_catch_up` compiled for one class of optimizers."""
+    return specialised(_catch_up, f"catch_up_{optimizer.__name__}", _take_step=_whole_step(optimizer))
+
+
+# ---- the norm of gradients ----------------------------------------------------------------------------------------
+
+
+@inlined
+def _sum_squares(values: Float32Array) -> float:
+    """Return the sum of the squares of a row's values, in eight parts, and in float64 if it overflows otherwise."""
+    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = np.float32(0)
+    whole = values.size - values.size % 8
+    for j in range(0, whole, 8):
+        s0 += values[j] * values[j]
+        s1 += values[j + 1] * values[j + 1]
+        s2 += values[j + 2] * values[j + 2]
+        s3 += values[j + 3] * values[j + 3]
+        s4 += values[j + 4] * values[j + 4]
+        s5 += values[j + 5] * values[j + 5]
+        s6 += values[j + 6] * values[j + 6]
+        s7 += values[j + 7] * values[j + 7]
+    total = ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
+    for j in range(whole, values.size):
+        total += values[j] * values[j]
+    exact: float = np.float64(total)
+    if not np.isfinite(total):
+        exact = 0.0
+        for j in range(values.size):
+            exact += np.float64(values[j]) * np.float64(values[j])
+    return exact
+
+
+@kernel
+def sum_squares(gradients: Float32Array, squares: NDArray[np.float64], start: int, stop: int) -> None:
+    """Set ``squares[i]`` to the sum of the squares of the gradient at position ``i`` of a batch.
+
+    In the order of the batch, because random ones would have to come from memory: a quarter of the time.
+    """
+    for i in range(start, stop):
+        squares[i] = _sum_squares(gradients[i])
+
+
+@kernel
+def sum_squares_of_rows(
+    starts: Int64Array,
+    order: Int64Array,
+    gradients: Float32Array,
+    squares: NDArray[np.float64],
+    sums: NDArray[np.float64],
+    start: int,
+    stop: int,
+) -> None:
+    """Set ``sums[u]`` to the sum of the squares of row ``u``'s gradient, given `sum_squares` of all positions."""
+    dim = gradients.shape[1]
+    scratch = np.empty(dim, np.float32)
+    for u in range(start, stop):
+        first, last = starts[u], starts[u + 1]
+        if last - first == 1:  # nearly all
+            sums[u] = squares[order[first]]
+            continue
+        for j in range(dim):
+            scratch[j] = gradients[order[first], j]
+        for k in range(first + 1, last):
+            gradient = gradients[order[k]]
+            for j in range(dim):
+                scratch[j] += gradient[j]
+        sums[u] = _sum_squares(scratch)

@@ -14,6 +14,7 @@ The caller has checked all arguments, so nothing here refuses them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from operator import mul
@@ -25,7 +26,7 @@ from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE
 from shardemb.compute import plan, row_kernels, scheduler
 from shardemb.engine import filling
-from shardemb.engine.planned import Change, Read, Target
+from shardemb.engine.planned import Change, Read, Reading, Target, norm_of
 from shardemb.engine.shards import PAGED_ROWS
 
 if TYPE_CHECKING:
@@ -33,11 +34,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shardemb.base.validation import Int64Array
+    from shardemb.base.validation import Float32Array, Int64Array
     from shardemb.compute.plan import Piece
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.shards import Shards
+    from shardemb.engine.training import Scaling
     from shardemb.format.fill_records import Fill
+    from shardemb.optim import Optimizer
+    from shardemb.precision.records import TakeStep
 
 SAMPLES = 32
 """Rows of a batch whose pages are searched in memory, to decide whether it is cold."""
@@ -106,7 +110,7 @@ class Loaded:
 _NO_ROWS = np.empty(0, np.int64)
 
 
-def read(runtime: Runtime, reads: Sequence[Read]) -> None:
+def read(runtime: Runtime, reads: Sequence[Reading]) -> None:
     """Carry out lookups in one or several tables, together.
 
     Warm batches are gathered as they are, without a sort or a system call for each row. Cold ones are grouped first,
@@ -144,7 +148,7 @@ def read_range(
 
 
 def _without_lock(
-    runtime: Runtime, reads: Sequence[Read], gather: Callable[[Runtime, Sequence[Read]], None]
+    runtime: Runtime, reads: Sequence[Reading], gather: Callable[[Runtime, Sequence[Reading]], None]
 ) -> None:
     """Gather without the lock; if rows are spilled or leave their slots meanwhile, start over under the lock.
 
@@ -165,7 +169,7 @@ def _without_lock(
         _gather_paged(runtime, each)
 
 
-def _gather(runtime: Runtime, reads: Sequence[Read]) -> None:
+def _gather(runtime: Runtime, reads: Sequence[Reading]) -> None:
     samples = _samples(len(reads))
     cold = [each for each in reads if each.shards.is_cold(each.ids, samples)]
     if not cold:
@@ -178,7 +182,7 @@ def _gather(runtime: Runtime, reads: Sequence[Read]) -> None:
         _gather_all(runtime, reads)
 
 
-def _gather_all(runtime: Runtime, reads: Sequence[Read]) -> None:
+def _gather_all(runtime: Runtime, reads: Sequence[Reading]) -> None:
     run_pieces(
         runtime,
         [read.gather for read in reads],
@@ -187,14 +191,14 @@ def _gather_all(runtime: Runtime, reads: Sequence[Read]) -> None:
     )
 
 
-def _gather_range(runtime: Runtime, reads: Sequence[Read]) -> None:
+def _gather_range(runtime: Runtime, reads: Sequence[Reading]) -> None:
     for read in reads:
         if read.shards.is_cold(read.ids, SAMPLES):
             read.shards.read_ahead(read.ids, 0, read.ids.size)
         read.gather(0, read.ids.size)
 
 
-def _gather_paged(runtime: Runtime, read: Read) -> None:
+def _gather_paged(runtime: Runtime, read: Reading) -> None:
     """Gather under the lock, part by part, and reload the spilled rows of each part first.
 
     So a lookup exceeds the memory budget by one part at most, and others get the lock between parts.
@@ -217,11 +221,13 @@ def _gather_paged(runtime: Runtime, read: Read) -> None:
                 shards.overlay.reload(rows)
             if shards.is_cold(rows, SAMPLES):
                 shards.read_ahead(rows, 0, rows.size)
-            read.gather(start, stop)
+            read.gather_part(start, stop)
 
 
-def change(runtime: Runtime, changes: Sequence[Change]) -> None:
+def change(runtime: Runtime, changes: Sequence[Change], scaling: Scaling | None = None) -> float | None:
     """Carry out changes of one or several tables, together: all of them or none.
+
+    With a `scaling`, return the norm of all gradients; if it is not finite, nothing was changed.
 
     Each distinct row belongs to one task. Until `_carry_out` marks the rows as changed, anything may fail, and nothing
     has changed; after that, nothing is expected to fail.
@@ -232,6 +238,8 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
         The store cannot be changed.
     ShardEmbError
         The table lost rows or its optimizer after the change was checked.
+    FrozenRowError, LearningRateError, ValueError
+        A row is frozen; the learning rate is not known; the norm of the gradients is not finite, and it has to be.
     DiskFullError, OSError
         There is no space for the rows.
     """
@@ -239,9 +247,19 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
         planned = _with_room(runtime, changes)
         runtime.check_sound()
         changes, fillings = [each.rest for each in planned], [each.filling for each in planned if each.fills]
+        norm = None
+        if scaling is not None:
+            norm = norm_of(changes, scaling, partial(run_pieces, runtime))
+            if not math.isfinite(norm):
+                return norm
+            changes = [replace(each, factor=scaling.factor(norm)) for each in changes]
         loaded: list[Loaded] = []
         try:
-            load(runtime, [_loading(each.rest, each.shards) for each in planned], loaded)
+            load(
+                runtime,
+                [_loading(each, one.shards) for each, one in zip(changes, planned, strict=True)],
+                loaded,
+            )
             _keep(runtime, changes, loaded)
             with filling.written(runtime, fillings):
                 _carry_out(runtime, changes, loaded, fillings)
@@ -249,6 +267,7 @@ def change(runtime: Runtime, changes: Sequence[Change]) -> None:
             for loading in loaded:
                 loading.abandon()
             raise
+        return norm
 
 
 def _keep(runtime: Runtime, changes: Sequence[Change], loaded: Sequence[Loaded]) -> None:
@@ -312,7 +331,11 @@ class _Planned(NamedTuple):
     def of(cls, change: Change, *, fills: bool) -> _Planned:
         """Plan a change; it fills nothing unless `fills`."""
         shards, grouped = change.table.live(), change.batch
-        found = filling.plan(shards, grouped.rows) if fills and not change.takes_step else ()
+        stale = (
+            shards.spec.is_caught_up and change.table.training.step > 0
+        )  # new records do not begin at step 0
+        fills = fills and not change.takes_step and not stale
+        found = filling.plan(shards, grouped.rows) if fills else ()
         if not found:
             return cls(change, shards, (), change)
         left = filling.left_over(grouped.rows, found, shards.spec.record_bytes)
@@ -466,32 +489,63 @@ def _work(change: Change, rows: Loaded) -> Callable[[int, int], None]:
     counts_writes = shards.spec.counters and values.shape[1] == shards.spec.weight_width
 
     def overwrite(start: int, stop: int) -> None:
+        if shards.spec.is_caught_up and values.shape[1] != shards.spec.width:
+            shards.catch_up(places, training.step, start, stop)
         new = values.view(np.uint8)
         row_kernels.scatter(shards.bytes, places, batch.starts, batch.order, new, start, stop)
         if counts_writes:
-            records = shards.records.view(np.float32)  # counters are float32, whatever the rest is
-            counters = records[places[start:stop], -2:]
-            counters[:, 0] += np.diff(batch.starts[start : stop + 1])
-            counters[:, 0] = np.minimum(counters[:, 0], row_kernels.MAX_COUNT)
-            counters[:, 1] = training.step
-            records[places[start:stop], -2:] = counters
+            _count_more(shards, places[start:stop], np.diff(batch.starts[start : stop + 1]))
+            _counters(shards)[places[start:stop], -1] = training.step
 
     if not change.takes_step or training.optimizer is None:
         return overwrite
-    number = training.step + 1
+    take_step = _step(shards, training.optimizer, training.step + 1, change.factor)
+    if change.row_gradients is None:
+        return partial(take_step, batch, values, places)
+    return partial(_take_summed_step, change, rows, take_step)
+
+
+def _step(shards: Shards, optimizer: Optimizer, number: int, factor: float) -> TakeStep:
+    """Return what takes the table's `number`-th step on distinct rows in slots."""
     if shards.spec.precision.is_coded:
-        return shards.codec.step(training.optimizer, number, shards.bytes, places, batch, values)
-    step = row_kernels.step(type(training.optimizer))
-    scalars = np.array(training.optimizer.scalars(number), np.float32)
+        return shards.codec.step(optimizer, number, factor, shards.bytes)
+    plain = factor == 1 and not optimizer.has_options
+    kernel = row_kernels.step(type(optimizer), with_options=not plain)
+    scalars = optimizer.scalars_of(number)
+    options = optimizer.options_of(number, shards.spec.embedding_dim, factor)
     counting = number if shards.spec.counters else 0
 
-    def take_step(start: int, stop: int) -> None:
+    def take_step(
+        grouped: plan.Grouped, values: Float32Array, slots: Int64Array, start: int, stop: int
+    ) -> None:
         scratch = np.empty(values.shape[1], np.float32)
-        step(
-            shards.records, places, batch.starts, batch.order, values, scalars, scratch, counting, start, stop
-        )
+        if shards.spec.is_caught_up:
+            shards.catch_up(slots, number, start, stop)
+        rows = shards.records, slots, grouped.starts, grouped.order
+        kernel(*rows, values, scalars, options, scratch, counting, start, stop)
 
     return take_step
+
+
+def _take_summed_step(change: Change, rows: Loaded, take_step: TakeStep, start: int, stop: int) -> None:
+    """Take a step with gradients that were summed before, a few rows at a time."""
+    for some, gradients in change.summed(start, stop):
+        count, places = len(gradients), rows.places[some]
+        grouped = replace(plan.each_once(count), rows=change.batch.rows[some])
+        take_step(grouped, gradients, places, 0, count)
+        if rows.shards.spec.counters:  # the step has counted each row once
+            _count_more(rows.shards, places, np.diff(change.batch.starts[some.start : some.stop + 1]) - 1)
+
+
+def _count_more(shards: Shards, places: Int64Array, times: Int64Array) -> None:
+    """Add to the counts of updates of distinct rows."""
+    counters = _counters(shards)
+    counters[places, -2] = np.minimum(counters[places, -2] + times, row_kernels.MAX_COUNT)
+
+
+def _counters(shards: Shards) -> Float32Array:
+    """Return the records as float32: what they count is float32, and last, whatever the rest is."""
+    return shards.records.view(np.float32)
 
 
 def _samples(tables: int) -> int:

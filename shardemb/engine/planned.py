@@ -2,38 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from shardemb.errors import ShardEmbError
+from shardemb import dtypes
+from shardemb.base import validation
+from shardemb.compute import plan, row_kernels
+from shardemb.errors import FrozenRowError, ShardEmbError
+from shardemb.format import ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
-    from numpy.typing import NDArray
+    from numpy.typing import ArrayLike, NDArray
 
-    from shardemb.base.validation import Int64Array
+    from shardemb.base.validation import Float32Array, Int64Array
     from shardemb.compute.plan import Grouped
     from shardemb.engine.shards import Shards
-    from shardemb.optim import Optimizer
+    from shardemb.engine.training import Scaling, Training
 
 
-@dataclass
-class Training:
-    """The mutable state of a table besides its rows.
+SCRATCH_BYTES = 2**18
+"""Memory for rows that are copied or computed on the way to a result: it stays in the processor's caches."""
 
-    Attributes
-    ----------
-    optimizer : Optimizer or None
-        It has the hyper-parameters of the next update.
-    step : int
-        Updates so far.
-    """
 
-    optimizer: Optimizer | None
-    step: int
+def few_rows(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
+    """Cut a range of rows into ranges of so few that they fit into `SCRATCH_BYTES`, or of one."""
+    step = max(1, SCRATCH_BYTES // (4 * width))
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
 
 
 class Target(Protocol):
@@ -88,6 +89,49 @@ class PlannedRead(NamedTuple):
         return Read(self.table, self.shards, self.column, self.ids, flat, self.form)
 
 
+class Reading(Protocol):
+    """A lookup in one table as a batch carries it out, whatever becomes of the rows."""
+
+    @property
+    def table(self) -> Target:
+        """The table."""
+
+    @property
+    def shards(self) -> Shards:
+        """The memory that the ids were checked against."""
+
+    @property
+    def column(self) -> str:
+        """What is read of each row."""
+
+    @property
+    def ids(self) -> Int64Array:
+        """The rows."""
+
+    def gather(self, start: int, stop: int) -> None:
+        """Read for the positions ``start:stop`` of the ids; a task may do so beside others that have other positions.
+
+        What must not be divided belongs to the positions that it begins at, so that pieces which cover all of the ids
+        do all of the work.
+        """
+
+    def gather_part(self, start: int, stop: int) -> None:
+        """Read the rows at positions ``start:stop``, neither more nor less; the parts follow one another."""
+
+    def renewed(self) -> Reading:
+        """Return the lookup in the memory that the table has now; itself if that is still the same."""
+
+
+def memory_now(table: Target, shards: Shards, ids: Int64Array) -> Shards:
+    """Return the memory in which to look up ids that were checked against `shards`: what the table has now."""
+    now = table.memory
+    if now is None or now is shards:
+        return shards
+    if ids.size and int(ids.max()) >= now.spec.num_embeddings:
+        return shards  # the table lost rows: the lookup sees them as they were when it began
+    return now
+
+
 class Read(NamedTuple):
     """A lookup in one table: ``out[i]`` becomes the column of row ``ids[i]``. The ids were checked against `shards`.
 
@@ -102,21 +146,21 @@ class Read(NamedTuple):
     form: str = "float32"
 
     def gather(self, start: int, stop: int) -> None:
-        """Set ``out[start:stop]``; see `Shards.gather`."""
+        """See `Reading`: rows do not depend on each other."""
         if self.form == "float32":
             self.shards.gather(self.column, self.ids, self.out, start, stop)
         else:
             self.shards.gather(self.column, self.ids, self.out, start, stop, self.form)
 
+    def gather_part(self, start: int, stop: int) -> None:
+        """See `Reading`."""
+        self.gather(start, stop)
+
     def renewed(self) -> Read:
-        """Return the lookup in the memory that the table has now; itself if that is still the same."""
-        now = self.table.memory
-        if now is None or now is self.shards:
-            return self
-        gone = self.ids.size and int(self.ids.max()) >= now.spec.num_embeddings
-        if gone or now.spec.precision != self.shards.spec.precision:
-            return self  # it lost rows, or was converted: the lookup sees them as they were when it began
-        return self._replace(shards=now)
+        """See `Reading`; a table that was converted is seen as it was when the lookup began."""
+        now = memory_now(self.table, self.shards, self.ids)
+        same = now is self.shards or now.spec.precision != self.shards.spec.precision
+        return self if same else self._replace(shards=now)
 
 
 @dataclass(frozen=True)
@@ -134,16 +178,23 @@ class Change:
         whole records.
     takes_step : bool
         Whether the optimizer takes a step with the gradients.
+    factor : float
+        The gradients are multiplied by this first.
     renew : callable, optional
         Returns the change as it has to be now, if what it was planned from has changed, otherwise None. It is called
         with the store's lock held, again after every wait.
+    row_gradients : callable, optional
+        Given if the gradient of a row is more than the sum of its `values`: ``row_gradients(out, start, stop)`` writes
+        those of the distinct rows ``start:stop``, one after the other.
     """
 
     table: Target
     batch: Grouped
     values: NDArray[Any]
     takes_step: bool
+    factor: float = 1.0
     renew: Callable[[], Change | None] | None = None
+    row_gradients: Callable[[Float32Array, int, int], None] | None = None
 
     def overwritten(self, shards: Shards) -> Int64Array | None:
         """Where in `values` the new record of each row is; None if what the rows hold so far matters."""
@@ -151,10 +202,32 @@ class Change:
             return None
         return self.last_positions()
 
+    def summed(self, start: int, stop: int) -> Iterator[tuple[slice, Float32Array]]:
+        """Iterate over the `row_gradients` of the distinct rows ``start:stop``, a few rows at a time."""
+        assert self.row_gradients is not None
+        dim = self.values.shape[1]
+        for first, last in few_rows(start, stop, dim):
+            gradients = np.empty((last - first, dim), np.float32)
+            self.row_gradients(gradients, first, last)
+            yield slice(first, last), gradients
+
     def last_positions(self) -> Int64Array:
         """Where in `values` each row is given last, which counts."""
         last: Int64Array = self.batch.order[self.batch.starts[1:] - 1]
         return last
+
+    def square_rows(
+        self, sums: NDArray[np.float64], squares: NDArray[np.float64], start: int, stop: int
+    ) -> None:
+        """Sum the squares of the gradients of rows ``start:stop``, given those of the positions of the batch."""
+        if self.row_gradients is None:
+            grouped = self.batch
+            row_kernels.sum_squares_of_rows(
+                grouped.starts, grouped.order, self.values, squares, sums, start, stop
+            )
+            return
+        for some, gradients in self.summed(start, stop):
+            row_kernels.sum_squares(gradients, sums[some], 0, len(gradients))
 
     def renewed(self) -> Change:
         """Return the change as it has to be now; itself if nothing that it was planned from has changed.
@@ -165,6 +238,8 @@ class Change:
             The store was closed; the table was dropped.
         ShardEmbError
             The table does not have the rows or the optimizer any more.
+        FrozenRowError
+            It is an update of a frozen row.
         """
         change = (self.renew() if self.renew else None) or self
         require_rows(change.table, change.batch.rows, takes_step=change.takes_step)
@@ -180,8 +255,16 @@ def require_rows(table: Target, rows: Int64Array, *, takes_step: bool = False) -
         The store was closed; the table was dropped.
     ShardEmbError
         The table does not have them any more.
+    FrozenRowError
+        One of them is frozen, and `takes_step`.
     """
     shards = table.live()
+    if takes_step and (frozen := ranges.first_within(table.training.frozen, rows)) is not None:
+        msg = (
+            f"row {frozen} of the table in {shards.directory} is frozen, so it takes no gradients; leave them out, or "
+            f"call unfreeze_rows({frozen}, {frozen + 1}); nothing was changed"
+        )
+        raise FrozenRowError(msg)
     gone = rows.size and rows[-1] >= shards.spec.num_embeddings
     if gone or (takes_step and table.training.optimizer is None):
         msg = (
@@ -190,3 +273,113 @@ def require_rows(table: Target, rows: Int64Array, *, takes_step: bool = False) -
         )
         raise ShardEmbError(msg)
     return shards
+
+
+# ---- the norm of gradients ------------------------------------------------------------------------------------
+
+
+def norm_of(changes: Sequence[Change], scaling: Scaling, run: Callable[..., None]) -> float:
+    """Return the norm of all gradients, with `run` for work in pieces; refuse one that is not finite without a scale.
+
+    Raises
+    ------
+    ValueError
+        It is not finite, and the step cannot be skipped.
+    """
+    found = scaling.norm(_sum_squares(changes, run))
+    if scaling.scale is None and not math.isfinite(found):
+        way_out = " (with scale=1.0, such a step is skipped)"
+        for each in changes:
+            directory = each.table.live().directory
+            validation.require_finite(each.values, f"gradients for the table in {directory}", way_out)
+        msg = f"extra_norm_sq is {scaling.extra_norm_sq}, so gradients cannot be clipped{way_out}; nothing was changed"
+        raise ValueError(msg)
+    return found
+
+
+def _sum_squares(changes: Sequence[Change], run: Callable[..., None]) -> float:
+    """Add up the squares of all rows' gradients, in an order that does not depend on the tasks."""
+    sizes = [4 * each.values.shape[1] for each in changes]
+    given = [np.empty(0 if each.row_gradients else len(each.values)) for each in changes]
+    sums = [np.empty(each.batch.rows.size) for each in changes]
+    pairs = list(zip(changes, given, strict=True))
+    first = [partial(row_kernels.sum_squares, each.values, squares) for each, squares in pairs]
+    run(first, [each.size for each in given], sizes)
+    then = [
+        partial(each.square_rows, found, squares) for (each, squares), found in zip(pairs, sums, strict=True)
+    ]
+    run(then, [each.size for each in sums], sizes)
+    return math.fsum(float(each.sum()) for each in sums)
+
+
+# ---- rows that move -------------------------------------------------------------------------------------------
+
+
+class Moving(Target, Protocol):
+    """A table as changes of whole records see it."""
+
+    @property
+    def name(self) -> str:
+        """Its name, for messages."""
+
+    def read(
+        self, column: str, ids: ArrayLike, out: NDArray[Any] | None = None, form: str = "float32"
+    ) -> NDArray[Any]:
+        """Copy a column of rows."""
+
+
+def records_of(table: Moving, rows: Int64Array) -> NDArray[Any]:
+    """Copy whole records of rows, as they are at the table's step."""
+    spec = table.live().spec
+    records = np.zeros((rows.size, spec.width), spec.element)
+    form = dtypes.RAW if spec.precision.is_coded else "float32"
+    for column, (first, last) in spec.columns.items():
+        records[:, first:last] = table.read(column, rows, form=form)
+    if spec.is_caught_up:
+        records[:, -1] = table.training.step
+    return records
+
+
+def catch_up(table: Moving, rows_at_once: int) -> Iterator[Change]:
+    """Plan changes that bring all rows to the table's step, before the optimizer that says how changes."""
+    count = table.live().spec.num_embeddings
+    for start in range(0, count, rows_at_once):
+        rows = np.arange(start, min(start + rows_at_once, count))
+        each_once = plan.Grouped(rows, np.arange(rows.size + 1), np.arange(rows.size))
+        yield Change(table, each_once, records_of(table, rows), takes_step=False)
+
+
+def plan_copy(table: Moving, source: ArrayLike, target: ArrayLike) -> Change:
+    """Plan to overwrite whole records of rows by those of others, all of which are read before any changes."""
+    count = table.live().spec.num_embeddings
+    read, changed = (validation.row_ids(ids, count, table.name) for ids in (source, target))
+    if read.shape != changed.shape:
+        msg = f"table {table.name!r}: {read.shape} rows cannot be copied to {changed.shape}; give as many of both"
+        raise ValueError(msg)
+    return _copying(table, read.flat, plan.group(changed.flat, count))
+
+
+def _copying(table: Moving, source: Int64Array, target: Grouped) -> Change:
+    require_rows(table, np.sort(source))
+    records = records_of(table, source)
+
+    def renew() -> Change | None:
+        same = np.array_equal(records.view(np.uint8), records_of(table, source).view(np.uint8))
+        return None if same else _copying(table, source, target)
+
+    return Change(table, target, records, takes_step=False, renew=renew)
+
+
+def plan_swap(table: Moving, one: ArrayLike, other: ArrayLike) -> Change:
+    """Plan to let rows change places, each of them once."""
+    count = table.live().spec.num_embeddings
+    first, second = (validation.row_ids(ids, count, table.name) for ids in (one, other))
+    joined = np.concatenate([first.flat, second.flat])
+    distinct = np.unique(joined).size
+    if first.shape != second.shape or distinct != joined.size:
+        msg = (
+            f"table {table.name!r}: rows change places in pairs, and each of them once; "
+            f"got {first.flat.size} and {second.flat.size} ids, {distinct} of them different"
+        )
+        raise ValueError(msg)
+    return plan_copy(table, joined, np.concatenate([second.flat, first.flat]))

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING
 
 from shardemb.base.forks import usable_in_child
 from shardemb.base.interrupts import signals_deferred
-from shardemb.engine.output_pool import OutputPool
 from shardemb.engine.warming import Warming
 from shardemb.errors import PoisonedError, ReadOnlyError, StaleReaderError, StoreClosedError
 from shardemb.format import store_paths
 from shardemb.format.manifest import Manifest
 from shardemb.memory.memory_budget import MemoryBudget, NoFolds
+from shardemb.memory.output_pool import OutputPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from shardemb.commits.fills import Announcements
-    from shardemb.engine.hidden_rows import HiddenRows
+    from shardemb.memory.hidden_rows import HiddenRows
     from shardemb.memory.memory_budget import Folds
     from shardemb.memory.overlay import Overlay
 

@@ -10,12 +10,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shardemb.base.forks import usable_in_child
 from shardemb.base.sampling import stream_key
 from shardemb.base.sizes import PAGE, round_up
 from shardemb.commits.log_reader import Images
@@ -25,6 +23,7 @@ from shardemb.format.table_files import TableLocation
 from shardemb.initializers import Constant
 from shardemb.memory.frozen_rows import FrozenRows
 from shardemb.memory.overlay import Overlay
+from shardemb.memory.totals import Totals
 from shardemb.precision.records import RecordCodec, first_rows
 from shardemb.storage import address_space, files, table_folder
 
@@ -36,59 +35,13 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Progress
     from shardemb.base.validation import FirstRows, Float32Array, Int64Array
-    from shardemb.engine.hidden_rows import HiddenRows
+    from shardemb.engine.training import Training
     from shardemb.format.spec import TableSpec
+    from shardemb.memory.hidden_rows import HiddenRows
     from shardemb.memory.memory_budget import MemoryBudget
 
 PAGED_ROWS = 4096
 """Rows that are loaded into memory at a time if a batch may exceed the memory budget."""
-
-
-class Totals:
-    """Counts of what was done with a table since it was opened.
-
-    The methods are safe from any thread; the counts of changes and copied rows are added to under the store's lock.
-
-    Attributes
-    ----------
-    lookups, rows_looked_up, cold_lookups : int
-        Lookups, the ids in them, and how many lookups were cold.
-    changes, rows_changed : int
-        Updates and writes, and their distinct rows.
-    rows_copied : int
-        Rows that were copied into slots.
-    bytes_requested : int
-        Bytes of the pages that cold batches and prefetches asked for, whether or not some were in memory.
-    bytes_warmed : int
-        Bytes that were not in memory and were read to warm the table.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self.lookups = self.rows_looked_up = self.cold_lookups = 0
-        self.changes = self.rows_changed = self.rows_copied = 0
-        self.bytes_requested = self.bytes_warmed = 0
-
-    def detach_in_child(self) -> None:
-        """Be usable in a forked child, whatever other threads did in its parent."""
-        self._lock = usable_in_child(self._lock)
-
-    def add_lookup(self, rows: int) -> None:
-        """Count a lookup of that many ids."""
-        with self._lock:
-            self.lookups += 1
-            self.rows_looked_up += rows
-
-    def add_cold(self) -> None:
-        """Count a lookup some of whose pages were not in memory."""
-        with self._lock:
-            self.cold_lookups += 1
-
-    def add_bytes(self, *, requested: int = 0, warmed: int = 0) -> None:
-        """Count bytes that were requested from the files, or read to warm the table."""
-        with self._lock:
-            self.bytes_requested += requested
-            self.bytes_warmed += warmed
 
 
 class Shards:
@@ -128,6 +81,8 @@ class Shards:
     totals : Totals
     frozen : FrozenRows or None
         The rows of this table in a commit under way.
+    training : Training or None
+        The step and the optimizer that rows are caught up to, once a table has this memory.
     """
 
     def __init__(self, spec: TableSpec, directory: Path, missing: Collection[Path] = ()) -> None:
@@ -154,6 +109,7 @@ class Shards:
         self.hidden: HiddenRows | None = None
         self.totals = Totals()
         self.frozen: FrozenRows | None = None
+        self.training: Training | None = None
         initializer = spec.initializer
         self._key = np.uint64(stream_key(getattr(initializer, "seed", 0), spec.stream))
         self._parameters = np.array(initializer.parameters(), np.float64)
@@ -173,9 +129,41 @@ class Shards:
 
         The form is the name of a float type, or ``"raw"``; `out` has its dtype, or is its bytes.
         """
-        if form != "float32" or self.spec.precision.is_coded:
+        if self.spec.is_caught_up and self.training is not None:
+            self._gather_caught_up(column, form, ids, out, start, stop)
+        elif form != "float32" or self.spec.precision.is_coded:
             self._gather_coded(column, form, ids, out, start, stop)
-            return
+        else:
+            self._gather(column, ids, out, start, stop)
+
+    def _gather_caught_up(
+        self, column: str, form: str, ids: Int64Array, out: NDArray[Any], start: int, stop: int
+    ) -> None:
+        """Gather in a table whose rows have to be caught up: whole records, some at a time."""
+        for begin in range(start, stop, PAGED_ROWS):
+            some = ids[begin : min(begin + PAGED_ROWS, stop)]
+            records = np.empty((some.size, self.spec.width), np.float32)
+            for name, (left, right) in self.spec.columns.items():
+                values = np.empty((some.size, right - left), np.float32)
+                self._gather(name, some, values, 0, some.size)
+                records[:, left:right] = values
+            places = np.arange(some.size)
+            self._catch_up(records, places, 0, 0, some.size)
+            self.codec.gather(records.view(np.uint8), places, column, form, out, begin)
+
+    def catch_up(self, places: Int64Array, mark: int, start: int, stop: int) -> None:
+        """Bring the rows in slots ``places[start:stop]`` to the table's step, and note there that it was `mark`."""
+        self._catch_up(self.records, places, mark, start, stop)
+
+    def _catch_up(self, records: Float32Array, places: Int64Array, mark: int, start: int, stop: int) -> None:
+        assert self.training is not None
+        optimizer, step, dim = self.training.optimizer, self.training.step, self.spec.embedding_dim
+        assert optimizer is not None
+        decays = optimizer.decays_until(step, dim)
+        kernel = row_kernels.catch_up(type(optimizer))
+        kernel(records, dim, places, *decays, step, mark, start, stop)
+
+    def _gather(self, column: str, ids: Int64Array, out: Float32Array, start: int, stop: int) -> None:
         first = self.spec.columns[column][0]
         if not self.spec.has_presence:
             if self.hidden is None:
@@ -220,7 +208,7 @@ class Shards:
             ):  # no fill has begun while the files were read
                 break
         if fresh.size:
-            self._put_initial(column, form, ids[start + fresh], out, start + fresh)
+            out[start + fresh] = self.initial_values(ids[start + fresh], form, column).view(out.dtype)
 
     def _fresh(self, rows: Int64Array, places: Int64Array, hidden: HiddenRows | None) -> Int64Array:
         """Return which of the rows at places have their initial values, though not in slots."""
@@ -232,15 +220,6 @@ class Shards:
             return np.empty(0, np.int64)
         which: Int64Array = np.flatnonzero(fresh)
         return which
-
-    def _put_initial(
-        self, column: str, form: str, rows: Int64Array, out: NDArray[Any], where: Int64Array
-    ) -> None:
-        """Set some rows of `out` to the initial values of rows."""
-        records = self.initial_records(rows).view(np.uint8)
-        found = np.empty((rows.size, out.shape[1]), out.dtype)
-        self.codec.gather(records, np.arange(rows.size), column, form, found, 0)
-        out[where] = found
 
     def is_cold(self, ids: Int64Array, max_samples: int) -> bool:
         """Estimate whether rows of a batch have to be read from disk, from one row in eight but at most `max_samples`.
@@ -495,11 +474,12 @@ class Shards:
         fill(ids, weights, self._key, self._parameters, 0, ids.size)
         return np.hstack([self.codec.encoded(weights), np.tile(spec.initial_state, (ids.size, 1))])
 
-    def initial_weights(self, ids: Int64Array, form: str) -> NDArray[Any]:
-        """Compute the initial weights of rows as a lookup returns them; they need not be rows of the table yet."""
-        width, dtype = self.codec.shape_of("weight", form)
+    def initial_values(self, ids: Int64Array, form: str, column: str = "weight") -> NDArray[Any]:
+        """Compute what a lookup returns for rows that were never written; they need not be rows of the table yet."""
+        width, dtype = self.codec.shape_of(column, form)
         out = np.empty((ids.size, width), dtype)
-        self._put_initial("weight", form, ids, out, np.arange(ids.size))
+        records = self.initial_records(ids).view(np.uint8)
+        self.codec.gather(records, np.arange(ids.size), column, form, out, 0)
         return out
 
     def begin_fold(self) -> None:

@@ -11,39 +11,38 @@ from __future__ import annotations
 import contextlib
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from shardemb import dtypes
-from shardemb.base import serialization, validation
+from shardemb import dtypes, optim
+from shardemb.base import validation
 from shardemb.base.formatting import size
 from shardemb.base.progress import track
 from shardemb.commits import rewrite
 from shardemb.compute import plan, scheduler
-from shardemb.engine import batch, filling, warming
-from shardemb.engine.planned import Change, PlannedRead, Training, require_rows
+from shardemb.engine import bags, batch, filling, planned, warming
+from shardemb.engine.planned import Change, PlannedRead, require_rows
 from shardemb.engine.shards import Shards
+from shardemb.engine.training import Scaling, Training
 from shardemb.errors import ShardEmbError, TableNotFoundError
-from shardemb.format import store_paths
+from shardemb.format import ranges, store_paths
 from shardemb.format.manifest import TableEntry
 from shardemb.format.spec import MAX_ROWS, reshaped_spec
 from shardemb.format.table_files import TableLocation
 from shardemb.storage import address_space, files
 
 if TYPE_CHECKING:
-    import threading
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator
 
     import dask.array
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
     from shardemb.base.progress import Progress
     from shardemb.base.validation import Int64Array
+    from shardemb.engine.bags import OutOfRange
     from shardemb.engine.runtime import Runtime
     from shardemb.optim import Optimizer
-
-T = TypeVar("T")
 
 ARRAY_BYTES = 2**30
 """The largest table that `numpy.asarray` makes an array of: more is hardly meant."""
@@ -89,6 +88,7 @@ class TableState:
         self.vocabulary = vocabulary
         self.dropped = False
         self._shards: Shards | None = shards
+        shards.training = training
 
     # ---- what it is
 
@@ -107,7 +107,8 @@ class TableState:
     def entry(self) -> TableEntry:
         """The entry that a commit now would write about the table."""
         training = self.training
-        return TableEntry(self.spec.uuid, self.name, training.step, training.optimizer, self.vocabulary)
+        of_update = training.step, training.optimizer
+        return TableEntry(self.spec.uuid, self.name, *of_update, self.vocabulary, training.frozen)
 
     @property
     def changed_rows(self) -> int | None:
@@ -181,6 +182,22 @@ class TableState:
         batch.read(self.runtime, [planned.into(result)])
         planned.finish(result)
         return result
+
+    def read_any(
+        self, ids: ArrayLike, out: NDArray[Any] | None, dtype: object, out_of_range: OutOfRange
+    ) -> NDArray[Any]:
+        """Copy weights, where ids may be out of range; see `Table.lookup`."""
+        form = self.form(dtype)
+        if isinstance(out_of_range, str) and out_of_range == "raise":
+            return self.read("weight", ids, out, form)
+        given, stand_ins = bags.in_range(ids, self, out_of_range, form)
+        planned = self.plan_read("weight", given, form)
+
+        def replace_unknown(rows: NDArray[Any]) -> None:
+            if stand_ins is not None:
+                stand_ins.fill(planned.shards, rows.reshape(-1, rows.shape[-1]), 0, planned.ids.size)
+
+        return self.carry_out(planned.replacing(replace_unknown), out)
 
     def read_unique(
         self, ids: ArrayLike, dtype: object = None
@@ -262,12 +279,11 @@ class TableState:
 
     def plan_change(self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool) -> Change:
         """Check an update (`what` is "gradients") or a write ("rows"), and group its ids."""
+        if what == "gradients":
+            return self.plan_update(ids, values, check_finite=check_finite)
         shards = self.live()
         checked = validation.row_ids(ids, shards.spec.num_embeddings, self.name)
         rows = self.check_values(values, checked.shape, what, check_finite=check_finite)
-        grouped = plan.group(checked.flat, shards.spec.num_embeddings)
-        if what == "gradients":
-            return Change(self, grouped, rows, takes_step=True)
 
         def renew() -> Change | None:
             now = self.memory  # a table that was converted meanwhile has other bytes for the same rows
@@ -275,6 +291,7 @@ class TableState:
                 return None
             return self.plan_change(ids, values, what, check_finite=check_finite)
 
+        grouped = plan.group(checked.flat, shards.spec.num_embeddings)
         return Change(self, grouped, self._encoded(shards, rows, checked.flat), takes_step=False, renew=renew)
 
     def _encoded(self, shards: Shards, rows: NDArray[Any], ids: Int64Array) -> NDArray[Any]:
@@ -286,8 +303,32 @@ class TableState:
         batch.run_pieces(self.runtime, [encode], [len(rows)], [rows.itemsize * rows.shape[1]])
         return out
 
+    def plan_update(
+        self,
+        ids: ArrayLike,
+        grads: ArrayLike,
+        *,
+        padding_idx: int | None = None,
+        scale_grad_by_freq: bool = False,
+        check_finite: bool,
+    ) -> Change:
+        """Check an update, and group its ids."""
+        spec = self.live().spec
+        checked = validation.row_ids(ids, spec.num_embeddings, self.name)
+        rows = self.check_values(grads, checked.shape, "gradients", check_finite=check_finite)
+        padding = bags.padding_of(self, padding_idx)
+        kept = None if padding is None else np.flatnonzero(checked.flat != padding)
+        change = Change(self, bags.grouped_at(checked.flat, kept, spec.num_embeddings), rows, takes_step=True)
+        return bags.by_frequency(change) if scale_grad_by_freq else change
+
     def check_values(
-        self, values: ArrayLike, shape: tuple[int, ...], what: str, *, check_finite: bool
+        self,
+        values: ArrayLike,
+        shape: tuple[int, ...],
+        what: str,
+        *,
+        check_finite: bool,
+        form: str = "ids.shape + (embedding_dim,)",
     ) -> NDArray[Any]:
         """Check the values of an update or a write for ids of a shape; return them flattened over the ids.
 
@@ -297,6 +338,8 @@ class TableState:
         if what == "gradients" and self.training.optimizer is None:
             msg = f"table {self.name!r} has no optimizer: give create_table one, or set rows with write()"
             raise ValueError(msg)
+        if what == "gradients" and self.training.optimizer is not None:
+            self.training.optimizer.require_known_lr(f"table {self.name!r}")
         if (
             what == "rows"
             and spec.precision.is_coded
@@ -304,13 +347,17 @@ class TableState:
         ):
             return validation.raw_rows(values, (*shape, spec.weight_width), table=self.name)
         shape = (*shape, spec.embedding_dim)
-        return validation.rows(values, shape, what=what, table=self.name, check_finite=check_finite)
+        return validation.rows(
+            values, shape, what=what, table=self.name, check_finite=check_finite, form=form
+        )
 
     def plan_reset(self, rows: Int64Array) -> Change:
         """Plan to give ascending rows their initial records again; rows that were never changed are left out."""
         shards = require_rows(self, rows)
 
         def changed() -> Int64Array:
+            if shards.spec.is_caught_up and self.training.step:
+                return rows  # steps have changed them all
             some: Int64Array = rows[shards.were_written(rows) | (shards.overlay.places(rows) != rows)]
             return some
 
@@ -321,32 +368,57 @@ class TableState:
 
         some = changed()
         grouped = plan.Grouped(some, np.arange(some.size + 1), np.arange(some.size))
-        return Change(self, grouped, shards.initial_records(some), takes_step=False, renew=renew)
+        records = shards.initial_records(some)
+        if shards.spec.is_caught_up:
+            records[:, -1] = self.training.step  # they are not what steps would have made of initial ones
+        return Change(self, grouped, records, takes_step=False, renew=renew)
 
     def change(self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool) -> None:
-        """Carry out an update or a write; see `plan_change`."""
-        batch.change(self.runtime, [self.plan_change(ids, values, what, check_finite=check_finite)])
+        """Carry out a write; see `plan_change`."""
+        self.apply(self.plan_change(ids, values, what, check_finite=check_finite))
+
+    def apply(self, change: Change, scaling: Scaling | None = None) -> float | None:
+        """Carry out a planned change; see `batch.change`."""
+        return batch.change(self.runtime, [change], scaling)
 
     def reset(self, ids: ArrayLike) -> None:
         """Give rows their initial records again."""
-        batch.change(self.runtime, [self.plan_reset(self._distinct(ids))])
+        self.apply(self.plan_reset(self._distinct(ids)))
+
+    def clear(self, row: int) -> None:
+        """Set the weight of a row that was never written to zeros, without counting that."""
+        shards = self.live()
+        if not shards.spec.has_presence:
+            return  # it is zeros
+        record = shards.initial_records(np.array([row]))
+        zeros = np.zeros((1, shards.spec.embedding_dim), np.float32)
+        record[:, : shards.spec.weight_width] = shards.codec.encoded(zeros)
+        grouped = replace(plan.each_once(1), rows=np.array([row]))
+        self.apply(Change(self, grouped, record, takes_step=False))
 
     def set_optimizer(self, optimizer: Optimizer) -> None:
         """Change hyper-parameters, from the next update on."""
         with self.runtime.changing():
             self.live()
             now = self.training.optimizer
-            if (
-                now is None
-                or type(optimizer) is not type(now)
-                or optimizer.initial_state() != now.initial_state()
-            ):
+            if now is None or not optim.may_replace(now, optimizer):
                 msg = (
-                    f"table {self.name!r} has the optimizer {now}; set_optimizer changes its hyper-parameters, "
-                    f"but neither its kind nor its initial state, got {optimizer!r}"
+                    f"table {self.name!r} has the optimizer {now}; set_optimizer changes its hyper-parameters, but "
+                    f"neither its kind nor its state columns and their initial values, got {optimizer!r}; "
+                    f"store.reshard({self.name!r}, optimizer=...) does"
                 )
                 raise ValueError(msg)
+            step = -1 if self.spec.is_caught_up and optimizer != now else self.training.step
+            while step != self.training.step:  # there may be others, while room is made for rows
+                step = self.training.step
+                for change in planned.catch_up(self, MATERIALIZED_BYTES // self.spec.record_bytes):
+                    self.apply(change)
             self.training.optimizer = optimizer
+
+    def freeze(self, start: int, stop: int | None, *, frozen: bool) -> None:
+        """Freeze a range of rows, or unfreeze it."""
+        with self.runtime.changing():
+            self.training.freeze(start, stop, self.live().spec.num_embeddings, frozen=frozen)
 
     def _distinct(self, ids: ArrayLike) -> Int64Array:
         """Check row ids; return the distinct ones, ascending."""
@@ -421,12 +493,12 @@ class TableState:
             rows_per_shard=rows_per_shard,
             max_shards=address_space.mappings_left(),
             commit_id=str(commit.id),
-            precision=self._converted(dtype, optimizer),
+            precision=dtypes.converted(old.spec.precision, dtype, optimizer, self.name),
         )
         directory = rewrite.reshaped(
             self.runtime.path, old.location, spec, keep_state=keep, progress=progress
         )
-        self.become(Shards(spec, directory), before if keep else Training(spec.optimizer, 0))
+        self.become(Shards(spec, directory), before if keep else Training(spec.optimizer, 0, before.frozen))
         try:
             yield
         except BaseException:
@@ -434,21 +506,6 @@ class TableState:
             if self.runtime.committed.commit is commit and not self.runtime.poisoned:
                 self.become(old, before)
             raise
-
-    def _converted(self, dtype: object, optimizer: object) -> dtypes.Precision:
-        """Check a dtype to convert the table to, None for its own; return the precision that it has then."""
-        now = self.spec.precision
-        if optimizer is None:
-            now = replace(now, state_dtype="float32").with_dtype(now.dtype)
-        wanted = now.dtype if dtype is None else dtypes.checked_dtype(dtype)
-        raw = dtypes.Plain(dtypes.RAW)
-        if wanted != now.dtype and raw in (wanted, now.dtype):
-            msg = f"table {self.name!r} is {now.dtype.label}: raw bytes are neither made nor converted, got {dtype!r}"
-            raise ValueError(msg)
-        if now.is_raw and optimizer not in ("keep", None):
-            msg = f"table {self.name!r} holds raw bytes, which no optimizer can train"
-            raise ValueError(msg)
-        return now if wanted == now.dtype else now.with_dtype(wanted)
 
     def materialize(self, progress: Progress) -> None:
         """Write the initial records of all rows that were never written into the shards."""
@@ -470,8 +527,9 @@ class TableState:
 
     def become(self, shards: Shards, training: Training) -> None:
         """Continue with other memory, after the number of rows, the shards or the optimizer changed."""
-        self._shards, self.spec = shards, shards.spec
+        self._shards, self.spec, shards.training = shards, shards.spec, self.training
         self.training.optimizer, self.training.step = training.optimizer, training.step
+        self.training.frozen = ranges.without(training.frozen, self.spec.num_embeddings, MAX_ROWS)
 
     def restore(self, name: str, shards: Shards, training: Training) -> None:
         """Go back to what the table was at the last commit."""
@@ -487,52 +545,3 @@ class TableState:
     def release(self) -> None:
         """Release the table's memory; it is unmapped when the last lookup that uses it has ended."""
         self._shards = None
-
-
-class TableSource:
-    """A table as exports see it (`shardemb.io.arrow.RowSource`): all of its rows, or the first `num_rows`.
-
-    It holds `owner`, which keeps the store open.
-    """
-
-    def __init__(
-        self,
-        table: TableState,
-        owner: object,
-        num_rows: int | None = None,
-        keys: Any = None,  # noqa: ANN401
-    ) -> None:
-        spec = table.live().spec
-        self._table, self._owner = table, owner
-        self.name = table.name
-        self.num_embeddings = spec.num_embeddings if num_rows is None else num_rows
-        self.embedding_dim = spec.embedding_dim
-        self.rows_per_shard = spec.rows_per_shard
-        self.threads = table.runtime.threads
-        self.keys = keys
-        self.columns = {name: spec.parts[name].count for name in spec.states}
-        self.form = spec.precision.exported
-
-    def read_rows(self, start: int, stop: int, columns: Sequence[str]) -> list[NDArray[Any]]:
-        """Read the weights of a range of rows, then each state column."""
-        states = [self._table.read_range(column, start, stop) for column in columns]
-        return [self._table.read_range("weight", start, stop, self.form), *states]
-
-    def run(self, tasks: Sequence[Callable[[], T]], stop: threading.Event | None = None) -> list[T]:
-        """Run tasks, as many concurrently as a batch of the table may use threads."""
-        return scheduler.run(tasks, self.threads, stop)
-
-    def release_pages(self, start: int, stop: int) -> None:
-        """Release the pages of a range of rows from memory."""
-        with self._table.runtime.lock:
-            self._table.live().release_pages(start, stop)
-
-    def describe(self) -> Mapping[str, object]:
-        """Return a few facts about the table, as JSON has them."""
-        spec, training = self._table.spec, self._table.training
-        return {
-            "uuid": spec.uuid,
-            "step": training.step,
-            "optimizer": serialization.to_json(training.optimizer) if training.optimizer else None,
-            "initializer": serialization.to_json(spec.initializer),
-        }

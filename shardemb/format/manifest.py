@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,7 +30,10 @@ from shardemb.format.documents import (
     require_version,
     uuid_field,
 )
-from shardemb.format.spec import BYTES, INTERNAL, KEY_TYPES, SKETCH, check_stored_name
+from shardemb.format.spec import BYTES, INTERNAL, KEY_TYPES, MAX_ROWS, SKETCH, check_stored_name
+
+if TYPE_CHECKING:
+    from shardemb.format.ranges import Ranges
 
 MAX_DEPTH = 64
 """Most levels of a commit's metadata, so that a reader can parse it however deep its own stack is."""
@@ -72,6 +75,8 @@ class TableEntry:
         Hyper-parameters as of this commit.
     vocabulary : str or None
         The uuid of the vocabulary that assigns its rows, if it has one.
+    frozen : tuple of (int, int)
+        The ranges of rows that no update changes, see `ranges`.
     """
 
     uuid: str
@@ -79,15 +84,18 @@ class TableEntry:
     step: int
     optimizer: optim.Optimizer | None
     vocabulary: str | None = None
+    frozen: Ranges = ()
 
     def to_json(self) -> dict[str, object]:
         """Return the entry as JSON values."""
-        bound = {} if self.vocabulary is None else {"vocabulary": self.vocabulary}
+        bound: dict[str, object] = {} if self.vocabulary is None else {"vocabulary": self.vocabulary}
+        if self.frozen:
+            bound["frozen"] = [list(each) for each in self.frozen]
         return {
             "uuid": self.uuid,
             "name": self.name,
             "step": self.step,
-            "optimizer": serialization.to_json(self.optimizer) if self.optimizer else None,
+            "optimizer": optim.to_json(self.optimizer) if self.optimizer else None,
         } | bound
 
 
@@ -392,4 +400,20 @@ def _entry_from_json(document: object) -> TableEntry:
         step=int_field(document, "step", 2**62, minimum=0),
         optimizer=None if optimizer is None else optim.from_json(optimizer),
         vocabulary=uuid_field(document, "vocabulary") if "vocabulary" in document else None,
+        frozen=_frozen(document) if "frozen" in document else (),
     )
+
+
+def _frozen(document: Mapping[str, Any]) -> Ranges:
+    """Return the frozen ranges of a table's entry, trusting none of them."""
+    found: Ranges = ()
+    for each in field(document, "frozen", list):
+        if not isinstance(each, list) or len(each) != 2:
+            msg = f"frozen has {each!r}, which is no range of rows"
+            raise FormatError(msg)
+        start, stop = (int_field({"row": row}, "row", MAX_ROWS, minimum=0) for row in each)
+        if start >= stop or (found and found[-1][1] >= start):
+            msg = f"frozen is {document['frozen']!r}, which are no ascending ranges of rows"
+            raise FormatError(msg)
+        found = (*found, (start, stop))
+    return found

@@ -101,6 +101,8 @@ class TableSpec:
         Whether each row counts its updates, in columns ``count`` and ``last_step`` after those of the optimizer.
     precision : Precision
         How the numbers of a record are stored.
+    padding_idx : int or None
+        The row of padding, whose gradients are dropped.
     """
 
     uuid: str
@@ -112,11 +114,15 @@ class TableSpec:
     initializer: initializers.Initializer
     counters: bool = False
     precision: Precision = FLOAT32
+    padding_idx: int | None = None
 
     @cached_property
     def parts(self) -> dict[str, Part]:
         """Maps the name of each column to where it lies in the record, in bytes; scales are columns of their own."""
         states = self.optimizer.state_columns(self.embedding_dim) if self.optimizer else {}
+        if self.counters:
+            # An optimizer that catches up has this column too: there is one of it, the last.
+            states.pop(LAST_STEP, None)
         return self.precision.parts(self.embedding_dim, states, COUNTERS if self.counters else ())
 
     @cached_property
@@ -150,6 +156,11 @@ class TableSpec:
     def weight_width(self) -> int:
         """Number of elements in a record's weight."""
         return self.columns["weight"][1]
+
+    @property
+    def is_caught_up(self) -> bool:
+        """Whether rows that no update changes have to be caught up when they are read, because steps change them."""
+        return self.optimizer is not None and self.optimizer.dense_equivalent
 
     def is_row_wise(self, column: str) -> bool:
         """Whether a state column holds one number per row, whatever the embedding dimension."""
@@ -237,13 +248,15 @@ class TableSpec:
             "embedding_dim": self.embedding_dim,
             "rows_per_shard": self.rows_per_shard,
             "columns": self.described_columns(),
-            "optimizer": serialization.to_json(self.optimizer) if self.optimizer else None,
+            "optimizer": optim.to_json(self.optimizer) if self.optimizer else None,
             "initializer": serialization.to_json(self.initializer),
         }
         if self.counters:
             document["counters"] = True
         if coded:
             document |= self.precision.to_json()
+        if self.padding_idx is not None:
+            document["padding_idx"] = self.padding_idx
         return document | {"crc32": crc32(document)}
 
     def described_columns(self) -> dict[str, object]:
@@ -278,6 +291,9 @@ class TableSpec:
         if coded != spec.precision.is_coded:
             msg = f"format version {CODED_VERSION} is for tables that are not float32"
             raise FormatError(msg)
+        if "padding_idx" in document:
+            row = int_field(document, "padding_idx", spec.num_embeddings - 1, minimum=0)
+            spec = replace(spec, padding_idx=row)
         columns = spec.described_columns()
         if document.get("columns") != columns:
             msg = f"columns are {document.get('columns')}, but those of the optimizer are {columns}"
@@ -302,7 +318,7 @@ def new_spec(
     max_shards: int,
     precision: Precision = FLOAT32,
 ) -> TableSpec:
-    """Make the spec of a new table from a name and shape that were checked already.
+    """Make the spec of a new table without a row of padding, from a name and a shape that were checked already.
 
     Raises
     ------
@@ -323,6 +339,7 @@ def new_spec(
     if precision.is_raw and spec.initializer != initializers.Constant(0.0):
         msg = f"initializer: the rows of a table with dtype='raw' begin as zero bytes, got {initializer!r}"
         raise ValueError(msg)
+    _require_caught_up_as_float32(spec)
     return replace(spec, rows_per_shard=_rows_per_shard(spec, rows_per_shard, max_shards))
 
 
@@ -348,6 +365,7 @@ def reshaped_spec(
     wanted = spec.rows_per_shard if rows_per_shard is None else rows_per_shard
     checked = _checked_optimizer(optimizer)
     new = replace(spec, optimizer=checked, precision=precision or spec.precision)
+    _require_caught_up_as_float32(new)
     rows = _rows_per_shard(new, wanted, max_shards)
     named = f"{commit_id} {rows} {checked!r}" + ("" if new.precision == spec.precision else f" {precision!r}")
     identity = uuid.uuid5(uuid.UUID(spec.uuid), named)
@@ -359,6 +377,17 @@ def _checked_optimizer(optimizer: object) -> optim.Optimizer | None:
         msg = f"optimizer must be one of shardemb.optim, for example shardemb.optim.Adam(), got {optimizer!r}"
         raise TypeError(msg)
     return optimizer
+
+
+def _require_caught_up_as_float32(spec: TableSpec) -> None:
+    """Refuse rows that are caught up and are not float32: each lookup between two updates would round them again."""
+    if spec.is_caught_up and spec.precision.is_coded:
+        msg = (
+            f"a table whose optimizer is dense_equivalent has float32 rows and float32 state, got dtype "
+            f"{spec.precision.public_dtype!r} and state_dtype {spec.precision.state_dtype!r}; "
+            f"leave these out, or dense_equivalent"
+        )
+        raise ValueError(msg)
 
 
 def _rows_per_shard(spec: TableSpec, wanted: int | None, max_shards: int) -> int:

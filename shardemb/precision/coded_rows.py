@@ -14,7 +14,7 @@ import numpy as np
 
 from shardemb.compute.compiler import formula, inlined, specialised
 from shardemb.compute.intrinsics import STREAMED, copy, fence, prefetch, stream
-from shardemb.compute.row_kernels import MAX_COUNT
+from shardemb.compute.row_kernels import MAX_COUNT, step_formula
 from shardemb.dtypes import Plain
 from shardemb.precision import codecs
 
@@ -133,8 +133,8 @@ def _encode_rows(
         copy(target + i * row_bytes, data.ctypes.data, row_bytes)
 
 
-def _row_step(weight: Any, state: Any, gradient: Any, scalars: Any) -> None:  # noqa: ANN401
-    """Hold the place of an optimizer's function in the kernel below."""
+def _take_step(weight: Any, state: Any, gradient: Any, scalars: Any, options: Any, work: Any) -> None:  # noqa: ANN401
+    """Hold the place of an optimizer's step in the kernel below; see `row_kernels.step_formula`."""
 
 
 def _state_of(record: Any, floats: Any, scratch: Any, state: Any, columns: Any) -> Any:  # noqa: ANN401
@@ -153,6 +153,7 @@ def _step(
     order: Int64Array,
     gradients: Float32Array,
     scalars: Float32Array,
+    options: Float32Array,
     columns: Int64Array,
     weight_bytes: int,
     block: int,
@@ -200,7 +201,7 @@ def _step(
         copy(data.ctypes.data, record, weight_bytes)
         _decode(data, codes, weight, block)
         state = _state_of(record, floats[place], scratch, decoded, columns)
-        _row_step(weight, state, gradient, scalars)
+        _take_step(weight, state, gradient, scalars, options, summed)
         _draw(words, rows[u], key, number)
         _encode(weight, data, codes, words, block)
         copy(record, data.ctypes.data, weight_bytes)
@@ -314,7 +315,9 @@ def encode_rows(stored: Dtype, *, drawn: bool) -> Callable[..., None]:
 
 
 @cache
-def step(optimizer: type[Any], stored: Dtype, state: str, *, drawn: bool) -> Callable[..., None]:
+def step(
+    optimizer: type[Any], stored: Dtype, state: str, *, drawn: bool, with_options: bool
+) -> Callable[..., None]:
     """Return `_step` compiled for one class of optimizers and one type of rows and of their state."""
     if state == "float32":
         state_of, keep_state = formula(state_in_place), formula(state_stays)
@@ -324,12 +327,12 @@ def step(optimizer: type[Any], stored: Dtype, state: str, *, drawn: bool) -> Cal
         keep_state = formula(encode_columns_drawn if drawn else encode_columns, **one)
     return specialised(
         _step,
-        f"step_{optimizer.__name__}_{_label(stored)}_{state}{'_drawn' * drawn}",
+        f"step_{optimizer.__name__}_{_label(stored)}_{state}{'_drawn' * drawn}{'_with_options' * with_options}",
         _view=codecs.viewer(stored),
         _decode=codecs.decoder(stored),
         _encode=codecs.encoder(stored, drawn=drawn),
         _draw=codecs.drawing(drawn=drawn),
-        _row_step=formula(optimizer.row_step),
+        _take_step=step_formula(optimizer, with_options=with_options),
         _state_of=state_of,
         _keep_state=keep_state,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from shardemb.optim import Optimizer
 
     Bytes = NDArray[np.uint8]
+
+    TakeStep = Callable[[Grouped, Float32Array, Int64Array, int, int], None]
+    """``step(batch, gradients, places, start, stop)`` changes the distinct rows ``start:stop``, which are at places."""
 
 WRITTEN, UPDATED = "@written", "@updated"
 """What is added to a table's stream for the random words that round writes, and updates. No table has such a name."""
@@ -190,36 +193,29 @@ class RecordCodec:
         ]
         return np.array(flat or [0, 0, 4], np.int64)
 
-    def step(
-        self,
-        optimizer: Optimizer,
-        number: int,
-        records: Bytes,
-        places: Int64Array,
-        batch: Grouped,
-        gradients: Float32Array,
-    ) -> Callable[[int, int], None]:
-        """Return the function that takes the table's `number`-th step on distinct rows ``start:stop``."""
-        precision = self._precision
+    def step(self, optimizer: Optimizer, number: int, factor: float, records: Bytes) -> TakeStep:
+        """Return what takes the table's `number`-th step on records, with gradients times a factor."""
+        spec, precision = self._spec, self._precision
+        plain = factor == 1 and not optimizer.has_options
         kernel = coded_rows.step(
-            type(optimizer), precision.dtype, precision.state_dtype, drawn=precision.rounding is not None
+            type(optimizer),
+            precision.dtype,
+            precision.state_dtype,
+            drawn=precision.rounding is not None,
+            with_options=not plain,
         )
-        return partial(
-            kernel,
-            records,
-            places,
-            batch.rows,
-            batch.starts,
-            batch.order,
-            gradients,
-            np.array(optimizer.scalars(number), np.float32),
-            self._states,
-            self._spec.weight_width,
-            precision.dtype.block_size,
-            self._key(UPDATED),
-            number,
-            number if self._spec.counters else 0,
-        )
+        scalars = optimizer.scalars_of(number)
+        options = optimizer.options_of(number, spec.embedding_dim, factor)
+        what = self._states, spec.weight_width, precision.dtype.block_size, self._key(UPDATED)
+        counting = number if spec.counters else 0
+
+        def take_step(
+            batch: Grouped, gradients: Float32Array, places: Int64Array, start: int, stop: int
+        ) -> None:
+            rows = records, places, batch.rows, batch.starts, batch.order
+            kernel(*rows, gradients, scalars, options, *what, number, counting, start, stop)
+
+        return take_step
 
     def _key(self, what: str) -> np.uint64:
         rounding = self._precision.rounding

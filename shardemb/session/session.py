@@ -11,13 +11,14 @@ from shardemb import dtypes, initializers
 from shardemb.base.interrupts import signals_deferred
 from shardemb.commits import log_reader, rewrite, verify
 from shardemb.engine import batch
+from shardemb.engine.training import Scaling, is_checked
 from shardemb.errors import PoisonedError, ReadOnlyError, ShardEmbError, StaleReaderError, StoreClosedError
 from shardemb.format.manifest import Commit, check_metadata, check_step, new_entry
 from shardemb.format.spec import check_name, new_spec, normalized
 from shardemb.session import display, forking
 from shardemb.session.journal import Journal
 from shardemb.session.table_catalog import TableCatalog
-from shardemb.session.vocabulary_catalog import VocabularyCatalog
+from shardemb.session.vocabulary_catalog import VocabularyCatalog, check_optimizer, first_padding, first_shape
 from shardemb.storage import address_space, files, folders
 from shardemb.vocabulary import keyed_rows
 
@@ -36,23 +37,10 @@ if TYPE_CHECKING:
     from shardemb.optim import Optimizer
     from shardemb.session.attempt import Attempt
     from shardemb.session.pending_commit import PendingCommit
+    from shardemb.session.table_catalog import TableRequest
     from shardemb.vocabulary.key_rows import KeyRows
     from shardemb.vocabulary.keyed_rows import KeyedRows, Missing, MissingChange
     from shardemb.vocabulary.keys import KeysLike
-
-
-class TableRequest(NamedTuple):
-    """The arguments of `Store.create_table`, none of them checked yet."""
-
-    name: str
-    num_embeddings: int | None
-    embedding_dim: int
-    vocabulary: str | None
-    counters: bool
-    initializer: initializers.Initial | None
-    optimizer: Optimizer | None
-    rows_per_shard: int | None
-    precision: dtypes.Wanted = dtypes.Wanted()
 
 
 class Reader(NamedTuple):
@@ -156,9 +144,9 @@ class Session:
             self.runtime.check_publishable()
             self._require_free(name)
             bound = None if vocabulary is None else self.vocabularies.find(vocabulary)
-            shape, rows_per_shard = keyed_rows.first_shape(
-                bound, wanted.num_embeddings, wanted.embedding_dim, wanted.rows_per_shard
-            )
+            if bound is not None:
+                check_optimizer(wanted.optimizer, name)
+            shape, rows_per_shard = first_shape(bound, wanted)
             count = shape[0] if bound is None else bound.entry.rows
             kind, rows = initializers.resolve(wanted.initializer, shape, count)
             spec = new_spec(
@@ -171,6 +159,7 @@ class Session:
                 max_shards=address_space.mappings_left(),
                 precision=wanted.precision.checked(trains=wanted.optimizer is not None),
             )
+            spec = replace(spec, padding_idx=first_padding(bound, wanted.padding_idx, shape[0], name))
             identity = None if bound is None else bound.entry.uuid
             return self.tables.create(name, spec, rows=rows, progress=progress, vocabulary=identity)
 
@@ -207,6 +196,8 @@ class Session:
             self.runtime.check_publishable()
             self.journal.drain()
             table = self.find(name)  # not before: it may have been dropped or renamed meanwhile
+            if table.vocabulary is not None:
+                check_optimizer(optimizer, name)
             commit, path = self.runtime.committed.commit, self.runtime.path
             if self._differs() or commit is None:
                 msg = (
@@ -249,7 +240,7 @@ class Session:
     ) -> dict[str, NDArray[Any]]:
         """Look up rows of several tables together; see `Store.lookup`."""
         return keyed_rows.read_many(
-            self.runtime, self._batch_targets(ids), ids, missing=missing, create=create
+            self.runtime, self.batch_targets(ids), ids, missing=missing, create=create
         )
 
     def update(
@@ -258,16 +249,21 @@ class Session:
         *,
         missing: MissingChange,
         create: bool,
+        scaling: Scaling | None,
         check_finite: bool,
-    ) -> None:
+    ) -> float | None:
         """Take one optimizer step in several tables together; see `Store.update`."""
         self.runtime.check_open()
         changes = keyed_rows.plan_changes(
-            self._batch_targets(batches), batches, missing=missing, create=create, check_finite=check_finite
+            self.batch_targets(batches),
+            batches,
+            missing=missing,
+            create=create,
+            check_finite=is_checked(scaling, check_finite=check_finite),
         )
-        batch.change(self.runtime, changes)
+        return batch.change(self.runtime, changes, scaling)
 
-    def _batch_targets(self, names: Iterable[str]) -> dict[str, TableState | KeyedRows]:
+    def batch_targets(self, names: Iterable[str]) -> dict[str, TableState | KeyedRows]:
         """Return what takes batches for tables: a table itself, or, if it is used by key, its `KeyedRows`."""
         tables = {name: self.find(name) for name in names}
         return {name: self.vocabularies.keyed(table) or table for name, table in tables.items()}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
+from shardemb import dtypes, optim
 from shardemb.engine import filling, shards
-from shardemb.engine.planned import Training
 from shardemb.engine.table_state import TableState
+from shardemb.engine.training import Training
 from shardemb.errors import FormatError, TableExistsError, TableNotFoundError
 from shardemb.format import store_paths
 from shardemb.format.spec import is_internal, normalized
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
+    from shardemb import initializers
     from shardemb.base.progress import Progress
     from shardemb.base.validation import FirstRows
     from shardemb.commits.log_reader import Replay
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from shardemb.format.spec import TableSpec
     from shardemb.format.table_files import TableLocation
     from shardemb.memory.overlay import Overlay
+    from shardemb.optim import Optimizer
 
 
 class CommittedTable(NamedTuple):
@@ -40,6 +43,21 @@ class CommittedTable(NamedTuple):
 
     table: TableState
     shards: Shards
+
+
+class TableRequest(NamedTuple):
+    """The arguments of `Store.create_table`, none of them checked yet."""
+
+    name: str
+    num_embeddings: int | None
+    embedding_dim: int
+    vocabulary: str | None
+    counters: bool
+    initializer: initializers.Initial | None
+    optimizer: Optimizer | None
+    rows_per_shard: int | None
+    padding_idx: int | None
+    precision: dtypes.Wanted = dtypes.Wanted()
 
 
 class TableCatalog:
@@ -171,10 +189,10 @@ class TableCatalog:
     def _open_table(self, entry: TableEntry, directory: Path, *, may_miss: bool) -> TableState:
         with table_folder.naming(entry.name, directory):
             mapped = shards.open_existing(directory, may_miss=may_miss, may_create=self._runtime.writable)
-            if type(mapped.spec.optimizer) is not type(entry.optimizer):
+            if not optim.same_columns(mapped.spec.optimizer, entry.optimizer):
                 msg = f"it was created for {mapped.spec.optimizer}, but the commit says {entry.optimizer}"
                 raise FormatError(msg)
-        training = Training(entry.optimizer, entry.step)
+        training = Training(entry.optimizer, entry.step, entry.frozen)
         return TableState(self._runtime, entry.name, mapped, training, entry.vocabulary)
 
     def create(
@@ -199,6 +217,12 @@ class TableCatalog:
         self.current[name] = table
         if self._streams is not None:
             self._streams.add(spec.stream)
+        if spec.padding_idx is not None and rows is None:
+            try:
+                table.clear(spec.padding_idx)
+            except BaseException:
+                self.drop(name)
+                raise
         return table
 
     def set_name(self, table: TableState, name: str) -> None:
@@ -247,7 +271,7 @@ class TableCatalog:
         for entry in entries:
             table, mapped = self.committed[entry.uuid]
             mapped.forget_changes(replay.images(mapped.spec), self._runtime.budget)
-            table.restore(entry.name, mapped, Training(entry.optimizer, entry.step))
+            table.restore(entry.name, mapped, Training(entry.optimizer, entry.step, entry.frozen))
 
     def discard_new(self) -> None:
         """Remove the current tables that no commit has."""

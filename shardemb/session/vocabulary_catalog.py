@@ -6,11 +6,13 @@ import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from shardemb.base import validation
 from shardemb.commits.verify import Damage
 from shardemb.errors import ShardEmbError, VocabularyExistsError, VocabularyNotFoundError
 from shardemb.format import store_paths
-from shardemb.format.spec import new_spec, normalized
+from shardemb.format.spec import MAX_ROWS, SHARD_BYTES, check_shape, new_spec, normalized
 from shardemb.initializers import Constant
+from shardemb.optim import Optimizer
 from shardemb.session.display import VocabularyFacts
 from shardemb.storage import address_space, folders
 from shardemb.vocabulary.key_rows import KeyRows
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.table_state import TableState
     from shardemb.format.manifest import VocabularyEntry
-    from shardemb.session.table_catalog import TableCatalog
+    from shardemb.session.table_catalog import TableCatalog, TableRequest
 
 INDEX_IS_WRONG = (
     "is not what was written, or does not lead to all keys; "
@@ -279,3 +281,62 @@ class VocabularyCatalog:
         key_rows.join(self._runtime, self._tables.bound_to)
         self.current[entry.name] = key_rows
         return key_rows
+
+
+def check_optimizer(optimizer: object, table: str) -> None:
+    """Refuse an optimizer for a table whose rows a vocabulary gives out.
+
+    Raises
+    ------
+    ValueError
+        It is to be equivalent to a dense one, which would have changed the rows of keys before these came.
+    """
+    if isinstance(optimizer, Optimizer) and optimizer.dense_equivalent and optimizer.changes_fresh_rows:
+        msg = (
+            f"table {table!r}: dense_equivalent with {optimizer!r} would change the row of a key in all steps before "
+            f"it came; leave out its weight decay, max_norm and constraint, or dense_equivalent"
+        )
+        raise ValueError(msg)
+
+
+def first_shape(key_rows: KeyRows | None, wanted: TableRequest) -> tuple[tuple[int, int], int | None]:
+    """Check the shape of a new table. If a vocabulary makes it grow, choose how many rows it begins with: whole shards.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A number is impossible, or not exactly one of rows and vocabulary is given.
+    """
+    rows_per_shard = wanted.rows_per_shard
+    if (key_rows is None) == (wanted.num_embeddings is None):
+        msg = "pass either num_embeddings or the vocabulary that assigns the table's rows"
+        raise ValueError(msg)
+    if key_rows is None:
+        return check_shape(wanted.num_embeddings, wanted.embedding_dim), rows_per_shard
+    rows, dim = check_shape(max(1, key_rows.entry.rows), wanted.embedding_dim)
+    if rows_per_shard is None:
+        rows_per_shard = max(1, SHARD_BYTES[0] // (4 * dim))
+    rows_per_shard = validation.count(rows_per_shard, "rows_per_shard", maximum=MAX_ROWS)
+    return (-(-rows // rows_per_shard) * rows_per_shard, dim), rows_per_shard
+
+
+def first_padding(
+    key_rows: KeyRows | None, padding_idx: object, num_embeddings: int, table: str
+) -> int | None:
+    """Check the row of padding of a new table; with a vocabulary, a row that no key gets.
+
+    Raises
+    ------
+    TypeError, ValueError
+        There is no such row.
+    """
+    if padding_idx is None:
+        return None
+    row = validation.padding_row(padding_idx, num_embeddings, table)
+    if key_rows is not None and (row != padding_idx or row >= key_rows.entry.reserved):
+        msg = (
+            f"table {table!r}: padding_idx {padding_idx} is not among the {key_rows.entry.reserved} rows that "
+            f"vocabulary {key_rows.entry.name!r} reserves: create it with reserved=1 or more, for rows without keys"
+        )
+        raise ValueError(msg)
+    return row

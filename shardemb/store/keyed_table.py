@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from shardemb import keyed_bags
+from shardemb.engine.bags import Bags
+from shardemb.engine.training import Scaling
 from shardemb.session import display
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Progress
     from shardemb.dtypes import Dtype, DtypeLike
+    from shardemb.engine.bags import Mode
     from shardemb.initializers import Initializer
     from shardemb.io.parquet import Encoding, ExportReport
     from shardemb.optim import Optimizer
@@ -226,6 +230,112 @@ class KeyedTable:
         """
         return self._keyed.read(keys, missing=missing, create=create, out=out, dtype=dtype)
 
+    def lookup_bag(
+        self,
+        keys: KeysLike,
+        offsets: ArrayLike | None = None,
+        *,
+        mode: Mode = "sum",
+        weights: ArrayLike | None = None,
+        padding_key: Any = None,  # noqa: ANN401
+        include_last_offset: bool = False,
+        missing: Missing = "error",
+        create: bool = False,
+        out: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """Look up bags of keys, and return one row for each bag; see `Table.lookup_bag`.
+
+        Parameters
+        ----------
+        keys : array_like of int, str or bytes, shape (n,), or (bags, n)
+            As for `Vocabulary.lookup`. With two dimensions, each row is a bag.
+        offsets, mode, weights : optional
+            As for `Table.lookup_bag`.
+        padding_key : int, str or bytes, optional
+            This key, which has a row, is left out. By default the row of the table's `Table.padding_idx` is, which keys
+            without a row get if `missing` names it.
+        include_last_offset : bool
+            As for `Table.lookup_bag`.
+        missing : {"error", "initial", "zeros"} or int
+            What is taken for keys without a row, as for `lookup`. They count for ``"mean"`` and ``"sqrtn"``.
+        create : bool
+            Give new keys rows first, as for `lookup`.
+        out : ndarray of float32, shape (bags, embedding_dim), optional
+            As for `Table.lookup_bag`.
+
+        Returns
+        -------
+        ndarray of float32, shape (bags, embedding_dim)
+            The caller's own memory; `out` if that was given.
+
+        Raises
+        ------
+        UnknownKeyError
+            A key, or the one of padding, has no row. With `create`, rows that other keys got stay.
+        TypeError, ValueError
+            As `lookup` and `Table.lookup_bag`. No key was added.
+        RowIdError, StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError, OSError
+            As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread. With `create` the call waits for other changes.
+
+        Examples
+        --------
+        >>> table.lookup_bag([-5, 99, -5], [0, 2], missing="zeros").shape
+        (2, 2)
+        """
+        given = Bags(keys, offsets, mode, weights, padding_key, include_last_offset)
+        return keyed_bags.read(self._keyed, given, missing=missing, create=create, out=out)
+
+    def bag_weight_gradient(
+        self,
+        keys: KeysLike,
+        offsets: ArrayLike | None,
+        grads: ArrayLike,
+        *,
+        mode: Literal["sum", "mean", "sqrtn"] = "sum",
+        weights: ArrayLike | None = None,
+        padding_key: Any = None,  # noqa: ANN401
+        include_last_offset: bool = False,
+        missing: Missing = "error",
+    ) -> NDArray[np.float32]:
+        """Return the gradient of a loss by the weights of `lookup_bag`; see `Table.bag_weight_gradient`.
+
+        Parameters
+        ----------
+        keys, offsets : array_like
+            As for `lookup_bag`; `offsets` is None for keys of two dimensions.
+        grads : array_like of float, shape (bags, embedding_dim)
+            The gradient by the result.
+        mode, weights, padding_key, include_last_offset, missing : optional
+            As for `lookup_bag`.
+
+        Returns
+        -------
+        ndarray of float32, shape ``keys.shape``
+            For each weight; 0 for padding. The caller's own memory.
+
+        Raises
+        ------
+        UnknownKeyError, TypeError, ValueError, RowIdError
+            As `lookup_bag` and `Table.bag_weight_gradient`.
+        StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError, OSError
+            As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread.
+
+        Examples
+        --------
+        >>> table.bag_weight_gradient([-5, 99], [0], [[1.0, 1.0]], missing="zeros").shape
+        (2,)
+        """
+        given = Bags(keys, offsets, mode, weights, padding_key, include_last_offset)
+        return keyed_bags.weight_gradient(self._keyed, given, grads, missing=missing)
+
     def lookup_unique(
         self, keys: KeysLike, *, create: bool = False, dtype: DtypeLike | None = None
     ) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]:
@@ -389,8 +499,9 @@ class KeyedTable:
         *,
         missing: MissingChange = "error",
         create: bool = False,
+        scale: float | None = None,
         check_finite: bool = True,
-    ) -> None:
+    ) -> float | None:
         """Take one optimizer step on the rows of keys: all of them change, or none; see `Table.update`.
 
         Parameters
@@ -403,9 +514,16 @@ class KeyedTable:
             What happens to the gradients of keys without a row: ``"error"`` raises; ``"skip"`` ignores them; an int
             adds them to those of the row of that id.
         create : bool
-            Give new keys rows first, as for `lookup`. If the update fails after that, they keep them.
+            Give new keys rows first, as for `lookup`. If the update fails or is skipped after that, they keep them.
+        scale : float, optional
+            Divide the gradients by this number, and skip the step if any is not finite then; see `Table.update`.
         check_finite : bool
-            Refuse NaN and infinity.
+            Refuse NaN and infinity, unless there is a `scale`.
+
+        Returns
+        -------
+        float or None
+            With `scale`, the norm of the gradients; see `Table.update`.
 
         Raises
         ------
@@ -413,7 +531,8 @@ class KeyedTable:
             A key has no row; the message names the first one.
         TypeError, ValueError
             Wrong type, dtype or shape; NaN or infinity; a missing key (null); the table has no optimizer.
-        RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
+        RowIdError, LearningRateError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError,
+        DiskFullError, OSError
             As `Table.update`; nothing was changed.
 
         Notes
@@ -424,8 +543,87 @@ class KeyedTable:
         --------
         >>> table.update([-5, 99], np.ones((2, 2), np.float32), missing="skip")
         """
-        self._keyed.change(
-            keys, grads, "gradients", missing=missing, create=create, check_finite=check_finite
+        scaling = Scaling.of(scale)
+        return self._keyed.change(
+            keys,
+            grads,
+            "gradients",
+            missing=missing,
+            create=create,
+            scaling=scaling,
+            check_finite=check_finite,
+        )
+
+    def update_bag(
+        self,
+        keys: KeysLike,
+        offsets: ArrayLike | None,
+        grads: ArrayLike,
+        *,
+        mode: Mode = "sum",
+        weights: ArrayLike | None = None,
+        padding_key: Any = None,  # noqa: ANN401
+        include_last_offset: bool = False,
+        scale_grad_by_freq: bool = False,
+        missing: MissingChange = "error",
+        create: bool = False,
+        scale: float | None = None,
+        check_finite: bool = True,
+    ) -> float | None:
+        """Take one optimizer step on the rows of bags of keys: all of them change, or none; see `Table.update_bag`.
+
+        Parameters
+        ----------
+        keys, offsets : array_like
+            As for `lookup_bag`; `offsets` is None for keys of two dimensions.
+        grads : array_like of float, shape (bags, embedding_dim)
+            The gradient by the result.
+        mode, weights, padding_key, include_last_offset : optional
+            As for `lookup_bag`.
+        scale_grad_by_freq : bool
+            As for `Table.update_bag`.
+        missing : {"error", "skip"} or int
+            What happens to the gradients of keys without a row, as for `update`. With ``"skip"`` such keys count for
+            the mean, the root and the maximum as in ``lookup_bag(..., missing="zeros")``.
+        create : bool
+            Give new keys rows first, as for `lookup`. If the update fails after that, they keep them.
+        scale : float, optional
+            Divide the gradients by this number, and skip the step if any is not finite then; see `Table.update`.
+        check_finite : bool
+            Refuse NaN and infinity in `grads`, unless there is a `scale`, and in `weights`.
+
+        Returns
+        -------
+        float or None
+            With `scale`, the norm of the gradients of the rows; see `Table.update`.
+
+        Raises
+        ------
+        UnknownKeyError
+            A key, or the one of padding, has no row.
+        TypeError, ValueError
+            As `lookup_bag` and `Table.update_bag`; nothing was changed.
+        RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
+            As `Table.update`; nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits as `Table.update`.
+
+        Examples
+        --------
+        >>> table.update_bag([-5, 99, -5], [0, 2], np.ones((2, 2), np.float32), missing="skip")
+        """
+        given = Bags(keys, offsets, mode, weights, padding_key, include_last_offset)
+        return keyed_bags.change_many(
+            self._keyed.table.runtime,
+            {self.name: self._keyed},
+            {self.name: (given, grads)},
+            missing=missing,
+            create=create,
+            scale_grad_by_freq=scale_grad_by_freq,
+            scaling=Scaling.of(scale),
+            check_finite=check_finite,
         )
 
     def write(
@@ -468,6 +666,118 @@ class KeyedTable:
         >>> table.write([-5], [[1.0, 2.0]])
         """
         self._keyed.change(keys, rows, "rows", missing=missing, create=create, check_finite=check_finite)
+
+    def reset_rows(self, keys: KeysLike) -> None:
+        """Make the rows of keys freshly initialised; see `Table.reset_rows`.
+
+        Parameters
+        ----------
+        keys : array_like of int, str or bytes
+            As for `Vocabulary.lookup`; they keep their rows.
+
+        Raises
+        ------
+        UnknownKeyError, TypeError, ValueError
+            As `lookup`; nothing was changed.
+        ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
+            As `Table.reset_rows`; nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits as `Table.update`.
+
+        Examples
+        --------
+        >>> table.reset_rows([-5])
+        """
+        self._keyed.reset(keys)
+
+    def copy_rows(self, source: KeysLike, target: KeysLike) -> None:
+        """Overwrite the rows of keys by those of others, with optimizer state and counters; see `Table.copy_rows`.
+
+        Parameters
+        ----------
+        source : array_like of int, str or bytes
+            The keys whose rows are copied.
+        target : array_like of int, str or bytes, shape ``source.shape``
+            The keys whose rows become like them; they have rows already.
+
+        Raises
+        ------
+        UnknownKeyError, TypeError, ValueError
+            A key has no row; the shapes differ. Nothing was changed.
+        ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
+            As `Table.copy_rows`; nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits as `Table.update`.
+
+        Examples
+        --------
+        >>> table.copy_rows([-5], [-5])
+        """
+        self._keyed.copy_rows(source, target)
+
+    def swap_rows(self, keys: KeysLike, others: KeysLike) -> None:
+        """Let the rows of keys change places with those of others; see `Table.swap_rows`.
+
+        Parameters
+        ----------
+        keys, others : array_like of int, str or bytes
+            As many of both, each of them once.
+
+        Raises
+        ------
+        UnknownKeyError, TypeError, ValueError
+            A key has no row; the shapes differ; a key occurs twice. Nothing was changed.
+        ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
+            As `Table.swap_rows`; nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits as `Table.update`.
+
+        Examples
+        --------
+        >>> table.write([1, 2], [[1.0, 1.0], [2.0, 2.0]], create=True)
+        >>> table.swap_rows([1], [2])
+        >>> table.lookup([1, 2])
+        array([[2., 2.],
+               [1., 1.]], dtype=float32)
+        """
+        self._keyed.swap_rows(keys, others)
+
+    def delete(self, keys: KeysLike) -> NDArray[np.int64]:
+        """Take the rows of keys away, in all tables of their vocabulary; see `Vocabulary.remove`.
+
+        Parameters
+        ----------
+        keys : array_like of int, str or bytes
+            As for `Vocabulary.lookup`.
+
+        Returns
+        -------
+        ndarray of int64, shape ``keys.shape``
+            The rows that they had, -1 for keys that had none. The caller's own memory.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `Vocabulary.remove`.
+        ReadOnlyError, StoreClosedError, VocabularyNotFoundError, PoisonedError, DiskFullError
+            No key was removed.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes. Other keys get these rows after the next commit.
+
+        Examples
+        --------
+        >>> table.delete([1, 2]).size
+        2
+        """
+        return self._keyed.keys.remove_keys(keys)
 
     def evict(
         self, *, older_than: int | None = None, keep: int | None = None, by: Literal["lru", "lfu"] = "lru"

@@ -18,7 +18,6 @@ from shardemb.base import paths, validation
 from shardemb.base.sizes import PAGE
 from shardemb.commits import fills, fold, log_reader, rewrite
 from shardemb.compute import scheduler
-from shardemb.engine.hidden_rows import HiddenRows
 from shardemb.engine.runtime import Runtime
 from shardemb.engine.warming import Warming
 from shardemb.errors import (
@@ -34,6 +33,7 @@ from shardemb.format import store_paths, zarr_metadata
 from shardemb.format.manifest import Manifest
 from shardemb.format.table_files import TableLocation
 from shardemb.memory import memory_budget as memory
+from shardemb.memory.hidden_rows import HiddenRows
 from shardemb.session.session import Reader, Session
 from shardemb.storage import address_space, files, folders, table_folder
 from shardemb.store.store import Store

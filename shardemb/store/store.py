@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 from weakref import WeakValueDictionary
 
+from shardemb import keyed_bags
 from shardemb.dtypes import Wanted
+from shardemb.engine.training import Scaling
 from shardemb.format.spec import normalized
-from shardemb.session.session import TableRequest
+from shardemb.session.table_catalog import TableRequest
 from shardemb.store.keyed_table import KeyedTable
 from shardemb.store.table import Table
 from shardemb.store.vocabulary import Vocabulary
@@ -105,6 +107,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         initializer: initializers.Initial | None = None,
         optimizer: Optimizer | None = None,
         rows_per_shard: int | None = None,
+        padding_idx: int | None = None,
         dtype: DtypeLike = "float32",
         state_dtype: str = "float32",
         rounding: RoundingLike = "nearest",
@@ -142,6 +145,10 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         rows_per_shard : int, optional
             Rows in one file, rounded up so that a file is a whole number of pages. By default a file has 64 to 512 MiB,
             or less if the table is small.
+        padding_idx : int, optional
+            The row of padding, as for `torch.nn.Embedding`; it is counted from the end if it is negative. It reads as
+            zeros until something is written to it, unless `initializer` is an array or a function. Updates drop its
+            gradients, and bags leave it out. With a vocabulary, one of the rows that this reserves.
         dtype : str or a type of `shardemb.dtypes`
             What a row is stored as: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"float8_e4m3fn"`` or
             ``"float8_e5m2"``; ``ScaledInt8`` or ``BlockScaled`` of `shardemb.dtypes`; or ``"raw"``, bytes that nothing
@@ -166,8 +173,9 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         TableExistsError, VocabularyNotFoundError
             There is a table of that name, or something foreign in the place of its folder; there is no such vocabulary.
         TypeError, ValueError
-            The name, a size, the array, the initializer or the optimizer is invalid; a dtype is unknown, or does not go
-            with the rest, such as an optimizer with raw bytes.
+            The name, a size, the array, the initializer, the optimizer or `padding_idx` is invalid; a dtype is unknown,
+            or does not go with the rest, such as an optimizer with raw bytes, or one that is ``dense_equivalent`` with
+            anything else than float32.
         ShardEmbError
             The table has more files than this process can map: choose larger shards, or close another store.
         ReadOnlyError, StoreClosedError, PoisonedError, DiskFullError
@@ -196,6 +204,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
             initializer=initializer,
             optimizer=optimizer,
             rows_per_shard=rows_per_shard,
+            padding_idx=padding_idx,
             precision=Wanted(dtype, state_dtype, rounding),
         )
         return self._table(self._session.create_table(wanted, progress))
@@ -509,8 +518,11 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         *,
         missing: MissingChange = "error",
         create: bool = False,
+        max_norm: float | None = None,
+        extra_norm_sq: float = 0.0,
+        scale: float | None = None,
         check_finite: bool = True,
-    ) -> None:
+    ) -> float | None:
         """Take one optimizer step in each of several tables: in all of them or in none.
 
         Parameters
@@ -522,13 +534,32 @@ class Store(Mapping[str, "Table | KeyedTable"]):
             What becomes of gradients of keys without a row, as for `KeyedTable.update`; the same in all tables.
         create : bool
             Give new keys rows first, as for `KeyedTable.update`.
+        max_norm : float, optional
+            Clip by the global norm: if the norm of all gradients together is more, multiply them by
+            ``max_norm / (norm + 1e-6)``, as ``torch.nn.utils.clip_grad_norm_`` does. The gradients of a row that occurs
+            several times are summed first.
+        extra_norm_sq : float
+            Added to the square of that norm: the square of the norm of the dense part of a model, which the caller
+            clips by the same factor.
+        scale : float, optional
+            Divide the gradients by this number first, and skip the step in all tables if any is not finite then; see
+            `Table.update`.
         check_finite : bool
-            Refuse NaN and infinity.
+            Refuse NaN and infinity, unless there is a `scale`.
+
+        Returns
+        -------
+        float or None
+            With `max_norm` or `scale`, the norm of all gradients, including the extra, after the division and before
+            clipping. If it is infinite or NaN, the step was skipped.
 
         Raises
         ------
         TableNotFoundError, TypeError, ValueError, RowIdError, UnknownKeyError
-            As `Table.update` and `KeyedTable.update`; no table was changed.
+            As `Table.update` and `KeyedTable.update`; or the norm is not finite, there is a `max_norm` and no `scale`.
+            No table was changed.
+        FrozenRowError, LearningRateError
+            As `Table.update`; no table was changed.
         ReadOnlyError, StoreClosedError, PoisonedError, DiskFullError
             No table was changed.
 
@@ -540,7 +571,115 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         --------
         >>> store.update({"tokens": ([1, 2], np.ones((2, 4), np.float32))})
         """
-        self._session.update(batches, missing=missing, create=create, check_finite=check_finite)
+        scaling = Scaling.of(scale, max_norm, extra_norm_sq)
+        return self._session.update(
+            batches, missing=missing, create=create, scaling=scaling, check_finite=check_finite
+        )
+
+    def lookup_bag(
+        self, bags: Mapping[str, Any], *, missing: Missing = "error", create: bool = False
+    ) -> dict[str, NDArray[np.float32]]:
+        """Look up bags of rows of several tables in one call, which costs about as much as one of the same size.
+
+        Parameters
+        ----------
+        bags : mapping of str to ids, (ids, offsets) or Bags
+            For each table ids of two dimensions, each row a bag; or a tuple of ids and offsets; or a `Bags`, which says
+            the rest: mode, weights and so on. For a `KeyedTable`, keys in place of the ids. (Two-dimensional ids in
+            nested tuples would be taken for ids and offsets: use lists or an array.)
+        missing : {"error", "initial", "zeros"} or int
+            What is taken for keys without a row, as for `KeyedTable.lookup_bag`; the same in all tables.
+        create : bool
+            Give new keys rows first, as for `KeyedTable.lookup`.
+
+        Returns
+        -------
+        dict of str to ndarray of float32, shape (bags, embedding_dim)
+            The caller's own memory, shared as for `lookup`.
+
+        Raises
+        ------
+        TableNotFoundError, TypeError, ValueError, RowIdError, UnknownKeyError
+            As `Table.lookup_bag` and `KeyedTable.lookup_bag`. All bags are checked before the first key is added.
+        StoreClosedError, StaleReaderError, DiskFullError, OSError
+            As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread, also concurrently with changes. With `create` the call waits for other changes.
+
+        Examples
+        --------
+        >>> found = store.lookup_bag({"tokens": ([1, 2, 3], [0, 2])})
+        >>> found["tokens"].shape
+        (2, 4)
+        >>> found = store.lookup_bag({"tokens": shardemb.Bags([[1, 2], [3, 0]], mode="mean", padding_idx=0)})
+        """
+        session = self._session
+        targets = session.batch_targets(bags)
+        return keyed_bags.read_many(session.runtime, targets, bags, missing=missing, create=create)
+
+    def update_bag(
+        self,
+        batches: Mapping[str, tuple[Any, ...]],
+        *,
+        missing: MissingChange = "error",
+        create: bool = False,
+        scale_grad_by_freq: bool = False,
+        max_norm: float | None = None,
+        extra_norm_sq: float = 0.0,
+        scale: float | None = None,
+        check_finite: bool = True,
+    ) -> float | None:
+        """Take one optimizer step in each of several tables by the gradients of bags: in all of them or in none.
+
+        Parameters
+        ----------
+        batches : mapping of str to (ids, grads), (ids, offsets, grads) or (Bags, grads)
+            For each table its bags, as for `lookup_bag`, and the gradient by its result, shape (bags, embedding_dim).
+            All of them are checked before any row changes.
+        missing : {"error", "skip"} or int
+            What becomes of gradients of keys without a row, as for `KeyedTable.update_bag`; the same in all tables.
+        create : bool
+            Give new keys rows first, as for `KeyedTable.lookup`.
+        scale_grad_by_freq : bool
+            As for `Table.update_bag`.
+        max_norm, extra_norm_sq, scale : float, optional
+            Clip by the norm of the gradients of all rows, and divide by a scale; see `update`.
+        check_finite : bool
+            Refuse NaN and infinity, unless there is a `scale`.
+
+        Returns
+        -------
+        float or None
+            With `max_norm` or `scale`, the norm of the gradients of all rows; see `update`.
+
+        Raises
+        ------
+        TableNotFoundError, TypeError, ValueError, RowIdError, UnknownKeyError
+            As `Table.update_bag` and `KeyedTable.update_bag`; no table was changed.
+        ReadOnlyError, StoreClosedError, PoisonedError, DiskFullError
+            No table was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes. In memory only until `commit`.
+
+        Examples
+        --------
+        >>> store.update_bag({"tokens": ([1, 2, 3], [0, 2], np.ones((2, 4), np.float32))})
+        """
+        session = self._session
+        return keyed_bags.change_many(
+            session.runtime,
+            session.batch_targets(batches),
+            batches,
+            missing=missing,
+            create=create,
+            scale_grad_by_freq=scale_grad_by_freq,
+            scaling=Scaling.of(scale, max_norm, extra_norm_sq),
+            check_finite=check_finite,
+        )
 
     # ---- commits
 

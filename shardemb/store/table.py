@@ -5,10 +5,13 @@ Contracts only: each method is one call of `TableState`, which does the work.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from shardemb.engine.table_state import TableSource
+from shardemb.engine import bags, planned
+from shardemb.engine.bags import Bags
+from shardemb.engine.training import Scaling, is_checked
 from shardemb.session import display
+from shardemb.table_source import TableSource
 
 if TYPE_CHECKING:
     import os
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Progress
     from shardemb.dtypes import Dtype, DtypeLike
+    from shardemb.engine.bags import Mode, OutOfRange
     from shardemb.engine.table_state import TableState
     from shardemb.initializers import Initializer
     from shardemb.io.parquet import Encoding, ExportReport
@@ -111,14 +115,29 @@ class Table:
         return self._state.spec.initializer
 
     @property
+    def padding_idx(self) -> int | None:
+        """The row whose gradients are dropped and which bags leave out, or None; see `Store.create_table`."""
+        return self._state.spec.padding_idx
+
+    @property
     def step(self) -> int:
         """Number of updates so far. Adam's bias correction uses it."""
         return self._state.training.step
 
+    @property
+    def frozen_rows(self) -> tuple[tuple[int, int], ...]:
+        """The ranges of rows, from the first to one past the last, that no update changes; see `freeze_rows`."""
+        return self._state.training.frozen
+
     # ---- reading
 
     def lookup(
-        self, ids: ArrayLike, *, dtype: DtypeLike | None = None, out: NDArray[Any] | None = None
+        self,
+        ids: ArrayLike,
+        *,
+        dtype: DtypeLike | None = None,
+        out: NDArray[Any] | None = None,
+        out_of_range: OutOfRange = "raise",
     ) -> NDArray[Any]:
         """Copy rows out of the table.
 
@@ -133,6 +152,9 @@ class Table:
             these by default.
         out : ndarray of that dtype, shape ``ids.shape + (embedding_dim,)``, optional
             Array to fill and return. It must be C-contiguous and writable.
+        out_of_range : {"raise", "clip"} or array_like of float, shape (embedding_dim,)
+            What is done with negative ids and those past the end: ``"raise"`` refuses them; ``"clip"`` takes the first
+            row for the former and the last one for the latter; an array is the row that is returned for both.
 
         Returns
         -------
@@ -145,7 +167,8 @@ class Table:
         Raises
         ------
         TypeError, ValueError
-            The ids are not integers; `dtype` is none of these; `out` has another dtype, shape or layout.
+            The ids are not integers; `dtype` is none of these; `out` has another dtype, shape or layout; `out_of_range`
+            is invalid, or a row although bytes are wanted.
         RowIdError
             An id is negative or past the end.
         StoreClosedError, TableNotFoundError
@@ -168,8 +191,133 @@ class Table:
         (2, 2, 4)
         >>> table.lookup([0, 2], dtype="bfloat16").dtype
         dtype(bfloat16)
+        >>> table.lookup([0, -1], out_of_range=np.full(4, 0.5))[1]
+        array([0.5, 0.5, 0.5, 0.5], dtype=float32)
         """
-        return self._state.read("weight", ids, out, self._state.form(dtype))
+        return self._state.read_any(ids, out, dtype, out_of_range)
+
+    def lookup_bag(
+        self,
+        ids: ArrayLike,
+        offsets: ArrayLike | None = None,
+        *,
+        mode: Mode = "sum",
+        weights: ArrayLike | None = None,
+        padding_idx: int | None = None,
+        include_last_offset: bool = False,
+        out_of_range: OutOfRange = "raise",
+        out: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """Look up bags of rows, and return one row for each bag: their sum, mean, greatest values or sum over a root.
+
+        The rows are added up where they are, without a copy of all of them.
+
+        Parameters
+        ----------
+        ids : array_like of int, shape (n,), or (bags, n)
+            Row ids of any integer dtype. With two dimensions, each row is a bag.
+        offsets : array_like of int, shape (bags,), optional
+            Where each bag begins among ids of one dimension: ascending, the first is 0. A bag ends where the next one
+            begins, so equal offsets make an empty one. Left out for ids of two dimensions.
+        mode : {"sum", "mean", "max", "sqrtn"}
+            With the rows ``e`` of a bag and their weights ``w``, 1 by default: ``"sum"`` is ``sum(w * e)``; ``"mean"``
+            is ``sum(w * e) / sum(w)``; ``"sqrtn"`` is ``sum(w * e) / sqrt(sum(w * w))``; ``"max"`` is the greatest of
+            each value. Zeros instead of a division by zero.
+        weights : array_like of float, shape ``ids.shape``, optional
+            Weights of the rows, not with ``"max"``: float16, bfloat16, float32 or float64.
+        padding_idx : int, optional
+            Ids of this row are left out, and not counted by ``"mean"`` and ``"sqrtn"``; counted from the end if it is
+            negative. By default the table's `padding_idx`.
+        include_last_offset : bool
+            Whether `offsets` has one number more: where the last bag ends, which is the number of ids.
+        out_of_range : {"raise", "clip"} or array_like of float, shape (embedding_dim,)
+            As for `lookup`.
+        out : ndarray of float32, shape (bags, embedding_dim), optional
+            Array to fill and return. It must be C-contiguous and writable.
+
+        Returns
+        -------
+        ndarray of float32, shape (bags, embedding_dim)
+            A bag without rows gives zeros. The caller's own memory; `out` if that was given.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Offsets that are not integers, do not begin with 0, do not ascend or reach past the ids; offsets with ids of
+            two dimensions, or none with ids of one; weights of another shape or dtype, or with ``"max"``; an unknown
+            mode; `padding_idx`, `out_of_range` or `out` is invalid; the ids are not integers.
+        RowIdError, StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError, OSError, ReadOnlyError
+            As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread, also concurrently with changes.
+
+        ``"sum"``, ``"mean"``, ``"max"`` and padding mean what they do for `torch.nn.functional.embedding_bag`, weights
+        with ``"mean"`` and ``"sqrtn"`` what they do for the combiners of TensorFlow's ``embedding_lookup_sparse``. The
+        rows of a bag are added in the order of its ids, in float32, so the result has the same bits for any number of
+        threads and shards.
+
+        Examples
+        --------
+        >>> table.lookup_bag([0, 1, 1, 2], offsets=[0, 3], mode="mean").shape
+        (2, 4)
+        >>> table.lookup_bag([[0, 1], [1, 2]], weights=[[1.0, 2.0], [0.5, 0.5]]).shape
+        (2, 4)
+        """
+        given = Bags(ids, offsets, mode, weights, padding_idx, include_last_offset)
+        return bags.read(given, self._state, out, out_of_range)
+
+    def bag_weight_gradient(
+        self,
+        ids: ArrayLike,
+        offsets: ArrayLike | None,
+        grads: ArrayLike,
+        *,
+        mode: Literal["sum", "mean", "sqrtn"] = "sum",
+        weights: ArrayLike | None = None,
+        padding_idx: int | None = None,
+        include_last_offset: bool = False,
+    ) -> NDArray[np.float32]:
+        """Return the gradient of a loss by the weights of `lookup_bag`, given that by its result.
+
+        Parameters
+        ----------
+        ids, offsets : array_like of int
+            As for `lookup_bag`; `offsets` is None for ids of two dimensions.
+        grads : array_like of float, shape (bags, embedding_dim)
+            The gradient by the result; float16, bfloat16, float32 or float64.
+        mode, weights, padding_idx, include_last_offset : optional
+            As for `lookup_bag`. The weights matter for ``"mean"`` and ``"sqrtn"``.
+
+        Returns
+        -------
+        ndarray of float32, shape ``ids.shape``
+            For each weight; 0 for padding. The caller's own memory.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `lookup_bag`; `grads` has another dtype or shape; the mode is ``"max"``.
+        RowIdError, StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError, OSError, ReadOnlyError
+            As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread, also concurrently with changes; the rows are those of now. Call it before `update_bag`.
+
+        For ``"sum"``, the gradient of a weight is the product ``p`` of its row and the gradient of its bag, as for
+        torch. With the sums ``s = sum(w)`` and ``q = sqrt(sum(w * w))`` over the bag, it is
+        ``(p - sum(w * p) / s) / s`` for ``"mean"``, and ``(p - sum(w * p) * w / (q * q)) / q`` for ``"sqrtn"``: the
+        derivatives of the formulas of `lookup_bag`.
+
+        Examples
+        --------
+        >>> table.bag_weight_gradient([0, 1, 1], [0, 2], np.ones((2, 4))).shape
+        (3,)
+        """
+        given = Bags(ids, offsets, mode, weights, padding_idx, include_last_offset)
+        return bags.plan_read(given, self._state).weight_gradient(grads)
 
     def lookup_unique(
         self, ids: ArrayLike, *, dtype: DtypeLike | None = None
@@ -376,7 +524,16 @@ class Table:
 
     # ---- changing
 
-    def update(self, ids: ArrayLike, grads: ArrayLike, *, check_finite: bool = True) -> None:
+    def update(
+        self,
+        ids: ArrayLike,
+        grads: ArrayLike,
+        *,
+        padding_idx: int | None = None,
+        scale_grad_by_freq: bool = False,
+        scale: float | None = None,
+        check_finite: bool = True,
+    ) -> float | None:
         """Take one optimizer step on the rows in `ids`: all of them change, or none.
 
         Gradients of duplicate ids are summed first, in the order of the batch, so the result has the same bits for any
@@ -390,13 +547,29 @@ class Table:
             Row ids of any integer dtype and any shape.
         grads : array_like of float, shape ``ids.shape + (embedding_dim,)``
             float16, bfloat16, float32 or float64; the computation is in float32.
+        padding_idx : int, optional
+            Gradients of this row are dropped; counted from the end if it is negative. By default the table's
+            `padding_idx`.
+        scale_grad_by_freq : bool
+            Divide the gradients of each row by how often its id is in the batch, as `torch.nn.Embedding` does.
+        scale : float, optional
+            Divide the gradients by this number, as a gradient scaler of mixed precision needs it. If any of them is not
+            finite then, the whole step is skipped: nothing changes, neither rows nor steps.
         check_finite : bool
-            Refuse NaN and infinity.
+            Refuse NaN and infinity, unless there is a `scale`.
+
+        Returns
+        -------
+        float or None
+            With `scale`, the Euclidean norm of the gradients after the division; infinite or NaN if the step was
+            skipped.
 
         Raises
         ------
         TypeError, ValueError
-            Wrong dtype or shape; NaN or infinity; the table has no optimizer.
+            Wrong dtype or shape; NaN or infinity; the table has no optimizer; `padding_idx` is no row.
+        FrozenRowError, LearningRateError
+            A row is frozen; the learning rate is a function that has to be set again. Nothing was changed.
         RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError
             Nothing was changed.
         DiskFullError, OSError
@@ -410,7 +583,147 @@ class Table:
         --------
         >>> table.update([0, 1], np.ones((2, 4), np.float32))
         """
-        self._state.change(ids, grads, "gradients", check_finite=check_finite)
+        scaling = Scaling.of(scale)
+        change = self._state.plan_update(
+            ids,
+            grads,
+            padding_idx=padding_idx,
+            scale_grad_by_freq=scale_grad_by_freq,
+            check_finite=is_checked(scaling, check_finite=check_finite),
+        )
+        return self._state.apply(change, scaling)
+
+    def update_bag(
+        self,
+        ids: ArrayLike,
+        offsets: ArrayLike | None,
+        grads: ArrayLike,
+        *,
+        mode: Mode = "sum",
+        weights: ArrayLike | None = None,
+        padding_idx: int | None = None,
+        include_last_offset: bool = False,
+        scale_grad_by_freq: bool = False,
+        scale: float | None = None,
+        check_finite: bool = True,
+    ) -> float | None:
+        """Take one optimizer step on the rows of bags, given the gradient by the result of `lookup_bag`.
+
+        All rows change, or none. The gradient of a row is the sum, over the places of its id in the order of the batch,
+        of the gradient of the bag times what the row was multiplied by. It is summed within the step, so nothing is as
+        large as a gradient for each id.
+
+        Parameters
+        ----------
+        ids, offsets : array_like of int
+            As for `lookup_bag`; `offsets` is None for ids of two dimensions.
+        grads : array_like of float, shape (bags, embedding_dim)
+            The gradient by the result; float16, bfloat16, float32 or float64. The computation is in float32.
+        mode, weights, padding_idx, include_last_offset : optional
+            As for `lookup_bag`.
+        scale_grad_by_freq : bool
+            Divide the gradients of each row by how often its id is in the batch, padding left out.
+        scale : float, optional
+            Divide the gradients by this number, and skip the step if any is not finite then; see `update`.
+        check_finite : bool
+            Refuse NaN and infinity in `grads`, unless there is a `scale`, and in `weights`.
+
+        Returns
+        -------
+        float or None
+            With `scale`, the norm of the gradients of the rows; see `update`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `lookup_bag`; `grads` has another dtype or shape; NaN or infinity; the table has no optimizer.
+            Nothing was changed.
+        FrozenRowError, LearningRateError
+            As `update`; nothing was changed.
+        RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
+            As `update`; nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits as `update`.
+
+        With ``"mean"`` and ``"sqrtn"``, the gradient of a bag is divided by what its sum was divided by. With
+        ``"max"``, each value of it goes to the first of the bag's rows that has the greatest value now. So it is that
+        of `torch.nn.functional.embedding_bag`, and the result has the same bits for any number of threads and shards.
+        (With `scale_grad_by_freq`, it is that of `torch.nn.functional.embedding`, whose rows are pooled: on CPUs,
+        ``embedding_bag`` of torch 2.13 divides by the counts of other ids.)
+
+        Examples
+        --------
+        >>> table.update_bag([0, 1, 1, 2], [0, 3], np.ones((2, 4), np.float32), mode="mean")
+        """
+        given = Bags(ids, offsets, mode, weights, padding_idx, include_last_offset)
+        return bags.update(
+            self._state,
+            given,
+            grads,
+            scale_grad_by_freq=scale_grad_by_freq,
+            scaling=Scaling.of(scale),
+            check_finite=check_finite,
+        )
+
+    def freeze_rows(self, start: int = 0, stop: int | None = None) -> None:
+        """Let no update change rows ``start:stop``, by default all of them; part of the next commit.
+
+        An update with a gradient for one of them is refused. `write` and `reset_rows` still change them.
+
+        Parameters
+        ----------
+        start : int
+            The first row.
+        stop : int, optional
+            One past the last row; by default the end of the table.
+
+        Raises
+        ------
+        TypeError, ValueError
+            They are not integers in ascending order within the table.
+        ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError
+            As `update`.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes.
+
+        Examples
+        --------
+        >>> table.freeze_rows(100, 200)
+        >>> table.frozen_rows
+        ((100, 200),)
+        """
+        self._state.freeze(start, stop, frozen=True)
+
+    def unfreeze_rows(self, start: int = 0, stop: int | None = None) -> None:
+        """Let updates change rows ``start:stop`` again, by default all; part of the next commit.
+
+        Parameters
+        ----------
+        start : int
+            The first row.
+        stop : int, optional
+            One past the last row; by default the end of the table.
+
+        Raises
+        ------
+        TypeError, ValueError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError
+            As `freeze_rows`.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes.
+
+        Examples
+        --------
+        >>> table.unfreeze_rows()
+        >>> table.frozen_rows
+        ()
+        """
+        self._state.freeze(start, stop, frozen=False)
 
     def write(self, ids: ArrayLike, rows: ArrayLike, *, check_finite: bool = True) -> None:
         """Overwrite weights; optimizer state stays. Undone unless `Store.commit` follows.
@@ -470,6 +783,60 @@ class Table:
         >>> table.reset_rows([3])
         """
         self._state.reset(ids)
+
+    def copy_rows(self, source: ArrayLike, target: ArrayLike) -> None:
+        """Overwrite rows by others, with optimizer state and counters: all of them, or none.
+
+        Parameters
+        ----------
+        source : array_like of int
+            The rows to copy, of any integer dtype and any shape. All are read before any row changes.
+        target : array_like of int, shape ``source.shape``
+            The rows that become like them; of duplicates the last wins.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The ids are not integers, or the shapes differ.
+        RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
+            As `update`; nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits as `update`. In memory only until `Store.commit`.
+
+        Examples
+        --------
+        >>> table.copy_rows([0, 1], [10, 11])
+        >>> bool((table.lookup([10, 11]) == table.lookup([0, 1])).all())
+        True
+        """
+        self._state.apply(planned.plan_copy(self._state, source, target))
+
+    def swap_rows(self, rows: ArrayLike, others: ArrayLike) -> None:
+        """Let rows change places with others, with optimizer state and counters: all of them, or none.
+
+        Parameters
+        ----------
+        rows, others : array_like of int
+            Row ids of any integer dtype, and of one shape; each id occurs once.
+
+        Raises
+        ------
+        TypeError, ValueError
+            The ids are not integers; the shapes differ; an id occurs twice.
+        RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
+            As `update`; nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits as `update`. In memory only until `Store.commit`.
+
+        Examples
+        --------
+        >>> table.swap_rows([0, 1], [20, 21])
+        """
+        self._state.apply(planned.plan_swap(self._state, rows, others))
 
     def set_optimizer(self, optimizer: Optimizer) -> None:
         """Change the optimizer's hyper-parameters for the following updates; part of the next commit.

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from shardemb.base import validation
-from shardemb.engine import batch
-from shardemb.engine.table_state import TableSource
+from shardemb.engine import batch, planned
+from shardemb.engine.training import Scaling, is_checked
 from shardemb.errors import UnknownKeyError
-from shardemb.format.spec import COUNT, LAST_STEP, MAX_ROWS, SHARD_BYTES, check_shape
+from shardemb.format.spec import COUNT, LAST_STEP
+from shardemb.table_source import TableSource
 from shardemb.vocabulary import keys
 from shardemb.vocabulary.key_rows import read_steadily
 
@@ -67,7 +68,7 @@ class KeyedRows:
     def check_lookup(self, given: KeysLike, missing: Missing) -> Keys:
         """Check what a lookup is given, without looking anything up."""
         self.table.live()
-        self._checked_missing(missing, "error", "initial", "zeros")
+        self.checked_missing(missing, "error", "initial", "zeros")
         return self.keys.checked(given)
 
     def finder(
@@ -78,7 +79,7 @@ class KeyedRows:
         If keys are to be created, its first call adds them, and counts them; no key is added if `out` is not right.
         """
         steps = iter(
-            [partial(self.keys.add, approve=partial(self._require_output, out, form))] if create else []
+            [partial(self.keys.add, approve=partial(self.require_output, out, form))] if create else []
         )
 
         def find(given: KeysLike) -> Int64Array:
@@ -96,13 +97,13 @@ class KeyedRows:
         form: str = "float32",
     ) -> PlannedRead:
         """Check a lookup of keys that `find` finds the rows of, by default `KeyRows.lookup`."""
-        missing = self._checked_missing(missing, "error", "initial", "zeros")
+        missing = self.checked_missing(missing, "error", "initial", "zeros")
         ids = (find or self.keys.lookup)(given)
         unknown = ids < 0
         if not unknown.any():
             return self.table.plan_read(column, ids, form)
         if missing == "error":
-            self._refuse(given, ids)
+            self.refuse(given, ids)
         if not isinstance(missing, str):
             ids[unknown] = missing
             return self.table.plan_read(column, ids, form)
@@ -133,7 +134,7 @@ class KeyedRows:
         find = self.finder(create=create)
 
         def read() -> tuple[NDArray[Any], NDArray[Any], Int64Array]:
-            ids = self._known(given, find)
+            ids = self.known(given, find)
             rows, unique_ids, inverse = self.table.read_unique(ids, dtype)
             return rows, self.keys.keys_of(unique_ids), inverse
 
@@ -150,7 +151,7 @@ class KeyedRows:
 
     def read_state(self, column: str, given: KeysLike) -> Float32Array:
         """Copy a state column of keys."""
-        return read_steadily([self.keys], lambda: self.table.read_state(column, self._known(given)))
+        return read_steadily([self.keys], lambda: self.table.read_state(column, self.known(given)))
 
     def prefetch(self, given: KeysLike, *, for_update: bool) -> None:
         """Start to read the rows of those keys that have one."""
@@ -185,7 +186,7 @@ class KeyedRows:
         check_finite: bool,
     ) -> tuple[Keys, Float32Array]:
         """Check what a change is given, without looking anything up; return it checked."""
-        self._checked_missing(missing, "error", "skip")
+        self.checked_missing(missing, "error", "skip")
         checked = self.keys.checked(given)
         all_used = create and self.keys.entry.admission is None
         finite = check_finite and (missing != "skip" or all_used)  # what is skipped may be anything
@@ -225,13 +226,13 @@ class KeyedRows:
         self, given: Keys, rows: Float32Array, missing: MissingChange, find: Callable[[KeysLike], Int64Array]
     ) -> tuple[Int64Array, Float32Array]:
         """Return the ids of the rows that a change is for, and their values."""
-        missing = self._checked_missing(missing, "error", "skip")
+        missing = self.checked_missing(missing, "error", "skip")
         ids = find(given)
         unknown = ids < 0
         if not unknown.any():
             return ids, rows
         if missing == "error":
-            self._refuse(given, ids)
+            self.refuse(given, ids)
         if missing == "skip":
             return ids[~unknown], rows[~unknown]
         ids[unknown] = missing
@@ -245,13 +246,40 @@ class KeyedRows:
         *,
         missing: MissingChange,
         create: bool,
+        scaling: Scaling | None = None,
         check_finite: bool,
-    ) -> None:
-        """Carry out an update or a write; see `plan_change`."""
-        change = self.plan_change(
-            given, values, what, missing=missing, create=create, check_finite=check_finite
-        )
-        batch.change(self.table.runtime, [change])
+    ) -> float | None:
+        """Carry out an update or a write; see `plan_change` and `batch.change`."""
+        finite = is_checked(scaling, check_finite=check_finite)
+        change = self.plan_change(given, values, what, missing=missing, create=create, check_finite=finite)
+        return batch.change(self.table.runtime, [change], scaling)
+
+    def reset(self, given: KeysLike) -> None:
+        """Give the rows of keys their initial records again."""
+        self._carry_out(lambda: self.table.plan_reset(np.unique(self.known(given))))
+
+    def copy_rows(self, source: KeysLike, target: KeysLike) -> None:
+        """Overwrite the rows of keys by those of others; see `planned.plan_copy`."""
+        self._carry_out(lambda: planned.plan_copy(self.table, self.known(source), self.known(target)))
+
+    def swap_rows(self, one: KeysLike, other: KeysLike) -> None:
+        """Let the rows of keys change places; see `planned.plan_swap`."""
+        self._carry_out(lambda: planned.plan_swap(self.table, self.known(one), self.known(other)))
+
+    def _carry_out(self, plan: Callable[[], Change]) -> None:
+        """Carry out a change of rows of keys; it is planned anew if a key gets another row before it begins."""
+
+        def planned() -> Change:
+            before, change = self.keys.reassigned, plan()
+
+            def renew() -> Change | None:
+                if self.keys.reassigned != before:
+                    return planned()
+                return change.renew() if change.renew else None
+
+            return replace(change, renew=renew)
+
+        self.table.apply(planned())
 
     def evict(self, *, older_than: int | None, keep: int | None, by: Literal["lru", "lfu"]) -> NDArray[Any]:
         """Remove the keys that are used least; return them. See `KeyedTable.evict`."""
@@ -277,7 +305,7 @@ class KeyedRows:
 
     # ---- within
 
-    def _checked_missing(self, missing: object, *words: str) -> Any:  # noqa: ANN401
+    def checked_missing(self, missing: object, *words: str) -> Any:  # noqa: ANN401
         """Check what is done with keys without a row: one of `words`, or the id of one row that is used for them."""
         if isinstance(missing, str) and missing in words:
             return missing
@@ -289,19 +317,21 @@ class KeyedRows:
             raise (ValueError if isinstance(missing, str) else TypeError)(msg)
         return int(validation.row_ids(missing, max(self.num_rows, 1), self.table.name).flat[0])
 
-    def _require_output(self, out: NDArray[Any] | None, form: str, shape: tuple[int, ...]) -> None:
+    def require_output(self, out: NDArray[Any] | None, form: str, shape: tuple[int, ...]) -> None:
         """Refuse a lookup that would fail after keys were added for it."""
         width, dtype = self.table.live().codec.shape_of("weight", form)
         if out is not None:
             validation.output(out, (*shape, width), dtype)
 
-    def _known(self, given: KeysLike, find: Callable[[KeysLike], Int64Array] | None = None) -> Int64Array:
+    def known(self, given: KeysLike, find: Callable[[KeysLike], Int64Array] | None = None) -> Int64Array:
+        """Return the rows of keys, all of which have one."""
         ids = (find or self.keys.lookup)(given)
         if (ids < 0).any():
-            self._refuse(given, ids)
+            self.refuse(given, ids)
         return ids
 
-    def _refuse(self, given: KeysLike, ids: Int64Array) -> None:
+    def refuse(self, given: KeysLike, ids: Int64Array) -> None:
+        """Raise `UnknownKeyError` for the first key without a row."""
         name, key_type = self.keys.entry.name, self.keys.key_type
         unknown = np.flatnonzero(ids.reshape(-1) < 0)
         checked = self.keys.checked(given)
@@ -316,7 +346,7 @@ class KeyedRows:
 
     def _initial(self, given: KeysLike, unknown: NDArray[np.bool_], form: str) -> NDArray[Any]:
         rows = self.keys.future_rows(given, np.flatnonzero(unknown.reshape(-1)))
-        return self.table.live().initial_weights(rows, form)
+        return self.table.live().initial_values(rows, form)
 
     def _scan(self, column: str) -> Iterator[tuple[Int64Array, Float32Array]]:
         """Iterate over the rows that have keys and their values of a column, in slices."""
@@ -351,7 +381,7 @@ def read_many(
     create: bool,
 ) -> dict[str, NDArray[Any]]:
     """Look up the weights of several tables together; see `Store.lookup`."""
-    tables, keyed = _by_kind(targets)
+    tables, keyed = by_kind(targets)
     # All of them are checked before the first key is added.
     plain = {name: table.plan_read("weight", ids[name], table.form(None)) for name, table in tables.items()}
     forms = {name: each.table.form(None) for name, each in keyed.items()}
@@ -383,7 +413,7 @@ def plan_changes(
     check_finite: bool,
 ) -> list[Change]:
     """Check updates of several tables, and give new keys rows; see `Store.update`."""
-    tables, keyed = _by_kind(targets)
+    tables, keyed = by_kind(targets)
     # All of them are checked before the first key is added.
     changes = [
         table.plan_change(*batches[name], "gradients", check_finite=check_finite)
@@ -402,30 +432,9 @@ def plan_changes(
     ]
 
 
-def _by_kind(
+def by_kind(
     targets: Mapping[str, TableState | KeyedRows],
 ) -> tuple[dict[str, TableState], dict[str, KeyedRows]]:
+    """Divide tables into those used by row id and those used by key."""
     keyed = {name: each for name, each in targets.items() if isinstance(each, KeyedRows)}
     return {name: each for name, each in targets.items() if not isinstance(each, KeyedRows)}, keyed
-
-
-def first_shape(
-    key_rows: KeyRows | None, num_embeddings: object, embedding_dim: object, rows_per_shard: int | None
-) -> tuple[tuple[int, int], int | None]:
-    """Check the shape of a new table. If a vocabulary makes it grow, choose how many rows it begins with: whole shards.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A number is impossible, or not exactly one of rows and vocabulary is given.
-    """
-    if (key_rows is None) == (num_embeddings is None):
-        msg = "pass either num_embeddings or the vocabulary that assigns the table's rows"
-        raise ValueError(msg)
-    if key_rows is None:
-        return check_shape(num_embeddings, embedding_dim), rows_per_shard
-    rows, dim = check_shape(max(1, key_rows.entry.rows), embedding_dim)
-    if rows_per_shard is None:
-        rows_per_shard = max(1, SHARD_BYTES[0] // (4 * dim))
-    rows_per_shard = validation.count(rows_per_shard, "rows_per_shard", maximum=MAX_ROWS)
-    return (-(-rows // rows_per_shard) * rows_per_shard, dim), rows_per_shard

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import shardemb
-from shardemb.compute import file_blocks, grouping, residency, row_index, row_kernels
+from shardemb.compute import file_blocks, grouping, pooling, residency, row_index, row_kernels
 from shardemb.initializers import Uniform
 from shardemb.memory import slots
 from shardemb.optim import Adam
@@ -24,6 +24,7 @@ from shardemb.vocabulary import hashing, index_kernels, key_kernels
 
 WITH_KERNELS = (
     row_kernels,
+    pooling,
     row_index,
     residency,
     grouping,
@@ -42,7 +43,7 @@ def is_kernel(each):
 
 def dispatchers():
     specialised = [
-        row_kernels.step(Adam),
+        row_kernels.step(Adam, with_options=False),
         row_kernels.gather_or_fill(Uniform),
         row_kernels.copy_or_fill(Uniform),
     ]
@@ -98,7 +99,7 @@ USE_EVERYTHING = """
     import sys
     import numpy as np
     import shardemb
-    from shardemb.compute import file_blocks, grouping, plan, residency, row_index, row_kernels
+    from shardemb.compute import file_blocks, grouping, plan, pooling, residency, row_index, row_kernels
     from shardemb.dtypes import Plain
     from shardemb.memory import slots
     from shardemb.precision import coded_rows
@@ -132,6 +133,26 @@ USE_EVERYTHING = """
                     table.update(ids, rows.astype(kind))
                     table.write(ids, np.asfortranarray(rows.astype(kind)))
                 table.prefetch(ids, for_update=True)
+            for ids in ([[1, 2], [2, 1]], np.array([[3, 60_000]], np.int32), [[]]):
+                grads = np.ones((len(ids), 3))
+                for mode in ("sum", "mean", "sqrtn", "max"):
+                    given = [None, np.ones(np.shape(ids))] if mode != "max" else [None]
+                    for weights in given:
+                        named = {"mode": mode, "weights": weights}
+                        table.lookup_bag(ids, **named, padding_idx=2, out_of_range=np.zeros(3))
+                        table.lookup_bag(ids, out=np.empty((len(ids), 3), np.float32), **named)
+                        table.update_bag(ids, None, grads, **named, scale_grad_by_freq=True)
+                        table.update_bag(ids, None, np.asfortranarray(grads), **named)
+                        mode != "max" and table.bag_weight_gradient(ids, None, grads, **named)
+        store.update({name: ([1, 2], np.ones((2, 3))) for name in ("plain", "short")}, max_norm=1.0)
+        rested = store.create_table(
+            "rested", num_embeddings=9, embedding_dim=3, initializer=Uniform(-1, 1),
+            optimizer=Adam(dense_equivalent=True),
+        )
+        for ids in ([1], [2], [1]):
+            rested.update(ids, np.ones((1, 3)))
+            rested.write(ids, np.ones((1, 3)))
+        rested.lookup([1, 2, 3])
         store.commit()
         repr(store)
         for ids in (np.arange(60_000), np.arange(10)):
@@ -187,18 +208,21 @@ USE_EVERYTHING = """
                 table.prefetch(ids)
             table.warm()
             list(table.to_arrow_batches())
-    modules = row_kernels, row_index, residency, grouping, file_blocks, hashing, index_kernels, key_kernels, slots
+    modules = row_kernels, pooling, row_index, residency, grouping, file_blocks, hashing, index_kernels, key_kernels
+    modules += (slots,)
     inner = hashing._rotate_left, hashing._sip_round, index_kernels.bucket_of, index_kernels._filter_bit
     inner += index_kernels.first_bits, index_kernels._bucket_in_part
     inner += row_index._take_node, row_index._free_if_empty
+    inner += pooling._add_some, pooling._max_some
     inner += row_kernels.copy_from, row_kernels._stream_from, row_kernels._lowest, file_blocks._first_from
     found = [each for module in modules for each in vars(module).values() if hasattr(each, "py_func")]
     found = [each for each in found if each.targetoptions.get("inline") != "always"]
     short = Plain("bfloat16")
     found += [coded_rows.gather(short, "float32"), coded_rows.gather(Plain("float32"), "bfloat16")]
     found += [coded_rows.encode_rows(short, drawn=drawn) for drawn in (False, True)]
-    found += [coded_rows.step(Adam, short, "float32", drawn=True)]
-    found += [row_kernels.step(Adam), row_kernels.gather_or_fill(Uniform), row_kernels.copy_or_fill(Uniform)]
+    found += [coded_rows.step(Adam, short, "float32", drawn=True, with_options=each) for each in (False, True)]
+    found += [row_kernels.gather_or_fill(Uniform), row_kernels.copy_or_fill(Uniform), row_kernels.catch_up(Adam)]
+    found += [row_kernels.step(Adam, with_options=each) for each in (False, True)]
     found = [each for each in found if each not in inner]  # called only by kernels
     assert len(found) > 12
     print({each.py_func.__name__: len(each.signatures) for each in found if len(each.signatures) != 1})
@@ -250,8 +274,9 @@ zero, ones = np.zeros(1, np.int64), np.ones((1, 1), np.float32)
 
 
 def step():
-    kernel, record, scalars = row_kernels.step(Adam), np.zeros((1, 3), np.float32), np.ones(4, np.float32)
-    kernel(record, zero, np.array([0, 1]), zero, ones, scalars, ones[0].copy(), 0, 0, 1)
+    kernel = row_kernels.step(Adam, with_options=False)
+    record, scalars = np.zeros((1, 3), np.float32), np.ones((1, 4), np.float32)
+    kernel(record, zero, np.array([0, 1]), zero, ones, scalars, ones[0], ones[0].copy(), 0, 0, 1)
     return kernel, record[0]
 
 
@@ -344,7 +369,10 @@ def first_uniform_values():
 EDITS = {
     "the step of an optimizer": (
         ("step", "optim/adam.py"),
-        ("weight[j] -= step_size", "weight[j] += step_size"),
+        (
+            "exp_avg_sq = state[:dim], state[dim:]\n        for",
+            "exp_avg_sq = state[:dim], state[dim:]\n        step_size = -step_size\n        for",
+        ),
         ([-0.5, 1.0, 1.0], [0.5, 1.0, 1.0]),
     ),
     "what an initializer calls": (

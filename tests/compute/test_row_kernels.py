@@ -170,14 +170,19 @@ def test_copy_or_fill_copies_what_the_files_hold_and_gives_the_others_their_firs
     np.testing.assert_array_equal(present, bitmap([8, 10], 300))
 
 
+NO_OPTIONS = SGD().options_of(1, 1)
+
+
 def test_step_sums_the_gradients_of_a_row_in_the_order_of_the_batch():
     """In float32 the order matters: only the right one results in 1."""
     big = np.float32(2**25)
     gradients = np.array([[big], [3], [-big], [5], [1]], np.float32)
     records = np.zeros((300, 1), np.float32)
     rows, starts, order = grouped([6, 2, 6, 2, 6])
-    scalars, scratch = np.array([-1], np.float32), np.empty(1, np.float32)
-    row_kernels.step(SGD)(records, rows, starts, order, gradients, scalars, scratch, 0, 0, 2)
+    scalars, scratch = np.array([[-1, 0, 1, 1, 0]], np.float32), np.empty(1, np.float32)
+    row_kernels.step(SGD, with_options=False)(
+        records, rows, starts, order, gradients, scalars, NO_OPTIONS, scratch, 0, 0, 2
+    )
     assert records[[6, 2], 0].tolist() == [1, 8]
     assert not records[[0, 1, 3, 4, 5, 7]].any()
 
@@ -186,8 +191,9 @@ def test_step_touches_only_its_part_of_the_rows():
     records = np.zeros((300, 1), np.float32)
     rows, starts, order = grouped([1, 2, 3, 4])
     gradients, scratch = np.ones((4, 1), np.float32), np.empty(1, np.float32)
-    row_kernels.step(SGD)(
-        records, rows, starts, order, gradients, np.array([1], np.float32), scratch, 0, 1, 3
+    scalars = SGD(lr=1).scalars_of(1)
+    row_kernels.step(SGD, with_options=False)(
+        records, rows, starts, order, gradients, scalars, NO_OPTIONS, scratch, 0, 1, 3
     )
     assert np.flatnonzero(records).tolist() == [2, 3]
 
@@ -196,8 +202,10 @@ def test_a_division_by_zero_in_a_formula_is_nan_and_no_exception():
     records = np.zeros((300, 2), np.float32)
     rows, starts, order = grouped([1, 2])
     gradients, scratch = np.array([[0], [1]], np.float32), np.empty(1, np.float32)
-    scalars = np.array(Adagrad(lr=1, eps=0).scalars(1), np.float32)
-    row_kernels.step(Adagrad)(records, rows, starts, order, gradients, scalars, scratch, 0, 0, 2)
+    scalars = Adagrad(lr=1, eps=0).scalars_of(1)
+    row_kernels.step(Adagrad, with_options=False)(
+        records, rows, starts, order, gradients, scalars, NO_OPTIONS, scratch, 0, 0, 2
+    )
     np.testing.assert_array_equal(records[:4], [[0, 0], [np.nan, 0], [-1, 1], [0, 0]])
 
 

@@ -261,6 +261,8 @@ def test_a_reader_beside_writes_finds_no_row_of_them(store):
             while not stop.is_set():
                 if reader["t"].lookup(np.arange(ROWS)).any():
                     wrong.append("rows")
+                if reader["t"].lookup_bag(np.arange(ROWS), [0]).any():
+                    wrong.append("bags")
 
     thread = threading.Thread(target=read)
     thread.start()

@@ -51,6 +51,17 @@ def test_a_table_without_optimizer_is_exactly_its_weight_matrix():
     assert make(dim=5).record_bytes == 20
 
 
+def test_a_row_of_padding_is_named_where_there_is_one():
+    table = dataclasses.replace(make(), padding_idx=3)
+    assert TableSpec.from_json(table.to_json()) == table
+    assert "padding_idx" not in make().to_json()
+    for wrong in (-1, table.num_embeddings, True, "1", 1.5, None):
+        document = {**make().to_json(), "padding_idx": wrong}
+        document["crc32"] = documents.crc32(document)
+        with pytest.raises(FormatError, match="padding_idx"):
+            TableSpec.from_json(document)
+
+
 def test_initial_state_comes_from_the_optimizer():
     assert make(dim=2, optimizer=Adagrad(initial_accumulator_value=0.5)).initial_state.tolist() == [0.5, 0.5]
     assert make(dim=2, optimizer=Adam()).initial_state.tolist() == [0.0] * 4

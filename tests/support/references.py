@@ -57,6 +57,188 @@ def adam(w, state, g, t, *, lr, betas, eps):
 PUBLISHED = {"SGD": sgd, "Adagrad": adagrad, "RowWiseAdagrad": rowwise_adagrad, "Adam": adam}
 
 
+# ---- as published, on arrays, with everything that can be chosen ------------------------------------------------
+#
+# Each takes one row: weight, a dict of state arrays, gradient, the learning rate, the step that corrects the bias, and
+# the hyper-parameters `h` as attributes. It returns the new weight and changes the state.
+
+
+def mean_square(g):
+    return math.fsum((g * g).tolist()) / g.size
+
+
+def root(x, h):
+    return np.sqrt(x + h.eps) if getattr(h, "eps_inside_root", False) else np.sqrt(x) + h.eps
+
+
+def any_sgd(w, s, g, lr, t, h):
+    """``torch.optim.SGD``: the first buffer of the parameter is its gradient, without dampening."""
+    if not h.momentum:
+        return w - lr * g
+    inner, outer = (lr, 1.0) if h.lr_in_momentum else (1.0, lr)
+    g = inner * g
+    s["momentum_buffer"] = h.momentum * s["momentum_buffer"] + (1 if t == 1 else 1 - h.dampening) * g
+    return w - outer * (g + h.momentum * s["momentum_buffer"] if h.nesterov else s["momentum_buffer"])
+
+
+def any_lars(w, s, g, lr, t, h):
+    decay = 0.0 if h.decoupled_weight_decay else h.weight_decay
+    norm, length = np.linalg.norm(w), np.linalg.norm(g)
+    a = lr * h.eta * norm / (length + decay * norm) if norm and length else lr
+    s["momentum_buffer"] = h.momentum * s["momentum_buffer"] + a * (g + decay * w)
+    return w - s["momentum_buffer"]
+
+
+def any_adagrad(w, s, g, lr, t, h):
+    s["sum"] = s["sum"] + g * g
+    return w - lr / (1 + (t - 1) * h.lr_decay) * g / root(s["sum"], h)
+
+
+def any_rowwise_adagrad(w, s, g, lr, t, h):
+    s["sum"] = s["sum"] + mean_square(g)
+    return w - lr / (1 + (t - 1) * h.lr_decay) * g / root(s["sum"], h)
+
+
+def moments(s, g, h, square):
+    b1, b2 = h.betas
+    s["exp_avg"] = b1 * s["exp_avg"] + (1 - b1) * g
+    s["exp_avg_sq"] = b2 * s["exp_avg_sq"] + (1 - b2) * square
+    return b1, b2
+
+
+def adam_like(w, s, g, lr, t, h, square, second="exp_avg_sq"):
+    b1, b2 = moments(s, g, h, square)
+    if second == "max_exp_avg_sq":
+        s[second] = np.maximum(s[second], s["exp_avg_sq"])
+    m, c = s["exp_avg"] / (1 - b1**t), math.sqrt(1 - b2**t)
+    divisor = np.sqrt(s[second]) / c + h.eps if h.eps_after_correction else (np.sqrt(s[second]) + h.eps) / c
+    return w - lr * m / divisor
+
+
+def any_adam(w, s, g, lr, t, h):
+    return adam_like(w, s, g, lr, t, h, g * g)
+
+
+def any_rowwise_adam(w, s, g, lr, t, h):
+    return adam_like(w, s, g, lr, t, h, mean_square(g))
+
+
+def any_amsgrad(w, s, g, lr, t, h):
+    return adam_like(w, s, g, lr, t, h, g * g, "max_exp_avg_sq")
+
+
+def any_adamax(w, s, g, lr, t, h):
+    b1, b2 = h.betas
+    s["exp_avg"] = b1 * s["exp_avg"] + (1 - b1) * g
+    outside = h.eps if h.eps_outside_maximum else 0.0
+    s["exp_inf"] = np.maximum(b2 * s["exp_inf"], np.abs(g) + (h.eps - outside))
+    return w - lr / (1 - b1**t) * s["exp_avg"] / (s["exp_inf"] + outside)
+
+
+def any_nadam(w, s, g, lr, t, h):
+    b1, b2 = moments(s, g, h, g * g)
+    mu = [b1 * (1 - 0.5 * 0.96 ** (k * h.momentum_decay)) for k in range(1, int(t) + 2)]
+    product = math.prod(mu[:-1])
+    divisor = np.sqrt(s["exp_avg_sq"] / (1 - b2**t)) + h.eps
+    w = w - lr * (1 - mu[-2]) / (1 - product) * g / divisor
+    return w - lr * mu[-1] / (1 - product * mu[-1]) * s["exp_avg"] / divisor
+
+
+def any_rmsprop(w, s, g, lr, t, h):
+    s["square_avg"] = h.alpha * s["square_avg"] + (1 - h.alpha) * g * g
+    variance = s["square_avg"]
+    if h.centered:
+        s["grad_avg"] = h.alpha * s["grad_avg"] + (1 - h.alpha) * g
+        variance = np.maximum(variance - s["grad_avg"] ** 2, 0)
+    inner, outer = (lr, 1.0) if h.lr_in_momentum else (1.0, lr)
+    moved = inner * g / root(variance, h)
+    if h.momentum:
+        moved = s["momentum_buffer"] = h.momentum * s["momentum_buffer"] + moved
+    return w - outer * moved
+
+
+def any_rowwise_rmsprop(w, s, g, lr, t, h):
+    s["square_avg"] = h.alpha * s["square_avg"] + (1 - h.alpha) * mean_square(g)
+    return w - lr * g / root(s["square_avg"], h)
+
+
+def any_adadelta(w, s, g, lr, t, h):
+    s["square_avg"] = h.rho * s["square_avg"] + (1 - h.rho) * g * g
+    delta = np.sqrt(s["acc_delta"] + h.eps) / np.sqrt(s["square_avg"] + h.eps) * g
+    s["acc_delta"] = h.rho * s["acc_delta"] + (1 - h.rho) * delta * delta
+    return w - lr * delta
+
+
+def lamb_like(w, s, g, lr, t, h, square):
+    b1, b2 = moments(s, g, h, square)
+    r = s["exp_avg"] / (1 - b1**t) / (np.sqrt(s["exp_avg_sq"] / (1 - b2**t)) + h.eps)
+    r = r + (0.0 if h.decoupled_weight_decay else h.weight_decay) * w
+    norm, length = np.linalg.norm(w), np.linalg.norm(r)
+    return w - lr * (norm / length if norm and length else 1.0) * r
+
+
+def any_lamb(w, s, g, lr, t, h):
+    return lamb_like(w, s, g, lr, t, h, g * g)
+
+
+def any_rowwise_lamb(w, s, g, lr, t, h):
+    return lamb_like(w, s, g, lr, t, h, mean_square(g))
+
+
+def any_ftrl(w, s, g, lr, t, h):
+    """``keras.optimizers.Ftrl`` with a learning rate power of -1/2."""
+    n = s["accumulator"] + g * g
+    s["linear"] = s["linear"] + g + 2 * h.l2_shrinkage * w - (np.sqrt(n) - np.sqrt(s["accumulator"])) / lr * w
+    s["accumulator"] = n
+    quadratic = np.sqrt(n) / lr + 2 * (h.l2_strength + h.beta / (2 * lr))
+    return (np.clip(s["linear"], -h.l1_strength, h.l1_strength) - s["linear"]) / quadratic
+
+
+def any_lion(w, s, g, lr, t, h):
+    b1, b2 = h.betas
+    w = w - lr * np.sign(b1 * s["exp_avg"] + (1 - b1) * g)
+    s["exp_avg"] = b2 * s["exp_avg"] + (1 - b2) * g
+    return w
+
+
+FORMULAS = {
+    "SGD": any_sgd, "LARS": any_lars, "Adagrad": any_adagrad, "RowWiseAdagrad": any_rowwise_adagrad,
+    "Adam": any_adam, "AdamW": any_adam, "PartialRowWiseAdam": any_rowwise_adam, "AMSGrad": any_amsgrad,
+    "Adamax": any_adamax, "NAdam": any_nadam, "RMSprop": any_rmsprop, "RowWiseRMSprop": any_rowwise_rmsprop,
+    "Adadelta": any_adadelta, "LAMB": any_lamb, "PartialRowWiseLAMB": any_rowwise_lamb, "FTRL": any_ftrl,
+    "Lion": any_lion,
+}  # fmt: skip
+
+
+def with_options(name, w, s, g, t, h, factor=1.0):
+    """One step of a row, float64, with the options that all optimizers have, in the order in which they are listed."""
+    lr = h.lr(t) if callable(h.lr) else h.lr
+    g = factor * (-g if h.maximize else g)
+    if h.clip_value is not None:
+        g = np.clip(g, -h.clip_value, h.clip_value)
+    if h.clip_norm is not None:
+        g = g * min(1.0, h.clip_norm / max(np.linalg.norm(g), 1e-300))
+    g = g + h.l1 * np.sign(w)
+    if h.decoupled_weight_decay:
+        w = w * (1 - lr * h.weight_decay)
+    elif name not in {"LAMB", "PartialRowWiseLAMB", "LARS"}:
+        g = g + h.weight_decay * w
+    count = t
+    if h.rowwise_bias_correction:
+        count = s["step"] = s["step"] + 1
+        count = float(count[0])
+    w = FORMULAS[name](w, s, g, lr, count, h)
+    if h.constraint == "non_neg":
+        w = np.maximum(w, 0)
+    norm = np.linalg.norm(w)
+    if h.constraint == "unit_norm":
+        w = w / norm if norm else w
+        norm = np.linalg.norm(w)
+    if h.max_norm is not None and norm > h.max_norm:
+        w = w * (h.max_norm / norm)
+    return w
+
+
 # ---- as documented, operation by operation ----------------------------------------------------------------------
 
 
@@ -149,6 +331,35 @@ class Table:
 
     def state(self, name):
         return np.array([state[name] for state in self.states], self.real)
+
+
+class Model:
+    """A table as arrays of float64, trained by `with_options`; `optimizer` has the hyper-parameters as attributes."""
+
+    def __init__(self, optimizer, weights, widths, initial):
+        self.optimizer, self.step = optimizer, 0
+        self.weights = weights.astype(np.float64)
+        self.states = [
+            {name: np.full(width, initial.get(name, 0.0)) for name, width in widths.items()} for _ in weights
+        ]
+
+    def summed(self, ids, grads):
+        """The sum of the gradients of each row of a batch."""
+        rows, inverse = np.unique(np.ravel(ids), return_inverse=True)
+        sums = np.zeros((rows.size, grads.shape[-1]))
+        np.add.at(sums, inverse, grads.reshape(-1, grads.shape[-1]).astype(np.float64))
+        return rows, sums
+
+    def update(self, ids, grads, factor=1.0):
+        self.step += 1
+        name = type(self.optimizer).__name__
+        for row, g in zip(*self.summed(ids, grads), strict=True):
+            self.weights[row] = with_options(
+                name, self.weights[row], self.states[row], g, self.step, self.optimizer, factor
+            )
+
+    def state(self, name):
+        return np.array([state[name] for state in self.states])
 
 
 # ---- initial values, as FORMAT.md has them ------------------------------------------------------------------------

@@ -200,6 +200,122 @@ def test_ids_of_one_row_tables_and_last_rows_are_exact(store):
         table.lookup([1])
 
 
+# ---- bags -----------------------------------------------------------------------------------------------------
+
+BAD_BAGS = {
+    "not from 0": ({"offsets": [1, 2]}, ValueError, r"'t': offsets must begin with 0, .* got 1"),
+    "none for ids": ({"offsets": []}, ValueError, r"offsets must begin with 0, .* got none"),
+    "descending": (
+        {"offsets": [0, 2, 1]},
+        ValueError,
+        r"offsets must ascend, got 1 at position 2 after 2; a bag",
+    ),
+    "negative": ({"offsets": [0, -1]}, ValueError, r"offsets must ascend, got -1 at position 1 after 0"),
+    "past the ids": ({"offsets": [0, 4]}, ValueError, r"reach past the ids: 4 at position 1, .* 3 ids"),
+    "another end": (
+        {"offsets": [0, 2], "include_last_offset": True},
+        ValueError,
+        r"offsets end with 2, but with include_last_offset=True .* number of ids, which is 3",
+    ),
+    "floats": ({"offsets": [0.0]}, TypeError, r"offsets must be integers, got dtype float64"),
+    "two dimensions": (
+        {"offsets": [[0]]},
+        ValueError,
+        r"offsets have shape \(1, 1\), but must have one dimension",
+    ),
+    "no offsets": (
+        {"offsets": None},
+        ValueError,
+        r"ids of shape \(3,\) with no offsets .* two dimensions without",
+    ),
+    "both": ({"ids": [[1, 2, 3]]}, ValueError, r"ids of shape \(1, 3\) with offsets are no bags"),
+    "a cube": ({"ids": np.zeros((1, 1, 1), int), "offsets": None}, ValueError, r"ids of shape \(1, 1, 1\)"),
+    "an unknown mode": (
+        {"mode": "avg"},
+        ValueError,
+        r"mode must be one of 'sum', 'mean', 'max', 'sqrtn', got 'avg'",
+    ),
+    "no word": ({"mode": 0}, TypeError, r"mode must be one of .* got 0"),
+    "weights of another shape": (
+        {"weights": [1.0]},
+        ValueError,
+        r"weights have shape \(1,\), .* ids .* \(3,\)",
+    ),
+    "weights of integers": (
+        {"weights": [1, 2, 3]},
+        TypeError,
+        r"weights must be float16, float32 or float64",
+    ),
+    "weights of a maximum": (
+        {"weights": [1.0] * 3, "mode": "max"},
+        ValueError,
+        r'"max" takes no weights; leave them out, or choose "sum"',
+    ),
+    "padding that is no row": ({"padding_idx": 300}, ValueError, r"padding_idx 300 is no row: .* 300 rows"),
+    "padding far below": ({"padding_idx": -301}, ValueError, r"padding_idx -301 is no row.* down to -300"),
+    "padding that is no number": (
+        {"padding_idx": "a"},
+        TypeError,
+        r"padding_idx must be one row id, got 'a'",
+    ),
+    "an id past the end": ({"ids": [1, 2, 300]}, RowIdError, r"row id 300 at position 2"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_BAGS)
+def test_bad_bags_are_refused_everywhere(filled, what):
+    wrong, error, match = BAD_BAGS[what]
+    named = {"ids": [1, 2, 3], "offsets": [0, 1]} | wrong
+    table, grads = filled["t"], np.ones((2, 4), np.float32)
+    with nothing_changes(filled):
+        for call in (
+            lambda: table.lookup_bag(**named),
+            lambda: table.update_bag(**named, grads=grads),
+            lambda: table.bag_weight_gradient(**named, grads=grads),
+            lambda: filled.lookup_bag({"plain": [[1]], "t": shardemb.Bags(**named)}),
+            lambda: filled.update_bag({"t": (shardemb.Bags(**named), grads)}),
+        ):
+            with pytest.raises(error, match=match):
+                call()
+
+
+def test_bad_arguments_of_bags_are_refused(filled):
+    table, bags = filled["t"], ([1, 2, 3], [0, 1])
+    with nothing_changes(filled):
+        for grads, match in (
+            (np.ones((3, 4)), r"gradients have shape \(3, 4\), .* \(2, 4\) \(\(bags, embedding_dim\)\)"),
+            (np.full((2, 4), NAN), r"gradients hold nan at position \(0, 0\)"),
+        ):
+            with pytest.raises(ValueError, match=match):
+                table.update_bag(*bags, grads)
+        with pytest.raises(ValueError, match=r"'t': weights hold inf at position \(1,\)"):
+            table.update_bag(*bags, ONES, weights=[1.0, INF, 1.0])
+        with pytest.raises(ValueError, match="'plain' has no optimizer"):
+            filled["plain"].update_bag(*bags, ONES)
+        with pytest.raises(ValueError, match=r"gradients have shape \(3, 4\)"):
+            table.bag_weight_gradient(*bags, np.ones((3, 4)))
+        with pytest.raises(ValueError, match='"max" has no weights; choose "sum"'):
+            table.bag_weight_gradient(*bags, ONES, mode="max")
+        with pytest.raises(ValueError, match=r"out has shape \(1, 4\), but the result has \(2, 4\)"):
+            table.lookup_bag(*bags, out=ONES[:1])
+        for wrong, error, match in (
+            ("ignore", ValueError, r"out_of_range must be one of 'raise', 'clip', got 'ignore'"),
+            ([1.0], ValueError, r"values of out_of_range have shape \(1,\), .* \(4,\)"),
+            (5, TypeError, r"values of out_of_range must be float16"),
+        ):
+            with pytest.raises(error, match=match):
+                table.lookup_bag(*bags, out_of_range=wrong)
+            with pytest.raises(error, match=match):
+                table.lookup([1], out_of_range=wrong)
+        with pytest.raises(TypeError, match="row ids must be integers"):
+            table.lookup([1.5], out_of_range="clip")
+        with pytest.raises(ValueError, match="padding_idx 300 is no row"):
+            table.update([1], ONES[:1], padding_idx=300)
+        with pytest.raises(ValueError, match="table 'u': padding_idx 3 is no row"):
+            filled.create_table("u", num_embeddings=3, embedding_dim=2, padding_idx=3)
+        assert "u" not in filled
+
+
 # ---- gradients and rows ---------------------------------------------------------------------------------------
 
 BAD_VALUES = {

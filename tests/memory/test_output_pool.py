@@ -6,8 +6,8 @@ import threading
 import numpy as np
 import pytest
 
-from shardemb.engine import output_pool
-from shardemb.engine.output_pool import MAX_BYTES, MIN_BYTES, OutputPool
+from shardemb.memory import output_pool
+from shardemb.memory.output_pool import MAX_BYTES, MIN_BYTES, OutputPool
 
 ROWS = MIN_BYTES // 256
 SHAPE = ROWS, 64

@@ -1,0 +1,145 @@
+"""Rows copied and swapped with all that belongs to them, against NumPy."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import shardemb
+from shardemb.initializers import Normal
+from shardemb.optim import SGD, Adam
+
+ROWS, DIM = 9, 3
+
+IDS = st.lists(st.integers(0, ROWS - 1), max_size=6)
+
+
+def content(table):
+    """All that each row has, as one array."""
+    columns = [table.lookup(range(ROWS))]
+    columns += [
+        table.state(name, range(ROWS)).reshape(ROWS, -1) for name in ("exp_avg", "exp_avg_sq", "count")
+    ]
+    return np.hstack(columns)
+
+
+def make(store):
+    table = store.create_table(
+        "t",
+        num_embeddings=ROWS,
+        embedding_dim=DIM,
+        optimizer=Adam(lr=0.1),
+        initializer=Normal(1.0),
+        counters=True,
+    )
+    table.update([0, 3, 3, 5], np.arange(12.0).reshape(4, 3))
+    store.commit()
+    table.update([1, 3], np.ones((2, 3)))
+    return table
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["copy", "swap", "reset", "commit", "rollback"]), IDS, IDS), max_size=6
+    )
+)
+def test_rows_move_with_their_state(tmp_path_factory, actions):
+    path = tmp_path_factory.mktemp("store") / "s"
+    with shardemb.open(path, "w") as store:
+        table = make(store)
+        model, fresh = content(table), content(store.create_table(
+            "fresh", num_embeddings=ROWS, embedding_dim=DIM, optimizer=Adam(), initializer=Normal(1.0), counters=True
+        ))  # fmt: skip
+        store.drop_table("fresh")
+        fresh[:, :DIM] = 0  # of another stream: only the state is the same
+        store.commit()
+        committed = model.copy()
+        for what, one, other in actions:
+            size = min(len(one), len(other))
+            one, other = one[:size], other[:size]
+            if what == "copy":
+                table.copy_rows(one, other)
+                model[other] = model[one]  # NumPy reads all of them first too, and the last wins
+            elif what == "swap":
+                both = one + other
+                if len(set(both)) == len(both):
+                    table.swap_rows(one, other)
+                    model[both] = model[other + one]
+                else:
+                    with pytest.raises(ValueError, match="each of them once"):
+                        table.swap_rows(one, other)
+            elif what == "reset":
+                table.reset_rows(one)
+                model[one, DIM:] = fresh[one, DIM:]
+                model[one, :DIM] = table.lookup(one)
+            elif what == "commit":
+                store.commit()
+                committed = model.copy()
+            else:
+                store.rollback()
+                model = committed.copy()
+            np.testing.assert_array_equal(content(table), model)
+        store.commit()
+        store.checkpoint()
+    with shardemb.open(path, "r") as reader:
+        np.testing.assert_array_equal(content(reader["t"]), model)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda table: table.copy_rows([1, 2], [3]), ValueError, "as many of both"),
+        (lambda table: table.copy_rows([1], [ROWS]), shardemb.RowIdError, f"{ROWS}"),
+        (lambda table: table.copy_rows([-1], [1]), shardemb.RowIdError, "-1"),
+        (lambda table: table.swap_rows([1, 2], [3]), ValueError, "in pairs"),
+        (lambda table: table.swap_rows([1, 2], [2, 3]), ValueError, "each of them once"),
+        (lambda table: table.swap_rows([0.5], [1]), TypeError, "ids"),
+    ],
+)
+def test_bad_ids_change_nothing(store, call, error, match):
+    table = make(store)
+    store.commit()
+    with pytest.raises(error, match=match):
+        call(table)
+    assert not store.has_changes
+
+
+def test_by_key(store):
+    store.create_vocabulary("v", key_type="string")
+    table = store.create_table("t", vocabulary="v", embedding_dim=1, optimizer=SGD(lr=1.0))
+    table.write(["a", "b", "c"], [[1.0], [2.0], [3.0]], create=True)
+    table.swap_rows(["a"], ["b"])
+    table.copy_rows(["b"], ["c"])
+    assert table.lookup(["a", "b", "c"]).ravel().tolist() == [2.0, 1.0, 1.0]
+    table.reset_rows(["a"])
+    assert table.lookup(["a", "b", "c"]).ravel().tolist() == [0.0, 1.0, 1.0]
+    for call in (table.copy_rows, table.swap_rows):
+        with pytest.raises(shardemb.UnknownKeyError, match="'x'"):
+            call(["a"], ["x"])
+    assert table.delete(["b", "x"]).tolist() == [1, -1]
+    assert "b" not in table.vocabulary
+    assert table.lookup(["c"]) == 1.0
+
+
+def test_a_budget_of_nothing_is_enough(tmp_path):
+    with shardemb.open(tmp_path / "s", "w", memory_budget=0) as store:
+        table = store.create_table("t", num_embeddings=20_000, embedding_dim=8, optimizer=Adam())
+        rows = np.arange(20_000)
+        table.write(rows, np.repeat(rows, 8).reshape(-1, 8).astype(np.float32))
+        store.commit()
+        table.swap_rows(rows[:10_000], rows[10_000:])
+        assert table.lookup([0, 10_000])[:, 0].tolist() == [10_000, 0]
+        store.rollback()
+        assert table.lookup([0, 10_000])[:, 0].tolist() == [0, 10_000]
+
+
+def test_rows_that_are_caught_up_are_copied_as_they_are_now(store):
+    table = store.create_table(
+        "t", num_embeddings=4, embedding_dim=1, initializer=np.ones((4, 1)),
+        optimizer=SGD(lr=0.5, weight_decay=0.5, dense_equivalent=True),
+    )  # fmt: skip
+    table.update([0], [[0.0]])
+    table.copy_rows([1], [2])
+    table.update([0], [[0.0]])
+    np.testing.assert_allclose(table.lookup(range(4)).ravel(), 0.75**2, rtol=1e-6)
