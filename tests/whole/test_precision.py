@@ -137,7 +137,7 @@ def step_by_hand(table, optimizer, number, ids, grads, encode_state):
     names = list(optimizer.state_columns(DIM))
     for name in names:
         states.append(table.state(name, rows).reshape(rows.size, -1))
-    scalars = np.array(optimizer.scalars(number), np.float32)
+    scalars = optimizer.scalars_of(number)[0]
     expected = []
     for k, row in enumerate(rows):
         total, *more = grads[ids == row]
