@@ -6,8 +6,8 @@
     change    group by row -> as any change; a row's gradient is summed from those of its bags within the step
 
 Nothing here is as large as all rows of the batch. Rows are added up where they are, in the records; where some of a
-task are not in any record, because they were never written or stand in for others, `few_rows` are copied or drawn into
-a scratch at a time, and added up from that.
+task are not in any record, because they were never written or stand in for others, or are not float32, `few_rows` are
+copied, drawn or decoded into a scratch at a time, and added up from that.
 """
 
 from __future__ import annotations

@@ -294,6 +294,10 @@ class TableSpec:
         if "padding_idx" in document:
             row = int_field(document, "padding_idx", spec.num_embeddings - 1, minimum=0)
             spec = replace(spec, padding_idx=row)
+        try:
+            _require_caught_up_as_float32(spec)
+        except ValueError as error:
+            raise FormatError(str(error)) from error
         columns = spec.described_columns()
         if document.get("columns") != columns:
             msg = f"columns are {document.get('columns')}, but those of the optimizer are {columns}"

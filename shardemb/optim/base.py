@@ -83,7 +83,7 @@ class Optimizer(ABC):
     dense_equivalent : bool
         Let rows that are not in a batch be what a dense optimizer would make of them, to which their gradients are
         zero: they are caught up when they are next read or changed. It takes a state column ``last_step``, one number
-        per row. Where an optimizer cannot do this with some option, it says so.
+        per row. Where an optimizer cannot do this with some option, it says so. Rows and state have to be float32.
 
     Examples
     --------

@@ -210,7 +210,7 @@ class Table:
     ) -> NDArray[np.float32]:
         """Look up bags of rows, and return one row for each bag: their sum, mean, greatest values or sum over a root.
 
-        The rows are added up where they are, without a copy of all of them.
+        The rows are added up where they are, without a copy of all of them, as the float32 that they are looked up as.
 
         Parameters
         ----------
@@ -245,7 +245,7 @@ class Table:
         TypeError, ValueError
             Offsets that are not integers, do not begin with 0, do not ascend or reach past the ids; offsets with ids of
             two dimensions, or none with ids of one; weights of another shape or dtype, or with ``"max"``; an unknown
-            mode; `padding_idx`, `out_of_range` or `out` is invalid; the ids are not integers.
+            mode; `padding_idx`, `out_of_range` or `out` is invalid; the ids are no integers; the table holds raw bytes.
         RowIdError, StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError, OSError, ReadOnlyError
             As `lookup`.
 

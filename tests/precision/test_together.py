@@ -3,6 +3,8 @@
 What a table should hold is what a twin of float32 holds that had the same numbers: decode, change, encode.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from support import encodings
@@ -10,6 +12,7 @@ from support import encodings
 import shardemb
 from shardemb import optim
 from shardemb.dtypes import BlockScaled, Plain, ScaledInt8, Stochastic
+from shardemb.format.spec import TableSpec
 from shardemb.initializers import Uniform
 from shardemb.optim import Adam, RowWiseAdagrad
 
@@ -434,6 +437,14 @@ def test_rows_that_are_caught_up_are_float32(tmp_path):
                 store.reshard(**options)
         store.reshard("t", dtype="float16", optimizer=None)
         assert store["t"].dtype == "float16"
+
+
+def test_a_document_of_short_rows_that_are_caught_up_is_refused(tmp_path):
+    with shardemb.open(tmp_path / "s") as store:
+        spec = new(store, "bfloat16", optimizer=Adam())._state.spec
+        document = replace(spec, optimizer=RESTING).to_json()
+        with pytest.raises(shardemb.FormatError, match="dense_equivalent has float32 rows"):
+            TableSpec.from_json(document)
 
 
 @pytest.mark.parametrize("counters", [False, True])
