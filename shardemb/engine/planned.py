@@ -330,11 +330,15 @@ class Moving(Target, Protocol):
 
 def records_of(table: Moving, rows: Int64Array) -> NDArray[Any]:
     """Copy whole records of rows, as they are at the table's step."""
-    spec = table.live().spec
+    while True:
+        spec = table.live().spec
+        form = dtypes.RAW if spec.precision.is_coded else "float32"
+        found = [table.read(column, rows, form=form) for column in spec.columns]
+        if table.live().spec.precision == spec.precision:  # it may be converted meanwhile
+            break
     records = np.zeros((rows.size, spec.width), spec.element)
-    form = dtypes.RAW if spec.precision.is_coded else "float32"
-    for column, (first, last) in spec.columns.items():
-        records[:, first:last] = table.read(column, rows, form=form)
+    for (first, last), values in zip(spec.columns.values(), found, strict=True):
+        records[:, first:last] = values
     if spec.is_caught_up:
         records[:, -1] = table.training.step
     return records

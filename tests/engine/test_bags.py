@@ -349,9 +349,13 @@ def test_cold_batches_request_their_pages_first(path):
         assert table.stats()["rows_looked_up"] == 2000
 
 
-def test_a_reader_sees_the_bags_of_its_commit(path):
+every_precision = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+@every_precision
+def test_a_reader_sees_the_bags_of_its_commit(path, dtype):
     with shardemb.open(path) as store:
-        table = store.create_table("t", num_embeddings=ROWS, embedding_dim=DIM)
+        table = store.create_table("t", num_embeddings=ROWS, embedding_dim=DIM, dtype=dtype)
         table.write([1, 2], np.ones((2, DIM)))
         store.commit()
         with shardemb.open(path, mode="r") as reader:
@@ -362,10 +366,11 @@ def test_a_reader_sees_the_bags_of_its_commit(path):
             assert reader["t"].lookup_bag([1, 2, 3], [0])[0, 0] == 6
 
 
-def test_a_reader_sees_nothing_of_what_a_writer_fills(path, monkeypatch):
+@every_precision
+def test_a_reader_sees_nothing_of_what_a_writer_fills(path, dtype, monkeypatch):
     monkeypatch.setattr("shardemb.engine.filling.LEAST_BYTES", 8192)
     with shardemb.open(path) as store:
-        table = store.create_table("t", num_embeddings=4000, embedding_dim=DIM)
+        table = store.create_table("t", num_embeddings=4000, embedding_dim=DIM, dtype=dtype)
         store.commit()
         ids = np.arange(4000).reshape(40, 100)
         with shardemb.open(path, mode="r") as reader:
@@ -378,10 +383,11 @@ def test_a_reader_sees_nothing_of_what_a_writer_fills(path, monkeypatch):
             assert (reader["t"].lookup_bag(ids) == 100).all()
 
 
-def test_nor_of_what_is_filled_while_rows_are_added_up(path, monkeypatch):
+@every_precision
+def test_nor_of_what_is_filled_while_rows_are_added_up(path, dtype, monkeypatch):
     monkeypatch.setattr("shardemb.engine.filling.LEAST_BYTES", 8192)
     with shardemb.open(path) as store:
-        table = store.create_table("t", num_embeddings=4000, embedding_dim=DIM)
+        table = store.create_table("t", num_embeddings=4000, embedding_dim=DIM, dtype=dtype)
         store.commit()
         with shardemb.open(path, mode="r") as reader:
             hidden = reader["t"]._state.shards.hidden
@@ -401,8 +407,9 @@ def test_nor_of_what_is_filled_while_rows_are_added_up(path, monkeypatch):
 @pytest.mark.parametrize(
     "named", [{}, {"weights": np.ones(5)}, {"mode": "max"}, {"scale_grad_by_freq": True}]
 )
-def test_rows_count_how_often_they_are_in_bags(store, named):
-    table = new_table(store, counters=True, initializer=None)
+@every_precision
+def test_rows_count_how_often_they_are_in_bags(store, named, dtype):
+    table = new_table(store, counters=True, initializer=None, dtype=dtype)
     before = table.state("count", [1, 2, 3, 4])
     table.update_bag([1, 2, 1, 3, 1], [0, 2], np.ones((2, DIM)), **named)
     table.update_bag([1, 2, 1, 3, 1], [0, 2], np.ones((2, DIM)), **named)
