@@ -185,8 +185,8 @@ class Journal:
                 self._make_space(attempt)
             self._complete(attempt, partial(pending.end, None))
         except BaseException as error:
-            self._give_up(attempt, partial(pending.end, error))
             _log.warning("the commit of %s failed: %s", runtime.path, str(error))
+            self._give_up(attempt, partial(pending.end, error))
             return
         with runtime.lock:
             if not runtime.closed:
