@@ -98,23 +98,12 @@ class CheckedChange(NamedTuple):
 
     def plan(self, *, create: bool, scale_grad_by_freq: bool) -> Change:
         """Plan the update, and give new keys rows; see `KeyedRows.plan_change`."""
-        keys, find = self.checked.keyed.keys, self.checked.keyed.finder(create=create)
+        find = self.checked.keyed.finder(create=create)
 
         def plan() -> Change:
-            before = keys.reassigned
-            planned = self.checked.plan(find)
-            return renewable(planned.change(self.gradients, scale_grad_by_freq=scale_grad_by_freq), before)
+            return self.checked.plan(find).change(self.gradients, scale_grad_by_freq=scale_grad_by_freq)
 
-        def renewable(change: Change, before: int) -> Change:
-            def renew() -> Change | None:
-                if keys.reassigned != before:
-                    return plan()
-                newer = change.renew() if change.renew else None
-                return None if newer is None else renewable(newer, before)
-
-            return replace(change, renew=renew)
-
-        return plan()
+        return self.checked.keyed.renewing(plan)
 
 
 def read(

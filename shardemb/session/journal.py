@@ -183,13 +183,11 @@ class Journal:
         try:
             with runtime.lock:
                 self._make_space(attempt)
-            self._complete(attempt)
+            self._complete(attempt, partial(pending.end, None))
         except BaseException as error:
-            self._give_up(attempt)
             _log.warning("the commit of %s failed: %s", runtime.path, str(error))
-            pending.end(error)
+            self._give_up(attempt, partial(pending.end, error))
             return
-        pending.end(None)
         with runtime.lock:
             if not runtime.closed:
                 self._fold_if_due(attempt)
@@ -200,8 +198,11 @@ class Journal:
         self._attempt = attempt
         attempt.freeze()
 
-    def _complete(self, attempt: Attempt) -> None:
-        """Append an attempt to the log. The lock is needed only while memory is looked at."""
+    def _complete(self, attempt: Attempt, ended: Callable[[], None] | None = None) -> None:
+        """Append an attempt to the log; call ``ended()`` before anybody goes on who waits for its end.
+
+        The lock is needed only while memory is looked at.
+        """
         runtime, manifest = self._runtime, attempt.manifest
         if {each.uuid for each in manifest.tables} - {each.uuid for each in runtime.committed.tables}:
             with self._poisoned_by_errors():  # files must be durable before a commit record names them
@@ -215,20 +216,24 @@ class Journal:
             self._append_commit(attempt.payload)
             with runtime.lock:
                 attempt.succeed()
-                self._end_attempt()
+                self._end_attempt(ended)
         assert manifest.commit is not None
         rows = sum(each.count for each in images) + attempt.filled_rows
         _log.info("committed %s: step %d, %d rows", runtime.path, manifest.commit.step, rows)
 
-    def _give_up(self, attempt: Attempt) -> None:
-        """Let what an attempt has not made durable count as changed again."""
+    def _give_up(self, attempt: Attempt, ended: Callable[[], None] | None = None) -> None:
+        """Let what an attempt has not made durable count as changed again; for `ended` see `_complete`."""
         with signals_deferred(), self._runtime.lock:
             if self._attempt is attempt:
                 attempt.fail()
-                self._end_attempt()
+                self._end_attempt(ended)
+            elif ended is not None:
+                ended()
 
-    def _end_attempt(self) -> None:
+    def _end_attempt(self, ended: Callable[[], None] | None) -> None:
         self._attempt = None
+        if ended is not None:
+            ended()
         self._condition.notify_all()
         if self._abandoned is not None and not self._folding:
             self._abandoned()

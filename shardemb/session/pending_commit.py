@@ -76,7 +76,9 @@ class PendingCommit:
         return replace(self._commit, metadata=check_metadata(self._commit.metadata))
 
     def end(self, problem: BaseException | None) -> None:
-        """Note that the commit is durable, or why it is not. For the thread that commits."""
+        """Note that the commit is durable, or why it is not. For the thread that commits; the first call counts."""
+        if self._durable.done():
+            return
         if problem is None:
             self._durable.set_result(None)
         else:

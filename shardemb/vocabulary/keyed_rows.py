@@ -210,17 +210,10 @@ class KeyedRows:
         find = self.finder(create=create)
 
         def plan() -> Change:
-            before = self.keys.reassigned
             ids, kept = self._rows_to_change(checked, rows, missing, find)
-            change = self.table.plan_change(ids, kept, what, check_finite=check_finite and missing == "skip")
+            return self.table.plan_change(ids, kept, what, check_finite=check_finite and missing == "skip")
 
-            def renew() -> Change | None:
-                stale = self.keys.reassigned != before or (change.renew is not None and change.renew())
-                return plan() if stale else None
-
-            return replace(change, renew=renew)
-
-        return plan()
+        return self.renewing(plan)
 
     def _rows_to_change(
         self, given: Keys, rows: Float32Array, missing: MissingChange, find: Callable[[KeysLike], Int64Array]
@@ -256,30 +249,34 @@ class KeyedRows:
 
     def reset(self, given: KeysLike) -> None:
         """Give the rows of keys their initial records again."""
-        self._carry_out(lambda: self.table.plan_reset(np.unique(self.known(given))))
+        self.table.apply(self.renewing(lambda: self.table.plan_reset(np.unique(self.known(given)))))
 
     def copy_rows(self, source: KeysLike, target: KeysLike) -> None:
         """Overwrite the rows of keys by those of others; see `planned.plan_copy`."""
-        self._carry_out(lambda: planned.plan_copy(self.table, self.known(source), self.known(target)))
+        self.table.apply(
+            self.renewing(lambda: planned.plan_copy(self.table, self.known(source), self.known(target)))
+        )
 
     def swap_rows(self, one: KeysLike, other: KeysLike) -> None:
         """Let the rows of keys change places; see `planned.plan_swap`."""
-        self._carry_out(lambda: planned.plan_swap(self.table, self.known(one), self.known(other)))
+        self.table.apply(
+            self.renewing(lambda: planned.plan_swap(self.table, self.known(one), self.known(other)))
+        )
 
-    def _carry_out(self, plan: Callable[[], Change]) -> None:
-        """Carry out a change of rows of keys; it is planned anew if a key gets another row before it begins."""
+    def renewing(self, plan: Callable[[], Change]) -> Change:
+        """Plan a change of rows of keys; it is planned again if a key gets another row before it begins."""
+        before = self.keys.reassigned
 
-        def planned() -> Change:
-            before, change = self.keys.reassigned, plan()
-
+        def renewable(change: Change) -> Change:
             def renew() -> Change | None:
                 if self.keys.reassigned != before:
-                    return planned()
-                return change.renew() if change.renew else None
+                    return self.renewing(plan)
+                newer = change.renew() if change.renew else None
+                return None if newer is None else renewable(newer)
 
             return replace(change, renew=renew)
 
-        self.table.apply(planned())
+        return renewable(plan())
 
     def evict(self, *, older_than: int | None, keep: int | None, by: Literal["lru", "lfu"]) -> NDArray[Any]:
         """Remove the keys that are used least; return them. See `KeyedTable.evict`."""

@@ -1,13 +1,18 @@
 """Rows copied and swapped with all that belongs to them, against NumPy."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardemb
+from shardemb.engine.planned import Change
 from shardemb.initializers import Normal
 from shardemb.optim import SGD, Adam
+from shardemb.vocabulary.keyed_rows import KeyedRows
 
 ROWS, DIM = 9, 3
 
@@ -143,3 +148,25 @@ def test_rows_that_are_caught_up_are_copied_as_they_are_now(store):
     table.copy_rows([1], [2])
     table.update([0], [[0.0]])
     np.testing.assert_allclose(table.lookup(range(4)).ravel(), 0.75**2, rtol=1e-6)
+
+
+def test_a_move_that_was_planned_again_still_notices_that_keys_got_other_rows():
+    """First the records change, then the rows of the keys: both are looked at each time."""
+
+    class Rows:
+        renewing = KeyedRows.renewing
+        keys = SimpleNamespace(reassigned=0)
+
+    def plan():
+        names.append(f"rows {Rows.keys.reassigned}")
+        return replace(change, renew=lambda: change)
+
+    names, change = [], Change(None, None, None, takes_step=False)
+    first = Rows().renewing(plan)
+    second = first.renew()  # the records are others
+    assert names == ["rows 0"]
+    assert second.renew() is None
+    Rows.keys.reassigned = 1
+    third = second.renew()
+    assert names == ["rows 0", "rows 1"]
+    assert third.renew().renew() is None

@@ -18,6 +18,7 @@ from shardemb.format import store_paths
 from shardemb.format.manifest import Manifest
 from shardemb.initializers import Uniform
 from shardemb.optim import Adam
+from shardemb.session.pending_commit import PendingCommit
 from shardemb.storage import files
 
 ROWS, DIM = 500, 4
@@ -166,7 +167,15 @@ WAITING = {
 
 @pytest.mark.parametrize("what", WAITING)
 @pytest.mark.filterwarnings("ignore:.*lost")
-def test_what_waits_for_it(store, path, gate, what):
+def test_what_waits_for_it(store, path, gate, what, monkeypatch):
+    end = PendingCommit.end
+
+    def slowly(pending, problem):
+        """The commit counts as ended before whoever waits for it goes on."""
+        time.sleep(0.02)
+        end(pending, problem)
+
+    monkeypatch.setattr(PendingCommit, "end", slowly)
     store.create_table("drawn", num_embeddings=70, embedding_dim=2, initializer=Uniform(-1, 1))
     gate.set()
     store.commit()

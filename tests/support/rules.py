@@ -15,9 +15,9 @@ import shardemb
 from shardemb.base import interrupts
 from shardemb.commits import fills, fold, log_reader, log_writer
 from shardemb.compute import file_blocks
-from shardemb.engine import batch, filling, hidden_rows, runtime, shards
+from shardemb.engine import batch, filling, runtime, shards
 from shardemb.format import log_records, store_paths
-from shardemb.memory import frozen_rows, overlay, spill_file
+from shardemb.memory import frozen_rows, hidden_rows, overlay, spill_file
 from shardemb.optim import Adam
 from shardemb.session.attempt import Attempt
 from shardemb.session.base import Base
@@ -323,8 +323,8 @@ def changes_in_place(patch):
     """As if the files were mapped shared: what an update changes is in them at once."""
     real = batch.change
 
-    def change(runtime, changes):
-        real(runtime, changes)
+    def change(runtime, changes, scaling=None):
+        real(runtime, changes, scaling)
         for each in changes:
             shards = each.table.live()
             for row in each.batch.rows.tolist():

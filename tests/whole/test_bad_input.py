@@ -911,8 +911,8 @@ DAMAGE = {
         r"manifest\.json",
     ),
     "optimizer of the manifest unknown": (
-        lambda p: set_manifest(p, lambda d: d["tables"][0].update(optimizer={"name": "Sophia"})),
-        r"manifest\.json: .*'Sophia'",
+        lambda p: set_manifest(p, lambda d: d["tables"][0].update(optimizer={"name": "Lemur"})),
+        r"manifest\.json: .*'Lemur'",
     ),
     "optimizer of the manifest another": (
         lambda p: set_manifest(p, lambda d: d["tables"][0].update(optimizer=ADAM)),
@@ -920,8 +920,8 @@ DAMAGE = {
     ),
     "table's document missing": (lambda p: (p / "t/zarr.json").unlink(), r"'t'"),
     "table's optimizer unknown": (
-        lambda p: edit(p / "t/zarr.json", lambda d: attributes(d).update(optimizer={"name": "Sophia"})),
-        r"'t'.*'Sophia'",
+        lambda p: edit(p / "t/zarr.json", lambda d: attributes(d).update(optimizer={"name": "Lemur"})),
+        r"'t'.*'Lemur'",
     ),
     "table's initializer is code": (
         lambda p: edit(p / "t/zarr.json", lambda d: attributes(d).update(initializer={"name": "__import__"})),
