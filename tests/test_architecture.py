@@ -62,6 +62,7 @@ ROOMS = {
     ],
     "store": ["vocabulary", "table", "keyed_table", "store", "opening"],
     "text": [],
+    "torch": ["tensors", "pending", "embedding", "optimizer"],
     "quickstart": ["corpus", "training"],
     "warm_up": [],
     "cli": [],
@@ -70,7 +71,7 @@ ROOMS = {
 LEVELS = [
     {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission", "dtypes"}, {"format"}, {"precision"},
     {"storage"}, {"commits", "memory"}, {"engine", "io"}, {"table_source"}, {"vocabulary"}, {"keyed_bags"}, {"session"},
-    {"store"}, {"text"}, {"quickstart", "warm_up"}, {"cli"},
+    {"store"}, {"text", "torch"}, {"quickstart", "warm_up"}, {"cli"},
 ]  # fmt: skip
 
 # These stand on the public names alone, like a user's program.
@@ -93,6 +94,7 @@ OUTSIDE = {
     "fcntl": {"storage.files"},
     "shutil": {"storage.files"},
     "tempfile": {"compute.compiler", "warm_up"},
+    "torch": {"torch", "torch.tensors", "torch.pending", "torch.embedding", "torch.optimizer"},
     "subprocess": set(),
     "socket": set(),
 }
@@ -228,7 +230,7 @@ def test_the_ground_floor_needs_nothing_but_numpy_and_the_standard_library():
         )
 
 
-HEAVY = ["zarr", "numba", "llvmlite", "pyarrow", "dask", "rich", "click"]
+HEAVY = ["torch", "zarr", "numba", "llvmlite", "pyarrow", "dask", "rich", "click"]
 HEAVY += ["shardemb.storage.files", "shardemb.store", "shardemb.text"]
 
 
