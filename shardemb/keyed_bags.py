@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from shardemb.engine import bags, batch
-from shardemb.engine.bags import Form
+from shardemb.engine.bags import Bags, Form
 from shardemb.engine.training import is_checked
+from shardemb.vocabulary import keyed_rows
 from shardemb.vocabulary.key_rows import read_steadily
 from shardemb.vocabulary.keyed_rows import by_kind
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from shardemb.base.validation import Float32Array, Int64Array
-    from shardemb.engine.bags import Bags, PlannedBags
+    from shardemb.engine.bags import PlannedBags
     from shardemb.engine.planned import Change
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.table_state import TableState
@@ -160,16 +161,67 @@ def change_many(
 ) -> float | None:
     """Take one optimizer step in several tables, all or none, by the gradients of bags; see `Store.update_bag`."""
     runtime.check_open()
-    finite = is_checked(scaling, check_finite=check_finite)
-    tables, keyed = by_kind(targets)
     given = {name: bags.with_gradients(each, name) for name, each in batches.items()}
+    changes, checked = _check_changes(
+        targets,
+        given,
+        missing,
+        check_finite=is_checked(scaling, check_finite=check_finite),
+        scale_grad_by_freq=scale_grad_by_freq,
+    )
+    changes += [each.plan(create=create, scale_grad_by_freq=scale_grad_by_freq) for each in checked]
+    return batch.change(runtime, changes, scaling)
+
+
+def update_many(
+    runtime: Runtime,
+    targets: Mapping[str, TableState | KeyedRows],
+    batches: Mapping[str, tuple[Any, ArrayLike]],
+    *,
+    missing: MissingChange,
+    create: bool,
+    scaling: Scaling | None,
+    check_finite: bool,
+) -> float | None:
+    """Take one optimizer step in several tables, all or none, by gradients of rows or bags; see `Store.update`."""
+    runtime.check_open()
+    finite = is_checked(scaling, check_finite=check_finite)
+    pooled = {name for name, each in batches.items() if _has_bags(each)}
+    of_bags = {name: each for name, each in targets.items() if name in pooled}
+    of_rows = {name: each for name, each in targets.items() if name not in pooled}
     # All of them are checked before the first key is added.
+    changes, waiting = keyed_rows.check_changes(
+        of_rows, batches, missing=missing, create=create, check_finite=finite
+    )
+    more, checked = _check_changes(of_bags, batches, missing, check_finite=finite, scale_grad_by_freq=False)
+    changes += more
+    changes += [plan() for plan in waiting]
+    changes += [each.plan(create=create, scale_grad_by_freq=False) for each in checked]
+    return batch.change(runtime, changes, scaling)
+
+
+def _has_bags(given: tuple[Any, ArrayLike]) -> bool:
+    return isinstance(given, tuple | list) and len(given) == 2 and isinstance(given[0], Bags)
+
+
+def _check_changes(
+    targets: Mapping[str, TableState | KeyedRows],
+    given: Mapping[str, tuple[Bags, ArrayLike]],
+    missing: MissingChange,
+    *,
+    scale_grad_by_freq: bool,
+    check_finite: bool,
+) -> tuple[list[Change], list[CheckedChange]]:
+    """Check updates by the gradients of bags: plan those by row id, and add no key."""
+    tables, keyed = by_kind(targets)
     changes = [
-        bags.plan_change(table, *given[name], scale_grad_by_freq=scale_grad_by_freq, check_finite=finite)
+        bags.plan_change(
+            table, *given[name], scale_grad_by_freq=scale_grad_by_freq, check_finite=check_finite
+        )
         for name, table in tables.items()
     ]
     checked = [
-        CheckedChange.of(each, *given[name], missing, check_finite=finite) for name, each in keyed.items()
+        CheckedChange.of(each, *given[name], missing, check_finite=check_finite)
+        for name, each in keyed.items()
     ]
-    changes += [each.plan(create=create, scale_grad_by_freq=scale_grad_by_freq) for each in checked]
-    return batch.change(runtime, changes, scaling)
+    return changes, checked

@@ -190,3 +190,48 @@ def test_padding_of_a_table_by_key_is_a_reserved_row(store):
         with pytest.raises(ValueError, match="rows that vocabulary 'w' reserves"):
             store.create_table("u", vocabulary="w", embedding_dim=2, padding_idx=row)
     assert "u" not in store
+
+
+# ---- rows and bags in one step --------------------------------------------------------------------------------
+
+
+def test_a_step_takes_gradients_of_rows_and_of_bags(store, table, keys):
+    plain = {
+        name: store.create_table(name, num_embeddings=9, embedding_dim=2, optimizer=SGD(lr=1.0))
+        for name in ("rows", "bags")
+    }
+    given, before = bag(keys, 0, 1), table.lookup(bag(keys, 0, 1))
+    norm = store.update(
+        {
+            "bags": (Bags([1, 2, 3], [0, 2], mode="mean"), [[2.0, 4.0], [1.0, 1.0]]),
+            "t": (Bags([given]), np.ones((1, DIM))),
+            "rows": ([4, 4], np.ones((2, 2))),
+        },
+        max_norm=1e9,
+    )
+    assert plain["bags"][1:4].tolist() == [[-1, -2], [-1, -2], [-1, -1]]
+    assert plain["rows"][4:5].tolist() == [[-2, -2]]
+    np.testing.assert_allclose(table.lookup(given), before - 1, rtol=1e-6)
+    assert norm == pytest.approx(np.sqrt(5 + 5 + 2 + 4 + 4 + 2 * DIM))
+    assert [each.step for each in (table, *plain.values())] == [1, 1, 1]
+    assert table.store is table.rows.store is plain["rows"].store is store
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ((Bags([1], [1]), np.ones((1, 2))), ValueError),
+        ((Bags([99], [0]), np.ones((1, 2))), shardemb.RowIdError),
+        (([99], np.ones((1, 2))), shardemb.RowIdError),
+        ((Bags([1], [0]), np.ones((2, 2))), ValueError),
+        ((Bags([1], [0]), np.full((1, 2), np.nan)), ValueError),
+    ],
+)
+def test_a_step_that_is_refused_adds_no_key(store, table, keys, wrong, error):
+    store.create_table("plain", num_embeddings=9, embedding_dim=2, optimizer=SGD(lr=1.0))
+    for batch in ((Bags([bag(keys, 3)]), np.ones((1, DIM))), (bag(keys, 3), np.ones((1, DIM)))):
+        for batches in ({"t": batch, "plain": wrong}, {"plain": wrong, "t": batch}):
+            with pytest.raises(error):
+                store.update(batches, create=True)
+    assert table.vocabulary.lookup(bag(keys, 3)) == -1
+    assert table.step == 0

@@ -95,6 +95,7 @@ shape: tuple[int, int]
 state(self, column: str, keys: KeysLike) -> NDArray[np.float32]
 stats(self) -> dict[str, Any]
 step: int
+store: Any
 swap_rows(self, keys: KeysLike, others: KeysLike) -> None
 to_arrow_batches(self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None) -> pa.RecordBatchReader
 update(self, keys: KeysLike, grads: ArrayLike, *, missing: MissingChange = 'error', create: bool = False, \
@@ -145,7 +146,7 @@ optimizer: "Optimizer | Literal['keep'] | None" = 'keep', dtype: DtypeLike | Non
 progress: Progress = None) -> Commit
 rollback(self) -> None
 stats(self) -> dict[str, int]
-update(self, batches: Mapping[str, tuple[KeysLike, ArrayLike]], *, missing: MissingChange = 'error', \
+update(self, batches: Mapping[str, tuple[KeysLike | Bags, ArrayLike]], *, missing: MissingChange = 'error', \
 create: bool = False, max_norm: float | None = None, extra_norm_sq: float = 0.0, scale: float | None = None, \
 check_finite: bool = True) -> float | None
 update_bag(self, batches: Mapping[str, tuple[Any, ...]], *, missing: MissingChange = 'error', \
@@ -191,6 +192,7 @@ shape: tuple[int, int]
 state(self, column: str, ids: ArrayLike) -> NDArray[np.float32]
 stats(self) -> dict[str, Any]
 step: int
+store: Any
 swap_rows(self, rows: ArrayLike, others: ArrayLike) -> None
 to_arrow_batches(self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None) -> pa.RecordBatchReader
 to_dask_array(self) -> dask.array.Array

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from shardemb import dtypes, initializers
 from shardemb.base.interrupts import signals_deferred
 from shardemb.commits import log_reader, rewrite, verify
-from shardemb.engine import batch
-from shardemb.engine.training import Scaling, is_checked
 from shardemb.errors import PoisonedError, ReadOnlyError, ShardEmbError, StaleReaderError, StoreClosedError
 from shardemb.format.manifest import Commit, check_metadata, check_step, new_entry
 from shardemb.format.spec import check_name, new_spec, normalized
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
 
     from shardemb.base.progress import Progress
     from shardemb.engine.runtime import Runtime
@@ -39,7 +37,7 @@ if TYPE_CHECKING:
     from shardemb.session.pending_commit import PendingCommit
     from shardemb.session.table_catalog import TableRequest
     from shardemb.vocabulary.key_rows import KeyRows
-    from shardemb.vocabulary.keyed_rows import KeyedRows, Missing, MissingChange
+    from shardemb.vocabulary.keyed_rows import KeyedRows, Missing
     from shardemb.vocabulary.keys import KeysLike
 
 
@@ -242,26 +240,6 @@ class Session:
         return keyed_rows.read_many(
             self.runtime, self.batch_targets(ids), ids, missing=missing, create=create
         )
-
-    def update(
-        self,
-        batches: Mapping[str, tuple[KeysLike, ArrayLike]],
-        *,
-        missing: MissingChange,
-        create: bool,
-        scaling: Scaling | None,
-        check_finite: bool,
-    ) -> float | None:
-        """Take one optimizer step in several tables together; see `Store.update`."""
-        self.runtime.check_open()
-        changes = keyed_rows.plan_changes(
-            self.batch_targets(batches),
-            batches,
-            missing=missing,
-            create=create,
-            check_finite=is_checked(scaling, check_finite=check_finite),
-        )
-        return batch.change(self.runtime, changes, scaling)
 
     def batch_targets(self, names: Iterable[str]) -> dict[str, TableState | KeyedRows]:
         """Return what takes batches for tables: a table itself, or, if it is used by key, its `KeyedRows`."""

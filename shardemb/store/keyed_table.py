@@ -75,6 +75,11 @@ class KeyedTable:
     # ---- what it is
 
     @property
+    def store(self) -> Any:  # noqa: ANN401 -- modules know only those below them
+        """The `Store` that the table is in."""
+        return self._rows.store
+
+    @property
     def rows(self) -> Table:
         """The same table by row id. It has more rows than were given out, so that it grows rarely."""
         return self._rows

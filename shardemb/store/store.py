@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from shardemb.base.progress import Progress
     from shardemb.commits.verify import Damage
     from shardemb.dtypes import DtypeLike, RoundingLike
+    from shardemb.engine.bags import Bags
     from shardemb.engine.table_state import TableState
     from shardemb.format.manifest import Commit
     from shardemb.optim import Optimizer
@@ -514,7 +515,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
 
     def update(
         self,
-        batches: Mapping[str, tuple[KeysLike, ArrayLike]],
+        batches: Mapping[str, tuple[KeysLike | Bags, ArrayLike]],
         *,
         missing: MissingChange = "error",
         create: bool = False,
@@ -527,9 +528,10 @@ class Store(Mapping[str, "Table | KeyedTable"]):
 
         Parameters
         ----------
-        batches : mapping of str to (ids, grads)
-            For each table the arguments of `Table.update`, or, for a `KeyedTable`, of `KeyedTable.update`. All batches
-            are checked before any row changes.
+        batches : mapping of str to (ids, grads) or (Bags, grads)
+            For each table the arguments of `Table.update`, or, for a `KeyedTable`, of `KeyedTable.update`; or bags of
+            rows or keys, and the gradient by what they are pooled to, as for `update_bag`. All batches are checked
+            before the first key is added and any row changes.
         missing : {"error", "skip"} or int
             What becomes of gradients of keys without a row, as for `KeyedTable.update`; the same in all tables.
         create : bool
@@ -570,10 +572,17 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         Examples
         --------
         >>> store.update({"tokens": ([1, 2], np.ones((2, 4), np.float32))})
+        >>> store.update({"tokens": (shardemb.Bags([[1, 2]], mode="mean"), np.ones((1, 4), np.float32))})
         """
-        scaling = Scaling.of(scale, max_norm, extra_norm_sq)
-        return self._session.update(
-            batches, missing=missing, create=create, scaling=scaling, check_finite=check_finite
+        session = self._session
+        return keyed_bags.update_many(
+            session.runtime,
+            session.batch_targets(batches),
+            batches,
+            missing=missing,
+            create=create,
+            scaling=Scaling.of(scale, max_norm, extra_norm_sq),
+            check_finite=check_finite,
         )
 
     def lookup_bag(

@@ -70,6 +70,11 @@ class Table:
     # ---- what it is
 
     @property
+    def store(self) -> Any:  # noqa: ANN401 -- modules know only those below them
+        """The `Store` that the table is in."""
+        return self._store
+
+    @property
     def name(self) -> str:
         """Name of the table within its store."""
         return self._state.name

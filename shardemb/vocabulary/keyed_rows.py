@@ -401,32 +401,45 @@ def read_many(
     return read_steadily([each.keys for each in keyed.values()], read)
 
 
-def plan_changes(
+def check_changes(
     targets: Mapping[str, TableState | KeyedRows],
     batches: Mapping[str, tuple[KeysLike, ArrayLike]],
     *,
     missing: MissingChange,
     create: bool,
     check_finite: bool,
-) -> list[Change]:
-    """Check updates of several tables, and give new keys rows; see `Store.update`."""
+) -> tuple[list[Change], list[Callable[[], Change]]]:
+    """Check updates of several tables; see `Store.update`.
+
+    Returns
+    -------
+    changes : list of Change
+        Those of tables by row id.
+    waiting : list of callable
+        Each gives new keys of a table rows, and plans its change.
+    """
     tables, keyed = by_kind(targets)
-    # All of them are checked before the first key is added.
     changes = [
         table.plan_change(*batches[name], "gradients", check_finite=check_finite)
         for name, table in tables.items()
     ]
-    given = {
-        name: each.check_change(
+    unchecked = check_finite and missing == "skip"  # of these, only those that are not skipped count
+    waiting: list[Callable[[], Change]] = []
+    for name, each in keyed.items():
+        given = each.check_change(
             *batches[name], "gradients", missing=missing, create=create, check_finite=check_finite
         )
-        for name, each in keyed.items()
-    }
-    unchecked = check_finite and missing == "skip"  # of these, only those that are not skipped count
-    return changes + [
-        each.plan_change(*given[name], "gradients", missing=missing, create=create, check_finite=unchecked)
-        for name, each in keyed.items()
-    ]
+        waiting.append(
+            partial(
+                each.plan_change,
+                *given,
+                "gradients",
+                missing=missing,
+                create=create,
+                check_finite=unchecked,
+            )
+        )
+    return changes, waiting
 
 
 def by_kind(
