@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from shardemb.torch.pending import Lookup, TableModule
+from shardemb.torch.pending import TableModule
 from shardemb.torch.tensors import array_of_ids, leaf_of
 
 if TYPE_CHECKING:
@@ -34,5 +34,5 @@ class Embedding(TableModule):
         leaf = leaf_of(self.table.lookup(ids), input.device)
         if not torch.is_grad_enabled():
             return leaf.detach()
-        self.pending.append(Lookup(self.table, ids, leaf))
+        self.remember(self.table, ids, leaf)
         return leaf

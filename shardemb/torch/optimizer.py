@@ -32,17 +32,18 @@ class Optimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update the rows that were looked up since the last step, by their gradients."""
         loss = closure() if closure is not None else None
-        lookups = [
-            each for module in self._modules for each in module.take_pending() if each.leaf.grad is not None
-        ]
+        lookups = [each for module in self._modules for each in module.take_pending()]
         for table in {each.table for each in lookups}:
             table.update(*_joined([each for each in lookups if each.table is table]))
+        for each in lookups:
+            each.leaf.grad = None
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget what was looked up since the last step."""
+        """Forget the gradients since the last step."""
         for module in self._modules:
-            module.take_pending()
+            for each in module.take_pending():
+                each.leaf.grad = None
 
 
 def _joined(lookups: list[Lookup]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

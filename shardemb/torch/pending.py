@@ -1,13 +1,16 @@
-"""What the forward passes since the last step looked up: the leaves in which backward collects gradients."""
+"""What forward passes looked up: leaves, which are remembered from the moment on when backward leaves a gradient."""
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from shardemb.store.keyed_table import KeyedTable
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Lookup:
-    """Rows of one table that a forward pass handed to autograd.
+    """Rows of one table that a forward pass handed to autograd, and that backward has left a gradient at.
 
     Attributes
     ----------
@@ -25,7 +28,7 @@ class Lookup:
     ids : ndarray or list
         Whose rows, in the shape in which they were given.
     leaf : torch.Tensor
-        The rows. Its gradient is None until backward has reached it.
+        The rows, or what the bags were pooled to.
     """
 
     table: Table | KeyedTable
@@ -34,13 +37,50 @@ class Lookup:
 
 
 class TableModule(nn.Module):
-    """A module whose rows are in tables: it has no parameters, and remembers what is looked up until the next step."""
+    """A module whose rows are in tables: it has no parameters, and remembers the gradients until the next step.
+
+    Attributes
+    ----------
+    pending : list of Lookup
+        Those whose leaves got gradients since the last step, in the order in which they got them.
+    on_gradient : callable, optional
+        Called with each that is added to `pending`.
+    taken : int
+        How often `pending` was taken.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.pending: list[Lookup] = []
+        self.on_gradient: Callable[[Lookup], None] | None = None
+        self.taken = 0
+
+    def remember(self, table: Table | KeyedTable, ids: Any, leaf: torch.Tensor) -> None:  # noqa: ANN401
+        """Add a lookup to `pending` as soon as backward leaves a gradient at its leaf.
+
+        So a forward pass that no backward follows costs nothing once its result is gone, a forward pass that is run
+        again for its gradients counts once, and gradients may be zeroed between forward and backward.
+        """
+        # Neither the module nor the leaf is held by the leaf: there would be cycles through memory of torch.
+        owner, added = weakref.ref(self), -1
+
+        def arrived(leaf: torch.Tensor) -> None:
+            nonlocal added
+            module = owner()
+            if module is not None and added != module.taken:  # a second backward adds to the same gradient
+                added = module.taken
+                module.add(Lookup(table, ids, leaf))
+
+        leaf.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
+
+    def add(self, lookup: Lookup) -> None:
+        """Add a lookup that has got a gradient."""
+        self.pending.append(lookup)
+        if self.on_gradient is not None:
+            self.on_gradient(lookup)
 
     def take_pending(self) -> list[Lookup]:
-        """Return what was looked up since the last call, and forget it."""
+        """Return what has got gradients since the last call, and forget it."""
         taken, self.pending = self.pending, []
+        self.taken += 1
         return taken
