@@ -19,6 +19,7 @@ array([[-1. , -1. , -1. , -1. ],
 """
 
 from shardemb.torch.embedding import Embedding
+from shardemb.torch.lookahead import Pipeline, prefetching
 from shardemb.torch.optimizer import Optimizer
 
-__all__ = ["Embedding", "Optimizer"]
+__all__ = ["Embedding", "Optimizer", "Pipeline", "prefetching"]

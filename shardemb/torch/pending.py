@@ -84,3 +84,8 @@ class TableModule(nn.Module):
         taken, self.pending = self.pending, []
         self.taken += 1
         return taken
+
+    def named_tables(self) -> dict[str, Any]:
+        """Return the tables that a forward pass looks up: those of a collection by feature, or a single one by ""."""
+        table = getattr(self, "table", None)
+        return {} if table is None else {"": table}
