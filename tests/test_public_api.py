@@ -283,6 +283,13 @@ decode(self, ids: ArrayLike) -> list[list[str]]
 encode(self, sentences: Iterable[str], *, create: bool = False) -> NDArray[np.int64]
 """
 
+TORCH = """
+Pipeline(model: torch.nn.Module, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], \
+loader: Iterable[Any] | None = None, depth: int = 2, *, loss: Loss | None = None, ids: Ids | None = None)
+prefetching(loader: Iterable[Batch], model: torch.nn.Module, depth: int = 2, *, \
+ids: Ids | None = None) -> Prefetching[Batch]
+"""
+
 
 COMMON = inspect.signature(optim.Optimizer).parameters.values()
 
@@ -375,6 +382,15 @@ def test_types_come_with_the_package():
 )
 def test_signatures_are_pinned(members, pinned):
     assert signatures(members) == sorted(pinned.strip().split("\n"))
+
+
+def test_signatures_for_torch_are_pinned():
+    pytest.importorskip("torch")
+    names = importlib.import_module("shardemb.torch")
+    pinned = sorted(TORCH.strip().split("\n"))
+    members = {name: getattr(names, name) for name in names.__all__}
+    unpinned = members.keys() & {"Embedding", "Optimizer"}
+    assert signatures({name: value for name, value in members.items() if name not in unpinned}) == pinned
 
 
 def test_a_store_is_a_context_manager_and_a_mapping_of_its_tables():

@@ -89,8 +89,10 @@ def prefetching(
     Examples
     --------
     >>> import torch
+    >>> import shardemb.torch
+    >>> store = shardemb.open(tmp / "ahead.zarr")
     >>> table = store.create_table(
-    ...     "ahead", num_embeddings=100, embedding_dim=4, optimizer=shardemb.optim.SGD(lr=0.5)
+    ...     "words", num_embeddings=100, embedding_dim=4, optimizer=shardemb.optim.SGD(lr=0.5)
     ... )
     >>> words = shardemb.torch.Embedding(table)
     >>> optimizer = shardemb.torch.Optimizer(words)
@@ -100,6 +102,8 @@ def prefetching(
     ...     optimizer.step()
     >>> table.step
     4
+    >>> commit = store.commit(step=4)
+    >>> store.close()
     """
     return Prefetching(loader, Reader(model, ids, depth))
 
@@ -370,8 +374,10 @@ class Pipeline:
     Examples
     --------
     >>> import torch
+    >>> import shardemb.torch
+    >>> store = shardemb.open(tmp / "piped.zarr")
     >>> table = store.create_table(
-    ...     "piped", num_embeddings=100, embedding_dim=4, optimizer=shardemb.optim.SGD(lr=0.5)
+    ...     "words", num_embeddings=100, embedding_dim=4, optimizer=shardemb.optim.SGD(lr=0.5)
     ... )
     >>> words = shardemb.torch.Embedding(table)
     >>> def squares(model, batch):
@@ -383,6 +389,11 @@ class Pipeline:
     torch.Size([25, 4])
     >>> table.step
     1
+    >>> batches = iter([torch.tensor([1, 2]), torch.tensor([2, 3])])
+    >>> pipeline.progress(batches).shape
+    torch.Size([2, 4])
+    >>> commit = store.commit(step=table.step)
+    >>> store.close()
     """
 
     def __init__(
@@ -431,14 +442,6 @@ class Pipeline:
         Notes
         -----
         Not for several threads at once. As in TorchRec's pipelines, the loss of a step is the sum of `losses`.
-
-        Examples
-        --------
-        >>> batches = iter([torch.tensor([1, 2]), torch.tensor([2, 3])])
-        >>> pipeline.progress(batches).shape
-        torch.Size([2, 4])
-        >>> pipeline.progress(batches)[1].shape
-        torch.Size([4])
         """
         batch = self._next(iterator)
         training = self._model.training
