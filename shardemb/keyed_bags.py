@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from shardemb.engine import bags, batch
 from shardemb.engine.bags import Bags, Form
-from shardemb.engine.training import is_checked
+from shardemb.engine.planned import norm_of
+from shardemb.engine.training import Scaling, is_checked
 from shardemb.vocabulary import keyed_rows
 from shardemb.vocabulary.key_rows import read_steadily
 from shardemb.vocabulary.keyed_rows import by_kind
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from shardemb.engine.planned import Change
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.table_state import TableState
-    from shardemb.engine.training import Scaling
     from shardemb.vocabulary.keyed_rows import KeyedRows, Missing, MissingChange
     from shardemb.vocabulary.keys import KeysLike
 
@@ -185,19 +186,51 @@ def update_many(
 ) -> float | None:
     """Take one optimizer step in several tables, all or none, by gradients of rows or bags; see `Store.update`."""
     runtime.check_open()
-    finite = is_checked(scaling, check_finite=check_finite)
+    changes = _plan_updates(
+        targets,
+        batches,
+        missing,
+        create=create,
+        check_finite=is_checked(scaling, check_finite=check_finite),
+    )
+    return batch.change(runtime, changes, scaling)
+
+
+def gradient_norm(
+    runtime: Runtime,
+    targets: Mapping[str, TableState | KeyedRows],
+    batches: Mapping[str, tuple[Any, ArrayLike]],
+    *,
+    missing: MissingChange,
+) -> float:
+    """Return the norm of all gradients together, and change nothing; see `Store.gradient_norm`."""
+    runtime.check_open()
+    changes = _plan_updates(targets, batches, missing, create=False, check_finite=False)
+    return norm_of(changes, Scaling(scale=1.0), partial(batch.run_pieces, runtime))
+
+
+def _plan_updates(
+    targets: Mapping[str, TableState | KeyedRows],
+    batches: Mapping[str, tuple[Any, ArrayLike]],
+    missing: MissingChange,
+    *,
+    create: bool,
+    check_finite: bool,
+) -> list[Change]:
+    """Check updates by gradients of rows or bags, and give new keys rows."""
     pooled = {name for name, each in batches.items() if _has_bags(each)}
     of_bags = {name: each for name, each in targets.items() if name in pooled}
     of_rows = {name: each for name, each in targets.items() if name not in pooled}
     # All of them are checked before the first key is added.
     changes, waiting = keyed_rows.check_changes(
-        of_rows, batches, missing=missing, create=create, check_finite=finite
+        of_rows, batches, missing=missing, create=create, check_finite=check_finite
     )
-    more, checked = _check_changes(of_bags, batches, missing, check_finite=finite, scale_grad_by_freq=False)
+    more, checked = _check_changes(
+        of_bags, batches, missing, check_finite=check_finite, scale_grad_by_freq=False
+    )
     changes += more
     changes += [plan() for plan in waiting]
-    changes += [each.plan(create=create, scale_grad_by_freq=False) for each in checked]
-    return batch.change(runtime, changes, scaling)
+    return changes + [each.plan(create=create, scale_grad_by_freq=False) for each in checked]
 
 
 def _has_bags(given: tuple[Any, ArrayLike]) -> bool:

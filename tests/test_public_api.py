@@ -130,6 +130,8 @@ create_vocabulary(self, name: str, *, key_type: KeyType, admission: Admission | 
 reserved: int = 0) -> Vocabulary
 drop_table(self, name: str) -> None
 drop_vocabulary(self, name: str) -> None
+gradient_norm(self, batches: Mapping[str, tuple[KeysLike | Bags, ArrayLike]], *, missing: MissingChange = 'error') \
+-> float
 has_changes: bool
 info(self) -> display.StoreInfo
 last_commit: Commit | None
@@ -152,6 +154,7 @@ check_finite: bool = True) -> float | None
 update_bag(self, batches: Mapping[str, tuple[Any, ...]], *, missing: MissingChange = 'error', \
 create: bool = False, scale_grad_by_freq: bool = False, max_norm: float | None = None, \
 extra_norm_sq: float = 0.0, scale: float | None = None, check_finite: bool = True) -> float | None
+uuid: str
 verify(self, tables: Sequence[str] | None = None, *, progress: Progress = None) -> list[Damage]
 vocabularies: Mapping[str, Vocabulary]
 """

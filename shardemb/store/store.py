@@ -585,6 +585,49 @@ class Store(Mapping[str, "Table | KeyedTable"]):
             check_finite=check_finite,
         )
 
+    def gradient_norm(
+        self, batches: Mapping[str, tuple[KeysLike | Bags, ArrayLike]], *, missing: MissingChange = "error"
+    ) -> float:
+        """Return the norm of gradients that `update` would take, and change nothing.
+
+        To clip, `update` needs no other call: it has `max_norm`. This is for those who have more to scale by the norm
+        before the step.
+
+        Parameters
+        ----------
+        batches : mapping of str to (ids, grads) or (Bags, grads)
+            As for `update`.
+        missing : {"error", "skip"} or int
+            As for `update`.
+
+        Returns
+        -------
+        float
+            The Euclidean norm of the gradients of all rows together, those of a row that occurs several times summed
+            first. Infinite or NaN if one of them is.
+
+        Raises
+        ------
+        TableNotFoundError, TypeError, ValueError, RowIdError, UnknownKeyError
+            As `update`, but for gradients that are not finite.
+        StoreClosedError
+            The store was closed.
+
+        Notes
+        -----
+        Safe from any thread. Scaling the gradients by ``min(1, max_norm / (norm + 1e-6))`` is what `update` does with
+        ``max_norm``.
+
+        Examples
+        --------
+        >>> store.gradient_norm({"tokens": ([1, 1, 2], np.ones((3, 4), np.float32))}) ** 2
+        20.0
+        """
+        session = self._session
+        return keyed_bags.gradient_norm(
+            session.runtime, session.batch_targets(batches), batches, missing=missing
+        )
+
     def lookup_bag(
         self, bags: Mapping[str, Any], *, missing: Missing = "error", create: bool = False
     ) -> dict[str, NDArray[np.float32]]:
@@ -997,6 +1040,11 @@ class Store(Mapping[str, "Table | KeyedTable"]):
     def path(self) -> Path:
         """The store's folder, as an absolute path."""
         return self._session.runtime.path
+
+    @property
+    def uuid(self) -> str:
+        """Identity of the store, whatever its path; a copy has another."""
+        return self._session.runtime.committed.uuid
 
     def __repr__(self) -> str:
         session = self._session

@@ -59,6 +59,8 @@ def test_clipping_by_the_norm_of_all_tables(tmp_path_factory, first, second, max
             max_norm=max_norm, extra_norm_sq=extra, scale=scale,
         )  # fmt: skip
         assert got == pytest.approx(expected, rel=1e-6)
+        alone = store.gradient_norm({f"by_hand_{name}": batch for name, batch in batches.items()})
+        assert math.sqrt((alone / (scale or 1)) ** 2 + extra) == pytest.approx(got, rel=1e-12)
         store.update({f"by_hand_{name}": (ids, values * factor) for name, (ids, values) in batches.items()})
         for name in batches:
             one, other = (store[f"{kind}_{name}"].lookup(range(21)) for kind in ("clipped", "by_hand"))
@@ -76,6 +78,29 @@ def test_clipping_agrees_with_torch(store, two):
     torch.optim.SGD([parameter], lr=1.0).step()
     assert store.update({"a": (ids, values)}, max_norm=0.5) == pytest.approx(float(expected), rel=1e-6)
     np.testing.assert_allclose(two[0].lookup(range(100)), parameter.detach().numpy(), rtol=1e-6)
+
+
+def test_the_norm_alone_changes_nothing(store, two):
+    store.create_vocabulary("v", key_type="int64")
+    keyed = store.create_table("k", vocabulary="v", embedding_dim=2, optimizer=SGD(lr=1.0))
+    keyed.vocabulary.add([5])
+    commit = store.commit()
+    batches = {
+        "a": ([1, 1], np.ones((2, 3))),
+        "b": (shardemb.Bags([1, 2], [0], mode="mean"), np.ones((1, 8))),
+        "k": ([5, 6], [[3.0, 0], [100.0, 0]]),
+    }
+    assert store.gradient_norm(batches, missing="skip") == pytest.approx(math.sqrt(12 + 2 * 8 / 4 + 9))
+    assert (store.last_commit, store.has_changes, keyed.num_embeddings) == (commit, False, 1)
+    assert math.isnan(store.gradient_norm({"a": ([1], np.full((1, 3), np.nan))}))
+    assert store.gradient_norm({}) == 0
+    with pytest.raises(shardemb.UnknownKeyError):
+        store.gradient_norm(batches)
+    with pytest.raises(shardemb.RowIdError):
+        store.gradient_norm({"a": ([100], np.ones((1, 3)))})
+    store.close()
+    with pytest.raises(shardemb.StoreClosedError):
+        store.gradient_norm(batches)
 
 
 def test_without_limits_there_is_no_norm(store, two):
