@@ -620,8 +620,8 @@ class Store(Mapping[str, "Table | KeyedTable"]):
 
         Examples
         --------
-        >>> store.gradient_norm({"tokens": ([1, 1, 2], np.ones((3, 4), np.float32))}) ** 2
-        20.0
+        >>> store.gradient_norm({"tokens": ([1, 1], np.ones((2, 4), np.float32))})
+        4.0
         """
         session = self._session
         return keyed_bags.gradient_norm(
