@@ -62,6 +62,7 @@ ROOMS = {
     ],
     "store": ["vocabulary", "table", "keyed_table", "store", "opening"],
     "text": [],
+    "dynamicemb": [],
     "torch": ["tensors", "pending", "embedding", "optimizer", "lookahead"],
     "quickstart": ["corpus", "training"],
     "warm_up": [],
@@ -71,7 +72,7 @@ ROOMS = {
 LEVELS = [
     {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission", "dtypes"}, {"format"}, {"precision"},
     {"storage"}, {"commits", "memory"}, {"engine", "io"}, {"table_source"}, {"vocabulary"}, {"keyed_bags"}, {"session"},
-    {"store"}, {"text", "torch"}, {"quickstart", "warm_up"}, {"cli"},
+    {"store"}, {"text", "torch", "dynamicemb"}, {"quickstart", "warm_up"}, {"cli"},
 ]  # fmt: skip
 
 # These stand on the public names alone, like a user's program.
@@ -94,14 +95,7 @@ OUTSIDE = {
     "fcntl": {"storage.files"},
     "shutil": {"storage.files"},
     "tempfile": {"compute.compiler", "warm_up"},
-    "torch": {
-        "torch",
-        "torch.tensors",
-        "torch.pending",
-        "torch.embedding",
-        "torch.optimizer",
-        "torch.lookahead",
-    },
+    "torch": {"dynamicemb", "torch", *(f"torch.{name}" for name in ROOMS["torch"])},
     "subprocess": set(),
     "socket": set(),
 }
