@@ -14,7 +14,7 @@ from shardemb.engine.planned import norm_of
 from shardemb.engine.training import Scaling, is_checked
 from shardemb.vocabulary import keyed_rows
 from shardemb.vocabulary.key_rows import read_steadily
-from shardemb.vocabulary.keyed_rows import by_kind
+from shardemb.vocabulary.keyed_rows import by_kind, missing_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -179,7 +179,7 @@ def update_many(
     targets: Mapping[str, TableState | KeyedRows],
     batches: Mapping[str, tuple[Any, ArrayLike]],
     *,
-    missing: MissingChange,
+    missing: MissingChange | Mapping[str, MissingChange],
     create: bool,
     scaling: Scaling | None,
     check_finite: bool,
@@ -201,7 +201,7 @@ def gradient_norm(
     targets: Mapping[str, TableState | KeyedRows],
     batches: Mapping[str, tuple[Any, ArrayLike]],
     *,
-    missing: MissingChange,
+    missing: MissingChange | Mapping[str, MissingChange],
 ) -> float:
     """Return the norm of all gradients together, and change nothing; see `Store.gradient_norm`."""
     runtime.check_open()
@@ -212,7 +212,7 @@ def gradient_norm(
 def _plan_updates(
     targets: Mapping[str, TableState | KeyedRows],
     batches: Mapping[str, tuple[Any, ArrayLike]],
-    missing: MissingChange,
+    missing: MissingChange | Mapping[str, MissingChange],
     *,
     create: bool,
     check_finite: bool,
@@ -240,7 +240,7 @@ def _has_bags(given: tuple[Any, ArrayLike]) -> bool:
 def _check_changes(
     targets: Mapping[str, TableState | KeyedRows],
     given: Mapping[str, tuple[Bags, ArrayLike]],
-    missing: MissingChange,
+    missing: MissingChange | Mapping[str, MissingChange],
     *,
     scale_grad_by_freq: bool,
     check_finite: bool,
@@ -254,7 +254,7 @@ def _check_changes(
         for name, table in tables.items()
     ]
     checked = [
-        CheckedChange.of(each, *given[name], missing, check_finite=check_finite)
+        CheckedChange.of(each, *given[name], missing_in(missing, name), check_finite=check_finite)
         for name, each in keyed.items()
     ]
     return changes, checked

@@ -63,7 +63,7 @@ ROOMS = {
     "store": ["vocabulary", "table", "keyed_table", "store", "opening"],
     "text": [],
     "dynamicemb": [],
-    "torch": ["tensors", "pending", "embedding", "optimizer", "lookahead"],
+    "torch": ["tensors", "pending", "merging", "embedding", "embedding_bag", "optimizer", "lookahead"],
     "quickstart": ["corpus", "training"],
     "warm_up": [],
     "cli": [],
@@ -432,6 +432,7 @@ def test_parameters_are_few():
     for pooled in ("lookup_bag", "bag_weight_gradient", "update_bag"):  # names and order of torch's arguments
         many.pop(f"store.table.{pooled}", None)
         many.pop(f"store.keyed_table.{pooled}", None)
+    many.pop("torch.embedding_bag.__init__")  # the same
     many.pop("cli.export")  # click passes each option of the command line by name
     assert many == {}
 

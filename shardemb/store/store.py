@@ -517,7 +517,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         self,
         batches: Mapping[str, tuple[KeysLike | Bags, ArrayLike]],
         *,
-        missing: MissingChange = "error",
+        missing: MissingChange | Mapping[str, MissingChange] = "error",
         create: bool = False,
         max_norm: float | None = None,
         extra_norm_sq: float = 0.0,
@@ -532,8 +532,9 @@ class Store(Mapping[str, "Table | KeyedTable"]):
             For each table the arguments of `Table.update`, or, for a `KeyedTable`, of `KeyedTable.update`; or bags of
             rows or keys, and the gradient by what they are pooled to, as for `update_bag`. All batches are checked
             before the first key is added and any row changes.
-        missing : {"error", "skip"} or int
-            What becomes of gradients of keys without a row, as for `KeyedTable.update`; the same in all tables.
+        missing : {"error", "skip"} or int, or mapping of str to these
+            What becomes of gradients of keys without a row, as for `KeyedTable.update`: the same in all tables, or for
+            each table its own, and ``"error"`` in those that the mapping leaves out.
         create : bool
             Give new keys rows first, as for `KeyedTable.update`.
         max_norm : float, optional
@@ -586,7 +587,10 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         )
 
     def gradient_norm(
-        self, batches: Mapping[str, tuple[KeysLike | Bags, ArrayLike]], *, missing: MissingChange = "error"
+        self,
+        batches: Mapping[str, tuple[KeysLike | Bags, ArrayLike]],
+        *,
+        missing: MissingChange | Mapping[str, MissingChange] = "error",
     ) -> float:
         """Return the norm of gradients that `update` would take, and change nothing.
 

@@ -19,7 +19,8 @@ array([[-1. , -1. , -1. , -1. ],
 """
 
 from shardemb.torch.embedding import Embedding
+from shardemb.torch.embedding_bag import EmbeddingBag
 from shardemb.torch.lookahead import Pipeline, prefetching
 from shardemb.torch.optimizer import Optimizer
 
-__all__ = ["Embedding", "Optimizer", "Pipeline", "prefetching"]
+__all__ = ["Embedding", "EmbeddingBag", "Optimizer", "Pipeline", "prefetching"]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from shardemb.torch.pending import Lookup, TableModule
+from shardemb.torch.merging import merged
+from shardemb.torch.pending import TableModule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-
-    from numpy.typing import NDArray
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -33,8 +31,8 @@ class Optimizer(torch.optim.Optimizer):
         """Update the rows that were looked up since the last step, by their gradients."""
         loss = closure() if closure is not None else None
         lookups = [each for module in self._modules for each in module.take_pending()]
-        for table in {each.table for each in lookups}:
-            table.update(*_joined([each for each in lookups if each.table is table]))
+        for step in merged(lookups):
+            step.store.update(step.batches, missing=step.missing)
         for each in lookups:
             each.leaf.grad = None
         return loss
@@ -44,11 +42,3 @@ class Optimizer(torch.optim.Optimizer):
         for module in self._modules:
             for each in module.take_pending():
                 each.leaf.grad = None
-
-
-def _joined(lookups: list[Lookup]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    ids = np.concatenate([each.ids.reshape(-1) for each in lookups])
-    grads = [
-        each.leaf.grad.reshape(-1, each.leaf.shape[-1]) for each in lookups if each.leaf.grad is not None
-    ]
-    return ids, torch.cat(grads).cpu().numpy()

@@ -2,38 +2,63 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
+    from numpy.typing import NDArray
 
-    from shardemb.store.keyed_table import KeyedTable
-    from shardemb.store.table import Table
+    from shardemb.engine.bags import Bags
+
+AnyTable: TypeAlias = Any
+"""A `Table` or a `KeyedTable`, or what is used like one of them: it may be in another process."""
+
+Missing: TypeAlias = 'Literal["error", "initial", "zeros"] | int'
+"""What a lookup returns for a key without a row; see `KeyedTable.lookup`."""
+
+DTYPES = {each: str(each).removeprefix("torch.") for each in (torch.float32, torch.float16, torch.bfloat16)}
+"""What rows can be looked up as, and their names; other floats are made of float32."""
+
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True, eq=False)
 class Lookup:
-    """Rows of one table that a forward pass handed to autograd, and that backward has left a gradient at.
+    """Rows or bags of one table that a forward pass handed to autograd, and that backward has left a gradient at.
 
     Attributes
     ----------
     table : Table or KeyedTable
         Where they are from.
-    ids : ndarray or list
-        Whose rows, in the shape in which they were given.
+    ids : ndarray or Bags
+        Whose rows, or which bags of rows. Nobody else has the array.
     leaf : torch.Tensor
         The rows, or what the bags were pooled to.
+    padding_idx : int, str, bytes or None
+        Gradients of this row or key are dropped, besides those of the table's own padding. Bags have theirs.
+    scale_grad_by_freq : bool
+        Whether gradients are divided by how often the id of their row occurs among the ids.
+    missing : {"error", "initial", "zeros"} or int
+        What keys without a row were looked up as.
+    number : int
+        Lookups of all modules are numbered in the order of the forward passes.
     """
 
-    table: Table | KeyedTable
-    ids: Any
+    table: AnyTable
+    ids: NDArray[Any] | Bags
     leaf: torch.Tensor
+    padding_idx: Any = None
+    scale_grad_by_freq: bool = False
+    missing: Missing = "error"
+    number: int = 0
 
 
 class TableModule(nn.Module):
@@ -41,26 +66,70 @@ class TableModule(nn.Module):
 
     Attributes
     ----------
+    tables : tuple of Table or KeyedTable
+        Those that it looks up rows in.
     pending : list of Lookup
         Those whose leaves got gradients since the last step, in the order in which they got them.
     on_gradient : callable, optional
         Called with each that is added to `pending`.
     taken : int
         How often `pending` was taken.
+    missing, create : see `KeyedTable.lookup`
+        What becomes of keys without a row; keys are created in training only.
+    dtype : torch.dtype
+        Of the results.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, tables: tuple[AnyTable, ...], missing: Missing, dtype: torch.dtype, *, create: bool
+    ) -> None:
         super().__init__()
+        for table in tables:
+            _check(table, missing, create=create)
+        if not isinstance(dtype, torch.dtype) or (dtype not in DTYPES and dtype is not torch.float64):
+            msg = f"dtype must be torch.float32, float64, float16 or bfloat16, got {dtype!r}"
+            raise (ValueError if isinstance(dtype, torch.dtype) else TypeError)(msg)
+        self.tables = tables
+        self.missing, self.create, self.dtype = missing, create, dtype
         self.pending: list[Lookup] = []
         self.on_gradient: Callable[[Lookup], None] | None = None
         self.taken = 0
 
-    def remember(self, table: Table | KeyedTable, ids: Any, leaf: torch.Tensor) -> None:  # noqa: ANN401
+    # ---- between forward and step
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a forward pass now is one whose gradients a step may take: in training, with gradients enabled."""
+        return self.training and torch.is_grad_enabled()
+
+    @property
+    def creates(self) -> bool:
+        """Whether a forward pass now gives new keys rows."""
+        return self.create and self.training
+
+    def remember(
+        self,
+        table: AnyTable,
+        ids: NDArray[Any] | Bags,
+        leaf: torch.Tensor,
+        *,
+        padding_idx: Any = None,  # noqa: ANN401
+        scale_grad_by_freq: bool = False,
+    ) -> None:
         """Add a lookup to `pending` as soon as backward leaves a gradient at its leaf.
 
         So a forward pass that no backward follows costs nothing once its result is gone, a forward pass that is run
         again for its gradients counts once, and gradients may be zeroed between forward and backward.
         """
+        make = partial(
+            Lookup,
+            table,
+            ids,
+            padding_idx=padding_idx,
+            scale_grad_by_freq=scale_grad_by_freq,
+            missing=self.missing,
+            number=next(_numbers),
+        )
         # Neither the module nor the leaf is held by the leaf: there would be cycles through memory of torch.
         owner, added = weakref.ref(self), -1
 
@@ -69,9 +138,9 @@ class TableModule(nn.Module):
             module = owner()
             if module is not None and added != module.taken:  # a second backward adds to the same gradient
                 added = module.taken
-                module.add(Lookup(table, ids, leaf))
+                module.add(make(leaf=leaf))
 
-        leaf.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
+        leaf.requires_grad_().register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
 
     def add(self, lookup: Lookup) -> None:
         """Add a lookup that has got a gradient."""
@@ -85,7 +154,70 @@ class TableModule(nn.Module):
         self.taken += 1
         return taken
 
-    def named_tables(self) -> dict[str, Any]:
+    def named_tables(self) -> dict[str, AnyTable]:
         """Return the tables that a forward pass looks up: those of a collection by feature, or a single one by ""."""
-        table = getattr(self, "table", None)
-        return {} if table is None else {"": table}
+        return {"": self.tables[0]}
+
+    # ---- what a module with parameters could do, and this cannot
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        if name == "weight":
+            names = ", ".join(repr(each.name) for each in self.tables)
+            msg = (
+                f"{type(self).__name__} has no weight in memory: its rows are in table {names}; read some with "
+                f"table.lookup(ids), or all with numpy.asarray(table)"
+            )
+            raise AttributeError(msg)
+        return super().__getattr__(name)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        names = ", ".join(repr(each.name) for each in self.tables)
+        msg = (
+            f"{type(self).__name__} cannot be copied or pickled: its rows are in table {names} of a store on disk, "
+            f"which a copy would share. Save model.state_dict() and commit the store instead of pickling the model; "
+            f"for a second model, or in another process, open the store and make a new module"
+        )
+        raise TypeError(msg)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        msg = (
+            f"{type(self).__name__} does not work in torch.nn.DataParallel, which copies modules: use "
+            f"torch.nn.parallel.DistributedDataParallel"
+        )
+        raise RuntimeError(msg)
+
+
+def is_keyed(table: AnyTable) -> bool:
+    """Return whether a table is used by key."""
+    return hasattr(table, "vocabulary")
+
+
+def _check(table: AnyTable, missing: Missing, *, create: bool) -> None:
+    if not hasattr(table, "lookup_bag") or not hasattr(table, "store"):
+        msg = f"table must be a table of a store, which store[name] returns, got {table!r:.80}"
+        raise TypeError(msg)
+    if table.dtype == "raw":
+        msg = f"table {table.name!r} holds raw bytes, which are no numbers to train: look them up with table.lookup()"
+        raise ValueError(msg)
+    if not is_keyed(table) and (create or missing != "error"):
+        msg = f"table {table.name!r} is used by row id: missing= and create= are for tables with a vocabulary"
+        raise ValueError(msg)
+
+
+# ---- torch.compile ----------------------------------------------------------------------------------------------
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401
+    return function(*arguments)
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    """Make ``uncompiled``, which calls a function outside of compiled graphs, when it is first asked for.
+
+    ``torch.compiler.disable`` loads the compiler, which takes seconds. Only programs that compile need it.
+    """
+    if name != "uncompiled":
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    globals()[name] = torch.compiler.disable(_call)  # type: ignore[no-untyped-call]
+    return globals()[name]

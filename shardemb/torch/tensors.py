@@ -4,28 +4,80 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
+_INTEGERS: dict[int, type[np.generic]] = {1: np.uint8, 2: np.int16}
+"""By their bytes, the integers that torch and NumPy both know."""
 
-def array_of_ids(ids: torch.Tensor) -> NDArray[Any]:
-    """Return the ids of a tensor as an array, without a copy where they are in the memory of this process.
+
+def array_of_ids(ids: Any, *, own: bool = False) -> NDArray[Any]:  # noqa: ANN401
+    """Return ids or keys as an array.
+
+    Parameters
+    ----------
+    ids : torch.Tensor of int, or array_like of int, str or bytes
+        Of any shape, on any device. Strings may be in nested lists.
+    own : bool
+        Whether they are kept for longer than the call, in which the caller may overwrite them: then they are copied.
+        Otherwise they may share the memory of the tensor.
 
     Raises
     ------
     TypeError
-        They are not integers.
+        A tensor does not hold integers.
     """
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype is torch.bool:
-        msg = f"ids must be a tensor of integers, got {ids.dtype}: use ids.long()"
-        raise TypeError(msg)
-    array: NDArray[Any] = ids.detach().cpu().numpy()
+    if isinstance(ids, torch.Tensor):
+        if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype is torch.bool:
+            msg = f"ids must be a tensor of integers, got {ids.dtype}: use ids.long()"
+            raise TypeError(msg)
+        array = ids.detach().cpu().numpy()
+    else:
+        array = _array_of_keys(ids)
+    if own:
+        narrow = array.dtype.kind in "iu" and array.dtype != np.uint64  # int64 need not be converted again
+        return np.array(array, np.int64 if narrow else None)
     return array
 
 
-def leaf_of(rows: NDArray[np.float32], device: torch.device) -> torch.Tensor:
-    """Return rows as a tensor whose gradient backward collects; it shares their memory on the CPU."""
-    return torch.from_numpy(rows).to(device).requires_grad_()
+def _array_of_keys(keys: Any) -> NDArray[Any]:  # noqa: ANN401
+    if isinstance(keys, np.ndarray):
+        return keys
+    array = np.array(keys, dtype=object)  # NumPy's own strings and bytes are cut or padded
+    if not array.size:
+        return array.astype(np.int64)
+    return array if isinstance(array.flat[0], str | bytes) else np.asarray(keys)
+
+
+def tensor_of(rows: NDArray[Any], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return rows as a tensor; it shares their memory if that is on the device and they are of the dtype."""
+    if rows.dtype.kind == "f" and rows.dtype.isbuiltin == 1:
+        return torch.from_numpy(rows).to(device, dtype)
+    integers = torch.from_numpy(rows.view(_INTEGERS[rows.dtype.itemsize]))
+    return integers.view(getattr(torch, rows.dtype.name)).to(device, dtype)
+
+
+def gradient_of(leaf: torch.Tensor) -> NDArray[np.float32]:
+    """Return the gradient that backward has left at a leaf, as float32 in the memory of this process."""
+    if leaf.grad is None:
+        return np.zeros(leaf.shape, np.float32)
+    gradient = leaf.grad.detach()
+    array: NDArray[np.float32] = gradient.to("cpu", torch.float32).contiguous().numpy()
+    return array
+
+
+class Alias(torch.autograd.Function):
+    """A leaf's values as a tensor that may be changed in place, as the result of `torch.nn.Embedding` may be."""
+
+    @staticmethod
+    def forward(context: Any, leaf: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+        """Return a tensor that shares the memory of the leaf."""
+        return leaf.detach()
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+        """Return the gradient as it is."""
+        return gradients[0]

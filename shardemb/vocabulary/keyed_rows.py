@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -18,7 +19,7 @@ from shardemb.vocabulary import keys
 from shardemb.vocabulary.key_rows import read_steadily
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
@@ -405,7 +406,7 @@ def check_changes(
     targets: Mapping[str, TableState | KeyedRows],
     batches: Mapping[str, tuple[KeysLike, ArrayLike]],
     *,
-    missing: MissingChange,
+    missing: MissingChange | Mapping[str, MissingChange],
     create: bool,
     check_finite: bool,
 ) -> tuple[list[Change], list[Callable[[], Change]]]:
@@ -423,23 +424,28 @@ def check_changes(
         table.plan_change(*batches[name], "gradients", check_finite=check_finite)
         for name, table in tables.items()
     ]
-    unchecked = check_finite and missing == "skip"  # of these, only those that are not skipped count
     waiting: list[Callable[[], Change]] = []
     for name, each in keyed.items():
+        handled = missing_in(missing, name)
         given = each.check_change(
-            *batches[name], "gradients", missing=missing, create=create, check_finite=check_finite
+            *batches[name], "gradients", missing=handled, create=create, check_finite=check_finite
         )
         waiting.append(
             partial(
                 each.plan_change,
                 *given,
                 "gradients",
-                missing=missing,
+                missing=handled,
                 create=create,
-                check_finite=unchecked,
+                check_finite=check_finite and handled == "skip",  # only those that are not skipped count
             )
         )
     return changes, waiting
+
+
+def missing_in(missing: MissingChange | Mapping[str, MissingChange], table: str) -> MissingChange:
+    """Return what a change of several tables does with keys without a row of one of them."""
+    return missing.get(table, "error") if isinstance(missing, Mapping) else missing
 
 
 def by_kind(
