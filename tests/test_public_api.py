@@ -148,8 +148,9 @@ optimizer: "Optimizer | Literal['keep'] | None" = 'keep', dtype: DtypeLike | Non
 progress: Progress = None) -> Commit
 rollback(self) -> None
 stats(self) -> dict[str, int]
-update(self, batches: Mapping[str, tuple[KeysLike | Bags, ArrayLike]], *, missing: MissingChange = 'error', \
-create: bool = False, max_norm: float | None = None, extra_norm_sq: float = 0.0, scale: float | None = None, \
+update(self, batches: Mapping[str, tuple[KeysLike | Bags, ArrayLike]], *, \
+missing: MissingChange | Mapping[str, MissingChange] = 'error', create: bool = False, \
+max_norm: float | None = None, extra_norm_sq: float = 0.0, scale: float | None = None, \
 check_finite: bool = True) -> float | None
 update_bag(self, batches: Mapping[str, tuple[Any, ...]], *, missing: MissingChange = 'error', \
 create: bool = False, scale_grad_by_freq: bool = False, max_norm: float | None = None, \
