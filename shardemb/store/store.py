@@ -601,7 +601,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         ----------
         batches : mapping of str to (ids, grads) or (Bags, grads)
             As for `update`.
-        missing : {"error", "skip"} or int
+        missing : {"error", "skip"} or int, or mapping of str to these
             As for `update`.
 
         Returns

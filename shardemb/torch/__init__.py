@@ -21,6 +21,6 @@ array([[-1. , -1. , -1. , -1. ],
 from shardemb.torch.embedding import Embedding
 from shardemb.torch.embedding_bag import EmbeddingBag
 from shardemb.torch.lookahead import Pipeline, prefetching
-from shardemb.torch.optimizer import Optimizer
+from shardemb.torch.optimizer import Optimizer, clip_grad_norm_
 
-__all__ = ["Embedding", "EmbeddingBag", "Optimizer", "Pipeline", "prefetching"]
+__all__ = ["Embedding", "EmbeddingBag", "Optimizer", "Pipeline", "clip_grad_norm_", "prefetching"]

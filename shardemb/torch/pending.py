@@ -6,7 +6,7 @@ import itertools
 import weakref
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeAlias
 
 import torch
 from torch import nn
@@ -78,6 +78,8 @@ class TableModule(nn.Module):
         What becomes of keys without a row; keys are created in training only.
     dtype : torch.dtype
         Of the results.
+    trains : bool
+        Whether rows get gradients; see `requires_grad_`.
     """
 
     def __init__(
@@ -94,13 +96,30 @@ class TableModule(nn.Module):
         self.pending: list[Lookup] = []
         self.on_gradient: Callable[[Lookup], None] | None = None
         self.taken = 0
+        self.trains = True
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Let rows get gradients or not, as for parameters. It has to be called on this module, not on one around it.
+
+        Parameters
+        ----------
+        requires_grad : bool
+            Whether they do.
+
+        Returns
+        -------
+        TableModule
+            The module itself.
+        """
+        self.trains = requires_grad
+        return self
 
     # ---- between forward and step
 
     @property
     def remembers(self) -> bool:
         """Whether a forward pass now is one whose gradients a step may take: in training, with gradients enabled."""
-        return self.training and torch.is_grad_enabled()
+        return self.training and self.trains and torch.is_grad_enabled()
 
     @property
     def creates(self) -> bool:
