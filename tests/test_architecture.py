@@ -63,7 +63,7 @@ ROOMS = {
     "store": ["vocabulary", "table", "keyed_table", "store", "opening"],
     "text": [],
     "dynamicemb": [],
-    "torch": ["tensors", "pending", "merging", "embedding", "embedding_bag", "optimizer", "lookahead"],
+    "torch": ["tensors", "pending", "merging", "embedding", "embedding_bag", "collections", "optimizer", "lookahead"],
     "quickstart": ["corpus", "training"],
     "warm_up": [],
     "cli": [],

@@ -288,6 +288,14 @@ encode(self, sentences: Iterable[str], *, create: bool = False) -> NDArray[np.in
 """
 
 TORCH = """
+EmbeddingBagCollection(tables: Mapping[str, AnyTable] | Sequence[AnyTable], \
+features: Mapping[str, str] | None = None, *, mode: str | Mapping[str, str] = 'sum', is_weighted: bool = False, \
+dtype: torch.dtype = torch.float32, missing: Missing = 'error', create: bool = False)
+EmbeddingCollection(tables: Mapping[str, AnyTable] | Sequence[AnyTable], \
+features: Mapping[str, str] | None = None, *, dtype: torch.dtype = torch.float32, missing: Missing = 'error', \
+create: bool = False)
+JaggedTensor(rows: torch.Tensor, bounds: torch.Tensor)
+KeyedTensor(features: Mapping[str, torch.Tensor])
 Embedding(table: AnyTable, padding_idx: Any = None, max_norm: float | None = None, norm_type: float = 2.0, \
 scale_grad_by_freq: bool = False, *, dtype: torch.dtype = torch.float32, missing: Missing = 'error', \
 create: bool = False)

@@ -18,9 +18,21 @@ array([[-1. , -1. , -1. , -1. ],
 >>> store.close()
 """
 
+from shardemb.torch.collections import EmbeddingBagCollection, EmbeddingCollection, JaggedTensor, KeyedTensor
 from shardemb.torch.embedding import Embedding
 from shardemb.torch.embedding_bag import EmbeddingBag
 from shardemb.torch.lookahead import Pipeline, prefetching
 from shardemb.torch.optimizer import Optimizer, clip_grad_norm_
 
-__all__ = ["Embedding", "EmbeddingBag", "Optimizer", "Pipeline", "clip_grad_norm_", "prefetching"]
+__all__ = [
+    "Embedding",
+    "EmbeddingBag",
+    "EmbeddingBagCollection",
+    "EmbeddingCollection",
+    "JaggedTensor",
+    "KeyedTensor",
+    "Optimizer",
+    "Pipeline",
+    "clip_grad_norm_",
+    "prefetching",
+]

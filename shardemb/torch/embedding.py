@@ -210,8 +210,10 @@ def padding_of(table: AnyTable, padding_idx: Any) -> Any:  # noqa: ANN401
     TypeError, ValueError
         It is no row of the table.
     """
+    if isinstance(padding_idx, torch.Tensor) and padding_idx.numel() == 1:
+        padding_idx = padding_idx.item()
     if is_keyed(table):
-        return padding_idx
+        return _key_of_padding(table, padding_idx)
     if padding_idx is None:
         return table.padding_idx
     if isinstance(padding_idx, bool) or not isinstance(padding_idx, int | np.integer):
@@ -222,6 +224,15 @@ def padding_of(table: AnyTable, padding_idx: Any) -> Any:  # noqa: ANN401
         msg = f"table {table.name!r}: padding_idx must be within num_embeddings, {count}, got {padding_idx}"
         raise ValueError(msg)
     return int(padding_idx) % count
+
+
+def _key_of_padding(table: AnyTable, key: Any) -> Any:  # noqa: ANN401
+    key_type = table.vocabulary.key_type
+    kinds = {"int64": int | np.integer, "string": str, "bytes": bytes}
+    if key is not None and (isinstance(key, bool) or not isinstance(key, kinds[key_type])):
+        msg = f"table {table.name!r}: padding_idx must be one key, of type {key_type}, got {key!r:.80}"
+        raise TypeError(msg)
+    return key
 
 
 def is_padding_of(table: AnyTable, padding_idx: Any) -> bool:  # noqa: ANN401

@@ -87,7 +87,11 @@ class TableModule(nn.Module):
     ) -> None:
         super().__init__()
         for table in tables:
-            _check(table, missing, create=create)
+            _require_rows(table)
+        if (create or missing != "error") and not any(map(is_keyed, tables)):
+            names = ", ".join(repr(each.name) for each in tables)
+            msg = f"table {names} is used by row id: missing= and create= are for tables with a vocabulary"
+            raise ValueError(msg)
         if not isinstance(dtype, torch.dtype) or (dtype not in DTYPES and dtype is not torch.float64):
             msg = f"dtype must be torch.float32, float64, float16 or bfloat16, got {dtype!r}"
             raise (ValueError if isinstance(dtype, torch.dtype) else TypeError)(msg)
@@ -211,15 +215,12 @@ def is_keyed(table: AnyTable) -> bool:
     return hasattr(table, "vocabulary")
 
 
-def _check(table: AnyTable, missing: Missing, *, create: bool) -> None:
+def _require_rows(table: AnyTable) -> None:
     if not hasattr(table, "lookup_bag") or not hasattr(table, "store"):
         msg = f"table must be a table of a store, which store[name] returns, got {table!r:.80}"
         raise TypeError(msg)
     if table.dtype == "raw":
         msg = f"table {table.name!r} holds raw bytes, which are no numbers to train: look them up with table.lookup()"
-        raise ValueError(msg)
-    if not is_keyed(table) and (create or missing != "error"):
-        msg = f"table {table.name!r} is used by row id: missing= and create= are for tables with a vocabulary"
         raise ValueError(msg)
 
 
