@@ -7,6 +7,7 @@ are looked up in one call.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -67,7 +68,8 @@ class KeyedTensor:
         return f"KeyedTensor({{{shapes}}})"
 
 
-class JaggedTensor(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class JaggedTensor:
     """Rows in groups of different lengths, of the shape of TorchRec's ``JaggedTensor``. Made by `EmbeddingCollection`.
 
     Examples
