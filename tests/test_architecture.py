@@ -63,6 +63,7 @@ ROOMS = {
     "store": ["vocabulary", "table", "keyed_table", "store", "opening"],
     "text": [],
     "dynamicemb": [],
+    "ranks": ["transport", "parts", "calls", "tables", "ranks"],
     "torch": ["tensors", "pending", "merging", "embedding", "embedding_bag", "collections", "optimizer", "lookahead"],
     "quickstart": ["corpus", "training"],
     "warm_up": [],
@@ -72,7 +73,7 @@ ROOMS = {
 LEVELS = [
     {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission", "dtypes"}, {"format"}, {"precision"},
     {"storage"}, {"commits", "memory"}, {"engine", "io"}, {"table_source"}, {"vocabulary"}, {"keyed_bags"}, {"session"},
-    {"store"}, {"text", "torch", "dynamicemb"}, {"quickstart", "warm_up"}, {"cli"},
+    {"store", "ranks"}, {"text", "torch", "dynamicemb"}, {"quickstart", "warm_up"}, {"cli"},
 ]  # fmt: skip
 
 # These stand on the public names alone, like a user's program.
@@ -95,7 +96,13 @@ OUTSIDE = {
     "fcntl": {"storage.files"},
     "shutil": {"storage.files"},
     "tempfile": {"compute.compiler", "warm_up"},
-    "torch": {"dynamicemb", "torch", *(f"torch.{name}" for name in ROOMS["torch"])},
+    "torch": {
+        "dynamicemb",
+        "ranks.transport",
+        "ranks.ranks",
+        "torch",
+        *(f"torch.{name}" for name in ROOMS["torch"]),
+    },
     "subprocess": set(),
     "socket": set(),
 }
@@ -432,6 +439,7 @@ def test_parameters_are_few():
     for pooled in ("lookup_bag", "bag_weight_gradient", "update_bag"):  # names and order of torch's arguments
         many.pop(f"store.table.{pooled}", None)
         many.pop(f"store.keyed_table.{pooled}", None)
+        many.pop(f"ranks.tables.{pooled}", None)
     many.pop("torch.embedding_bag.__init__")  # the same
     many.pop("cli.export")  # click passes each option of the command line by name
     assert many == {}

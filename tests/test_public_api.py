@@ -306,6 +306,8 @@ missing: Missing = 'error', create: bool = False)
 Optimizer(modules: Modules, lr: float | None = None, *, fused: bool = False)
 Pipeline(model: torch.nn.Module, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], \
 loader: Iterable[Any] | None = None, depth: int = 2, *, loss: Loss | None = None, ids: Ids | None = None)
+Ranks(store: Any = None, group: dist.ProcessGroup | None = None, *, owner: int = 0, \
+reduce: "Literal['mean', 'sum']" = 'mean', timeout: float = 1800.0)
 clip_grad_norm_(modules: Modules, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False, \
 foreach: bool | None = None) -> torch.Tensor
 prefetching(loader: Iterable[Batch], model: torch.nn.Module, depth: int = 2, *, \

@@ -18,6 +18,7 @@ array([[-1. , -1. , -1. , -1. ],
 >>> store.close()
 """
 
+from shardemb.ranks.ranks import Ranks
 from shardemb.torch.collections import EmbeddingBagCollection, EmbeddingCollection, JaggedTensor, KeyedTensor
 from shardemb.torch.embedding import Embedding
 from shardemb.torch.embedding_bag import EmbeddingBag
@@ -33,6 +34,7 @@ __all__ = [
     "KeyedTensor",
     "Optimizer",
     "Pipeline",
+    "Ranks",
     "clip_grad_norm_",
     "prefetching",
 ]

@@ -10,6 +10,9 @@ import torch
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+_OF_OTHER_PACKAGES = 256
+"""From this number on, dtypes are not NumPy's own."""
+
 _INTEGERS: dict[int, type[np.generic]] = {1: np.uint8, 2: np.int16}
 """By their bytes, the integers that torch and NumPy both know."""
 
@@ -54,7 +57,7 @@ def _array_of_keys(keys: Any) -> NDArray[Any]:  # noqa: ANN401
 
 def tensor_of(rows: NDArray[Any], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Return rows as a tensor; it shares their memory if that is on the device and they are of the dtype."""
-    if rows.dtype.kind == "f" and rows.dtype.isbuiltin == 1:
+    if rows.dtype.kind == "f" and rows.dtype.num < _OF_OTHER_PACKAGES:
         return torch.from_numpy(rows).to(device, dtype)
     integers = torch.from_numpy(rows.view(_INTEGERS[rows.dtype.itemsize]))
     return integers.view(getattr(torch, rows.dtype.name)).to(device, dtype)
