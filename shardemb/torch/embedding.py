@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -53,7 +53,8 @@ class Embedding(OfOneTable):
         Whose rows are looked up.
     padding_idx : int, optional
         The row, or, in a table that is used by key, the key, that takes no gradients; a row is counted from the end if
-        it is negative. By default the table's `padding_idx`. It is looked up like any other.
+        it is negative. By default the table's `padding_idx`, and that alone if it has one. It is looked up like any
+        other.
     max_norm : float, optional
         Rows whose norm is larger are shortened to it when they are looked up: in the table, also in evaluation.
     norm_type : float
@@ -223,7 +224,14 @@ def padding_of(table: AnyTable, padding_idx: Any) -> Any:  # noqa: ANN401
     if not -count <= padding_idx < count:
         msg = f"table {table.name!r}: padding_idx must be within num_embeddings, {count}, got {padding_idx}"
         raise ValueError(msg)
+    if table.padding_idx not in (None, int(padding_idx) % count):
+        _refuse_padding(table, table.padding_idx, padding_idx)
     return int(padding_idx) % count
+
+
+def _refuse_padding(table: AnyTable, own: int, given: Any) -> NoReturn:  # noqa: ANN401
+    msg = f"table {table.name!r} has the row {own} for padding, so padding_idx cannot be {given!r:.80}; leave it out"
+    raise ValueError(msg)
 
 
 def _key_of_padding(table: AnyTable, key: Any) -> Any:  # noqa: ANN401
@@ -232,6 +240,8 @@ def _key_of_padding(table: AnyTable, key: Any) -> Any:  # noqa: ANN401
     if key is not None and (isinstance(key, bool) or not isinstance(key, kinds[key_type])):
         msg = f"table {table.name!r}: padding_idx must be one key, of type {key_type}, got {key!r:.80}"
         raise TypeError(msg)
+    if key is not None and table.rows.padding_idx is not None:
+        _refuse_padding(table, table.rows.padding_idx, key)
     return key
 
 

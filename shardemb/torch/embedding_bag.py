@@ -40,7 +40,7 @@ class EmbeddingBag(OfOneTable):
         Whether offsets have one number more, where the last bag ends.
     padding_idx : int, optional
         The row, or, in a table that is used by key, the key, that is left out of bags; a row is counted from the end
-        if it is negative. By default the table's `padding_idx`.
+        if it is negative. By default the table's `padding_idx`, and that alone if it has one.
     dtype, missing, create : optional
         As for `Embedding`.
 

@@ -43,7 +43,7 @@ class Lookup:
     leaf : torch.Tensor
         The rows, or what the bags were pooled to.
     padding_idx : int, str, bytes or None
-        Gradients of this row or key are dropped, besides those of the table's own padding. Bags have theirs.
+        Gradients of this row or key are dropped, if the table has no padding, which drops them. Bags have theirs.
     scale_grad_by_freq : bool
         Whether gradients are divided by how often the id of their row occurs among the ids.
     missing : {"error", "initial", "zeros"} or int

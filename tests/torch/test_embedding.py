@@ -326,6 +326,16 @@ def test_padding_is_a_key_where_there_are_keys(keyed):
         shardemb.torch.Embedding(keyed, padding_idx=0)
 
 
+def test_the_padding_of_a_table_is_that_of_its_modules(store):
+    padded = store.create_table("padded", num_embeddings=ROWS, embedding_dim=DIM, padding_idx=-1)
+    assert shardemb.torch.Embedding(padded).padding_idx == ROWS - 1
+    assert shardemb.torch.Embedding(padded, padding_idx=-1).padding_idx == ROWS - 1
+    with pytest.raises(
+        ValueError, match="'padded' has the row 6 for padding, so padding_idx cannot be 0; leave it"
+    ):
+        shardemb.torch.Embedding(padded, padding_idx=0)
+
+
 def test_it_is_of_a_table(store):
     with pytest.raises(TypeError, match="table must be a table of a store"):
         shardemb.torch.Embedding(torch.zeros(3, 2))
