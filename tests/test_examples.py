@@ -1,11 +1,14 @@
 """The programs in ``examples/`` run, learn something, and continue where they stopped."""
 
 import importlib.util
+import math
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+
+import shardemb
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -15,6 +18,14 @@ def example(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def torch():
+    """torch, whose random numbers go on afterwards as if nothing had been drawn."""
+    module = pytest.importorskip("torch")
+    with module.random.fork_rng():
+        yield module
 
 
 @pytest.fixture
@@ -43,3 +54,87 @@ def test_word_vectors(tmp_path, text):
 
     assert likeness("sun", "rain") > 0.5 > likeness("sun", "bread")
     assert likeness("bread", "salt") > 0.5 > likeness("rain", "salt")
+
+
+# ---- with torch, the tables in memory and on disk
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's own, of its own gradients
+def test_recommender(torch, tmp_path):
+    recommender = example("recommender")
+    reached = [
+        recommender.train(tables, steps=24, every=8, size=128, rows=300, held_out=8)[0]
+        for tables in ("ram", tmp_path / "clicks.zarr")
+    ]
+    assert min(reached) > 0.55
+    assert abs(reached[0] - reached[1]) < 0.1  # by other first rows, and an optimizer that adds up less
+    with shardemb.open(tmp_path / "clicks.zarr", mode="r") as store:
+        assert store.last_commit.step in (8, 16, 24)
+        assert store["feature0"].step == store.last_commit.step  # what came after the best one was undone
+
+
+def test_area_under_the_curve():
+    auc = example("recommender").auc
+    assert auc(np.array([0.1, 0.9, 0.4, 0.8]), np.array([0, 1, 1, 0])) == 3 / 4
+
+
+def test_ngram_memory(torch, tmp_path, monkeypatch):
+    """The text's next word follows from the last two, which the memory finds at once."""
+    memory = example("ngram_memory")
+    rng = np.random.default_rng(0)
+    follows, words = rng.integers(0, 20, (20, 20)), [1, 2]
+    for _ in range(8_000):
+        words.append(follows[words[-2], words[-1]] if rng.random() < 0.9 else rng.integers(20))
+    monkeypatch.setattr(memory, "text", lambda: np.array(words))
+    for name, value in {"WORDS": 20, "DIM": 16, "LENGTH": 16, "MEMORY_LR": 0.1, "HELD_OUT": 4}.items():
+        monkeypatch.setattr(memory, name, value)
+    options = {"rows": 2000, "size": 8}
+    store = str(tmp_path / "memory.zarr")
+    losses = {name: memory.train(name, 40, **options)[0] for name in ("none", "ram")}
+    memory.train(store, 20, **options)
+    losses["disk"] = memory.train(store, 40, **options, cold=True)[0]  # goes on
+    assert losses["ram"] < losses["none"] - 0.2
+    assert losses["disk"] == pytest.approx(losses["ram"], abs=1e-3)
+
+
+def test_knowledge_graph(torch, tmp_path):
+    """Each of 60 entities has a successor, and a predecessor by another relation."""
+    graphs = example("knowledge_graph")
+    lines = ["head_id:token\trelation_id:token\ttail_id:token"]
+    lines += [f"e{n}\tnext\te{(n + 1) % 60}\ne{(n + 1) % 60}\tlast\te{n}" for n in range(60)]
+    (tmp_path / "graph").write_text("\n".join(lines))
+    options = {"dim": 32, "batch": 64, "negatives": 32, "steps": 150}
+    for product, least in (("complex", 0.5), ("distmult", 0.2)):
+        reached = [
+            graphs.train(tables, tmp_path / "graph", product=product, **options)[0]
+            for tables in ("ram", tmp_path / "graph.zarr")
+        ]
+        assert min(reached) > least, product
+    assert math.isnan(graphs.train(tmp_path / "graph.zarr", entities=10**6, steps=2)[0])
+
+
+def test_hypernyms_of_wordnet(tmp_path):
+    pytest.importorskip("torch")
+    graphs = example("knowledge_graph")
+    lines = [
+        "  1 This software and database is being provided to you",
+        "00001740 03 n 01 entity 0 001 ~ 00001930 n 0000 | all there is",
+        "00001930 03 n 02 physical_entity 0 thing 1 002 @ 00001740 n 0000 + 00692347 v 0101 | it | exists",
+        "00001950 03 n 01 Paris 0 001 @i 00001930 n 0000 | a city",
+    ]
+    assert list(graphs.hypernyms(lines)) == [("00001930", "@", "00001740"), ("00001950", "@i", "00001930")]
+    (tmp_path / "data.noun").write_text("\n".join(lines))
+    triples, entities, relations = graphs.read_triples(tmp_path / "data.noun")
+    assert (triples.tolist(), entities, relations) == ([[0, 0, 1], [2, 1, 0]], 3, 2)
+
+
+def test_filtered_ranks(torch):
+    """Of two true tails, neither counts against the other."""
+    graphs = example("knowledge_graph")
+    rows = torch.nn.Embedding.from_pretrained(torch.tensor([[1.0], [3.0], [2.0], [-1.0]]))
+    model = graphs.Model(rows, torch.nn.Embedding.from_pretrained(torch.ones(1, 1)), graphs.distmult)
+    triples = np.array([[0, 0, 2]])
+    # Tails of 0: 3 > [2] > 1 > -1, of which entity 1 is known; heads of 2: 3 > 2 > [1].
+    assert graphs.filtered_mrr(model, 4, triples, np.array([[0, 0, 1], [0, 0, 2]])) == pytest.approx(
+        (1 + 1 / 3) / 2
+    )
