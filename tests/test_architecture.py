@@ -51,6 +51,7 @@ ROOMS = {
     ],
     "io": ["arrow", "targets", "parquet"],
     "table_source": [],
+    "references": [],
     "vocabulary": [
         "hashing", "index_kernels", "key_records", "index_files", "key_kernels", "hash_index", "keys",
         "key_tables", "key_rows", "keyed_rows",
@@ -64,7 +65,10 @@ ROOMS = {
     "text": [],
     "dynamicemb": [],
     "ranks": ["transport", "parts", "calls", "tables", "ranks"],
-    "torch": ["tensors", "pending", "merging", "embedding", "embedding_bag", "collections", "optimizer", "lookahead"],
+    "torch": [
+        "tensors", "pending", "merging", "embedding", "embedding_bag", "collections", "optimizer", "lookahead",
+        "checkpoint",
+    ],
     "quickstart": ["corpus", "training"],
     "warm_up": [],
     "cli": [],
@@ -72,8 +76,9 @@ ROOMS = {
 
 LEVELS = [
     {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission", "dtypes"}, {"format"}, {"precision"},
-    {"storage"}, {"commits", "memory"}, {"engine", "io"}, {"table_source"}, {"vocabulary"}, {"keyed_bags"}, {"session"},
-    {"store", "ranks"}, {"text", "torch", "dynamicemb"}, {"quickstart", "warm_up"}, {"cli"},
+    {"storage"}, {"commits", "memory"}, {"engine", "io"}, {"table_source", "references"}, {"vocabulary"},
+    {"keyed_bags"}, {"session"}, {"store", "ranks"}, {"text", "torch", "dynamicemb"}, {"quickstart", "warm_up"},
+    {"cli"},
 ]  # fmt: skip
 
 # These stand on the public names alone, like a user's program.
@@ -283,6 +288,8 @@ TOUCHES = {
 # Who calls such a thing all the same: module and call, with the reason.
 EXCEPTIONS = {
     ("compute.compiler", "read_bytes"): "source, whose checksum is part of the name of a compiled kernel",
+    ("torch.checkpoint", "save"): "into memory",
+    ("torch.checkpoint", "load"): "from memory",
     ("compute.compiler", "mkdir"): "a folder for compiled kernels, where numba has none; no part of a store",
     ("compute.compiler", "os.access"): "the same",
     ("compute.compiler", "os.getuid"): "the same",

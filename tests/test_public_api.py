@@ -310,8 +310,12 @@ Ranks(store: Any = None, group: dist.ProcessGroup | None = None, *, owner: int =
 reduce: "Literal['mean', 'sum']" = 'mean', timeout: float = 1800.0)
 clip_grad_norm_(modules: Modules, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False, \
 foreach: bool | None = None) -> torch.Tensor
+load(path: str | os.PathLike[str], model: torch.nn.Module, optimizer: Optimizers, store: Any, *, \
+others: Mapping[str, Any] | None = None, random_state: bool = True) -> Commit
 prefetching(loader: Iterable[Batch], model: torch.nn.Module, depth: int = 2, *, \
 ids: Ids | None = None) -> Prefetching[Batch]
+save(path: str | os.PathLike[str], model: torch.nn.Module, optimizer: Optimizers, store: Any, step: int | None = None, \
+*, others: Mapping[str, Any] | None = None, metadata: Mapping[str, Any] | None = None) -> Commit
 """
 
 

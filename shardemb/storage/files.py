@@ -307,7 +307,7 @@ def staged(path: Path) -> Path:
     return path.with_name(path.name + ".tmp")
 
 
-def stage(path: Path, data: bytes) -> None:
+def stage(path: Path, data: bytes | memoryview) -> None:
     """Write a file's next content durably to a temporary file next to it; `publish` puts it in place."""
     temporary = staged(path)
     remove(temporary)
@@ -326,7 +326,7 @@ def publish(path: Path) -> None:
     sync_directory(path.parent)
 
 
-def replace(path: Path, data: bytes) -> None:
+def replace(path: Path, data: bytes | memoryview) -> None:
     """Replace a file's content atomically and durably."""
     stage(path, data)
     publish(path)

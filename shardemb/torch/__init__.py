@@ -19,6 +19,7 @@ array([[-1. , -1. , -1. , -1. ],
 """
 
 from shardemb.ranks.ranks import Ranks
+from shardemb.torch.checkpoint import load, save
 from shardemb.torch.collections import EmbeddingBagCollection, EmbeddingCollection, JaggedTensor, KeyedTensor
 from shardemb.torch.embedding import Embedding
 from shardemb.torch.embedding_bag import EmbeddingBag
@@ -36,5 +37,7 @@ __all__ = [
     "Pipeline",
     "Ranks",
     "clip_grad_norm_",
+    "load",
     "prefetching",
+    "save",
 ]

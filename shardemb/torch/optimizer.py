@@ -225,9 +225,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _take(self, step: Step, scale: float | None) -> float | None:
         """Update the tables of one store; return the norm of the gradients if there is a scale."""
-        for table, group, shown in zip(self._tables, self._groups, self._shown, strict=True):
+        self._notice_rates()
+        for table, group in zip(self._tables, self._groups, strict=True):
             if table.store is step.store and table.name in step.batches:
-                self._set_lr(table, group, shown)
+                self._set_lr(table, group)
         tables = [each for each in self._tables if each.store is step.store and each.name in step.batches]
         before = [each.step for each in tables]
         try:
@@ -262,13 +263,15 @@ class Optimizer(torch.optim.Optimizer):
 
     # ---- learning rates
 
-    def _set_lr(self, table: AnyTable, group: dict[str, Any], shown: float) -> None:
+    def _notice_rates(self) -> None:
+        """Notice where somebody has set a learning rate in the place of the table's own."""
+        for group, shown in zip(self._groups, self._shown, strict=True):
+            group[_OWN] = group[_OWN] and float(group["lr"]) == shown
+
+    def _set_lr(self, table: AnyTable, group: dict[str, Any]) -> None:
         """Give a table the learning rate of its group, if that is not the table's own."""
         lr = float(group["lr"])
-        if group[_OWN] and lr == shown:
-            return
-        group[_OWN] = False
-        if table.optimizer.lr == lr:
+        if group[_OWN] or table.optimizer.lr == lr:
             return
         if table.optimizer.dense_equivalent and not self._has_warned and table.step:
             self._has_warned = True
@@ -282,7 +285,7 @@ class Optimizer(torch.optim.Optimizer):
     def _show_rates(self) -> None:
         """Let groups show the learning rates of tables that have their own."""
         for i, (table, group) in enumerate(zip(self._tables, self._groups, strict=True)):
-            if group[_OWN] and float(group["lr"]) == self._shown[i]:
+            if group[_OWN]:
                 group["lr"] = self._shown[i] = _next_lr(table)
 
     # ---- state
@@ -295,6 +298,7 @@ class Optimizer(torch.optim.Optimizer):
         dict
             With ``"state"``, which is empty, and ``"param_groups"``: numbers and names only.
         """
+        self._notice_rates()
         with self._leaves_hidden():
             return super().state_dict()
 
@@ -321,7 +325,6 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError(msg)
         with self._leaves_hidden():
             super().load_state_dict(state_dict)
-        self._shown = [float(group["lr"]) for group in self._groups]
         self._show_rates()
 
     @contextlib.contextmanager

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, TypeAlias
 import torch
 from torch import nn
 
+from shardemb import references
+from shardemb.errors import ShardEmbError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -180,6 +183,38 @@ class TableModule(nn.Module):
     def named_tables(self) -> dict[str, AnyTable]:
         """Return the tables that a forward pass looks up: those of a collection by feature, or a single one by ""."""
         return {"": self.tables[0]}
+
+    # ---- states
+
+    def get_extra_state(self) -> list[dict[str, Any]]:
+        """Return what `state_dict` has of the module: no rows, but which commit of which store has them.
+
+        Returns
+        -------
+        list of dict
+            One for each table: numbers and strings only.
+        """
+        return [references.reference(table) for table in self.tables]
+
+    def set_extra_state(self, state: list[dict[str, Any]]) -> None:
+        """Refuse a state whose rows are not those that the tables have now.
+
+        Parameters
+        ----------
+        state : list of dict
+            What `get_extra_state` returned.
+
+        Raises
+        ------
+        TypeError, ShardEmbError
+            It is no such state; it is of another store, table or commit, or the store has changed since.
+        """
+        given = state if isinstance(state, list) else [state]
+        if len(given) != len(self.tables):
+            msg = f"the state is of {len(given)} tables, and this module has {len(self.tables)}"
+            raise ShardEmbError(msg)
+        for each, table in zip(given, self.tables, strict=True):
+            references.require(each, table)
 
     # ---- what a module with parameters could do, and this cannot
 
