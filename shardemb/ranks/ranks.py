@@ -19,6 +19,7 @@ from shardemb.ranks.transport import Transport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
     from types import TracebackType
 
     from numpy.typing import NDArray
@@ -39,6 +40,16 @@ class _Request:
 
 
 @dataclass(frozen=True)
+class StoreFacts:
+    """What every rank knows of the store; see `Store`."""
+
+    path: Path
+    uuid: str
+    last_commit: Commit | None
+    has_changes: bool
+
+
+@dataclass(frozen=True)
 class _Answer:
     """What a rank gets: a result or an error, and what has changed of what it knows."""
 
@@ -46,7 +57,7 @@ class _Answer:
     error: Exception | None = None
     facts: dict[str, Facts] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
-    last_commit: Commit | None = None
+    store: StoreFacts | None = None
 
 
 class Ranks(Mapping[str, RankTable]):
@@ -134,7 +145,7 @@ class Ranks(Mapping[str, RankTable]):
         self._store, self._averaged = store, reduce == "mean"
         self._facts: dict[str, Facts] = {}
         self._told: dict[str, Facts] = {}
-        self._last_commit: Commit | None = None
+        self._known: StoreFacts | None = None
         self._closed = False
         self._call(_Begin(owner, reduce), lambda: self._checked(store, owner, reduce))
 
@@ -172,7 +183,22 @@ class Ranks(Mapping[str, RankTable]):
     @property
     def last_commit(self) -> Commit | None:
         """The last commit, as of the last call."""
-        return self._last_commit
+        return None if self._known is None else self._known.last_commit
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether there are changes since, as of the last call; see `Store.has_changes`."""
+        return self._known is not None and self._known.has_changes
+
+    @property
+    def path(self) -> Path | None:
+        """The store's folder, on the machine of its owner."""
+        return None if self._known is None else self._known.path
+
+    @property
+    def uuid(self) -> str | None:
+        """Identity of the store."""
+        return None if self._known is None else self._known.uuid
 
     def facts(self, name: str) -> Facts:
         """Return what this rank knows of a table, as of the last call.
@@ -346,7 +372,7 @@ class Ranks(Mapping[str, RankTable]):
         }
         if answer.error is not None:
             raise answer.error
-        self._last_commit = answer.last_commit
+        self._known = answer.store or self._known
         return answer.result
 
     def _parts(self, given: Mapping[str, tuple[Any, Any]]) -> dict[str, Part]:
@@ -385,7 +411,7 @@ class Ranks(Mapping[str, RankTable]):
             self._transport.answer([_Answer(error=interrupted)] * self._transport.size)
             raise
         now = self._told_now()
-        answers = [_Answer(each, None, now.facts, now.dropped, now.last_commit) for each in results]
+        answers = [_Answer(each, None, now.facts, now.dropped, now.store) for each in results]
         self._transport.answer(answers)
         return answers[self._transport.rank]
 
@@ -411,13 +437,13 @@ class Ranks(Mapping[str, RankTable]):
         store = self._store
         try:
             now = {name: Facts.of(table) for name, table in store.items()}
-            commit = store.last_commit
+            known = StoreFacts(store.path, store.uuid, store.last_commit, store.has_changes)
         except (ShardEmbError, AttributeError):  # it is closed, or there is none
             return _Answer(error=error)
         changed = {name: each for name, each in now.items() if self._told.get(name) != each}
         dropped = tuple(self._told.keys() - now.keys())
         self._told = now
-        return _Answer(None, error, changed, dropped, commit)
+        return _Answer(None, error, changed, dropped, known)
 
 
 @dataclass(frozen=True)

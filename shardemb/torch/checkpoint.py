@@ -92,6 +92,9 @@ def save(
     that is resumed gives the same bits as if it had not been interrupted, if its data do. The file has to fit into
     memory a second time.
 
+    With `Ranks` as the store, all ranks make this call and that of `load`, whose folder all of them see. The owner
+    writes the file; its parameters, random generators and others are those that are saved.
+
     If a process dies within the call, the last commit is the one before, or this one with its file. A commit that is
     made without this function names no file, so nothing can be loaded with it. The store keeps only its last commit: to
     keep an older checkpoint, copy the store (`Store.copy`) and the folder before the next call.
@@ -116,29 +119,34 @@ def save(
     folder = _folder(path)
     others = {} if others is None else others
     _require_tables_in(model, store)
-    document: dict[str, Any] = {
-        "others": {name: getattr(each, _methods(name, each)[0])() for name, each in others.items()},
-        "random": _random_state(),
-    }
+    saved = {name: getattr(each, _methods(name, each)[0])() for name, each in others.items()}
+    document: dict[str, Any] = {"others": saved, "random": _random_state()}
     with paired_with_a_commit():
         document["model"] = model.state_dict()
         document["optimizers"] = [each.state_dict() for each in _listed(optimizer)]
+    if not getattr(store, "is_owner", True):
+        commit: Commit = store.commit(step)  # another rank has the store, and writes the file
+        return commit
     buffer = io.BytesIO()
     torch.save(document, buffer)
-    data = buffer.getbuffer()
     prefix = f"{store.uuid[:8]}-"
     # A name of its own for each attempt: the file that the last commit names must not change.
     name = f"{prefix}{uuid.uuid4().hex}.pt"
-    files.make_directory(folder)
-    files.sync_directory(folder.parent)
-    files.replace(folder / name, data)
-    entry = {"file": name, "bytes": len(data), "blake2b": _digest(data)}
-    commit: Commit = store.commit(step, {**(metadata or {}), KEY: entry})
+    entry = _write(folder / name, buffer.getbuffer())
+    commit = store.commit(step, {**(metadata or {}), KEY: entry})
     with contextlib.suppress(OSError):  # they are removed the next time
         for each in files.entries(folder):
             if each.name.startswith(prefix) and each.name != name:
                 files.remove(each)
     return commit
+
+
+def _write(file: Path, data: memoryview) -> dict[str, Any]:
+    """Write a new file durably; return what its commit says about it."""
+    files.make_directory(file.parent)
+    files.sync_directory(file.parent.parent)
+    files.replace(file, data)
+    return {"file": file.name, "bytes": len(data), "blake2b": _digest(data)}
 
 
 def load(
@@ -227,7 +235,7 @@ def load(
             each.load_state_dict(state)
     for name, state in document["others"].items():
         setters[name](state)
-    if random_state:
+    if random_state and getattr(store, "is_owner", True):  # ranks differ in what they draw
         _set_random_state(document["random"])
     return commit
 

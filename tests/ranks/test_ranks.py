@@ -405,3 +405,39 @@ def test_a_rank_that_ends_does_not_leave_the_others_hanging(tmp_path):
 def test_without_a_process_group_there_is_a_way_out():
     with pytest.raises(RuntimeError, match=r"call torch.distributed.init_process_group\(\) first"):
         Ranks(None)
+
+
+def resume(rank, path):
+    """Train, save, go on, go back to what was saved and go on again."""
+    with opened(rank, path / "s.zarr") as ranks:
+        model = torch.nn.Sequential(Embedding(ranks["t"]), torch.nn.Linear(DIM, 1))
+        for each in model.parameters():
+            torch.nn.init.constant_(each, 0.1)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        optimizers = [torch.optim.SGD(model.parameters(), lr=0.1), Optimizer(model)]
+
+        def step():
+            loss = wrapped(torch.from_numpy(ids_of(rank))).square().mean()
+            for each in optimizers:
+                each.zero_grad()
+            loss.backward()
+            for each in optimizers:
+                each.step()
+            return loss.item()
+
+        step()
+        commit = shardemb.torch.save(path / "rest", model, optimizers, ranks, 7, metadata={"mine": 1})
+        state = model.state_dict()
+        losses = [step() for _ in range(3)]
+        ranks.rollback()
+        assert shardemb.torch.load(path / "rest", model, optimizers, ranks) == commit
+        assert [step() for _ in range(3)] == losses
+        ranks.rollback()
+        reference = state["0._extra_state"][0]
+        assert (reference["commit"], reference["store"]) == (commit.id, ranks.uuid)
+        assert (commit.step, commit.metadata["mine"]) == (7, 1)
+        return len(os.listdir(path / "rest"))
+
+
+def test_ranks_save_and_load_together(pool, tmp_path):
+    assert pool.run(resume, tmp_path) == [1, 1]
