@@ -97,8 +97,9 @@ stats(self) -> dict[str, Any]
 step: int
 swap_rows(self, keys: KeysLike, others: KeysLike) -> None
 to_arrow_batches(self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None) -> pa.RecordBatchReader
-update(self, keys: KeysLike, grads: ArrayLike, *, missing: MissingChange = 'error', create: bool = False, \
-scale: float | None = None, check_finite: bool = True) -> float | None
+update(self, keys: KeysLike, grads: ArrayLike, *, padding_key: Any = None, scale_grad_by_freq: bool = False, \
+missing: MissingChange = 'error', create: bool = False, scale: float | None = None, check_finite: bool = True) \
+-> float | None
 update_bag(self, keys: KeysLike, offsets: ArrayLike | None, grads: ArrayLike, *, mode: Mode = 'sum', \
 weights: ArrayLike | None = None, padding_key: Any = None, include_last_offset: bool = False, \
 scale_grad_by_freq: bool = False, missing: MissingChange = 'error', create: bool = False, \
@@ -145,8 +146,9 @@ optimizer: "Optimizer | Literal['keep'] | None" = 'keep', dtype: DtypeLike | Non
 progress: Progress = None) -> Commit
 rollback(self) -> None
 stats(self) -> dict[str, int]
-update(self, batches: Mapping[str, tuple[KeysLike, ArrayLike]], *, missing: MissingChange = 'error', \
-create: bool = False, max_norm: float | None = None, extra_norm_sq: float = 0.0, scale: float | None = None, \
+update(self, batches: Mapping[str, tuple[KeysLike, ArrayLike]], *, padding_idx: Mapping[str, Any] | None = None, \
+scale_grad_by_freq: bool = False, missing: MissingChange = 'error', create: bool = False, \
+max_norm: float | None = None, extra_norm_sq: float = 0.0, scale: float | None = None, \
 check_finite: bool = True) -> float | None
 update_bag(self, batches: Mapping[str, tuple[Any, ...]], *, missing: MissingChange = 'error', \
 create: bool = False, scale_grad_by_freq: bool = False, max_norm: float | None = None, \

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from shardemb.base import validation
 from shardemb.format import ranges
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from shardemb.format.ranges import Ranges
     from shardemb.optim import Optimizer
 
@@ -96,6 +99,43 @@ class Scaling:
         """Return what gradients of this norm are multiplied by; as ``torch.nn.utils.clip_grad_norm_`` has it."""
         clipped = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (norm + 1e-6))
         return clipped / (self.scale or 1.0)
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What becomes of the gradients of an update before they are summed.
+
+    Attributes
+    ----------
+    padding_idx : int, str, bytes or None
+        Gradients of this row are dropped, or of this key's; None stands for the table's own row of padding.
+    scale_grad_by_freq : bool
+        Divide the gradients of each row by how often it is in the batch.
+    """
+
+    padding_idx: Any = None
+    scale_grad_by_freq: bool = False
+
+    @staticmethod
+    def of_each(
+        names: Collection[str], padding_idx: object, *, scale_grad_by_freq: bool
+    ) -> dict[str, Padding]:
+        """Check what an update of several tables is given, and return what it says for each.
+
+        Raises
+        ------
+        TypeError, ValueError
+            `padding_idx` is no mapping, or has a table that is not updated.
+        """
+        given = {} if padding_idx is None else padding_idx
+        if not isinstance(given, Mapping):
+            msg = f"padding_idx must be a mapping from names of tables to rows or keys, got {given!r:.80}"
+            raise TypeError(msg)
+        for name in given:
+            if name not in names:
+                msg = f"padding_idx names table {name!r}, which the update has no gradients for; leave it out"
+                raise ValueError(msg)
+        return {name: Padding(given.get(name), scale_grad_by_freq) for name in names}
 
 
 def is_checked(scaling: Scaling | None, *, check_finite: bool) -> bool:

@@ -11,7 +11,7 @@ from shardemb import dtypes, initializers
 from shardemb.base.interrupts import signals_deferred
 from shardemb.commits import log_reader, rewrite, verify
 from shardemb.engine import batch
-from shardemb.engine.training import Scaling, is_checked
+from shardemb.engine.training import is_checked
 from shardemb.errors import PoisonedError, ReadOnlyError, ShardEmbError, StaleReaderError, StoreClosedError
 from shardemb.format.manifest import Commit, check_metadata, check_step, new_entry
 from shardemb.format.spec import check_name, new_spec, normalized
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from shardemb.base.progress import Progress
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.table_state import TableState
+    from shardemb.engine.training import Padding, Scaling
     from shardemb.format.manifest import Manifest
     from shardemb.optim import Optimizer
     from shardemb.session.attempt import Attempt
@@ -246,6 +247,7 @@ class Session:
     def update(
         self,
         batches: Mapping[str, tuple[KeysLike, ArrayLike]],
+        padding: Mapping[str, Padding],
         *,
         missing: MissingChange,
         create: bool,
@@ -254,12 +256,9 @@ class Session:
     ) -> float | None:
         """Take one optimizer step in several tables together; see `Store.update`."""
         self.runtime.check_open()
+        targets, finite = self.batch_targets(batches), is_checked(scaling, check_finite=check_finite)
         changes = keyed_rows.plan_changes(
-            self.batch_targets(batches),
-            batches,
-            missing=missing,
-            create=create,
-            check_finite=is_checked(scaling, check_finite=check_finite),
+            targets, batches, padding, missing=missing, create=create, check_finite=finite
         )
         return batch.change(self.runtime, changes, scaling)
 

@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 from shardemb import keyed_bags
 from shardemb.dtypes import Wanted
-from shardemb.engine.training import Scaling
+from shardemb.engine.training import Padding, Scaling
 from shardemb.format.spec import normalized
 from shardemb.session.table_catalog import TableRequest
 from shardemb.store.keyed_table import KeyedTable
@@ -516,6 +516,8 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         self,
         batches: Mapping[str, tuple[KeysLike, ArrayLike]],
         *,
+        padding_idx: Mapping[str, Any] | None = None,
+        scale_grad_by_freq: bool = False,
         missing: MissingChange = "error",
         create: bool = False,
         max_norm: float | None = None,
@@ -530,6 +532,12 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         batches : mapping of str to (ids, grads)
             For each table the arguments of `Table.update`, or, for a `KeyedTable`, of `KeyedTable.update`. All batches
             are checked before any row changes.
+        padding_idx : mapping of str to int, str or bytes, optional
+            For some of the tables the row whose gradients are dropped, or, for a `KeyedTable`, the key. By default it
+            is the table's own `Table.padding_idx`.
+        scale_grad_by_freq : bool
+            Divide the gradients of each row by how often its id or key is in its batch, in all tables; see
+            `Table.update`.
         missing : {"error", "skip"} or int
             What becomes of gradients of keys without a row, as for `KeyedTable.update`; the same in all tables.
         create : bool
@@ -556,8 +564,8 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         Raises
         ------
         TableNotFoundError, TypeError, ValueError, RowIdError, UnknownKeyError
-            As `Table.update` and `KeyedTable.update`; or the norm is not finite, there is a `max_norm` and no `scale`.
-            No table was changed.
+            As `Table.update` and `KeyedTable.update`; or the norm is not finite, there is a `max_norm` and no `scale`;
+            `padding_idx` names a table that has no batch. No table was changed.
         FrozenRowError, LearningRateError
             As `Table.update`; no table was changed.
         ReadOnlyError, StoreClosedError, PoisonedError, DiskFullError
@@ -569,11 +577,12 @@ class Store(Mapping[str, "Table | KeyedTable"]):
 
         Examples
         --------
-        >>> store.update({"tokens": ([1, 2], np.ones((2, 4), np.float32))})
+        >>> store.update({"tokens": ([1, 2], np.ones((2, 4), np.float32))}, padding_idx={"tokens": 2})
         """
         scaling = Scaling.of(scale, max_norm, extra_norm_sq)
+        padding = Padding.of_each(batches, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
         return self._session.update(
-            batches, missing=missing, create=create, scaling=scaling, check_finite=check_finite
+            batches, padding, missing=missing, create=create, scaling=scaling, check_finite=check_finite
         )
 
     def lookup_bag(

@@ -10,7 +10,7 @@ import numpy as np
 
 from shardemb.base import validation
 from shardemb.engine import batch, planned
-from shardemb.engine.training import Scaling, is_checked
+from shardemb.engine.training import Padding, Scaling, is_checked
 from shardemb.errors import UnknownKeyError
 from shardemb.format.spec import COUNT, LAST_STEP
 from shardemb.table_source import TableSource
@@ -197,23 +197,31 @@ class KeyedRows:
         self,
         given: KeysLike,
         values: ArrayLike,
-        what: str,
+        padding: Padding | None,
         *,
         missing: MissingChange = "error",
         create: bool = False,
         check_finite: bool,
     ) -> Change:
-        """Check an update or a write, and give new keys rows; see `TableState.plan_change`."""
+        """Check an update, or a write if there is no `padding`, and give new keys rows; see `TableState`."""
+        what = "rows" if padding is None else "gradients"
         checked, rows = self.check_change(
             given, values, what, missing=missing, create=create, check_finite=check_finite
         )
-        find = self.finder(create=create)
+        find, finite = self.finder(create=create), check_finite and missing == "skip"
 
         def plan() -> Change:
             ids, kept = self._rows_to_change(checked, rows, missing, find)
-            return self.table.plan_change(ids, kept, what, check_finite=check_finite and missing == "skip")
+            if padding is None:
+                return self.table.plan_change(ids, kept, what, check_finite=finite)
+            return self.table.plan_update(ids, kept, self._by_row(padding), check_finite=finite)
 
         return self.renewing(plan)
+
+    def _by_row(self, padding: Padding) -> Padding:
+        """Return the same with the row of a key."""
+        key = padding.padding_idx
+        return padding if key is None else replace(padding, padding_idx=int(self.known([key])[0]))
 
     def _rows_to_change(
         self, given: Keys, rows: Float32Array, missing: MissingChange, find: Callable[[KeysLike], Int64Array]
@@ -235,7 +243,7 @@ class KeyedRows:
         self,
         given: KeysLike,
         values: ArrayLike,
-        what: str,
+        padding: Padding | None,
         *,
         missing: MissingChange,
         create: bool,
@@ -244,7 +252,7 @@ class KeyedRows:
     ) -> float | None:
         """Carry out an update or a write; see `plan_change` and `batch.change`."""
         finite = is_checked(scaling, check_finite=check_finite)
-        change = self.plan_change(given, values, what, missing=missing, create=create, check_finite=finite)
+        change = self.plan_change(given, values, padding, missing=missing, create=create, check_finite=finite)
         return batch.change(self.table.runtime, [change], scaling)
 
     def reset(self, given: KeysLike) -> None:
@@ -404,6 +412,7 @@ def read_many(
 def plan_changes(
     targets: Mapping[str, TableState | KeyedRows],
     batches: Mapping[str, tuple[KeysLike, ArrayLike]],
+    padding: Mapping[str, Padding],
     *,
     missing: MissingChange,
     create: bool,
@@ -413,7 +422,7 @@ def plan_changes(
     tables, keyed = by_kind(targets)
     # All of them are checked before the first key is added.
     changes = [
-        table.plan_change(*batches[name], "gradients", check_finite=check_finite)
+        table.plan_update(*batches[name], padding[name], check_finite=check_finite)
         for name, table in tables.items()
     ]
     given = {
@@ -424,7 +433,7 @@ def plan_changes(
     }
     unchecked = check_finite and missing == "skip"  # of these, only those that are not skipped count
     return changes + [
-        each.plan_change(*given[name], "gradients", missing=missing, create=create, check_finite=unchecked)
+        each.plan_change(*given[name], padding[name], missing=missing, create=create, check_finite=unchecked)
         for name, each in keyed.items()
     ]
 
