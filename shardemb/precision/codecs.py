@@ -21,6 +21,7 @@ import numpy as np
 
 from shardemb.base import sampling
 from shardemb.compute.compiler import formula
+from shardemb.compute.intrinsics import CONVERTED, float8_to_bfloat16
 from shardemb.dtypes import ITEM_BYTES
 
 if TYPE_CHECKING:
@@ -423,42 +424,24 @@ def _decode(data: Any, codes: Any, target: Any, block: Any) -> None:  # noqa: AN
     """Hold the place of one of the functions above that decode a row."""
 
 
-# A float8 becomes a bfloat16 by integers of 16 bits, which a register holds twice as many of as of float32.
+# A float8 becomes a bfloat16 without becoming a float32, `CONVERTED` of them at a time. Where fewer are left, those
+# that follow are converted too: they get their own scale later, and after the last there is memory for so many.
 
 
-def _bfloat16_bits(code: Any, added: np.int16, mantissa: int, infinity: int) -> np.uint16:  # noqa: ANN401
-    """Return the bits of the bfloat16 of a float8 with `mantissa` bits, times a power of two.
-
-    `added` is the difference of the exponents, where bfloat16 has it: that of no number but 0 may leave its range.
-    `infinity` is as in `_number`.
-    """
-    signed = np.int16(np.int8(code))
-    placed = np.int16(np.int16(signed & np.int16(0x7F)) << np.int16(7 - mantissa))
-    # Below the smallest normal number, the exponent falls with the position of the first bit that is set. Of these
-    # lines, each is the lowest where it holds.
-    lowest = min(placed, np.int16(np.int16(placed << np.int16(1)) - np.int16(0x80)))
-    lowest = min(lowest, np.int16(np.int16(placed << np.int16(2)) - np.int16(0x100)))
-    if mantissa > 2:
-        lowest = min(lowest, np.int16(np.int16(placed << np.int16(3)) - np.int16(0x180)))
-    bits = np.int16(lowest + added)
-    bits = np.int16(0) if placed == np.int16(0) else bits
-    if infinity:
-        at = np.int16(infinity << (7 - mantissa))
-        bits = np.int16(0x7F80) if placed >= at else bits
-        bits = np.int16(0x7FC0) if placed > at else bits
-    else:
-        bits = np.int16(0x7FC0) if placed == np.int16(0x7F << (7 - mantissa)) else bits
-    return np.uint16(np.int16(bits | np.int16(signed & np.int16(-0x8000))))
+def _to_bfloat16(target: Any, codes: Any, start: Any, stop: Any, scale: Any) -> None:  # noqa: ANN401
+    """Hold the place of one of the two functions that follow."""
 
 
-def e4m3fn_bits(code: Any, scale: int) -> np.uint16:  # noqa: ANN401
-    """Return the bits of the bfloat16 of a float8_e4m3fn times a scale that `e4m3fn_range` has."""
-    return _bfloat16_bits(code, np.int16((scale - 7) << 7), 3, 0)
+def e4m3fn_to_bfloat16(target: Any, codes: Bytes, start: int, stop: int, scale: int) -> None:  # noqa: ANN401
+    """Convert float8_e4m3fn times a scale that `e4m3fn_range` has."""
+    for j in range(start, stop, CONVERTED):
+        float8_to_bfloat16(3, target.ctypes.data + 2 * j, codes.ctypes.data + j, (scale - 7) << 7)
 
 
-def e5m2_bits(code: Any, scale: int) -> np.uint16:  # noqa: ANN401
-    """Return the bits of the bfloat16 of a float8_e5m2 times a scale that `e5m2_range` has."""
-    return _bfloat16_bits(code, np.int16((scale - 15) << 7), 2, 0x7C)
+def e5m2_to_bfloat16(target: Any, codes: Bytes, start: int, stop: int, scale: int) -> None:  # noqa: ANN401
+    """Convert float8_e5m2 times a scale that `e5m2_range` has."""
+    for j in range(start, stop, CONVERTED):
+        float8_to_bfloat16(2, target.ctypes.data + 2 * j, codes.ctypes.data + j, (scale - 15) << 7)
 
 
 def e4m3fn_range(scale: int) -> bool:
@@ -471,45 +454,31 @@ def e5m2_range(scale: int) -> bool:
     return 17 <= scale <= 239
 
 
-def _bits(code: Any, scale: Any) -> Any:  # noqa: ANN401
-    """Hold the place of one of the functions that return the bits of a bfloat16."""
-
-
 def _in_range(scale: Any) -> Any:  # noqa: ANN401
-    """Hold the place of one of the functions that tell for which scales these are right."""
+    """Hold the place of one of them."""
 
 
 _ONE = 127
 """The scale that means 1."""
 
-_AT_ONCE = 32
-"""Values that are converted by a loop of known length: four registers of them, and a block as most tables have it."""
-
 
 def to_bfloat16(data: Bytes, codes: Bytes, row: Float32Array, target: Any, block: int) -> None:  # noqa: ANN401
     """Convert float8 to bfloat16."""
-    for j in range(target.size):
-        target[j] = _bits(codes[j], _ONE)
+    _to_bfloat16(target, codes, 0, target.size, _ONE)
 
 
 def blocks_to_bfloat16(data: Bytes, codes: Bytes, row: Float32Array, target: Any, block: int) -> None:  # noqa: ANN401
     """Convert float8, whose blocks have scales, to bfloat16."""
-    dim = target.size
-    for k in range((dim + block - 1) // block):
-        start, stop = k * block, min((k + 1) * block, dim)
-        scale = np.int64(codes[dim + k])
+    dim, start, last = target.size, 0, target.size
+    while start < dim:
+        scale, stop = np.int64(codes[last]), min(start + block, dim)
         if _in_range(scale):
-            whole = start + (stop - start) // _AT_ONCE * _AT_ONCE
-            for first in range(start, whole, _AT_ONCE):
-                for j in range(_AT_ONCE):
-                    at = np.uint64(first + j)
-                    target[at] = _bits(codes[at], scale)
-            for j in range(np.uint64(whole), np.uint64(stop)):
-                target[j] = _bits(codes[j], scale)
+            _to_bfloat16(target, codes, start, stop, scale)
         else:
-            factor = _scale_value(codes[dim + k])
+            factor = _scale_value(codes[last])
             for j in range(np.uint64(start), np.uint64(stop)):
                 target[j] = _rounded(np.float32(_value(codes[j]) * factor))
+        start, last = stop, last + 1
 
 
 # ---- the codecs of types --------------------------------------------------------------------------------------
@@ -556,7 +525,10 @@ _VALUES: dict[str, _Functions] = {
 _EXPONENTS = {"float8_e4m3fn": _e4m3fn_exponent, "float8_e5m2": _e5m2_exponent}
 _VIEWS = {1: bytes_as_codes, 2: bytes_as_words, 4: bytes_as_floats}
 
-_SHORT = {"float8_e4m3fn": (e4m3fn_bits, e4m3fn_range), "float8_e5m2": (e5m2_bits, e5m2_range)}
+_SHORT = {
+    "float8_e4m3fn": (e4m3fn_to_bfloat16, e4m3fn_range),
+    "float8_e5m2": (e5m2_to_bfloat16, e5m2_range),
+}
 
 # Decoding a row, and encoding it to nearest and stochastically.
 _PLAIN: _Functions = (decode, encode, encode_drawn)
@@ -610,16 +582,13 @@ def converter(stored: Dtype, wanted: str) -> Callable[..., Any]:
     """
     kind = stored.columns(1)["weight"][0]
     if wanted == "bfloat16" and kind in _SHORT:
-        bits, in_range = _SHORT[kind]
-        one = formula(bits, _bfloat16_bits=formula(_bfloat16_bits))
+        convert, in_range = _SHORT[kind]
+        many = {"_to_bfloat16": formula(convert)}
         if not stored.block_size:
-            return formula(to_bfloat16, _bits=one)
-        exactly = {
-            "_value": number(kind),
-            "_scale_value": formula(_scale_value),
-            "_rounded": formula(bfloat16_code),
-        }
-        return formula(blocks_to_bfloat16, _bits=one, _in_range=formula(in_range), **exactly)
+            return formula(to_bfloat16, **many)
+        exactly = {"_scale_value": formula(_scale_value), "_rounded": formula(bfloat16_code)}
+        exactly |= {"_value": number(kind), "_in_range": formula(in_range)}
+        return formula(blocks_to_bfloat16, **many, **exactly)
     if wanted == "float32":
         return formula(decode_only, _decode=decoder(stored))
     return formula(decode_and_round, _decode=decoder(stored), _rounded=rounding(wanted, drawn=False))

@@ -14,7 +14,7 @@ import numpy as np
 
 from shardemb.base.sizes import MAX_COUNT
 from shardemb.compute.compiler import formula, inlined, specialised
-from shardemb.compute.intrinsics import STREAMED, copy, fence, prefetch, stream
+from shardemb.compute.intrinsics import CONVERTED, STREAMED, copy, fence, prefetch, stream
 from shardemb.compute.row_kernels import step_formula
 from shardemb.dtypes import Plain
 from shardemb.precision import codecs
@@ -91,7 +91,9 @@ def _gather(
 
     They are in the `nbytes` bytes from byte `first` on, and converted to what `out` has.
     """
-    data, row, made = _scratch(nbytes), np.empty(values, np.float32), _scratch(out.shape[1])
+    # Some conversions write, and read, a register of values beyond the last.
+    data, made = _scratch(nbytes + CONVERTED), _scratch(out.shape[1] + 2 * CONVERTED)
+    row = np.empty(values, np.float32)
     codes, made_codes = _view(data), _out_view(made)[:values]
     row_bytes, record_bytes = out.shape[1], records.shape[1]
     source, target = records.ctypes.data + first, out.ctypes.data + start * row_bytes
