@@ -539,13 +539,13 @@ def _sum_squares_of_repeated(
 
 
 @kernel
-def clear_repeated(
-    starts: Int64Array, order: Int64Array, repeated: Int64Array, squares: NDArray[np.float64]
-) -> None:
-    """Set ``squares`` to 0 at the positions of repeated rows."""
-    for row in repeated:
-        for i in range(starts[row], starts[row + 1]):
-            squares[order[i]] = 0
+def sum_of_single(starts: Int64Array, order: Int64Array, squares: NDArray[np.float64]) -> float:
+    """Add up the squares of those rows that have one position, which several rows may share."""
+    total = 0.0
+    for u in range(starts.size - 1):
+        if starts[u + 1] - starts[u] == 1:
+            total += squares[order[starts[u]]]
+    return total
 
 
 def _with_sums(sum_of_squares: Callable[..., Any]) -> dict[str, Callable[..., Any]]:

@@ -332,12 +332,11 @@ class _Squares(NamedTuple):
 
     def total(self) -> float:
         """Return the sum of all of them, once the pieces were called."""
-        grouped, squares = self.change.batch, self.squares
-        if self.repeated.size:
-            row_kernels.clear_repeated(grouped.starts, grouped.order, self.repeated, squares)
-        if grouped.order.size < squares.size:  # gradients of padding do not count
-            squares = squares[grouped.order]
-        return float(squares.sum()) + float(self.sums.sum())
+        total = float(self.sums.sum())
+        if self.change.row_gradients is None:
+            grouped = self.change.batch
+            total += row_kernels.sum_of_single(grouped.starts, grouped.order, self.squares)
+        return total
 
 
 # ---- rows that move -------------------------------------------------------------------------------------------
