@@ -53,6 +53,7 @@ def warm_up(progress: Progress = None) -> None:
     initializers = [Uniform(-1.0, 1.0) if kind is Uniform else kind() for kind in INITIALIZERS.values()]
     key_types: list[KeyType] = ["int64", "string", "bytes"]
     dtypes: list[DtypeLike] = [
+        "float32",
         "bfloat16",
         "float16",
         "float8_e4m3fn",
@@ -143,9 +144,8 @@ def _convert(path: Path, dtype: DtypeLike) -> None:
             )
             assert isinstance(table, shardemb.Table)
             table.write(ids, np.ones((100, 2), np.float32))
-            table.lookup(ids)
-            table.lookup(ids, dtype="bfloat16")
-            table.lookup(ids, dtype="raw")
+            for form in ("float32", "bfloat16", "raw", *["float16"] * (dtype in ("float32", "bfloat16"))):
+                table.lookup(ids, dtype=form)
             if trained:
                 table.update(ids, np.ones((100, 2), np.float32))
 

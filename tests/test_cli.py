@@ -12,6 +12,8 @@ from click.testing import CliRunner
 import shardemb
 from shardemb import cli
 from shardemb.cli import main
+from shardemb.dtypes import BlockScaled, ScaledInt8
+from shardemb.precision import coded_rows
 
 
 @pytest.fixture
@@ -245,6 +247,21 @@ def test_the_picture_of_one_shard_has_its_number(tmp_path, monkeypatch):
     assert [each for each in axes.get_xticks() if -0.5 <= each <= 0.5] == [0]
 
 
-def test_kernels_can_be_compiled_ahead():
+def test_kernels_can_be_compiled_ahead(monkeypatch):
+    pairs, gather = set(), coded_rows.gather
+
+    def noted(stored, wanted):
+        pairs.add((stored.label, wanted))
+        return gather(stored, wanted)
+
+    monkeypatch.setattr(coded_rows, "gather", noted)
     result = run("warm-up", "--quiet")
     assert (result.exit_code, result.output) == (0, "")
+    short = ["float16", "float8_e4m3fn", "float8_e5m2", str(ScaledInt8()), str(BlockScaled())]
+    assert pairs >= {(stored, wanted) for stored in short for wanted in ("float32", "bfloat16")}
+    assert pairs >= {
+        ("float32", "bfloat16"),
+        ("float32", "float16"),
+        ("bfloat16", "float32"),
+        ("bfloat16", "float16"),
+    }

@@ -98,8 +98,9 @@ step: int
 store: Any
 swap_rows(self, keys: KeysLike, others: KeysLike) -> None
 to_arrow_batches(self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None) -> pa.RecordBatchReader
-update(self, keys: KeysLike, grads: ArrayLike, *, missing: MissingChange = 'error', create: bool = False, \
-scale: float | None = None, check_finite: bool = True) -> float | None
+update(self, keys: KeysLike, grads: ArrayLike, *, padding_key: Any = None, scale_grad_by_freq: bool = False, \
+missing: MissingChange = 'error', create: bool = False, scale: float | None = None, check_finite: bool = True) \
+-> float | None
 update_bag(self, keys: KeysLike, offsets: ArrayLike | None, grads: ArrayLike, *, mode: Mode = 'sum', \
 weights: ArrayLike | None = None, padding_key: Any = None, include_last_offset: bool = False, \
 scale_grad_by_freq: bool = False, missing: MissingChange = 'error', create: bool = False, \

@@ -1,6 +1,7 @@
 """Rows that are not float32, against those that are: bfloat16 (B4), and float8 with scales (B5)."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,15 +11,18 @@ from benchmarks import common
 from benchmarks.common import DIM
 from shardemb.dtypes import BlockScaled
 
-from .data import ids_of, make_values, warm
-from .racing import Contender, race
-from .reading import FULL
-from .results import Case, faster
+from . import machine
+from .data import ids_of, make_values, remove, warm
+from .processes import CannotRun
+from .racing import Contender, Reopened, race
+from .reading import FULL, LARGE
+from .results import Bar, Case, faster
 from .training import make_batches, step_of
 
 BATCH = 40_960
 WIDE, BLOCK = 256, 32
-"""Values of a row of float8, and how many share a scale: 264 bytes."""
+WIDE_BYTES = WIDE + WIDE // BLOCK
+"""Values of a row of float8, how many share a scale, and bytes of a row."""
 
 LLM_BATCH = 65_536
 
@@ -74,7 +78,16 @@ def _steps(settings, store, batch):
 
 
 def scaled_rows(settings):
-    """B5: rows of 264 bytes, float8 with a scale for 32 values, looked up as bfloat16, against 256 bytes of float32."""
+    """B5: rows of 264 bytes, float8 with a scale for 32 values, looked up as bfloat16: warm and cold."""
+    case = _scaled_warm(settings)
+    try:
+        return [case, _scaled_cold(settings)]
+    except CannotRun as reason:
+        return [replace(case, notes=(f"not cold: {reason}",))]
+
+
+def _scaled_warm(settings):
+    """Against rows of 256 bytes of float32."""
     rows = settings.rows(FULL) // 2
     batch = settings.batch(LLM_BATCH, rows)
     make_ids = ids_of("uniform", rows)
@@ -104,7 +117,46 @@ def scaled_rows(settings):
         equal = np.allclose(found, values, rtol=2**-4, atol=2**-10)
         arms = race(contenders, make_ids, batch, settings.times(15))
         bar = faster(arms, "float8 as bfloat16, 264 bytes", "float32, 256 bytes", 1.0)
-        return [Case("lookup", tuple(arms.values()), (bar,), bool(equal))]
+        return Case("lookup", tuple(arms.values()), (bar,), bool(equal))
+
+
+def _scaled_cold(settings):
+    """Against random reads of 4 KiB from the same files; nothing of them is in memory, which is checked each time."""
+    rows = settings.rows(LARGE) // 2
+    batch = settings.batch(LLM_BATCH, rows)
+    make_ids, path = ids_of("uniform", rows), settings.folder / "cold.zarr"
+    with shardemb.open(path, mode="w") as store:
+        _create(store, "float8", rows, WIDE, dtype=BlockScaled("float8_e4m3fn", BLOCK))
+        store.commit()
+    largest, reads = max(path.rglob("*"), key=lambda each: each.stat().st_size), []
+
+    def read_pages():
+        reads.append(machine.random_reads(largest, 1.5 if settings.scale >= 0.2 else 0.3)[0])
+
+    cold = Reopened(path)
+    ours = Contender(
+        "cold", lambda ids: cold.store["float8"].lookup(ids, dtype="bfloat16"), prepare=cold.make_cold
+    )
+    cold.make_cold()
+    ids = make_ids(batch)
+    equal = np.allclose(ours.call(ids).astype(np.float32), _wide(ids), rtol=2**-4, atol=2**-10)
+    arms = race([ours], make_ids, batch, settings.times(7), between=read_pages)
+    cold.close()
+    remove(path)
+    pages = np.mean([_pages_of(make_ids(batch)) for _ in range(5)])
+    iops, pages_per_s = float(np.median(reads)), arms["cold"].rate * pages / batch
+    bar = Bar("distinct pages/s vs random 4 KiB reads/s", pages_per_s / iops, 0.9)
+    notes = (
+        f"device measured between the calls, {settings.machine.reader}: {iops:,.0f} reads/s, at best {max(reads):,.0f}",
+        f"lookup: {pages_per_s:,.0f} distinct pages/s, {pages / batch:.2f} a row",
+    )
+    return Case("cold", tuple(arms.values()), (bar,), bool(equal), iops * batch / pages, notes)
+
+
+def _pages_of(ids):
+    """Return the number of distinct pages that hold some rows of 264 bytes."""
+    first = ids * WIDE_BYTES
+    return np.unique(np.concatenate([first, first + WIDE_BYTES - 1]) // machine.PAGE).size
 
 
 def _wide(ids):

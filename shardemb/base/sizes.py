@@ -1,9 +1,14 @@
-"""The page size, and rounding up to a multiple."""
+"""The page size, the largest count, and rounding up to a multiple."""
 
 from __future__ import annotations
 
+import numpy as np
+
 PAGE = 4096
 """Bytes of a page: the unit in which the kernel reads, copies and drops memory, and to which shards are aligned."""
+
+MAX_COUNT = np.float32(2**24)
+"""The most that anything is counted to in float32, which does not have the next whole number."""
 
 
 def round_up(value: int, multiple: int) -> int:

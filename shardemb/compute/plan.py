@@ -80,10 +80,16 @@ def group(ids: Int64Array, num_embeddings: int) -> Grouped:
     return Grouped(rows[:count], starts[: count + 1], order)
 
 
-def each_once(count: int) -> Grouped:
-    """Return a batch in which each of so many rows occurs once, in their order; the rows are numbered from 0 on."""
-    numbers = np.arange(count + 1)
-    return Grouped(numbers[:-1], numbers, numbers[:-1])
+def each_once(rows: Int64Array) -> Grouped:
+    """Return a batch in which each of ascending rows occurs once.
+
+    Examples
+    --------
+    >>> each_once(np.array([7, 9])).order.tolist()
+    [0, 1]
+    """
+    numbers = np.arange(rows.size + 1)
+    return Grouped(rows, numbers, numbers[:-1])
 
 
 def distinct(ids: Int64Array, num_embeddings: int) -> tuple[Int64Array, Int64Array]:

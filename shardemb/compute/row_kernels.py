@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shardemb.base import sampling
+from shardemb.base.sizes import MAX_COUNT
 from shardemb.compute.compiler import formula, inlined, kernel, specialised
 from shardemb.compute.intrinsics import STREAMED, add_to_eight, copy, fence, prefetch, stream
 from shardemb.compute.row_index import places_of
@@ -65,12 +66,6 @@ _STREAMED_BYTES = 2**20
 
 Gathering 40,960 random rows of 256 bytes then takes four fifths of the time, also if the rows are summed up afterwards.
 """
-
-KEPT = 5
-"""Where the options of a step say what it leaves of a weight; ``optim.options`` has the whole list."""
-
-MAX_COUNT = np.float32(2**24)
-"""The most that a row's count of updates can be: float32 does not have the next whole number."""
 
 
 @inlined
@@ -321,6 +316,10 @@ def _step(
         _take_step(record[:dim], record[dim:], scratch, scalars, options, scratch)
 
 
+def _set_kept(options: Any, kept: Any) -> None:  # noqa: ANN401
+    """Hold the place of what sets the share of a weight that a step leaves, among its options."""
+
+
 # ---- catching up ----------------------------------------------------------------------------------------------
 #
 # To a dense optimizer, a row that is not in a batch has a gradient of zeros: weights decay, moments decay, and a
@@ -358,7 +357,7 @@ def _catch_up(
             continue
         middle = min(last + np.int64(replayed), np.int64(step))
         for k in range(last, middle):  # the steps that are numbered from `last` + 1 on
-            options[KEPT] = kept[k]
+            _set_kept(options, kept[k])
             _take_step(weight, state, zeros, scalars[k], options, work)
         if middle < step:
             left = np.float32(np.exp(log_kept[step] - log_kept[middle]))
@@ -449,10 +448,17 @@ def copy_or_fill(initializer: type[Any]) -> Callable[..., None]:
     return specialised(_copy_or_fill, f"copy_or_fill_{initializer.__name__}", **_fill_helpers(initializer))
 
 
+def _own_step(optimizer: type[Any]) -> Callable[..., None]:
+    """Compile an optimizer's own formula, with what it may call."""
+    squares = formula(optimizer.sum_of_squares)
+    helpers = {each.__name__: formula(each, sum_of_squares=squares) for each in optimizer.row_helpers}
+    return formula(optimizer.row_step, sum_of_squares=squares, **helpers)
+
+
 def _whole_step(optimizer: type[Any]) -> Callable[..., None]:
     """Compile an optimizer's step with everything that its options may ask for."""
     squares = formula(optimizer.sum_of_squares)
-    own = formula(optimizer.row_step, sum_of_squares=squares)
+    own = _own_step(optimizer)
     clip, constrain = (formula(each, sum_of_squares=squares) for each in optimizer.around_step)
     return formula(optimizer.take_step, _row_step=own, clip_gradient=clip, constrain=constrain)
 
@@ -461,8 +467,7 @@ def step_formula(optimizer: type[Any], *, with_options: bool) -> Callable[..., N
     """Compile what takes the step of an optimizer on one row, with options or without."""
     if with_options:
         return _whole_step(optimizer)
-    own = formula(optimizer.row_step, sum_of_squares=formula(optimizer.sum_of_squares))
-    return formula(_without_options, _row_step=own)
+    return formula(_without_options, _row_step=_own_step(optimizer))
 
 
 @cache
@@ -475,69 +480,85 @@ def step(optimizer: type[Any], *, with_options: bool) -> Callable[..., None]:
 @cache
 def catch_up(optimizer: type[Any]) -> Callable[..., None]:
     """Return `_catch_up` compiled for one class of optimizers."""
-    return specialised(_catch_up, f"catch_up_{optimizer.__name__}", _take_step=_whole_step(optimizer))
+    label = f"catch_up_{optimizer.__name__}"
+    whole, set_kept = _whole_step(optimizer), formula(optimizer.set_kept)
+    return specialised(_catch_up, label, _take_step=whole, _set_kept=set_kept)
 
 
 # ---- the norm of gradients ----------------------------------------------------------------------------------------
 
 
-@inlined
-def _sum_squares(values: Float32Array) -> float:
-    """Return the sum of the squares of a row's values, in eight parts, and in float64 if it overflows otherwise."""
-    s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = np.float32(0)
-    whole = values.size - values.size % 8
-    for j in range(0, whole, 8):
-        s0 += values[j] * values[j]
-        s1 += values[j + 1] * values[j + 1]
-        s2 += values[j + 2] * values[j + 2]
-        s3 += values[j + 3] * values[j + 3]
-        s4 += values[j + 4] * values[j + 4]
-        s5 += values[j + 5] * values[j + 5]
-        s6 += values[j + 6] * values[j + 6]
-        s7 += values[j + 7] * values[j + 7]
-    total = ((s0 + s1) + (s2 + s3)) + ((s4 + s5) + (s6 + s7))
-    for j in range(whole, values.size):
-        total += values[j] * values[j]
-    exact: float = np.float64(total)
-    if not np.isfinite(total):
+def _sum_of_squares(values: Any) -> Any:  # noqa: ANN401
+    """Hold the place of the function that sums the squares of a row's values, in `_exact_sum`."""
+
+
+def _exact_sum(values: Float32Array) -> float:
+    """Return the sum of the squares of a row's values, in float64 if it overflows otherwise."""
+    exact: float = np.float64(_sum_of_squares(values))
+    if not np.isfinite(exact):
         exact = 0.0
         for j in range(values.size):
             exact += np.float64(values[j]) * np.float64(values[j])
     return exact
 
 
-@kernel
-def sum_squares(gradients: Float32Array, squares: NDArray[np.float64], start: int, stop: int) -> None:
+def _sum_squares(gradients: Float32Array, squares: NDArray[np.float64], start: int, stop: int) -> None:
     """Set ``squares[i]`` to the sum of the squares of the gradient at position ``i`` of a batch.
 
     In the order of the batch, because random ones would have to come from memory: a quarter of the time.
     """
     for i in range(start, stop):
-        squares[i] = _sum_squares(gradients[i])
+        squares[i] = _exact_sum(gradients[i])
 
 
-@kernel
-def sum_squares_of_rows(
+def _sum_squares_of_repeated(
     starts: Int64Array,
     order: Int64Array,
     gradients: Float32Array,
-    squares: NDArray[np.float64],
+    repeated: Int64Array,
     sums: NDArray[np.float64],
     start: int,
     stop: int,
 ) -> None:
-    """Set ``sums[u]`` to the sum of the squares of row ``u``'s gradient, given `sum_squares` of all positions."""
-    dim = gradients.shape[1]
-    scratch = np.empty(dim, np.float32)
-    for u in range(start, stop):
-        first, last = starts[u], starts[u + 1]
-        if last - first == 1:  # nearly all
-            sums[u] = squares[order[first]]
-            continue
-        for j in range(dim):
-            scratch[j] = gradients[order[first], j]
-        for k in range(first + 1, last):
-            gradient = gradients[order[k]]
+    """Set ``sums[k]`` to the sum of the squares of row ``repeated[k]``'s gradient, the sum of several."""
+    dim, row_bytes = gradients.shape[1], 4 * gradients.shape[1]
+    source, end = gradients.ctypes.data, order.size - 1
+    summed = np.empty(dim, np.float32)
+    for k in range(start, stop):
+        first, last = starts[repeated[k]], starts[repeated[k] + 1]
+        following = starts[repeated[min(k + _AHEAD, stop - 1)]]
+        _prefetch_bytes(source + order[following] * row_bytes, row_bytes)
+        _prefetch_bytes(source + order[following + 1] * row_bytes, row_bytes)
+        copy(summed.ctypes.data, source + order[first] * row_bytes, row_bytes)
+        for i in range(first + 1, last):
+            _prefetch_bytes(source + order[min(i + _AHEAD, end)] * row_bytes, row_bytes)
+            another = gradients[order[i]]
             for j in range(dim):
-                scratch[j] += gradient[j]
-        sums[u] = _sum_squares(scratch)
+                summed[j] += another[j]
+        sums[k] = _exact_sum(summed)
+
+
+@kernel
+def sum_of_single(starts: Int64Array, order: Int64Array, squares: NDArray[np.float64]) -> float:
+    """Add up the squares of those rows that have one position, which several rows may share."""
+    total = 0.0
+    for u in range(starts.size - 1):
+        if starts[u + 1] - starts[u] == 1:
+            total += squares[order[starts[u]]]
+    return total
+
+
+def _with_sums(sum_of_squares: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    return {"_exact_sum": formula(_exact_sum, _sum_of_squares=formula(sum_of_squares))}
+
+
+@cache
+def sum_squares(sum_of_squares: Callable[..., Any]) -> Callable[..., None]:
+    """Return `_sum_squares` compiled for the function that sums the squares of one row."""
+    return specialised(_sum_squares, "sum_squares", **_with_sums(sum_of_squares))
+
+
+@cache
+def sum_squares_of_repeated(sum_of_squares: Callable[..., Any]) -> Callable[..., None]:
+    """Return `_sum_squares_of_repeated` compiled for the function that sums the squares of one row."""
+    return specialised(_sum_squares_of_repeated, "sum_squares_of_repeated", **_with_sums(sum_of_squares))

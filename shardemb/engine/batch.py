@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from shardemb.base.interrupts import signals_deferred
-from shardemb.base.sizes import PAGE
+from shardemb.base.sizes import MAX_COUNT, PAGE
 from shardemb.compute import plan, row_kernels, scheduler
 from shardemb.engine import filling
 from shardemb.engine.planned import Change, Read, Reading, Target, norm_of
@@ -531,7 +531,7 @@ def _take_summed_step(change: Change, rows: Loaded, take_step: TakeStep, start: 
     """Take a step with gradients that were summed before, a few rows at a time."""
     for some, gradients in change.summed(start, stop):
         count, places = len(gradients), rows.places[some]
-        grouped = replace(plan.each_once(count), rows=change.batch.rows[some])
+        grouped = plan.each_once(change.batch.rows[some])
         take_step(grouped, gradients, places, 0, count)
         if rows.shards.spec.counters:  # the step has counted each row once
             _count_more(rows.shards, places, np.diff(change.batch.starts[some.start : some.stop + 1]) - 1)
@@ -540,7 +540,7 @@ def _take_summed_step(change: Change, rows: Loaded, take_step: TakeStep, start: 
 def _count_more(shards: Shards, places: Int64Array, times: Int64Array) -> None:
     """Add to the counts of updates of distinct rows."""
     counters = _counters(shards)
-    counters[places, -2] = np.minimum(counters[places, -2] + times, row_kernels.MAX_COUNT)
+    counters[places, -2] = np.minimum(counters[places, -2] + times, MAX_COUNT)
 
 
 def _counters(shards: Shards) -> Float32Array:

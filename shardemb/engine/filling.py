@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from shardemb.base.interrupts import signals_deferred
-from shardemb.base.sizes import PAGE, round_up
+from shardemb.base.sizes import MAX_COUNT, PAGE, round_up
 from shardemb.commits import fills
-from shardemb.compute import file_blocks, row_kernels, scheduler
+from shardemb.compute import file_blocks, scheduler
 from shardemb.format.fill_records import Fill, Filled
 from shardemb.storage import address_space, checksums, files, table_folder
 
@@ -92,7 +92,7 @@ class Filling:
         if self.counters is not None:
             counts, step = self.counters
             numbers = records.view(np.float32)
-            numbers[:, -2] = np.minimum(counts[which], row_kernels.MAX_COUNT)
+            numbers[:, -2] = np.minimum(counts[which], MAX_COUNT)
             numbers[:, -1] = step
 
 

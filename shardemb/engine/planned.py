@@ -14,6 +14,7 @@ from shardemb.base import validation
 from shardemb.compute import plan, row_kernels
 from shardemb.errors import FrozenRowError, ShardEmbError
 from shardemb.format import ranges
+from shardemb.optim.options import sum_of_squares
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -216,19 +217,6 @@ class Change:
         last: Int64Array = self.batch.order[self.batch.starts[1:] - 1]
         return last
 
-    def square_rows(
-        self, sums: NDArray[np.float64], squares: NDArray[np.float64], start: int, stop: int
-    ) -> None:
-        """Sum the squares of the gradients of rows ``start:stop``, given those of the positions of the batch."""
-        if self.row_gradients is None:
-            grouped = self.batch
-            row_kernels.sum_squares_of_rows(
-                grouped.starts, grouped.order, self.values, squares, sums, start, stop
-            )
-            return
-        for some, gradients in self.summed(start, stop):
-            row_kernels.sum_squares(gradients, sums[some], 0, len(gradients))
-
     def renewed(self) -> Change:
         """Return the change as it has to be now; itself if nothing that it was planned from has changed.
 
@@ -299,17 +287,56 @@ def norm_of(changes: Sequence[Change], scaling: Scaling, run: Callable[..., None
 
 def _sum_squares(changes: Sequence[Change], run: Callable[..., None]) -> float:
     """Add up the squares of all rows' gradients, in an order that does not depend on the tasks."""
-    sizes = [4 * each.values.shape[1] for each in changes]
-    given = [np.empty(0 if each.row_gradients else len(each.values)) for each in changes]
-    sums = [np.empty(each.batch.rows.size) for each in changes]
-    pairs = list(zip(changes, given, strict=True))
-    first = [partial(row_kernels.sum_squares, each.values, squares) for each, squares in pairs]
-    run(first, [each.size for each in given], sizes)
-    then = [
-        partial(each.square_rows, found, squares) for (each, squares), found in zip(pairs, sums, strict=True)
-    ]
-    run(then, [each.size for each in sums], sizes)
-    return math.fsum(float(each.sum()) for each in sums)
+    parts = [_Squares.of(each) for each in changes]
+    pieces = [piece for part in parts for piece in part.pieces]
+    run(*([piece[k] for piece in pieces] for k in range(3)))
+    return math.fsum(part.total() for part in parts)
+
+
+class _Squares(NamedTuple):
+    """The squares of the gradients of one change: those of its positions, and those of rows that occur repeatedly.
+
+    To sum the squares of the rows alone would have to wait for the positions, and read these in a random order.
+    """
+
+    change: Change
+    repeated: Int64Array
+    squares: NDArray[np.float64]
+    sums: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, change: Change) -> _Squares:
+        """Make room for the squares of a change; where it has gradients of rows, only those count."""
+        if change.row_gradients is not None:
+            return cls(change, np.empty(0, np.int64), np.empty(0), np.empty(change.batch.rows.size))
+        repeated = np.flatnonzero(np.diff(change.batch.starts) > 1)
+        return cls(change, repeated, np.empty(len(change.values)), np.empty(repeated.size))
+
+    @property
+    def pieces(self) -> list[tuple[Callable[[int, int], None], int, int]]:
+        """What has to be called, for how many rows, and the bytes of one."""
+        change, row_bytes = self.change, 4 * self.change.values.shape[1]
+        if change.row_gradients is not None:
+            return [(self._sum_rows, self.sums.size, row_bytes)]
+        each, grouped = row_kernels.sum_squares(sum_of_squares), change.batch
+        repeated = row_kernels.sum_squares_of_repeated(sum_of_squares)
+        what = grouped.starts, grouped.order, change.values, self.repeated, self.sums
+        return [
+            (partial(each, change.values, self.squares), self.squares.size, row_bytes),
+            (partial(repeated, *what), self.sums.size, row_bytes),
+        ]
+
+    def _sum_rows(self, start: int, stop: int) -> None:
+        for some, gradients in self.change.summed(start, stop):
+            row_kernels.sum_squares(sum_of_squares)(gradients, self.sums[some], 0, len(gradients))
+
+    def total(self) -> float:
+        """Return the sum of all of them, once the pieces were called."""
+        total = float(self.sums.sum())
+        if self.change.row_gradients is None:
+            grouped = self.change.batch
+            total += row_kernels.sum_of_single(grouped.starts, grouped.order, self.squares)
+        return total
 
 
 # ---- rows that move -------------------------------------------------------------------------------------------
@@ -349,8 +376,7 @@ def catch_up(table: Moving, rows_at_once: int) -> Iterator[Change]:
     count = table.live().spec.num_embeddings
     for start in range(0, count, rows_at_once):
         rows = np.arange(start, min(start + rows_at_once, count))
-        each_once = plan.Grouped(rows, np.arange(rows.size + 1), np.arange(rows.size))
-        yield Change(table, each_once, records_of(table, rows), takes_step=False)
+        yield Change(table, plan.each_once(rows), records_of(table, rows), takes_step=False)
 
 
 def plan_copy(table: Moving, source: ArrayLike, target: ArrayLike) -> Change:

@@ -24,7 +24,7 @@ from shardemb.compute import plan, scheduler
 from shardemb.engine import bags, batch, filling, planned, warming
 from shardemb.engine.planned import Change, PlannedRead, require_rows
 from shardemb.engine.shards import Shards
-from shardemb.engine.training import Scaling, Training
+from shardemb.engine.training import NO_PADDING, Padding, Scaling, Training
 from shardemb.errors import ShardEmbError, TableNotFoundError
 from shardemb.format import ranges, store_paths
 from shardemb.format.manifest import TableEntry
@@ -307,19 +307,18 @@ class TableState:
         self,
         ids: ArrayLike,
         grads: ArrayLike,
+        padding: Padding = NO_PADDING,
         *,
-        padding_idx: int | None = None,
-        scale_grad_by_freq: bool = False,
         check_finite: bool,
     ) -> Change:
         """Check an update, and group its ids."""
         spec = self.live().spec
         checked = validation.row_ids(ids, spec.num_embeddings, self.name)
         rows = self.check_values(grads, checked.shape, "gradients", check_finite=check_finite)
-        padding = bags.padding_of(self, padding_idx)
-        kept = None if padding is None else np.flatnonzero(checked.flat != padding)
+        row = bags.padding_of(self, padding.padding_idx)
+        kept = None if row is None else np.flatnonzero(checked.flat != row)
         change = Change(self, bags.grouped_at(checked.flat, kept, spec.num_embeddings), rows, takes_step=True)
-        return bags.by_frequency(change) if scale_grad_by_freq else change
+        return bags.by_frequency(change) if padding.scale_grad_by_freq else change
 
     def check_values(
         self,
@@ -367,11 +366,10 @@ class TableState:
             return None if same else self.plan_reset(rows)
 
         some = changed()
-        grouped = plan.Grouped(some, np.arange(some.size + 1), np.arange(some.size))
         records = shards.initial_records(some)
         if shards.spec.is_caught_up:
             records[:, -1] = self.training.step  # they are not what steps would have made of initial ones
-        return Change(self, grouped, records, takes_step=False, renew=renew)
+        return Change(self, plan.each_once(some), records, takes_step=False, renew=renew)
 
     def change(self, ids: ArrayLike, values: ArrayLike, what: str, *, check_finite: bool) -> None:
         """Carry out a write; see `plan_change`."""
@@ -393,8 +391,7 @@ class TableState:
         record = shards.initial_records(np.array([row]))
         zeros = np.zeros((1, shards.spec.embedding_dim), np.float32)
         record[:, : shards.spec.weight_width] = shards.codec.encoded(zeros)
-        grouped = replace(plan.each_once(1), rows=np.array([row]))
-        self.apply(Change(self, grouped, record, takes_step=False))
+        self.apply(Change(self, plan.each_once(np.array([row])), record, takes_step=False))
 
     def set_optimizer(self, optimizer: Optimizer) -> None:
         """Change hyper-parameters, from the next update on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -96,6 +96,25 @@ class Scaling:
         """Return what gradients of this norm are multiplied by; as ``torch.nn.utils.clip_grad_norm_`` has it."""
         clipped = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (norm + 1e-6))
         return clipped / (self.scale or 1.0)
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What becomes of the gradients of an update before they are summed.
+
+    Attributes
+    ----------
+    padding_idx : int, str, bytes or None
+        Gradients of this row are dropped, or of this key's; None stands for the table's own row of padding.
+    scale_grad_by_freq : bool
+        Divide the gradients of each row by how often it is in the batch.
+    """
+
+    padding_idx: Any = None
+    scale_grad_by_freq: bool = False
+
+
+NO_PADDING = Padding()
 
 
 def is_checked(scaling: Scaling | None, *, check_finite: bool) -> bool:

@@ -16,16 +16,18 @@ from shardemb.errors import LearningRateError
 from shardemb.optim import schedules
 from shardemb.optim.options import (
     CONSTRAINTS,
-    KEPT,
     UNIT_NORM,
     Options,
     clip_gradient,
     constrain,
+    set_kept,
     sum_of_squares,
     take_step,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from shardemb.base.validation import Float32Array
@@ -99,6 +101,9 @@ class Optimizer(ABC):
 
     never_rests: ClassVar[str] = "there is no closed form of its steps with a gradient of zeros"
     """Why there is no `after_rest`."""
+
+    row_helpers: ClassVar[tuple[Callable[..., None], ...]] = ()
+    """Functions of its module that `row_step` calls, by their names; these may call `sum_of_squares`."""
 
     overwrites_gradient: ClassVar[bool] = False
     """Whether `row_step` uses the gradient's memory, so that it needs a copy."""
@@ -184,6 +189,7 @@ class Optimizer(ABC):
     take_step = staticmethod(take_step)
     around_step = clip_gradient, constrain
     sum_of_squares = staticmethod(sum_of_squares)
+    set_kept = staticmethod(set_kept)
 
     def state_columns(self, embedding_dim: int) -> dict[str, int]:
         """Return name and width (values per row) of each state column, in the order of the record.
@@ -383,7 +389,7 @@ def _decays(optimizer: Optimizer, steps: int, embedding_dim: int) -> Decays:
     )
     left = 1 - rates * optimizer.weight_decay
     options = optimizer.options_of(1, embedding_dim)
-    kept = np.full(steps, options[KEPT])
+    kept = np.ones(steps, np.float32)
     if optimizer.decoupled_weight_decay:
         kept[:] = left
     log_kept = np.concatenate([[0.0], np.cumsum(np.log(left))])
@@ -414,6 +420,19 @@ def beta_pair(betas: object) -> tuple[float, float]:
         msg = f"betas must be two numbers in [0, 1), got {betas!r}"
         raise ValueError(msg)
     return pair[0], pair[1]
+
+
+def below_one(value: float, name: str) -> None:
+    """Check a decay.
+
+    Raises
+    ------
+    ValueError
+        It is not in [0, 1).
+    """
+    if validation.number(value, name, minimum=0.0) >= 1:
+        msg = f"{name} must be in [0, 1), got {value!r}"
+        raise ValueError(msg)
 
 
 def _as_rows(scalars: tuple[Scalar, ...]) -> Float32Array:

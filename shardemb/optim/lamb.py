@@ -10,9 +10,21 @@ from shardemb.optim.adam import MomentOptimizer
 from shardemb.optim.options import sum_of_squares
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+
     from shardemb.base.validation import Float32Array
     from shardemb.optim.base import Rest, Scalar
     from shardemb.optim.schedules import Steps
+
+
+def step_as_long_as_weight(weight: Float32Array, direction: Float32Array, lr: np.float32) -> None:
+    """Take a step of the weight's norm, times the learning rate; of the direction's where either norm is zero."""
+    norm, length = math.sqrt(sum_of_squares(weight)), math.sqrt(sum_of_squares(direction))
+    rate = lr * norm / length if norm > 0 and length > 0 else lr
+    for j in range(weight.size):
+        weight[j] -= rate * direction[j]
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,6 +53,7 @@ class LAMB(MomentOptimizer):
 
     decay_is_own: ClassVar[bool] = True
     overwrites_gradient: ClassVar[bool] = True
+    row_helpers: ClassVar[tuple[Callable[..., None], ...]] = (step_as_long_as_weight,)
     never_rests: ClassVar[str] = (
         "its steps have the length of the weight, however small the momentum has become"
     )
@@ -70,10 +83,7 @@ class LAMB(MomentOptimizer):
             exp_avg_sq[j] += one_minus_b2 * (g * g - exp_avg_sq[j])
             # From here on the direction is needed, and the gradient no more.
             gradient[j] = correction * (exp_avg[j] / (math.sqrt(exp_avg_sq[j]) + eps)) + decay * weight[j]
-        norm, length = math.sqrt(sum_of_squares(weight)), math.sqrt(sum_of_squares(gradient))
-        rate = scalars[4] * norm / length if norm > 0 and length > 0 else scalars[4]
-        for j in range(dim):
-            weight[j] -= rate * gradient[j]
+        step_as_long_as_weight(weight, gradient, scalars[4])
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,7 +120,4 @@ class PartialRowWiseLAMB(LAMB):
         for j in range(dim):
             state[j] += one_minus_b1 * (gradient[j] - state[j])
             gradient[j] = factor * state[j] + decay * weight[j]
-        norm, length = math.sqrt(sum_of_squares(weight)), math.sqrt(sum_of_squares(gradient))
-        rate = scalars[4] * norm / length if norm > 0 and length > 0 else scalars[4]
-        for j in range(dim):
-            weight[j] -= rate * gradient[j]
+        step_as_long_as_weight(weight, gradient, scalars[4])

@@ -11,18 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from shardemb.base.sizes import MAX_COUNT
+
 if TYPE_CHECKING:
     from shardemb.base.validation import Float32Array
 
 CONSTRAINTS = NON_NEG, UNIT_NORM = "non_neg", "unit_norm"
 """What weights may be held to after each step."""
-
-_MAX_COUNT = np.float32(2**24)
-"""The most that a row counts to: float32 does not have the next whole number."""
-
-
-KEPT = 5
-"""The position of `Options.kept`."""
 
 
 class Options(NamedTuple):
@@ -55,6 +50,11 @@ class Options(NamedTuple):
     max_norm: float
     constraint: float
     counter: float
+
+
+def set_kept(options: Float32Array, kept: np.float32) -> None:
+    """Set `Options.kept` in an array of options."""
+    options[5] = kept
 
 
 def sum_of_squares(values: Float32Array) -> np.float32:
@@ -156,7 +156,7 @@ def take_step(
     which = 0
     if options[8] >= 0:
         count = int(options[8])
-        state[count] = min(state[count] + 1, _MAX_COUNT)
+        state[count] = min(state[count] + 1, MAX_COUNT)
         which = min(int(state[count]), scalars.shape[0]) - 1
     _row_step(weight, state, work, scalars[which])
     constrain(weight, options[6], options[7])

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from shardemb.base.serialization import optional
 from shardemb.optim.adagrad import outside_and_inside
-from shardemb.optim.base import Optimizer, Rest, Scalar, steps_to_rest
+from shardemb.optim.base import Optimizer, Rest, Scalar, below_one, steps_to_rest
 from shardemb.optim.options import sum_of_squares
-from shardemb.optim.sgd import below_one
 
 if TYPE_CHECKING:
     from shardemb.base.validation import Float32Array

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from shardemb.base import validation
 from shardemb.base.serialization import optional
-from shardemb.optim.base import Optimizer, Rest, Scalar, beta_pair, steps_to_rest
+from shardemb.optim.base import Optimizer, Rest, Scalar, below_one, beta_pair, steps_to_rest
 from shardemb.optim.options import sum_of_squares
 
 if TYPE_CHECKING:
@@ -216,16 +215,3 @@ class Lion(Optimizer):
             g, m = gradient[j], state[j]
             weight[j] -= lr * np.sign(m + one_minus_b1 * (g - m))
             state[j] = m + one_minus_b2 * (g - m)
-
-
-def below_one(value: float, name: str) -> None:
-    """Check a decay.
-
-    Raises
-    ------
-    ValueError
-        It is not in [0, 1).
-    """
-    if validation.number(value, name, minimum=0.0) >= 1:
-        msg = f"{name} must be in [0, 1), got {value!r}"
-        raise ValueError(msg)

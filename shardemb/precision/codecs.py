@@ -21,6 +21,7 @@ import numpy as np
 
 from shardemb.base import sampling
 from shardemb.compute.compiler import formula
+from shardemb.compute.intrinsics import CONVERTED, float8_to_bfloat16
 from shardemb.dtypes import ITEM_BYTES
 
 if TYPE_CHECKING:
@@ -404,6 +405,82 @@ def encode_blocks_drawn(source: Float32Array, data: Bytes, codes: Bytes, words: 
             codes[j] = _drawn(np.float32(source[j] * inverse), words[j])
 
 
+# ---- from one type to another ---------------------------------------------------------------------------------
+
+
+def decode_only(data: Bytes, codes: Any, row: Float32Array, target: Float32Array, block: int) -> None:  # noqa: ANN401
+    """Decode values to where they are wanted as float32; `row` is not needed."""
+    _decode(data, codes, target, block)
+
+
+def decode_and_round(data: Bytes, codes: Any, row: Float32Array, target: Any, block: int) -> None:  # noqa: ANN401
+    """Decode values to the scratch `row`, and round them to the type that is wanted."""
+    _decode(data, codes, row, block)
+    for j in range(target.size):
+        target[j] = _rounded(row[j])
+
+
+def _decode(data: Any, codes: Any, target: Any, block: Any) -> None:  # noqa: ANN401
+    """Hold the place of one of the functions above that decode a row."""
+
+
+# A float8 becomes a bfloat16 without becoming a float32, `CONVERTED` of them at a time. Where fewer are left, those
+# that follow are converted too: they get their own scale later, and after the last there is memory for so many.
+
+
+def _to_bfloat16(target: Any, codes: Any, start: Any, stop: Any, scale: Any) -> None:  # noqa: ANN401
+    """Hold the place of one of the two functions that follow."""
+
+
+def e4m3fn_to_bfloat16(target: Any, codes: Bytes, start: int, stop: int, scale: int) -> None:  # noqa: ANN401
+    """Convert float8_e4m3fn times a scale that `e4m3fn_range` has."""
+    for j in range(start, stop, CONVERTED):
+        float8_to_bfloat16(3, target.ctypes.data + 2 * j, codes.ctypes.data + j, (scale - 7) << 7)
+
+
+def e5m2_to_bfloat16(target: Any, codes: Bytes, start: int, stop: int, scale: int) -> None:  # noqa: ANN401
+    """Convert float8_e5m2 times a scale that `e5m2_range` has."""
+    for j in range(start, stop, CONVERTED):
+        float8_to_bfloat16(2, target.ctypes.data + 2 * j, codes.ctypes.data + j, (scale - 15) << 7)
+
+
+def e4m3fn_range(scale: int) -> bool:
+    """Whether no float8_e4m3fn becomes too small or too large for a normal bfloat16 by a scale."""
+    return 10 <= scale <= 246
+
+
+def e5m2_range(scale: int) -> bool:
+    """Whether no float8_e5m2 becomes too small or too large for a normal bfloat16 by a scale."""
+    return 17 <= scale <= 239
+
+
+def _in_range(scale: Any) -> Any:  # noqa: ANN401
+    """Hold the place of one of them."""
+
+
+_ONE = 127
+"""The scale that means 1."""
+
+
+def to_bfloat16(data: Bytes, codes: Bytes, row: Float32Array, target: Any, block: int) -> None:  # noqa: ANN401
+    """Convert float8 to bfloat16."""
+    _to_bfloat16(target, codes, 0, target.size, _ONE)
+
+
+def blocks_to_bfloat16(data: Bytes, codes: Bytes, row: Float32Array, target: Any, block: int) -> None:  # noqa: ANN401
+    """Convert float8, whose blocks have scales, to bfloat16."""
+    dim, start, last = target.size, 0, target.size
+    while start < dim:
+        scale, stop = np.int64(codes[last]), min(start + block, dim)
+        if _in_range(scale):
+            _to_bfloat16(target, codes, start, stop, scale)
+        else:
+            factor = _scale_value(codes[last])
+            for j in range(np.uint64(start), np.uint64(stop)):
+                target[j] = _rounded(np.float32(_value(codes[j]) * factor))
+        start, last = stop, last + 1
+
+
 # ---- the codecs of types --------------------------------------------------------------------------------------
 
 
@@ -448,6 +525,11 @@ _VALUES: dict[str, _Functions] = {
 _EXPONENTS = {"float8_e4m3fn": _e4m3fn_exponent, "float8_e5m2": _e5m2_exponent}
 _VIEWS = {1: bytes_as_codes, 2: bytes_as_words, 4: bytes_as_floats}
 
+_SHORT = {
+    "float8_e4m3fn": (e4m3fn_to_bfloat16, e4m3fn_range),
+    "float8_e5m2": (e5m2_to_bfloat16, e5m2_range),
+}
+
 # Decoding a row, and encoding it to nearest and stochastically.
 _PLAIN: _Functions = (decode, encode, encode_drawn)
 _BLOCKS: _Functions = (decode_blocks, encode_blocks, encode_blocks_drawn)
@@ -491,6 +573,25 @@ def encoder(dtype: Dtype, *, drawn: bool) -> Callable[..., Any]:
         return formula(_PLAIN[which], **one)
     largest = formula(_EXPONENTS[kind])
     return formula(_BLOCKS[which], **one, _scale_code=formula(_scale_code), _largest_exponent=largest)
+
+
+def converter(stored: Dtype, wanted: str) -> Callable[..., Any]:
+    """Return ``convert(data, codes, row, target, block)`` from a type to the values of another, compiled.
+
+    `row` is float32, and as long as `target`.
+    """
+    kind = stored.columns(1)["weight"][0]
+    if wanted == "bfloat16" and kind in _SHORT:
+        convert, in_range = _SHORT[kind]
+        many = {"_to_bfloat16": formula(convert)}
+        if not stored.block_size:
+            return formula(to_bfloat16, **many)
+        exactly = {"_scale_value": formula(_scale_value), "_rounded": formula(bfloat16_code)}
+        exactly |= {"_value": number(kind), "_in_range": formula(in_range)}
+        return formula(blocks_to_bfloat16, **many, **exactly)
+    if wanted == "float32":
+        return formula(decode_only, _decode=decoder(stored))
+    return formula(decode_and_round, _decode=decoder(stored), _rounded=rounding(wanted, drawn=False))
 
 
 def number(kind: str) -> Callable[..., Any]:

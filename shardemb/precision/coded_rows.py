@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shardemb.base.sizes import MAX_COUNT
 from shardemb.compute.compiler import formula, inlined, specialised
-from shardemb.compute.intrinsics import STREAMED, copy, fence, prefetch, stream
-from shardemb.compute.row_kernels import MAX_COUNT, step_formula
+from shardemb.compute.intrinsics import CONVERTED, STREAMED, copy, fence, prefetch, stream
+from shardemb.compute.row_kernels import step_formula
 from shardemb.dtypes import Plain
 from shardemb.precision import codecs
 
@@ -59,6 +60,10 @@ def _encode(source: Any, data: Any, codes: Any, words: Any, block: Any) -> None:
     """Hold the place of a codec's function."""
 
 
+def _convert(data: Any, codes: Any, row: Any, target: Any, block: Any) -> None:  # noqa: ANN401
+    """Hold the place of a function from one type to another; see `codecs.converter`."""
+
+
 def _draw(words: Any, row: Any, key: Any, step: Any) -> None:  # noqa: ANN401
     """Hold the place of what draws random words for rounding."""
 
@@ -84,10 +89,12 @@ def _gather(
 ) -> None:
     """Set ``out[start + i]`` to `values` numbers of the record at ``places[i]``; a place below 0 leaves a gap.
 
-    They are the `nbytes` bytes from byte `first` on, as they are decoded, and encoded again as `out` has them.
+    They are in the `nbytes` bytes from byte `first` on, and converted to what `out` has.
     """
-    data, row, made = _scratch(nbytes), np.empty(values, np.float32), _scratch(out.shape[1])
-    codes, made_codes, none = _view(data), _out_view(made), np.empty(0, np.uint32)
+    # Some conversions write, and read, a register of values beyond the last.
+    data, made = _scratch(nbytes + CONVERTED), _scratch(out.shape[1] + 2 * CONVERTED)
+    row = np.empty(values, np.float32)
+    codes, made_codes = _view(data), _out_view(made)[:values]
     row_bytes, record_bytes = out.shape[1], records.shape[1]
     source, target = records.ctypes.data + first, out.ctypes.data + start * row_bytes
     streamed = places.size * row_bytes >= _STREAMED_BYTES and (target | row_bytes) % STREAMED == 0
@@ -98,8 +105,7 @@ def _gather(
         if places[i] < 0:
             continue
         copy(data.ctypes.data, source + places[i] * record_bytes, nbytes)
-        _decode(data, codes, row, block)
-        _encode(row, made, made_codes, none, 0)
+        _convert(data, codes, row, made_codes, block)
         if streamed:
             for at in range(0, row_bytes, STREAMED):
                 stream(target + i * row_bytes + at, made.ctypes.data + at)
@@ -296,9 +302,8 @@ def gather(stored: Dtype, wanted: str) -> Callable[..., None]:
         _gather,
         f"gather_{_label(stored)}_as_{wanted}",
         _view=codecs.viewer(stored),
-        _decode=codecs.decoder(stored),
         _out_view=codecs.viewer(Plain(wanted)),
-        _encode=codecs.encoder(Plain(wanted), drawn=False),
+        _convert=codecs.converter(stored, wanted),
     )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from shardemb import keyed_bags
 from shardemb.engine.bags import Bags
-from shardemb.engine.training import Scaling
+from shardemb.engine.training import Padding, Scaling
 from shardemb.session import display
 
 if TYPE_CHECKING:
@@ -502,6 +502,8 @@ class KeyedTable:
         keys: KeysLike,
         grads: ArrayLike,
         *,
+        padding_key: Any = None,  # noqa: ANN401
+        scale_grad_by_freq: bool = False,
         missing: MissingChange = "error",
         create: bool = False,
         scale: float | None = None,
@@ -515,6 +517,11 @@ class KeyedTable:
             As for `Vocabulary.lookup`. Gradients of duplicate keys are summed first.
         grads : array_like of float, shape ``keys.shape + (embedding_dim,)``
             float16, bfloat16, float32 or float64; the computation is in float32.
+        padding_key : int, str or bytes, optional
+            Gradients of this key, which has a row, are dropped. By default those of the row of the table's
+            `Table.padding_idx` are, which keys without a row get if `missing` names it.
+        scale_grad_by_freq : bool
+            Divide the gradients of each row by how often its keys are in the batch; see `Table.update`.
         missing : {"error", "skip"} or int
             What happens to the gradients of keys without a row: ``"error"`` raises; ``"skip"`` ignores them; an int
             adds them to those of the row of that id.
@@ -533,7 +540,7 @@ class KeyedTable:
         Raises
         ------
         UnknownKeyError
-            A key has no row; the message names the first one.
+            A key, or the one of padding, has no row; the message names the first one.
         TypeError, ValueError
             Wrong type, dtype or shape; NaN or infinity; a missing key (null); the table has no optimizer.
         RowIdError, LearningRateError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError,
@@ -552,7 +559,7 @@ class KeyedTable:
         return self._keyed.change(
             keys,
             grads,
-            "gradients",
+            Padding(padding_key, scale_grad_by_freq),
             missing=missing,
             create=create,
             scaling=scaling,
@@ -670,7 +677,7 @@ class KeyedTable:
         --------
         >>> table.write([-5], [[1.0, 2.0]])
         """
-        self._keyed.change(keys, rows, "rows", missing=missing, create=create, check_finite=check_finite)
+        self._keyed.change(keys, rows, None, missing=missing, create=create, check_finite=check_finite)
 
     def reset_rows(self, keys: KeysLike) -> None:
         """Make the rows of keys freshly initialised; see `Table.reset_rows`.

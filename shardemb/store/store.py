@@ -559,8 +559,8 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         Raises
         ------
         TableNotFoundError, TypeError, ValueError, RowIdError, UnknownKeyError
-            As `Table.update` and `KeyedTable.update`; or the norm is not finite, there is a `max_norm` and no `scale`.
-            No table was changed.
+            As `Table.update` and `KeyedTable.update`; or the norm is not finite, there is a `max_norm` and no `scale`;
+            `padding_idx` names a table that has no batch. No table was changed.
         FrozenRowError, LearningRateError
             As `Table.update`; no table was changed.
         ReadOnlyError, StoreClosedError, PoisonedError, DiskFullError

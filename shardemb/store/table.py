@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from shardemb.engine import bags, planned
 from shardemb.engine.bags import Bags
-from shardemb.engine.training import Scaling, is_checked
+from shardemb.engine.training import Padding, Scaling, is_checked
 from shardemb.session import display
 from shardemb.table_source import TableSource
 
@@ -592,8 +592,7 @@ class Table:
         change = self._state.plan_update(
             ids,
             grads,
-            padding_idx=padding_idx,
-            scale_grad_by_freq=scale_grad_by_freq,
+            Padding(padding_idx, scale_grad_by_freq),
             check_finite=is_checked(scaling, check_finite=check_finite),
         )
         return self._state.apply(change, scaling)

@@ -216,8 +216,7 @@ class KeyTables:
 
     def change(self, which: str, rows: Int64Array, words: Words) -> Change:
         """Plan to write records of ascending rows."""
-        grouped = plan.Grouped(rows, np.arange(rows.size + 1), np.arange(rows.size))
-        return Change(self._tables[which], grouped, words.view(np.float32), takes_step=False)
+        return Change(self._tables[which], plan.each_once(rows), words.view(np.float32), takes_step=False)
 
     def _words(self, which: str, rows: Int64Array) -> Words:
         table = self._tables[which]

@@ -11,7 +11,7 @@ import numpy as np
 
 from shardemb.base import validation
 from shardemb.engine import batch, planned
-from shardemb.engine.training import Scaling, is_checked
+from shardemb.engine.training import NO_PADDING, Padding, Scaling, is_checked
 from shardemb.errors import UnknownKeyError
 from shardemb.format.spec import COUNT, LAST_STEP
 from shardemb.table_source import TableSource
@@ -198,23 +198,31 @@ class KeyedRows:
         self,
         given: KeysLike,
         values: ArrayLike,
-        what: str,
+        padding: Padding | None,
         *,
         missing: MissingChange = "error",
         create: bool = False,
         check_finite: bool,
     ) -> Change:
-        """Check an update or a write, and give new keys rows; see `TableState.plan_change`."""
+        """Check an update, or a write if there is no `padding`, and give new keys rows; see `TableState`."""
+        what = "rows" if padding is None else "gradients"
         checked, rows = self.check_change(
             given, values, what, missing=missing, create=create, check_finite=check_finite
         )
-        find = self.finder(create=create)
+        find, finite = self.finder(create=create), check_finite and missing == "skip"
 
         def plan() -> Change:
             ids, kept = self._rows_to_change(checked, rows, missing, find)
-            return self.table.plan_change(ids, kept, what, check_finite=check_finite and missing == "skip")
+            if padding is None:
+                return self.table.plan_change(ids, kept, what, check_finite=finite)
+            return self.table.plan_update(ids, kept, self._by_row(padding), check_finite=finite)
 
         return self.renewing(plan)
+
+    def _by_row(self, padding: Padding) -> Padding:
+        """Return the same with the row of a key."""
+        key = padding.padding_idx
+        return padding if key is None else replace(padding, padding_idx=int(self.known([key])[0]))
 
     def _rows_to_change(
         self, given: Keys, rows: Float32Array, missing: MissingChange, find: Callable[[KeysLike], Int64Array]
@@ -236,7 +244,7 @@ class KeyedRows:
         self,
         given: KeysLike,
         values: ArrayLike,
-        what: str,
+        padding: Padding | None,
         *,
         missing: MissingChange,
         create: bool,
@@ -245,7 +253,7 @@ class KeyedRows:
     ) -> float | None:
         """Carry out an update or a write; see `plan_change` and `batch.change`."""
         finite = is_checked(scaling, check_finite=check_finite)
-        change = self.plan_change(given, values, what, missing=missing, create=create, check_finite=finite)
+        change = self.plan_change(given, values, padding, missing=missing, create=create, check_finite=finite)
         return batch.change(self.table.runtime, [change], scaling)
 
     def reset(self, given: KeysLike) -> None:
@@ -420,10 +428,7 @@ def check_changes(
         Each gives new keys of a table rows, and plans its change.
     """
     tables, keyed = by_kind(targets)
-    changes = [
-        table.plan_change(*batches[name], "gradients", check_finite=check_finite)
-        for name, table in tables.items()
-    ]
+    changes = [table.plan_update(*batches[name], check_finite=check_finite) for name, table in tables.items()]
     waiting: list[Callable[[], Change]] = []
     for name, each in keyed.items():
         handled = missing_in(missing, name)
@@ -434,7 +439,7 @@ def check_changes(
             partial(
                 each.plan_change,
                 *given,
-                "gradients",
+                NO_PADDING,
                 missing=handled,
                 create=create,
                 check_finite=check_finite and handled == "skip",  # only those that are not skipped count

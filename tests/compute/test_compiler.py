@@ -100,12 +100,13 @@ USE_EVERYTHING = """
     import numpy as np
     import shardemb
     from shardemb.compute import file_blocks, grouping, plan, pooling, residency, row_index, row_kernels
-    from shardemb.dtypes import Plain
+    from shardemb.dtypes import BlockScaled, Plain
     from shardemb.memory import slots
     from shardemb.precision import coded_rows
     from shardemb.vocabulary import hash_index, hashing, index_kernels, key_kernels
     from shardemb.initializers import Uniform
     from shardemb.optim import Adam
+    from shardemb.optim.options import sum_of_squares
 
     plan.TASK_BYTES = 1000  # small batches are cut into tasks too
 
@@ -144,7 +145,11 @@ USE_EVERYTHING = """
                         table.update_bag(ids, None, grads, **named, scale_grad_by_freq=True)
                         table.update_bag(ids, None, np.asfortranarray(grads), **named)
                         mode != "max" and table.bag_weight_gradient(ids, None, grads, **named)
-        store.update({name: ([1, 2], np.ones((2, 3))) for name in ("plain", "short")}, max_norm=1.0)
+        store.update({name: ([1, 2, 1], np.ones((3, 3))) for name in ("plain", "short")}, max_norm=1.0)
+        blocks = store.create_table("blocks", num_embeddings=9, embedding_dim=3, dtype=BlockScaled())
+        for ids in batches():
+            blocks.lookup(np.minimum(np.asarray(ids, int), 8), dtype="bfloat16")
+        store.drop_table("blocks")
         rested = store.create_table(
             "rested", num_embeddings=9, embedding_dim=3, initializer=Uniform(-1, 1),
             optimizer=Adam(dense_equivalent=True),
@@ -219,6 +224,8 @@ USE_EVERYTHING = """
     found = [each for each in found if each.targetoptions.get("inline") != "always"]
     short = Plain("bfloat16")
     found += [coded_rows.gather(short, "float32"), coded_rows.gather(Plain("float32"), "bfloat16")]
+    found += [coded_rows.gather(BlockScaled(), "bfloat16")]
+    found += [row_kernels.sum_squares(sum_of_squares), row_kernels.sum_squares_of_repeated(sum_of_squares)]
     found += [coded_rows.encode_rows(short, drawn=drawn) for drawn in (False, True)]
     found += [coded_rows.step(Adam, short, "float32", drawn=True, with_options=each) for each in (False, True)]
     found += [row_kernels.gather_or_fill(Uniform), row_kernels.copy_or_fill(Uniform), row_kernels.catch_up(Adam)]

@@ -147,6 +147,26 @@ def test_huge_gradients_are_finite(two):
     assert two[0].update([3], np.full((1, 3), 1e30), scale=1e30) == pytest.approx(math.sqrt(3))
 
 
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 9), max_size=40), st.integers(0, 9), st.booleans())
+def test_gradients_of_padding_have_no_part_in_the_norm(tmp_path_factory, ids, padding, by_frequency):
+    values = grads(ids, 3)
+    kept = [i for i, row in enumerate(ids) if row != padding]
+    counts = np.bincount(ids, minlength=10)[ids][:, None] if by_frequency else 1
+    expected = norm_of((np.array(ids)[kept], (values / counts)[kept])) if kept else 0.0
+    values[[i for i in range(len(ids)) if i not in kept]] = np.nan
+    with shardemb.open(tmp_path_factory.mktemp("store") / "s", "w") as store:
+        table = store.create_table("t", num_embeddings=10, embedding_dim=3, optimizer=SGD(lr=1.0))
+        named = {"scale_grad_by_freq": by_frequency, "scale": 2.0}
+        found = table.update(ids, values, padding_idx=padding - 10, **named)
+        assert found == pytest.approx(expected / 2, rel=1e-6)
+        moved = table.lookup(range(10))
+        assert np.linalg.norm(moved) == pytest.approx(expected / 2, rel=1e-6)
+        assert table.update(ids, values, padding_idx=padding, **named) == found
+        np.testing.assert_allclose(table.lookup(range(10)), 2 * moved, rtol=1e-6)
+        store.rollback()
+
+
 def test_a_dense_part_that_is_not_finite_skips_the_step_too(store, two):
     for extra in (math.inf, math.nan):
         norm = store.update({"a": ([3], grads([3], 3))}, scale=1.0, extra_norm_sq=extra)

@@ -237,6 +237,44 @@ def test_every_scale_of_a_block():
     assert_same(found, np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32))
 
 
+def every_pair(block):
+    """All 256 codes with all 256 scales, in blocks: rows of scales, columns of codes."""
+    codes = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
+    return np.concatenate([codes, np.repeat(np.arange(256, dtype=np.uint8)[:, None], -(-256 // block), 1)], 1)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("block", [32, 40, 3, 256])
+def test_every_code_and_scale_as_bfloat16_is_rounded_from_float32(kind, block):
+    """They do not become float32 on their way, and 32 of a block are converted at once."""
+    data, dtype = every_pair(block), BlockScaled(kind, block)
+    found = decode(dtype, data, 256, "bfloat16")
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        expected = encodings.decode(dtype, data, 256).astype(ml_dtypes.bfloat16)
+        assert_same(decode(dtype, data, 256), encodings.decode(dtype, data, 256))
+    assert_same(found, expected)
+    # The sign of NaN too, where there is one to keep.
+    nan = np.isnan(expected[:255].astype(np.float32)).any(axis=0)
+    signs = found.view(np.uint16)[:255, nan] & 0xFF80
+    np.testing.assert_array_equal(signs, np.tile(0x7F80 | (np.arange(256)[nan] & 0x80) << 8, (255, 1)))
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_every_float8_without_scales_as_bfloat16(name):
+    codes = every_code(FLOATS[name])
+    found = decode(Plain(name), codes, codes.size, "bfloat16")[0]
+    assert_same(found, codes.astype(np.float32).astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("block", [1, 7, 32, 64])
+@pytest.mark.parametrize("dim", [1, 31, 33, 100])
+def test_rows_of_blocks_of_any_width_as_bfloat16(block, dim):
+    dtype, rng = BlockScaled(block=block), np.random.default_rng(dim)
+    data = encode(dtype, rng.normal(size=(5, dim)) * 2.0 ** rng.integers(-8, 8, (5, 1)))
+    expected = encodings.decode(dtype, data, dim).astype(ml_dtypes.bfloat16)
+    assert_same(decode(dtype, data, dim, "bfloat16"), expected)
+
+
 def test_a_block_that_is_not_finite_becomes_nan_and_no_other():
     values = np.ones((1, 8), np.float32)
     values[0, 2], values[0, 5] = np.nan, np.inf

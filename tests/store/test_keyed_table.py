@@ -289,6 +289,35 @@ def test_updates_skip_unknown_keys_or_use_a_given_row(store):
     assert table.step == 5
 
 
+def test_gradients_of_a_key_of_padding_are_dropped(store):
+    table = new_table(store, optimizer=SGD(lr=1.0), reserved=1, padding_idx=0)
+    table.vocabulary.add(WORDS)
+    given = ["to", "be", "to", "or"]
+    table.update(given, ones(4), padding_key="be", scale_grad_by_freq=True)
+    np.testing.assert_array_equal(table.lookup(WORDS), -ones(4) * [[1], [0], [1], [0]])
+    table.update(given, ones(4), padding_key="to")
+    np.testing.assert_array_equal(table.lookup(WORDS), -ones(4) * [[1], [1], [2], [0]])
+    table.update(given, ones(4), scale_grad_by_freq=True)
+    np.testing.assert_array_equal(table.lookup(WORDS), -ones(4) * [[2], [2], [3], [0]])
+    # By default the table's own row of padding, which no key has.
+    for more in ({}, {"padding_key": "be"}):
+        table.update(["x", "be"], ones(2), missing=0, **more)
+        assert table.rows.lookup(0).any() == bool(more)
+    np.testing.assert_array_equal(table.lookup(["be"]), -3 * ones(1))
+
+
+def test_a_key_of_padding_has_a_row(store):
+    table = new_table(store, optimizer=SGD(lr=1.0))
+    table.vocabulary.add(WORDS)
+    with pytest.raises(UnknownKeyError, match="key 'x' .* has no row"):
+        table.update(["to"], ones(1), padding_key="x")
+    table.update(["x"], ones(1), padding_key="x", create=True)
+    assert not table.lookup([*WORDS, "x"]).any()
+    with pytest.raises(TypeError):
+        table.update(["to"], ones(1), padding_key=3)
+    assert table.step == 1
+
+
 def test_a_prefetch_ignores_unknown_keys(store):
     table = new_table(store)
     table.vocabulary.add(["a"])

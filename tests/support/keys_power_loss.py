@@ -22,8 +22,11 @@ WORKLOADS = 4
 DIM = 8
 
 
-def work(path, seed, recording):
-    """Add, remove and evict keys, train their rows, commit, roll back, reopen; record what each commit holds."""
+def work(path, seed, recording, how=None):
+    """Add, remove and evict keys, train their rows, commit, roll back, reopen; record what each commit holds.
+
+    `how` says how rows are stored.
+    """
     chance, rng = random.Random(seed), np.random.default_rng(seed)
     options = {
         "log_bytes": chance.choice([1, 60_000, 2**30]),
@@ -53,6 +56,7 @@ def work(path, seed, recording):
                 optimizer=optimizer,
                 counters=table.endswith("a"),
                 initializer=chance.choice([None, Uniform(-1, 1, seed=1)]),
+                **(how or {}),
             )
 
     def some(name, most):
@@ -89,8 +93,17 @@ def work(path, seed, recording):
     close_quietly(store)
 
 
+def work_short(path, seed, recording):
+    """Do the same on rows of bfloat16, which are rounded stochastically."""
+    work(path, seed, recording, {"dtype": "bfloat16", "state_dtype": "bfloat16", "rounding": "stochastic"})
+
+
 def explore_keys(seed):
     return explore(seed, STATES // WORKLOADS, work=work)
+
+
+def explore_short_rows(seed):
+    return explore(seed, STATES // WORKLOADS, work=work_short)
 
 
 # Calls that can be left out without a wrong state after a loss of power, and why they are made.

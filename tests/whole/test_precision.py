@@ -1,7 +1,11 @@
 """Tables of every precision, against NumPy and the types of the package ml_dtypes."""
 
+import contextlib
+import itertools
 import json
 import shutil
+import threading
+import time
 
 import ml_dtypes
 import numpy as np
@@ -12,10 +16,12 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import encodings, inside
+from support.threads import Threads
 
 import shardemb
 from shardemb.commits import rewrite
 from shardemb.dtypes import BlockScaled, ScaledInt8, Stochastic
+from shardemb.engine import batch as engine_batch
 from shardemb.engine.shards import Shards
 from shardemb.engine.table_state import TableState
 from shardemb.initializers import Constant, Uniform
@@ -537,6 +543,93 @@ def test_a_table_is_converted_while_it_is_looked_up(tmp_path, monkeypatch):
                 np.testing.assert_array_equal(found, rows)
             assert found.shape[0] == 2
             assert np.isfinite(found.astype(np.float32)).all()
+
+
+OPTIMIZED = {"optimizer": Adam(lr=0.1)}
+CHANGES = {
+    "copied": lambda store, table: table.copy_rows([1, 2, 7], [2, 3, 4]),
+    "swapped": lambda store, table: table.swap_rows([1, 2], [5, 6]),
+    "reset": lambda store, table: table.reset_rows([1, 9]),
+    "clipped": lambda store, table: store.update({"t": batch(3)}, max_norm=0.5),
+    "in bags": lambda store, table: table.update_bag([[1, 2], [2, 5]], None, np.ones((2, DIM)), mode="mean"),
+}
+CONVERTED = [
+    (*pair, change) for pair in (("float32", "bfloat16"), ("bfloat16", "float32")) for change in CHANGES
+]
+CONVERTED += [("bfloat16", ScaledInt8(), change) for change in ("copied", "swapped", "reset")]
+
+
+@pytest.mark.parametrize(("before", "after", "change"), CONVERTED)
+def test_a_table_is_converted_between_the_plan_of_a_change_and_the_change(
+    tmp_path, monkeypatch, before, after, change
+):
+    """It becomes what it becomes in a table that was converted before."""
+
+    def made(name):
+        store = shardemb.open(tmp_path / name)
+        table = new(store, dtype=before, **OPTIMIZED)
+        table.update(*batch(1))
+        store.commit()
+        return store, table
+
+    def contents(table):
+        rows = np.arange(ROWS)
+        states = [table.state(name, rows) for name in ("exp_avg", "exp_avg_sq")]
+        return [table.step, *(each.tobytes() for each in (table.lookup(rows, dtype="raw"), *states))]
+
+    carry_out = engine_batch.change
+
+    def late(*arguments):
+        monkeypatch.undo()
+        thread = threading.Thread(target=store.reshard, args=("t",), kwargs={"dtype": after})
+        thread.start()
+        thread.join()
+        return carry_out(*arguments)
+
+    expected, table = made("expected")
+    with expected:
+        expected.reshard("t", dtype=after)
+        CHANGES[change](expected, table)
+        known = contents(table)
+    store, table = made("found")
+    with store:
+        monkeypatch.setattr(engine_batch, "change", late)
+        CHANGES[change](store, table)
+        assert inside.state(table).spec.precision.public_dtype == after
+        assert contents(table) == known
+
+
+def test_rows_move_and_change_while_their_table_is_converted(tmp_path):
+    """Small integers are the same numbers in all of these types."""
+    rng, types = np.random.default_rng(0), itertools.cycle(["bfloat16", "float16", "float32"])
+    model = rng.integers(0, 8, (ROWS, DIM)).astype(np.float32)
+    converted = []
+
+    def convert():
+        store.commit()
+        with contextlib.suppress(shardemb.ShardEmbError):  # there are changes again
+            store.reshard("t", dtype=next(types))
+            converted.append(1)
+
+    with shardemb.open(tmp_path / "s") as store:
+        table = new(store, optimizer=SGD(lr=1.0), initializer=model)
+        store.commit()
+        with Threads(convert):
+            for _ in range(40):
+                one, other = rng.permutation(ROWS)[:20].reshape(2, 10)
+                table.copy_rows(one[:5], other[:5])
+                model[other[:5]] = model[one[:5]]
+                table.swap_rows(one, other)
+                model[[*one, *other]] = model[[*other, *one]]
+                grads = rng.integers(-1, 2, (10, DIM)).astype(np.float32)
+                assert store.update({"t": (one, grads)}, max_norm=1e6) == pytest.approx(np.linalg.norm(grads))
+                model[one] -= grads
+                table.write(other, model[one])
+                model[other] = model[one]
+                np.testing.assert_array_equal(table.lookup(np.arange(ROWS)), model)
+                time.sleep(0.01)  # so that the other thread finds no changes now and then
+        assert len(converted) > 2
+        assert store.verify() == []
 
 
 # ---- other programs ---------------------------------------------------------------------------------------------
