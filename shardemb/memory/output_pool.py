@@ -1,9 +1,9 @@
 """Memory for large results, which is used again once the caller has released them.
 
 Fresh memory costs more than what is written to it: the kernel has to find and clear each page, which takes 0.5 ms a
-megabyte if two threads do it, whereas a gather of a megabyte takes 0.2 ms. (The C library keeps memory too, but returns
-the end of its heap to the kernel.) A training loop releases the rows of one step before it gets those of the next, so
-it keeps working in the same memory.
+megabyte if two threads do it, whereas a gather of a megabyte takes 0.2 ms. (The C library keeps memory too, see
+`address_space.keep_freed_memory`, but returns the end of its heap to the kernel.) A training loop releases the rows of
+one step before it gets those of the next, so it keeps working in the same memory.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class OutputPool:
     def __init__(self) -> None:
         self._free: list[address_space.AddressRange] = []
         self._closed = False
+        address_space.keep_freed_memory()  # what is not made here: the temporary arrays of batches
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any] = _FLOAT32) -> NDArray[Any]:
         """Make an uninitialised array, whose memory is its own until the last view of it is gone."""

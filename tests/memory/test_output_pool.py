@@ -1,6 +1,8 @@
 """The memory of results is used again once nobody holds it any more, and not before."""
 
 import gc
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -189,3 +191,31 @@ def test_lookups_use_it(store):
     store.commit()
     store.close()
     assert (later == 0).all()
+
+
+def test_temporary_arrays_of_batches_use_memory_again():
+    code = """
+import resource
+import numpy as np
+from shardemb.memory.output_pool import OutputPool
+{}
+
+def batch():
+    for _ in range(5):
+        kept = [np.ones(400_000) for _ in range(5)]
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+batch()
+before = faults()
+batch()
+print(faults() - before)
+"""
+    found = {}
+    for name, line in (("with", "pool = OutputPool()"), ("without", "")):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(line)], capture_output=True, text=True, check=True
+        )
+        found[name] = int(done.stdout)
+    assert found["with"] < 500 < found["without"]
