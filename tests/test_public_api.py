@@ -318,6 +318,10 @@ save(path: str | os.PathLike[str], model: torch.nn.Module, optimizer: Optimizers
 *, others: Mapping[str, Any] | None = None, metadata: Mapping[str, Any] | None = None) -> Commit
 """
 
+DYNAMICEMB = """
+external_storage(store: Store, name: str = 'dynamicemb') -> type[TableStorage]
+"""
+
 
 COMMON = inspect.signature(optim.Optimizer).parameters.values()
 
@@ -412,12 +416,14 @@ def test_signatures_are_pinned(members, pinned):
     assert signatures(members) == sorted(pinned.strip().split("\n"))
 
 
-def test_signatures_for_torch_are_pinned():
+@pytest.mark.parametrize(
+    ("module", "pinned"), [("shardemb.torch", TORCH), ("shardemb.dynamicemb", DYNAMICEMB)]
+)
+def test_signatures_for_torch_are_pinned(module, pinned):
     pytest.importorskip("torch")
-    names = importlib.import_module("shardemb.torch")
-    pinned = sorted(TORCH.strip().split("\n"))
+    names = importlib.import_module(module)
     members = {name: getattr(names, name) for name in names.__all__}
-    assert signatures(members) == pinned
+    assert signatures(members) == sorted(pinned.strip().split("\n"))
 
 
 def test_a_store_is_a_context_manager_and_a_mapping_of_its_tables():
