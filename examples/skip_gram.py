@@ -38,7 +38,8 @@ def pairs(numbers, rng):
         words, neighbours = near[int(WINDOW * rng.random() ** 1.5)]
         at = rng.integers(0, len(words), BATCH)
         known = (words[at] >= 0) & (neighbours[at] >= 0)
-        yield torch.from_numpy(words[at][known]), torch.from_numpy(neighbours[at][known])
+        if known.any():
+            yield torch.from_numpy(words[at][known]), torch.from_numpy(neighbours[at][known])
 
 
 def build(name, words):
@@ -49,17 +50,16 @@ def build(name, words):
         nn.init.zeros_(modules[1].weight)
         return *modules, torch.optim.SparseAdam([each.weight for each in modules], lr=LR), None
     store = shardemb.open(name, mode="w")
-    store.create_vocabulary("words", key_type="string")
     initial = shardemb.initializers.Uniform(-0.5 / DIM, 0.5 / DIM, seed=0)
     for table, first in (("words", initial), ("neighbours", shardemb.initializers.Constant(0.0))):
         store.create_table(
             table,
-            vocabulary="words",
+            num_embeddings=words,
             embedding_dim=DIM,
             initializer=first,
             optimizer=shardemb.optim.Adam(lr=LR),
         )
-    modules = [shardemb.torch.Embedding(store[table].rows) for table in ("words", "neighbours")]
+    modules = [shardemb.torch.Embedding(store[table]) for table in ("words", "neighbours")]
     return *modules, shardemb.torch.Optimizer(modules), store
 
 
@@ -70,8 +70,6 @@ def train(name, steps=300):
     words, numbers = text()
     frequency = np.cumsum(np.bincount(numbers[numbers >= 0], minlength=len(words)) ** 0.75)
     rows, contexts, optimizer, store = build(name, len(words))
-    if store is not None:
-        store.vocabularies["words"].add(list(words))  # rows in the order of `words`
     losses, seconds = [], []
     for _, (word, neighbour) in zip(range(steps), pairs(numbers, rng), strict=False):
         noise = torch.from_numpy(np.searchsorted(frequency, frequency[-1] * rng.random(NEGATIVES)))
