@@ -145,12 +145,9 @@ def train(name, steps=500, rows=ROWS, size=BATCH, *, cold=False):
     if cold:
         drop_pages(name)
     model.memory, sparse, store = opened(name, rows, warm=not cold)
-    first = 1
+    first, rest = 1, f"{name}-rest"  # a folder for everything that is not in the store
     if store is not None and store.last_commit is not None:
-        first += store.last_commit.step
-        saved = torch.load(store.last_commit.metadata["model"])
-        model.load_state_dict(saved["model"])
-        dense.load_state_dict(saved["dense"])
+        first += shardemb.torch.load(rest, model, [dense, sparse], store).step
     loader, seconds = batches(first, steps), []
     if store is not None:
         loader = shardemb.torch.prefetching(loader, model, ids=lambda batch: {"memory": batch[1]})
@@ -165,9 +162,7 @@ def train(name, steps=500, rows=ROWS, size=BATCH, *, cold=False):
         if step % 50 == 0:
             print(f"step {step}: loss {loss.item():.3f}, {1e3 * np.median(seconds):.0f} ms a step")
     if store is not None:
-        path = f"{name}-{steps}.pt"
-        torch.save({"model": model.state_dict(), "dense": dense.state_dict()}, path)
-        store.commit(step=steps, metadata={"model": path})
+        shardemb.torch.save(rest, model, [dense, sparse], store, steps)
     reached = held_out_loss(model, batches)
     if store is not None:
         store.close()

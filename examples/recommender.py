@@ -128,17 +128,21 @@ def anonymous_memory():
     return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1000
 
 
-def train(tables, steps=300, every=50, size=1024, rows=2_000_000, held_out=8):
-    """Train with tables in memory ("ram") or in a new store; return the best AUC, seconds a step, and memory in MB."""
-    torch.manual_seed(0)
+def build(tables, rows):
+    """Return the model, the optimizers of its dense part and of its rows, and the store, if they are in one."""
     store = None if tables == "ram" else shardemb.open(tables, mode="w")
     model = Dlrm(bags_in_memory(rows) if store is None else bags_on_disk(store, rows))
     dense = torch.optim.AdamW([*model.below.parameters(), *model.above.parameters()], lr=LR)
     if store is None:
-        sparse = torch.optim.Adagrad(model.bags.parameters(), lr=TABLE_LR)
-    else:
-        sparse = shardemb.torch.Optimizer(model)
-    schedules = [LambdaLR(each, lambda step: min(1, (step + 1) / WARM_UP)) for each in (dense, sparse)]
+        return model, (dense, torch.optim.Adagrad(model.bags.parameters(), lr=TABLE_LR)), store
+    return model, (dense, shardemb.torch.Optimizer(model)), store
+
+
+def train(tables, steps=300, every=50, size=1024, rows=2_000_000, held_out=8):
+    """Train with tables in memory ("ram") or in a new store; return the best AUC, seconds a step, and memory in MB."""
+    torch.manual_seed(0)
+    model, optimizers, store = build(tables, rows)
+    warm_ups = [LambdaLR(each, lambda step: min(1, (step + 1) / WARM_UP)) for each in optimizers]
     unseen = [clicks(10**9 + number, size, rows) for number in range(held_out)]
     best, seconds, memory = 0.0, [], 0.0
     for step in range(1, steps + 1):
@@ -149,12 +153,12 @@ def train(tables, steps=300, every=50, size=1024, rows=2_000_000, held_out=8):
                 scores = model(numbers, features)
             loss = nn.functional.binary_cross_entropy_with_logits(scores.float(), labels)
             (loss / MICRO_BATCHES).backward()
-        for each in (dense, sparse):
+        for each in optimizers:
             each.step()
             each.zero_grad()
         seconds.append(time.perf_counter() - start)
         memory = max(memory, anonymous_memory())
-        for each in schedules:
+        for each in warm_ups:
             each.step()
         if step % every == 0:
             reached = evaluate(model, unseen)
@@ -162,27 +166,28 @@ def train(tables, steps=300, every=50, size=1024, rows=2_000_000, held_out=8):
                 f"step {step}: loss {loss.item():.4f}, AUC {reached:.4f}, {1e3 * np.median(seconds):.0f} ms a step"
             )
             if reached > best:
-                best = reached
-                kept = keep(model, store, step)
-    restore(model, store, kept)
+                best, kept = reached, keep(tables, model, optimizers, store, step)
+    restore(tables, model, optimizers, store, kept)
     assert evaluate(model, unseen) == best
     if store is not None:
         store.close()
     return best, float(np.median(seconds)), memory
 
 
-def keep(model, store, step):
-    """Keep the model as it is; a commit keeps the rows, and nothing is copied."""
-    if store is not None:
-        store.commit(step=step)
-    return copy.deepcopy(model.state_dict())
+def keep(tables, model, optimizers, store, step):
+    """Keep the model as it is: a copy of it, or a commit, which copies no tables."""
+    if store is None:
+        return copy.deepcopy(model.state_dict())
+    return shardemb.torch.save(f"{tables}-rest", model, optimizers, store, step)
 
 
-def restore(model, store, kept):
-    """Make the model what it was."""
-    model.load_state_dict(kept)
-    if store is not None:
+def restore(tables, model, optimizers, store, kept):
+    """Make the model what was kept last."""
+    if store is None:
+        model.load_state_dict(kept)
+    else:
         store.rollback()
+        shardemb.torch.load(f"{tables}-rest", model, optimizers, store)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ ROOMS = {
     "ranks": ["transport", "parts", "calls", "tables", "ranks"],
     "torch": [
         "tensors", "pending", "merging", "embedding", "embedding_bag", "collections", "optimizer", "lookahead",
-        "checkpoint",
+        "checkpoint", "conversion",
     ],
     "quickstart": ["corpus", "training"],
     "warm_up": [],
@@ -288,6 +288,7 @@ TOUCHES = {
 # Who calls such a thing all the same: module and call, with the reason.
 EXCEPTIONS = {
     ("compute.compiler", "read_bytes"): "source, whose checksum is part of the name of a compiled kernel",
+    ("torch.conversion", "load"): "a file of the caller's, to read; no part of a store",
     ("torch.checkpoint", "save"): "into memory",
     ("torch.checkpoint", "load"): "from memory",
     ("compute.compiler", "mkdir"): "a folder for compiled kernels, where numba has none; no part of a store",

@@ -138,3 +138,34 @@ def test_filtered_ranks(torch):
     assert graphs.filtered_mrr(model, 4, triples, np.array([[0, 0, 1], [0, 0, 2]])) == pytest.approx(
         (1 + 1 / 3) / 2
     )
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_title_genres(torch, tmp_path):
+    """Titles say what they are about, in a word of which half is new in the titles that are held out."""
+    genres = example("title_genres")
+    rng, stems = np.random.default_rng(0), {"space": "SciFi", "ghost": "Horror", "heart": "Romance"}
+    lines = ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"]
+    for number in range(200):
+        stem = list(stems)[number % 3]
+        lines.append(f"{number}\tThe {stem}{rng.integers(50)}\t1995\t{stems[stem]}")
+    (tmp_path / "films").write_text("\n".join(lines))
+    right = [
+        genres.train(name, tmp_path / "films", epochs=3)[0] for name in ("ram", tmp_path / "titles.zarr")
+    ]
+    assert right == [1.0, 1.0]
+
+
+def test_skip_gram(torch, tmp_path, monkeypatch):
+    """In memory and on disk, words that occur together are near each other."""
+    skip_gram = example("skip_gram")
+    rng = np.random.default_rng(0)
+    numbers = np.concatenate([np.append(rng.permutation(5) + 5 * (n % 2), [-1] * 5) for n in range(2000)])
+    monkeypatch.setattr(skip_gram, "text", lambda: (list("abcdefghij"), numbers))
+    monkeypatch.setattr(skip_gram, "BATCH", 512)
+    losses = []
+    for name in ("ram", tmp_path / "vectors.zarr"):
+        loss, _, words, vectors = skip_gram.train(name, steps=150)
+        assert set(skip_gram.nearest("a", words, vectors, 4)) == set("bcde")
+        losses.append(loss)
+    assert losses[0] == pytest.approx(losses[1], abs=0.05)

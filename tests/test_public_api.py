@@ -196,6 +196,7 @@ set_optimizer(self, optimizer: Optimizer) -> None
 shape: tuple[int, int]
 state(self, column: str, ids: ArrayLike) -> NDArray[np.float32]
 stats(self) -> dict[str, Any]
+set_step(self, step: int) -> None
 step: int
 store: Any
 swap_rows(self, rows: ArrayLike, others: ArrayLike) -> None
@@ -209,6 +210,7 @@ weights: ArrayLike | None = None, padding_idx: int | None = None, include_last_o
 scale_grad_by_freq: bool = False, scale: float | None = None, check_finite: bool = True) -> float | None
 warm(self, rows: ArrayLike | None = None, *, progress: Progress = None) -> None
 write(self, ids: ArrayLike, rows: ArrayLike, *, check_finite: bool = True) -> None
+write_state(self, ids: ArrayLike, state: Mapping[str, ArrayLike], *, check_finite: bool = True) -> None
 """
 
 OPTIMIZERS = """
@@ -311,12 +313,22 @@ Ranks(store: Any = None, group: dist.ProcessGroup | None = None, *, owner: int =
 reduce: "Literal['mean', 'sum']" = 'mean', timeout: float = 1800.0)
 clip_grad_norm_(modules: Modules, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False, \
 foreach: bool | None = None) -> torch.Tensor
+from_module(module: torch.nn.Module, store: Any, name: str, *, optimizer: optim.Optimizer | None = None, \
+optimizer_state: torch.optim.Optimizer | None = None, dtype: DtypeLike = 'float32') -> Embedding | EmbeddingBag
+from_pretrained(embeddings: torch.Tensor | ArrayLike | str | os.PathLike[str], store: Any, name: str, \
+freeze: bool = True, padding_idx: int | None = None, max_norm: float | None = None, norm_type: float = 2.0, *, \
+optimizer: optim.Optimizer | None = None) -> Embedding
 load(path: str | os.PathLike[str], model: torch.nn.Module, optimizer: Optimizers, store: Any, *, \
 others: Mapping[str, Any] | None = None, random_state: bool = True) -> Commit
 prefetching(loader: Iterable[Batch], model: torch.nn.Module, depth: int = 2, *, \
 ids: Ids | None = None) -> Prefetching[Batch]
 save(path: str | os.PathLike[str], model: torch.nn.Module, optimizer: Optimizers, store: Any, step: int | None = None, \
 *, others: Mapping[str, Any] | None = None, metadata: Mapping[str, Any] | None = None) -> Commit
+to_module(module: torch.nn.Module) -> torch.nn.Embedding | torch.nn.EmbeddingBag
+"""
+
+DYNAMICEMB = """
+external_storage(store: Store, name: str = 'dynamicemb') -> type[TableStorage]
 """
 
 
@@ -413,12 +425,14 @@ def test_signatures_are_pinned(members, pinned):
     assert signatures(members) == sorted(pinned.strip().split("\n"))
 
 
-def test_signatures_for_torch_are_pinned():
+@pytest.mark.parametrize(
+    ("module", "pinned"), [("shardemb.torch", TORCH), ("shardemb.dynamicemb", DYNAMICEMB)]
+)
+def test_signatures_for_torch_are_pinned(module, pinned):
     pytest.importorskip("torch")
-    names = importlib.import_module("shardemb.torch")
-    pinned = sorted(TORCH.strip().split("\n"))
+    names = importlib.import_module(module)
     members = {name: getattr(names, name) for name in names.__all__}
-    assert signatures(members) == pinned
+    assert signatures(members) == sorted(pinned.strip().split("\n"))
 
 
 def test_a_store_is_a_context_manager_and_a_mapping_of_its_tables():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import (
+    ahead,
     around,
     capped,
     committing,
@@ -15,6 +16,7 @@ from . import (
     peers,
     pooling,
     precision,
+    ranks,
     reading,
     starting,
     training,
@@ -51,12 +53,14 @@ WORKLOADS = {
         Workload("W6b", "training with commits", training.committed_steps, ("torch",), reading.FULL),
         Workload("B1", "lookups of bags", pooling.lookups, ("torch",), reading.FULL),
         Workload("B2", "training steps on bags", pooling.steps, ("torch", "FBGEMM"), reading.FULL),
+        Workload("T5", "two ranks that share a store", ranks.ranks, ("torch",), reading.FULL),
         Workload("W14", "a hundred steps from a cold start", starting.cold_start, ("torch",), reading.FULL),
         Workload("W15", "a hundred steps after creation", starting.first_steps, (), reading.FULL),
         Workload("W3", "cold lookup", reading.cold_uniform, ("Lance", "lmdb", "RocksDB"), reading.LARGE),
         Workload("W18", "cold lookup beside a fold", folding.beside_fold, (), reading.LARGE),
         Workload("W7", "look-ahead", capped.look_ahead, (), reading.LARGE),
         Workload("W4", "training under a memory limit", capped.capped_training, ("RocksDB",), reading.LARGE),
+        Workload("T3", "n-gram memory in torch, read ahead", ahead.ngram_memory, ("torch",), reading.LARGE),
         Workload("W17", "filling a table", filling.fill),
         Workload("W10", "a table of a billion rows", around.huge),
         Workload("W11", "small batches", reading.small_batches),

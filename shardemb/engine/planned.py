@@ -11,18 +11,21 @@ import numpy as np
 
 from shardemb import dtypes
 from shardemb.base import validation
+from shardemb.base.arrays import as_array
 from shardemb.compute import plan, row_kernels
 from shardemb.errors import FrozenRowError, ShardEmbError
 from shardemb.format import ranges
+from shardemb.format.spec import COUNTERS
 from shardemb.optim.options import sum_of_squares
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
     from shardemb.base.validation import Float32Array, Int64Array
     from shardemb.compute.plan import Grouped
+    from shardemb.engine.runtime import Runtime
     from shardemb.engine.shards import Shards
     from shardemb.engine.training import Scaling, Training
 
@@ -355,6 +358,15 @@ class Moving(Target, Protocol):
         """Copy a column of rows."""
 
 
+class Stepped(Moving, Protocol):
+    """A table as a change of its step sees it."""
+
+    runtime: Runtime
+
+    def apply(self, change: Change) -> float | None:
+        """Carry out a planned change."""
+
+
 def records_of(table: Moving, rows: Int64Array) -> NDArray[Any]:
     """Copy whole records of rows, as they are at the table's step."""
     while True:
@@ -413,3 +425,62 @@ def plan_swap(table: Moving, one: ArrayLike, other: ArrayLike) -> Change:
         )
         raise ValueError(msg)
     return plan_copy(table, joined, np.concatenate([second.flat, first.flat]))
+
+
+# ---- state of optimizers from elsewhere -------------------------------------------------------------------------
+
+
+def plan_state(
+    table: Moving, ids: ArrayLike, state: Mapping[str, ArrayLike], *, check_finite: bool
+) -> Change:
+    """Plan to overwrite columns of the optimizer's state of rows; see `Table.write_state`."""
+    spec = table.live().spec
+    checked = validation.row_ids(ids, spec.num_embeddings, table.name)
+    known = [name for name in spec.states if name not in COUNTERS]
+    columns = {}
+    for name, given in state.items():
+        if name not in known:
+            names = ", ".join(known) or "none"
+            msg = f"table {table.name!r} has no state column {name!r} of an optimizer; it has {names}"
+            raise ValueError(msg)
+        values, shape = as_array(given, f"table {table.name!r}: {name}"), checked.shape
+        if spec.is_row_wise(name):
+            values, shape = values[..., np.newaxis], (*shape, 1)
+        else:
+            shape = (*shape, spec.embedding_dim)
+        columns[name] = validation.rows(values, shape, what=name, table=table.name, check_finite=check_finite)
+    return _stating(table, checked.flat, columns)
+
+
+def _stating(table: Moving, rows: Int64Array, columns: dict[str, Float32Array]) -> Change:
+    shards = require_rows(table, np.sort(rows))
+    before = records_of(table, rows)
+    records = before.copy()
+    for name, values in columns.items():
+        if shards.spec.precision.is_coded:
+            shards.codec.put(records.view(np.uint8), name, values)
+        else:
+            first, last = shards.spec.columns[name]
+            records[:, first:last] = values
+
+    def renew() -> Change | None:
+        same = np.array_equal(before.view(np.uint8), records_of(table, rows).view(np.uint8))
+        return None if same else _stating(table, rows, columns)
+
+    grouped = plan.group(rows, shards.spec.num_embeddings)
+    return Change(table, grouped, records, takes_step=False, renew=renew)
+
+
+def set_step(table: Stepped, step: int, rows_at_once: int) -> None:
+    """Set the number of updates that a table has had; see `Table.set_step`."""
+    number = validation.count(step, "step", minimum=0)
+    with table.runtime.changing():
+        spec = table.live().spec
+        if spec.is_caught_up and number != table.training.step:
+            # Rows are what they are now, at a step of another number.
+            with table.runtime.all_or_nothing("a change of a table's step"):
+                for change in catch_up(table, rows_at_once):
+                    change.values[:, -1] = number
+                    table.apply(change)
+                table.training.step = number
+        table.training.step = number

@@ -196,6 +196,28 @@ class Update(Call):
 
 
 @dataclass(frozen=True)
+class Write(Call):
+    """`Table.write`, of the ranks one after the other; the rows are in the place of gradients."""
+
+    one: str
+    missing: Any = "error"
+    create: bool = False
+    check_finite: bool = True
+
+    def carry_out(self, store: Any, parts: Parts) -> Results:  # noqa: ANN401
+        """See `Call`."""
+        joined, table = _joined(store, parts)[self.one], store[self.one]
+        rows = joined.gradients(1)
+        if hasattr(table, "vocabulary"):
+            table.write(
+                joined.what, rows, missing=self.missing, create=self.create, check_finite=self.check_finite
+            )
+        else:
+            table.write(joined.what, rows, check_finite=self.check_finite)
+        return [None] * len(parts)
+
+
+@dataclass(frozen=True)
 class GradientNorm(Call):
     """`Store.gradient_norm`, of the gradients that `Update` would take."""
 

@@ -102,6 +102,9 @@ class Ranks(Mapping[str, RankTable]):
 
     Whatever all ranks have to pass alike, such as a mode, is compared. Metadata of commits is that of the owner.
 
+    Modules with ``max_norm`` write rows only when some are too long, which need not be so on all ranks: they are for
+    one process.
+
     Examples
     --------
     In a program that ``torchrun`` starts, each process runs this; here, there is one:

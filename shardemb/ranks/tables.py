@@ -174,6 +174,10 @@ class RankTable:
         )
         return found
 
+    def write(self, ids: Any, rows: ArrayLike, *, check_finite: bool = True) -> None:  # noqa: ANN401
+        """See `Table.write`; of a row that several ranks write, the last one counts."""
+        self._found_none(calls.Write(self._name, check_finite=check_finite), ids, rows)
+
     def prefetch(self, ids: Any, *, for_update: bool = False) -> None:  # noqa: ANN401
         """See `Table.prefetch`. Also a call of all ranks, but none waits for the owner's answer."""
         self._ranks.tell(calls.Prefetch(self._name, for_update), {self._name: (ids, None)})
@@ -181,6 +185,9 @@ class RankTable:
     def set_optimizer(self, optimizer: Optimizer) -> None:
         """See `Table.set_optimizer`; all ranks pass the same."""
         self._ranks.call(calls.SetOptimizer(self._name, optimizer), {})
+
+    def _found_none(self, call: Call, given: Any, rows: ArrayLike) -> None:  # noqa: ANN401
+        self._ranks.call(call, {self._name: (given, rows)})
 
     def _found(self, call: Call, given: Any, grads: ArrayLike | None = None) -> Any:  # noqa: ANN401
         return self._ranks.call(call, {self._name: (given, grads)})[self._name]
@@ -193,6 +200,23 @@ class RankKeyedTable(RankTable):
     def vocabulary(self) -> RankVocabulary:
         """The vocabulary, which finds keys."""
         return RankVocabulary(self._ranks, self._name)
+
+    @property
+    def rows(self) -> Facts:
+        """What this rank knows of the rows; see `KeyedTable.rows`."""
+        return self.facts
+
+    def write(
+        self,
+        keys: Any,  # noqa: ANN401
+        rows: ArrayLike,
+        *,
+        missing: Any = "error",  # noqa: ANN401
+        create: bool = False,
+        check_finite: bool = True,
+    ) -> None:
+        """See `KeyedTable.write`; of a row that several ranks write, the last one counts."""
+        self._found_none(calls.Write(self._name, missing, create, check_finite), keys, rows)
 
     def lookup(  # type: ignore[override]
         self,

@@ -65,18 +65,18 @@ class Transport:
 
     def ask(self, request: object) -> Any:  # noqa: ANN401
         """Send a request to the owner, and wait for the answer."""
-        self._finish()
+        self.flush()
         self._send(self.owner, request)
         return self._receive(self.owner)
 
     def tell(self, request: object) -> None:
         """Send a request to the owner that has no answer."""
-        self._finish()
+        self.flush()
         self._send(self.owner, request)
 
     def requests(self, own: object) -> list[Any]:
         """Return the requests of all ranks, in their order; `own` is that of the owner, whose call this is."""
-        self._finish()
+        self.flush()
         return [own if rank == self.rank else self._receive(rank) for rank in range(self.size)]
 
     def answer(self, answers: Sequence[object]) -> None:
@@ -84,10 +84,16 @@ class Transport:
         for rank in self.others:
             self._send(rank, answers[rank])
 
+    def flush(self) -> None:
+        """Wait for what is still being sent."""
+        sending, self._sending = self._sending, []
+        for work, _ in sending:
+            self._do(self.owner, work.wait, self._timeout)
+
     def close(self) -> None:
         """Wait until everything is sent, and release memory."""
         try:
-            self._finish()
+            self.flush()
         finally:
             self._outputs.close()
 
@@ -127,12 +133,6 @@ class Transport:
         work = dist.irecv(into, self._global[rank], group=self._group)
         assert work is not None
         work.wait(self._timeout)
-
-    def _finish(self) -> None:
-        """Wait for what is still being sent."""
-        sending, self._sending = self._sending, []
-        for work, _ in sending:
-            self._do(self.owner, work.wait, self._timeout)
 
     def _do(self, rank: int, step: Any, *arguments: Any) -> None:  # noqa: ANN401
         """Do one step with another rank, unless one was lost: then messages may be cut off anywhere."""

@@ -15,7 +15,7 @@ from shardemb.table_source import TableSource
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import dask.array
     import numpy as np
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from shardemb.io.parquet import Encoding, ExportReport
     from shardemb.optim import Optimizer
     from shardemb.session.display import Explanation
+
+ROWS_AT_ONCE = 2**16
+"""How many rows are rewritten in one piece where all of them are."""
 
 
 class Table:
@@ -762,6 +765,70 @@ class Table:
         array([1., 2., 3., 4.], dtype=float32)
         """
         self._state.change(ids, rows, "rows", check_finite=check_finite)
+
+    def write_state(
+        self, ids: ArrayLike, state: Mapping[str, ArrayLike], *, check_finite: bool = True
+    ) -> None:
+        """Overwrite the optimizer's state of rows, which was trained elsewhere. Weights stay.
+
+        Parameters
+        ----------
+        ids : array_like of int
+            Row ids of any integer dtype and any shape; of duplicates the last wins.
+        state : mapping of str to array_like of float
+            Columns of the optimizer's state, such as ``"exp_avg"``, each of the shape that `state` returns; others
+            stay.
+        check_finite : bool
+            Refuse NaN and infinity.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Wrong dtype or shape; NaN or infinity; the optimizer has no such column.
+        RowIdError, ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
+            As `update`; nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits as `update`. In memory only until `Store.commit`. `set_step` sets what else an
+        optimizer remembers.
+
+        Examples
+        --------
+        >>> table.write_state([3], {"exp_avg": [[0.1, 0.2, 0.3, 0.4]]})
+        >>> table.state("exp_avg", 3)
+        array([0.1, 0.2, 0.3, 0.4], dtype=float32)
+        """
+        self._state.apply(planned.plan_state(self._state, ids, state, check_finite=check_finite))
+
+    def set_step(self, step: int) -> None:
+        """Set the number of updates that the table has had, to go on with training from elsewhere.
+
+        Adam's bias correction and schedules depend on it. Rows stay as they are. Part of the next commit.
+
+        Parameters
+        ----------
+        step : int
+            The number, at least 0.
+
+        Raises
+        ------
+        TypeError, ValueError
+            It is none.
+        ReadOnlyError, StoreClosedError, TableNotFoundError, PoisonedError, DiskFullError, OSError
+            As `update`; nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes. If the optimizer is ``dense_equivalent``, all rows are written.
+
+        Examples
+        --------
+        >>> table.set_step(1000)
+        >>> table.step
+        1000
+        """
+        planned.set_step(self._state, step, ROWS_AT_ONCE)
 
     def reset_rows(self, ids: ArrayLike) -> None:
         """Make rows freshly initialised: initial weights, initial state. In memory only until `Store.commit`.

@@ -21,6 +21,7 @@ array([[-1. , -1. , -1. , -1. ],
 from shardemb.ranks.ranks import Ranks
 from shardemb.torch.checkpoint import load, save
 from shardemb.torch.collections import EmbeddingBagCollection, EmbeddingCollection, JaggedTensor, KeyedTensor
+from shardemb.torch.conversion import from_module, from_pretrained, to_module
 from shardemb.torch.embedding import Embedding
 from shardemb.torch.embedding_bag import EmbeddingBag
 from shardemb.torch.lookahead import Pipeline, prefetching
@@ -37,7 +38,10 @@ __all__ = [
     "Pipeline",
     "Ranks",
     "clip_grad_norm_",
+    "from_module",
+    "from_pretrained",
     "load",
     "prefetching",
     "save",
+    "to_module",
 ]

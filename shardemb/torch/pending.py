@@ -257,6 +257,10 @@ def _require_rows(table: AnyTable) -> None:
     if table.dtype == "raw":
         msg = f"table {table.name!r} holds raw bytes, which are no numbers to train: look them up with table.lookup()"
         raise ValueError(msg)
+    if not is_keyed(table) and is_keyed(getattr(table.store, "get", {}.get)(table.name)):
+        # A step goes through the store, which would take row ids for keys.
+        msg = f"table {table.name!r} is used by key: give the module store[{table.name!r}], not its rows"
+        raise TypeError(msg)
 
 
 # ---- torch.compile ----------------------------------------------------------------------------------------------

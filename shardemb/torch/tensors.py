@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,9 +59,11 @@ def _array_of_keys(keys: Any) -> NDArray[Any]:  # noqa: ANN401
 def tensor_of(rows: NDArray[Any], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Return rows as a tensor; it shares their memory if that is on the device and they are of the dtype."""
     if rows.dtype.kind == "f" and rows.dtype.num < _OF_OTHER_PACKAGES:
-        return torch.from_numpy(rows).to(device, dtype)
-    integers = torch.from_numpy(rows.view(_INTEGERS[rows.dtype.itemsize]))
-    return integers.view(getattr(torch, rows.dtype.name)).to(device, dtype)
+        tensor = torch.from_numpy(rows)
+    else:
+        tensor = torch.from_numpy(rows.view(_INTEGERS[rows.dtype.itemsize]))
+        tensor = tensor.view(getattr(torch, rows.dtype.name))
+    return to_gpu(tensor, device, dtype) if device.type == "cuda" else tensor.to(device, dtype)
 
 
 def gradient_of(leaf: torch.Tensor) -> NDArray[np.float32]:
@@ -68,8 +71,41 @@ def gradient_of(leaf: torch.Tensor) -> NDArray[np.float32]:
     if leaf.grad is None:
         return np.zeros(leaf.shape, np.float32)
     gradient = leaf.grad.detach()
+    if gradient.is_cuda:
+        gradient = from_gpu(gradient)
     array: NDArray[np.float32] = gradient.to("cpu", torch.float32).contiguous().numpy()
     return array
+
+
+def to_gpu(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Copy to a GPU by a stream of its own, so that the copy does not wait for work that the GPU still has to do.
+
+    The caller does not wait for the copy; what the GPU does with the result on the current stream does. torch keeps the
+    pinned memory until the copy is done.
+    """
+    stream, current = _copies(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        copied = tensor.pin_memory().to(device, non_blocking=True).to(dtype)
+    current.wait_stream(stream)
+    copied.record_stream(current)  # its memory is that of the other stream, which may not reuse it before
+    return copied
+
+
+def from_gpu(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy from a GPU into pinned memory as float32, after the work on the current stream, and wait for the copy."""
+    stream = _copies(tensor.device)
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    pinned = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=True)
+    with torch.cuda.stream(stream):
+        pinned.copy_(tensor, non_blocking=True)
+    stream.synchronize()
+    return pinned
+
+
+@cache
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream for copies between a GPU and the main memory."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class Alias(torch.autograd.Function):

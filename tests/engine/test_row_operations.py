@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import shardemb
 from shardemb.engine.planned import Change
 from shardemb.initializers import Normal
-from shardemb.optim import SGD, Adam
+from shardemb.optim import SGD, Adam, AdamW, RowWiseAdagrad
 from shardemb.vocabulary.keyed_rows import KeyedRows
 
 ROWS, DIM = 9, 3
@@ -170,3 +170,84 @@ def test_a_move_that_was_planned_again_still_notices_that_keys_got_other_rows():
     third = second.renew()
     assert names == ["rows 0", "rows 1"]
     assert third.renew().renew() is None
+
+
+# ---- state from elsewhere ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        (Adam(lr=0.1), {}),
+        (Adam(lr=0.1), {"counters": True}),
+        (Adam(lr=0.1, rowwise_bias_correction=True), {}),
+        (RowWiseAdagrad(lr=0.1), {}),
+        (SGD(lr=0.1, momentum=0.9), {"state_dtype": "bfloat16"}),
+        (Adam(lr=0.1), {"dtype": "bfloat16"}),
+        (AdamW(lr=0.1, weight_decay=0.1, dense_equivalent=True), {}),
+        (Adam(lr=0.1, dense_equivalent=True), {"initializer": Normal(1.0)}),
+    ],
+    ids=str,
+)
+def test_training_goes_on_with_state_from_elsewhere(store, optimizer, options):
+    old, new = (
+        store.create_table(name, num_embeddings=ROWS, embedding_dim=DIM, optimizer=optimizer, **options)
+        for name in ("old", "new")
+    )
+    generator = np.random.default_rng(1)
+
+    def update(*tables):
+        ids, values = generator.integers(0, ROWS - 2, 4), generator.normal(size=(4, DIM))
+        for table in tables:
+            table.update(ids, values)
+
+    for _ in range(5):
+        update(old)
+    everything = np.arange(ROWS)
+    names = [name for name in optimizer.state_columns(DIM) if name != "last_step"]
+    new.set_step(old.step)
+    new.write(everything, old[:])
+    new.write_state(everything, {name: old.state(name, everything) for name in names})
+    for _ in range(2):
+        for name in names:
+            np.testing.assert_array_equal(new.state(name, everything), old.state(name, everything))
+        np.testing.assert_array_equal(new[:], old[:])
+        assert new.step == old.step
+        for _ in range(3):
+            update(old, new)
+        store.commit()
+    new.set_step(old.step)
+    new.write_state([], {})
+    store.rollback()
+    np.testing.assert_array_equal(new[:], old[:])
+
+
+def test_state_is_written_whole_or_not_at_all(store):
+    table = make(store)
+    store.commit()
+    right = {"exp_avg": np.ones((2, DIM))}
+    for ids, state, error, match in [
+        (
+            [1, 2],
+            right | {"sum": np.ones((2, DIM))},
+            ValueError,
+            "no state column 'sum'.*exp_avg, exp_avg_sq$",
+        ),
+        ([1, 2], {"count": np.ones(2)}, ValueError, "no state column 'count'"),
+        ([1, 2], right | {"exp_avg_sq": np.ones((2, 1))}, ValueError, r"exp_avg_sq have shape \(2, 1\)"),
+        ([1, 2], {"exp_avg": np.full((2, DIM), np.nan)}, ValueError, "exp_avg"),
+        ([1, 2], {"exp_avg": [["x"] * DIM] * 2}, TypeError, "exp_avg"),
+        ([1, ROWS], right, shardemb.RowIdError, "past the end"),
+    ]:
+        with pytest.raises(error, match=match):
+            table.write_state(ids, state)
+    with pytest.raises(ValueError, match="step"):
+        table.set_step(-1)
+    assert not store.has_changes
+    table.set_step(7)
+    assert store.has_changes
+    store.rollback()
+    assert table.step == 2
+    table.write_state([4, 4], {"exp_avg": [[1.0] * DIM, [2.0] * DIM]})
+    assert table.state("exp_avg", 4).tolist() == [2.0] * DIM
+    assert table.state("count", 4) == 0

@@ -121,3 +121,11 @@ def test_a_module_goes_without_a_collection(store):
         rows.sum().backward()  # nobody is left to take the step
     finally:
         gc.enable()
+
+
+def test_rows_of_a_table_by_key_are_refused(store):
+    store.create_vocabulary("users", key_type="int64")
+    users = store.create_table("users", vocabulary="users", embedding_dim=2, optimizer=shardemb.optim.SGD())
+    with pytest.raises(TypeError, match=r"'users' is used by key: give the module store\['users'\]"):
+        shardemb.torch.Embedding(users.rows)
+    shardemb.torch.Embedding(store["users"])
