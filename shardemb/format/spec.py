@@ -414,7 +414,7 @@ def choose_rows_per_shard(num_embeddings: int, record_bytes: int, wanted: int | 
 
     An automatic shard takes 64 to 512 MiB; more if the table would otherwise have more than `max_shards` shards (the
     mappings still free in this process), and less if the whole table is smaller. It is a whole number of huge pages,
-    which make lookups of random rows in memory two to three times as fast, unless it would become too large for that.
+    in which the processor finds random rows faster, unless it would become too large for that.
     """
     multiple = shard_rows_multiple(record_bytes)
     if wanted is None:
