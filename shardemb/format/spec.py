@@ -22,7 +22,7 @@ import numpy as np
 
 from shardemb import dtypes, initializers, optim
 from shardemb.base import serialization, validation
-from shardemb.base.sizes import PAGE, round_up
+from shardemb.base.sizes import HUGE_PAGE, PAGE, round_up
 from shardemb.errors import FormatError
 from shardemb.format.documents import (
     CODED_VERSION,
@@ -413,7 +413,8 @@ def choose_rows_per_shard(num_embeddings: int, record_bytes: int, wanted: int | 
     """Choose the rows per shard: `wanted` rounded up, or an automatic number.
 
     An automatic shard takes 64 to 512 MiB; more if the table would otherwise have more than `max_shards` shards (the
-    mappings still free in this process), and less if the whole table is smaller.
+    mappings still free in this process), and less if the whole table is smaller. It is a whole number of huge pages,
+    in which the processor finds random rows faster, unless it would become too large for that.
     """
     multiple = shard_rows_multiple(record_bytes)
     if wanted is None:
@@ -421,6 +422,9 @@ def choose_rows_per_shard(num_embeddings: int, record_bytes: int, wanted: int | 
         total = num_embeddings * record_bytes
         size = max(min(max(-(-total // MAX_SHARDS), smallest), largest), -(-total // max(max_shards, 1)))
         wanted = -(-size // record_bytes)
+        huge = round_up(wanted, math.lcm(multiple, HUGE_PAGE // math.gcd(HUGE_PAGE, record_bytes)))
+        if huge <= num_embeddings and huge * record_bytes <= largest:
+            return huge
     return round_up(min(wanted, num_embeddings), multiple)
 
 

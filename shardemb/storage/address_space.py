@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shardemb.base import sizes
 from shardemb.storage import files
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 MADV_RANDOM, MADV_WILLNEED, MADV_DONTNEED, MADV_POPULATE_READ, MADV_POPULATE_WRITE = 1, 3, 4, 22, 23
 
-HUGE_PAGE = 2 * 2**20
+HUGE_PAGE = sizes.HUGE_PAGE
 
 SMALL_BYTES = 64 * 2**10
 """Arrays up to this size are not worth a mapping of their own."""

@@ -126,6 +126,9 @@ def test_the_multiple_is_the_smallest_that_is_valid(record_bytes):
         (10**8, 512, 30_000, 64 * MiB // 512),  # 48 GB: still the smallest
         (2**31, 128, 30_000, 256 * MiB // 128),  # 256 GB: 1024 shards
         (2**40, 512, 2**30, 512 * MiB // 512),  # 512 TB: the largest
+        (10**8, 264, 30_000, 33 * 2 * MiB // 264),  # whole huge pages
+        (250_000, 264, 30_000, 250_000),  # but no larger than the table
+        (10**8, 2 * MiB + 4, 2**30, 256),  # nor than the largest
         (2**40, 512, 1000, 2**40 // 1000 + 1),  # as large as the remaining mappings require
     ],
 )
@@ -148,6 +151,18 @@ def test_automatic_shards_take_64_to_512_mib_if_mappings_allow_it(num_embeddings
     assert rows * record_bytes <= 512 * MiB + slack
     if rows < num_embeddings:
         assert rows * record_bytes >= 64 * MiB
+
+
+@given(row_counts, st.integers(1, 2**12))
+def test_automatic_shards_are_whole_huge_pages_if_that_does_not_make_them_too_large(
+    num_embeddings, record_bytes
+):
+    rows = choose_rows_per_shard(num_embeddings, record_bytes, None, 2**60)
+    assert rows % shard_rows_multiple(record_bytes) == 0
+    whole = math.lcm(64, 2 * MiB // math.gcd(2 * MiB, record_bytes))
+    if rows < num_embeddings and (-(-64 * MiB // record_bytes) + whole) * record_bytes <= 256 * MiB:
+        fits = rows * record_bytes % (2 * MiB) == 0
+        assert fits or sizes.round_up(rows, whole) > num_embeddings or rows * record_bytes > 256 * MiB
 
 
 @given(row_counts, dims)
