@@ -37,6 +37,21 @@ def _optimizer(module):
     return shardemb.torch.Optimizer(module)
 
 
+def _backward(torch, results, gradients):
+    """Run backward with gradients that nobody else holds, as those are that a network has computed."""
+
+    class Given(torch.autograd.Function):
+        @staticmethod
+        def forward(context, *results):
+            return results[0].new_zeros(())
+
+        @staticmethod
+        def backward(context, _):
+            return tuple(gradients.pop(0) for _ in results)
+
+    Given.apply(*results).backward()
+
+
 # ---- T1: one row for each id --------------------------------------------------------------------------------------
 
 
@@ -83,9 +98,9 @@ def _step_of_rows(module, optimizer):
     import torch
 
     def step(batch):
-        ids, grads = (torch.from_numpy(each) for each in batch)
-        found = module(ids)
-        found.backward(grads)
+        ids, grads = batch
+        found = module(torch.from_numpy(ids))
+        _backward(torch, [found], [torch.from_numpy(grads)])
         optimizer.step()
         optimizer.zero_grad()
         return found.detach()
@@ -227,11 +242,11 @@ def _embeddings(settings, store, theirs, make, samples, *, keyed):
         batch = make(samples)
         tensors = ours.given(batch)
         arrays = {name: (ids.numpy(), offsets.numpy()) for name, (ids, offsets) in tensors.items()}
-        return batch, tensors, arrays, [torch.from_numpy(grads) for _, _, grads in batch]
+        return batch, tensors, arrays
 
     def step(modules, which, given):
         pooled = modules.pooled(given[which])
-        torch.autograd.backward(pooled, given[3])
+        _backward(torch, pooled, [torch.from_numpy(grads) for _, _, grads in given[0]])
         modules.step()
         modules.zero_grad()
         return [each.detach() for each in pooled]

@@ -351,9 +351,12 @@ class EmbeddingBagCollection(_Collection):
             for name, each in tables.items():
                 table = self._named[name]
                 leaf = tensor_of(pooled[table.name], some[name][0].device, self.dtype)
-                weights = _joined_weights(some[name]) if self.is_weighted else None
-                rows = pooled_of(self, leaf, table, bags[table.name], weights, scale_grad_by_freq=False)
-                found |= zip(each, _divided(rows, [sizes[feature] for feature in each]), strict=True)
+                if self.is_weighted:
+                    weights = _joined_weights(some[name])
+                    leaf = pooled_of(self, leaf, table, bags[table.name], weights, scale_grad_by_freq=False)
+                elif self.remembers:
+                    self.remember(table, bags[table.name], leaf)
+                found |= zip(each, _divided(leaf, [sizes[feature] for feature in each]), strict=True)
         return KeyedTensor({name: found[name] for name in self.features})
 
     def _bags(self, name: str, given: list[_Given]) -> Bags:
