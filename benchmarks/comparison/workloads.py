@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import (
-    ahead,
     adapters,
+    ahead,
     around,
     capped,
     committing,
