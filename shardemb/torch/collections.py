@@ -283,6 +283,7 @@ class EmbeddingBagCollection(_Collection):
     KeyedTensor({'user': (2, 4), 'seen': (2, 2), 'bought': (2, 2)})
     >>> pooled.values().shape
     torch.Size([2, 8])
+    >>> commit = store.commit()
     >>> store.close()
     """
 
@@ -401,6 +402,7 @@ class EmbeddingCollection(_Collection):
     >>> found = rows({"title": torch.tensor([[1, 2]]), "text": (torch.tensor([3, 4, 5]), torch.tensor([0]))})
     >>> found["text"].values().shape, found["text"].lengths()
     (torch.Size([3, 4]), tensor([3]))
+    >>> commit = store.commit()
     >>> store.close()
     """
 
