@@ -20,6 +20,7 @@ from . import (
     ranks,
     reading,
     starting,
+    tight,
     training,
 )
 from .data import remove
@@ -63,6 +64,7 @@ WORKLOADS = {
         Workload("W7", "look-ahead", capped.look_ahead, (), reading.LARGE),
         Workload("W4", "training under a memory limit", capped.capped_training, ("RocksDB",), reading.LARGE),
         Workload("T3", "n-gram memory in torch, read ahead", ahead.ngram_memory, ("torch",), reading.LARGE),
+        Workload("T4", "memory of training in torch under a limit", tight.memory, ("torch",), tight.ROWS),
         Workload("W17", "filling a table", filling.fill),
         Workload("W10", "a table of a billion rows", around.huge),
         Workload("W11", "small batches", reading.small_batches),
