@@ -34,6 +34,7 @@ ROOMS = {
     "dtypes": [],
     "initializers": [],
     "admission": [],
+    "bags": [],
     "format": [
         "documents", "fill_records", "log_records", "store_paths", "ranges", "spec", "manifest", "zarr_metadata",
         "table_files",
@@ -75,8 +76,8 @@ ROOMS = {
 }  # fmt: skip
 
 LEVELS = [
-    {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission", "dtypes"}, {"format"}, {"precision"},
-    {"storage"}, {"commits", "memory"}, {"engine", "io"}, {"table_source", "references"}, {"vocabulary"},
+    {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission", "bags", "dtypes"}, {"format"},
+    {"precision"}, {"storage"}, {"commits", "memory"}, {"engine", "io"}, {"table_source", "references"}, {"vocabulary"},
     {"keyed_bags"}, {"session"}, {"store", "ranks"}, {"text", "torch", "dynamicemb"}, {"quickstart", "warm_up"},
     {"cli"},
 ]  # fmt: skip

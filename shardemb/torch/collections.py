@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from shardemb.engine.bags import Bags
+from shardemb.bags import Bags
 from shardemb.torch.embedding_bag import array_of_weights, pooled_of
 from shardemb.torch.pending import TableModule
 from shardemb.torch.tensors import array_of_ids, tensor_of

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from shardemb.engine.bags import Bags
+from shardemb.bags import Bags
 from shardemb.torch.pending import is_keyed
 from shardemb.torch.tensors import gradient_of
 
