@@ -254,6 +254,18 @@ def test_importing_the_package_loads_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+def test_modules_for_torch_load_little_besides():
+    """Numba and the rest come with the first store, so the import takes a tenth of a second beyond that of torch."""
+    pytest.importorskip("torch")
+    heavy = [name for name in HEAVY if name not in ("torch", "shardemb.storage.files")]
+    code = (
+        f"import sys, torch; had = set(sys.modules); import shardemb.torch; print([name for name in {heavy} "
+    )
+    code += "if name in sys.modules.keys() - had])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_public_names_come_when_they_are_asked_for():
     code = "import sys, shardemb; shardemb.open; print('numba' in sys.modules, shardemb.Store.__name__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
