@@ -160,7 +160,7 @@ def train(tables, steps=300, every=50, size=1024, rows=2_000_000, held_out=8):
         memory = max(memory, anonymous_memory())
         for each in warm_ups:
             each.step()
-        if step % every == 0:
+        if step % every == 0 or step == steps:
             reached = evaluate(model, unseen)
             print(
                 f"step {step}: loss {loss.item():.4f}, AUC {reached:.4f}, {1e3 * np.median(seconds):.0f} ms a step"

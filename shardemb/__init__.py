@@ -43,7 +43,7 @@ from shardemb.errors import (
 
 if TYPE_CHECKING:
     from shardemb import text
-    from shardemb.engine.bags import Bags
+    from shardemb.bags import Bags
     from shardemb.format.manifest import Commit
     from shardemb.session.pending_commit import PendingCommit
     from shardemb.store.keyed_table import KeyedTable
@@ -91,7 +91,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Bags": "engine.bags",
+    "Bags": "bags",
     "open": "store.opening",
     "Store": "store.store",
     "Table": "store.table",

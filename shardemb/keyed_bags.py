@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from shardemb.bags import Bags
 from shardemb.engine import bags, batch
-from shardemb.engine.bags import Bags, Form
+from shardemb.engine.bags import Form
 from shardemb.engine.planned import norm_of
 from shardemb.engine.training import Scaling, is_checked
 from shardemb.vocabulary import keyed_rows

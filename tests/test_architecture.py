@@ -34,6 +34,7 @@ ROOMS = {
     "dtypes": [],
     "initializers": [],
     "admission": [],
+    "bags": [],
     "format": [
         "documents", "fill_records", "log_records", "store_paths", "ranges", "spec", "manifest", "zarr_metadata",
         "table_files",
@@ -75,8 +76,8 @@ ROOMS = {
 }  # fmt: skip
 
 LEVELS = [
-    {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission", "dtypes"}, {"format"}, {"precision"},
-    {"storage"}, {"commits", "memory"}, {"engine", "io"}, {"table_source", "references"}, {"vocabulary"},
+    {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission", "bags", "dtypes"}, {"format"},
+    {"precision"}, {"storage"}, {"commits", "memory"}, {"engine", "io"}, {"table_source", "references"}, {"vocabulary"},
     {"keyed_bags"}, {"session"}, {"store", "ranks"}, {"text", "torch", "dynamicemb"}, {"quickstart", "warm_up"},
     {"cli"},
 ]  # fmt: skip
@@ -249,6 +250,18 @@ HEAVY += ["shardemb.storage.files", "shardemb.store", "shardemb.text"]
 
 def test_importing_the_package_loads_nothing_heavy():
     code = f"import sys, shardemb; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_modules_for_torch_load_little_besides():
+    """Numba and the rest come with the first store, so the import takes a tenth of a second beyond that of torch."""
+    pytest.importorskip("torch")
+    heavy = [name for name in HEAVY if name not in ("torch", "shardemb.storage.files")]
+    code = (
+        f"import sys, torch; had = set(sys.modules); import shardemb.torch; print([name for name in {heavy} "
+    )
+    code += "if name in sys.modules.keys() - had])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

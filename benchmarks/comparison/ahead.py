@@ -21,6 +21,7 @@ TOKENS, HEADS, LAYERS, WIDTH = 2048, 4, 2, 256
 SENTENCES, LENGTH = 8, 96
 SEED = 5
 
+# A model in torch takes memory, too: below half of the full scale, a quarter of the table does not hold it.
 AHEAD = "look-ahead, cold, capped"
 PLAIN = "plain loop, cold, capped"
 RAM = "plain loop, in RAM"
@@ -41,7 +42,7 @@ class Job:
 def ngram_memory(settings):
     """T3: a small transformer with a memory of hashed 2- and 3-grams, whose table is four times the memory limit."""
     data = settings.data(LARGE)
-    cap = max(LEAST_CAP, data.rows * RECORD_BYTES // 4)
+    cap = max(2 * LEAST_CAP, data.rows * RECORD_BYTES // 4)
     path = data.store(STORE, common.optimizer(OPTIMIZER))
     steps = 60 if settings.scale >= 0.2 else 8
     arms, losses = {}, {}

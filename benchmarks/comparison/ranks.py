@@ -10,17 +10,18 @@ import numpy as np
 from benchmarks import common
 from benchmarks.common import DIM
 
+from .machine import CORES
 from .reading import FULL
 from .results import Arm, Bar, Case, faster
 
 RANKS = 2
-BATCH, WIDTH, LAYERS = 4096, 1024, 3
+BATCH, WIDTH, LAYERS = 2048, 512, 3
 """Rows of one step of all ranks together, and the dense part: compute dominates."""
 
 EXCHANGED = 65_536
 """Rows of an exchange: ids to the owner, rows back."""
 
-ONE, TWO = "1 process", "2 ranks"
+ONE, ONE_THREAD, TWO = "1 process", "1 process, 1 thread in torch", "2 ranks"
 
 
 def ranks(settings):
@@ -33,15 +34,16 @@ def _training(settings):
     path = data.store("ranks", common.optimizer("RowWiseAdagrad"))
     steps = 40 if settings.scale >= 0.2 else 4
     arms, losses = {}, {}
-    for name, count in ((ONE, 1), (TWO, RANKS)):
-        (seconds, losses[name]), *_ = _spawn(count, _train, str(path), data.rows, steps)
+    for name, count, threads in ((ONE, 1, CORES), (ONE_THREAD, 1, 1), (TWO, RANKS, max(1, CORES // RANKS))):
+        (seconds, losses[name]), *_ = _spawn(count, threads, _train, str(path), data.rows, steps)
         later = seconds[len(seconds) // 4 :]
         arms[name] = Arm(name, BATCH, tuple(later), f"{steps} steps")
     equal = bool(np.allclose(losses[ONE], losses[TWO], 1e-3))
     bars = (faster(arms, TWO, ONE, 1.2),)
     notes = (
         f"{BATCH:,} rows a step of all ranks together, {LAYERS} dense layers of {WIDTH} in DistributedDataParallel",
-        "one process has all cores in torch; two ranks have half of them each, as torchrun would have it",
+        f"threads in torch: {CORES} in one process, {max(1, CORES // RANKS)} in each of two ranks",
+        f"two ranks against one process with one thread: {arms[TWO].rate / arms[ONE_THREAD].rate:.2f} times as fast",
     )
     return Case("training", tuple(arms.values()), bars, equal, notes=notes)
 
@@ -49,16 +51,18 @@ def _training(settings):
 def _exchange(settings):
     rows = EXCHANGED if settings.scale >= 0.2 else 4096
     times = settings.times(30)
-    (ours, gloo), *_ = _spawn(RANKS, _send, rows, times)
+    (ours, gloo), *_ = _spawn(RANKS, 1, _send, rows, times)
     arms = {name: Arm(name, rows, each) for name, each in (("messages", ours), ("gloo", gloo))}
     share = arms["gloo"].median / arms["messages"].median
     notes = (
         f"{rows:,} ids there, {4 * rows * DIM / 2**20:.0f} MiB of rows back; gloo sends the same arrays",
     )
-    return Case("exchange", tuple(arms.values()), (Bar("share of gloo's speed", share, 0.6),), notes=notes)
+    return Case(
+        "exchange", tuple(arms.values()), (Bar("share of gloo's speed", share, 0.6),), True, notes=notes
+    )
 
 
-def _spawn(count, function, *arguments):
+def _spawn(count, threads, function, *arguments):
     """Run a function in as many processes, the ranks of a group; return what each returns."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -66,7 +70,9 @@ def _spawn(count, function, *arguments):
         for rank in range(count):
             here, there = context.Pipe()
             process = context.Process(
-                target=_work, args=(there, rank, count, f"{folder}/meeting", function, arguments), daemon=True
+                target=_work,
+                args=(there, rank, count, threads, f"{folder}/meeting", function, arguments),
+                daemon=True,
             )
             process.start()
             stack.callback(process.join)
@@ -78,11 +84,11 @@ def _spawn(count, function, *arguments):
 # ---- in the processes
 
 
-def _work(end, rank, count, meeting, function, arguments):
+def _work(end, rank, count, threads, meeting, function, arguments):
     import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
     end.send(function(rank, count, *arguments))
     dist.barrier()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import (
+    adapters,
     ahead,
     around,
     capped,
@@ -19,6 +20,7 @@ from . import (
     ranks,
     reading,
     starting,
+    tight,
     training,
 )
 from .data import remove
@@ -54,6 +56,7 @@ WORKLOADS = {
         Workload("B1", "lookups of bags", pooling.lookups, ("torch",), reading.FULL),
         Workload("B2", "training steps on bags", pooling.steps, ("torch", "FBGEMM"), reading.FULL),
         Workload("T5", "two ranks that share a store", ranks.ranks, ("torch",), reading.FULL),
+        Workload("T1", "an Embedding in torch", adapters.rows, ("torch",), reading.FULL),
         Workload("W14", "a hundred steps from a cold start", starting.cold_start, ("torch",), reading.FULL),
         Workload("W15", "a hundred steps after creation", starting.first_steps, (), reading.FULL),
         Workload("W3", "cold lookup", reading.cold_uniform, ("Lance", "lmdb", "RocksDB"), reading.LARGE),
@@ -61,6 +64,7 @@ WORKLOADS = {
         Workload("W7", "look-ahead", capped.look_ahead, (), reading.LARGE),
         Workload("W4", "training under a memory limit", capped.capped_training, ("RocksDB",), reading.LARGE),
         Workload("T3", "n-gram memory in torch, read ahead", ahead.ngram_memory, ("torch",), reading.LARGE),
+        Workload("T4", "memory of training in torch under a limit", tight.memory, ("torch",), tight.ROWS),
         Workload("W17", "filling a table", filling.fill),
         Workload("W10", "a table of a billion rows", around.huge),
         Workload("W11", "small batches", reading.small_batches),
@@ -69,6 +73,8 @@ WORKLOADS = {
         Workload("B4", "rows of bfloat16", precision.short_rows),
         Workload("B5", "rows of float8 with scales", precision.scaled_rows),
         Workload("B6", "a step of each optimizer", optimizers.each_optimizer),
+        Workload("T2", "the features of a recommender in torch", adapters.bags, ("torch",)),
+        Workload("T6", "importing shardemb.torch", adapters.imports, ("torch",)),
         Workload("B7", "clipping by the global norm", optimizers.clipping),
         Workload("W13", "the first seconds of a process", around.first_use),
     )

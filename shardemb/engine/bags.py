@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 import numpy as np
 
 from shardemb import dtypes
+from shardemb.bags import Bags
 from shardemb.base import validation
 from shardemb.compute import plan, pooling
 from shardemb.engine import batch
@@ -30,15 +31,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
+    from shardemb.bags import Mode
     from shardemb.base.validation import Float32Array, Int64Array
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.shards import Shards
     from shardemb.format.spec import TableSpec
 
 RowGradients: TypeAlias = "Callable[[Float32Array, int, int], None]"
-
-Mode = Literal["sum", "mean", "max", "sqrtn"]
-"""How the rows of a bag become one; see `Table.lookup_bag`."""
 
 OutOfRange: TypeAlias = 'Literal["raise", "clip"] | ArrayLike'
 """What a lookup does with ids that are not rows; see `Table.lookup`."""
@@ -48,31 +47,6 @@ ITSELF, DEFAULT = -1, -2
 
 _FLOAT32 = np.dtype(np.float32)
 _NO_FLOATS, _NO_WINNERS = np.empty(0, np.float32), np.empty((0, 0), np.int32)
-
-
-@dataclass(frozen=True, eq=False)
-class Bags:
-    """Bags of rows of one table, for calls that take those of several: `Store.lookup_bag` and `Store.update_bag`.
-
-    Parameters
-    ----------
-    ids, offsets, mode, weights, padding_idx, include_last_offset : optional but for the first
-        As for `Table.lookup_bag`, or, for a table that is used by key, `KeyedTable.lookup_bag`, where `padding_idx` is
-        a key.
-
-    Examples
-    --------
-    >>> import shardemb
-    >>> shardemb.Bags([1, 2, 3], offsets=[0, 2], mode="mean")
-    Bags(ids=[1, 2, 3], offsets=[0, 2], mode='mean', weights=None, padding_idx=None, include_last_offset=False)
-    """
-
-    ids: Any
-    offsets: ArrayLike | None = None
-    mode: Mode = "sum"
-    weights: ArrayLike | None = None
-    padding_idx: Any = None
-    include_last_offset: bool = False
 
 
 class Named(Target, Protocol):

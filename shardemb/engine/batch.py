@@ -55,6 +55,12 @@ DRAWN_WORK = 3
 PREFETCH_ROWS = 4096
 """Rows that a prefetch copies into slots each time that it holds the lock."""
 
+PREFETCH_SAMPLES = 256
+"""Rows whose pages a prefetch searches in memory: it notices one row in a hundred that is not there nine times in ten.
+
+To request the pages of all rows took half of the time of a prefetch of rows that are in memory.
+"""
+
 
 class Loading(NamedTuple):
     """Ascending rows of a table that are to be in slots.
@@ -379,7 +385,8 @@ def prefetch(runtime: Runtime, table: Target, rows: Int64Array, *, for_update: b
     shards = table.memory
     if shards is None:
         return
-    shards.read_ahead(rows, 0, rows.size)
+    if rows.size <= PREFETCH_SAMPLES or shards.is_cold(rows, PREFETCH_SAMPLES):
+        shards.read_ahead(rows, 0, rows.size)
     if not for_update:
         return
     for start in range(0, rows.size, PREFETCH_ROWS):

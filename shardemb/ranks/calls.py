@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from shardemb.engine.bags import Bags
+from shardemb.bags import Bags
 from shardemb.ranks.parts import Joined, Part
 
 if TYPE_CHECKING:

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shardemb.bags import Bags
 from shardemb.base import validation
 from shardemb.base.arrays import as_array
-from shardemb.engine.bags import Bags
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import ArrayLike, NDArray
 
-    from shardemb.engine.bags import Mode
+    from shardemb.bags import Mode
     from shardemb.vocabulary.keys import KeysLike
 
 _NO_IDS = np.empty(0, np.int64)

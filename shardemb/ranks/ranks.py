@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
 
-from shardemb.engine.bags import Bags
+from shardemb.bags import Bags
 from shardemb.errors import ShardEmbError, StoreClosedError, TableNotFoundError
 from shardemb.ranks import calls
 from shardemb.ranks.calls import Call, Facts

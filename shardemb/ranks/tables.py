@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from shardemb.engine.bags import Bags
+from shardemb.bags import Bags
 from shardemb.ranks import calls
 from shardemb.ranks.parts import Part
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-    from shardemb.engine.bags import Mode
+    from shardemb.bags import Mode
     from shardemb.optim import Optimizer
     from shardemb.ranks.calls import Call, Facts
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from shardemb import keyed_bags
-from shardemb.engine.bags import Bags
+from shardemb.bags import Bags
 from shardemb.engine.training import Padding, Scaling
 from shardemb.session import display
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+    from shardemb.bags import Mode
     from shardemb.base.progress import Progress
     from shardemb.dtypes import Dtype, DtypeLike
-    from shardemb.engine.bags import Mode
     from shardemb.initializers import Initializer
     from shardemb.io.parquet import Encoding, ExportReport
     from shardemb.optim import Optimizer

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
     from shardemb import initializers
     from shardemb.admission import Admission
+    from shardemb.bags import Bags
     from shardemb.base.progress import Progress
     from shardemb.commits.verify import Damage
     from shardemb.dtypes import DtypeLike, RoundingLike
-    from shardemb.engine.bags import Bags
     from shardemb.engine.table_state import TableState
     from shardemb.format.manifest import Commit
     from shardemb.optim import Optimizer

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from shardemb.bags import Bags
 from shardemb.engine import bags, planned
-from shardemb.engine.bags import Bags
 from shardemb.engine.training import Padding, Scaling, is_checked
 from shardemb.session import display
 from shardemb.table_source import TableSource
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+    from shardemb.bags import Mode
     from shardemb.base.progress import Progress
     from shardemb.dtypes import Dtype, DtypeLike
-    from shardemb.engine.bags import Mode, OutOfRange
+    from shardemb.engine.bags import OutOfRange
     from shardemb.engine.table_state import TableState
     from shardemb.initializers import Initializer
     from shardemb.io.parquet import Encoding, ExportReport

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from shardemb.engine.bags import Bags
+from shardemb.bags import Bags
 from shardemb.torch.embedding_bag import array_of_weights, pooled_of
 from shardemb.torch.pending import TableModule
 from shardemb.torch.tensors import array_of_ids, tensor_of
@@ -283,6 +283,7 @@ class EmbeddingBagCollection(_Collection):
     KeyedTensor({'user': (2, 4), 'seen': (2, 2), 'bought': (2, 2)})
     >>> pooled.values().shape
     torch.Size([2, 8])
+    >>> commit = store.commit()
     >>> store.close()
     """
 
@@ -351,9 +352,12 @@ class EmbeddingBagCollection(_Collection):
             for name, each in tables.items():
                 table = self._named[name]
                 leaf = tensor_of(pooled[table.name], some[name][0].device, self.dtype)
-                weights = _joined_weights(some[name]) if self.is_weighted else None
-                rows = pooled_of(self, leaf, table, bags[table.name], weights, scale_grad_by_freq=False)
-                found |= zip(each, _divided(rows, [sizes[feature] for feature in each]), strict=True)
+                if self.is_weighted:
+                    weights = _joined_weights(some[name])
+                    leaf = pooled_of(self, leaf, table, bags[table.name], weights, scale_grad_by_freq=False)
+                elif self.remembers:
+                    self.remember(table, bags[table.name], leaf)
+                found |= zip(each, _divided(leaf, [sizes[feature] for feature in each]), strict=True)
         return KeyedTensor({name: found[name] for name in self.features})
 
     def _bags(self, name: str, given: list[_Given]) -> Bags:
@@ -398,6 +402,7 @@ class EmbeddingCollection(_Collection):
     >>> found = rows({"title": torch.tensor([[1, 2]]), "text": (torch.tensor([3, 4, 5]), torch.tensor([0]))})
     >>> found["text"].values().shape, found["text"].lengths()
     (torch.Size([3, 4]), tensor([3]))
+    >>> commit = store.commit()
     >>> store.close()
     """
 

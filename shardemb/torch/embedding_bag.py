@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from shardemb.engine.bags import Bags
+from shardemb.bags import Bags
 from shardemb.torch.embedding import OfOneTable, described, padding_of, renormalise
 from shardemb.torch.pending import is_keyed
 from shardemb.torch.tensors import array_of_ids, tensor_of

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from shardemb.engine.bags import Bags
+from shardemb.bags import Bags
 from shardemb.torch.pending import is_keyed
 from shardemb.torch.tensors import gradient_of
 
@@ -51,7 +51,7 @@ def merged(lookups: Iterable[Lookup]) -> list[Step]:
     Raises
     ------
     ValueError
-        Lookups of a table do not go together: by key and by row id, or they differ in what keys without a row are.
+        Lookups of a table differ in what keys without a row are.
     """
     stores: dict[int, dict[str, list[Lookup]]] = {}
     for each in sorted(lookups, key=lambda lookup: lookup.number):
@@ -75,12 +75,6 @@ def in_changes(missing: Missing) -> Any:  # noqa: ANN401
 def _require_alike(lookups: Sequence[Lookup]) -> None:
     first = lookups[0]
     for each in lookups:
-        if is_keyed(each.table) != is_keyed(first.table):
-            msg = (
-                f"table {first.table.name!r} is used by key in one module and by row id in another, and one step "
-                f"cannot have both: use the same table object in all modules"
-            )
-            raise ValueError(msg)
         if in_changes(each.missing) != in_changes(first.missing):
             msg = (
                 f"modules of table {first.table.name!r} differ in what becomes of keys without a row: "

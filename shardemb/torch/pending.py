@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from shardemb.engine.bags import Bags
+    from shardemb.bags import Bags
 
 AnyTable: TypeAlias = Any
 """A `Table` or a `KeyedTable`, or what is used like one of them: it may be in another process."""

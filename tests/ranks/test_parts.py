@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import shardemb
-from shardemb.engine.bags import Bags
+from shardemb.bags import Bags
 from shardemb.ranks.parts import Joined, Part
 
 ROWS, DIM = 50, 3

@@ -224,13 +224,6 @@ def test_tables_of_one_store_are_one_step(store, tmp_path):
         other.commit()
 
 
-def test_a_table_is_used_by_key_or_by_row_id(store):
-    keyed = store["keyed"]
-    pending = [*lookup_of(Embedding(keyed), ["b"]), *lookup_of(Embedding(keyed.rows), IDS)]
-    with pytest.raises(ValueError, match="'keyed' is used by key in one module and by row id in another"):
-        merged(pending)
-
-
 def test_modules_agree_about_keys_without_a_row(store):
     keyed = store["keyed"]
     pending = [lookup for how in (0, "zeros") for lookup in lookup_of(Embedding(keyed, missing=how), ["b"])]
