@@ -110,6 +110,28 @@ def add_to_eight(typing_context: Any, target: Any, source: Any, number: Any) -> 
     return nb.void(nb.intp, nb.intp, nb.int64), generate
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def sum_of_eights(typing_context: Any, source: Any, count: Any) -> Any:  # noqa: ANN401
+    """Return the sum of the squares of `count` times eight float32, in eight interleaved parts, added pairwise.
+
+    They are added as ``optim.options.sum_of_squares`` does it, of which LLVM makes one addition at a time.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ANN401
+        eight = ir.VectorType(_FLOAT, 8)
+        vectors = builder.inttoptr(args[0], eight.as_pointer())
+        parts = cgutils.alloca_once_value(builder, ir.Constant(eight, [0.0] * 8))
+        with cgutils.for_range(builder, args[1], intp=_LONG) as loop:
+            values = builder.load(builder.gep(vectors, [loop.index]), align=4)
+            builder.store(builder.fadd(builder.load(parts), builder.fmul(values, values)), parts)
+        summed = [builder.extract_element(builder.load(parts), _WORD(k)) for k in range(8)]
+        while len(summed) > 1:
+            summed = [builder.fadd(one, other) for one, other in zip(summed[::2], summed[1::2], strict=True)]
+        return summed[0]
+
+    return nb.float32(nb.int64, nb.int64), generate
+
+
 # ---- many rows into one -----------------------------------------------------------------------------------------
 
 _LANES, _LINE, _AHEAD = 8, 64, 12

@@ -19,7 +19,7 @@ import numpy as np
 from shardemb.base import sampling
 from shardemb.base.sizes import MAX_COUNT
 from shardemb.compute.compiler import formula, inlined, kernel, specialised
-from shardemb.compute.intrinsics import STREAMED, add_to_eight, copy, fence, prefetch, stream
+from shardemb.compute.intrinsics import STREAMED, add_to_eight, copy, fence, prefetch, stream, sum_of_eights
 from shardemb.compute.row_index import places_of
 
 if TYPE_CHECKING:
@@ -488,13 +488,14 @@ def catch_up(optimizer: type[Any]) -> Callable[..., None]:
 # ---- the norm of gradients ----------------------------------------------------------------------------------------
 
 
-def _sum_of_squares(values: Any) -> Any:  # noqa: ANN401
-    """Hold the place of the function that sums the squares of a row's values, in `_exact_sum`."""
-
-
+@inlined
 def _exact_sum(values: Float32Array) -> float:
     """Return the sum of the squares of a row's values, in float64 if it overflows otherwise."""
-    exact: float = np.float64(_sum_of_squares(values))
+    eights = values.size // 8
+    total = sum_of_eights(values.ctypes.data, eights)
+    for j in range(8 * eights, values.size):
+        total += values[j] * values[j]
+    exact: float = np.float64(total)
     if not np.isfinite(exact):
         exact = 0.0
         for j in range(values.size):
@@ -502,7 +503,8 @@ def _exact_sum(values: Float32Array) -> float:
     return exact
 
 
-def _sum_squares(gradients: Float32Array, squares: NDArray[np.float64], start: int, stop: int) -> None:
+@kernel
+def sum_squares(gradients: Float32Array, squares: NDArray[np.float64], start: int, stop: int) -> None:
     """Set ``squares[i]`` to the sum of the squares of the gradient at position ``i`` of a batch.
 
     In the order of the batch, because random ones would have to come from memory: a quarter of the time.
@@ -511,7 +513,8 @@ def _sum_squares(gradients: Float32Array, squares: NDArray[np.float64], start: i
         squares[i] = _exact_sum(gradients[i])
 
 
-def _sum_squares_of_repeated(
+@kernel
+def sum_squares_of_repeated(
     starts: Int64Array,
     order: Int64Array,
     gradients: Float32Array,
@@ -546,19 +549,3 @@ def sum_of_single(starts: Int64Array, order: Int64Array, squares: NDArray[np.flo
         if starts[u + 1] - starts[u] == 1:
             total += squares[order[starts[u]]]
     return total
-
-
-def _with_sums(sum_of_squares: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
-    return {"_exact_sum": formula(_exact_sum, _sum_of_squares=formula(sum_of_squares))}
-
-
-@cache
-def sum_squares(sum_of_squares: Callable[..., Any]) -> Callable[..., None]:
-    """Return `_sum_squares` compiled for the function that sums the squares of one row."""
-    return specialised(_sum_squares, "sum_squares", **_with_sums(sum_of_squares))
-
-
-@cache
-def sum_squares_of_repeated(sum_of_squares: Callable[..., Any]) -> Callable[..., None]:
-    """Return `_sum_squares_of_repeated` compiled for the function that sums the squares of one row."""
-    return specialised(_sum_squares_of_repeated, "sum_squares_of_repeated", **_with_sums(sum_of_squares))

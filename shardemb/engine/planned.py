@@ -16,7 +16,6 @@ from shardemb.compute import plan, row_kernels
 from shardemb.errors import FrozenRowError, ShardEmbError
 from shardemb.format import ranges
 from shardemb.format.spec import COUNTERS
-from shardemb.optim.options import sum_of_squares
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -321,17 +320,16 @@ class _Squares(NamedTuple):
         change, row_bytes = self.change, 4 * self.change.values.shape[1]
         if change.row_gradients is not None:
             return [(self._sum_rows, self.sums.size, row_bytes)]
-        each, grouped = row_kernels.sum_squares(sum_of_squares), change.batch
-        repeated = row_kernels.sum_squares_of_repeated(sum_of_squares)
+        grouped = change.batch
         what = grouped.starts, grouped.order, change.values, self.repeated, self.sums
         return [
-            (partial(each, change.values, self.squares), self.squares.size, row_bytes),
-            (partial(repeated, *what), self.sums.size, row_bytes),
+            (partial(row_kernels.sum_squares, change.values, self.squares), self.squares.size, row_bytes),
+            (partial(row_kernels.sum_squares_of_repeated, *what), self.sums.size, row_bytes),
         ]
 
     def _sum_rows(self, start: int, stop: int) -> None:
         for some, gradients in self.change.summed(start, stop):
-            row_kernels.sum_squares(sum_of_squares)(gradients, self.sums[some], 0, len(gradients))
+            row_kernels.sum_squares(gradients, self.sums[some], 0, len(gradients))
 
     def total(self) -> float:
         """Return the sum of all of them, once the pieces were called."""

@@ -106,7 +106,6 @@ USE_EVERYTHING = """
     from shardemb.vocabulary import hash_index, hashing, index_kernels, key_kernels
     from shardemb.initializers import Uniform
     from shardemb.optim import Adam
-    from shardemb.optim.options import sum_of_squares
 
     plan.TASK_BYTES = 1000  # small batches are cut into tasks too
 
@@ -225,7 +224,6 @@ USE_EVERYTHING = """
     short = Plain("bfloat16")
     found += [coded_rows.gather(short, "float32"), coded_rows.gather(Plain("float32"), "bfloat16")]
     found += [coded_rows.gather(BlockScaled(), "bfloat16")]
-    found += [row_kernels.sum_squares(sum_of_squares), row_kernels.sum_squares_of_repeated(sum_of_squares)]
     found += [coded_rows.encode_rows(short, drawn=drawn) for drawn in (False, True)]
     found += [coded_rows.step(Adam, short, "float32", drawn=True, with_options=each) for each in (False, True)]
     found += [row_kernels.gather_or_fill(Uniform), row_kernels.copy_or_fill(Uniform), row_kernels.catch_up(Adam)]

@@ -11,6 +11,7 @@ from shardemb.base.sizes import PAGE
 from shardemb.compute import grouping, plan, residency, row_kernels
 from shardemb.initializers import Constant
 from shardemb.optim import SGD, Adagrad
+from shardemb.optim.options import sum_of_squares
 from shardemb.storage import address_space, files
 
 NOTHING = np.empty(0, np.uint8)
@@ -350,3 +351,21 @@ def test_what_the_kernel_refuses_is_counted_and_not_raised():
 def test_sample_resident_says_so_if_mincore_fails():
     nowhere = 2**46 + 2**45  # an address at which nothing is mapped
     assert residency.sample_resident(nowhere, RECORD, *NO_INDEX, NOTHING, int64([0]), 1) == -1
+
+
+@pytest.mark.parametrize("dim", [1, 7, 8, 33, 64])
+def test_squares_are_summed_as_optimizers_sum_them(dim):
+    rows = np.random.default_rng(dim).normal(size=(50, dim)).astype(np.float32)
+    found = np.empty(50)
+    row_kernels.sum_squares(rows, found, 0, 50)
+    np.testing.assert_array_equal(found, [sum_of_squares(row) for row in rows])
+
+
+def test_squares_that_overflow_are_summed_in_float64():
+    rows = np.full((1, 9), 1e30, np.float32)
+    found = np.empty(1)
+    row_kernels.sum_squares(rows, found, 0, 1)
+    assert found[0] == pytest.approx(9e60)
+    rows[0, 3] = np.nan
+    row_kernels.sum_squares(rows, found, 0, 1)
+    assert np.isnan(found[0])
