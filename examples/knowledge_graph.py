@@ -211,5 +211,7 @@ if __name__ == "__main__":
     ):
         parser.add_argument(f"--{option}", type=int, default=default)
     given = vars(parser.parse_args())
-    mrr, seconds, memory = train(given.pop("tables"), given.pop("graph"), **given)
-    print(f"filtered MRR {mrr:.3f}, {1e3 * seconds:.1f} ms a step, {memory:,.0f} MB of memory")
+    graph = given.pop("graph")
+    mrr, seconds, memory = train(given.pop("tables"), graph, **given)
+    print(f"filtered MRR {mrr:.3f}, " if graph else "", end="")
+    print(f"{1e3 * seconds:.1f} ms a step, {memory:,.0f} MB of memory")
