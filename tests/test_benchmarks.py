@@ -212,6 +212,9 @@ ARMS = {
     "B3": {"26 tables", "one table"},
     "B6": {"Adam", "SGD"},
     "B7": {"update", "clipped"},
+    "T1": set(),
+    "T3": set(),
+    "T5": set(),
 }
 PEERS = {
     "W1": {"torch": "torch embedding in RAM", "lmdb": "lmdb", "rocksdict": "RocksDB", "lance": "Lance"},
@@ -220,6 +223,7 @@ PEERS = {
     "B1": {"torch": "torch embedding_bag in RAM"},
     "B2": {"torch": "torch EmbeddingBag, SparseAdam in RAM"},
     "W16": {"rocksdict": "RocksDB"},
+    "T1": {"torch": "shardemb.torch"},
 }
 """By workload: the module of a peer that may be missing, and its arm."""
 
@@ -233,7 +237,7 @@ def _installed(peers):
     "names",
     [
         pytest.param(
-            ["W1", "W5", "W12", "W14", "W16", "W17", "W18", "B1", "B2", "B3", "B4", "B5", "B7"],
+            ["W1", "W5", "W12", "W14", "W16", "W17", "W18", "B1", "B2", "B3", "B4", "B5", "B7", "T1"],
             marks=pytest.mark.slow,
         ),
         pytest.param(sorted(ARMS), marks=pytest.mark.soak),
