@@ -49,7 +49,7 @@ class Bar:
         return None if self.value is None or self.stretch is None else self._reaches(self.stretch)
 
     def _reaches(self, target):
-        return self.value >= target if self.at_least else self.value <= target
+        return bool(self.value >= target if self.at_least else self.value <= target)
 
 
 @dataclass(frozen=True)

@@ -814,6 +814,9 @@ OTHER_REASONS = {
     "table_folder._write_rows:sync": "so that the page cache can be emptied",
     "fills.announce:write": "tells readers of rows that no commit has",
     "fills.punch:write": "file systems that cannot make holes",
+    "checkpoint._write:replace": "the parameters of a model in torch, which is no part of a store",
+    "checkpoint._write:sync_directory": "the same",
+    "dynamicemb._append:write": "dumps of dynamicemb, the same",
     "fills.copy:write": "copies, which no workload makes",
     "fills._copy_window:write": "the same",
 }
