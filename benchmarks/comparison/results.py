@@ -106,6 +106,7 @@ def _outcome(outcome):
     cases = [
         {
             **asdict(case),
+            "equal": None if case.equal is None else bool(case.equal),
             "arms": {arm.name: {**asdict(arm), "median": arm.median, "rate": arm.rate} for arm in case.arms},
             "bars": [{**asdict(bar), "met": bar.met, "stretch_met": bar.stretch_met} for bar in case.bars],
         }
