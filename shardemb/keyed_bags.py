@@ -164,15 +164,16 @@ def change_many(
     """Take one optimizer step in several tables, all or none, by the gradients of bags; see `Store.update_bag`."""
     runtime.check_open()
     given = {name: bags.with_gradients(each, name) for name, each in batches.items()}
-    changes, checked = _check_changes(
+    return update_many(
+        runtime,
         targets,
         given,
-        missing,
-        check_finite=is_checked(scaling, check_finite=check_finite),
+        missing=missing,
+        create=create,
         scale_grad_by_freq=scale_grad_by_freq,
+        scaling=scaling,
+        check_finite=check_finite,
     )
-    changes += [each.plan(create=create, scale_grad_by_freq=scale_grad_by_freq) for each in checked]
-    return batch.change(runtime, changes, scaling)
 
 
 def update_many(
@@ -184,8 +185,12 @@ def update_many(
     create: bool,
     scaling: Scaling | None,
     check_finite: bool,
+    scale_grad_by_freq: bool = False,
 ) -> float | None:
-    """Take one optimizer step in several tables, all or none, by gradients of rows or bags; see `Store.update`."""
+    """Take one optimizer step in several tables, all or none, by gradients of rows or bags; see `Store.update`.
+
+    With `scale_grad_by_freq`, all of them are of bags.
+    """
     runtime.check_open()
     changes = _plan_updates(
         targets,
@@ -193,6 +198,7 @@ def update_many(
         missing,
         create=create,
         check_finite=is_checked(scaling, check_finite=check_finite),
+        scale_grad_by_freq=scale_grad_by_freq,
     )
     return batch.change(runtime, changes, scaling)
 
@@ -217,6 +223,7 @@ def _plan_updates(
     *,
     create: bool,
     check_finite: bool,
+    scale_grad_by_freq: bool = False,
 ) -> list[Change]:
     """Check updates by gradients of rows or bags, and give new keys rows."""
     pooled = {name for name, each in batches.items() if _has_bags(each)}
@@ -227,11 +234,11 @@ def _plan_updates(
         of_rows, batches, missing=missing, create=create, check_finite=check_finite
     )
     more, checked = _check_changes(
-        of_bags, batches, missing, check_finite=check_finite, scale_grad_by_freq=False
+        of_bags, batches, missing, check_finite=check_finite, scale_grad_by_freq=scale_grad_by_freq
     )
     changes += more
     changes += [plan() for plan in waiting]
-    return changes + [each.plan(create=create, scale_grad_by_freq=False) for each in checked]
+    return changes + [each.plan(create=create, scale_grad_by_freq=scale_grad_by_freq) for each in checked]
 
 
 def _has_bags(given: tuple[Any, ArrayLike]) -> bool:
