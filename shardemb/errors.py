@@ -19,6 +19,7 @@ and `ValueError`.
     |-- the table is not set up for this
     |   |-- FrozenRowError (ValueError)           an update of a frozen row
     |   `-- LearningRateError (ValueError)        a learning rate that has to be set again
+    |-- SourceError (ValueError)                  a file to import is not what it claims to be
     |-- the store is not open for this
     |   |-- StoreLockedError (BlockingIOError)    it is already open for writing
     |   |-- StoreClosedError (ValueError)         it was closed
@@ -45,6 +46,7 @@ __all__ = [
     "ReadOnlyError",
     "RowIdError",
     "ShardEmbError",
+    "SourceError",
     "StaleReaderError",
     "StoreClosedError",
     "StoreExistsError",
@@ -115,6 +117,10 @@ class FrozenRowError(ShardEmbError, ValueError):
 
 class LearningRateError(ShardEmbError, ValueError):
     """The learning rate is a function that the store could not keep, or it gave no number. Nothing was changed."""
+
+
+class SourceError(ShardEmbError, ValueError):
+    """What shall be imported is not what it claims to be; the message says where. No table was created."""
 
 
 class StoreClosedError(ShardEmbError, ValueError):

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class TableSource:
-    """A table as exports see it (`shardemb.io.arrow.RowSource`): all of its rows, or the first `num_rows`.
+    """A table as exports see it (`shardemb.exports.arrow.RowSource`): all of its rows, or the first `num_rows`.
 
     It holds `owner`, which keeps the store open.
     """

@@ -50,7 +50,10 @@ ROOMS = {
         "warming", "runtime", "training", "filled_rows", "shards", "planned", "filling", "batch", "bags",
         "table_state",
     ],
-    "io": ["arrow", "targets", "parquet"],
+    "imports": [
+        "blocks", "streams", "text", "binary", "arrays", "tensors", "gguf", "containers", "columnar", "formats",
+    ],
+    "exports": ["arrow", "targets", "parquet"],
     "table_source": [],
     "references": [],
     "vocabulary": [
@@ -77,7 +80,7 @@ ROOMS = {
 
 LEVELS = [
     {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission", "bags", "dtypes"}, {"format"},
-    {"precision"}, {"storage"}, {"commits", "memory"}, {"engine", "io"}, {"table_source", "references"}, {"vocabulary"},
+    {"precision"}, {"storage"}, {"commits", "memory"}, {"engine", "imports", "exports"}, {"table_source", "references"}, {"vocabulary"},
     {"keyed_bags"}, {"session"}, {"store", "ranks"}, {"text", "torch", "dynamicemb"}, {"quickstart", "warm_up"},
     {"cli"},
 ]  # fmt: skip
@@ -91,7 +94,7 @@ OUTSIDE = {
     "dask": {"compute.scheduler"},
     "numba": {"compute.intrinsics", "compute.compiler", "compute.residency"},
     "llvmlite": {"compute.intrinsics"},
-    "pyarrow": {"io.arrow", "io.parquet", "vocabulary.keys", "vocabulary.key_rows"},
+    "pyarrow": {"exports.arrow", "exports.parquet", "vocabulary.keys", "vocabulary.key_rows"},
     "xxhash": {"format.documents"},
     "ml_dtypes": {"dtypes"},
     "click": {"cli"},

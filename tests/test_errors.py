@@ -21,6 +21,7 @@ TREE = {
     "StoreLockedError": BlockingIOError,
     "FrozenRowError": ValueError,
     "LearningRateError": ValueError,
+    "SourceError": ValueError,
     "StoreClosedError": ValueError,
     "ReadOnlyError": PermissionError,
     "FormatError": ValueError,

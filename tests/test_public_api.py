@@ -27,6 +27,7 @@ NAMES = [
     "ReadOnlyError",
     "RowIdError",
     "ShardEmbError",
+    "SourceError",
     "StaleReaderError",
     "Store",
     "StoreClosedError",

@@ -13,7 +13,7 @@ from shardemb.base.formatting import plural, size
 from shardemb.base.sizes import PAGE
 from shardemb.compute import file_blocks, plan
 from shardemb.engine import batch
-from shardemb.io import targets
+from shardemb.exports import targets
 from shardemb.storage import files
 
 if TYPE_CHECKING:

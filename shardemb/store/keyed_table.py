@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from shardemb.base.progress import Progress
     from shardemb.dtypes import Dtype, DtypeLike
     from shardemb.initializers import Initializer
-    from shardemb.io.parquet import Encoding, ExportReport
+    from shardemb.exports.parquet import Encoding, ExportReport
     from shardemb.optim import Optimizer
     from shardemb.store.table import Table
     from shardemb.store.vocabulary import Vocabulary
@@ -867,7 +867,7 @@ class KeyedTable:
         >>> table.to_arrow_batches(columns=["count"]).read_all().column_names
         ['id', 'key', 'embedding', 'count']
         """
-        from shardemb.io import arrow
+        from shardemb.exports import arrow
 
         return arrow.to_arrow_batches(self._keyed.source(self), columns=columns, rows=rows)
 
@@ -921,7 +921,7 @@ class KeyedTable:
         >>> table.export_parquet(tmp / "users.parquet").num_rows
         2
         """
-        from shardemb.io import parquet
+        from shardemb.exports import parquet
 
         return parquet.export_parquet(
             self._keyed.source(self),

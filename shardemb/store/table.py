@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from shardemb.engine.bags import OutOfRange
     from shardemb.engine.table_state import TableState
     from shardemb.initializers import Initializer
-    from shardemb.io.parquet import Encoding, ExportReport
+    from shardemb.exports.parquet import Encoding, ExportReport
     from shardemb.optim import Optimizer
     from shardemb.session.display import Explanation
 
@@ -1074,7 +1074,7 @@ class Table:
         >>> table.to_arrow_batches(rows=(10, 20)).read_all().num_rows
         10
         """
-        from shardemb.io import arrow
+        from shardemb.exports import arrow
 
         return arrow.to_arrow_batches(TableSource(self._state, self), columns=columns, rows=rows)
 
@@ -1138,7 +1138,7 @@ class Table:
         >>> report.num_rows
         100
         """
-        from shardemb.io import parquet
+        from shardemb.exports import parquet
 
         return parquet.export_parquet(
             TableSource(self._state, self),

@@ -178,7 +178,7 @@ class KeyRows:
         """Iterate over rows and their keys in the order of the rows, in bounded memory."""
         import pyarrow as pa
 
-        from shardemb.io import arrow
+        from shardemb.exports import arrow
 
         for begin in range(self.entry.reserved, self.entry.rows, BATCH_ROWS):
             nbytes = self.key_bytes(begin, min(begin + BATCH_ROWS, self.entry.rows))

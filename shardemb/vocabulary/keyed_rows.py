@@ -166,7 +166,7 @@ class KeyedRows:
 
     def source(self, owner: object) -> TableSource:
         """Return the rows that have keys, for exports; see `TableSource`."""
-        from shardemb.io.arrow import RowKeys
+        from shardemb.exports.arrow import RowKeys
 
         steadily = partial(read_steadily, [self.keys])
         row_keys = RowKeys(

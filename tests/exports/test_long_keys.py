@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import shardemb
-from shardemb.io import arrow
-from shardemb.io.arrow import cut_by_bytes
+from shardemb.exports import arrow
+from shardemb.exports.arrow import cut_by_bytes
 
 ROWS, LENGTH = 10_000, 10_000
 """100 MB of keys, in one window of 65,536 rows."""

@@ -1,4 +1,4 @@
-"""Vectors in and out, one module for each format: Arrow record batches, parquet.
+"""Vectors out of a store, one module for each format.
 
 Each takes any source of rows, not only a table, and works in bounded memory. A new format is a new module here.
 """

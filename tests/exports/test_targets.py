@@ -13,7 +13,7 @@ import pytest
 from support.stores import run_in_fork
 
 import shardemb
-from shardemb.io import targets
+from shardemb.exports import targets
 from shardemb.storage import files
 
 ROWS = 3000

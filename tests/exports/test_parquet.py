@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 
 from shardemb.compute import scheduler
 from shardemb.errors import DiskFullError
-from shardemb.io import arrow, parquet
-from shardemb.io.arrow import schema, to_arrow_batches
-from shardemb.io.parquet import export_parquet
+from shardemb.exports import arrow, parquet
+from shardemb.exports.arrow import schema, to_arrow_batches
+from shardemb.exports.parquet import export_parquet
 from shardemb.storage import files
 
 

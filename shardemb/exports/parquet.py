@@ -28,8 +28,8 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from shardemb.base.progress import track
-from shardemb.io import targets
-from shardemb.io.arrow import RowSource, Selection
+from shardemb.exports import targets
+from shardemb.exports.arrow import RowSource, Selection
 from shardemb.storage import files
 
 if TYPE_CHECKING:
