@@ -80,7 +80,8 @@ ROOMS = {
 
 LEVELS = [
     {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission", "bags", "dtypes"}, {"format"},
-    {"precision"}, {"storage"}, {"commits", "memory"}, {"engine", "imports", "exports"}, {"table_source", "references"}, {"vocabulary"},
+    {"precision"}, {"storage"}, {"commits", "memory"}, {"engine", "imports", "exports"},
+    {"table_source", "references"}, {"vocabulary"},
     {"keyed_bags"}, {"session"}, {"store", "ranks"}, {"text", "torch", "dynamicemb"}, {"quickstart", "warm_up"},
     {"cli"},
 ]  # fmt: skip

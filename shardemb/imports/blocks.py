@@ -29,8 +29,8 @@ class ReadOptions:
     limit : int, optional
         At most so many rows, from the first on.
     member : str, optional
-        Which array, tensor or dataset, where a file has several. ``*`` stands for a number: the tensors ``w.0``, ``w.1``
-        and so on are parts of one table, joined by ascending number.
+        Which array, tensor or dataset, where a file has several. ``*`` stands for a number: the tensors ``w.0``,
+        ``w.1`` and so on are parts of one table, joined by ascending number.
     columns : tuple of str
         Names of columns, where a source has some: of the vectors, or of the keys and the vectors.
     unicode_errors : {"strict", "replace", "ignore"}

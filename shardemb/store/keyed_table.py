@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from shardemb.bags import Mode
     from shardemb.base.progress import Progress
     from shardemb.dtypes import Dtype, DtypeLike
-    from shardemb.initializers import Initializer
     from shardemb.exports.parquet import Encoding, ExportReport
+    from shardemb.initializers import Initializer
     from shardemb.optim import Optimizer
     from shardemb.store.table import Table
     from shardemb.store.vocabulary import Vocabulary

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from shardemb.dtypes import Dtype, DtypeLike
     from shardemb.engine.bags import OutOfRange
     from shardemb.engine.table_state import TableState
-    from shardemb.initializers import Initializer
     from shardemb.exports.parquet import Encoding, ExportReport
+    from shardemb.initializers import Initializer
     from shardemb.optim import Optimizer
     from shardemb.session.display import Explanation
 
