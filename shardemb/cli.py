@@ -27,7 +27,7 @@ def _refusals() -> Iterator[None]:
     """Show an error of the library as one line, without a traceback."""
     try:
         yield
-    except (shardemb.ShardEmbError, OSError, ValueError, TypeError) as error:
+    except (shardemb.ShardEmbError, OSError, ValueError, TypeError, ImportError) as error:
         raise click.ClickException(str(error)) from error
 
 
@@ -237,6 +237,60 @@ def export(
         asdict(written) | {"path": str(written.path), "files": list(map(str, written.files))},
         as_json=as_json,
     )
+
+
+@main.command("import")
+@click.argument("source", type=click.Path())
+@click.argument("store", type=click.Path())
+@click.argument("name")
+@click.option("--format", "format_", help="Such as glove or npy; by default it is guessed.")
+@click.option("--member", help="Which array or tensor, in a file that has several.")
+@click.option(
+    "--column", "columns", multiple=True, help="The column of vectors; or that of keys, then that of vectors."
+)
+@click.option("--tokens", type=click.Path(), help="A text file with one token a line, for rows without keys.")
+@click.option("--limit", type=int, help="Import at most so many rows.")
+@click.option("--dtype", help="What rows are stored as, such as bfloat16; by default as in the file.")
+@click.option("--duplicates", type=click.Choice(["first", "error"]), default="first", show_default=True,
+              help="What becomes of rows whose key has come before.")  # fmt: skip
+@click.option("--unicode-errors", type=click.Choice(["strict", "replace", "ignore"]), default="strict",
+              show_default=True, help="What becomes of tokens that are not UTF-8.")  # fmt: skip
+@json_option
+@quiet_option
+def import_(
+    source: str,
+    store: str,
+    name: str,
+    format_: str | None,
+    member: str | None,
+    columns: tuple[str, ...],
+    tokens: str | None,
+    limit: int | None,
+    dtype: str | None,
+    duplicates: Literal["first", "error"],
+    unicode_errors: Literal["strict", "replace", "ignore"],
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Create a table from a file of another program, and commit that. The store is created if it is missing.
+
+    \b
+    Formats: word2vec-text, word2vec-binary, glove, fasttext-text, fasttext-binary, npy, safetensors, gguf, parquet,
+             arrow, torch, hdf5, zarr; also compressed with gzip, bz2 or zstd.
+    \b
+    Example:
+      shardemb import glove.6B.50d.txt words.zarr glove
+      shardemb import model.safetensors words.zarr tokens --member embeddings.word_embeddings.weight
+    """
+    with _refusals(), shardemb.open(store) as opened:
+        report = opened.import_table(
+            name, paths.local_path(source, "FILE"), format_, progress=not quiet, **given
+        )
+        last = opened.last_commit
+        opened.commit(metadata=last.metadata if last else None)
+    left_out = f", {formatting.plural(report.duplicates, 'duplicate')} left out" if report.duplicates else ""
+    shape = f"{formatting.plural(report.num_rows, 'row')} of {report.embedding_dim}"
+    _answer(f"{name}: {shape} from {report.format}{left_out}", asdict(report), as_json=as_json)
 
 
 @main.command()

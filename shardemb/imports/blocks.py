@@ -64,6 +64,13 @@ class Block(NamedTuple):
     consumed: int
 
 
+class KeyBlock(NamedTuple):
+    """The keys of consecutive rows of a source; see `Block`."""
+
+    keys: Any
+    consumed: int
+
+
 class VectorSource(Protocol):
     """An open source of vectors. A context manager, which closes it.
 
@@ -85,6 +92,8 @@ class VectorSource(Protocol):
         What all blocks consume together, as far as it is known; 0 otherwise.
     unit : {"row", "byte"}
         What is counted by `total` and `Block.consumed`.
+    repeatable : bool
+        Whether the same can be opened and read again, as a file can, and a stream cannot.
     """
 
     format: str
@@ -95,6 +104,7 @@ class VectorSource(Protocol):
     key_type: Literal["string", "int64"] | None
     total: int
     unit: Literal["row", "byte"]
+    repeatable: bool
 
     def blocks(self) -> Iterator[Block]:
         """Read the rows, once, in order.
@@ -103,6 +113,15 @@ class VectorSource(Protocol):
         ------
         SourceError
             The source is not what it claims to be. The message names the source, the line or byte, and the row.
+        """
+
+    def key_blocks(self) -> Iterator[KeyBlock]:
+        """Read the keys of all rows, in place of `blocks`, without converting a number. Only if `repeatable`.
+
+        Raises
+        ------
+        SourceError
+            As `blocks`; some damage only `blocks` finds.
         """
 
     def close(self) -> None:

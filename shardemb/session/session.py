@@ -140,7 +140,7 @@ class Session:
         # A vocabulary must not give out rows while it is decided how many the table begins with.
         with self._settled(self.vocabularies.all_locked if vocabulary else self.runtime.changing):
             self.runtime.check_publishable()
-            self._require_free(name)
+            self.require_free(name)
             bound = None if vocabulary is None else self.vocabularies.find(vocabulary)
             if bound is not None:
                 check_optimizer(wanted.optimizer, name)
@@ -173,10 +173,10 @@ class Session:
         with self._settled(self.runtime.writing):
             table = self.find(name)
             new_name = check_name(new_name)
-            self._require_free(new_name)
+            self.require_free(new_name)
             self.tables.set_name(table, new_name)
 
-    def _require_free(self, name: str) -> None:
+    def require_free(self, name: str) -> None:
         """Raise `TableExistsError` or `ValueError` if no table can get a name: what is refused here fails no commit."""
         self.tables.require_free(name)
         folders.require_free(self.runtime.path, name, self.journal.base.is_own)

@@ -15,7 +15,10 @@ from shardemb import keyed_bags
 from shardemb.dtypes import Wanted
 from shardemb.engine.training import Scaling
 from shardemb.format.spec import normalized
+from shardemb.imports.blocks import ReadOptions
 from shardemb.session.table_catalog import TableRequest
+from shardemb.store import importing
+from shardemb.store.importing import ImportRequest
 from shardemb.store.keyed_table import KeyedTable
 from shardemb.store.table import Table
 from shardemb.store.vocabulary import Vocabulary
@@ -36,11 +39,13 @@ if TYPE_CHECKING:
     from shardemb.dtypes import DtypeLike, RoundingLike
     from shardemb.engine.table_state import TableState
     from shardemb.format.manifest import Commit
+    from shardemb.imports.blocks import UnicodeErrors
     from shardemb.optim import Optimizer
     from shardemb.session import display
     from shardemb.session.pending_commit import PendingCommit
     from shardemb.session.session import Session
     from shardemb.session.vocabulary_catalog import VocabularyCatalog
+    from shardemb.store.importing import Duplicates, ImportReport
     from shardemb.vocabulary.key_rows import KeyRows
     from shardemb.vocabulary.keyed_rows import Missing, MissingChange
     from shardemb.vocabulary.keys import KeysLike, KeyType
@@ -209,6 +214,104 @@ class Store(Mapping[str, "Table | KeyedTable"]):
             precision=Wanted(dtype, state_dtype, rounding),
         )
         return self._table(self._session.create_table(wanted, progress))
+
+    def import_table(
+        self,
+        name: str,
+        source: object,
+        format: str | None = None,
+        *,
+        member: str | None = None,
+        columns: str | Sequence[str] = (),
+        tokens: object = None,
+        limit: int | None = None,
+        duplicates: Duplicates = "first",
+        unicode_errors: UnicodeErrors = "strict",
+        dtype: DtypeLike | None = None,
+        optimizer: Optimizer | None = None,
+        rows_per_shard: int | None = None,
+        counters: bool = False,
+        progress: Progress = None,
+    ) -> ImportReport:
+        r"""Create a table from a file of another program. It becomes part of the store with the next commit.
+
+        Rows are streamed: memory stays bounded, whatever the file holds or its header claims, and nothing is unpickled.
+        Tokens become a vocabulary of the same name, with the same commit. Compressed files (gzip, bz2, zstd) are read
+        as they are. Rows go straight to their place on the disk.
+
+        Parameters
+        ----------
+        name : str
+            The new table's name, as for `create_table`, and that of its vocabulary, if it gets one.
+        source : path-like or object
+            A file or folder; or anything with the C stream interface of Arrow, such as tables and readers of pyarrow,
+            relations of duckdb, frames of polars and datasets of Hugging Face.
+        format : str, optional
+            ``"word2vec-text"``, ``"word2vec-binary"``, ``"glove"``, ``"fasttext-text"``, ``"fasttext-binary"``,
+            ``"npy"``, ``"safetensors"``, ``"gguf"``, ``"parquet"``, ``"arrow"``, ``"torch"``, ``"hdf5"`` or ``"zarr"``.
+            By default it is guessed from the first bytes and the name.
+        member : str, optional
+            Which array or tensor, in a file that has several: a name, in HDF5 and zarr a path. ``*`` stands for a
+            number: parts of one table, in the order of these numbers. ``"input"`` of a fastText model is its matrix of
+            words and buckets, without keys.
+        columns : str or sequence of str
+            In parquet and Arrow: the column of vectors; or that of keys, then that of vectors. By default the only
+            column of lists, and a column of text or integers by one of the usual names.
+        tokens : path-like or sequence of str, optional
+            Keys for rows that have none: a text file with one token a line, or strings.
+        limit : int, optional
+            Import at most so many rows, the first ones.
+        duplicates : {"first", "error"}
+            What becomes of rows whose key has come before: they are left out and counted, as gensim does; or nothing is
+            imported.
+        unicode_errors : {"strict", "replace", "ignore"}
+            What becomes of tokens that are not UTF-8, which some tools write; see `bytes.decode`.
+        dtype : str or a type of `shardemb.dtypes`, optional
+            As in `create_table`. By default what the source has, and float32 for what is no dtype of a table.
+        optimizer, rows_per_shard, counters
+            As in `create_table`.
+        progress : bool or callable, optional
+            True shows a bar; a function is called as ``progress(done, total)``, in rows, or in bytes while keys are
+            read.
+
+        Returns
+        -------
+        ImportReport
+            How many rows the table has, and how many were left out.
+
+        Raises
+        ------
+        SourceError
+            The source is not what it claims to be, or its format has to be named. The message says where.
+        FileNotFoundError, TypeError, ValueError
+            There is no such file; an argument is invalid, or a value is not finite.
+        ImportError
+            The format needs a library that is not installed; the message says which.
+        TableExistsError, VocabularyExistsError
+            The name is taken.
+        ReadOnlyError, StoreClosedError, PoisonedError, DiskFullError
+            As `create_table`. After any error there is no table, and no vocabulary.
+
+        Notes
+        -----
+        Safe from any thread. Others may use the store meanwhile; if they commit, keys without a table may be part of it
+        for a while. The keys of a file are read before its rows, so such a file is read twice; the rows of a stream go
+        through a temporary file next to the store.
+
+        Examples
+        --------
+        >>> path = tmp / "vectors.txt"
+        >>> _ = path.write_text("2 3\nthe 0.5 1 -1\nof 0.25 0 2\n")
+        >>> store.import_table("glove", path)
+        ImportReport(table='glove', format='word2vec-text', num_rows=2, embedding_dim=3, duplicates=0)
+        >>> store["glove"].lookup(["of"])
+        array([[0.25, 0.  , 2.  ]], dtype=float32)
+        """
+        self._session.require_free(name)
+        wanted = ImportRequest(name, tokens, duplicates, dtype, optimizer, rows_per_shard, counters)
+        columns = (columns,) if isinstance(columns, str) else tuple(columns)
+        options = ReadOptions(limit, member, columns, unicode_errors)
+        return importing.import_table(self, source, format, wanted, options, progress)
 
     def drop_table(self, name: str) -> None:
         """Drop a table with the next commit. Until then `rollback` restores it.
