@@ -284,7 +284,17 @@ def import_(
     """
     with _refusals(), shardemb.open(store) as opened:
         report = opened.import_table(
-            name, paths.local_path(source, "FILE"), format_, progress=not quiet, **given
+            name,
+            paths.local_path(source, "FILE"),
+            format_,
+            member=member,
+            columns=columns,
+            tokens=tokens,
+            limit=limit,
+            dtype=dtype,
+            duplicates=duplicates,
+            unicode_errors=unicode_errors,
+            progress=not quiet,
         )
         last = opened.last_commit
         opened.commit(metadata=last.metadata if last else None)
