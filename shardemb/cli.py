@@ -376,17 +376,21 @@ def materialize(store: str, table: str, as_json: bool, quiet: bool) -> None:
 @main.command()
 @store_argument
 @click.argument("target", type=click.Path())
+@click.option(
+    "--update", is_flag=True, help="Bring the copy that is there up to date: write only what has changed."
+)
 @json_option
 @quiet_option
-def copy(store: str, target: str, as_json: bool, quiet: bool) -> None:
+def copy(store: str, target: str, update: bool, as_json: bool, quiet: bool) -> None:
     """Copy a store's last commit into a new folder, also while another process writes. Sparse files stay sparse.
 
     \b
     Example:
       shardemb copy words.zarr backup.zarr
+      shardemb copy words.zarr backup.zarr --update
     """
     with _refusals(), shardemb.open(store, mode="r") as opened:
-        opened.copy(target, progress=not quiet)
+        opened.copy(target, update=update, progress=not quiet)
     with _refusals(), shardemb.open(target, mode="r") as copied:
         facts = copied.info()
     _answer(f"{facts.path}: {formatting.size(facts.bytes_on_disk)}", asdict(facts), as_json=as_json)

@@ -41,7 +41,7 @@ ROOMS = {
     ],
     "precision": ["codecs", "coded_rows", "records"],
     "storage": ["files", "address_space", "folders", "checksums", "table_folder"],
-    "commits": ["fills", "log_reader", "fold", "log_writer", "rewrite", "verify"],
+    "commits": ["fills", "log_reader", "fold", "log_writer", "rewrite", "copies", "verify"],
     "memory": [
         "output_pool", "slots", "spill_file", "overlay", "frozen_rows", "memory_budget", "hidden_rows",
         "totals",
@@ -65,7 +65,7 @@ ROOMS = {
         "forking", "display", "pending_commit", "attempt", "base", "log_limit", "journal",
         "table_catalog", "vocabulary_catalog", "session",
     ],
-    "store": ["vocabulary", "table", "keyed_table", "store", "opening"],
+    "store": ["vocabulary", "table", "keyed_table", "importing", "store", "opening"],
     "text": [],
     "dynamicemb": [],
     "ranks": ["transport", "parts", "calls", "tables", "ranks"],

@@ -35,6 +35,11 @@ def epoch(store: Path) -> Path:
     return private(store) / "epoch"
 
 
+def origin(store: Path) -> Path:
+    """File of a copy that says which store it was made from."""
+    return private(store) / "copied-from.json"
+
+
 def fills(store: Path) -> Path:
     """File that names the parts of shards which a writer has written and no commit may have yet."""
     return private(store) / "fills.json"

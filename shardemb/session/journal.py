@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from shardemb.base.validation import Int64Array
-    from shardemb.commits import rewrite
+    from shardemb.commits import copies
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.shards import Shards
     from shardemb.format.fill_records import Filled
@@ -332,7 +332,7 @@ class Journal:
             self._append_commit(payload)
         self.drain()
 
-    def follow(self, copying: rewrite.StoreCopy) -> None:
+    def follow(self, copying: copies.StoreCopy) -> None:
         """Let a copy take over the last commit. Called without the lock: commits continue, but nothing is folded.
 
         Raises

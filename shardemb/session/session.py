@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from shardemb import dtypes, initializers
+from shardemb.base import paths
 from shardemb.base.interrupts import signals_deferred
-from shardemb.commits import log_reader, rewrite, verify
+from shardemb.commits import copies, log_reader, verify
 from shardemb.errors import PoisonedError, ReadOnlyError, ShardEmbError, StaleReaderError, StoreClosedError
 from shardemb.format.manifest import Commit, check_metadata, check_step, new_entry
 from shardemb.format.spec import check_name, new_spec, normalized
@@ -56,7 +57,7 @@ class Reader(NamedTuple):
 
     newest: Callable[[], log_reader.Replay]
     reopen: Callable[[], Session]
-    follow: Callable[[rewrite.StoreCopy], None]
+    follow: Callable[[copies.StoreCopy], None]
 
 
 class Session:
@@ -342,14 +343,16 @@ class Session:
             raise problem
         self.vocabularies.checkpoint()
 
-    def copy(self, path: str | os.PathLike[str], progress: Progress) -> None:
-        """Copy the last commit into a new store; see `Store.copy`."""
+    def copy(self, path: str | os.PathLike[str], progress: Progress, *, update: bool) -> None:
+        """Copy the last commit into a new store, or bring an older copy up to date; see `Store.copy`."""
         self.runtime.check_open()
         if self._reader is None:
             self.runtime.check_writable()  # it is not in a fork, which has no journal
         follow = self._reader.follow if self._reader else self.journal.follow
-        with rewrite.new_place(path) as target:
-            copying = rewrite.StoreCopy(self.runtime.path, target, self.runtime.threads, progress)
+        older = update and files.is_directory(paths.local_path(path, "the copy of a store"))
+        place = copies.older_place(path, self.runtime.committed.uuid) if older else copies.new_place(path)
+        with place as target:
+            copying = copies.StoreCopy(self.runtime.path, target, self.runtime.threads, progress)
             follow(copying)
             copying.complete()
 

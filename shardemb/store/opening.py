@@ -16,7 +16,7 @@ import numpy as np
 
 from shardemb.base import paths, validation
 from shardemb.base.sizes import PAGE
-from shardemb.commits import fills, fold, log_reader, rewrite
+from shardemb.commits import copies, fills, fold, log_reader, rewrite
 from shardemb.compute import scheduler
 from shardemb.engine.runtime import Runtime
 from shardemb.engine.warming import Warming
@@ -215,7 +215,7 @@ def _read_next_to_writer(path: Path, read: Callable[[Manifest], T], limit_s: flo
                 raise
 
 
-def _follow(path: Path, identity: str, copying: rewrite.StoreCopy) -> None:
+def _follow(path: Path, identity: str, copying: copies.StoreCopy) -> None:
     """Let a copy follow the store with a uuid until the base stays the same while it does."""
 
     def follow_once(base: Manifest) -> None:

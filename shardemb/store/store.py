@@ -420,8 +420,11 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         """
         return self._session.reshard(name, rows_per_shard, optimizer, dtype, progress)
 
-    def copy(self, path: str | os.PathLike[str], *, progress: Progress = None) -> None:
+    def copy(self, path: str | os.PathLike[str], *, update: bool = False, progress: Progress = None) -> None:
         """Copy the last commit into a new store. What takes no space on disk takes none in the copy.
+
+        With `update`, an older copy of this store is brought up to date: only blocks whose checksums differ are read
+        and written, so that a copy every night costs what the day has changed, and reading 8 bytes for each 4 KiB.
 
         In a writer, lookups, updates and commits continue meanwhile, but nothing is folded into the shards. So these
         calls wait: a commit that the log has no space for, a commit that creates or drops tables, and an update that
@@ -435,6 +438,10 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         ----------
         path : path-like
             A new folder, on a local disk.
+        update : bool
+            Take the copy that is at `path`, if there is anything. It is no store meanwhile: opening it fails, and who
+            has it open for reading gets a `StaleReaderError`. If this is interrupted, it stays so until the same call
+            has completed it. Tables that grew keep their rows; those that were resharded or shrunk are copied again.
         progress : bool or callable, optional
             True shows a bar; a function is called as ``progress(done, total)``, in bytes, holes included.
 
@@ -443,11 +450,15 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         TypeError, ValueError
             `path` is not a local path.
         StoreExistsError
-            Something exists at `path`.
+            Something exists at `path`; with `update`, something else than a copy of this store, or one that was opened
+            for writing since.
+        StoreLockedError
+            The copy is open for writing, or is being brought up to date.
         DiskFullError, OSError
-            There is not enough space for the fold before the copy, or for the copy itself. Nothing is left at `path`.
+            There is not enough space for the fold before the copy, or for the copy itself. Nothing is left at `path`,
+            unless it is an older copy.
         ShardEmbError
-            A writer folds so often that a reader cannot finish a copy. Nothing is left at `path`.
+            A writer folds so often that a reader cannot finish a copy. As above.
         StoreClosedError, PoisonedError, ReadOnlyError, StaleReaderError
             The store was closed; a write has failed; this is a fork of the writer; another store is in the place of the
             one that was opened for reading.
@@ -463,7 +474,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         ...     copied.last_commit == store.last_commit
         True
         """
-        self._session.copy(path, progress)
+        self._session.copy(path, progress, update=update)
 
     # ---- vocabularies
 
