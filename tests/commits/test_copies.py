@@ -1,5 +1,6 @@
 """Copies of stores, new ones and older ones that are brought up to date."""
 
+import contextlib
 import errno
 import itertools
 import shutil
@@ -9,10 +10,12 @@ from functools import partial
 import numpy as np
 import pytest
 from support.kinds import DIM, KINDS, assert_equal, create, damage, everything, train
+from support.model import assert_same_bits
 
 import shardemb
 from shardemb.commits import copies, fold
 from shardemb.errors import (
+    FormatError,
     ReadOnlyError,
     ShardEmbError,
     StaleReaderError,
