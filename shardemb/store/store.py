@@ -17,8 +17,6 @@ from shardemb.engine.training import Scaling
 from shardemb.format.spec import normalized
 from shardemb.imports.blocks import ReadOptions
 from shardemb.session.table_catalog import TableRequest
-from shardemb.store import importing
-from shardemb.store.importing import ImportRequest
 from shardemb.store.keyed_table import KeyedTable
 from shardemb.store.table import Table
 from shardemb.store.vocabulary import Vocabulary
@@ -307,8 +305,10 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> store["glove"].lookup(["of"])
         array([[0.25, 0.  , 2.  ]], dtype=float32)
         """
+        from shardemb.store import importing  # with pyarrow, which others need not load
+
         self._session.require_free(name)
-        wanted = ImportRequest(name, tokens, duplicates, dtype, optimizer, rows_per_shard, counters)
+        wanted = importing.ImportRequest(name, tokens, duplicates, dtype, optimizer, rows_per_shard, counters)
         columns = (columns,) if isinstance(columns, str) else tuple(columns)
         options = ReadOptions(limit, member, columns, unicode_errors)
         return importing.import_table(self, source, format, wanted, options, progress)
