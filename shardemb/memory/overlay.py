@@ -44,6 +44,9 @@ if TYPE_CHECKING:
 SLOT_BYTES, NODE_BYTES = 16, 64
 """Bytes of a slot besides its record, and bytes of a branch or a leaf of the index."""
 
+AHEAD_BYTES = 32 * 2**20
+"""Most memory that is touched ahead of the slots in use."""
+
 _MAX_SLOTS = 2**31 - 2
 """As many as an entry of the index can tell apart: it is an int32, ``slot + 1`` or ``-(slot + 1)``."""
 
@@ -96,7 +99,7 @@ class Overlay:
         self._branches, self._leaves = _Nodes(*arrays[:2]), _Nodes(*arrays[2:])
         self.kept_bytes = 0
         self._spill_file: SpillFile | None = None
-        self._mapped_bytes = 0
+        self._mapped_bytes = self._touched_bytes = 0
         self._version = 0
         self._rewinding = False
 
@@ -173,6 +176,33 @@ class Overlay:
             # A lookup that is running was given the empty index, so it will read all of its rows from the files.
             self._version += 1
         return self.first_slot + slots
+
+    def touch_ahead(self, most: int) -> Callable[[], None] | None:
+        """Return what touches memory for the slots that come next, in any thread; None if enough was touched.
+
+        The first touch of a page costs more than all else that an update does with the rows in it: the kernel clears
+        it, and in a virtual machine the host may have to find one before. At most a quarter of what the slots take is
+        touched ahead, and at most `most` bytes.
+        """
+        used = self.slots.end * self._record_bytes
+        ahead = min(AHEAD_BYTES, most, used // 4)
+        if ahead < 2 * address_space.HUGE_PAGE or used + ahead // 2 <= self._touched_bytes:
+            return None
+        start = round_up(max(used, self._touched_bytes), address_space.HUGE_PAGE)
+        try:
+            self._map(min(used + ahead, self._start))
+        except OSError:
+            return None  # those that need it will tell
+        stop = self._touched_bytes = min(round_up(used + ahead, address_space.HUGE_PAGE), self._mapped_bytes)
+
+        def touch() -> None:
+            # A huge page at a time: whoever maps a file meanwhile waits for one.
+            for offset in range(start, stop, address_space.HUGE_PAGE):
+                nbytes = min(address_space.HUGE_PAGE, stop - offset)
+                with contextlib.suppress(OSError):  # an older kernel
+                    self._memory.advise(self._start + offset, nbytes, address_space.MADV_POPULATE_WRITE)
+
+        return touch
 
     def publish(self, rows: Int64Array, places: Int64Array) -> None:
         """Let the index lead to slots, once they hold the records of their rows."""
@@ -340,6 +370,7 @@ class Overlay:
             self._version += 1  # before the old slots are released, as in `_free_slots`
         used = round_up(self.slots.end * self._record_bytes, PAGE)
         self._memory.release(self._start + used, self._mapped_bytes - used)
+        self._touched_bytes = used
 
     def reload(self, rows: Int64Array) -> None:
         """Bring those of the distinct rows that are spilled back into memory.
@@ -457,6 +488,7 @@ class Overlay:
         self.slots.free(slots)
         if self.slots.count == 0:
             self._memory.release(self._start, self._mapped_bytes)
+            self._touched_bytes = 0
 
     def _drop_spilled(self, slots: Int64Array) -> None:
         """As `_drop_slots`, for slots of the spill file."""

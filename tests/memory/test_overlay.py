@@ -10,8 +10,10 @@ from support import inside
 from support.model import assert_same_bits
 
 import shardemb
+from shardemb.base.sizes import PAGE
 from shardemb.commits import fold
 from shardemb.compute import row_kernels
+from shardemb.compute.residency import count_resident
 from shardemb.engine import batch, filling
 from shardemb.engine.shards import Shards
 from shardemb.errors import DiskFullError
@@ -590,3 +592,24 @@ def test_a_prefetch_neither_waits_nor_spills_other_rows(store, monkeypatch):
     assert inside.shards(table).overlay.spilled == 0
     assert inside.shards(table).overlay.slots.count == 49
     monkeypatch.undo()
+
+
+def test_memory_for_the_next_slots_is_touched_before_they_are_used(tmp_path):
+    with shardemb.open(tmp_path / "s", memory_budget=2**30, threads=1) as store:
+        table = store.create_table("t", num_embeddings=2**20, embedding_dim=64)
+        shards, ahead = inside.shards(table), []
+        slots = shards.bytes.ctypes.data + shards.overlay.first_slot * 256
+        for start in range(0, 2**18, 2**14):  # 4 MiB of slots each time
+            table.write(np.arange(start, start + 2**14) * 3, np.ones((2**14, 64), np.float32))
+            done = threading.Event()
+            inside.runtime(store).in_background(done.set)
+            assert done.wait(10)
+            used = shards.overlay.slots.end * 256
+            ahead.append(count_resident(slots + used, 48 * 2**20) * PAGE)
+        assert ahead[:3] == [0, 0, 0]  # of little memory, nothing is touched ahead
+        assert max(ahead) >= 4 * 2**20
+        assert all(
+            some <= 2**20 * (number + 1) + 4 * 2**20 for number, some in enumerate(ahead)
+        )  # whole huge pages
+        assert shards.overlay.touch_ahead(0) is None
+        store.rollback()
