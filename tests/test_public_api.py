@@ -122,7 +122,11 @@ checkpoint(self) -> None
 close(self, *, progress: bool = False) -> None
 commit(self, step: int | None = None, metadata: Mapping[str, Any] | None = None, *, wait: bool = True) \
 -> Commit | PendingCommit
-copy(self, path: str | os.PathLike[str], *, progress: Progress = None) -> None
+import_table(self, name: str, source: object, format: str | None = None, *, member: str | None = None, \
+columns: str | Sequence[str] = (), tokens: object = None, limit: int | None = None, duplicates: Duplicates = 'first', \
+unicode_errors: UnicodeErrors = 'strict', dtype: DtypeLike | None = None, optimizer: Optimizer | None = None, \
+rows_per_shard: int | None = None, counters: bool = False, progress: Progress = None) -> ImportReport
+copy(self, path: str | os.PathLike[str], *, update: bool = False, progress: Progress = None) -> None
 create_table(self, name: str, *, num_embeddings: int | None = None, embedding_dim: int, \
 vocabulary: str | None = None, counters: bool = False, initializer: initializers.Initial | None = None, \
 optimizer: Optimizer | None = None, rows_per_shard: int | None = None, padding_idx: int | None = None, \

@@ -266,7 +266,11 @@ class Store(Mapping[str, "Table | KeyedTable"]):
             What becomes of tokens that are not UTF-8, which some tools write; see `bytes.decode`.
         dtype : str or a type of `shardemb.dtypes`, optional
             As in `create_table`. By default what the source has, and float32 for what is no dtype of a table.
-        optimizer, rows_per_shard, counters
+        optimizer : Optimizer, optional
+            As in `create_table`.
+        rows_per_shard : int, optional
+            As in `create_table`.
+        counters : bool
             As in `create_table`.
         progress : bool or callable, optional
             True shows a bar; a function is called as ``progress(done, total)``, in rows, or in bytes while keys are

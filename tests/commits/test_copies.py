@@ -656,3 +656,29 @@ def test_an_update_that_is_interrupted_anywhere_is_completed_by_the_next(pair, t
         is_copied(tmp_path / "c", store)
         number += 1
     assert number > 10
+
+
+def test_a_block_that_becomes_what_it_was_after_an_interrupted_update(pair, tmp_path, monkeypatch):
+    """The copy has the new block and the old checksum, which is that of the newest block too."""
+    store, _ = pair
+    for value in (1, 2):
+        store["zeros"].write([3], np.full((1, DIM), value, np.float32))
+        store.commit()
+        store.checkpoint()
+        if value == 1:
+            store.copy(tmp_path / "c")
+    real = files.sync_data
+
+    def stop(descriptor, path):
+        if path.parent.name == "rows":
+            raise KeyboardInterrupt
+        real(descriptor, path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files, "sync_data", stop)
+        store.copy(tmp_path / "c", update=True)
+    store["zeros"].write([3], np.full((1, DIM), 1, np.float32))
+    store.commit()
+    store.checkpoint()
+    store.copy(tmp_path / "c", update=True)
+    is_copied(tmp_path / "c", store)
