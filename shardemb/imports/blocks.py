@@ -64,13 +64,6 @@ class Block(NamedTuple):
     consumed: int
 
 
-class KeyBlock(NamedTuple):
-    """The keys of consecutive rows of a source; see `Block`."""
-
-    keys: Any
-    consumed: int
-
-
 class VectorSource(Protocol):
     """An open source of vectors. A context manager, which closes it.
 
@@ -92,8 +85,6 @@ class VectorSource(Protocol):
         What all blocks consume together, as far as it is known; 0 otherwise.
     unit : {"row", "byte"}
         What is counted by `total` and `Block.consumed`.
-    repeatable : bool
-        Whether the same can be opened and read again, as a file can, and a stream cannot.
     """
 
     format: str
@@ -104,7 +95,6 @@ class VectorSource(Protocol):
     key_type: Literal["string", "int64"] | None
     total: int
     unit: Literal["row", "byte"]
-    repeatable: bool
 
     def blocks(self) -> Iterator[Block]:
         """Read the rows, once, in order.
@@ -115,13 +105,13 @@ class VectorSource(Protocol):
             The source is not what it claims to be. The message names the source, the line or byte, and the row.
         """
 
-    def key_blocks(self) -> Iterator[KeyBlock]:
-        """Read the keys of all rows, in place of `blocks`, without converting a number. Only if `repeatable`.
+    def key_blocks(self) -> Iterator[Any] | None:
+        """Read the keys of all rows, before `blocks`, where that takes much less than reading the rows; else None.
 
         Raises
         ------
         SourceError
-            As `blocks`; some damage only `blocks` finds.
+            As `blocks`.
         """
 
     def close(self) -> None:

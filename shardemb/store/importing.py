@@ -2,9 +2,9 @@
 
 ::
 
-    rows without keys, whose number is known      read once
-    a source that can be read again               its keys, then, once their number is known, its rows
-    a stream                                      once, its rows through a file without a name next to the store
+    rows whose number is known                    read once
+    keys that can be read without the rows        first, then the rows, once their number is known
+    all else                                      read once, the rows through a file without a name next to the store
 
 Each way ends in `Store.create_table` with a function that returns consecutive rows. So the rows are written once, to
 their place, at the disk's rate; memory holds a few blocks, and one bit a row; and a table is there as a whole or not at
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from shardemb.base.progress import Progress
     from shardemb.base.validation import Float32Array, Int64Array
     from shardemb.dtypes import DtypeLike
-    from shardemb.imports.blocks import Block, KeyBlock, ReadOptions, VectorSource
+    from shardemb.imports.blocks import Block, ReadOptions, VectorSource
     from shardemb.optim import Optimizer
     from shardemb.store.vocabulary import Vocabulary
 
@@ -91,45 +91,54 @@ def import_table(
 ) -> ImportReport:
     """Create a table from a source; see `Store.import_table`."""
     wanted.check()
-    tokens = None if wanted.tokens is None else text.read_tokens(wanted.tokens, options)
-    with contextlib.ExitStack() as stack:
-        opened = stack.enter_context(formats.open_source(source, format, options))
-        keys, rows, count = None, (block.rows for block in opened.blocks()), opened.num_rows
-        try:
-            if tokens is not None or opened.key_type is not None:
-                vocabulary = store.create_vocabulary(wanted.name, key_type=opened.key_type or "string")
-                keys = _Keys(vocabulary, opened.name, wanted.duplicates)
-            if keys is not None and (tokens is not None or opened.repeatable):
-                keys.read(opened, tokens, progress)
-                # A source is read once; what has given its keys is opened again for its rows.
-                again = opened if tokens is not None else formats.open_source(source, format, options)
-                rows = keys.rows_of(stack.enter_context(again).blocks())
-            elif keys is not None or count is None:
-                spool = stack.enter_context(_Spool(store_paths.private(store.path), opened.dim))
-                rows, count = spool.through(opened, keys, progress), spool.count
-            count = count if keys is None else keys.count
+    tokens = None if wanted.tokens is None else text.read_tokens(wanted.tokens, options.unicode_errors)
+    with formats.open_source(source, format, options) as opened, contextlib.ExitStack() as stack:
+        key_type = opened.key_type if tokens is None else "string"
+        keys = None
+        if key_type is not None:
+            vocabulary = store.create_vocabulary(wanted.name, key_type=key_type)
+            stack.callback(store.drop_vocabulary, wanted.name)  # unless all goes well
+            keys = _Keys(vocabulary, opened.name, wanted.duplicates)
+        with _Spool(store_paths.private(store.path), opened.dim) as spool:
+            count, rows = _counted(opened, keys, tokens, spool, progress)
             if not count:
                 raise refuse(opened.name, "", "there are no rows in it")
-            consecutive = stack.enter_context(_Consecutive(rows, opened.dim, opened.name))
-            store.create_table(
-                wanted.name,
-                num_embeddings=count if keys is None else None,
-                vocabulary=None if keys is None else wanted.name,
-                embedding_dim=opened.dim,
-                initializer=consecutive,
-                optimizer=wanted.optimizer,
-                rows_per_shard=wanted.rows_per_shard,
-                counters=wanted.counters,
-                dtype=opened.dtype if wanted.dtype is None else wanted.dtype,
-                progress=progress,
-            )
-        except BaseException:
-            if keys is not None:
-                store.drop_vocabulary(wanted.name)
-            raise
-        return ImportReport(
-            wanted.name, opened.format, count, opened.dim, 0 if keys is None else keys.dropped
-        )
+            with _Consecutive(rows, opened.dim, opened.name) as consecutive:
+                store.create_table(
+                    wanted.name,
+                    num_embeddings=count if keys is None else None,
+                    vocabulary=None if keys is None else wanted.name,
+                    embedding_dim=opened.dim,
+                    initializer=consecutive,
+                    optimizer=wanted.optimizer,
+                    rows_per_shard=wanted.rows_per_shard,
+                    counters=wanted.counters,
+                    dtype=opened.dtype if wanted.dtype is None else wanted.dtype,
+                    progress=progress,
+                )
+        stack.pop_all()
+        dropped = 0 if keys is None else keys.dropped
+        return ImportReport(wanted.name, opened.format, count, opened.dim, dropped)
+
+
+def _counted(
+    source: VectorSource,
+    keys: _Keys | None,
+    tokens: Iterator[Any] | None,
+    spool: _Spool,
+    progress: Progress,
+) -> tuple[int, Iterator[Float32Array]]:
+    """Return how many rows a source has for its table, and these rows; enter the keys."""
+    rows = (block.rows for block in source.blocks())
+    if keys is None and source.num_rows is not None:
+        return source.num_rows, rows
+    if keys is not None and tokens is None:
+        tokens = source.key_blocks()
+    if keys is not None and tokens is not None:
+        keys.read(source, tokens, progress)
+        return keys.count, keys.rows_of(source.blocks())
+    spool.take(source, keys, progress)
+    return spool.count, spool.rows()
 
 
 class _Keys:
@@ -152,17 +161,14 @@ class _Keys:
         """The number of rows whose key had come before."""
         return self._seen - self.count
 
-    def read(self, source: VectorSource, tokens: Iterator[KeyBlock] | None, progress: Progress) -> None:
-        """Enter the keys of a source, or those that are given for its rows."""
-        blocks = source.key_blocks() if tokens is None else tokens
-        with track(
-            source.total, f"reading keys of {source.name}", unit=source.unit, progress=progress
-        ) as advance:
-            for keys, consumed in blocks:
+    def read(self, source: VectorSource, blocks: Iterator[Any], progress: Progress) -> None:
+        """Enter the keys of all rows of a source."""
+        with track(0, f"reading keys of {source.name}", progress=progress) as advance:
+            for keys in blocks:
                 self.add(keys)
-                advance(consumed)
-        if tokens is not None and source.num_rows is not None and source.num_rows != self._seen:
-            raise refuse(source.name, "", f"{source.num_rows} rows, but {self._seen} tokens for them")
+                advance(len(keys))
+        if source.num_rows is not None and source.num_rows != self._seen:
+            raise refuse(source.name, "", f"{source.num_rows:,} rows, and {self._seen:,} tokens for them")
 
     def add(self, keys: Any) -> Int64Array:  # noqa: ANN401 -- whatever a vocabulary takes
         """Enter the keys of the next rows; return which of these rows are to be kept."""
@@ -193,44 +199,49 @@ class _Keys:
 
 
 class _Spool:
-    """A file without a name for the rows of a stream, until their number is known. A context manager."""
+    """A file without a name for the rows of a stream, until their number is known. A context manager.
+
+    Attributes
+    ----------
+    count : int
+        Rows in it.
+    """
 
     def __init__(self, folder: Path, dim: int) -> None:
-        self._path = folder / "(rows of a stream)"  # for error messages alone
-        self._dim, self.count = dim, 0
-        self._descriptor = files.open_unnamed(folder)
+        self._folder, self._path = folder, folder / "(rows of a stream)"  # for error messages alone
+        self._row_bytes, self.count = 4 * dim, 0
+        self._descriptor: int | None = None
 
     def __enter__(self) -> _Spool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        files.close(self._descriptor)
+        if self._descriptor is not None:
+            files.close(self._descriptor)
 
-    def through(self, source: VectorSource, keys: _Keys | None, progress: Progress) -> Iterator[Float32Array]:
-        """Take in all rows of a source, or those of its keys that are to be kept; return them."""
+    def take(self, source: VectorSource, keys: _Keys | None, progress: Progress) -> None:
+        """Take in all rows of a source, or those whose key comes for the first time."""
+        self._descriptor = files.open_unnamed(self._folder)
         with track(source.total, f"reading {source.name}", unit=source.unit, progress=progress) as advance:
+            consumed = 0
             for block in source.blocks():
                 rows = block.rows
                 if keys is not None:
                     kept = keys.add(block.keys)
                     rows = rows if kept.size == len(rows) else rows[kept]
-                files.write(self._descriptor, rows.reshape(-1).view(np.uint8).data, self._end, self._path)
+                files.write(self._descriptor, rows.data, self.count * self._row_bytes, self._path)
                 self.count += len(rows)
-                advance(block.consumed)
-        return self._rows()
+                advance(block.consumed - consumed)
+                consumed = block.consumed
 
-    @property
-    def _end(self) -> int:
-        return self.count * 4 * self._dim
-
-    def _rows(self) -> Iterator[Float32Array]:
-        step = block_rows(self._dim)
+    def rows(self) -> Iterator[Float32Array]:
+        """Read the rows again."""
+        assert self._descriptor is not None
+        step = block_rows(self._row_bytes // 4)
         for start in range(0, self.count, step):
-            stop = min(start + step, self.count)
-            data = files.read_at(
-                self._descriptor, (stop - start) * 4 * self._dim, start * 4 * self._dim, self._path
-            )
-            yield np.frombuffer(data, np.float32).reshape(-1, self._dim)
+            nbytes = min(step, self.count - start) * self._row_bytes
+            data = files.read_at(self._descriptor, nbytes, start * self._row_bytes, self._path)
+            yield np.frombuffer(data, np.float32).reshape(-1, self._row_bytes // 4)
 
 
 class _Consecutive:
