@@ -1,7 +1,6 @@
 """Real words: the 400,000 tokens of GloVe with their vectors, and English with its long tail of rare words."""
 
 import itertools
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -80,12 +79,8 @@ def test_tokens_get_rows_in_the_order_of_their_frequency(imported, frequencies):
         assert words.lookup(["the", "no such token", "The"]).tolist() == [0, -1, -1]
 
 
-def test_the_code_of_the_documentation_reads_every_line(glove, tmp_path):
-    """Of a text file as GloVe publishes it: no header, words with all but a space. Then as other files have it."""
-    page = (Path(__file__).parents[2] / "docs/how-to/import-vectors.md").read_text(encoding="utf-8")
-    code = re.search(r"^def read_vectors.*?(?=^```)", page, re.M | re.S)
-    namespace = {"np": np}
-    exec(code[0], namespace)
+def test_an_import_reads_every_line_as_published(glove, tmp_path):
+    """Of a text file as GloVe publishes it: no header, words with all but a newline. Then as other files have it."""
     tokens, vectors = glove[0].to_pylist(), glove[1][:, :2].tolist()
     odd = [
         "new\xa0york",
@@ -98,20 +93,20 @@ def test_the_code_of_the_documentation_reads_every_line(glove, tmp_path):
         "\x1c",
         "a\rb",
         "\ufeff",
-        "1",
         "",
     ]
     tokens, vectors = [*tokens, *odd], [*vectors, *([number, -number] for number in range(len(odd)))]
     content = "".join(f"{token} {first!r} {second!r}{end}" for (token, (first, second)), end in zip(
         zip(tokens, vectors, strict=True), itertools.cycle(["\n", " \n", "\r\n"])))  # fmt: skip
-    for header in ("", f"{len(tokens)} 2\n"):
+    expected = np.float32(vectors)
+    for form, header in (("glove", ""), ("word2vec-text", f"{len(tokens)} 2\n")):
         (tmp_path / "vectors.txt").write_bytes((header + content).encode())
-        words, values = zip(*namespace["read_vectors"](tmp_path / "vectors.txt", 2), strict=True)
-        assert list(words) == tokens
-        np.testing.assert_array_equal(np.stack(values), np.float32(vectors))
-    (tmp_path / "vectors.txt").write_text("to 1 2\nbe 1\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"vectors\.txt, line 2: 1 values instead of 2"):
-        list(namespace["read_vectors"](tmp_path / "vectors.txt", 2))
+        with shardemb.open(tmp_path / form) as store:
+            report = store.import_table("words", tmp_path / "vectors.txt")
+            assert (report.format, report.num_rows, report.duplicates) == (form, len(tokens), 0)
+            store.commit()
+            np.testing.assert_array_equal(store["words"].rows.lookup(np.arange(len(tokens))), expected)
+            assert store.vocabularies["words"].lookup(tokens).tolist() == list(range(len(tokens)))
 
 
 def test_tokens_come_back_as_they_were(imported, glove):
