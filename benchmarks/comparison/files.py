@@ -76,7 +76,7 @@ class _Import:
 
 
 def imports(settings):
-    """I1: words as text and binary against gensim, .npy against the disk, parquet against pyarrow; all from cold files."""
+    """I1: words against gensim, .npy against the disk, parquet against pyarrow; the files are cold."""
     tokens, vectors = _words(settings)
     cases = [_import_words(settings, tokens, vectors, binary) for binary in (False, True)]
     return [*cases, _import_npy(settings), _import_parquet(settings)]
