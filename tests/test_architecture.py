@@ -95,7 +95,10 @@ OUTSIDE = {
     "dask": {"compute.scheduler"},
     "numba": {"compute.intrinsics", "compute.compiler", "compute.residency"},
     "llvmlite": {"compute.intrinsics"},
-    "pyarrow": {"exports.arrow", "exports.parquet", "vocabulary.keys", "vocabulary.key_rows"},
+    "pyarrow": {
+        "exports.arrow", "exports.parquet", "vocabulary.keys", "vocabulary.key_rows",
+        "imports.streams", "imports.text", "imports.binary",
+    },  # fmt: skip
     "xxhash": {"format.documents"},
     "ml_dtypes": {"dtypes"},
     "click": {"cli"},
@@ -316,6 +319,7 @@ EXCEPTIONS = {
         "memory.memory_budget",
         "read_text",
     ): "the memory of the machine and of control groups, below /proc and /sys",
+    ("imports.streams", "open"): "files of the caller's, to read; no part of a store",
     ("text", "open"): "text files of the caller's, to read; no part of a store",
     ("memory.output_pool", "remove"): "of a list",
     ("storage.address_space", "os.strerror"): "the text of an error",
