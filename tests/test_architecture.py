@@ -96,9 +96,14 @@ OUTSIDE = {
     "numba": {"compute.intrinsics", "compute.compiler", "compute.residency"},
     "llvmlite": {"compute.intrinsics"},
     "pyarrow": {
-        "exports.arrow", "exports.parquet", "vocabulary.keys", "vocabulary.key_rows",
-        "imports.streams", "imports.text", "imports.binary",
-    },  # fmt: skip
+        "exports.arrow",
+        "exports.parquet",
+        "vocabulary.keys",
+        "vocabulary.key_rows",
+        "imports.streams",
+        "imports.text",
+        "imports.binary",
+    },
     "xxhash": {"format.documents"},
     "ml_dtypes": {"dtypes"},
     "click": {"cli"},
