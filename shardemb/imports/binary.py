@@ -115,14 +115,14 @@ def _values(records: NDArray[Any], dim: int) -> Float32Array:
 
 
 def _is_double(begin: bytes, dim: int, num_rows: int) -> bool:
-    """Return whether the first rows have tokens only if values are float64, and none if they are float32."""
-    return _has_tokens(begin, 8 * dim, num_rows) and not _has_tokens(begin, 4 * dim, num_rows)
+    """Return whether the first rows make sense only if their values are float64."""
+    count = min(num_rows, 16)
+    tokens, _, end = _walk(begin, 8 * dim, count)
+    ends_there = len(tokens) == num_rows and not begin[end:].strip(b"\n")
+    return _are_words(tokens) and (ends_there or not _are_words(_walk(begin, 4 * dim, count)[0]))
 
 
-def _has_tokens(begin: bytes, nbytes: int, num_rows: int) -> bool:
-    tokens, _, end = _walk(begin, nbytes, min(num_rows, 16))
-    if len(tokens) == num_rows and begin[end:].strip(b"\n"):
-        return False  # more follows than there should be
+def _are_words(tokens: list[bytes]) -> bool:
     try:
         return bool(tokens) and all(token.decode().isprintable() for token in tokens)
     except UnicodeDecodeError:

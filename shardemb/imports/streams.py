@@ -114,7 +114,7 @@ class Stream:
             return memoryview(b"")
         # By its descriptor: the file at the path may be another one by now.
         with pa.memory_map(f"/proc/self/fd/{self._file.fileno()}") as file:
-            return memoryview(file.read_buffer(self.size))
+            return memoryview(file.read_buffer(self.size)).cast("B")
 
     def close(self) -> None:
         """Close the file."""

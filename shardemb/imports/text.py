@@ -330,35 +330,32 @@ class TextVectors(FileVectors):
         return rows, table.column(0).combine_chunks()
 
     def _one_by_one(self, text: bytes, first: int) -> tuple[Float32Array, pa.Array]:
-        place = self._placed(first)
         tokens, rows = [], []
         for number, line in enumerate(text.removesuffix(b"\n").split(b"\n")):
-            fields = line.rstrip(b" \r").rsplit(b" ", self.dim)
-            if problem := self._misfit(fields):
-                raise refuse(self.name, place(number), f"{problem}: {shown(line)}")
-            tokens.append(fields[0])
             try:
-                rows.append([_value(field) for field in fields[1:]])
+                token, values = self._row(line.rstrip(b" \r"))
             except ValueError as error:
-                raise refuse(self.name, place(number), str(error)) from error
+                raise refuse(self.name, self._placed(first)(number), f"{error}: {shown(line)}") from error
+            tokens.append(token)
+            rows.append(values)
         return np.array(rows, np.float32), pa.array(tokens, pa.binary())
 
-    def _misfit(self, fields: list[bytes]) -> str | None:
-        """Say what is wrong with a token and its numbers, if they are too few or too many."""
-        if fields == [b""]:
-            return "the line is empty"
-        if len(fields) <= self.dim:
-            return f"a token and {plural(len(fields) - 1, 'number')}, but rows have {self.dim:,}"
+    def _row(self, line: bytes) -> tuple[bytes, list[float]]:
+        """Return the token of a line and its values; raises ValueError if it has too few or too many."""
+        token, *fields = line.rsplit(b" ", self.dim)
+        if len(fields) < self.dim:
+            found = f"a token and {plural(len(fields), 'number')}" if line else "the line is empty"
+            msg = f"{found}, but rows have {plural(self.dim, 'number')}"
+            raise ValueError(msg)
+        values = [_value(field) for field in fields]
         # Blanks in tokens are fine, but this is what a row with more numbers looks like.
-        _, blank, last = fields[0].rpartition(b" ")
+        _, blank, last = token.rpartition(b" ")
         if blank and _NUMBER.fullmatch(last):
-            hint = (
-                "; is line 1 a header, and the format word2vec-text?"
-                if self.dim == 1 and not self._lines
-                else ""
-            )
-            return f"more than {plural(self.dim, 'number')}{hint}"
-        return None
+            is_header = self.dim == 1 and self._lines == 0
+            hint = " (is line 1 a header, and the format word2vec-text?)" if is_header else ""
+            msg = f"more than {plural(self.dim, 'number')}{hint}"
+            raise ValueError(msg)
+        return token, values
 
 
 def _first_lines(text: bytes, count: int) -> bytes:

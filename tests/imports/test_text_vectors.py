@@ -215,7 +215,7 @@ REFUSED_GLOVE = {
     b"\n \n": "line 1: there is no row",
     b"word\n": "line 1: no number after a token and a blank",
     b"the\t1\t2\n": "line 1: no number after a token and a blank",
-    b"a 1 2\nb 1\nc 1 2\n": r"line 2 \(row 1\): a token and 1 number, but rows have 2: b'b 1'",
+    b"a 1 2\nb 1\nc 1 2\n": r"line 2 \(row 1\): a token and 1 number, but rows have 2 numbers: b'b 1'",
     b"a 1 2\nb 1 2 3\n": r"line 2 \(row 1\): more than 2 numbers: b'b 1 2 3'",
     b"a 1 2\nb\n": r"line 2 \(row 1\): a token and 0 numbers",
     b"a 1 2\n\nb 1 2\n": r"line 2 \(row 1\): the line is empty",
@@ -230,7 +230,7 @@ REFUSED_GLOVE = {
     b"a 1 2\nb -Infinity 2\n": r"line 2 \(row 1\): value 1 is -inf, and not finite",
     b"a 1 2\nb 1 1e39\n": r"line 2 \(row 1\): (value 2 is inf, and not finite|'1e39' is beyond)",
     b"a 1 2\nb 1 +1e39\n": r"line 2 \(row 1\): (value 2 is inf, and not finite|'\+1e39' is beyond)",
-    b"2 3\na 1 2 3\n": r"line 2 \(row 1\): more than 1 number; is line 1 a header, and the format word2vec-text\?",
+    b"2 3\na 1 2 3\n": r"line 2 \(row 1\): more than 1 number \(is line 1 a header, and the format word2vec-text\?\)",
     b"\xff\xfea\0 \x001\0\n\0": "is in UTF-16",
     b"PK\3\4 1 2\n": "is a zip archive",
 }
@@ -272,7 +272,7 @@ def test_a_bad_line_is_named_among_thousands(path, monkeypatch):
     ):
         for chunk in (1000, text.CHUNK):
             monkeypatch.setattr(text, "CHUNK", chunk)
-            data = b"\n".join([*lines[:2345], bad, *lines[2345:2800], b"worse", *lines[2800:]])
+            data = b"\n".join([*lines[:2345], bad, *lines[2345:]])
             with pytest.raises(SourceError, match=rf"line 2,346 \(row 2,345\): {problem}"):
                 read_file(open_glove, path, data)
             with pytest.raises(SourceError, match=rf"line 2,347 \(row 2,345\): {problem}"):
@@ -314,7 +314,7 @@ TOKENS = st.one_of(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_whatever_is_written_is_read(tmp_path_factory, data):
     tokens = data.draw(st.lists(TOKENS, min_size=1, max_size=30))
