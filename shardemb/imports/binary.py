@@ -6,6 +6,7 @@ mean of rows from all over its matrix, those of the word and of its n-grams.
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -85,15 +86,17 @@ class BinaryVectors(FileVectors):
 
 def _walk(data: bytes, nbytes: int, count: int) -> tuple[list[bytes], list[int], int]:
     """Find rows of a token, a blank and `nbytes` of values: tokens, where the values begin, where the last end."""
-    tokens, starts, at, last = [], [], 0, len(data) - nbytes
+    find, blanks, at, last = data.find, [], 0, len(data) - nbytes
     for _ in range(count):
-        blank = data.find(b" ", at, at + TOKEN_BYTES)
+        blank = find(b" ", at, at + TOKEN_BYTES)
         if blank < 0 or blank >= last:
             break
-        # The tool of word2vec writes a newline behind each row, gensim does not.
-        tokens.append(data[at:blank].lstrip(b"\n"))
-        starts.append(blank + 1)
+        blanks.append(blank)
         at = blank + 1 + nbytes
+    starts = [blank + 1 for blank in blanks]
+    begins = [0, *(start + nbytes for start in starts)]
+    # The tool of word2vec writes a newline behind each row, gensim does not.
+    tokens = [data[begin:blank].lstrip(b"\n") for begin, blank in zip(begins, blanks, strict=False)]
     return tokens, starts, at
 
 
@@ -112,6 +115,12 @@ def _records(
 
 def _values(records: NDArray[Any], dim: int) -> Float32Array:
     return records.view("<f4").reshape(-1, dim)
+
+
+def _is_text(stream: streams.Stream, dim: int) -> bool:
+    """Return whether the first row has digits where its values should be."""
+    found = re.match(rb"[^ ]* (-?[\d.e-]+ [\d.e \n-]*)", stream.peek(TOKEN_BYTES))
+    return dim > 1 and found is not None and len(found[1]) >= 4 * dim
 
 
 def _is_double(begin: bytes, dim: int, num_rows: int) -> bool:
@@ -167,6 +176,8 @@ def open_word2vec_binary(source: object, options: ReadOptions) -> VectorSource:
         refuse_unused(options, stream.name, "member", "columns")
         streams.refuse_packed(stream)
         promised, dim = read_header(stream)
+        if _is_text(stream, dim):
+            raise refuse(stream.name, "line 2", "the rows are text: the format is word2vec-text")
         fits = stream.size - stream.position >= promised * (8 * dim + 1)
         if not stream.compression and fits and _is_double(stream.peek(CHUNK), dim, promised):
             problem = "values are float64, as programs other than word2vec write them; only float32 is of this format"
@@ -238,13 +249,9 @@ def read_model(view: memoryview, name: str) -> Model:
     """
     magic, version, dim, *_, kind, buckets, shortest, longest, _, _ = _fields(view, _ARGUMENTS, 0, name)
     if magic != _MAGIC:
-        raise refuse(
-            name, "byte 0", "this is no model of fastText; its vectors (.vec) are of format 'fasttext-text'"
-        )
+        raise refuse(name, "byte 0", "this is no model of fastText, or one from before its version 11")
     if version not in (11, 12):
-        raise refuse(
-            name, "byte 4", f"a model of fastText of version {version}, and only 11 and 12 are known"
-        )
+        raise refuse(name, "byte 4", f"a model of fastText of version {version}; only 11 and 12 are read")
     if version == 11 and kind == _SUPERVISED:
         longest = 0  # as fastText does: they were trained without n-grams of characters
     words, dictionary, end = _dictionary(view, name)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from shardemb.base.validation import Float32Array
     from shardemb.imports.blocks import ReadOptions, UnicodeErrors, VectorSource
 
-CHUNK = 8 * 2**20
+CHUNK = 4 * 2**20
 """Bytes that are parsed at once."""
 
 LINE_BYTES = 16 * 2**20
@@ -40,7 +40,7 @@ LINE_BYTES = 16 * 2**20
 MAX_DIM = 2**16
 """More numbers in a row than any table has columns; a header that says so is not believed."""
 
-_KEY_BYTES = 32 * 2**20
+_KEY_BYTES = 16 * 2**20
 """Bytes of the source after which a block ends, however few values it has: long tokens."""
 
 _FEW = 16
@@ -300,28 +300,28 @@ class TextVectors(FileVectors):
 
     def _parsed(self, text: bytes, first: int) -> tuple[Float32Array, pa.Array]:
         """Parse lines, of which the first has row `first`; return rows and tokens."""
-        for end in (b"\r\n", b" \n"):  # the tools of word2vec and fastText write a blank at the end of a row
-            text = text.replace(end, b"\n") if end in text else text
-        lines = text.count(b"\n")
-        if (parsed := self._all_at_once(text, lines)) is not None:
+        # The tools of word2vec and fastText write a blank at the end of a row: if at that of one, then at that of all.
+        if text[: text.index(b"\n")].endswith((b" ", b"\r")):
+            text = text.replace(b"\r\n", b"\n").replace(b" \n", b"\n")
+        if (parsed := self._all_at_once(text)) is not None:
             return parsed
-        if lines <= _FEW:
+        if text.count(b"\n") <= _FEW:
             return self._one_by_one(text, first)
-        middle = text.rfind(b"\n", 0, len(text) // 2) + 1 or text.find(b"\n") + 1
+        middle = text.rfind(b"\n", 0, len(text) // 2) + 1 or text.index(b"\n") + 1
         one, other = text[:middle], text[middle:]
         halves = self._parsed(one, first), self._parsed(other, first + one.count(b"\n"))
         rows, tokens = zip(*halves, strict=True)
         return np.concatenate(rows), pa.concat_arrays(tokens)
 
-    def _all_at_once(self, text: bytes, lines: int) -> tuple[Float32Array, pa.Array] | None:
+    def _all_at_once(self, text: bytes) -> tuple[Float32Array, pa.Array] | None:
         """Parse lines that are as they should be; None if one may not be."""
+        if b"\r" in text:  # within a line, where it ends the line for pyarrow
+            return None
         try:
             table = csv.read_csv(pa.BufferReader(text), self._read, self._layout, self._types)
         except pa.ArrowInvalid:
             return None
-        if table.num_rows != lines:  # a carriage return within a line ends it for pyarrow
-            return None
-        rows, start = np.empty((lines, self.dim), np.float32), 0
+        rows, start = np.empty((table.num_rows, self.dim), np.float32), 0
         for batch in table.to_batches():
             part = rows[start : start + batch.num_rows]
             for column in range(self.dim):
@@ -359,10 +359,10 @@ class TextVectors(FileVectors):
 
 
 def _first_lines(text: bytes, count: int) -> bytes:
-    if text.count(b"\n") <= count:
+    if count >= len(text):
         return text
     ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n"))
-    return text[: int(ends[count - 1]) + 1]
+    return text if len(ends) <= count else text[: int(ends[count - 1]) + 1]
 
 
 def _value(field: bytes) -> float:

@@ -121,6 +121,7 @@ def test_memory_beside_the_rows_is_bounded(path, monkeypatch):
         (b"1 1\na " + struct.pack("<f", np.nan), r"byte 6 \(row 0\): value 1 is nan, and not finite"),
         (b"1 2\na " + struct.pack("<2f", 1, -np.inf), r"byte 6 \(row 0\): value 2 is -inf"),
         (b"PK\3\4", "is a zip archive"),
+        (b"2 3\nthe 0.25 -0.5 1e-3\nof 1 2 3 \n", "line 2: the rows are text: the format is word2vec-text"),
     ],
 )
 def test_refusals_say_where_and_what(path, data, message):
@@ -352,7 +353,7 @@ def test_a_model_without_buckets(path):
 
 REFUSED_MODELS = {
     "magic": ({"magic": 7}, "byte 0: this is no model of fastText"),
-    "older": ({"version": 10}, "byte 4: a model of fastText of version 10, and only 11 and 12 are known"),
+    "older": ({"version": 10}, "byte 4: a model of fastText of version 10; only 11 and 12 are read"),
     "newer": ({"version": 13}, "version 13"),
     "quantised": ({"quantised": True}, r"byte [\d,]+: the model is quantised \(.ftz\).*use the model from before"),
     "quantised and pruned": ({"quantised": True, "pruned": 3}, "the model is quantised"),
