@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from shardemb.errors import SourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -16,6 +18,12 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 16 * 2**20
 """About how many bytes of float32 a block has: enough for writes at the disk's rate, a small part of any memory."""
+
+MAX_DIM = 2**16
+"""Most values in a row, as in a table. It bounds the memory of a block, whatever a header says."""
+
+_LISTED = 12
+"""Most names that a message lists."""
 
 UnicodeErrors = Literal["strict", "replace", "ignore"]
 
@@ -75,8 +83,6 @@ class VectorSource(Protocol):
         What messages call it: a path, or the type of an object.
     dim : int
         Values in a row.
-    num_rows : int or None
-        How many rows `blocks` yields; None if only reading tells.
     dtype : str
         The name in `shardemb.dtypes` of what would hold the rows without loss: ``"float32"`` for everything else.
     key_type : {"string", "int64"} or None
@@ -90,11 +96,14 @@ class VectorSource(Protocol):
     format: str
     name: str
     dim: int
-    num_rows: int | None
     dtype: str
     key_type: Literal["string", "int64"] | None
     total: int
     unit: Literal["row", "byte"]
+
+    @property
+    def num_rows(self) -> int | None:
+        """How many rows `blocks` yields; None if only reading tells."""
 
     def blocks(self) -> Iterator[Block]:
         """Read the rows, once, in order.
@@ -125,7 +134,9 @@ class VectorSource(Protocol):
 class RowReader(Protocol):
     """A source without keys of which any rows can be read at any time, so that an import can be continued."""
 
-    num_rows: int
+    @property
+    def num_rows(self) -> int:
+        """How many rows there are."""
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Read rows ``[start, stop)``: float32, shape (stop - start, dim). Safe from several threads."""
@@ -145,3 +156,98 @@ def refuse(name: str, place: str, problem: str) -> SourceError:
     'glove.txt, line 3: 7 numbers, but the first row has 50'
     """
     return SourceError(f"{name}, {place}: {problem}" if place else f"{name}: {problem}")
+
+
+def checked_dim(dim: int, name: str, place: str = "") -> int:
+    """Return the number of values in a row if a table can have so many."""
+    if not 1 <= dim <= MAX_DIM:
+        raise refuse(name, place, f"rows have {dim} values; a table has 1 to {MAX_DIM}")
+    return dim
+
+
+# ---- what a source is asked for ---------------------------------------------------------------------------------
+
+
+def refuse_unused(name: str, options: ReadOptions, *used: str) -> None:
+    """Raise `SourceError` if options are set that mean nothing for a source; `limit` means something for all."""
+    for each in ("member", "columns", "unicode_errors"):
+        given = getattr(options, each)
+        if each not in used and given != getattr(ReadOptions(), each):
+            raise refuse(
+                name, "", f"{each}={given!r} means nothing for a source of this format; leave it out"
+            )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return names for a message: the first of them, if there are many."""
+    rest = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "") if names else "none"
+
+
+def chosen(name: str, shapes: Mapping[str, tuple[int, ...]], member: str | None) -> list[str]:
+    """Return which arrays of a source to read, in this order, and see that their rows have one length.
+
+    Parameters
+    ----------
+    name : str
+        Of the source, for messages.
+    shapes : mapping of str to tuple of int
+        All arrays that it has.
+    member : str, optional
+        As in `ReadOptions`; not needed if one array alone has two dimensions.
+
+    Raises
+    ------
+    SourceError
+        There are no such arrays, there are several, or they do not fit together.
+
+    Examples
+    --------
+    >>> chosen("x", {"w.10": (3, 2), "w.9": (3, 2), "bias": (2,)}, "w.*")
+    ['w.9', 'w.10']
+    """
+    if member is None:
+        names = [each for each, shape in shapes.items() if len(shape) == 2]
+        if len(names) != 1:
+            every = [f"{each} {shape}" for each, shape in shapes.items() if not names or len(shape) == 2]
+            problem = (
+                f"{len(names) or 'no'} arrays have two dimensions, which takes a member: {listed(every)}"
+            )
+            raise refuse(name, "", problem if names else problem.replace(", which takes a member", ""))
+    elif member in shapes or "*" not in member:
+        names = [member]
+    else:
+        names = numbered(name, list(shapes), member)
+    for each in names:
+        if each not in shapes:
+            raise refuse(name, "", f"has no {each!r}; it has {listed(list(shapes))}")
+        if len(shapes[each]) != 2:
+            problem = f"its shape is {shapes[each]}, and not (rows, values in a row); reshape it first"
+            raise refuse(name, each, problem)
+        checked_dim(shapes[each][1], name, each)
+        if shapes[each][1] != shapes[names[0]][1]:
+            problem = (
+                f"rows have {shapes[each][1]} values, but those of {names[0]} have {shapes[names[0]][1]}"
+            )
+            raise refuse(name, each, problem)
+    return names
+
+
+def numbered(name: str, names: Sequence[str], pattern: str) -> list[str]:
+    """Return the names that a pattern with one ``*`` fits, by ascending number, without a gap."""
+    if pattern.count("*") != 1:
+        raise refuse(name, "", f"member={pattern!r} has more than one *, which stands for a number")
+    before, after = map(re.escape, pattern.split("*"))
+    found = [
+        (int(fit[1]), each) for each in names if (fit := re.fullmatch(f"{before}([0-9]{{1,9}}){after}", each))
+    ]
+    found.sort()
+    if not found:
+        raise refuse(name, "", f"no name fits {pattern!r}; it has {listed(names)}")
+    for (number, one), (following, other) in pairwise(found):
+        if following != number + 1:
+            problem = (
+                f"{pattern!r} fits {one} and then {other}: parts are missing between them, or there twice"
+            )
+            raise refuse(name, "", problem)
+    return [each for _, each in found]
