@@ -91,7 +91,8 @@ APPLICATIONS = {"quickstart.training", "warm_up", "cli"}
 
 # A library of the outside world, and the modules that may import it.
 OUTSIDE = {
-    "zarr": {"format.zarr_metadata"},
+    "zarr": {"format.zarr_metadata", "imports.containers"},
+    "h5py": {"imports.containers"},
     "dask": {"compute.scheduler"},
     "numba": {"compute.intrinsics", "compute.compiler", "compute.residency"},
     "llvmlite": {"compute.intrinsics"},
@@ -103,6 +104,8 @@ OUTSIDE = {
         "imports.streams",
         "imports.text",
         "imports.binary",
+        "imports.gguf",
+        "imports.columnar",
     },
     "xxhash": {"format.documents"},
     "ml_dtypes": {"dtypes"},
@@ -116,6 +119,7 @@ OUTSIDE = {
     "tempfile": {"compute.compiler", "warm_up"},
     "torch": {
         "dynamicemb",
+        "imports.tensors",
         "ranks.transport",
         "ranks.ranks",
         "torch",
@@ -325,6 +329,9 @@ EXCEPTIONS = {
         "read_text",
     ): "the memory of the machine and of control groups, below /proc and /sys",
     ("imports.streams", "open"): "files of the caller's, to read; no part of a store",
+    ("imports.arrays", "open"): "a member of an archive of the caller's, to read; no part of a store",
+    ("imports.tensors", "load"): "files of the caller's, to read; no part of a store",
+    ("imports.containers", "open"): "folders of the caller's, to read; no part of a store",
     ("text", "open"): "text files of the caller's, to read; no part of a store",
     ("memory.output_pool", "remove"): "of a list",
     ("storage.address_space", "os.strerror"): "the text of an error",
