@@ -50,8 +50,14 @@ _NUMBERS = {
 _BUFFER = 4 * 2**20
 """Bytes of a column of a parquet file that are read at once; without it, pyarrow reads those of a whole row group."""
 
-_AHEAD = 4
-"""Row groups of a parquet file that are read concurrently, if each has at most the rows of two blocks."""
+_TABLE_ROWS = 2**12
+"""Rows that a data set is asked for at once."""
+
+_PIECES = 4
+"""Pieces of a block that are decoded on their own: pyarrow doubles the memory of a list as it grows."""
+
+_MOST_AHEAD, _ROWS_AHEAD = 4, 4
+"""Row groups of a parquet file that are decoded concurrently at most, and blocks that their rows may make together."""
 
 
 # ---- columns ----------------------------------------------------------------------------------------------------
@@ -465,42 +471,49 @@ def by_numbers(path: Path) -> list[tuple[int, int, str]]:
 def _first_rows(paths: list[Path], columns: Columns) -> Generator[pa.RecordBatch]:
     """Read one row of each file."""
     for path in paths:
-        with pq.ParquetFile(path, buffer_size=_BUFFER) as file:
+        with _opened_parquet(path) as file:
             yield from islice(_reported(file.iter_batches(1, columns=columns.names), str(path)), 1)
 
 
 def _read_parquet(paths: list[Path], columns: Columns, dim: int) -> Generator[pa.RecordBatch]:
-    """Read files one after the other: row groups concurrently if a few fit into memory, or else a part at a time.
+    """Read files one after the other: row groups concurrently if they are small, or else one, a part at a time.
 
     A row group is decoded by one thread, and most of the time that an import takes is spent there.
     """
-    most = block_rows(dim)
-    with ThreadPoolExecutor(min(_AHEAD, pa.cpu_count())) as pool:
+    rows = max(1, block_rows(dim) // _PIECES)
+    with ThreadPoolExecutor(min(_MOST_AHEAD, pa.cpu_count())) as pool:
         for path in paths:
-            with pq.ParquetFile(path, buffer_size=_BUFFER) as file:
+            with _opened_parquet(path) as file:
                 groups = [file.metadata.row_group(each).num_rows for each in range(file.num_row_groups)]
-                if max(groups, default=0) <= 2 * most:
-                    read = partial(_read_group, path, file.metadata, columns)
-                    batches = chain.from_iterable(_ahead(pool, read, len(groups)))
+                ahead = min(_MOST_AHEAD, _ROWS_AHEAD * block_rows(dim) // max([1, *groups]))
+                if ahead > 1:
+                    read = partial(_read_group, path, file.metadata, columns, rows)
+                    batches = chain.from_iterable(_ahead(pool, read, len(groups), ahead))
                 else:
-                    batches = file.iter_batches(most, columns=columns.names)
+                    batches = file.iter_batches(rows, columns=columns.names)
                 yield from _reported(batches, str(path))
 
 
-def _read_group(path: Path, metadata: pq.FileMetaData, columns: Columns, group: int) -> list[pa.RecordBatch]:
-    with pq.ParquetFile(path, metadata=metadata) as file:
-        table = file.read_row_group(group, columns=columns.names, use_threads=False)
-    return [batch for batch in table.to_batches() if batch.num_rows]
+def _read_group(
+    path: Path, metadata: pq.FileMetaData, columns: Columns, rows: int, group: int
+) -> list[pa.RecordBatch]:
+    with _opened_parquet(path, metadata) as file:
+        return list(file.iter_batches(rows, row_groups=[group], columns=columns.names, use_threads=False))
 
 
-def _ahead(pool: ThreadPoolExecutor, read: Callable[[int], T], count: int) -> Generator[T]:
-    """Iterate over ``read(0)``, ``read(1)`` and so on, of which some are made concurrently before they are needed."""
+def _opened_parquet(path: Path, metadata: pq.FileMetaData = None) -> pq.ParquetFile:
+    """Open a file so that of each column a few pages are in memory at a time, and not all of a row group."""
+    return pq.ParquetFile(path, metadata=metadata, buffer_size=_BUFFER, pre_buffer=False)
+
+
+def _ahead(pool: ThreadPoolExecutor, read: Callable[[int], T], count: int, ahead: int) -> Generator[T]:
+    """Iterate over ``read(0)`` and so on up to `count`, of which some are made concurrently before they are needed."""
     waiting: deque[Future[T]] = deque()
     try:
-        for number in range(count + _AHEAD):
+        for number in range(count + ahead):
             if number < count:
                 waiting.append(pool.submit(read, number))
-            if number >= _AHEAD - 1 and waiting:
+            if number >= ahead - 1 and waiting:
                 yield waiting.popleft().result()
     finally:
         for each in waiting:
@@ -511,10 +524,10 @@ def _ahead(pool: ThreadPoolExecutor, read: Callable[[int], T], count: int) -> Ge
 
 
 def open_arrow(source: object, options: ReadOptions) -> ColumnSource:
-    """Open an Arrow file or stream on disk, or anything that has Arrow's C stream interface.
+    """Open an Arrow file or stream on disk, anything that has Arrow's C stream interface, or a data set of datasets.
 
-    Tables, record batches and their readers, and frames of polars, pandas and DuckDB have it. Columns are chosen or
-    found as by `open_parquet`.
+    Tables, record batches and their readers, and frames of polars, pandas and DuckDB have that interface. Columns are
+    chosen or found as by `open_parquet`.
 
     Raises
     ------
@@ -523,8 +536,8 @@ def open_arrow(source: object, options: ReadOptions) -> ColumnSource:
     OSError
         The file cannot be read.
     """
-    if hasattr(source, "__arrow_c_stream__"):
-        return _of_stream(source, options)
+    if hasattr(source, "__arrow_c_stream__") or hasattr(source, "with_format"):
+        return _of_object(source, options)
     path = local_path(source, "the file to import")
     name = str(path)
     refuse_unused(name, options, "columns")
@@ -540,7 +553,7 @@ def open_arrow(source: object, options: ReadOptions) -> ColumnSource:
         return found
 
 
-def _of_stream(source: Any, options: ReadOptions) -> ColumnSource:  # noqa: ANN401
+def _of_object(source: Any, options: ReadOptions) -> ColumnSource:  # noqa: ANN401
     """Read what a library in this process offers; it is asked for batches only as they are needed."""
     kind = type(source)
     name = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
@@ -550,8 +563,18 @@ def _of_stream(source: Any, options: ReadOptions) -> ColumnSource:  # noqa: ANN4
     )  # of Arrow and datasets, of polars
     num_rows = next((each for each in counts if isinstance(each, int)), None)
     with _reading(name):
+        schema, batches = _batches_of(source)
+    return _of_batches(name, num_rows, schema, batches, options)
+
+
+def _batches_of(source: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:  # noqa: ANN401
+    if hasattr(source, "__arrow_c_stream__"):
         reader = pa.RecordBatchReader.from_stream(source)
-    return _of_batches(name, num_rows, reader.schema, iter(reader), options)
+        return reader.schema, iter(reader)
+    # A data set: its table has all rows that it was made of, and only `iter` those that it consists of.
+    tables = iter(source.with_format("arrow").iter(_TABLE_ROWS))
+    first = next(tables, pa.table({}))
+    return first.schema, chain.from_iterable(table.to_batches() for table in chain([first], tables))
 
 
 def _of_batches(

@@ -67,7 +67,8 @@ def open_source(
     Parameters
     ----------
     source : str, path-like, or an object with Arrow's C stream interface
-        A file, a folder, a pattern of parquet files; a table, a frame, a reader of record batches.
+        A file, a folder, a pattern of parquet files; a table, a frame, a reader of record batches, a data set of
+        datasets.
     format : str, optional
         One of `FORMATS`; guessed by default.
     options : ReadOptions, optional
@@ -114,7 +115,7 @@ def guess(source: object) -> str:
     OSError
         It cannot be read.
     """
-    if hasattr(source, "__arrow_c_stream__"):
+    if any(hasattr(source, each) for each in ("__arrow_c_stream__", "with_format")):
         return "arrow"
     path = local_path(source, "the file to import")
     if path.is_dir():

@@ -390,12 +390,19 @@ def test_frames_of_other_libraries_are_read():
 
 def test_data_sets_of_hugging_face_are_read():
     datasets = pytest.importorskip("datasets")
-    source = datasets.Dataset.from_dict({"text": WORDS, "embeddings": VALUES.tolist()})
-    if not hasattr(source, "__arrow_c_stream__"):
-        source = source.data.table
-    rows, keys = read(source)
-    assert np.array_equal(rows, VALUES)
-    assert keys == WORDS
+    values = {"text": WORDS, "embeddings": VALUES.tolist()}
+    fixed = datasets.Features(
+        text=datasets.Value("string"), embeddings=datasets.List(datasets.Value("float32"), length=7)
+    )
+    for features in (None, fixed):
+        source = datasets.Dataset.from_dict(values, features=features)
+        rows, keys = read(source)
+        assert np.array_equal(rows, VALUES)
+        assert keys == WORDS
+        rows, keys = read(source.select([3, 30, 2]))
+        assert np.array_equal(rows, VALUES[[3, 30, 2]])
+        assert keys == [WORDS[3], WORDS[30], WORDS[2]]
+        assert np.array_equal(rows_of(source.to_iterable_dataset()), VALUES)
 
 
 def test_a_source_that_breaks_off_is_refused():
