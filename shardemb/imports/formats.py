@@ -170,12 +170,14 @@ def _of_zip(path: Path) -> str:
 
 
 def _pickle(path: Path) -> SourceError:
-    vectors = path.with_name(f"{path.name}.vectors.npy")
     what = "is a pickle of Python, which runs whatever it says when it is loaded, so it is never read here"
-    if vectors.exists():
+    # gensim saves large arrays beside the object that has them: f.vectors.npy, f.wv.vectors.npy, f.vectors_ngrams.npy.
+    arrays = [each.name for each in path.parent.iterdir() if each.name.startswith(f"{path.name}.")]
+    vectors = sorted(each for each in arrays if each.endswith(".npy") and "vectors" in each)
+    if vectors:
         way_out = (
-            f"gensim has saved the vectors beside it: import {str(vectors)!r}, with tokens= a text file of the words, "
-            f"one a line, which gensim writes from model.index_to_key"
+            f"gensim has saved the vectors beside it: import {listed(vectors)}, with tokens= a text file of the words, "
+            f"one a line, as model.index_to_key has them"
         )
     else:
         way_out = (

@@ -222,8 +222,10 @@ def test_a_pickle_of_gensim_leads_to_its_vectors(tmp_path):
     (tmp_path / "model").write_bytes(b"\x80\x04\x95...")
     with pytest.raises(SourceError, match="pickle of Python.*save the vectors"):
         open_source(tmp_path / "model")
-    np.save(tmp_path / "model.vectors.npy", VALUES)
-    with pytest.raises(SourceError, match=r"model\.vectors\.npy', with tokens="):
+    np.save(tmp_path / "model.wv.vectors.npy", VALUES)
+    np.save(tmp_path / "model.syn1neg.npy", VALUES)
+    np.save(tmp_path / "mode.vectors.npy", VALUES)
+    with pytest.raises(SourceError, match=r"import model\.wv\.vectors\.npy, with tokens="):
         open_source(tmp_path / "model")
 
 
@@ -232,7 +234,7 @@ def test_what_gensim_saves_is_told(tmp_path):
     vectors = gensim.KeyedVectors(5)
     vectors.add_vectors(WORDS, VALUES)
     vectors.save(str(tmp_path / "model"), sep_limit=0)
-    with pytest.raises(SourceError, match=r"model\.vectors\.npy', with tokens="):
+    with pytest.raises(SourceError, match=r"import model\.vectors\.npy, with tokens="):
         open_source(tmp_path / "model")
     with open_source(tmp_path / "model.vectors.npy") as source:
         assert np.array_equal(gathered(source), VALUES)
