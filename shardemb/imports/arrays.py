@@ -305,6 +305,10 @@ class ArraySource:
             at = end
         return rows
 
+    def key_blocks(self) -> Iterator[Any] | None:
+        """Return the keys, which are in memory, if there are any."""
+        return None if self.keys is None else iter([self.keys[: self.num_rows]])
+
     def blocks(self) -> Iterator[Block]:
         """Read the rows, once, in order."""
         most = block_rows(self.dim)

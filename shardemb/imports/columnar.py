@@ -271,6 +271,8 @@ class ColumnSource:
         Of any sizes.
     limit : int, optional
         At most so many rows.
+    key_batches : iterator of pyarrow.RecordBatch, optional
+        The column of keys alone, where that can be read too.
     resources : ExitStack
         What `close` closes.
     """
@@ -283,6 +285,7 @@ class ColumnSource:
     columns: Columns
     batches: Iterator[pa.RecordBatch]
     limit: int | None = None
+    key_batches: Iterator[pa.RecordBatch] | None = None
     resources: ExitStack = field(default_factory=ExitStack)
     dtype: str = field(init=False)
     total: int = field(init=False)
@@ -300,6 +303,18 @@ class ColumnSource:
             self.key_type = (
                 "string" if _is_text(_unwrapped(self.schema.field(self.columns.keys).type)) else "int64"
             )
+
+    def key_blocks(self) -> Iterator[Any] | None:
+        """Read the keys alone, where that is possible."""
+        return None if self.key_batches is None or self.columns.keys is None else self._keys(self.columns.keys)
+
+    def _keys(self, column: str) -> Iterator[Any]:
+        first = 0
+        for batch in self.key_batches or ():
+            some = batch if self.limit is None else batch.slice(0, self.limit - first)
+            if some.num_rows:
+                yield as_keys(some.column(column), column, first, self.name)
+            first += some.num_rows
 
     def blocks(self) -> Iterator[Block]:
         """Read the rows, once, in order."""
@@ -415,9 +430,18 @@ def open_parquet(source: object, options: ReadOptions) -> ColumnSource:
     with contextlib.closing(_first_rows(paths, columns)) as first:
         dim, _ = find_dim(schema, columns, first, name)
     batches = _read_parquet(paths, columns, dim)
-    found = ColumnSource("parquet", name, dim, num_rows, schema, columns, batches, options.limit)
+    keys = _read_keys(paths, columns)
+    found = ColumnSource("parquet", name, dim, num_rows, schema, columns, batches, options.limit, keys)
     found.resources.callback(batches.close)
+    found.resources.callback(keys.close)
     return found
+
+
+def _read_keys(paths: list[Path], columns: Columns) -> Generator[pa.RecordBatch]:
+    """Read the column of keys of all files."""
+    for path in paths if columns.keys is not None else ():
+        with _opened_parquet(path) as file:
+            yield from _reported(file.iter_batches(columns=[columns.keys]), str(path))
 
 
 def _parquet_schema(path: Path, options: ReadOptions) -> tuple[pa.Schema, Columns]:
