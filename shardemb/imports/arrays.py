@@ -577,6 +577,9 @@ class CompressedArray:
         self.dtype = lossless(self._type.name)
         self.resources = ExitStack()
 
+    def key_blocks(self) -> None:
+        """There are no keys."""
+
     def blocks(self) -> Iterator[Block]:
         """Read the rows, once, in order."""
         most = block_rows(self.dim)
