@@ -43,7 +43,7 @@ from shardemb.errors import (
 )
 
 if TYPE_CHECKING:
-    from shardemb import text
+    from shardemb import exports, text
     from shardemb.bags import Bags
     from shardemb.format.manifest import Commit
     from shardemb.session.pending_commit import PendingCommit
@@ -86,6 +86,7 @@ __all__ = [
     "VocabularyNotFoundError",
     "__version__",
     "dtypes",
+    "exports",
     "initializers",
     "open",
     "optim",
@@ -105,8 +106,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> object:
-    if name == "text":
-        return import_module("shardemb.text")
+    if name in ("exports", "text"):
+        return import_module(f"shardemb.{name}")
     if name not in _LAZY:
         msg = f"module 'shardemb' has no attribute {name!r}"
         raise AttributeError(msg)

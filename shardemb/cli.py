@@ -7,11 +7,14 @@ Results go to stdout, everything else to stderr.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, fields, replace
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import click
+import numpy as np
 
 import shardemb
 from shardemb.base import formatting, paths
@@ -49,6 +52,11 @@ def _complete_table(ctx: click.Context, param: click.Parameter, incomplete: str)
     except (shardemb.ShardEmbError, OSError, ValueError):
         return []
 
+
+FORMATS = (
+    "parquet", "arrow", "word2vec-text", "word2vec-binary", "npy", "safetensors", "lance", "projector",
+)  # fmt: skip
+"""As `shardemb.exports` names them; not asked there, because that would load what most commands do not need."""
 
 store_argument = click.argument("store", type=click.Path())
 table_argument = click.argument("table", shell_complete=_complete_table)
@@ -195,42 +203,91 @@ def verify(store: str, tables: tuple[str, ...], as_json: bool, quiet: bool) -> N
         raise click.exceptions.Exit(1)
 
 
+class _Partition(click.ParamType):
+    """``shard``, or ``hash:N``."""
+
+    name = "partition"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
+        """Return what `shardemb.exports.Parquet` takes."""
+        kind, _, number = str(value).partition(":")
+        if value == "shard":
+            return "shard"
+        if kind != "hash" or not number.isdecimal():
+            self.fail(f"{value!r} is neither shard nor hash:N", param, ctx)
+        return ("hash", int(number))
+
+
 @main.command()
 @store_argument
 @table_argument
 @click.argument("output", type=click.Path())
+@click.option("--format", "format_name", type=click.Choice(FORMATS), metavar="FORMAT",
+              help=f"One of {', '.join(FORMATS)}; by default that of the suffix, parquet without one.")  # fmt: skip
 @click.option(
     "--column", "columns", multiple=True, help="Optimizer state column to include; may be repeated."
 )
 @click.option(
     "--rows", type=(int, int), metavar="START STOP", help="Half-open range of row ids; all rows by default."
 )
-@click.option("--parts", type=int, help="Write a folder of this many files, several at a time.")
-@click.option("--encoding", type=click.Choice(["plain", "byte_stream_split"]), default="plain", show_default=True,
-              help="How values are stored: plain can be read by every program, the other is smaller.")  # fmt: skip
+@click.option("--where", type=click.File("rb"), metavar="FILE",
+              help="Only these: a .npy file of a bool for each row or of row ids, or an id or key a line.")  # fmt: skip
+@click.option("--changed-since", type=int, metavar="STEP",
+              help="Only rows updated after that step of a table with counters.")  # fmt: skip
+@click.option("--parts", type=int, help="Parquet: write a folder of this many files, several at a time.")
+@click.option("--partition-by", type=_Partition(), metavar="shard|hash:N",
+              help="Parquet: write a folder for each row-shard, or for each of N buckets of keys.")  # fmt: skip
+@click.option("--encoding", type=click.Choice(["plain", "byte_stream_split"]),
+              help="Parquet: how values are stored. plain, the default, can be read by every program.")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Parquet: continue an export in parts that was interrupted.")
+@click.option("--tensor", help="safetensors: name of the tensor.  [default: embedding]")
+@click.option("--max-bytes", type=int, help="safetensors: most bytes of vectors in a file.  [default: 5 GB]")
+@click.option("--sample", type=int, help="projector: how many rows.  [default: 10000]")
+@click.option("--by", type=click.Choice(["random", "count"]),
+              help="projector: choose rows by chance, which is the default, or those updated most often.")  # fmt: skip
+@click.option("--seed", type=int, help="projector: the same seed chooses the same rows.")
+@click.option("--log-progress", is_flag=True, help="Progress as lines of text on a terminal too.")
 @json_option
 @quiet_option
 def export(
     store: str,
     table: str,
     output: str,
+    format_name: str | None,
     columns: tuple[str, ...],
     rows: tuple[int, int] | None,
-    parts: int | None,
-    encoding: Literal["plain", "byte_stream_split"],
+    where: BinaryIO | None,
+    changed_since: int | None,
+    resume: bool,
+    log_progress: bool,
     as_json: bool,
     quiet: bool,
+    **options: Any,  # noqa: ANN401
 ) -> None:
-    """Write a table to a parquet file, or to a folder of parquet files.
+    """Write a table, or some of its rows, to files of another program's format.
 
     \b
     Example:
       shardemb export words.zarr tokens tokens.parquet
       shardemb export words.zarr tokens tokens --parts 4 --column exp_avg
+      shardemb export words.zarr tokens tokens.vec --rows 0 100000
+      shardemb export words.zarr tokens sample --format projector --sample 5000
     """
+    progress: Any = not quiet and ("lines" if log_progress else True)
     with _refusals(), shardemb.open(store, mode="r") as opened:
-        written = opened[table].export_parquet(
-            output, columns=columns, rows=rows, parts=parts, encoding=encoding, progress=not quiet
+        form = _format(
+            output, format_name, {name: each for name, each in options.items() if each is not None}
+        )
+        source = opened[table]
+        written = source.export(
+            output,
+            form,
+            columns=columns,
+            rows=rows,
+            where=None if where is None else _rows_of_file(where, source),
+            changed_since=changed_since,
+            resume=resume,
+            progress=progress,
         )
     _answer(
         f"{written.path}: {formatting.plural(written.num_rows, 'row')}, {formatting.size(written.nbytes)}",
@@ -301,6 +358,29 @@ def import_(
     left_out = f", {formatting.plural(report.duplicates, 'duplicate')} left out" if report.duplicates else ""
     shape = f"{formatting.plural(report.num_rows, 'row')} of {report.embedding_dim}"
     _answer(f"{name}: {shape} from {report.format}{left_out}", asdict(report), as_json=as_json)
+
+
+def _format(output: str, name: str | None, options: dict[str, Any]) -> Any:  # noqa: ANN401
+    """Return the format that is named, or that the suffix names, with its options."""
+    kind = shardemb.exports.format_of(output, name or (None if PurePath(output).suffix else "parquet"))
+    known = {each.name for each in fields(kind)}
+    if wrong := sorted(set(options) - known):
+        flags = ", ".join(f"--{each.replace('_', '-')}" for each in wrong)
+        msg = f"the format {kind.name!r} has no {flags}; leave it out, or name another format with --format"
+        raise ValueError(msg)
+    return replace(kind, **options)
+
+
+def _rows_of_file(file: BinaryIO, table: Any) -> Any:  # noqa: ANN401
+    """Read a mask, row ids or keys."""
+    content = file.read()
+    if content.startswith(b"\x93NUMPY"):
+        return np.lib.format.read_array(io.BytesIO(content))
+    lines = content.splitlines()
+    key_type = table.vocabulary.key_type if isinstance(table, shardemb.KeyedTable) else "int64"
+    if key_type == "bytes":
+        return lines
+    return [int(line) for line in lines] if key_type == "int64" else [line.decode() for line in lines]
 
 
 @main.command()

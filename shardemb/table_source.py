@@ -12,15 +12,17 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Mapping, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
+    from shardemb.base.validation import Int64Array
     from shardemb.engine.table_state import TableState
 
 T = TypeVar("T")
 
 
 class TableSource:
-    """A table as exports see it (`shardemb.exports.arrow.RowSource`): all of its rows, or the first `num_rows`.
+    """A table as exports see it (`shardemb.exports.selection.RowSource`): all of its rows, or the first `num_rows`.
 
     It holds `owner`, which keeps the store open.
     """
@@ -42,11 +44,32 @@ class TableSource:
         self.keys = keys
         self.columns = {name: spec.parts[name].count for name in spec.states}
         self.form = spec.precision.exported
+        plain = isinstance(spec.precision.public_dtype, str)
+        self.stored = str(spec.precision.public_dtype) if plain else "float32"
+
+    @property
+    def commit(self) -> int | None:
+        """The number of the last commit, if no row was changed after it."""
+        last = self._table.runtime.committed.commit
+        return None if self._table.changed_rows or last is None else last.id
 
     def read_rows(self, start: int, stop: int, columns: Sequence[str]) -> list[NDArray[Any]]:
         """Read the weights of a range of rows, then each state column."""
         states = [self._table.read_range(column, start, stop) for column in columns]
         return [self._table.read_range("weight", start, stop, self.form), *states]
+
+    def read_ids(self, ids: Int64Array, columns: Sequence[str] = ()) -> list[NDArray[Any]]:
+        """Read the weights of ascending rows, then each state column."""
+        states = [self._table.read_here(column, ids) for column in columns]
+        return [self._table.read_here("weight", ids, self.form), *states]
+
+    def read_vectors(self, ids: Int64Array, form: str) -> NDArray[Any]:
+        """Read the weights of ascending rows in some form."""
+        return self._table.read_here("weight", ids, form)
+
+    def read_column(self, column: str, ids: Int64Array) -> NDArray[np.float32]:
+        """Read a state column with one number a row."""
+        return self._table.read_here(column, ids)[:, 0]
 
     def run(self, tasks: Sequence[Callable[[], T]], stop: threading.Event | None = None) -> list[T]:
         """Run tasks, as many concurrently as a batch of the table may use threads."""

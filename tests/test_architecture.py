@@ -53,7 +53,9 @@ ROOMS = {
     "imports": [
         "blocks", "streams", "text", "binary", "arrays", "tensors", "gguf", "containers", "columnar", "formats",
     ],
-    "exports": ["arrow", "targets", "parquet"],
+    "exports": [
+        "selection", "targets", "arrow", "remote", "parquet", "words", "arrays", "projector", "lance", "formats",
+    ],
     "table_source": [],
     "references": [],
     "vocabulary": [
@@ -99,6 +101,10 @@ OUTSIDE = {
     "pyarrow": {
         "exports.arrow",
         "exports.parquet",
+        "exports.remote",
+        "exports.words",
+        "exports.projector",
+        "exports.lance",
         "vocabulary.keys",
         "vocabulary.key_rows",
         "imports.streams",
@@ -107,6 +113,8 @@ OUTSIDE = {
         "imports.gguf",
         "imports.columnar",
     },
+    "lance": {"exports.lance"},
+    "fsspec": {"exports.remote"},
     "xxhash": {"format.documents"},
     "ml_dtypes": {"dtypes"},
     "click": {"cli"},

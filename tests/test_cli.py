@@ -81,6 +81,74 @@ def test_export_writes_rows_and_state(path, tmp_path):
             np.testing.assert_array_equal(values, expected)
 
 
+@pytest.fixture
+def keyed(path):
+    """The store of `path`, with a table by key besides."""
+    with shardemb.open(path) as store:
+        store.create_vocabulary("names", key_type="string")
+        table = store.create_table(
+            "names", vocabulary="names", embedding_dim=2, optimizer=shardemb.optim.SGD(lr=1.0), counters=True
+        )
+        table.write(["a", "b", "c"], np.arange(6).reshape(3, 2), create=True)
+        table.update(["b"], [[1.0, 1.0]])
+        store.commit()
+    return path
+
+
+def test_export_in_the_format_of_the_suffix_or_of_the_option(keyed, tmp_path):
+    assert run("export", keyed, "names", tmp_path / "n.vec", "--quiet").exit_code == 0
+    assert (tmp_path / "n.vec").read_text() == "3 2\na 0 1\nb 1 2\nc 4 5\n"
+    assert (
+        run("export", keyed, "names", tmp_path / "n", "--format", "npy", "--changed-since", 0).exit_code == 0
+    )
+    assert np.load(tmp_path / "n").tolist() == [[1, 2]]
+    assert (
+        run("export", keyed, "names", tmp_path / "m.safetensors", "--tensor", "w", "--quiet").exit_code == 0
+    )
+    assert b'"w"' in (tmp_path / "m.safetensors").read_bytes()
+    sample = ("--format", "projector", "--sample", 1, "--by", "count", "--seed", 3)
+    assert run("export", keyed, "names", tmp_path / "p", *sample).exit_code == 0
+    assert (tmp_path / "p" / "metadata.tsv").read_text() == "b\n"
+
+
+def test_export_of_rows_that_a_file_names(keyed, tmp_path):
+    (tmp_path / "keys.txt").write_text("c\na\n")
+    (tmp_path / "ids.txt").write_text("7\n200\n")
+    np.save(tmp_path / "mask.npy", np.arange(300) % 100 == 7)
+    for table, file, ids in (
+        ("names", "keys.txt", [0, 2]),
+        ("tokens", "ids.txt", [7, 200]),
+        ("tokens", "mask.npy", [7, 107, 207]),
+    ):
+        target = tmp_path / "some.parquet"
+        assert run("export", keyed, table, target, "--where", tmp_path / file).exit_code == 0
+        assert pq.read_table(target)["id"].to_pylist() == ids
+
+
+def test_export_in_partitions_and_continued(path, tmp_path):
+    assert run("export", path, "tokens", tmp_path / "h", "--partition-by", "hash:2").exit_code == 0
+    assert sorted(each.name for each in (tmp_path / "h").iterdir()) == ["bucket=0", "bucket=1"]
+    assert run("export", path, "tokens", tmp_path / "s", "--partition-by", "shard", "--resume").exit_code == 0
+    assert sorted(each.name for each in (tmp_path / "s").iterdir()) == ["_SUCCESS", "shard=0"]
+    refused = run("export", path, "tokens", tmp_path / "x", "--partition-by", "key")
+    assert refused.exit_code == 2
+    assert "'key' is neither shard nor hash:N" in refused.stderr
+
+
+def test_export_refuses_options_of_another_format(path, tmp_path):
+    result = run("export", path, "tokens", tmp_path / "t.npy", "--partition-by", "shard", "--sample", 3)
+    assert result.exit_code == 1
+    assert "the format 'npy' has no --partition-by, --sample" in result.stderr
+    assert not (tmp_path / "t.npy").exists()
+    assert "does not tell the format" in run("export", path, "tokens", tmp_path / "t.hdf5").stderr
+
+
+def test_export_writes_progress_as_lines(path, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    result = run("export", path, "tokens", tmp_path / "t.npy", "--log-progress")
+    assert "export tokens: 300 rows in" in result.stderr
+
+
 def test_export_in_parts(path, tmp_path):
     assert run("export", path, "tokens", tmp_path / "parts", "--parts", 3, "--quiet").exit_code == 0
     assert pq.read_table(tmp_path / "parts").num_rows == 300

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import shardemb
-from shardemb import dtypes, initializers, optim, text
+from shardemb import dtypes, exports, initializers, optim, text
 from shardemb.optim import schedules
 
 NAMES = [
@@ -43,6 +43,7 @@ NAMES = [
     "VocabularyNotFoundError",
     "__version__",
     "dtypes",
+    "exports",
     "initializers",
     "open",
     "optim",
@@ -73,6 +74,9 @@ dtype: str | Dtype
 embedding_dim: int
 evict(self, *, older_than: int | None = None, keep: int | None = None, \
 by: "Literal['lru', 'lfu']" = 'lru') -> NDArray[Any]
+export(self, path: str | os.PathLike[str], format: str | Format | None = None, *, columns: Sequence[str] = (), \
+rows: tuple[int, int] | None = None, where: KeysLike | None = None, changed_since: int | None = None, \
+resume: bool = False, progress: Progress = None) -> ExportReport
 export_parquet(self, path: str | os.PathLike[str], *, columns: Sequence[str] = (), \
 rows: tuple[int, int] | None = None, parts: int | None = None, encoding: Encoding = 'plain', \
 progress: Progress = None) -> ExportReport
@@ -174,6 +178,9 @@ copy_rows(self, source: ArrayLike, target: ArrayLike) -> None
 dtype: str | Dtype
 embedding_dim: int
 explain(self, ids: ArrayLike) -> Explanation
+export(self, path: str | os.PathLike[str], format: str | Format | None = None, *, columns: Sequence[str] = (), \
+rows: tuple[int, int] | None = None, where: ArrayLike | None = None, changed_since: int | None = None, \
+resume: bool = False, progress: Progress = None) -> ExportReport
 export_parquet(self, path: str | os.PathLike[str], *, columns: Sequence[str] = (), \
 rows: tuple[int, int] | None = None, parts: int | None = None, encoding: Encoding = 'plain', \
 progress: Progress = None) -> ExportReport
@@ -280,6 +287,20 @@ DTYPES = """
 BlockScaled(values: "Literal['float8_e4m3fn', 'float8_e5m2']" = 'float8_e4m3fn', block: int = 32)
 ScaledInt8(bias: bool = True)
 Stochastic(seed: int = 0)
+"""
+
+EXPORTS = """
+Arrow()
+ExportReport(path: Path | str, files: tuple[Path | str, ...], num_rows: int, nbytes: int)
+Format()
+Lance()
+Npy()
+Parquet(parts: int | None = None, encoding: Encoding = 'plain', partition_by: PartitionBy = None)
+Projector(sample: Any = 10000, by: "Literal['random', 'count']" = 'random', seed: int = 0)
+Safetensors(tensor: str = 'embedding', max_bytes: int = 5000000000)
+Word2VecBinary()
+Word2VecText()
+format_of(path: object, given: str | Format | None = None, what: str = '') -> Format
 """
 
 TEXT = """
@@ -408,6 +429,7 @@ def test_types_come_with_the_package():
         ({name: getattr(optim, name) for name in optim.__all__ if name != "schedules"}, OPTIMIZERS),
         (schedules.SCHEDULES, SCHEDULES),
         ({name: getattr(dtypes, name) for name in dtypes.__all__}, DTYPES),
+        ({name: getattr(exports, name) for name in exports.__all__}, EXPORTS),
         ({name: getattr(initializers, name) for name in initializers.__all__}, INITIALIZERS),
         ({name: getattr(text, name) for name in ("Encoder", "read_lines", "words")}, TEXT),
         ({name: getattr(text.Encoder, name) for name in ("batches", "decode", "encode")}, ENCODER),
@@ -421,6 +443,7 @@ def test_types_come_with_the_package():
         "optim",
         "schedules",
         "dtypes",
+        "exports",
         "initializers",
         "text",
         "Encoder",

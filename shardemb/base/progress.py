@@ -7,6 +7,7 @@ long:
 - ``False`` or ``None``: nothing is shown, which is what a library does unless asked;
 - ``True``: a bar on stderr if that is a terminal, else a line every ten seconds and one when the job is done, so that a
   log gets neither escape codes nor a hundred half-drawn bars;
+- ``"lines"``: these lines, also on a terminal;
 - a function: called as ``progress(done, total)`` after each step. If it raises, the job ends with that exception.
 
 rich is imported only when a bar is actually drawn.
@@ -21,7 +22,7 @@ import sys
 import threading
 import time
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from shardemb.base.formatting import plural, size
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 Report: TypeAlias = "Callable[[int, int], object]"
 """Takes the steps done and the total; its result is ignored."""
 
-Progress: TypeAlias = "bool | Report | None"
+Progress: TypeAlias = 'bool | Literal["lines"] | Report | None'
 """What a public method accepts as `progress`."""
 
 Advance: TypeAlias = "Callable[[int], None]"
@@ -53,7 +54,7 @@ def track(total: int, description: str, *, unit: str = "row", progress: Progress
         Label of the bar or of the line.
     unit : str
         What a step is, for the bar and the lines. Bytes are shown in KiB, MiB and so on.
-    progress : bool or callable or None
+    progress : bool or "lines" or callable or None
         See the description of the module.
 
     Yields
@@ -91,14 +92,16 @@ def track(total: int, description: str, *, unit: str = "row", progress: Progress
 def _reporter(total: int, description: str, unit: str, progress: Progress) -> AbstractContextManager[Report]:
     if callable(progress):
         return nullcontext(progress)
-    if progress not in (None, False, True):
-        msg = f"progress must be True, False, None or a function of (done, total), got {progress!r}"
+    if progress not in (None, False, True, "lines"):
+        msg = (
+            f'progress must be True, False, None or a function of (done, total), or "lines", got {progress!r}'
+        )
         raise TypeError(msg)
     if not progress:
         return nullcontext(lambda done, total: None)
     # A process without a console (a Windows service, pythonw) has no stderr at all.
     terminal = sys.stderr is not None and sys.stderr.isatty()
-    return _bar(total, description, unit) if terminal else _lines(description, unit)
+    return _bar(total, description, unit) if terminal and progress != "lines" else _lines(description, unit)
 
 
 def _amount(done: int, unit: str) -> str:

@@ -140,16 +140,13 @@ def count_tasks(runtime: Runtime, shards: Shards, ids: Int64Array) -> int:
     return len(_cut(runtime, [ids.size], [_row_bytes(shards, "weight", ids)]))
 
 
-def read_range(
-    runtime: Runtime, table: Target, column: str, form: str, start: int, stop: int
-) -> NDArray[Any]:
-    """Copy a column of rows ``start:stop``, all in the calling thread: this may be called from a task."""
+def read_here(runtime: Runtime, table: Target, column: str, form: str, ids: Int64Array) -> NDArray[Any]:
+    """Copy a column of ascending rows, all in the calling thread: this may be called from a task."""
     shards = table.live()
-    ids = np.arange(start, stop, dtype=np.int64)
     width, dtype = shards.codec.shape_of(column, form)
-    out = np.empty((stop - start, width), dtype)
+    out = np.empty((ids.size, width), dtype)
     into = out if form == "float32" else out.view(np.uint8)
-    _without_lock(runtime, [Read(table, shards, column, ids, into, form)], _gather_range)
+    _without_lock(runtime, [Read(table, shards, column, ids, into, form)], _gather_here)
     return out
 
 
@@ -197,7 +194,7 @@ def _gather_all(runtime: Runtime, reads: Sequence[Reading]) -> None:
     )
 
 
-def _gather_range(runtime: Runtime, reads: Sequence[Reading]) -> None:
+def _gather_here(runtime: Runtime, reads: Sequence[Reading]) -> None:
     for read in reads:
         if read.shards.is_cold(read.ids, SAMPLES):
             read.shards.read_ahead(read.ids, 0, read.ids.size)

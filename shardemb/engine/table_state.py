@@ -252,7 +252,11 @@ class TableState:
 
     def read_range(self, column: str, start: int, stop: int, form: str = "float32") -> NDArray[Any]:
         """Copy a column of rows ``start:stop`` in the calling thread."""
-        return batch.read_range(self.runtime, self, column, form, start, stop)
+        return self.read_here(column, np.arange(start, stop), form)
+
+    def read_here(self, column: str, ids: Int64Array, form: str = "float32") -> NDArray[Any]:
+        """Copy a column of ascending rows in the calling thread."""
+        return batch.read_here(self.runtime, self, column, form, ids)
 
     def prefetch(self, ids: ArrayLike, *, for_update: bool) -> None:
         """Start to read rows into memory, in the background."""

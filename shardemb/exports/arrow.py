@@ -6,18 +6,26 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
+from shardemb.base.progress import track
+from shardemb.errors import ShardEmbError
+from shardemb.exports import targets
+from shardemb.exports.selection import Query
+from shardemb.exports.targets import ExportReport
+
 if TYPE_CHECKING:
-    import threading
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
+    from shardemb.base.progress import Progress
     from shardemb.base.validation import Int64Array
+    from shardemb.exports.selection import RowSet, RowSource
 
 T = TypeVar("T")
 
@@ -29,62 +37,6 @@ MAX_BYTES = 32 * 2**20
 
 MAX_READ_AHEAD = 4
 """Batches that a stream reads concurrently: keeps an NVMe disk busy, and bounds memory on large machines."""
-
-
-class RowKeys(NamedTuple):
-    """How to read the keys of rows, for sources that have keys.
-
-    Attributes
-    ----------
-    kind : pyarrow.DataType
-        Arrow's type of the keys.
-    read : callable
-        ``read(start, stop)`` returns which of these rows have a key, bool, shape (stop - start,), and the keys of
-        those.
-    nbytes : callable
-        ``nbytes(start, stop)`` returns how many bytes the key of each row has, int64, shape (stop - start,), without
-        reading the keys.
-    steadily : callable
-        ``steadily(function)`` returns what the function returns, and calls it again if a row has lost its key
-        meanwhile: rows and keys that are read one after the other then belong together.
-    """
-
-    kind: pa.DataType
-    read: Callable[[int, int], tuple[NDArray[np.bool_], pa.Array]]
-    nbytes: Callable[[int, int], Int64Array]
-    steadily: Callable[[Callable[[], Any]], Any]
-
-
-class RowSource(Protocol):
-    """Rows to export, as a table offers them. If it has `keys`, rows without a key are left out."""
-
-    name: str
-    num_embeddings: int
-    embedding_dim: int
-    rows_per_shard: int
-    threads: int
-    keys: RowKeys | None
-    form: str
-
-    @property
-    def columns(self) -> Mapping[str, int]:
-        """The state columns, and how many values each has in a row."""
-
-    def read_rows(self, start: int, stop: int, columns: Sequence[str]) -> list[NDArray[Any]]:
-        """Read the vectors of rows ``[start, stop)``, then each state column. Safe from several threads.
-
-        The arrays have shape (stop - start, width) and belong to the caller. State is float32; vectors are as the
-        `form` says: ``"float32"``, ``"float16"``, or ``"raw"``, which is uint8.
-        """
-
-    def run(self, tasks: Sequence[Callable[[], T]], stop: threading.Event | None = None) -> list[T]:
-        """Run tasks, `threads` of them concurrently; see `scheduler.run`."""
-
-    def release_pages(self, start: int, stop: int) -> None:
-        """Let the kernel reclaim the page cache of rows ``[start, stop)``. A hint."""
-
-    def describe(self) -> Mapping[str, object]:
-        """Return a few facts about the table, as JSON values."""
 
 
 def schema(source: RowSource, columns: Sequence[str] = ()) -> pa.Schema:
@@ -183,7 +135,7 @@ def to_arrow_batches(
     1 4
     3
     """
-    chosen = Selection.of(source, columns, rows)
+    chosen = Selection.of(source, columns, Query(rows).of(source))
     batches = chosen.stream()
     return pa.RecordBatchReader.from_batches(chosen.schema, batches)
 
@@ -213,20 +165,46 @@ def _column(array: NDArray[Any], kind: pa.DataType) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(values, type=kind) if nested else values
 
 
+def export_arrow(
+    source: RowSource, path: object, rows: RowSet, *, columns: Sequence[str] = (), progress: Progress = None
+) -> ExportReport:
+    """Write rows to an Arrow IPC file: the format of ``.arrow`` files, and of Feather since its second version.
+
+    The file is not compressed, so that a reader can map it.
+    """
+    chosen = Selection.of(source, columns, rows)
+    target = targets.checked(path, source.name, folder=False)
+    with (
+        track(chosen.num_rows, f"export {source.name}", progress=progress) as advance,
+        targets.staged(target, []) as temporary,
+        targets.new_file(temporary) as sink,
+        pa.ipc.new_file(sink, chosen.schema) as writer,
+    ):
+        written = 0
+        for batch in chosen.stream():
+            writer.write_batch(batch)
+            sink.begin_write_back()
+            advance(batch.num_rows)
+            written += batch.num_rows
+    return ExportReport.of([target], written)
+
+
 @dataclass(frozen=True)
 class Selection:
     """Checked columns and rows, cut into batches.
 
-    The table is a sequence of periods: one shard each, or several small ones. Each period is cut into the same number
-    of batches of equal size, so that a batch lies within one shard or consists of whole ones. Cuts are computed when
-    they are needed: a list of them would grow with the table.
+    Rows are numbered by their position in the selection. If they are a range, the table is a sequence of periods: one
+    shard each, or several small ones. Each period is cut into the same number of batches of equal size, so that a batch
+    lies within one shard or consists of whole ones. Other rows are cut into batches of equal size. Cuts are computed
+    when they are needed: a list of them would grow with the table.
 
     Attributes
     ----------
     source : RowSource
     schema : pyarrow.Schema
-    start, num_rows : int
-        The selected rows.
+    rows : RowSet
+    start : int
+        Where the selection begins in the first period.
     period : int
         Rows in a period.
     batches : int
@@ -235,78 +213,114 @@ class Selection:
 
     source: RowSource
     schema: pa.Schema
+    rows: RowSet
     start: int
-    num_rows: int
     period: int
     batches: int
 
     @classmethod
     def of(
-        cls, source: RowSource, columns: Sequence[str], rows: tuple[int, int] | None, *, parts: int = 1
+        cls,
+        source: RowSource,
+        columns: Sequence[str],
+        rows: RowSet,
+        *,
+        parts: int = 1,
+        most_bytes: int | None = None,
     ) -> Selection:
-        """Check columns and rows, and choose batches so small that each of several `parts` has at least four."""
+        """Check columns, and choose batches so small that each of several `parts` has at least four."""
         fields = schema(source, columns)
-        rows = (0, source.num_embeddings) if rows is None else rows
-        # Only a tuple: range(2, 4) would unpack too, but mean rows 2 and 3.
-        pair = isinstance(rows, tuple) and len(rows) == 2 and all(hasattr(row, "__index__") for row in rows)
-        if not pair or not 0 <= rows[0] <= rows[1] <= source.num_embeddings:
-            need = f"rows must be a tuple (start, stop), 0 <= start <= stop <= {source.num_embeddings}"
-            msg = f"table {source.name!r}: {need}, got {rows!r}"
-            raise ValueError(msg)
         width = source.embedding_dim + sum(source.columns[name] for name in columns)
-        num_rows = int(rows[1] - rows[0])
         # With at least four batches in each part, parts have about equal sizes.
-        part_rows = num_rows // parts // 4 if parts > 1 else MAX_ROWS
-        most = max(1, min(MAX_ROWS, MAX_BYTES // (4 * width), part_rows))
+        part_rows = rows.num_rows // parts // 4 if parts > 1 else MAX_ROWS
+        most = max(1, min(MAX_ROWS, (most_bytes or MAX_BYTES) // (4 * width), part_rows))
+        if not rows.is_range:
+            return cls(source, fields, rows, 0, most, 1)
         # Periods are whole shards: a batch that is part of a shard never reads from another one too.
         period = max(1, most // source.rows_per_shard) * source.rows_per_shard
-        return cls(source, fields, int(rows[0]), num_rows, period, -(-period // most))
+        return cls(source, fields, rows, rows.span[0], period, -(-period // most))
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows are selected; of these, some may have no key."""
+        return self.rows.num_rows
 
     def __len__(self) -> int:
         last = self.start + self.num_rows - 1
         return self._batch_of(last) - self._batch_of(self.start) + 1 if self.num_rows else 0
 
     def ranges(self, first: int = 0, last: int | None = None) -> Iterator[tuple[int, int]]:
-        """Iterate over the rows of some batches, as start and stop. A batch with many bytes of keys is cut further."""
+        """Iterate over the positions of some batches. A batch with many bytes of keys is cut further."""
         before = self._batch_of(self.start)
         for batch in range(before + first, before + (len(self) if last is None else last)):
-            start = max(self._start_of(batch), self.start)
-            stop = min(self._start_of(batch + 1), self.start + self.num_rows)
+            start = max(self._start_of(batch) - self.start, 0)
+            stop = min(self._start_of(batch + 1) - self.start, self.num_rows)
             if self.source.keys is None:
                 yield start, stop
             else:
-                yield from cut_by_bytes(start, self.source.keys.nbytes(start, stop), MAX_BYTES)
+                yield from cut_by_bytes(start, self.source.keys.nbytes(self.rows.ids(start, stop)), MAX_BYTES)
 
-    def read(self, start: int, stop: int) -> pa.RecordBatch:
-        """Read one of the `ranges`. Safe from several threads."""
-        row_keys = self.source.keys
+    def read(self, first: int, last: int) -> pa.RecordBatch:
+        """Read one of the `ranges`; rows without a key are left out. Safe from several threads."""
+        row_keys, ids = self.source.keys, self.rows.ids(first, last)
         first_state = 2 if row_keys is None else 3
-        read = partial(self.source.read_rows, start, stop, self.schema.names[first_state:])
+        read = partial(self._read_columns, ids, self.schema.names[first_state:])
         if row_keys is None:
-            arrays = read()
+            arrays, columns = read(), [pa.array(ids)]
         else:
-            arrays, (with_key, keys) = row_keys.steadily(lambda: (read(), row_keys.read(start, stop)))
-        self.source.release_pages(
-            start, stop
-        )  # an export reads each row once: leave the page cache to others
-        ids = np.arange(start, stop, dtype=np.int64)
-        columns = [pa.array(ids)]
-        if row_keys is not None:
+            arrays, (with_key, keys) = row_keys.steadily(lambda: (read(), row_keys.read(ids)))
             columns = [pa.array(ids[with_key]), keys]
             arrays = [array[with_key] for array in arrays]
+        self._release(ids)
         for array, kind in zip(arrays, self.schema.types[first_state - 1 :], strict=True):
             columns.append(_column(array, kind))
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
 
-    def stream(self) -> Iterator[pa.RecordBatch]:
-        """Read the batches in order, several concurrently."""
+    def read_vectors(self, form: str, first: int, last: int) -> tuple[NDArray[Any], pa.Array | None]:
+        """Read the vectors of one of the `ranges`, and their keys. Safe from several threads.
+
+        Raises
+        ------
+        ShardEmbError
+            A key was removed since the rows were selected.
+        """
+        row_keys, ids = self.source.keys, self.rows.ids(first, last)
+        read = partial(self.source.read_vectors, ids, form)
+        if row_keys is None:
+            vectors, keys = read(), None
+        else:
+            vectors, (with_key, keys) = row_keys.steadily(lambda: (read(), row_keys.read(ids)))
+            if not with_key.all():
+                msg = (
+                    f"table {self.source.name!r}: keys were removed while it was exported; export it again, or from a "
+                    f'store that is opened with mode="r"'
+                )
+                raise ShardEmbError(msg)
+        self._release(ids)
+        return vectors, keys
+
+    def in_order(self, task: Callable[[int, int], T]) -> Iterator[T]:
+        """Call ``task(first, last)`` for all `ranges`, several concurrently; yield the results in order."""
         ahead = min(self.source.threads, MAX_READ_AHEAD)
         ranges = self.ranges()
         while some := list(islice(ranges, ahead)):
-            batches = self.source.run([partial(self.read, *each) for each in some])
-            batches = [batch for batch in batches if batch.num_rows]
-            while batches:
-                yield batches.pop(0)  # keep no reference: the consumer decides how long a batch lives
+            results = self.source.run([partial(task, *each) for each in some])
+            while results:
+                yield results.pop(0)  # keep no reference: the consumer decides how long a result lives
+
+    def stream(self) -> Iterator[pa.RecordBatch]:
+        """Read the batches in order, several concurrently."""
+        return filter(attrgetter("num_rows"), self.in_order(self.read))  # a loop would keep a reference
+
+    def _read_columns(self, ids: Int64Array, columns: Sequence[str]) -> list[NDArray[Any]]:
+        if self.rows.is_range:
+            return self.source.read_rows(int(ids[0]), int(ids[-1]) + 1, columns)
+        return self.source.read_ids(ids, columns)
+
+    def _release(self, ids: Int64Array) -> None:
+        """Leave the page cache to others: an export reads each row once."""
+        if self.rows.is_range:
+            self.source.release_pages(int(ids[0]), int(ids[-1]) + 1)
 
     def _start_of(self, batch: int) -> int:
         periods, batch = divmod(batch, self.batches)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import secrets
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from shardemb.base.interrupts import signals_deferred
@@ -26,7 +28,11 @@ if TYPE_CHECKING:
 
 _TEMPORARY = re.compile(r"\.shardemb-[0-9a-f]{16}\.tmp")
 
-_PART = re.compile(r"part-\d{5}\.parquet")
+_PART = re.compile(
+    r"part-\d{5}\.parquet|(shard|bucket)=\d+|(_SUCCESS|_PARTS)(\.tmp)?"
+    r"|(tensors|metadata)\.tsv|tensors\.bytes|projector_config\.(pbtxt|json)"
+)
+"""What a folder holds that an export has made."""
 
 _IGNORED = re.compile(rf"lost\+found|{_TEMPORARY.pattern}")
 """What an empty folder may hold: what mkfs makes, and what a killed export has left."""
@@ -36,6 +42,68 @@ PATIENCE_S = 5.0
 
 _CANNOT_LEAVE = (errno.EXDEV, errno.EBUSY, errno.EACCES, errno.EPERM, errno.EROFS)
 """Errors of a rename from within a folder to its parent: it is a mount point, or the parent may not be changed."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote.
+
+    Attributes
+    ----------
+    path : Path or str
+        The file or folder, with symbolic links resolved; a URL as it was given.
+    files : tuple of Path or of str
+        Its files, in the order of the rows.
+    num_rows, nbytes : int
+        Rows in these files, and the size of the files in bytes.
+    """
+
+    path: Path | str
+    files: tuple[Path | str, ...]
+    num_rows: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, written: Sequence[Path], num_rows: int, folder: Path | None = None) -> ExportReport:
+        """Report files that were published, in a folder if there is one; else the first stands for all."""
+        return cls(
+            folder or written[0], tuple(written), num_rows, sum(each.stat().st_size for each in written)
+        )
+
+
+class Sink:
+    """An open file, with the methods that Arrow writes through. One thread at a time writes."""
+
+    closed = False
+
+    def __init__(self, descriptor: int, path: Path) -> None:
+        self.descriptor, self.path = descriptor, path
+        self._position = self._begun = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Write at the end."""
+        files.write(self.descriptor, data, self._position, self.path)
+        self._position += memoryview(data).nbytes
+
+    def tell(self) -> int:
+        """Return where the end is."""
+        return self._position
+
+    def flush(self) -> None:
+        """Do nothing: nothing is held back."""
+
+    def begin_write_back(self) -> None:
+        """Start to write back what came since the last call, while the next data are encoded."""
+        files.begin_write_back(self.descriptor, self._begun, self._position - self._begun)
+        self._begun = self._position
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Sink]:
+    """Open a staged file for writing, create it if it is in a folder, and sync it at the end of the block."""
+    with files.opened(path, os.O_WRONLY | os.O_CREAT) as descriptor:
+        yield Sink(descriptor, path)
+        files.sync(descriptor, path)
 
 
 def checked(path: object, table: str, *, folder: bool) -> Path:
@@ -154,11 +222,21 @@ def _content(folder: Path) -> list[str]:
     return sorted(each.name for each in folder.iterdir() if not _IGNORED.fullmatch(each.name))
 
 
+def is_of_export(name: str) -> bool:
+    """Return whether a file could be one that an export to a folder makes; its name may begin with that of a folder."""
+    return all(map(_PART.fullmatch, name.split("/")))
+
+
 def _others(folder: Path) -> list[str]:
-    """List what is in a folder besides the parts of an export."""
-    return [
-        name for name in _content(folder) if not _PART.fullmatch(name) or files.size(folder / name) is None
-    ]
+    """List what is in a folder besides the files of an export."""
+    return [name for name in _content(folder) if not _PART.fullmatch(name) or not _is_ours(folder / name)]
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether something that has the name is what an export makes: a file, or a partition with files."""
+    if "=" not in path.name:
+        return files.size(path) is not None
+    return files.is_directory(path) and not _others(path)
 
 
 def _hoisted(temporary: Path, above: Path) -> bool:
@@ -231,6 +309,7 @@ def _move_in(temporary: Path, target: Path, names: Sequence[str]) -> None:
             for name in reversed(names):
                 if name == names[0]:
                     files.sync_directory(target)
+                files.make_directory((target / name).parent)
                 if not files.link(temporary / name, target / name):
                     files.rename(temporary / name, target / name)
                 placed.append(target / name)
@@ -238,5 +317,7 @@ def _move_in(temporary: Path, target: Path, names: Sequence[str]) -> None:
         except BaseException:
             for path in placed:
                 files.remove(path)
+            for name in {name.partition("/")[0] for name in names if "/" in name}:
+                files.remove_tree(target / name)
             raise
     files.remove_tree(temporary)

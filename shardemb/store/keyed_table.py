@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from shardemb.bags import Mode
     from shardemb.base.progress import Progress
     from shardemb.dtypes import Dtype, DtypeLike
-    from shardemb.exports.parquet import Encoding, ExportReport
+    from shardemb.exports.formats import Format
+    from shardemb.exports.parquet import Encoding
+    from shardemb.exports.targets import ExportReport
     from shardemb.initializers import Initializer
     from shardemb.optim import Optimizer
     from shardemb.store.table import Table
@@ -870,6 +872,82 @@ class KeyedTable:
         from shardemb.exports import arrow
 
         return arrow.to_arrow_batches(self._keyed.source(self), columns=columns, rows=rows)
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        format: str | Format | None = None,
+        *,
+        columns: Sequence[str] = (),
+        rows: tuple[int, int] | None = None,
+        where: KeysLike | None = None,
+        changed_since: int | None = None,
+        resume: bool = False,
+        progress: Progress = None,
+    ) -> ExportReport:
+        """Write the rows that have keys, or some of them, to files of one of several formats; see `Table.export`.
+
+        Parameters
+        ----------
+        path : path-like or str
+            As for `Table.export`.
+        format : str or shardemb.exports.Format, optional
+            As for `Table.export`. word2vec's formats have the keys as tokens; .npy and safetensors files have them in
+            ``NAME.tokens.txt`` beside the file, one a line.
+        columns : sequence of str
+            Optimizer state columns and counters to add; for parquet and Arrow.
+        rows : tuple of two int, optional
+            ``(start, stop)``, a half-open range of row ids; all rows by default.
+        where : array_like, optional
+            Only these rows: a bool for each row; or keys in any order, each of which is exported once.
+        changed_since : int, optional
+            Only rows whose counter ``last_step`` is greater: those that were updated after that step of the table,
+            which has counters. Rows that were written, reset or never updated since do not count, and keys that were
+            removed since are not known.
+        resume : bool
+            Continue an export in parts that was interrupted: take over what it has completed, if the store is at the
+            same commit and the same rows are asked for; otherwise a warning is logged, and all is written. Until all
+            parts are there, the folder has no ``_SUCCESS``; if this one is interrupted, its complete parts stay.
+        progress : bool or callable, optional
+            True shows a bar; a function is called as ``progress(done, total)``, in rows.
+
+        Returns
+        -------
+        ExportReport
+            A frozen dataclass: path, files, num_rows, nbytes.
+
+        Raises
+        ------
+        UnknownKeyError
+            A key of `where` has no row.
+        TypeError, ValueError, ImportError, FileNotFoundError, FileExistsError, DiskFullError, OSError
+            As `Table.export`.
+        ShardEmbError
+            Keys were removed meanwhile, and the format needs their number ahead.
+        StoreClosedError, TableNotFoundError
+            As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread.
+
+        Examples
+        --------
+        >>> table.export(tmp / "users.vec").num_rows
+        2
+        >>> print((tmp / "users.vec").read_text())
+        2 2
+        1234567890123 0 0
+        -5 -0.01 -0.02
+        <BLANKLINE>
+        >>> table.export(tmp / "changed.parquet", changed_since=0, columns=["count"]).num_rows
+        1
+        """
+        from shardemb.exports import formats
+        from shardemb.exports.selection import Query
+
+        source, query = self._keyed.source(self), Query(rows, where, changed_since)
+        return formats.export(source, path, format, query, columns=columns, resume=resume, progress=progress)
 
     def export_parquet(
         self,

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from shardemb.dtypes import Dtype, DtypeLike
     from shardemb.engine.bags import OutOfRange
     from shardemb.engine.table_state import TableState
-    from shardemb.exports.parquet import Encoding, ExportReport
+    from shardemb.exports.formats import Format
+    from shardemb.exports.parquet import Encoding
+    from shardemb.exports.targets import ExportReport
     from shardemb.initializers import Initializer
     from shardemb.optim import Optimizer
     from shardemb.session.display import Explanation
@@ -1077,6 +1079,86 @@ class Table:
         from shardemb.exports import arrow
 
         return arrow.to_arrow_batches(TableSource(self._state, self), columns=columns, rows=rows)
+
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        format: str | Format | None = None,
+        *,
+        columns: Sequence[str] = (),
+        rows: tuple[int, int] | None = None,
+        where: ArrayLike | None = None,
+        changed_since: int | None = None,
+        resume: bool = False,
+        progress: Progress = None,
+    ) -> ExportReport:
+        """Write the table, or some of its rows, to files of one of several formats, in bounded memory.
+
+        Parameters
+        ----------
+        path : path-like or str
+            The file, or for formats in several files the folder, on a local disk. Parquet also takes URLs, such as
+            ``s3://bucket/folder``: of a folder, whose files are written one by one, and ``_SUCCESS`` last.
+        format : str or shardemb.exports.Format, optional
+            ``"parquet"``, ``"arrow"``, ``"word2vec-text"``, ``"word2vec-binary"``, ``"npy"``, ``"safetensors"``,
+            ``"lance"`` or ``"projector"``; or an object with options: ``shardemb.exports.Parquet(parts=8)``. By
+            default, what the suffix says: .parquet, .arrow, .feather, .txt, .vec, .bin, .npy, .safetensors or .lance.
+        columns : sequence of str
+            Optimizer state columns to add; for parquet and Arrow.
+        rows : tuple of two int, optional
+            ``(start, stop)``, a half-open range of row ids; all rows by default.
+        where : array_like, optional
+            Only these rows: a bool for each row; or row ids in any order, each of which is exported once.
+        changed_since : int, optional
+            Only rows whose counter ``last_step`` is greater: those that were updated after that step of the table,
+            which has counters. Rows that were written, reset or never updated since do not count.
+        resume : bool
+            Continue an export in parts that was interrupted: take over what it has completed, if the store is at the
+            same commit and the same rows are asked for; otherwise a warning is logged, and all is written. Until all
+            parts are there, the folder has no ``_SUCCESS``; if this one is interrupted, its complete parts stay.
+        progress : bool or callable, optional
+            True shows a bar; a function is called as ``progress(done, total)``, in rows.
+
+        Returns
+        -------
+        ExportReport
+            A frozen dataclass: path, files, num_rows, nbytes.
+
+        Raises
+        ------
+        TypeError, ValueError, RowIdError
+            The path, the format or an option is invalid, the format cannot be told from the suffix, or there are no
+            such columns or rows; the table has no counters; a key cannot be written in that format.
+        ImportError
+            A package that the format or the URL needs is not installed.
+        FileNotFoundError, FileExistsError, DiskFullError, OSError
+            The folder above `path` is missing, something at `path` cannot be replaced, or it cannot be written. On a
+            local disk, what was there before is unchanged.
+        StoreClosedError, TableNotFoundError
+            As `lookup`.
+
+        Notes
+        -----
+        Rows are ascending, as a lookup sees them, uncommitted changes included. Files are written under a temporary
+        name and renamed when they are complete.
+
+        Safe from any thread. Updates may run concurrently; rows are as they are when their block is read.
+
+        Examples
+        --------
+        >>> table.export(tmp / "tokens.npy", where=[3, 5]).num_rows
+        2
+        >>> np.load(tmp / "tokens.npy").shape
+        (2, 4)
+        >>> report = table.export(tmp / "parts", shardemb.exports.Parquet(parts=2))
+        >>> [file.name for file in report.files]
+        ['part-00000.parquet', 'part-00001.parquet']
+        """
+        from shardemb.exports import formats
+        from shardemb.exports.selection import Query
+
+        source, query = TableSource(self._state, self), Query(rows, where, changed_since)
+        return formats.export(source, path, format, query, columns=columns, resume=resume, progress=progress)
 
     def export_parquet(
         self,

@@ -161,17 +161,17 @@ class KeyRows:
         found = self.tables.keys_in(words)
         return keys.restored(replace(found, shape=checked.shape), self.key_type)
 
-    def arrow_keys(self, start: int, stop: int) -> tuple[NDArray[np.bool_], pa.Array]:
-        """Return which of the rows ``start:stop`` have a key, and the keys of those."""
+    def arrow_keys(self, rows: Int64Array) -> tuple[NDArray[np.bool_], pa.Array]:
+        """Return which of some rows have a key, and the keys of those."""
         self.check_live()
-        words = self.tables.records(np.arange(start, stop))
+        words = self.tables.records(rows)
         live = key_records.are_live(words)
         return live, keys.as_arrow(self.tables.keys_in(words[live]), self.key_type)
 
-    def key_bytes(self, start: int, stop: int) -> Int64Array:
-        """Return how many bytes the keys of the rows ``start:stop`` have, 0 for rows without one. Reads no key."""
+    def key_bytes(self, rows: Int64Array) -> Int64Array:
+        """Return how many bytes the keys of rows have, 0 for rows without one. Reads no key."""
         self.check_live()
-        words = self.tables.records(np.arange(start, stop))
+        words = self.tables.records(rows)
         return np.where(key_records.are_live(words), key_records.lengths_of(words), 0)
 
     def arrow_batches(self) -> Iterator[pa.RecordBatch]:
@@ -181,15 +181,19 @@ class KeyRows:
         from shardemb.exports import arrow
 
         for begin in range(self.entry.reserved, self.entry.rows, BATCH_ROWS):
-            nbytes = self.key_bytes(begin, min(begin + BATCH_ROWS, self.entry.rows))
+            nbytes = self.key_bytes(np.arange(begin, min(begin + BATCH_ROWS, self.entry.rows)))
             for start, stop in arrow.cut_by_bytes(begin, nbytes, arrow.MAX_BYTES):
-                live, found = self.arrow_keys(start, stop)
+                rows = np.arange(start, stop)
+                live, found = self.arrow_keys(rows)
                 if live.any():
-                    yield pa.record_batch([pa.array(np.arange(start, stop)[live]), found], ["row", "key"])
+                    yield pa.record_batch([pa.array(rows[live]), found], ["row", "key"])
 
     def live_rows(self, start: int, stop: int) -> Int64Array:
         """List those of the rows ``start:stop`` that have a key."""
-        rows = np.arange(start, stop)
+        entry = self.entry
+        rows = np.arange(max(start, entry.reserved), stop)
+        if entry.head == entry.tail and stop <= entry.rows:  # no row is free
+            return rows
         return rows[key_records.are_live(self.tables.records(rows))]
 
     def future_rows(self, given: KeysLike, which: Int64Array) -> Int64Array:

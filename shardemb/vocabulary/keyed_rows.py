@@ -166,11 +166,15 @@ class KeyedRows:
 
     def source(self, owner: object) -> TableSource:
         """Return the rows that have keys, for exports; see `TableSource`."""
-        from shardemb.exports.arrow import RowKeys
+        from shardemb.exports.selection import RowKeys
 
-        steadily = partial(read_steadily, [self.keys])
         row_keys = RowKeys(
-            keys.arrow_type(self.keys.key_type), self.keys.arrow_keys, self.keys.key_bytes, steadily
+            keys.arrow_type(self.keys.key_type),
+            read=self.keys.arrow_keys,
+            nbytes=self.keys.key_bytes,
+            steadily=partial(read_steadily, [self.keys]),
+            live=self.keys.live_rows,
+            find=self.known,
         )
         return TableSource(self.table, owner, self.num_rows, row_keys)
 
