@@ -89,7 +89,7 @@ def keyed(path):
         table = store.create_table(
             "names", vocabulary="names", embedding_dim=2, optimizer=shardemb.optim.SGD(lr=1.0), counters=True
         )
-        table.write(["a", "b", "c"], np.arange(6).reshape(3, 2), create=True)
+        table.write(["a", "b", "c"], np.arange(6.0).reshape(3, 2), create=True)
         table.update(["b"], [[1.0, 1.0]])
         store.commit()
     return path

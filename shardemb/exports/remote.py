@@ -46,7 +46,7 @@ class Folder(Protocol):
         """Read a small file; None if there is none."""
 
     def delete(self, name: str) -> None:
-        """Remove a file that is there."""
+        """Remove a file; a missing one is fine."""
 
     def sizes(self) -> dict[str, int]:
         """Return the bytes of each file, by name."""
@@ -146,7 +146,8 @@ class RemoteFolder:
 
     def delete(self, name: str) -> None:
         """See `Folder`."""
-        self.filesystem.delete_file(self._at(name))
+        with contextlib.suppress(FileNotFoundError):
+            self.filesystem.delete_file(self._at(name))
 
     def sizes(self) -> dict[str, int]:
         """See `Folder`."""

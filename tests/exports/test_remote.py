@@ -361,11 +361,16 @@ def test_shards_are_continued_too_also_below_a_url(store, memory):
     FailingWrites.left = 10**9
     table.export(url, form)
     writes = 10**9 - FailingWrites.left
+    memory.store.clear()
     FailingWrites.left = writes - 4
     with pytest.raises(OSError, match="the network is gone"):
         table.export(url, form, resume=True)
+    assert "_PARTS" in names(memory)
+    assert "_SUCCESS" not in names(memory)
     FailingWrites.left = 10**9
     report = table.export(url, form, resume=True)
+    assert 0 < 10**9 - FailingWrites.left < writes
+    assert table.export(url, form, resume=True).files == report.files
     assert names(memory)[0] == "_SUCCESS"
     assert len(names(memory)) == 4
     assert report.num_rows == 1500
