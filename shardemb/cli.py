@@ -203,19 +203,15 @@ def verify(store: str, tables: tuple[str, ...], as_json: bool, quiet: bool) -> N
         raise click.exceptions.Exit(1)
 
 
-class _Partition(click.ParamType):
-    """``shard``, or ``hash:N``."""
-
-    name = "partition"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:  # noqa: ANN401
-        """Return what `shardemb.exports.Parquet` takes."""
-        kind, _, number = str(value).partition(":")
-        if value == "shard":
-            return "shard"
-        if kind != "hash" or not number.isdecimal():
-            self.fail(f"{value!r} is neither shard nor hash:N", param, ctx)
-        return ("hash", int(number))
+def _partition(ctx: click.Context, param: click.Parameter, value: str | None) -> Any:  # noqa: ANN401
+    """Return what `shardemb.exports.Parquet` takes for ``shard`` or ``hash:N``."""
+    if value is None or value == "shard":
+        return value
+    kind, _, number = value.partition(":")
+    if kind != "hash" or not number.isdecimal():
+        msg = f"{value!r} is neither shard nor hash:N"
+        raise click.BadParameter(msg)
+    return ("hash", int(number))
 
 
 @main.command()
@@ -235,7 +231,7 @@ class _Partition(click.ParamType):
 @click.option("--changed-since", type=int, metavar="STEP",
               help="Only rows updated after that step of a table with counters.")  # fmt: skip
 @click.option("--parts", type=int, help="Parquet: write a folder of this many files, several at a time.")
-@click.option("--partition-by", type=_Partition(), metavar="shard|hash:N",
+@click.option("--partition-by", callback=_partition, metavar="shard|hash:N",
               help="Parquet: write a folder for each row-shard, or for each of N buckets of keys.")  # fmt: skip
 @click.option("--encoding", type=click.Choice(["plain", "byte_stream_split"]),
               help="Parquet: how values are stored. plain, the default, can be read by every program.")  # fmt: skip

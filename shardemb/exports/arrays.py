@@ -40,7 +40,10 @@ SAFETENSORS = {
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "raw": 1}
 
-BLOCKS_AT_ONCE = 4
+BLOCK_BYTES = 4 * 2**20
+"""Bytes of a block as float32: its memory is used again for the next one, and is in a cache when it is written."""
+
+BLOCKS_AT_ONCE = 16
 """How many blocks each thread writes before the keys of all of them are written."""
 
 
@@ -150,7 +153,8 @@ def _export(
         for each in arrays:
             sinks[each.path].write(each.header)
             tokens = sinks[keys_path] if keys_path else None
-            _write_rows(Selection.of(source, (), each.rows), form, sinks[each.path], tokens, advance)
+            chosen = Selection.of(source, (), each.rows, most_bytes=BLOCK_BYTES)
+            _write_rows(chosen, form, sinks[each.path], tokens, advance)
     return ExportReport.of([*paths, *(path for path in order if path not in paths)], total)
 
 
@@ -172,7 +176,7 @@ def _write_rows(chosen: Selection, form: str, sink: Sink, tokens: Sink | None, a
         vectors, keys = chosen.read_vectors(read_as, first, last)
         offset, nbytes = begin + first * row_bytes, (last - first) * row_bytes
         if nbytes:
-            files.write(sink.descriptor, memoryview(vectors.reshape(-1)), offset, sink.path)
+            files.write(sink.descriptor, vectors.reshape(-1).data, offset, sink.path)
         files.begin_write_back(sink.descriptor, offset, nbytes)
         advance(last - first)
         return memoryview(b"") if keys is None or tokens is None else _token_lines(chosen, keys, first)

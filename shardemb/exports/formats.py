@@ -59,6 +59,7 @@ class Job:
     progress: Progress
 
 
+@dataclass(frozen=True)
 class Format(ABC):
     """What every format has.
 

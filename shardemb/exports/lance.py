@@ -35,7 +35,7 @@ def export_lance(source: RowSource, path: object, rows: RowSet, *, progress: Pro
         msg = f"table {source.name!r}: Lance datasets are written by its own library: pip install pylance"
         raise ImportError(msg) from error
     chosen = Selection.of(source, (), rows)
-    target = targets.checked(path, source.name, folder=True)
+    target = targets.checked(path, source.name, folder=False)
     if target.exists():
         msg = f"table {source.name!r}: cannot export to {target}: a dataset needs a new name, or remove what is there"
         raise FileExistsError(msg)

@@ -206,7 +206,7 @@ def write_parquet(
     names = [f"bucket={bucket}/part-00000.parquet" for bucket in range(layout.buckets)]
     parts = [] if names or is_file else list(_parts(chosen, columns, layout))
     names = names or [part.name for part in parts]
-    place = path if remote.is_url(path) else targets.checked(path, source.name, folder=not is_file)
+    place: Any = path if remote.is_url(path) else targets.checked(path, source.name, folder=not is_file)
     with track(chosen.num_rows, f"export {source.name}", progress=progress) as advance:
         new_file = partial(_parquet_file, columns=chosen.schema, encoding=layout.encoding, advance=advance)
         if is_file:
@@ -216,7 +216,7 @@ def write_parquet(
                 _write_buckets(chosen, names, new_file, destination)
             else:
                 _write_parts(parts, new_file, destination, advance)
-        report = destination.report(str(path) if remote.is_url(path) else place, names)
+        report = destination.report(place, names)
     if remote.is_url(path):
         return report
     # They were reported where they were written.

@@ -85,7 +85,7 @@ def export_projector(
             for first, last in chosen.ranges():
                 vectors, keys = chosen.read_vectors("float32", first, last)
                 text.write(words.lines(vectors, "\t"))
-                numbers.write(memoryview(vectors.reshape(-1)))
+                numbers.write(vectors.reshape(-1).data)
                 labels.write(_labels(chosen.rows.ids(first, last) if keys is None else keys))
                 advance(last - first)
         for name, content in _documents(source, chosen.num_rows).items():

@@ -141,7 +141,8 @@ class RowSet:
         >>> RowSet.of_ids(np.array([7, 3, 4, 3]))
         RowSet(starts=array([3, 7]), stops=array([5, 8]))
         """
-        ids = np.unique(ids)
+        if not (np.diff(ids) > 0).all():
+            ids = np.unique(ids)
         if not ids.size:
             return cls.of_range(0, 0)
         last = np.flatnonzero(np.diff(ids) != 1)
@@ -191,7 +192,8 @@ class RowSet:
         runs = slice(low, high + 1)
         begins = (self.ends - self.stops + self.starts)[runs]
         counts = np.minimum(self.ends[runs], last) - np.maximum(begins, first)
-        return np.arange(first, last) + np.repeat(self.starts[runs] - begins, counts)
+        found: Int64Array = np.arange(first, last) + np.repeat(self.starts[runs] - begins, counts)
+        return found
 
     def __and__(self, other: RowSet) -> RowSet:
         """Return the rows that are in both.

@@ -6,6 +6,8 @@ float32, and the pieces of all rows are joined at once. Nothing is done row by r
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +16,7 @@ import pyarrow.compute as pc
 
 from shardemb.base.progress import track
 from shardemb.exports import targets
-from shardemb.exports.arrow import Selection
+from shardemb.exports.arrow import MAX_READ_AHEAD, Selection
 from shardemb.exports.selection import with_keys
 from shardemb.exports.targets import ExportReport
 
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
     from shardemb.base.progress import Progress
     from shardemb.exports.selection import RowSet, RowSource
+
+BINARY_BYTES = 4 * 2**20
+"""Bytes of float32 in a block of the binary format; see `arrays.BLOCK_BYTES`."""
 
 TEXT_BYTES = 4 * 2**20
 """Bytes of float32 in a block that becomes text, which is three times as large, and twice that while it is made."""
@@ -52,7 +57,7 @@ def export_binary(
     ValueError
         As for `export_text`.
     """
-    chosen = Selection.of(source, (), with_keys(source, rows))
+    chosen = Selection.of(source, (), with_keys(source, rows), most_bytes=BINARY_BYTES)
     return _export(chosen, path, _records, progress)
 
 
@@ -73,16 +78,25 @@ def _export(
         _require_words(source.name, tokens, ids)
         return last - first, encode(tokens, vectors)
 
+    def write(blocks: list[tuple[int, memoryview]]) -> None:
+        for count, data in blocks:
+            sink.write(data)
+            sink.begin_write_back()
+            advance(count)
+
     with (
         track(chosen.num_rows, f"export {source.name}", progress=progress) as advance,
         targets.staged(target, []) as temporary,
         targets.new_file(temporary) as sink,
     ):
         sink.write(f"{chosen.num_rows} {source.embedding_dim}\n".encode())
-        for count, data in chosen.in_order(block):
-            sink.write(data)
-            sink.begin_write_back()
-            advance(count)
+        ranges, made = chosen.ranges(), list[Any]()
+        ahead = min(source.threads, MAX_READ_AHEAD)
+        # One thread writes some blocks, while the others make the next ones.
+        while some := list(islice(ranges, ahead)):
+            tasks: list[Callable[[], Any]] = [partial(write, made), *(partial(block, *each) for each in some)]
+            made = source.run(tasks)[1:]
+        write(made)
     return ExportReport.of([target], chosen.num_rows)
 
 
@@ -139,12 +153,11 @@ def with_line_ends(texts: pa.Array) -> memoryview:
 
 def _records(tokens: pa.Array, vectors: NDArray[np.float32]) -> memoryview:
     """Return the binary format of rows."""
-    width = vectors.shape[1] * 4
-    values = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(width), len(vectors), [None, pa.py_buffer(np.ascontiguousarray(vectors, "<f4"))]
-    )
-    blank = pa.scalar(b" ", pa.large_binary())
-    return content(pc.binary_join_element_wise(tokens, values.cast(pa.large_binary()), blank))
+    count, dim = vectors.shape
+    bounds = np.arange(count + 1) * (4 * dim)
+    buffers = [None, pa.py_buffer(bounds), pa.py_buffer(np.ascontiguousarray(vectors, "<f4"))]
+    values = pa.Array.from_buffers(pa.large_binary(), count, buffers)
+    return content(pc.binary_join_element_wise(tokens, values, pa.scalar(b" ", pa.large_binary())))
 
 
 def _bounds(array: pa.Array) -> NDArray[np.int64]:

@@ -119,9 +119,12 @@ def test_lance_reads_its_own(store, tmp_path):
     assert report.nbytes == sum(
         path.stat().st_size for path in (tmp_path / "w.lance").rglob("*") if path.is_file()
     )
-    with pytest.raises(FileExistsError, match="a dataset needs a new name"):
+    with pytest.raises(FileExistsError, match="that is a folder.*choose another name"):
         table.export(tmp_path / "w.lance")
-    assert nothing_left(tmp_path, "w.lance")
+    (tmp_path / "file.lance").touch()
+    with pytest.raises(FileExistsError, match="a dataset needs a new name"):
+        table.export(tmp_path / "file.lance")
+    assert nothing_left(tmp_path, "w.lance", "file.lance")
 
 
 def test_without_pylance_the_error_says_what_to_install(store, tmp_path, monkeypatch):
