@@ -63,6 +63,10 @@ ROOMS = {
         "key_tables", "key_rows", "keyed_rows",
     ],
     "keyed_bags": [],
+    "search": [
+        "kernels", "metrics", "candidates", "exact", "words", "correlation", "evaluation", "changed_rows", "graph",
+        "index",
+    ],
     "session": [
         "forking", "display", "pending_commit", "attempt", "base", "log_limit", "journal",
         "table_catalog", "vocabulary_catalog", "session",
@@ -84,7 +88,7 @@ LEVELS = [
     {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission", "bags", "dtypes"}, {"format"},
     {"precision"}, {"storage"}, {"commits", "memory"}, {"engine", "imports", "exports"},
     {"table_source", "references"}, {"vocabulary"},
-    {"keyed_bags"}, {"session"}, {"store", "ranks"}, {"text", "torch", "dynamicemb"}, {"quickstart", "warm_up"},
+    {"keyed_bags"}, {"search"}, {"session"}, {"store", "ranks"}, {"text", "torch", "dynamicemb"}, {"quickstart", "warm_up"},
     {"cli"},
 ]  # fmt: skip
 
@@ -120,6 +124,7 @@ OUTSIDE = {
     "click": {"cli"},
     "matplotlib": {"cli"},
     "rich": {"base.progress", "quickstart.training", "cli"},
+    "usearch": {"search.graph"},
     "ctypes": {"storage.files", "storage.address_space", "compute.scheduler"},
     "mmap": {"storage.address_space"},
     "fcntl": {"storage.files"},
@@ -474,6 +479,7 @@ HOT_LOOPS = {
     "compute.row_index",
     "vocabulary.index_kernels",
     "precision.coded_rows",
+    "search.kernels",
 }
 
 

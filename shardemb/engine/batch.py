@@ -150,6 +150,13 @@ def read_here(runtime: Runtime, table: Target, column: str, form: str, ids: Int6
     return out
 
 
+def request(table: Target, ids: Int64Array) -> None:
+    """Request the pages of ascending rows, if they are not in memory; the kernel reads them in the background."""
+    shards = table.live()
+    if shards.is_cold(ids, SAMPLES):
+        shards.read_ahead(ids, 0, ids.size)
+
+
 def _without_lock(
     runtime: Runtime, reads: Sequence[Reading], gather: Callable[[Runtime, Sequence[Reading]], None]
 ) -> None:

@@ -78,10 +78,14 @@ class FilledRows:
         for each in self._all():
             free[each.fill.within(first)] = False
 
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield the rows of each fill that no fold has been through, as start and stop."""
+        yield from self._rows(self._all())
+
     def count_by_shard(self) -> Int64Array:
         """Count for each shard the rows in fills that no fold has been through."""
         counts, size = np.zeros(self._spec.num_shards, np.int64), self._spec.rows_per_shard
-        for start, stop in self._rows(self._all()):
+        for start, stop in self.ranges():
             for shard in range(start // size, -(-stop // size)):
                 counts[shard] += min(stop, (shard + 1) * size) - max(start, shard * size)
         return counts

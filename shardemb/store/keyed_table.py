@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from shardemb import keyed_bags
 from shardemb.bags import Bags
 from shardemb.engine.training import Padding, Scaling
+from shardemb.search import evaluation, words
 from shardemb.session import display
 
 if TYPE_CHECKING:
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from shardemb.exports.targets import ExportReport
     from shardemb.initializers import Initializer
     from shardemb.optim import Optimizer
+    from shardemb.search.correlation import Correlation
+    from shardemb.search.evaluation import Lines
+    from shardemb.search.metrics import MetricName
+    from shardemb.search.words import KeySearchResult, Words
     from shardemb.store.table import Table
     from shardemb.store.vocabulary import Vocabulary
     from shardemb.vocabulary.keyed_rows import KeyedRows, Missing, MissingChange
@@ -419,6 +424,474 @@ class KeyedTable:
         array([1.], dtype=float32)
         """
         return self._keyed.read_state(column, keys)
+
+    # ---- searching
+
+    def search(
+        self,
+        queries: ArrayLike,
+        k: int,
+        *,
+        metric: MetricName = "cosine",
+        keys: KeysLike | None = None,
+        exclude: Any = None,  # noqa: ANN401
+    ) -> KeySearchResult:
+        """Find the k keys whose rows are nearest to each query; see `Table.search`.
+
+        Parameters
+        ----------
+        queries : array_like of float, shape (q, embedding_dim), or (embedding_dim,) for one
+            Vectors, not keys; `lookup` has those of keys.
+        k : int
+            How many keys to find for each query.
+        metric : {"cosine", "dot", "l2"}
+            As for `Table.search`.
+        keys : array_like of int, str or bytes, optional
+            Only these are looked at; all keys by default.
+        exclude : array_like of int, str or bytes, or a sequence of these, optional
+            Keys that are no answer to any query, or a list for each query.
+
+        Returns
+        -------
+        KeySearchResult
+            A named tuple: ``keys``, int64 or objects, ``scores``, float32, and ``ids``, the row ids, int64, all of
+            shape (q, k), or (k,) for one query. If there are fewer than k keys, the ids at the end are -1, and the keys
+            0 or None.
+
+        Raises
+        ------
+        UnknownKeyError
+            One of `keys` or `exclude` has no row.
+        TypeError, ValueError, StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError, OSError
+            As `Table.search` and `lookup`.
+
+        Notes
+        -----
+        Safe from any thread. All queries share one pass over the table. Rows that were never written are left out.
+
+        Examples
+        --------
+        >>> table.search([-1.0, -2.0], 1).keys
+        array([-5])
+        """
+        return words.search(self._keyed, queries, k, metric=metric, keys=keys, exclude=exclude)
+
+    def most_similar(
+        self,
+        positive: Words = None,
+        negative: Words = None,
+        topn: int | None = 10,
+        clip_start: int = 0,
+        clip_end: int | None = None,
+        restrict_vocab: int | None = None,
+    ) -> list[tuple[Any, float]] | NDArray[np.float32]:
+        """Find the keys nearest to a sum of keys and vectors by cosine, as gensim's method of this name does.
+
+        Parameters
+        ----------
+        positive, negative : key, vector, or list of keys, vectors, (key, weight) and (vector, weight), optional
+            What is added and what is subtracted. A key stands for its row divided by its length, a vector for itself.
+            The weights are 1 and -1 by default. Keys that are given are no answer.
+        topn : int, optional
+            How many keys to find. With None, return the cosines of all keys.
+        clip_start, clip_end : int, optional
+            Look only at the keys at these positions, in the order of their rows.
+        restrict_vocab : int, optional
+            Look only at the first keys; this overrides `clip_start` and `clip_end`.
+
+        Returns
+        -------
+        list of (key, float), or ndarray of float32, shape (number of keys,)
+            Best first; of equal cosines, the key with the smaller row first. Without `topn`, all in the order of their
+            rows, and also those that were never written.
+
+        Raises
+        ------
+        UnknownKeyError
+            A key has no row.
+        ValueError
+            Nothing is given, or the sum is all zeros; a vector of another shape; a negative position.
+        TypeError, StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError, OSError
+            As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread. A row of zeros has a cosine of -1.
+
+        Examples
+        --------
+        >>> table.most_similar(positive=[[-1.0, -2.0]], topn=1)[0][0]
+        -5
+        >>> table.most_similar([-5], topn=None).round(2)
+        array([-1.,  1.], dtype=float32)
+        """
+        clip = (0, restrict_vocab) if restrict_vocab else (clip_start, clip_end)
+        return words.most_similar(self._keyed, positive, negative, topn, clip)
+
+    def most_similar_cosmul(
+        self,
+        positive: Words = None,
+        negative: Words = None,
+        topn: int | None = 10,
+        restrict_vocab: int | None = None,
+    ) -> list[tuple[Any, float]] | NDArray[np.float32]:
+        """Find the keys with the greatest product of similarities (3CosMul), as gensim's method of this name does.
+
+        Parameters
+        ----------
+        positive, negative : key, vector, or list of these, optional
+            The similarities ``(1 + cosine) / 2`` with `positive` are multiplied, and divided by those with `negative`.
+            At least one is positive. Keys that are given are no answer; weights are ignored.
+        topn, restrict_vocab : int, optional
+            As for `most_similar`.
+
+        Returns
+        -------
+        list of (key, float), or ndarray of float32, shape (number of keys,)
+            As for `most_similar`.
+
+        Raises
+        ------
+        UnknownKeyError, ValueError, TypeError, StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError,
+        OSError
+            As `most_similar`.
+
+        Notes
+        -----
+        Safe from any thread.
+
+        Examples
+        --------
+        >>> table.most_similar_cosmul([[1.0, 2.0]], topn=None).shape
+        (2,)
+        """
+        return words.most_similar_cosmul(self._keyed, positive, negative, topn, (0, restrict_vocab))
+
+    def similar_by_vector(
+        self, vector: ArrayLike, topn: int | None = 10, restrict_vocab: int | None = None
+    ) -> list[tuple[Any, float]] | NDArray[np.float32]:
+        """Find the keys nearest to a vector by cosine: `most_similar` with one vector.
+
+        Parameters
+        ----------
+        vector : array_like of float, shape (embedding_dim,)
+        topn, restrict_vocab : int, optional
+            As for `most_similar`.
+
+        Returns
+        -------
+        list of (key, float), or ndarray of float32, shape (number of keys,)
+            As for `most_similar`.
+
+        Raises
+        ------
+        ValueError, TypeError, StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError, OSError
+            As `most_similar`.
+
+        Notes
+        -----
+        Safe from any thread.
+
+        Examples
+        --------
+        >>> table.similar_by_vector([-1.0, -2.0], topn=1)[0][0]
+        -5
+        """
+        return words.most_similar(self._keyed, [vector], None, topn, (0, restrict_vocab))
+
+    def similarity(self, key: Any, other: Any) -> float:  # noqa: ANN401
+        """Return the cosine of the rows of two keys.
+
+        Parameters
+        ----------
+        key, other : int, str or bytes
+
+        Returns
+        -------
+        float
+            0 if one of the rows is all zeros.
+
+        Raises
+        ------
+        UnknownKeyError, TypeError, ValueError, StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError,
+        OSError
+            As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread.
+
+        Examples
+        --------
+        >>> round(table.similarity(-5, -5), 6)
+        1.0
+        """
+        return words.similarity(self._keyed, [key], [other])
+
+    def n_similarity(self, keys: Sequence[Any], others: Sequence[Any]) -> float:
+        """Return the cosine of the means of the rows of two lists of keys.
+
+        Parameters
+        ----------
+        keys, others : sequence of int, str or bytes
+            Not empty.
+
+        Returns
+        -------
+        float
+            0 if one of the means is all zeros.
+
+        Raises
+        ------
+        ValueError
+            A list is empty.
+        UnknownKeyError, TypeError, StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError, OSError
+            As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread.
+
+        Examples
+        --------
+        >>> table.n_similarity([-5], [1234567890123])
+        0.0
+        """
+        return words.similarity(self._keyed, keys, others)
+
+    def distances(self, key_or_vector: Any, other_keys: KeysLike = ()) -> NDArray[np.float32]:  # noqa: ANN401
+        """Return one minus the cosine with each of other keys, or with all.
+
+        Parameters
+        ----------
+        key_or_vector : int, str or bytes, or array_like of float, shape (embedding_dim,)
+        other_keys : array_like of int, str or bytes, optional
+            All keys by default, in the order of their rows.
+
+        Returns
+        -------
+        ndarray of float32, shape (number of these keys,)
+            2 for rows of zeros.
+
+        Raises
+        ------
+        UnknownKeyError
+            A key has no row.
+        ValueError
+            The vector, or the row of the key, is all zeros.
+        TypeError, StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError, OSError
+            As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread.
+
+        Examples
+        --------
+        >>> table.distances(-5, [1234567890123])
+        array([2.], dtype=float32)
+        """
+        return words.distances(self._keyed, key_or_vector, other_keys)
+
+    def closer_than(self, key: Any, other: Any) -> list[Any]:  # noqa: ANN401
+        """List the keys that are closer to a key than another one is, by cosine, in the order of their rows.
+
+        Parameters
+        ----------
+        key, other : int, str or bytes
+
+        Returns
+        -------
+        list of int, str or bytes
+            Without `key` itself.
+
+        Raises
+        ------
+        UnknownKeyError, TypeError, ValueError, StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError,
+        OSError
+            As `distances`.
+
+        Notes
+        -----
+        Safe from any thread.
+
+        Examples
+        --------
+        >>> table.closer_than(-5, 1234567890123)
+        []
+        """
+        return words.closer_than(self._keyed, key, other)
+
+    def rank(self, key: Any, other: Any) -> int:  # noqa: ANN401
+        """Return how many keys are closer to a key than another one is, plus one.
+
+        Parameters
+        ----------
+        key, other : int, str or bytes
+
+        Returns
+        -------
+        int
+
+        Raises
+        ------
+        UnknownKeyError, TypeError, ValueError, StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError,
+        OSError
+            As `distances`.
+
+        Notes
+        -----
+        Safe from any thread.
+
+        Examples
+        --------
+        >>> table.rank(-5, 1234567890123)
+        1
+        """
+        return len(words.closer_than(self._keyed, key, other)) + 1
+
+    def doesnt_match(self, keys: Sequence[Any]) -> Any:  # noqa: ANN401
+        """Return the key that is farthest from the mean of several, by cosine.
+
+        Parameters
+        ----------
+        keys : sequence of int, str or bytes
+            Keys without a row are left out, and logged.
+
+        Returns
+        -------
+        int, str or bytes
+
+        Raises
+        ------
+        ValueError
+            None of the keys has a row.
+        TypeError, StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError, OSError
+            As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread.
+
+        Examples
+        --------
+        >>> table.doesnt_match([-5, 1234567890123])
+        1234567890123
+        """
+        return words.doesnt_match(self._keyed, keys)
+
+    def evaluate_word_analogies(
+        self,
+        analogies: Lines,
+        restrict_vocab: int | None = 300_000,
+        case_insensitive: bool = True,
+        dummy4unknown: bool = False,
+    ) -> tuple[float, list[dict[str, Any]]]:
+        """Measure how many analogies the words solve, such as ``Athens Greece Oslo Norway``.
+
+        Parameters
+        ----------
+        analogies : path-like, or iterable of str
+            A text file in UTF-8, or its lines: four words in a line, in sections that begin with ``: NAME``, like the
+            ``questions-words.txt`` of word2vec.
+        restrict_vocab : int, optional
+            Use only the first keys.
+        case_insensitive : bool
+            Compare words in upper case; of several such keys, the first counts.
+        dummy4unknown : bool
+            Count analogies with unknown words as wrong, instead of leaving them out.
+
+        Returns
+        -------
+        score : float
+            The share of analogies that were solved.
+        sections : list of dict
+            For each section, and for all as ``"Total accuracy"``: its name, ``section``, and its ``correct`` and
+            ``incorrect`` analogies, as tuples of words.
+
+        Raises
+        ------
+        TypeError
+            The keys are not strings.
+        ValueError
+            A line comes before any section.
+        OSError, StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError
+            The file cannot be read; as `lookup`.
+
+        Notes
+        -----
+        Safe from any thread. All analogies share one pass over the table.
+
+        Examples
+        --------
+        >>> spoken = store.create_vocabulary("spoken", key_type="string")
+        >>> some = store.create_table("spoken", vocabulary="spoken", embedding_dim=2)
+        >>> some.write(["one", "two", "first", "second"], [[1, 0.0], [2, 1.0], [0, 1.0], [1, 2.0]], create=True)
+        >>> score, sections = some.evaluate_word_analogies([": ordinals", "one two first second"])
+        >>> score, sections[-1]["correct"]
+        (1.0, [('ONE', 'TWO', 'FIRST', 'SECOND')])
+        """
+        return evaluation.analogies(
+            self._keyed, analogies, restrict_vocab, upper=case_insensitive, unknown_is_wrong=dummy4unknown
+        )
+
+    def evaluate_word_pairs(
+        self,
+        pairs: Lines,
+        delimiter: str = "\t",
+        restrict_vocab: int | None = 300_000,
+        case_insensitive: bool = True,
+        dummy4unknown: bool = False,
+    ) -> tuple[Correlation, Correlation, float]:
+        r"""Measure how well similarities of words agree with people's judgements, such as WordSim-353 or SimLex-999.
+
+        Parameters
+        ----------
+        pairs : path-like, or iterable of str
+            A text file in UTF-8, or its lines: two words and a number. Lines that begin with ``#`` are left out.
+        delimiter : str
+            Between the words and the number.
+        restrict_vocab, case_insensitive
+            As for `evaluate_word_analogies`.
+        dummy4unknown : bool
+            Take 0 for the similarity of pairs with unknown words, instead of leaving them out.
+
+        Returns
+        -------
+        pearson, spearman : Correlation
+            Named tuples: the coefficient, ``statistic``, and its two-sided ``pvalue``.
+        oov_ratio : float
+            How many of a hundred pairs have an unknown word.
+
+        Raises
+        ------
+        TypeError
+            The keys are not strings.
+        ValueError
+            No line has two known words and a number.
+        OSError, StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError
+            The file cannot be read; as `lookup`.
+
+        Notes
+        -----
+        Safe from any thread.
+
+        Examples
+        --------
+        >>> judged = ["one\ttwo\t9", "one\tfirst\t2", "two\tsecond\t7"]
+        >>> some.evaluate_word_pairs(judged)[1].statistic
+        1.0
+        """
+        return evaluation.pairs(
+            self._keyed,
+            pairs,
+            delimiter,
+            restrict_vocab,
+            upper=case_insensitive,
+            unknown_is_wrong=dummy4unknown,
+        )
+
+    # ---- reading ahead
 
     def prefetch(self, keys: KeysLike, *, for_update: bool = False) -> None:
         """Start to read the rows of keys into memory, in the background; see `Table.prefetch`.

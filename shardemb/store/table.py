@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from shardemb.bags import Bags
 from shardemb.engine import bags, planned
 from shardemb.engine.training import Padding, Scaling, is_checked
+from shardemb.search import exact
 from shardemb.session import display
 from shardemb.table_source import TableSource
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from shardemb.exports.targets import ExportReport
     from shardemb.initializers import Initializer
     from shardemb.optim import Optimizer
+    from shardemb.search.exact import SearchResult
+    from shardemb.search.index import Index
+    from shardemb.search.metrics import MetricName
     from shardemb.session.display import Explanation
 
 ROWS_AT_ONCE = 2**16
@@ -400,6 +404,166 @@ class Table:
         (2, 4)
         """
         return self._state.read_state(column, ids)
+
+    def search(
+        self,
+        queries: ArrayLike,
+        k: int,
+        *,
+        metric: MetricName = "cosine",
+        rows: tuple[int, int] | ArrayLike | None = None,
+        exclude: ArrayLike | Sequence[ArrayLike] | None = None,
+    ) -> SearchResult:
+        """Find the k rows that are nearest to each query, by a comparison with every row.
+
+        Parameters
+        ----------
+        queries : array_like of float, shape (q, embedding_dim), or (embedding_dim,) for one
+            Vectors, not row ids; `lookup` has those of rows.
+        k : int
+            How many rows to find for each query.
+        metric : {"cosine", "dot", "l2"}
+            ``"cosine"`` finds the greatest cosines, where a row of zeros has -1; ``"dot"`` the greatest products;
+            ``"l2"`` the least squared distances.
+        rows : tuple of two int, or array_like of int, optional
+            Only these are looked at: ``(start, stop)``, a half-open range, or row ids in an array or a list; all rows
+            by default.
+        exclude : array_like of int, or sequence of array_like of int, optional
+            Row ids that are no answer to any query, or a list for each query.
+
+        Returns
+        -------
+        SearchResult
+            A named tuple: ``ids``, int64, and ``scores``, float32, both of shape (q, k), or (k,) for one query. Best
+            first; of rows with equal scores, the one with the smaller id first. Scores are cosines, products or squared
+            distances. If there are fewer than k rows, the ids at the end are -1, and the scores minus infinity, or
+            infinity for ``"l2"``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Queries of another dtype or shape, with NaN or infinity, or all zeros with ``"cosine"``; `k` or `metric` is
+            invalid; no such range; `exclude` has lists for another number of queries; the table holds raw bytes.
+        RowIdError
+            There is no such row to look at or to exclude.
+        StoreClosedError, TableNotFoundError, StaleReaderError, DiskFullError, OSError
+            As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread, also concurrently with changes; rows are as they are when the search reads them.
+
+        All queries share one pass over the table, in the order of its files, so ask for many at once. It takes a few
+        tens of MiB of memory, whatever the table and the number of queries are. Pages of a table that does not fit into
+        memory are released behind the pass.
+
+        Rows that were never written are left out, and rows with NaN or infinity. (A table that begins with zeros, and
+        whose optimizer's state does too, does not know which were written: there all others are rows of zeros.)
+
+        Examples
+        --------
+        >>> table.write([3, 4], [[1.0, 0, 0, 0], [2.0, 2.0, 0, 0]])
+        >>> found = table.search([[1.0, 0.0, 0.0, 0.0]], 2, rows=[3, 4, 5])
+        >>> found.ids, found.scores.round(2)
+        (array([[3, 4]]), array([[1.  , 0.71]], dtype=float32))
+        >>> table.search([1.0, 0, 0, 0], 1, metric="l2", exclude=[3]).ids.shape
+        (1,)
+        """
+        return exact.search(self._state, queries, k, metric=metric, rows=rows, exclude=exclude)
+
+    def build_index(
+        self, path: str | os.PathLike[str], *, metric: MetricName = "cosine", progress: Progress = None
+    ) -> Index:
+        """Build an index of neighbours, by which searches need not compare every row. Needs the extra ``[ann]``.
+
+        Parameters
+        ----------
+        path : path-like
+            The file of the index, on a local disk; not inside the store. An index or file that is there is replaced
+            atomically.
+        metric : {"cosine", "dot", "l2"}
+            What the index compares rows by; see `search`.
+        progress : bool or callable, optional
+            True shows a bar; a function is called as ``progress(done, total)``, in rows.
+
+        Returns
+        -------
+        Index
+            It is open. Later, `open_index` opens it.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            usearch is not installed; the message has the command.
+        ShardEmbError
+            Changes of the table are not committed; it was resized or resharded meanwhile.
+        TypeError, ValueError
+            `path` is no local path, or `metric` unknown; the table holds raw bytes; each step of its optimizer changes
+            all rows (``dense_equivalent=True``).
+        FileNotFoundError, FileExistsError, DiskFullError, OSError
+            The folder above `path` is missing; something there cannot be replaced; the disk is full.
+        StoreClosedError, TableNotFoundError, StaleReaderError
+            As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread. Commits are folded first, and the table may be changed meanwhile.
+
+        The file has a graph (HNSW) of the rows, with a byte for each number instead of four, and no rows: a search
+        looks up the rows that the graph proposes, in one call, and has their exact scores. Rows that were never written
+        are not in it. While it is built, the graph is in memory: for rows of 64 numbers, 140 bytes each.
+
+        Examples
+        --------
+        >>> rows = np.random.default_rng(0).standard_normal((1000, 4), np.float32)
+        >>> table.write(np.arange(1000), rows)
+        >>> commit = store.commit()
+        >>> index = table.build_index(tmp / "tokens.index")  # doctest: +SKIP
+        """
+        from shardemb.search import index
+
+        return index.build(self._state, path, metric, progress)
+
+    def open_index(self, path: str | os.PathLike[str]) -> Index:
+        """Open an index that `build_index` has made of this table. Needs the extra ``[ann]``.
+
+        Parameters
+        ----------
+        path : path-like
+            The file of the index. It is mapped, not loaded.
+
+        Returns
+        -------
+        Index
+            ``index.search(queries, k)`` returns what `search` does, nearly always. It is never out of date: rows that
+            changed since the index was built are compared one by one.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            usearch is not installed; the message has the command.
+        ShardEmbError
+            It is the index of another table, or the table was resized or resharded since: build it again.
+        FileNotFoundError, FormatError, OSError
+            There is no such file; it is no index, or damaged.
+        TypeError, ValueError
+            `path` is no local path.
+        StoreClosedError, TableNotFoundError
+            As `lookup`.
+
+        Notes
+        -----
+        Safe from any thread. Open only files that you trust: usearch follows the links in a graph as they are.
+
+        Examples
+        --------
+        >>> index = table.open_index(tmp / "tokens.index")  # doctest: +SKIP
+        >>> index.search(table.lookup([7]), 10).ids.shape  # doctest: +SKIP
+        (1, 10)
+        """
+        from shardemb.search import index
+
+        return index.open_index(self._state, path)
 
     def prefetch(self, ids: ArrayLike, *, for_update: bool = False) -> None:
         """Start to read rows into memory, in the background.

@@ -196,6 +196,10 @@ class KeyRows:
             return rows
         return rows[key_records.are_live(self.tables.records(rows))]
 
+    def have_keys(self, rows: Int64Array) -> NDArray[np.bool_]:
+        """Return which of some rows have a key."""
+        return key_records.are_live(self.tables.records(rows))
+
     def future_rows(self, given: KeysLike, which: Int64Array) -> Int64Array:
         """Return the rows that the keys number `which` of a batch would get next. None of them has a row."""
         checked, hashes = self._checked(given)

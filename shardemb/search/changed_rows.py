@@ -1,0 +1,80 @@
+"""Which rows of a table may differ from what its files held at an earlier time, told by the checksums of their blocks.
+
+A fold changes the checksum of a block before the block itself, and forgets that a row waits for it after both. So who
+asks in that order, first for the rows that wait and then for the checksums, misses none.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shardemb.base.sizes import PAGE
+from shardemb.storage import checksums
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+    from shardemb.base.validation import Int64Array
+    from shardemb.engine.shards import Shards
+    from shardemb.engine.table_state import TableState
+
+WINDOW = 2**19
+"""Blocks whose checksums are in memory at a time: 4 MiB, for 2 GiB of rows."""
+
+
+def num_blocks(shards: Shards) -> int:
+    """Return how many blocks the rows of a table have."""
+    return shards.spec.num_shards * shards.spec.shard_bytes // PAGE
+
+
+def windows(shards: Shards) -> Iterator[tuple[int, int]]:
+    """Cut the blocks of a table into pieces, first and count."""
+    total = num_blocks(shards)
+    for first in range(0, total, WINDOW):
+        yield first, min(WINDOW, total - first)
+
+
+def sums(shards: Shards, first: int, count: int) -> NDArray[np.uint64]:
+    """Read the checksums of blocks as they are now."""
+    return checksums.read_sums(shards.location.checksums_path, first, count)
+
+
+def since(table: TableState, then: Callable[[int, int], NDArray[np.uint64]]) -> Int64Array:
+    """List the rows, ascending, that may have changed since ``then(first, count)`` were the checksums of blocks.
+
+    Rows of a block that has changed count as changed, all of them.
+
+    Raises
+    ------
+    OSError
+        The checksums cannot be read.
+    """
+    with table.runtime.lock:
+        shards = table.live()
+        waiting = shards.unfolded_rows()
+    blocks = [
+        first + np.flatnonzero(sums(shards, first, count) != then(first, count))
+        for first, count in windows(shards)
+    ]
+    rows = rows_of(np.concatenate([np.empty(0, np.int64), *blocks]), shards.spec.record_bytes)
+    changed = np.union1d(waiting, rows)
+    return changed[changed < shards.spec.num_embeddings]
+
+
+def rows_of(blocks: Int64Array, record_bytes: int) -> Int64Array:
+    """List the rows of which a part is in blocks, ascending.
+
+    Examples
+    --------
+    >>> rows_of(np.array([0, 2]), 3000)
+    array([0, 1, 2, 3, 4])
+    """
+    first = blocks * PAGE // record_bytes
+    counts = ((blocks + 1) * PAGE - 1) // record_bytes + 1 - first
+    ends = np.cumsum(counts)
+    within = np.arange(ends[-1] if ends.size else 0) - np.repeat(ends - counts, counts)
+    return np.unique(np.repeat(first, counts) + within)

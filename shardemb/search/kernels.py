@@ -1,0 +1,183 @@
+"""The hot loops of a search: rows made ready for a product with queries, the best scores kept, pairs scored again.
+
+A product of matrices gives the scores of many rows and queries. What else a score needs is one more column: each row
+has a number in it, its *bias*, and each query a one. A bias of minus infinity leaves a row out.
+
+Sums are made in double precision, in an order that depends on nothing but the number of columns. So equal rows have
+equal scores.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shardemb.compute.compiler import inlined, kernel
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from shardemb.base.validation import Float32Array, Int64Array
+
+_LEFT_OUT = np.float32(-np.inf)
+
+_SMALLEST = 1e-38
+"""The smallest length of a row that has a direction: float32 can still hold the inverse."""
+
+_CHUNK = 64
+"""How many scores are compared with the worst of the best at a time, without a branch."""
+
+
+# ---- rows ready for a product -----------------------------------------------------------------------------------
+
+
+@inlined
+def _square_sum(row: Float32Array) -> float:
+    """Sum the squares of a row, in four sums at a time: one would wait for each addition."""
+    a, b, c, d = 0.0, 0.0, 0.0, 0.0
+    whole = row.size // 4 * 4
+    for j in range(0, whole, 4):
+        a += np.float64(row[j]) * np.float64(row[j])
+        b += np.float64(row[j + 1]) * np.float64(row[j + 1])
+        c += np.float64(row[j + 2]) * np.float64(row[j + 2])
+        d += np.float64(row[j + 3]) * np.float64(row[j + 3])
+    for j in range(whole, row.size):
+        a += np.float64(row[j]) * np.float64(row[j])
+    return (a + b) + (c + d)
+
+
+@inlined
+def _leave_out(out: Float32Array, i: int) -> None:
+    """Let row `i` have no score that counts."""
+    out[i, :] = np.float32(0)
+    out[i, -1] = _LEFT_OUT
+
+
+@kernel
+def unit_rows(rows: Float32Array, allowed: NDArray[np.bool_], out: Float32Array) -> None:
+    """Set ``out[i]`` to row `i` divided by its length, and a bias of 0; rows of `out` past the last one are left out.
+
+    A row of zeros stays that, with a bias of -1, which is its cosine. Rows with NaN or infinity are left out.
+    """
+    dim = rows.shape[1]
+    for i in range(out.shape[0]):
+        length = np.sqrt(_square_sum(rows[i])) if i < rows.shape[0] and allowed[i] else np.inf
+        if not length < np.inf:
+            _leave_out(out, i)
+        elif length < _SMALLEST:
+            out[i, :] = np.float32(0)
+            out[i, dim] = np.float32(-1)
+        else:
+            inverse = np.float32(1 / length)
+            for j in range(dim):
+                out[i, j] = rows[i, j] * inverse
+            out[i, dim] = np.float32(0)
+
+
+@kernel
+def plain_rows(rows: Float32Array, allowed: NDArray[np.bool_], out: Float32Array) -> None:
+    """Do what `unit_rows` does, but leave rows as they are."""
+    dim = rows.shape[1]
+    for i in range(out.shape[0]):
+        if not (i < rows.shape[0] and allowed[i] and _square_sum(rows[i]) < np.inf):
+            _leave_out(out, i)
+            continue
+        for j in range(dim):
+            out[i, j] = rows[i, j]
+        out[i, dim] = np.float32(0)
+
+
+@kernel
+def shifted_rows(
+    rows: Float32Array, allowed: NDArray[np.bool_], out: Float32Array, origin: Float32Array
+) -> None:
+    """Do what `unit_rows` does, but subtract `origin`, and let the bias be half of the negative squared length."""
+    dim = rows.shape[1]
+    for i in range(out.shape[0]):
+        if not (i < rows.shape[0] and allowed[i]):
+            _leave_out(out, i)
+            continue
+        for j in range(dim):
+            out[i, j] = rows[i, j] - origin[j]
+        squares = _square_sum(out[i, :dim])
+        if squares < 1e38:
+            out[i, dim] = np.float32(-0.5 * squares)
+        else:
+            _leave_out(out, i)
+
+
+# ---- the best -----------------------------------------------------------------------------------------------------
+
+
+@inlined
+def _is_worse(score: float, row: int, other: float, other_row: int) -> bool:
+    return score < other or (score == other and row > other_row)
+
+
+@inlined
+def _replace_worst(scores: Float32Array, rows: Int64Array, score: float, row: int) -> None:
+    """Replace the first entry of a heap, which is its worst, and restore the order."""
+    at, child = 0, 1
+    while child < scores.size:
+        if child + 1 < scores.size and _is_worse(
+            scores[child + 1], rows[child + 1], scores[child], rows[child]
+        ):
+            child += 1
+        if not _is_worse(scores[child], rows[child], score, row):
+            break
+        scores[at], rows[at] = scores[child], rows[child]
+        at, child = child, 2 * child + 1
+    scores[at], rows[at] = score, row
+
+
+@kernel
+def keep_best(
+    scores: Float32Array, count: int, ids: Int64Array, best: Float32Array, best_ids: Int64Array
+) -> None:
+    """Keep the best of the scores so far: those of query `i` in the heap ``best[i]``, worst first.
+
+    Of each row of `scores`, `count` numbers are those of the rows `ids`, which ascend from call to call too: so a row
+    never takes the place of an equal one. NaN is left out. Most chunks have nothing that is better than the worst.
+    """
+    for i in range(best.shape[0]):
+        row, heap, heap_ids = scores[i], best[i], best_ids[i]
+        for start in range(0, count, _CHUNK):
+            stop, worst, better = min(start + _CHUNK, count), heap[0], 0
+            for j in range(start, stop):
+                better += row[j] > worst
+            if better == 0:
+                continue
+            for j in range(start, stop):
+                if row[j] > heap[0]:
+                    _replace_worst(heap, heap_ids, row[j], ids[j])
+
+
+# ---- pairs --------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def dots(queries: Float32Array, rows: Float32Array, places: Int64Array, out: Float32Array) -> None:
+    """Set ``out[i, j]`` to the product of query `i` and row ``places[i, j]``; places below 0 are passed over."""
+    for i in range(places.shape[0]):
+        for j in range(places.shape[1]):
+            if places[i, j] < 0:
+                continue
+            row, total = rows[places[i, j]], 0.0
+            for k in range(row.size):
+                total += np.float64(queries[i, k]) * np.float64(row[k])
+            out[i, j] = np.float32(total)
+
+
+@kernel
+def distances(queries: Float32Array, rows: Float32Array, places: Int64Array, out: Float32Array) -> None:
+    """Set ``out[i, j]`` to minus the squared distance of query `i` and row ``places[i, j]``; see `dots`."""
+    for i in range(places.shape[0]):
+        for j in range(places.shape[1]):
+            if places[i, j] < 0:
+                continue
+            row, total = rows[places[i, j]], 0.0
+            for k in range(row.size):
+                difference = np.float64(queries[i, k]) - np.float64(row[k])
+                total += difference * difference
+            out[i, j] = np.float32(-total)
