@@ -19,6 +19,7 @@ from shardemb.base.progress import track
 from shardemb.dtypes import BlockScaled, ScaledInt8
 from shardemb.initializers import INITIALIZERS, Constant, Uniform
 from shardemb.optim import OPTIMIZERS
+from shardemb.search.metrics import METRICS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -116,6 +117,8 @@ def _train(path: Path, optimizer: Optimizer, initializer: Initializer) -> None:
         table.explain(ids)
         table.warm(ids)
         table.warm()
+        for metric in METRICS:
+            table.search(np.ones((1, 2)), 1, metric=metric)
         table.to_arrow_batches().read_all()
 
 

@@ -345,6 +345,8 @@ EXCEPTIONS = {
     ("imports.arrays", "open"): "a member of an archive of the caller's, to read; no part of a store",
     ("imports.tensors", "load"): "files of the caller's, to read; no part of a store",
     ("imports.containers", "open"): "folders of the caller's, to read; no part of a store",
+    ("search.evaluation", "open"): "text files of the caller's, to read; no part of a store",
+    ("search.graph", "save"): "a file of the caller's, which usearch writes under the temporary name of an export",
     ("text", "open"): "text files of the caller's, to read; no part of a store",
     ("memory.output_pool", "remove"): "of a list",
     ("storage.address_space", "os.strerror"): "the text of an error",

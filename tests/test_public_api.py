@@ -68,10 +68,17 @@ KEYED_TABLE = """
 bag_weight_gradient(self, keys: KeysLike, offsets: ArrayLike | None, grads: ArrayLike, *, \
 mode: "Literal['sum', 'mean', 'sqrtn']" = 'sum', weights: ArrayLike | None = None, padding_key: Any = None, \
 include_last_offset: bool = False, missing: Missing = 'error') -> NDArray[np.float32]
+closer_than(self, key: Any, other: Any) -> list[Any]
 copy_rows(self, source: KeysLike, target: KeysLike) -> None
 delete(self, keys: KeysLike) -> NDArray[np.int64]
+distances(self, key_or_vector: Any, other_keys: KeysLike = ()) -> NDArray[np.float32]
+doesnt_match(self, keys: Sequence[Any]) -> Any
 dtype: str | Dtype
 embedding_dim: int
+evaluate_word_analogies(self, analogies: Lines, restrict_vocab: int | None = 300000, case_insensitive: bool = True, \
+dummy4unknown: bool = False) -> tuple[float, list[dict[str, Any]]]
+evaluate_word_pairs(self, pairs: Lines, delimiter: str = '\\t', restrict_vocab: int | None = 300000, \
+case_insensitive: bool = True, dummy4unknown: bool = False) -> tuple[Correlation, Correlation, float]
 evict(self, *, older_than: int | None = None, keep: int | None = None, \
 by: "Literal['lru', 'lfu']" = 'lru') -> NDArray[Any]
 export(self, path: str | os.PathLike[str], format: str | Format | None = None, *, columns: Sequence[str] = (), \
@@ -89,14 +96,25 @@ missing: Missing = 'error', create: bool = False, out: NDArray[np.float32] | Non
 -> NDArray[np.float32]
 lookup_unique(self, keys: KeysLike, *, create: bool = False, dtype: DtypeLike | None = None) \
 -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]
+most_similar(self, positive: Words = None, negative: Words = None, topn: int | None = 10, clip_start: int = 0, \
+clip_end: int | None = None, restrict_vocab: int | None = None) -> list[tuple[Any, float]] | NDArray[np.float32]
+most_similar_cosmul(self, positive: Words = None, negative: Words = None, topn: int | None = 10, \
+restrict_vocab: int | None = None) -> list[tuple[Any, float]] | NDArray[np.float32]
+n_similarity(self, keys: Sequence[Any], others: Sequence[Any]) -> float
 name: str
 num_embeddings: int
 optimizer: Optimizer | None
 prefetch(self, keys: KeysLike, *, for_update: bool = False) -> None
+rank(self, key: Any, other: Any) -> int
 reset_rows(self, keys: KeysLike) -> None
 rows: Table
+search(self, queries: ArrayLike, k: int, *, metric: MetricName = 'cosine', keys: KeysLike | None = None, \
+exclude: Any = None) -> KeySearchResult
 set_optimizer(self, optimizer: Optimizer) -> None
 shape: tuple[int, int]
+similar_by_vector(self, vector: ArrayLike, topn: int | None = 10, restrict_vocab: int | None = None) \
+-> list[tuple[Any, float]] | NDArray[np.float32]
+similarity(self, key: Any, other: Any) -> float
 state(self, column: str, keys: KeysLike) -> NDArray[np.float32]
 stats(self) -> dict[str, Any]
 step: int
@@ -174,6 +192,7 @@ TABLE = """
 bag_weight_gradient(self, ids: ArrayLike, offsets: ArrayLike | None, grads: ArrayLike, *, \
 mode: "Literal['sum', 'mean', 'sqrtn']" = 'sum', weights: ArrayLike | None = None, \
 padding_idx: int | None = None, include_last_offset: bool = False) -> NDArray[np.float32]
+build_index(self, path: str | os.PathLike[str], *, metric: MetricName = 'cosine', progress: Progress = None) -> Index
 copy_rows(self, source: ArrayLike, target: ArrayLike) -> None
 dtype: str | Dtype
 embedding_dim: int
@@ -198,12 +217,15 @@ materialize(self, *, progress: Progress = None) -> None
 name: str
 nbytes: int
 num_embeddings: int
+open_index(self, path: str | os.PathLike[str]) -> Index
 optimizer: Optimizer | None
 padding_idx: int | None
 prefetch(self, ids: ArrayLike, *, for_update: bool = False) -> None
 reset_rows(self, ids: ArrayLike) -> None
 resize(self, num_embeddings: int, *, drop_rows: bool = False) -> None
 rows_per_shard: int
+search(self, queries: ArrayLike, k: int, *, metric: MetricName = 'cosine', \
+rows: tuple[int, int] | ArrayLike | None = None, exclude: ArrayLike | Sequence[ArrayLike] | None = None) -> SearchResult
 set_optimizer(self, optimizer: Optimizer) -> None
 shape: tuple[int, int]
 state(self, column: str, ids: ArrayLike) -> NDArray[np.float32]

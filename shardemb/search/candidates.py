@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,9 +33,9 @@ class Excluded:
         Ascending rows, and the query that each is left out for.
     """
 
-    ids: Int64Array = _NONE
-    pairs: Int64Array = _NONE
-    queries: Int64Array = _NONE
+    ids: Int64Array = field(default_factory=lambda: _NONE)
+    pairs: Int64Array = field(default_factory=lambda: _NONE)
+    queries: Int64Array = field(default_factory=lambda: _NONE)
 
     @classmethod
     def checked(cls, given: Any, num_queries: int, to_rows: Callable[[Any], Int64Array]) -> Excluded:  # noqa: ANN401
@@ -77,6 +77,10 @@ class Excluded:
         """Return the same for the queries ``start:stop``."""
         which = (self.queries >= start) & (self.queries < stop)
         return replace(self, pairs=self.pairs[which], queries=self.queries[which] - start)
+
+
+NOTHING = Excluded()
+"""No row is left out."""
 
 
 def _is_nested(given: Any) -> bool:  # noqa: ANN401
@@ -140,7 +144,7 @@ class Candidates:
         return self.stop - self.start if self.chosen is None else self.chosen.size
 
     def blocks(self, size: int) -> range:
-        """Number the blocks of `size` rows: of all rows of a table, or of the chosen ones."""
+        """Return the numbers of the blocks of `size` rows: of all rows of a table, or of the chosen ones."""
         if self.chosen is not None:
             return range(-(-self.chosen.size // size))
         return range(self.start // size, -(-self.stop // size)) if self.count else range(0)

@@ -23,7 +23,7 @@ from shardemb.base.sizes import round_up
 from shardemb.compute import scheduler
 from shardemb.engine import batch
 from shardemb.memory import memory_budget
-from shardemb.search.candidates import Candidates, Excluded, checked_queries
+from shardemb.search.candidates import NOTHING, Candidates, Excluded, checked_queries
 from shardemb.search.kernels import keep_best
 from shardemb.search.metrics import METRICS
 
@@ -132,7 +132,7 @@ class Pass:
     table: TableState
     metric: Metric
     candidates: Candidates
-    excluded: Excluded = Excluded()
+    excluded: Excluded = NOTHING
 
     @cached_property
     def tile_rows(self) -> int:

@@ -1,4 +1,4 @@
-"""A graph of codes, one byte a number, that finds rows which are probably near: usearch's HNSW. No other module uses it.
+"""A graph of codes, one byte a number, that finds rows which are probably near: usearch's HNSW.
 
 All comparisons become distances of vectors of bytes. Rows are compared by cosine as vectors of length 1. Products
 become distances with one more number, by which all rows get the same length (Bachrach et al., 2014).

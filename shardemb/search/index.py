@@ -12,7 +12,7 @@ import os
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from shardemb.errors import FormatError, ShardEmbError
 from shardemb.exports import targets
 from shardemb.format import documents
 from shardemb.search import changed_rows
-from shardemb.search.candidates import Candidates, Excluded
+from shardemb.search.candidates import NOTHING, Candidates
 from shardemb.search.exact import Asked, SearchResult, find, score_again, shown, written
 from shardemb.search.graph import Encoder, Graph, require_usearch
 from shardemb.storage import files
@@ -361,7 +361,7 @@ class Index:
         found = shown(by, score_again(self._table, by, proposed), asked.k)
         if changed.size:
             found = _merged(
-                found, find(self._table, by, asked.k, written(self._table, changed), Excluded()), by.name
+                found, find(self._table, by, asked.k, written(self._table, changed), NOTHING), by.name
             )
         return asked.shaped(found)
 

@@ -1,4 +1,4 @@
-"""How rows are compared with queries. A higher score is better, within this folder; `Metric.shown` is what users see."""
+"""How rows are compared with queries. Here a higher score is better; `Metric.shown` is what users see."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Metric(Protocol):
         """Make rows ready for a product, shape (at least the rows, dim + 1); see `kernels.unit_rows`."""
 
     def score(self, rows: Float32Array, places: Int64Array, first: int) -> Float32Array:
-        """Score pairs exactly: query ``first + i`` with the rows at ``places[i]``, minus infinity for places below 0."""
+        """Score query ``first + i`` and the rows at ``places[i]`` exactly; minus infinity for places below 0."""
 
     def shown(self, scores: Float32Array) -> Float32Array:
         """Return scores as users see them."""

@@ -6,19 +6,20 @@ A key stands for the direction of its row. Positions, such as `clip_start`, numb
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from shardemb.base import validation
-from shardemb.search.candidates import Candidates, Excluded, checked_queries
+from shardemb.search.candidates import NOTHING, Candidates, Excluded, checked_queries
 from shardemb.search.exact import Asked, Best, Pass, find, ranked
 from shardemb.search.metrics import Cosine, with_ones
 from shardemb.vocabulary.key_rows import read_steadily
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from numpy.typing import ArrayLike, NDArray
 
     from shardemb.base.validation import Float32Array, Int64Array
@@ -250,7 +251,7 @@ def _answer(
         found = find(keyed.table, metric, topn, rows, excluded)
     else:
         scan = Pass(keyed.table, metric, rows, excluded)
-        best = [Best(1, min(topn, rows.count), Excluded()) for _ in range(scan.parts)]
+        best = [Best(1, min(topn, rows.count), NOTHING) for _ in range(scan.parts)]
         scan.run([Multiplied(each, factors, queries) for each in best])
         ids, scores = ([getattr(each, name) for each in best] for name in ("ids", "scores"))
         found = ranked(np.hstack(ids), np.hstack(scores), topn)

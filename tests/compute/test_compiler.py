@@ -103,6 +103,7 @@ USE_EVERYTHING = """
     from shardemb.dtypes import BlockScaled, Plain
     from shardemb.memory import slots
     from shardemb.precision import coded_rows
+    from shardemb.search import kernels
     from shardemb.vocabulary import hash_index, hashing, index_kernels, key_kernels
     from shardemb.initializers import Uniform
     from shardemb.optim import Adam

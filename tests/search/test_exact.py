@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import inside
 
 import shardemb
 from shardemb.initializers import Constant, Uniform
@@ -40,10 +41,10 @@ def score(row, query, metric):
     return row @ query / np.linalg.norm(row) / np.linalg.norm(query) if row.any() else -1.0
 
 
-def check(table, rows, queries, k, metric, model_options=None, **options):
+def check(table, values, queries, k, metric, model_options=None, **options):
     """Compare a search with the model: equal scores, and equal ids but for those whose scores round alike."""
     got = table.search(queries, k, metric=metric, **options)
-    ids, scores = model(rows, queries, k, metric, **(model_options or {}))
+    ids, scores = model(values, queries, k, metric, **(model_options or {}))
     assert got.ids.dtype == np.int64
     assert got.scores.dtype == np.float32
     np.testing.assert_allclose(got.scores, scores, rtol=1e-4, atol=1e-4)
@@ -238,7 +239,7 @@ def test_pages_are_released_behind_a_table_that_does_not_fit(store, monkeypatch)
     rows = np.random.default_rng(6).standard_normal((5000, 64), np.float32)
     table = store.create_table("t", num_embeddings=5000, embedding_dim=64, initializer=rows)
     released = []
-    kind = type(table._state.shards)
+    kind = type(inside.state(table).shards)
     monkeypatch.setattr(kind, "release_pages", lambda self, start, stop: released.append((start, stop)))
     before = table.search(rows[:2], 3)
     assert released == []
