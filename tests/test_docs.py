@@ -42,7 +42,7 @@ DOCUMENTS = sorted(
 )
 NOT_RUN = 0
 """Blocks with a reason not to be run."""
-NEEDING = 7
+NEEDING = 9
 """Blocks that run only where a module is installed."""
 
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS

@@ -192,7 +192,8 @@ TABLE = """
 bag_weight_gradient(self, ids: ArrayLike, offsets: ArrayLike | None, grads: ArrayLike, *, \
 mode: "Literal['sum', 'mean', 'sqrtn']" = 'sum', weights: ArrayLike | None = None, \
 padding_idx: int | None = None, include_last_offset: bool = False) -> NDArray[np.float32]
-build_index(self, path: str | os.PathLike[str], *, metric: MetricName = 'cosine', progress: Progress = None) -> Index
+build_index(self, path: str | os.PathLike[str], *, metric: MetricName = 'cosine', links: int = 7, \
+progress: Progress = None) -> Index
 copy_rows(self, source: ArrayLike, target: ArrayLike) -> None
 dtype: str | Dtype
 embedding_dim: int

@@ -251,12 +251,6 @@ class Shards:
         bits: NDArray[np.bool_] = (self.present[rows >> 3] >> (rows & 7).astype(np.uint8)) & 1 == 1
         return bits
 
-    def hold_values(self, rows: Int64Array) -> NDArray[np.bool_]:
-        """Return for each row whether it was ever written, here or in the files; see `were_written`."""
-        # In this order: a row that a fold takes out of its slot in between has its bit by then.
-        dirty = self.overlay.are_dirty(rows)
-        return dirty | self.were_written(rows)
-
     def count_resident(self, pages: Int64Array) -> int:
         """Count the pages of the files that are in memory; 0 if the kernel does not say."""
         nothing, none = np.empty(0, np.uint8), np.empty(0, np.int32)
@@ -394,11 +388,6 @@ class Shards:
     def changed_rows(self) -> Int64Array:
         """List the rows in slots that differ from the last commit, in the order of these, spilled ones last."""
         return self.overlay.changed_rows()
-
-    def unfolded_rows(self) -> Int64Array:
-        """List the rows, ascending, that the files may not hold, or not with their checksums: they wait for a fold."""
-        filled = [np.arange(start, stop) for start, stop in self.filled.ranges()]
-        return np.unique(np.concatenate([self.overlay.dirty_rows(), *filled]))
 
     def forget_changes(self, images: Images, budget: MemoryBudget) -> None:
         """Go back to the last commit: to the files, and to `images`, which are newer than the files.

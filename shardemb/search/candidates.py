@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
     from shardemb.base.validation import Int64Array
+    from shardemb.engine.shards import Shards
     from shardemb.engine.table_state import TableState
 
 _NONE = np.empty(0, np.int64)
@@ -162,6 +163,13 @@ class Candidates:
             at = np.searchsorted(excluded.ids, ids)
             allowed &= excluded.ids[np.minimum(at, excluded.ids.size - 1)] != ids
         return allowed
+
+
+def hold_values(shards: Shards, rows: Int64Array) -> NDArray[np.bool_]:
+    """Return for each row whether it was ever written, in memory or in the files; see `Shards.were_written`."""
+    # In this order: a row that a fold takes out of its slot in between has its bit by then.
+    dirty = shards.overlay.are_dirty(rows)
+    return dirty | shards.were_written(rows)
 
 
 def checked_queries(queries: ArrayLike, dim: int, table: str, *, metric: str) -> NDArray[np.float32]:

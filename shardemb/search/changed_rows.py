@@ -55,7 +55,8 @@ def since(table: TableState, then: Callable[[int, int], NDArray[np.uint64]]) -> 
     """
     with table.runtime.lock:
         shards = table.live()
-        waiting = shards.unfolded_rows()
+        filled = [np.arange(start, stop) for start, stop in shards.filled.ranges()]
+        waiting = np.unique(np.concatenate([shards.overlay.dirty_rows(), *filled]))
     blocks = [
         first + np.flatnonzero(sums(shards, first, count) != then(first, count))
         for first, count in windows(shards)

@@ -53,7 +53,7 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> Correlation:
 
     Examples
     --------
-    >>> spearman([1, 2, 3], [1, 20, 300]).statistic
+    >>> round(spearman([1, 2, 3], [1, 20, 300]).statistic, 6)
     1.0
     """
     return pearson(*(_ranks(np.asarray(each, np.float64)).tolist() for each in (one, other)))

@@ -23,7 +23,7 @@ from shardemb.base.sizes import round_up
 from shardemb.compute import scheduler
 from shardemb.engine import batch
 from shardemb.memory import memory_budget
-from shardemb.search.candidates import NOTHING, Candidates, Excluded, checked_queries
+from shardemb.search.candidates import NOTHING, Candidates, Excluded, checked_queries, hold_values
 from shardemb.search.kernels import keep_best
 from shardemb.search.metrics import METRICS
 
@@ -280,7 +280,7 @@ class Asked:
 
 def written(table: TableState, rows: Any) -> Candidates:  # noqa: ANN401
     """Return those of a caller's rows that were ever written."""
-    return replace(Candidates.checked(table, rows), live=lambda ids: table.live().hold_values(ids))
+    return replace(Candidates.checked(table, rows), live=lambda ids: hold_values(table.live(), ids))
 
 
 def find(

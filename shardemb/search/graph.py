@@ -56,7 +56,7 @@ class Encoder:
         origin = sample.mean(axis=0, dtype=np.float64) if metric == "l2" else np.zeros(sample.shape[1])
         longest = float(np.linalg.norm(sample, axis=1).max(initial=1e-30))
         first = cls(metric, tuple(origin.tolist()), 1.0, longest)
-        numbers = np.abs(first._comparable(sample))
+        numbers = np.abs(first.comparable(sample))
         largest = float(np.quantile(numbers, 1 - CLIPPED)) if numbers.size else 1.0
         return cls(metric, first.origin, LARGEST / max(largest, 1e-30), longest)
 
@@ -74,7 +74,7 @@ class Encoder:
         """The length of codes."""
         return len(self.origin) + (self.metric == "dot")
 
-    def _comparable(self, rows: Float32Array) -> NDArray[np.float64]:
+    def comparable(self, rows: Float32Array) -> NDArray[np.float64]:
         """Return vectors whose distances are in the order of the metric."""
         found: NDArray[np.float64] = rows.astype(np.float64)
         if self.metric == "cosine":
@@ -86,7 +86,7 @@ class Encoder:
 
     def rows(self, rows: Float32Array) -> NDArray[np.int8]:
         """Encode rows."""
-        return self._rounded(self._comparable(rows))
+        return self._rounded(self.comparable(rows))
 
     def queries(self, queries: Float32Array) -> NDArray[np.int8]:
         """Encode queries."""
@@ -166,7 +166,7 @@ class Graph:
         if ids.size:
             self._inner.add(ids.astype(np.uint64), codes, threads=threads)
 
-    def save(self, path: Path) -> None:
+    def write_to(self, path: Path) -> None:
         """Write the graph to a file."""
         self._inner.save(str(path))
 

@@ -23,7 +23,7 @@ from shardemb.errors import FormatError, ShardEmbError
 from shardemb.exports import targets
 from shardemb.format import documents
 from shardemb.search import changed_rows
-from shardemb.search.candidates import NOTHING, Candidates
+from shardemb.search.candidates import NOTHING, Candidates, hold_values
 from shardemb.search.exact import Asked, SearchResult, find, score_again, shown, written
 from shardemb.search.graph import Encoder, Graph, require_usearch
 from shardemb.storage import files
@@ -41,11 +41,14 @@ if TYPE_CHECKING:
     from shardemb.search.metrics import MetricName
 
 LINKS, EFFORT = 7, 128
-"""Links of a row in the graph, and candidates among which they are chosen.
+"""Links of a row in the graph by default, and candidates among which they are chosen.
 
-Fewer links than usearch has by default, because they take more bytes than codes; what that costs in recall, more
+Fewer links than usearch has, because they would take more bytes than the codes; what that costs in recall, more
 candidates give back.
 """
+
+CANDIDATES = 128
+"""Rows that the graph proposes for each query, unless k asks for more."""
 
 SAMPLE = 16_384
 """Rows by which the scale of the codes is chosen."""
@@ -130,21 +133,22 @@ class Header:
 # ---- building -----------------------------------------------------------------------------------------------------
 
 
-def build(table: TableState, path: object, metric: MetricName, progress: Progress) -> Index:
+def build(table: TableState, path: object, metric: MetricName, links: int, progress: Progress) -> Index:
     """Build an index of a table's last commit; see `Table.build_index`."""
     require_usearch()
     _require_indexable(table, metric)
+    links = validation.count(links, "links", minimum=2, maximum=1024)
     target = targets.checked(path, table.name, folder=False)
     shards = _folded(table)
     then = np.concatenate([changed_rows.sums(shards, *each) for each in changed_rows.windows(shards)])
     commit, step = table.runtime.committed.commit, table.training.step
     encoder = Encoder.of(_sample(table), metric)
-    graph, changing = _graph(table, encoder, progress)
+    graph, changing = _graph(table, Graph.empty(encoder.dim, links, EFFORT), encoder, progress)
     if table.live() is not shards:
         msg = f"table {table.name!r} was resized or resharded while its index was built; build it again"
         raise ShardEmbError(msg)
     with targets.staged(target, ()) as temporary:
-        graph.save(temporary)
+        graph.write_to(temporary)
         nbytes = files.size(temporary) or 0
         header = Header(
             table=shards.spec.uuid,
@@ -213,7 +217,7 @@ def _blocks(table: TableState) -> Iterator[tuple[Int64Array, Float32Array, Int64
             dirty |= shards.overlay.are_dirty(ids)
             if version is None or version == shards.overlay.version:
                 break
-        good = ~dirty & shards.hold_values(ids) & np.isfinite(rows).all(axis=1)
+        good = ~dirty & hold_values(shards, ids) & np.isfinite(rows).all(axis=1)
         yield ids[good], rows[good], ids[dirty]
 
 
@@ -221,13 +225,14 @@ def _sample(table: TableState) -> Float32Array:
     """Return rows that were written, evenly spread, without those of NaN and infinity."""
     count = table.live().spec.num_embeddings
     ids = np.unique(np.linspace(0, count - 1, min(count, SAMPLE)).astype(np.int64))
-    ids = ids[table.live().hold_values(ids)]
+    ids = ids[hold_values(table.live(), ids)]
     rows = table.read("weight", ids)
     return rows[np.isfinite(rows).all(axis=1)]
 
 
-def _graph(table: TableState, encoder: Encoder, progress: Progress) -> tuple[Graph, Int64Array]:
-    graph, changing = Graph.empty(encoder.dim, LINKS, EFFORT), [np.empty(0, np.int64)]
+def _graph(table: TableState, graph: Graph, encoder: Encoder, progress: Progress) -> tuple[Graph, Int64Array]:
+    """Add the rows of a table to a graph; return it, and the rows that changed meanwhile."""
+    changing = [np.empty(0, np.int64)]
     count = table.live().spec.num_embeddings
     with track(count, "building the index", progress=progress) as advance:
         for ids, rows, dirty in _blocks(table):
@@ -324,7 +329,7 @@ class Index:
             How many rows to find for each query.
         candidates : int, optional
             How many rows the graph proposes for each query; they are looked up in one call, and the best are returned.
-            More of them find more of the nearest rows, and take longer. By default 64, and at least 4 times `k`.
+            More of them find more of the nearest rows, and take longer. By default 128, and at least 4 times `k`.
 
         Returns
         -------
@@ -351,19 +356,17 @@ class Index:
         """
         asked = Asked.checked(self._table, queries, k, self.metric)
         if candidates is None:
-            candidates = max(64, 4 * asked.k)
+            candidates = max(CANDIDATES, 4 * asked.k)
         candidates = validation.count(candidates, "candidates", minimum=asked.k, maximum=2**31 - 1)
         changed = self.changed_rows()
         self._warn_if_many(changed.size)
         by, threads = asked.by, self._table.runtime.threads
         proposed = self._graph.search(self._header.encoder.queries(asked.queries), candidates, threads)
         proposed[_among(proposed, changed)] = -1
-        found = shown(by, score_again(self._table, by, proposed), asked.k)
         if changed.size:
-            found = _merged(
-                found, find(self._table, by, asked.k, written(self._table, changed), NOTHING), by.name
-            )
-        return asked.shaped(found)
+            found = find(self._table, by, asked.k, written(self._table, changed), NOTHING)
+            proposed = np.hstack([proposed, found.ids])
+        return asked.shaped(shown(by, score_again(self._table, by, proposed), asked.k))
 
     def _warn_if_many(self, changed: int) -> None:
         if changed > MANY * self._header.rows and not self._warned:
@@ -386,10 +389,3 @@ def _among(ids: Int64Array, ascending: Int64Array) -> NDArray[np.bool_]:
     at = np.minimum(np.searchsorted(ascending, ids), ascending.size - 1)
     found: NDArray[np.bool_] = ascending[at] == ids
     return found
-
-
-def _merged(one: SearchResult, other: SearchResult, metric: MetricName) -> SearchResult:
-    """Merge two results for the same queries."""
-    ids, scores = np.hstack([one.ids, other.ids]), np.hstack([one.scores, other.scores])
-    order = np.lexsort((ids, scores if metric == "l2" else -scores), axis=-1)[:, : one.ids.shape[1]]
-    return SearchResult(np.take_along_axis(ids, order, 1), np.take_along_axis(scores, order, 1))

@@ -132,7 +132,8 @@ class L2:
     @classmethod
     def of(cls, queries: Float32Array) -> L2:
         """Compare rows with queries."""
-        origin = queries.mean(axis=0, dtype=np.float64).astype(np.float32)
+        origin = queries.sum(axis=0, dtype=np.float64) / max(1, len(queries))
+        origin = origin.astype(np.float32)
         return cls(queries, origin, with_ones(queries - origin))
 
     def fill(self, rows: Float32Array, allowed: NDArray[np.bool_], out: Float32Array) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 
 from shardemb.base import validation
-from shardemb.search.candidates import NOTHING, Candidates, Excluded, checked_queries
+from shardemb.search.candidates import NOTHING, Candidates, Excluded, checked_queries, hold_values
 from shardemb.search.exact import Asked, Best, Pass, find, ranked
 from shardemb.search.metrics import Cosine, with_ones
 from shardemb.vocabulary.key_rows import read_steadily
@@ -104,7 +104,7 @@ def written(keyed: KeyedRows, candidates: Candidates) -> Candidates:
     """Return those of the candidates that have a key, and were ever written."""
 
     def live(ids: Int64Array) -> NDArray[np.bool_]:
-        return keyed.table.live().hold_values(ids) & keyed.keys.have_keys(ids)
+        return hold_values(keyed.table.live(), ids) & keyed.keys.have_keys(ids)
 
     return replace(candidates, live=live)
 

@@ -878,8 +878,11 @@ class KeyedTable:
 
         Examples
         --------
+        >>> spoken = store.create_vocabulary("spoken", key_type="string")
+        >>> some = store.create_table("spoken", vocabulary="spoken", embedding_dim=2)
+        >>> some.write(["one", "two", "first", "second"], [[1, 0.0], [2, 1.0], [0, 1.0], [1, 2.0]], create=True)
         >>> judged = ["one\ttwo\t9", "one\tfirst\t2", "two\tsecond\t7"]
-        >>> some.evaluate_word_pairs(judged)[1].statistic
+        >>> round(some.evaluate_word_pairs(judged)[1].statistic, 6)
         1.0
         """
         return evaluation.pairs(

@@ -472,7 +472,12 @@ class Table:
         return exact.search(self._state, queries, k, metric=metric, rows=rows, exclude=exclude)
 
     def build_index(
-        self, path: str | os.PathLike[str], *, metric: MetricName = "cosine", progress: Progress = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        metric: MetricName = "cosine",
+        links: int = 7,
+        progress: Progress = None,
     ) -> Index:
         """Build an index of neighbours, by which searches need not compare every row. Needs the extra ``[ann]``.
 
@@ -483,6 +488,9 @@ class Table:
             atomically.
         metric : {"cosine", "dot", "l2"}
             What the index compares rows by; see `search`.
+        links : int
+            How many rows each row is linked to, and twice as many in the lowest layer. More of them take 8 bytes each,
+            and find more where queries are unlike the rows.
         progress : bool or callable, optional
             True shows a bar; a function is called as ``progress(done, total)``, in rows.
 
@@ -522,7 +530,7 @@ class Table:
         """
         from shardemb.search import index
 
-        return index.build(self._state, path, metric, progress)
+        return index.build(self._state, path, metric, links, progress)
 
     def open_index(self, path: str | os.PathLike[str]) -> Index:
         """Open an index that `build_index` has made of this table. Needs the extra ``[ann]``.

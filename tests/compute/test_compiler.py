@@ -213,8 +213,13 @@ USE_EVERYTHING = """
                 table.prefetch(ids)
             table.warm()
             list(table.to_arrow_batches())
+        for metric in ("cosine", "dot", "l2"):
+            for given in ([1, 0, 1], np.eye(3), np.asfortranarray(np.ones((2, 3), np.float32))):
+                for rows in (None, (5, 900), [3, 4], np.arange(9, dtype=np.uint8)):
+                    store["drawn"].search(given, 3, metric=metric, rows=rows, exclude=[[1]] * len(np.atleast_2d(given)))
+        kernels.dots(*[np.ones((1, 3), np.float32)] * 2, np.zeros((1, 1), int), np.ones((1, 1), np.float32))
     modules = row_kernels, pooling, row_index, residency, grouping, file_blocks, hashing, index_kernels, key_kernels
-    modules += (slots,)
+    modules += slots, kernels
     inner = hashing._rotate_left, hashing._sip_round, index_kernels.bucket_of, index_kernels._filter_bit
     inner += index_kernels.first_bits, index_kernels._bucket_in_part
     inner += row_index._take_node, row_index._free_if_empty

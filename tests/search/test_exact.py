@@ -200,13 +200,14 @@ def test_other_dtypes_and_optimizer_state_are_searched_as_they_are_looked_up(sto
 
 def test_a_search_while_rows_are_spilled_and_changed(tmp_path):
     rng = np.random.default_rng(5)
-    rows = rng.standard_normal((20_000, 8), np.float32)
+    rows = rng.standard_normal((20_000, 64), np.float32)
     with shardemb.open(tmp_path / "s", memory_budget=0) as store:
-        table = store.create_table("t", num_embeddings=20_000, embedding_dim=8, initializer=rows)
+        table = store.create_table("t", num_embeddings=20_000, embedding_dim=64, initializer=rows)
         store.commit()
         changed = rng.permutation(20_000)[:8000]
         rows[changed] += 1
-        table.write(changed, rows[changed])
+        for some in np.array_split(changed, 4):  # what is in memory is spilled for the next
+            table.write(some, rows[some])
         assert table.stats()["rows_out"]
         check(table, rows, rows[:4], 6, "l2")
         stop = threading.Event()
@@ -283,6 +284,7 @@ def test_raw_bytes_are_refused(store):
     table = store.create_table("t", num_embeddings=10, embedding_dim=2, dtype="raw")
     with pytest.raises(ValueError, match="raw bytes"):
         table.search([1, 0], 1)
+    store.commit()
     store.close()
     with pytest.raises(shardemb.StoreClosedError):
         table.search([1, 0], 1)
