@@ -88,7 +88,8 @@ LEVELS = [
     {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission", "bags", "dtypes"}, {"format"},
     {"precision"}, {"storage"}, {"commits", "memory"}, {"engine", "imports", "exports"},
     {"table_source", "references"}, {"vocabulary"},
-    {"keyed_bags"}, {"search"}, {"session"}, {"store", "ranks"}, {"text", "torch", "dynamicemb"}, {"quickstart", "warm_up"},
+    {"keyed_bags"}, {"search"}, {"session"}, {"store", "ranks"}, {"text", "torch", "dynamicemb"},
+    {"quickstart", "warm_up"},
     {"cli"},
 ]  # fmt: skip
 

