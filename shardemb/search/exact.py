@@ -188,7 +188,7 @@ class Pass:
         """Hand the scores of a block to a receiver."""
         if not ids.size:
             return
-        rows = self.table.read_rows("weight", ids)
+        rows = self.table.read_here("weight", ids)
         allowed = self.candidates.allowed(ids, self.excluded)
         for start in range(0, ids.size, self.tile_rows):
             some = slice(start, start + self.tile_rows)

@@ -213,7 +213,7 @@ def _blocks(table: TableState) -> Iterator[tuple[Int64Array, Float32Array, Int64
         while True:
             version = shards.overlay.version
             dirty = shards.overlay.are_dirty(ids)
-            rows = table.read_rows("weight", ids)
+            rows = table.read_here("weight", ids)
             dirty |= shards.overlay.are_dirty(ids)
             if version is None or version == shards.overlay.version:
                 break
