@@ -459,10 +459,7 @@ def _fill_new_slots(runtime: Runtime, parts: Sequence[Loading]) -> list[Int64Arr
         for each, slots in zip(parts, reserved, strict=False):
             each.shards.overlay.unreserve(slots)
         raise
-    for each in parts:
-        touch = each.shards.overlay.touch_ahead(runtime.memory_budget // 32)
-        if touch is not None:
-            runtime.in_background(touch)
+    runtime.touch_ahead(each.shards.overlay for each in parts)
     return reserved
 
 

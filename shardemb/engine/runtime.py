@@ -23,7 +23,7 @@ from shardemb.memory.memory_budget import MemoryBudget, NoFolds
 from shardemb.memory.output_pool import OutputPool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from shardemb.commits.fills import Announcements
@@ -203,6 +203,13 @@ class Runtime:
                 self._background.submit(work)
                 return
         work()
+
+    def touch_ahead(self, overlays: Iterable[Overlay]) -> None:
+        """Touch memory for the slots that come next, in the background; see `Overlay.touch_ahead`."""
+        for each in overlays:
+            touch = each.touch_ahead(self.memory_budget // 32)
+            if touch is not None:
+                self.in_background(touch)
 
     def close(self) -> None:
         """Take no more calls, and wait for the work that runs in the background."""
