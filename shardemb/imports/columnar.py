@@ -306,7 +306,9 @@ class ColumnSource:
 
     def key_blocks(self) -> Iterator[Any] | None:
         """Read the keys alone, where that is possible."""
-        return None if self.key_batches is None or self.columns.keys is None else self._keys(self.columns.keys)
+        return (
+            None if self.key_batches is None or self.columns.keys is None else self._keys(self.columns.keys)
+        )
 
     def _keys(self, column: str) -> Iterator[Any]:
         first = 0
