@@ -69,7 +69,7 @@ class BinaryVectors(FileVectors):
             keys = strings(pa.array(tokens, pa.binary()), self.name, place, self._errors)
             self._stream.skip(end)
             row += len(rows)
-            yield Piece(rows, keys, self._stream.consumed, end)
+            yield Piece(rows, keys, self._stream.consumed)
 
     def _placed(self, first: int, starts: list[int]) -> Callable[[int], str]:
         position = self._stream.position
@@ -120,7 +120,7 @@ def _values(records: NDArray[Any], dim: int) -> Float32Array:
 def _is_text(stream: streams.Stream, dim: int) -> bool:
     """Return whether the first row has digits where its values should be."""
     found = re.match(rb"[^ ]* (-?[\d.e-]+ [\d.e \n-]*)", stream.peek(TOKEN_BYTES))
-    return dim > 1 and found is not None and len(found[1]) >= 4 * dim
+    return dim > 1 and found is not None and len(found[1]) >= min(4 * dim, 1000)
 
 
 def _is_double(begin: bytes, dim: int, num_rows: int) -> bool:
@@ -406,7 +406,7 @@ class FastTextWords(FileVectors):
             require_finite(rows, self.name, place)
             keys = strings(pa.array(words, pa.binary()), self.name, place, self._errors)
             row += len(words)
-            yield Piece(rows, keys, row, _WORDS)
+            yield Piece(rows, keys, row)
 
     def _vectors(self, words: list[bytes], first: int) -> Float32Array:
         """Return the means of the rows of each word and its n-grams."""
@@ -462,7 +462,7 @@ class FastTextMatrix(FileVectors):
         step = block_rows(self.dim)
         for start in range(0, self.total, step):
             rows = self.read(start, min(start + step, self.total))
-            yield Piece(rows, None, start + len(rows), rows.nbytes)
+            yield Piece(rows, None, start + len(rows))
 
 
 def open_fasttext_binary(source: object, options: ReadOptions) -> VectorSource:

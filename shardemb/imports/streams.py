@@ -8,6 +8,7 @@ one. Memory is bounded by what is peeked at, whatever a file expands to.
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import stat
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ from shardemb.base.paths import local_path
 from shardemb.imports.blocks import refuse
 
 if TYPE_CHECKING:
-    import io
     from collections.abc import Iterator
     from pathlib import Path
     from typing import Self
@@ -55,7 +55,8 @@ class Stream:
     """
 
     def __init__(self, path: Path, file: io.FileIO) -> None:
-        self.name, self.size, self.position = str(path), path.stat().st_size, 0
+        self.name, self.size, self.position = str(path), file.seek(0, io.SEEK_END), 0
+        file.seek(0)
         begin = file.read(16)
         file.seek(0)
         self.compression = next((name for name, magic in _CODECS.items() if magic.match(begin)), None)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Self
 
+    from numpy.typing import ArrayLike
+
     from shardemb.base.validation import Float32Array
     from shardemb.imports.blocks import ReadOptions, UnicodeErrors, VectorSource
 
@@ -41,9 +43,9 @@ MAX_DIM = 2**16
 """More numbers in a row than any table has columns; a header that says so is not believed."""
 
 _KEY_BYTES = 16 * 2**20
-"""Bytes of the source after which a block ends, however few values it has: long tokens."""
+"""Bytes of keys after which a block ends, however few values it has."""
 
-_FEW = 16
+_FEW = 64
 """Lines that are read one by one rather than halved again."""
 
 _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
@@ -55,12 +57,11 @@ _HEADER = re.compile(rb"[ \t]*(\d{1,19})[ \t]+(\d{1,19})[ \t\r]*(?:\n|\Z)")
 
 
 class Piece(NamedTuple):
-    """Some rows, as a format's parser has them: `Block` tells of the attributes. `nbytes` are those of the source."""
+    """Some rows, as a format's parser has them; `Block` tells of the attributes."""
 
     rows: Float32Array
     keys: Any
     consumed: int
-    nbytes: int
 
 
 class FileVectors(ABC):
@@ -84,8 +85,9 @@ class FileVectors(ABC):
         first, held = 0, list[Piece]()
         for piece in self.pieces():
             held.append(piece)
-            rows, nbytes = sum(len(each.rows) for each in held), sum(each.nbytes for each in held)
-            if rows >= block_rows(self.dim) or nbytes >= _KEY_BYTES:
+            rows = sum(len(each.rows) for each in held)
+            key_bytes = sum(each.keys.nbytes for each in held) if self.key_type else 0
+            if rows >= block_rows(self.dim) or key_bytes >= _KEY_BYTES:
                 yield _joined(held, first)
                 first, held = first + rows, []
         if held:
@@ -269,7 +271,7 @@ class TextVectors(FileVectors):
             require_finite(rows, self.name, self._placed(row))
             keys = strings(tokens, self.name, self._placed(row), self._errors)
             row += len(rows)
-            yield Piece(rows, keys, self._stream.consumed, len(text))
+            yield Piece(rows, keys, self._stream.consumed)
         if self._promised is not None and row < self._wanted:
             problem = f"the file ends after {plural(row, 'row')}, but line 1 promises {self._promised:,}"
             raise refuse(self.name, f"line {self._lines + row + 1:,}", f"{problem}: it is cut off")
@@ -330,24 +332,23 @@ class TextVectors(FileVectors):
         return rows, table.column(0).combine_chunks()
 
     def _one_by_one(self, text: bytes, first: int) -> tuple[Float32Array, pa.Array]:
-        tokens, rows = [], []
+        tokens, rows = [], np.empty((text.count(b"\n"), self.dim), np.float32)
         for number, line in enumerate(text.removesuffix(b"\n").split(b"\n")):
             try:
-                token, values = self._row(line.rstrip(b" \r"))
+                token, rows[number] = self._row(line.rstrip(b" \r"))
             except ValueError as error:
                 raise refuse(self.name, self._placed(first)(number), f"{error}: {shown(line)}") from error
             tokens.append(token)
-            rows.append(values)
-        return np.array(rows, np.float32), pa.array(tokens, pa.binary())
+        return rows, pa.array(tokens, pa.binary())
 
-    def _row(self, line: bytes) -> tuple[bytes, list[float]]:
+    def _row(self, line: bytes) -> tuple[bytes, ArrayLike]:
         """Return the token of a line and its values; raises ValueError if it has too few or too many."""
         token, *fields = line.rsplit(b" ", self.dim)
         if len(fields) < self.dim:
             found = f"a token and {plural(len(fields), 'number')}" if line else "the line is empty"
             msg = f"{found}, but rows have {plural(self.dim, 'number')}"
             raise ValueError(msg)
-        values = [_value(field) for field in fields]
+        values = _values(fields)
         # Blanks in tokens are fine, but this is what a row with more numbers looks like.
         _, blank, last = token.rpartition(b" ")
         if blank and _NUMBER.fullmatch(last):
@@ -365,15 +366,22 @@ def _first_lines(text: bytes, count: int) -> bytes:
     return text if len(ends) <= count else text[: int(ends[count - 1]) + 1]
 
 
+def _values(fields: list[bytes]) -> ArrayLike:
+    """Return the float32 nearest to each number; raises ValueError if there is none."""
+    try:
+        return pa.array(fields, pa.binary()).cast(pa.string()).cast(pa.float32()).to_numpy()
+    except pa.ArrowInvalid:
+        return [_value(field) for field in fields]
+
+
 def _value(field: bytes) -> float:
-    """Return the float32 that is nearest to a number; raises ValueError if there is none."""
     text = field.decode("latin-1")
     if not _LIKE_NUMBER.fullmatch(field):
         msg = f"{text[:40]!r} is not a number"
         raise ValueError(msg)
     try:
         return float(pa.scalar(text.removeprefix("+")).cast(pa.float32()).as_py())
-    except pa.ArrowInvalid:  # also for what is too close to zero
+    except pa.ArrowInvalid:  # in some versions also for what is too close to zero
         value = float(text)
     if abs(value) > 1:
         msg = f"{text[:40]!r} is beyond the range of float32"

@@ -188,7 +188,7 @@ def read_or_refused(opener, path, data, **options):
         assert len(keys) in (0, len(rows))
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(changes=CHANGES, errors=st.sampled_from(["strict", "replace"]))
 def test_damaged_word2vec_is_read_or_refused(tmp_path_factory, changes, errors):
     path, data = tmp_path_factory.getbasetemp() / "damaged", changed(WORD2VEC, changes)
@@ -418,7 +418,7 @@ def test_options_and_files_that_are_refused(path):
         read_file(open_fasttext_binary, path, gzip.compress(data))
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(changes=CHANGES, member=st.sampled_from([None, "input"]))
 def test_damaged_models_are_read_or_refused(tmp_path_factory, changes, member):
     data = changed(model_of_fasttext(WORDS[:6], matrix_of(10, 2), labels=[b"__label__"]), changes)

@@ -1,7 +1,9 @@
 """Files of callers: what is decompressed, what is refused, and how far reading has come."""
 
 import bz2
+import errno
 import gzip
+import io
 import lzma
 import os
 import random
@@ -147,6 +149,23 @@ def test_what_is_cut_off_or_damaged_is_refused(tmp_path, compression):
             pytest.raises(SourceError, match=r"a, before byte [\d,]+: cannot"),
         ):
             everything(stream)
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_failing_disk_is_not_taken_for_a_damaged_file(tmp_path, monkeypatch, pack):
+    path = tmp_path / "a"
+    path.write_bytes(pack(DATA))
+
+    class Failing(io.FileIO):
+        def read(self, nbytes=-1):
+            if self.tell() >= 2**16:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().read(min(nbytes, 2**16))
+
+    monkeypatch.setattr(streams, "open", lambda path, *_, **__: Failing(path), raising=False)
+    with streams.open_stream(path) as stream, pytest.raises(OSError, match="Input/output error") as caught:
+        everything(stream)
+    assert caught.value.errno == errno.EIO
 
 
 def test_what_is_compressed_cannot_be_mapped(tmp_path):
