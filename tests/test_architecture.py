@@ -502,7 +502,9 @@ def test_parameters_are_few():
         many.pop(f"store.keyed_table.{pooled}", None)
         many.pop(f"ranks.tables.{pooled}", None)
     many.pop("torch.embedding_bag.__init__")  # the same
-    many.pop("store.store.import_table")  # how to read a source, and of the new table what no other call changes
+    many.pop(
+        "store.store.import_table"
+    )  # how to read a source, and of the new table what no other call changes
     many.pop("cli.import_")
     many.pop("cli.export")  # click passes each option of the command line by name
     assert many == {}

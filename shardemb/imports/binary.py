@@ -16,14 +16,12 @@ import pyarrow as pa
 
 from shardemb.base.formatting import plural
 from shardemb.imports import streams
-from shardemb.imports.blocks import block_rows, refuse
+from shardemb.imports.blocks import MAX_DIM, block_rows, refuse, refuse_unused
 from shardemb.imports.text import (
-    MAX_DIM,
     FileVectors,
     Piece,
     first_of,
     read_header,
-    refuse_unused,
     require_finite,
     require_room,
     strings,
@@ -173,7 +171,7 @@ def open_word2vec_binary(source: object, options: ReadOptions) -> VectorSource:
     (['the'], array([[0.5, 2. ]], dtype=float32))
     """
     with streams.opening(source) as stream:
-        refuse_unused(options, stream.name, "member", "columns")
+        refuse_unused(stream.name, options, "unicode_errors")
         streams.refuse_packed(stream)
         promised, dim = read_header(stream)
         if _is_text(stream, dim):
@@ -490,7 +488,7 @@ def open_fasttext_binary(source: object, options: ReadOptions) -> VectorSource:
         See `streams.open_stream`.
     """
     with streams.opening(source) as stream:
-        refuse_unused(options, stream.name, "columns")
+        refuse_unused(stream.name, options, "member", "unicode_errors")
         streams.refuse_packed(stream)
         if options.member not in (None, "input"):
             problem = f"there is no member {options.member!r}: 'input' is the matrix of all rows"

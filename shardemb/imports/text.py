@@ -11,6 +11,7 @@ how many rows and numbers there are; GloVe does not.
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from abc import ABC, abstractmethod
@@ -22,7 +23,7 @@ from pyarrow import csv
 
 from shardemb.base.formatting import plural
 from shardemb.imports import streams
-from shardemb.imports.blocks import Block, block_rows, refuse
+from shardemb.imports.blocks import MAX_DIM, Block, block_rows, refuse, refuse_unused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,9 +40,6 @@ CHUNK = 4 * 2**20
 LINE_BYTES = 16 * 2**20
 """A longer line is no line of text: a bound of memory."""
 
-MAX_DIM = 2**16
-"""More numbers in a row than any table has columns; a header that says so is not believed."""
-
 _KEY_BYTES = 16 * 2**20
 """Bytes of keys after which a block ends, however few values it has."""
 
@@ -57,7 +55,7 @@ _HEADER = re.compile(rb"[ \t]*(\d{1,19})[ \t]+(\d{1,19})[ \t\r]*(?:\n|\Z)")
 
 
 class Piece(NamedTuple):
-    """Some rows, as a format's parser has them; `Block` tells of the attributes."""
+    """Some rows, as a format's parser has them; see `Block`, but `consumed` is what was read so far."""
 
     rows: Float32Array
     keys: Any
@@ -82,16 +80,20 @@ class FileVectors(ABC):
 
     def blocks(self) -> Iterator[Block]:
         """Read the rows, once, in order; see `VectorSource.blocks`."""
-        first, held = 0, list[Piece]()
+        first, consumed, held = 0, 0, list[Piece]()
         for piece in self.pieces():
             held.append(piece)
             rows = sum(len(each.rows) for each in held)
             key_bytes = sum(each.keys.nbytes for each in held) if self.key_type else 0
             if rows >= block_rows(self.dim) or key_bytes >= _KEY_BYTES:
-                yield _joined(held, first)
-                first, held = first + rows, []
+                yield _joined(held, first, piece.consumed - consumed)
+                first, consumed, held = first + rows, piece.consumed, []
         if held:
-            yield _joined(held, first)
+            yield _joined(held, first, held[-1].consumed - consumed)
+
+    def key_blocks(self) -> None:
+        """There is no way to the keys but through the rows."""
+        return None  # noqa: RET501 -- and nothing to override
 
     def close(self) -> None:
         """Close the file."""
@@ -104,10 +106,10 @@ class FileVectors(ABC):
         self.close()
 
 
-def _joined(pieces: list[Piece], first: int) -> Block:
+def _joined(pieces: list[Piece], first: int, consumed: int) -> Block:
     rows = pieces[0].rows if len(pieces) == 1 else np.concatenate([each.rows for each in pieces])
     keys = None if pieces[0].keys is None else pa.concat_arrays([each.keys for each in pieces])
-    return Block(rows, keys, first, pieces[-1].consumed)
+    return Block(rows, keys, first, consumed)
 
 
 def read_header(stream: streams.Stream) -> tuple[int, int]:
@@ -153,19 +155,6 @@ def require_room(stream: streams.Stream, promised: int, row_bytes: int) -> None:
             f"promises {plural(promised, 'row')} of at least {row_bytes:,} bytes, but {left:,} bytes follow"
         )
         raise refuse(stream.name, "line 1", f"{problem}: the file is cut off, or has another format")
-
-
-def refuse_unused(options: ReadOptions, name: str, *unused: str) -> None:
-    """Refuse options that a format has no use for.
-
-    Raises
-    ------
-    SourceError
-        One of them is given.
-    """
-    for option in unused:
-        if getattr(options, option):
-            raise refuse(name, "", f"has no use for {option}={getattr(options, option)!r}: leave it out")
 
 
 def strings(tokens: pa.Array, name: str, place: Callable[[int], str], errors: UnicodeErrors) -> pa.Array:
@@ -402,9 +391,57 @@ def _beginning(stream: streams.Stream) -> bytes:
     return begin[: begin.find(b"\n") + 1] or begin
 
 
+def read_tokens(given: object, errors: UnicodeErrors) -> Iterator[Any]:
+    r"""Read keys for rows that have none.
+
+    Parameters
+    ----------
+    given : path-like or sequence
+        A text file with one token a line, also compressed, or the keys themselves.
+    errors : {"strict", "replace", "ignore"}
+        What becomes of tokens that are not UTF-8.
+
+    Yields
+    ------
+    pyarrow.StringArray, or what was given
+
+    Raises
+    ------
+    SourceError
+        A token is not UTF-8, or a line is endless.
+
+    Examples
+    --------
+    >>> path = tmp / "tokens.txt"
+    >>> _ = path.write_bytes(b"the\nof\n")
+    >>> [each.to_pylist() for each in read_tokens(path, "strict")]
+    [['the', 'of']]
+    """
+    if not isinstance(given, str | os.PathLike):
+        yield given
+        return
+    with streams.open_stream(given) as stream:
+        streams.refuse_packed(stream)
+        first = 0
+        while data := stream.peek(CHUNK):
+            end = data.rfind(b"\n") + 1 if len(data) == CHUNK else len(data)
+            if not end:
+                raise refuse(
+                    stream.name, f"line {first + 1:,}", f"has more than {CHUNK:,} bytes: this is no token"
+                )
+            stream.skip(end)
+            lines = [line.removesuffix(b"\r") for line in data[:end].removesuffix(b"\n").split(b"\n")]
+            yield strings(pa.array(lines, pa.binary()), stream.name, _line_after(first), errors)
+            first += len(lines)
+
+
+def _line_after(first: int) -> Callable[[int], str]:
+    return lambda number: f"line {first + number + 1:,}"
+
+
 def _with_header(source: object, form: str, options: ReadOptions) -> VectorSource:
     with streams.opening(source) as stream:
-        refuse_unused(options, stream.name, "member", "columns")
+        refuse_unused(stream.name, options, "unicode_errors")
         _beginning(stream)
         promised, dim = read_header(stream)
         require_room(stream, promised, 2 * dim + 1)
@@ -459,7 +496,7 @@ def open_glove(source: object, options: ReadOptions) -> VectorSource:
     The first row says how many numbers each has. How many rows there are is known only at the end.
     """
     with streams.opening(source) as stream:
-        refuse_unused(options, stream.name, "member", "columns")
+        refuse_unused(stream.name, options, "unicode_errors")
         line = _beginning(stream)
         if not line.strip(b"\r\n "):
             raise refuse(stream.name, "line 1", "there is no row" if line else "the file is empty")

@@ -410,9 +410,9 @@ def test_options_and_files_that_are_refused(path):
     with pytest.raises(SourceError, match="words.bin: there is no member 'output': 'input' is"):
         read_file(open_fasttext_binary, path, data, member="output")
     for opener in (open_fasttext_binary, open_word2vec_binary):
-        with pytest.raises(SourceError, match="has no use for columns="):
+        with pytest.raises(SourceError, match="columns=.* means nothing"):
             read_file(opener, path, columns=("a",))
-    with pytest.raises(SourceError, match="has no use for member="):
+    with pytest.raises(SourceError, match="member=.* means nothing"):
         read_file(open_word2vec_binary, path, member="a")
     with pytest.raises(SourceError, match="is compressed with gzip, but its rows are read in any order"):
         read_file(open_fasttext_binary, path, gzip.compress(data))
