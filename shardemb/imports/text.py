@@ -5,7 +5,7 @@ how many rows and numbers there are; GloVe does not.
 
 1. The stream is cut behind the last newline of each `CHUNK` bytes.
 2. pyarrow's CSV reader parses the lines of a chunk on all cores, each number to the nearest float32. It knows nothing
-   of what real files have beside that: tokens with blanks or carriage returns in them, numbers too small for float32.
+   of what real files have beside that: tokens with blanks or carriage returns in them.
 3. A chunk that it refuses is halved, until a few lines are left, which Python reads one by one, or refuses by number.
 """
 
@@ -28,8 +28,6 @@ from shardemb.imports.blocks import MAX_DIM, Block, block_rows, refuse, refuse_u
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Self
-
-    from numpy.typing import ArrayLike
 
     from shardemb.base.validation import Float32Array
     from shardemb.imports.blocks import ReadOptions, UnicodeErrors, VectorSource
@@ -330,7 +328,7 @@ class TextVectors(FileVectors):
             tokens.append(token)
         return rows, pa.array(tokens, pa.binary())
 
-    def _row(self, line: bytes) -> tuple[bytes, ArrayLike]:
+    def _row(self, line: bytes) -> tuple[bytes, Float32Array]:
         """Return the token of a line and its values; raises ValueError if it has too few or too many."""
         token, *fields = line.rsplit(b" ", self.dim)
         if len(fields) < self.dim:
@@ -355,27 +353,15 @@ def _first_lines(text: bytes, count: int) -> bytes:
     return text if len(ends) <= count else text[: int(ends[count - 1]) + 1]
 
 
-def _values(fields: list[bytes]) -> ArrayLike:
-    """Return the float32 nearest to each number; raises ValueError if there is none."""
+def _values(fields: list[bytes]) -> Float32Array:
+    """Return the float32 nearest to each number; raises ValueError for what is none."""
     try:
         return pa.array(fields, pa.binary()).cast(pa.string()).cast(pa.float32()).to_numpy()
-    except pa.ArrowInvalid:
-        return [_value(field) for field in fields]
-
-
-def _value(field: bytes) -> float:
-    text = field.decode("latin-1")
-    if not _LIKE_NUMBER.fullmatch(field):
-        msg = f"{text[:40]!r} is not a number"
-        raise ValueError(msg)
-    try:
-        return float(pa.scalar(text.removeprefix("+")).cast(pa.float32()).as_py())
-    except pa.ArrowInvalid:  # in some versions also for what is too close to zero
-        value = float(text)
-    if abs(value) > 1:
-        msg = f"{text[:40]!r} is beyond the range of float32"
-        raise ValueError(msg)
-    return value
+    except pa.ArrowInvalid as error:
+        if len(fields) > 1:
+            return np.concatenate([_values([field]) for field in fields])
+        msg = f"{shown(fields[0])} is not a number"
+        raise ValueError(msg) from error
 
 
 def _beginning(stream: streams.Stream) -> bytes:

@@ -92,6 +92,16 @@ def test_all_tokens_and_every_end_of_a_line(path, dim, end):
     assert_same(read_file(open_glove, path, lines_of(ODD, rows, end).encode()), ODD, rows)
 
 
+def test_the_smallest_file_that_has_a_row(path):
+    assert_same(read_file(open_word2vec_text, path, b"1 1\n 1"), [""], np.array([[1]], np.float32))
+
+
+def test_lines_that_end_differently(path):
+    rows = np.array([[1, 2], [3, 4], [5, 6], [7, 8]], np.float32)
+    data = b"a 1 2\nb 3 4 \nc 5 6  \r\nd 7 8\r\n"
+    assert_same(read_file(open_glove, path, data), ["a", "b", "c", "d"], rows)
+
+
 @pytest.mark.parametrize("odd", ODD, ids=ascii)
 def test_an_odd_token_among_ordinary_ones(path, odd):
     tokens = [f"a{number}" for number in range(100)] + [odd] + [f"b{number}" for number in range(100)]
@@ -227,17 +237,17 @@ REFUSED_GLOVE = {
     b"a 1 2\nb 1 2 3\n": r"line 2 \(row 1\): more than 2 numbers: b'b 1 2 3'",
     b"a 1 2\nb\n": r"line 2 \(row 1\): a token and 0 numbers",
     b"a 1 2\n\nb 1 2\n": r"line 2 \(row 1\): the line is empty",
-    b"a 1 2\nb 1  2\n": r"line 2 \(row 1\): '' is not a number",
-    b"a 1 2\nb 1 2x\n": r"line 2 \(row 1\): '2x' is not a number",
-    b"a 1 2\nb 1 0x10\n": r"line 2 \(row 1\): '0x10' is not a number",
-    b"a 1 2\nb 1 1_0\n": r"line 2 \(row 1\): '1_0' is not a number",
-    b"a 1 2\nb 1,5 2\n": r"line 2 \(row 1\): '1,5' is not a number",
+    b"a 1 2\nb 1  2\n": r"line 2 \(row 1\): b'' is not a number",
+    b"a 1 2\nb 1 2x\n": r"line 2 \(row 1\): b'2x' is not a number",
+    b"a 1 2\nb 1 0x10\n": r"line 2 \(row 1\): b'0x10' is not a number",
+    b"a 1 2\nb 1 1_0\n": r"line 2 \(row 1\): b'1_0' is not a number",
+    b"a 1 2\nb 1,5 2\n": r"line 2 \(row 1\): b'1,5' is not a number",
     "a 1 2\nb 1 ٣\n".encode(): r"line 2 \(row 1\): .* is not a number",
     b"a 1 2\nb 1 nan\n": r"line 2 \(row 1\): value 2 is nan, and not finite",
     b"a 1 inf\nb 1 2\n": r"line 1 \(row 0\): value 2 is inf, and not finite",
     b"a 1 2\nb -Infinity 2\n": r"line 2 \(row 1\): value 1 is -inf, and not finite",
-    b"a 1 2\nb 1 1e39\n": r"line 2 \(row 1\): (value 2 is inf, and not finite|'1e39' is beyond)",
-    b"a 1 2\nb 1 +1e39\n": r"line 2 \(row 1\): (value 2 is inf, and not finite|'\+1e39' is beyond)",
+    b"a 1 2\nb 1 1e39\n": r"line 2 \(row 1\): value 2 is inf, and not finite",
+    b"a 1 2\nb 1 +1e39\n": r"line 2 \(row 1\): value 2 is inf, and not finite",
     b"2 3\na 1 2 3\n": r"line 2 \(row 1\): more than 1 number \(is line 1 a header, and the format word2vec-text\?\)",
     b"\xff\xfea\0 \x001\0\n\0": "is in UTF-16",
     b"PK\3\4 1 2\n": "is a zip archive",
@@ -275,7 +285,7 @@ def test_a_bad_line_is_named_among_thousands(path, monkeypatch):
     lines = [b"w%d 1 2" % number for number in range(3000)]
     for bad, problem in (
         (b"x 1", "a token and 1 number"),
-        (b"x 1 y", "'y' is not"),
+        (b"x 1 y", "b'y' is not"),
         (b"x 1 nan", "value 2 is nan"),
     ):
         for chunk in (1000, text.CHUNK):
