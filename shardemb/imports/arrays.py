@@ -59,7 +59,7 @@ class File:
     name : str
         What messages call it.
     size : int
-        In bytes. Nothing beyond it is read, so a file that is shorter than its header says gives no zeros.
+        In bytes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -76,11 +76,9 @@ class File:
             raise refuse(self.name, "", str(error)) from error
 
     def read_into(self, out: NDArray[Any], offset: int) -> None:
-        """Fill a C-contiguous array with the bytes at `offset`."""
+        """Fill a C-contiguous array with the bytes at `offset`; `OSError` if the file has become shorter meanwhile."""
         view = out.reshape(-1).view(np.uint8).data
         end = offset + len(view)
-        if end > self.size:
-            raise refuse(self.name, f"byte {offset}", f"the file ends at {self.size}, {end} is needed")
         files.read_into(self._descriptor, view, offset, self.path)
         if len(view) >= _ANNOUNCED:  # the disk goes on while the caller is busy with this
             files.will_need(self._descriptor, end, min(len(view), self.size - end))

@@ -177,7 +177,7 @@ def _keys(tokens: list[bytes] | None, name: str, options: ReadOptions) -> pa.Arr
 def gguf_header(file: File) -> Header:
     """Read what is before the tensors.
 
-    Nothing is allocated for a number in the file before that many bytes are known to follow.
+    Nothing is allocated by a number in the file: whatever it counts takes bytes, which end before long.
 
     Raises
     ------
@@ -217,7 +217,7 @@ def _metadata(cursor: Cursor, count: int) -> dict[str, Any]:
         elif key == TOKENS and kind == _ARRAY:
             if _number(cursor, 4) != _STRING:
                 raise refuse(cursor.file.name, TOKENS, "are no strings")
-            values[key] = [_string(cursor) for _ in range(_length(cursor, 8))]
+            values[key] = [_string(cursor) for _ in range(_number(cursor, 8))]
         else:
             _pass_over(cursor, kind)
     return values
@@ -227,7 +227,7 @@ def _pass_over(cursor: Cursor, kind: int) -> None:
     count = 1
     if kind == _ARRAY:
         kind = _number(cursor, 4)
-        count = _length(cursor, _WIDTHS.get(kind, 8))
+        count = _number(cursor, 8)
     if kind in _WIDTHS:
         cursor.skip(count * _WIDTHS[kind])
     elif kind == _STRING:
@@ -256,13 +256,6 @@ def _tensor_info(cursor: Cursor, name: str, alignment: int) -> TensorInfo:
 def _number(cursor: Cursor, width: int) -> int:
     number: int = struct.unpack("<I" if width == 4 else "<Q", cursor.read(width))[0]
     return number
-
-
-def _length(cursor: Cursor, width: int) -> int:
-    """Read a number of values of at least `width` bytes each, and see that so many follow."""
-    count = _number(cursor, 8)
-    cursor.require(count * width)
-    return count
 
 
 def _string(cursor: Cursor) -> bytes:
