@@ -71,8 +71,8 @@ class Excluded:
             return
         some = slice(*np.searchsorted(self.pairs, [ids[0], ids[-1] + 1]).tolist())
         at, queries = np.searchsorted(ids, self.pairs[some]), self.queries[some] - first
-        here = (ids[at] == self.pairs[some]) & (queries >= 0) & (queries < len(scores))
-        scores[queries[here], at[here]] = -np.inf
+        here = (ids[at] == self.pairs[some]) & (queries >= 0) & (queries < scores.shape[1])
+        scores[at[here], queries[here]] = -np.inf
 
     def part(self, start: int, stop: int) -> Excluded:
         """Return the same for the queries ``start:stop``."""

@@ -2,7 +2,7 @@
 
 The pass reads blocks of rows, a few MiB each, on several threads. Each block is multiplied with the queries a tile at a
 time, so that its scores stay in the caches, and only what is better than the worst of the best so far is kept. Scores
-have the same bits for any number of threads and shards, because blocks and tiles begin at fixed rows.
+have the same bits for any number of threads and shards, because blocks and tiles do not depend on these.
 
 While a block is computed, the pages of the next one are requested. Those of a table that does not fit into memory are
 released behind the pass.
@@ -39,20 +39,24 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 4 * 2**20
 """Bytes of the rows that are read at a time."""
 
-TILE_BYTES, LANES = 2**20, 64
-"""Bytes of the rows that are multiplied at a time, and what their number is a multiple of.
+TILE_BYTES = 2**20
+"""Bytes of the rows that are made ready at a time, and have their scores in the caches."""
 
-At the edges of a product, a library may use other instructions, and equal rows would get unequal scores.
+PRODUCT, MOST_QUERIES = 2**18, 64
+"""Most multiplications of one product of matrices, and most queries in it, of at least `LEAST_QUERIES`.
+
+OpenBLAS computes larger products on several threads, which wait for each other: while other processes work, each for
+longer than the product takes. Small ones also need no copies of their operands, and run twice as fast.
 """
 
-SCORES = 2**20
-"""Most scores that are computed at a time: 4 MiB."""
+LANES, LEAST_QUERIES = 16, 4
+"""What the number of rows in a product is a multiple of, and the fewest queries.
 
-MAX_TASKS = 4
-"""Most parts that are searched concurrently: each product runs on all cores, and each part keeps its own best rows."""
+At its edges, a product may use other instructions, and equal rows would get unequal scores.
+"""
 
-LEAST_QUERIES = 4
-"""A product with fewer has other, slower instructions."""
+KEPT_BYTES = 2**28
+"""Most memory for the best rows so far, of which each part of a search keeps its own."""
 
 SCORED_BYTES = 32 * 2**20
 """Bytes of rows that are looked up at a time to be scored again."""
@@ -78,7 +82,7 @@ class Receiver(Protocol):
     """What is done with scores. It is called from one thread at a time, with ascending rows."""
 
     def __call__(self, ids: Int64Array, scores: Float32Array, first: int) -> None:
-        """Take the scores of rows, in the first columns of `scores`, for the queries from `first` on."""
+        """Take the scores of rows, the first ones of `scores`, each for the queries from `first` on."""
 
 
 class Best:
@@ -99,8 +103,8 @@ class Best:
     def __call__(self, ids: Int64Array, scores: Float32Array, first: int) -> None:
         """See `Receiver`."""
         self._excluded.leave_out(scores, ids, first)
-        some = slice(first, first + len(scores))
-        keep_best(scores, ids.size, ids, self.scores[some], self.ids[some])
+        some = slice(first, first + scores.shape[1])
+        keep_best(scores, ids, self.scores[some], self.ids[some])
 
 
 def ranked(ids: Int64Array, scores: Float32Array, k: int) -> SearchResult:
@@ -135,21 +139,35 @@ class Pass:
     excluded: Excluded = NOTHING
 
     @cached_property
-    def tile_rows(self) -> int:
+    def groups(self) -> list[Float32Array]:
+        """The queries as columns, as many at a time as are multiplied at a time."""
+        queries = self.metric.queries
+        missing = max(0, LEAST_QUERIES - len(queries))
+        padded = np.pad(queries, ((0, missing), (0, 0)), constant_values=1)
+        most = max(LEAST_QUERIES, min(MOST_QUERIES, PRODUCT // (LANES * queries.shape[1])))
+        return [np.ascontiguousarray(each.T) for each in np.array_split(padded, -(-len(padded) // most))]
+
+    @cached_property
+    def lanes(self) -> int:
         """Rows that are multiplied at a time."""
+        return max(1, PRODUCT // (self.groups[0].size * LANES)) * LANES
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows that are made ready at a time."""
         width: int = self.metric.queries.shape[1]
-        return max(1, TILE_BYTES // (4 * width * LANES)) * LANES
+        return max(1, TILE_BYTES // (4 * width * self.lanes)) * self.lanes
 
     @property
     def block_rows(self) -> int:
         """Rows that are read at a time."""
-        return self.tile_rows * (BLOCK_BYTES // TILE_BYTES)
+        return self.tile_rows * max(1, BLOCK_BYTES // TILE_BYTES)
 
     @property
     def parts(self) -> int:
         """How many receivers can be at work at the same time."""
         blocks = len(self.candidates.blocks(self.block_rows))
-        return max(1, min(blocks, self.table.runtime.threads, MAX_TASKS))
+        return max(1, min(blocks, self.table.runtime.threads))
 
     def run(self, receivers: Sequence[Receiver]) -> None:
         """Hand the scores to receivers, each of which gets a part of the blocks.
@@ -170,7 +188,7 @@ class Pass:
 
     def _run_part(self, receiver: Receiver, part: int, parts: int, stop: threading.Event) -> None:
         tile = np.empty((self.tile_rows, self.metric.queries.shape[1]), np.float32)
-        memory = np.empty(self.tile_rows * max(map(len, self._groups)), np.float32)
+        memory = np.empty(self.tile_rows * self.groups[0].shape[1], np.float32)
         blocks = [*self.candidates.blocks(self.block_rows)[part::parts], None]
         with np.errstate(all="ignore"):  # products of large numbers, and what is left out
             for block, coming in pairwise(blocks):
@@ -192,25 +210,17 @@ class Pass:
         allowed = self.candidates.allowed(ids, self.excluded)
         for start in range(0, ids.size, self.tile_rows):
             some = slice(start, start + self.tile_rows)
-            ready = tile[: min(self.tile_rows, round_up(ids.size - start, LANES))]
+            ready = tile[: round_up(min(self.tile_rows, ids.size - start), self.lanes)]
             self.metric.fill(rows[some], allowed[some], ready)
-            first = 0
-            for group in self._groups:
-                scores = memory[: len(group) * len(ready)].reshape(len(group), -1)
-                np.matmul(group, ready.T, out=scores)
-                receiver(ids[some], scores[: len(self.metric.queries) - first], first)
-                first += len(group)
+            stacked, first = ready.reshape(-1, self.lanes, tile.shape[1]), 0
+            for group in self.groups:
+                count = group.shape[1]
+                scores = memory[: len(ready) * count].reshape(-1, self.lanes, count)
+                np.matmul(stacked, group, out=scores)
+                receiver(ids[some], scores.reshape(len(ready), count), first)
+                first += count
         if self._releases:
             self.table.live().release_pages(int(ids[0]), int(ids[-1]) + 1)
-
-    @cached_property
-    def _groups(self) -> list[Float32Array]:
-        """The queries, as many at a time as there is memory for their scores."""
-        queries = self.metric.queries
-        missing = max(0, LEAST_QUERIES - len(queries))
-        padded = np.pad(queries, ((0, missing), (0, 0)), constant_values=1)
-        most = max(2 * LEAST_QUERIES, SCORES // self.tile_rows)
-        return np.array_split(padded, -(-len(padded) // most))
 
     @cached_property
     def _releases(self) -> bool:
@@ -289,7 +299,8 @@ def find(
     """Find the k candidates with the best scores."""
     kept = min(k + metric.slack, candidates.count)
     scan = Pass(table, metric, candidates, excluded)
-    best = [Best(len(metric.queries), kept, excluded) for _ in range(scan.parts)]
+    most = max(1, KEPT_BYTES // (12 * max(1, kept * len(metric.queries))))
+    best = [Best(len(metric.queries), kept, excluded) for _ in range(min(scan.parts, most))]
     if len(metric.queries):
         scan.run(best)
     found = ranked(np.hstack([each.ids for each in best]), np.hstack([each.scores for each in best]), kept)

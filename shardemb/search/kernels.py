@@ -25,10 +25,6 @@ _LEFT_OUT = np.float32(-np.inf)
 _SMALLEST = 1e-38
 """The smallest length of a row that has a direction: float32 can still hold the inverse."""
 
-_CHUNK = 64
-"""How many scores are compared with the worst of the best at a time, without a branch."""
-
-
 # ---- rows ready for a product -----------------------------------------------------------------------------------
 
 
@@ -132,25 +128,23 @@ def _replace_worst(scores: Float32Array, rows: Int64Array, score: float, row: in
 
 
 @kernel
-def keep_best(
-    scores: Float32Array, count: int, ids: Int64Array, best: Float32Array, best_ids: Int64Array
-) -> None:
-    """Keep the best of the scores so far: those of query `i` in the heap ``best[i]``, worst first.
+def keep_best(scores: Float32Array, ids: Int64Array, best: Float32Array, best_ids: Int64Array) -> None:
+    """Keep the best of the scores so far: those of query `j` in the heap ``best[j]``, worst first.
 
-    Of each row of `scores`, `count` numbers are those of the rows `ids`, which ascend from call to call too: so a row
-    never takes the place of an equal one. NaN is left out. Most chunks have nothing that is better than the worst.
+    ``scores[i, j]`` is the score of row ``ids[i]`` for query `j`. Rows ascend, from call to call too, so that a row
+    never takes the place of an equal one. NaN is left out. For most rows, no score is better than the worst kept.
     """
-    for i in range(best.shape[0]):
-        row, heap, heap_ids = scores[i], best[i], best_ids[i]
-        for start in range(0, count, _CHUNK):
-            stop, worst, better = min(start + _CHUNK, count), heap[0], 0
-            for j in range(start, stop):
-                better += row[j] > worst
-            if better == 0:
-                continue
-            for j in range(start, stop):
-                if row[j] > heap[0]:
-                    _replace_worst(heap, heap_ids, row[j], ids[j])
+    worst = best[:, 0].copy()
+    for i in range(ids.size):
+        row, better = scores[i], 0
+        for j in range(worst.size):
+            better += row[j] > worst[j]
+        if better == 0:
+            continue
+        for j in range(worst.size):
+            if row[j] > worst[j]:
+                _replace_worst(best[j], best_ids[j], row[j], ids[i])
+                worst[j] = best[j, 0]
 
 
 # ---- pairs --------------------------------------------------------------------------------------------------------

@@ -288,7 +288,9 @@ class Every:
         """See `Receiver`."""
         at = np.searchsorted(self._rows, ids)
         known = self._rows[np.minimum(at, self._rows.size - 1)] == ids
-        self.scores[first : first + len(scores), at[known]] = scores[:, : ids.size][:, known]
+        self.scores[first : first + scores.shape[1], at[known]] = scores[: ids.size][known].T[
+            : len(self.scores)
+        ]
 
 
 class Multiplied:
@@ -304,16 +306,17 @@ class Multiplied:
 
     def __call__(self, ids: Int64Array, scores: Float32Array, first: int) -> None:
         """See `Receiver`."""
-        some = (1 + scores[:, : ids.size]) / 2
+        some = (1 + scores[: ids.size].T) / 2
         if first == 0:
             self._above, self._below = np.ones((2, ids.size), np.float32)
         above = max(0, self._factors - first)
+        last = self._queries - first  # more are there only to fill the product up
         self._above = self._above * some[:above].prod(axis=0)
-        self._below = self._below * some[above:].prod(axis=0)
-        if first + len(scores) == self._queries:
+        self._below = self._below * some[above:last].prod(axis=0)
+        if len(some) >= last:
             product = self._above / (self._below + NO_DIVISION_BY_ZERO)
             product[np.isinf(some[0])] = -np.inf  # what is left out
-            self._to(ids, product[np.newaxis].astype(np.float32), 0)
+            self._to(ids, product[:, np.newaxis].astype(np.float32), 0)
 
 
 def cosines(keyed: KeyedRows, given: Any) -> tuple[Float32Array, Int64Array]:  # noqa: ANN401

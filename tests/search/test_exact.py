@@ -60,7 +60,7 @@ def small(monkeypatch):
     """Blocks and tiles of few rows, and few scores at a time, so that small tables have many."""
     monkeypatch.setattr(exact, "TILE_BYTES", 2048)
     monkeypatch.setattr(exact, "BLOCK_BYTES", 4096)
-    monkeypatch.setattr(exact, "SCORES", 256)
+    monkeypatch.setattr(exact, "PRODUCT", 1024)
 
 
 @settings(max_examples=25)
@@ -85,7 +85,7 @@ def test_it_finds_what_a_comparison_of_all_pairs_finds(
     with new_store() as store, patch.context() as patched:
         patched.setattr(exact, "TILE_BYTES", 64 * 8 * 4)
         patched.setattr(exact, "BLOCK_BYTES", 2 * 64 * 8 * 4)
-        patched.setattr(exact, "SCORES", 256)
+        patched.setattr(exact, "PRODUCT", 1024)
         table = store.create_table(
             "t", num_embeddings=count, embedding_dim=dim, initializer=rows, rows_per_shard=-(-count // shards)
         )

@@ -93,7 +93,7 @@ def test_cosmul_multiplies_similarities(store, monkeypatch):
     asked = ["king", "woman"], ["man"]
     close(table.most_similar_cosmul(*asked, topn=4), best(WORDS, scores, 4, {"king", "woman", "man"}))
     np.testing.assert_allclose(table.most_similar_cosmul(*asked, topn=None), scores, rtol=1e-4)
-    monkeypatch.setattr(exact, "SCORES", 1)  # so few that they come in several parts
+    monkeypatch.setattr(exact, "PRODUCT", 1)  # so few that they come in several parts
     many = WORDS[:6], WORDS[6:9] * 3
     scores = np.prod([of[word] for word in many[0]], axis=0) / (
         np.prod([of[word] for word in many[1]], axis=0) + 1e-6
