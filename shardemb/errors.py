@@ -11,6 +11,8 @@ and `ValueError`.
     |   |-- RowIdError (IndexError)               an id outside the table
     |   |-- TableNotFoundError (KeyError)         no table of that name
     |   |-- TableExistsError (FileExistsError)    a table of that name exists already
+    |   |-- TagNotFoundError (KeyError)           no tag of that name
+    |   |-- TagExistsError (FileExistsError)      a tag of that name exists already
     |   |-- VocabularyNotFoundError (KeyError)    no vocabulary of that name
     |   |-- VocabularyExistsError (FileExistsError)
     |   |-- UnknownKeyError (KeyError)            a key that has no row
@@ -54,6 +56,8 @@ __all__ = [
     "StoreNotFoundError",
     "TableExistsError",
     "TableNotFoundError",
+    "TagExistsError",
+    "TagNotFoundError",
     "UnknownKeyError",
     "VocabularyExistsError",
     "VocabularyNotFoundError",
@@ -97,6 +101,16 @@ class TableExistsError(ShardEmbError, FileExistsError):
 
 class VocabularyExistsError(ShardEmbError, FileExistsError):
     """The store already holds a vocabulary of that name."""
+
+
+class TagNotFoundError(ShardEmbError, KeyError):
+    """The store has no tag of that name."""
+
+    __str__ = _message
+
+
+class TagExistsError(ShardEmbError, FileExistsError):
+    """The store already has a tag of that name."""
 
 
 class StoreNotFoundError(ShardEmbError, FileNotFoundError):

@@ -204,6 +204,11 @@ class StoreCopy:
         files.replace(store_paths.manifest(path), fresh.to_bytes())
         files.sync_directory(path.parent)
 
+    @property
+    def pairs(self) -> Sequence[tuple[TableLocation, TableLocation]]:
+        """The tables, each with its copy, in the order of the manifest."""
+        return self._pairs
+
     def _located(self, manifest: Manifest, *, may_miss: bool) -> list[_Pair]:
         """Return the tables of a manifest where they are now, each with its place in the copy."""
         directories, pairs = folders.locate(self._store, manifest.tables), []

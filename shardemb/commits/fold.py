@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from shardemb.base.progress import Advance
     from shardemb.base.validation import Int64Array
     from shardemb.commits.log_reader import Images
+    from shardemb.commits.undo import Undo
     from shardemb.format.fill_records import Filled
     from shardemb.format.table_files import File, TableLocation
 
@@ -251,10 +252,12 @@ def write(
     threads: int,
     shown: bool = False,
     pace: Pace | None = None,
+    undo: Undo | None = None,
 ) -> None:
     """Write the images of all tables, each file in one task, and sync every file that was written.
 
-    With `shown`, a bar or lines on stderr show how far it is. With a `pace`, it gives way to lookups.
+    With `shown`, a bar or lines on stderr show how far it is. With a `pace`, it gives way to lookups. What tags have of
+    the blocks is kept in `undo` first.
 
     Raises
     ------
@@ -265,10 +268,12 @@ def write(
     records: list[_Task] = []
     bits: list[_Task] = []
     sums = []
-    for table, images in tables:
+    every = [(table, images, list(patches(table, images))) for table, images in tables]
+    if undo is not None:
+        undo.keep([(patch.file.path, patch.blocks) for *_, changed in every for patch in changed])
+    for table, images, changed in every:
         if images.fills:
             _register(table, images.fills)
-        changed = list(patches(table, images))
         if not changed:
             continue
         path = table.checksums_path

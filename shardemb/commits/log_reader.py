@@ -49,6 +49,8 @@ from shardemb.storage import address_space, files
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from shardemb.base.validation import Int64Array
     from shardemb.format.fill_records import Fill
     from shardemb.format.spec import TableSpec
@@ -92,12 +94,15 @@ class Replay:
         The lowest numbers that are not used yet.
     unfinished : tuple of Fill
         What a writer may have written to the shards without a commit, where the caller has looked.
+    kept : dict of str to two arrays
+        In a tag, by the uuid of a table: the blocks whose content is kept elsewhere, and the checksums of that.
     """
 
     manifest: Manifest
     sequence: int
     attempt: int
     unfinished: tuple[Fill, ...] = ()
+    kept: dict[str, tuple[Int64Array, NDArray[np.uint64]]] = field(default_factory=dict)
     _runs: dict[str, list[Run]] = field(default_factory=dict)
     _fills: dict[str, list[Filled]] = field(default_factory=dict)
     _memory: list[address_space.AddressRange] = field(default_factory=list)  # that the images are in

@@ -283,13 +283,18 @@ def unshare(store: Path, tables: Sequence[TableLocation]) -> None:
     epoch = store_paths.epoch(store)
     if (files.size(epoch) is not None) and files.names(epoch)[0] > 1:
         files.remove(epoch)
-    paths = [path for table in tables for path, _ in table.expected_files() if files.size(path) is not None]
+    tags = files.entries(store_paths.tags(store))
+    paths = [path for table in tables for path, _ in table.expected_files()] + [
+        store_paths.undo(each) for each in tags
+    ]
+    paths = [path for path in paths if files.size(path) is not None]
     shared = [path for path in paths if files.names(path)[0] > 1]
     if not shared:
         return
-    # A table that was resized shares files with what it was before, until a commit and a fold have removed that.
+    # A table that was resized shares files with what it was before, until a commit and a fold have removed that. Tags
+    # share files with tables too.
     own = {*(table.directory for table in tables), *folders.tables(store)}
-    own |= {*files.entries(store_paths.parked(store, "")), *files.entries(store_paths.rebuilt(store))}
+    own |= {*files.entries(store_paths.parked(store, "")), *files.entries(store_paths.rebuilt(store)), *tags}
     inside = Counter(files.names(path)[1] for folder in own for path in files.walk(folder))
     shared = [path for path in shared if files.names(path)[0] > inside[files.names(path)[1]]]
     total = sum(files.size(path) or 0 for path in shared)

@@ -164,6 +164,7 @@ def confirm(suspects: Sequence[Suspect], newest: Callable[[], Replay]) -> list[D
 def _still_damaged(suspect: Suspect, newest: Replay) -> Int64Array:
     (_, table), file, blocks = suspect
     images = newest.images(table.spec)
+    blocks = _without_kept(table, blocks, newest)
     blocks = _without_filled(table, blocks, [*newest.unfinished, *(each.fill for each in images.fills)])
     patches = fold.patches(table, images)
     patch = next((each for each in patches if each.file.path == file.path), None)
@@ -171,6 +172,14 @@ def _still_damaged(suspect: Suspect, newest: Replay) -> Int64Array:
     memory.map_zeros(0, PAGE)
     damaged = [block for block in blocks.tolist() if _is_damaged(table, file, block, patch, memory)]
     return np.array(damaged, np.int64)
+
+
+def _without_kept(table: TableLocation, blocks: Int64Array, newest: Replay) -> Int64Array:
+    """Return those of ascending blocks of a tag that are not kept elsewhere, as they were written."""
+    kept, sums = newest.kept.get(table.spec.uuid, (np.empty(0, np.int64), np.empty(0, np.uint64)))
+    _, here, there = np.intersect1d(blocks, kept, assume_unique=True, return_indices=True)
+    known = checksums.read_sums(table.checksums_path, 0, table.spec.num_blocks)[blocks[here]]
+    return np.delete(blocks, here[checksums.content_sums(known) == sums[there]])
 
 
 def _without_filled(table: TableLocation, blocks: Int64Array, fills: Sequence[Fill]) -> Int64Array:

@@ -160,6 +160,18 @@ def request(table: Target, ids: Int64Array) -> None:
 def _without_lock(
     runtime: Runtime, reads: Sequence[Reading], gather: Callable[[Runtime, Sequence[Reading]], None]
 ) -> None:
+    """Gather without the lock: in a reader of a tag until nothing was overwritten meanwhile, see `PastBlocks`."""
+    before: object = _NO_MOMENT
+    while before != (before := runtime.moment()):
+        _in_one_memory(runtime, reads, gather)
+
+
+_NO_MOMENT = object()
+
+
+def _in_one_memory(
+    runtime: Runtime, reads: Sequence[Reading], gather: Callable[[Runtime, Sequence[Reading]], None]
+) -> None:
     """Gather without the lock; if rows are spilled or leave their slots meanwhile, start over under the lock.
 
     Under the lock nothing moves rows, so the second attempt is always right. A table that got other memory meanwhile is

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from shardemb.base.forks import usable_in_child
 from shardemb.base.interrupts import signals_deferred
+from shardemb.commits.undo import Undo
 from shardemb.engine.warming import Warming
 from shardemb.errors import PoisonedError, ReadOnlyError, StaleReaderError, StoreClosedError
 from shardemb.format import store_paths
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from shardemb.memory.hidden_rows import HiddenRows
     from shardemb.memory.memory_budget import Folds
     from shardemb.memory.overlay import Overlay
+    from shardemb.memory.past_blocks import PastBlocks
 
 
 @dataclass
@@ -64,6 +66,10 @@ class Runtime:
         In a writer: names what is written to the files before a commit.
     hidden : HiddenRows or None
         In a reader: what a writer has announced.
+    past : PastBlocks or None
+        In a reader of a tag: what was overwritten since.
+    undo : Undo
+        In a writer: keeps what tags have of files, before it is overwritten.
     outputs : OutputPool
         Makes the arrays that lookups return.
     warming : Warming
@@ -91,6 +97,8 @@ class Runtime:
     folds: Folds = field(default_factory=NoFolds, repr=False)
     announcements: Announcements | None = field(default=None, repr=False)
     hidden: HiddenRows | None = field(default=None, repr=False)
+    past: PastBlocks | None = field(default=None, repr=False)
+    undo: Undo = field(default_factory=Undo, repr=False)
     outputs: OutputPool = field(default_factory=OutputPool, repr=False)
     warming: Warming = field(default_factory=Warming, repr=False)
     closed: bool = False
@@ -122,8 +130,9 @@ class Runtime:
         self.folds, self.budget = NoFolds(), MemoryBudget()
         self._background, self._background_lock = None, usable_in_child(self._background_lock)
         self.warming.detach_in_child()
-        if self.hidden is not None:
-            self.hidden.detach_in_child()
+        for reading in (self.hidden, self.past):
+            if reading is not None:
+                reading.detach_in_child()
 
     def check_open(self) -> None:
         """Raise `StoreClosedError` once the store is closed."""
@@ -137,6 +146,11 @@ class Runtime:
         if fresh is not None and not fresh():
             msg = f"another writer has opened the store {self.path} since it was read; call store.refresh()"
             raise StaleReaderError(msg)
+
+    def moment(self) -> object:
+        """Return what changes when files that a reader of a tag reads may have changed; first learn what they were."""
+        past = self.past  # another thread may close or refresh the store
+        return None if past is None else (past, past.look())
 
     def check_sound(self) -> None:
         """Raise `PoisonedError` if a failure has left memory or the disk in a state that must not be committed."""
@@ -216,7 +230,7 @@ class Runtime:
         with self._background_lock:
             self.closed = True
             background, self._background = self._background, None
-        self.fresh = self.hidden = None  # keep a file mapped
+        self.fresh = self.hidden = self.past = None  # keep a file mapped
         self.warming.close()
         if background is not None:
             background.shutdown(cancel_futures=True)

@@ -459,6 +459,15 @@ class Shards:
         rows = rows[~self.were_written(rows)]
         return rows[~self.overlay.are_dirty(rows)]
 
+    def put_back(self, blocks: Int64Array, content: NDArray[np.uint8]) -> None:
+        """Let blocks, as ``checksums`` number them, have another content than the files, in this process."""
+        first = self.spec.num_shards * self.spec.shard_bytes // PAGE  # of the presence bitmap
+        in_rows = blocks < first
+        rows = self._rows.array(np.uint8, (first, PAGE))
+        rows[blocks[in_rows]] = content[in_rows]
+        if not in_rows.all():
+            self.present.reshape(-1, PAGE)[blocks[~in_rows] - first] = content[~in_rows]
+
     def pack_initial(self, ids: Int64Array, start: int, stop: int, address: int) -> None:
         """Copy the initial records of ``ids[start:stop]`` to an address, contiguously."""
         records = self.initial_records(ids[start:stop]).view(np.uint8)

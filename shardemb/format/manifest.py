@@ -35,6 +35,9 @@ from shardemb.format.spec import BYTES, INTERNAL, KEY_TYPES, MAX_ROWS, SKETCH, c
 if TYPE_CHECKING:
     from shardemb.format.ranges import Ranges
 
+TAGGED_VERSION = 2
+"""Version of the manifest of a store with tags: a writer of version 1 would overwrite what they keep."""
+
 MAX_DEPTH = 64
 """Most levels of a commit's metadata, so that a reader can parse it however deep its own stack is."""
 
@@ -133,6 +136,11 @@ class VocabularyEntry:
     sightings: int = 0
 
     @property
+    def counts(self) -> tuple[int, int, int]:
+        """What tells which keys have which rows: it changes whenever a key gets or loses its row."""
+        return self.rows, self.head, self.tail
+
+    @property
     def table_kinds(self) -> tuple[str, ...]:
         """The kinds of its internal tables, each named ``NAME@kind``."""
         has = {BYTES: self.key_type != "int64", SKETCH: self.admission is not None}
@@ -192,6 +200,21 @@ def new_entry(name: str, key_type: object, admission: object, reserved: object) 
 
 
 @dataclass(frozen=True)
+class TagEntry:
+    """A tag: the name under which a commit is kept.
+
+    Attributes
+    ----------
+    name : str
+    uuid : str
+        Identity of the tag, and name of its folder.
+    """
+
+    name: str
+    uuid: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What the files of a store mean: the last commit, and every table as of that commit.
 
@@ -215,6 +238,8 @@ class Manifest:
         The vocabularies of that commit.
     dropped : tuple of TableEntry
         Tables of the previous commit that this one dropped. Their folders may still exist.
+    tags : tuple of TagEntry
+        The tags of the store, in a base; none in a commit record, because they are not part of a commit.
     """
 
     uuid: str
@@ -227,6 +252,7 @@ class Manifest:
     tables: tuple[TableEntry, ...] = ()
     vocabularies: tuple[VocabularyEntry, ...] = ()
     dropped: tuple[TableEntry, ...] = ()
+    tags: tuple[TagEntry, ...] = ()
 
     def vocabulary(self, identity: str) -> VocabularyEntry | None:
         """Return the entry of the vocabulary with a uuid; None if there is none."""
@@ -239,7 +265,7 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Serialize, with a checksum over everything else."""
         document: dict[str, object] = {
-            "format_version": FORMAT_VERSION,
+            "format_version": TAGGED_VERSION if self.tags else FORMAT_VERSION,
             "uuid": self.uuid,
             "epoch": self.epoch,
             "clean": self.clean,
@@ -252,6 +278,8 @@ class Manifest:
         }
         if self.vocabularies:
             document["vocabularies"] = [each.to_json() for each in self.vocabularies]
+        if self.tags:
+            document["tags"] = [vars(each) for each in self.tags]
         document["crc32"] = crc32(document)
         return json.dumps(document).encode() + b"\n"
 
@@ -265,7 +293,7 @@ class Manifest:
             The data is not JSON, the version is newer, the checksum is wrong, or a value is missing or impossible.
         """
         document = parse_json(data)
-        require_version(document)
+        version = require_version(document, TAGGED_VERSION)
         if document.get("crc32") != crc32(document):
             msg = "its checksum does not match its content"
             raise FormatError(msg)
@@ -285,6 +313,7 @@ class Manifest:
             tables=tables,
             vocabularies=vocabularies,
             dropped=tuple(_entry_from_json(entry) for entry in field(document, "dropped", list)),
+            tags=_tags_from_json(document) if version == TAGGED_VERSION else (),
         )
 
 
@@ -379,6 +408,19 @@ def _check_together(tables: tuple[TableEntry, ...], vocabularies: tuple[Vocabula
     if missing:
         msg = f"{missing[0]} is missing"
         raise FormatError(msg)
+
+
+def _tags_from_json(document: Mapping[str, Any]) -> tuple[TagEntry, ...]:
+    found = []
+    for each in field(document, "tags", list):
+        if not isinstance(each, dict):
+            msg = f"a tag's entry is {each!r}"
+            raise FormatError(msg)
+        found.append(TagEntry(check_stored_name(each.get("name")), uuid_field(each)))
+    if len({each.name for each in found}) < len(found) or len({each.uuid for each in found}) < len(found):
+        msg = "two tags have the same name or uuid"
+        raise FormatError(msg)
+    return tuple(found)
 
 
 def _commit_from_json(document: Mapping[str, Any]) -> Commit:

@@ -50,6 +50,26 @@ def parked(store: Path, uuid: str) -> Path:
     return private(store) / "tables" / uuid
 
 
+def tags(store: Path) -> Path:
+    """Folder of the tags, each a folder named by its uuid."""
+    return private(store) / "tags"
+
+
+def tag(store: Path, uuid: str) -> Path:
+    """Folder of a tag. Within it, folders of tables and of indexes have the same places as in a store."""
+    return tags(store) / uuid
+
+
+def tag_manifest(tag: Path) -> Path:
+    """File in the folder of a tag that says what its commit was. It is no store, so it has no `manifest`."""
+    return private(tag) / "tag.json"
+
+
+def undo(tag: Path) -> Path:
+    """File in the folder of a tag with the old content of blocks that were overwritten since."""
+    return private(tag) / "undo"
+
+
 def index(store: Path, uuid: str) -> Path:
     """Folder of a vocabulary's index, which can be rebuilt from the keys."""
     return private(store) / "vocabularies" / uuid

@@ -149,6 +149,24 @@ class VocabularyFacts:
 
 
 @dataclass(frozen=True)
+class TagFacts:
+    """What is shown about a tag.
+
+    Attributes
+    ----------
+    name : str
+    commit : Commit
+        The commit that it keeps.
+    bytes_kept : int
+        Disk space that it alone takes: what was overwritten or dropped since.
+    """
+
+    name: str
+    commit: Commit
+    bytes_kept: int
+
+
+@dataclass(frozen=True)
 class StoreInfo:
     """What a store holds, see `Store.info`.
 
@@ -166,6 +184,7 @@ class StoreInfo:
     abandoned_exports : tuple of str
         What exports that were killed have left in the store's folder or next to it. The next export to the same target
         removes it.
+    tags : tuple of TagFacts
     """
 
     path: str
@@ -175,6 +194,7 @@ class StoreInfo:
     tables: tuple[Facts, ...]
     vocabularies: tuple[VocabularyFacts, ...] = ()
     abandoned_exports: tuple[str, ...] = ()
+    tags: tuple[TagFacts, ...] = ()
 
 
 def facts(table: TableState, *, measured: bool = False) -> Facts:
@@ -269,6 +289,13 @@ def describe(info: StoreInfo) -> str:
             f"  keys         {each.keys:,} {each.key_type}, {plural(each.rows, 'row')} given out",
             f"  tables       {', '.join(each.tables) or 'none'}",
             f"  size         {size(each.bytes_on_disk)} on disk",
+        ]
+    for tag in info.tags:
+        lines += [
+            "",
+            f"Tag     {tag.name}",
+            f"  commit       {tag.commit.id} at step {tag.commit.step}",
+            f"  size         {size(tag.bytes_kept)} kept on disk for it",
         ]
     if info.abandoned_exports:
         lines += ["", "Left by killed exports; the next one to the same target removes it:"]

@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from shardemb import dtypes, initializers
 from shardemb.base import paths
 from shardemb.base.interrupts import signals_deferred
-from shardemb.commits import copies, log_reader, verify
-from shardemb.errors import PoisonedError, ReadOnlyError, ShardEmbError, StaleReaderError, StoreClosedError
-from shardemb.format.manifest import Commit, check_metadata, check_step, new_entry
+from shardemb.commits import copies, log_reader, tags, verify
+from shardemb.errors import (
+    FormatError,
+    PoisonedError,
+    ReadOnlyError,
+    ShardEmbError,
+    StaleReaderError,
+    StoreClosedError,
+)
+from shardemb.format import store_paths
+from shardemb.format.manifest import Commit, Manifest, check_metadata, check_step, new_entry
 from shardemb.format.spec import check_name, new_spec, normalized
 from shardemb.session import display, forking
 from shardemb.session.journal import Journal
@@ -32,7 +40,7 @@ if TYPE_CHECKING:
     from shardemb.base.progress import Progress
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.table_state import TableState
-    from shardemb.format.manifest import Manifest
+    from shardemb.format.manifest import TagEntry
     from shardemb.optim import Optimizer
     from shardemb.session.attempt import Attempt
     from shardemb.session.pending_commit import PendingCommit
@@ -53,11 +61,14 @@ class Reader(NamedTuple):
         Opens the store once more and returns the session.
     follow : callable
         Lets a copy follow the store until it holds the newest commit.
+    store : Path
+        The store's folder, also where a tag is read, which has its own.
     """
 
     newest: Callable[[], log_reader.Replay]
     reopen: Callable[[], Session]
     follow: Callable[[copies.StoreCopy], None]
+    store: Path
 
 
 class Session:
@@ -98,7 +109,7 @@ class Session:
         reader: Reader | None = None,
     ) -> None:
         self.runtime = runtime
-        runtime.committed = manifest
+        runtime.committed = replace(manifest, tags=())  # which are no part of a commit
         self.tables = TableCatalog(runtime)
         self.vocabularies = VocabularyCatalog(runtime, self.tables)
         self._lock = lock
@@ -139,7 +150,7 @@ class Session:
         """Create a table; see `Store.create_table`."""
         name, vocabulary = check_name(wanted.name), wanted.vocabulary
         # A vocabulary must not give out rows while it is decided how many the table begins with.
-        with self._settled(self.vocabularies.all_locked if vocabulary else self.runtime.changing):
+        with self.settled(self.vocabularies.all_locked if vocabulary else self.runtime.changing):
             self.runtime.check_publishable()
             self.require_free(name)
             bound = None if vocabulary is None else self.vocabularies.find(vocabulary)
@@ -165,13 +176,13 @@ class Session:
     def drop_table(self, name: str) -> None:
         """Drop a table; see `Store.drop_table`."""
         # A vocabulary must not give out rows meanwhile, because its tables grow with it.
-        with self._settled(self.vocabularies.all_locked):
+        with self.settled(self.vocabularies.all_locked):
             self.runtime.check_publishable()
             self.tables.drop(self.find(name).name)
 
     def rename_table(self, name: str, new_name: str) -> None:
         """Rename a table; see `Store.rename_table`."""
-        with self._settled(self.runtime.writing):
+        with self.settled(self.runtime.writing):
             table = self.find(name)
             new_name = check_name(new_name)
             self.require_free(new_name)
@@ -191,7 +202,7 @@ class Session:
         progress: Progress,
     ) -> Commit:
         """Copy a table into other shards and commit that; see `Store.reshard`."""
-        with self._settled(self.vocabularies.all_locked):
+        with self.settled(self.vocabularies.all_locked):
             self.runtime.check_publishable()
             self.journal.drain()
             table = self.find(name)  # not before: it may have been dropped or renamed meanwhile
@@ -210,7 +221,7 @@ class Session:
 
     def create_vocabulary(self, name: str, key_type: object, admission: object, reserved: object) -> KeyRows:
         """Create a vocabulary; see `Store.create_vocabulary`."""
-        with self._settled(self.runtime.writing):
+        with self.settled(self.runtime.writing):
             entry = new_entry(check_name(name), key_type, admission, reserved)
             for kind in entry.table_kinds:
                 folders.require_free(self.runtime.path, f"{entry.name}@{kind}", self.journal.base.is_own)
@@ -218,7 +229,7 @@ class Session:
 
     def rename_vocabulary(self, name: str, new_name: str) -> None:
         """Rename a vocabulary; see `Store.rename_vocabulary`."""
-        with self._settled(self.vocabularies.all_locked):
+        with self.settled(self.vocabularies.all_locked):
             self.runtime.check_publishable()
             new_name = check_name(new_name)
             vocabulary = self.vocabularies.find(name)
@@ -228,7 +239,7 @@ class Session:
 
     def drop_vocabulary(self, name: str) -> None:
         """Drop a vocabulary; see `Store.drop_vocabulary`."""
-        with self._settled(self.vocabularies.all_locked):
+        with self.settled(self.vocabularies.all_locked):
             self.runtime.check_publishable()
             self.vocabularies.drop(name)
 
@@ -314,7 +325,7 @@ class Session:
             self.vocabularies.rebuild_stale_indexes()
 
     @contextlib.contextmanager
-    def _settled(self, holding: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    def settled(self, holding: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
         """Hold locks as ``holding()`` does, while no commit is under way.
 
         What changes the set of tables, or their form, does not happen beside one.
@@ -328,7 +339,7 @@ class Session:
 
     def rollback(self) -> None:
         """Go back to the last commit; see `Store.rollback`."""
-        with self._settled(self.vocabularies.all_locked), self.runtime.all_or_nothing("a rollback"):
+        with self.settled(self.vocabularies.all_locked), self.runtime.all_or_nothing("a rollback"):
             self.runtime.half_done = None
             self.runtime.check_publishable()
             with self.vocabularies.reassigning():
@@ -373,8 +384,29 @@ class Session:
             self.tables.adopt(fresh.tables)
             self.vocabularies.adopt(fresh.vocabularies)
             runtime.committed, runtime.fresh = fresh.runtime.committed, fresh.runtime.fresh
-            runtime.hidden = fresh.runtime.hidden
+            runtime.hidden, runtime.past = fresh.runtime.hidden, fresh.runtime.past
+            runtime.path = fresh.runtime.path  # another one if a tag was moved
             fresh.close()
+
+    # ---- tags
+
+    def tag_entries(self) -> tuple[TagEntry, ...]:
+        """Return the tags of the store."""
+        if self._reader is None:
+            return self.journal.base.manifest.tags
+        return Manifest.from_bytes(files.read(store_paths.manifest(self._reader.store))).tags
+
+    def tag_facts(self) -> tuple[display.TagFacts, ...]:
+        """Return what is shown about the tags; without those that are being released."""
+        store = self.runtime.path if self._reader is None else self._reader.store
+        facts = []
+        for each in self.tag_entries():
+            folder = store_paths.tag(store, each.uuid)
+            with contextlib.suppress(FormatError, FileNotFoundError):
+                commit = tags.read_manifest(folder).commit
+                assert commit is not None
+                facts.append(display.TagFacts(each.name, commit, tags.bytes_kept(folder)))
+        return tuple(facts)
 
     # ---- looking at it
 
@@ -399,7 +431,7 @@ class Session:
         if self._reader is not None:
             yield self._newest_directories(), self._reader.newest
             return
-        with self._settled(self.runtime.changing):
+        with self.settled(self.runtime.changing):
             if suspected and (problem := self.journal.fold_all()) is not None:
                 raise problem
             yield self.directories(), self.journal.images
@@ -429,6 +461,7 @@ class Session:
                 tables=tuple(self.facts(table, measured=True) for table in self.tables.visible().values()),
                 vocabularies=self.vocabularies.facts(),
                 abandoned_exports=display.abandoned_exports(self.runtime.path),
+                tags=self.tag_facts(),
             )
 
     def facts(self, table: TableState, *, measured: bool = False) -> display.Facts:

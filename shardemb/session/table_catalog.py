@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 from shardemb import dtypes, optim
+from shardemb.commits import tags
 from shardemb.engine import filling, shards
 from shardemb.engine.table_state import TableState
 from shardemb.engine.training import Training
@@ -17,6 +19,9 @@ from shardemb.storage import files, folders, table_folder
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from shardemb import initializers
     from shardemb.base.progress import Progress
@@ -175,6 +180,10 @@ class TableCatalog:
                 self._show(table.shards, replay)
             self.current[entry.name] = table
         self.mark_committed(self.snapshot())
+        if self._runtime.past is not None:
+            self._runtime.past.show(
+                partial(_put_back, [self.current[entry.name].shards for entry in entries])
+            )
 
     def _show(self, mapped: Shards, replay: Replay) -> None:
         """Show in a reader what the log has of a table, and nothing of what a writer has filled since."""
@@ -273,6 +282,15 @@ class TableCatalog:
             mapped.forget_changes(replay.images(mapped.spec), self._runtime.budget)
             table.restore(entry.name, mapped, Training(entry.optimizer, entry.step, entry.frozen))
 
+    def replace(self, tables: dict[str, TableState]) -> None:
+        """Let these be the current tables, by name; what is not among them is dropped."""
+        kept = set(map(id, tables.values()))
+        for name, table in tuple(self.current.items()):
+            if id(table) not in kept:
+                self.drop(name)
+        self.current = tables
+        self._streams = None
+
     def discard_new(self) -> None:
         """Remove the current tables that no commit has."""
         for name, table in tuple(self.current.items()):
@@ -320,3 +338,9 @@ class TableCatalog:
     def _release(tables: Iterable[TableState]) -> None:
         for table in tables:
             table.release()
+
+
+def _put_back(tables: Sequence[Shards], records: NDArray[np.void]) -> None:
+    """Put what a tag has kept over the files of its tables."""
+    for number, blocks, content in tags.by_table(records):
+        tables[number].put_back(blocks, content)

@@ -47,6 +47,7 @@ class VocabularyCatalog:
         self._runtime, self._tables = runtime, tables
         self.current: dict[str, KeyRows] = {}
         self._committed: dict[str, KeyRows] = {}
+        self._outdated: list[KeyRows] = []  # whose index does not find their keys yet
 
     # ---- what there is
 
@@ -241,6 +242,37 @@ class VocabularyCatalog:
         for entry in entries:
             self.current[entry.name].restore(entry)
 
+    def go_back(self, entries: Sequence[VocabularyEntry]) -> None:
+        """Let these be the current vocabularies. Their tables are what they were then; `reindex` follows the commit.
+
+        Raises
+        ------
+        OSError
+            Files of an index that finds other keys are left. This can be repeated.
+        """
+        known = {each.entry.uuid: each for each in self.current.values()}
+        self.current, self._outdated = {}, []
+        for entry in entries:
+            here = known.get(entry.uuid)
+            same = here is not None and here.entry.counts == entry.counts
+            if here is not None and here.tables.are(self._tables_of(entry)):
+                here.restore(entry)
+                self.current[entry.name] = here
+                del known[entry.uuid]
+            else:
+                here, same = self._open_vocabulary(entry), False
+            if not same:
+                here.retire_index()
+                self._outdated.append(here)
+        for gone in known.values():
+            gone.drop()
+
+    def reindex(self) -> None:
+        """Index the keys of vocabularies that `go_back` has changed, which are committed by now."""
+        for each in self._outdated:
+            each.reindex()
+        self._outdated = []
+
     def adopt(self, fresh: VocabularyCatalog) -> None:
         """Become the vocabularies of a newer opening. Vocabularies that exist in both stay the same objects."""
         known = dict(self._committed)
@@ -275,12 +307,14 @@ class VocabularyCatalog:
         return [found[uuid] for uuid in sorted(found)]
 
     def _open_vocabulary(self, entry: VocabularyEntry) -> KeyRows:
-        tables = {what: self._tables.current[f"{entry.name}@{what}"] for what in table_shapes(entry)}
         path = store_paths.index(self._runtime.path, entry.uuid)
-        key_rows = KeyRows(self._runtime, entry, tables, path)
+        key_rows = KeyRows(self._runtime, entry, self._tables_of(entry), path)
         key_rows.join(self._runtime, self._tables.bound_to)
         self.current[entry.name] = key_rows
         return key_rows
+
+    def _tables_of(self, entry: VocabularyEntry) -> dict[str, TableState]:
+        return {what: self._tables.current[f"{entry.name}@{what}"] for what in table_shapes(entry)}
 
 
 def check_optimizer(optimizer: object, table: str) -> None:

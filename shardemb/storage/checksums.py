@@ -93,7 +93,7 @@ def of_copy(before: NDArray[np.uint64], after: NDArray[np.uint64], data: memoryv
     found = block_sums(data)
     steady = (before == after) & (before & IN_FLUX == 0)
     differing = np.where(steady, np.uint64(DAMAGED), found | np.uint64(IN_FLUX))
-    copied = np.where(found == _content_sums(before), before, differing)
+    copied = np.where(found == content_sums(before), before, differing)
     return np.where(is_damaged(before), np.uint64(DAMAGED), copied)
 
 
@@ -208,16 +208,16 @@ def differing_blocks(
             files.read_into(descriptor, view, start, file.path)
             found = block_sums(view)
         steady = known == _read_sums(sums, first, count, path)
-    return first + np.flatnonzero(steady & (found != _content_sums(known)))
+    return first + np.flatnonzero(steady & (found != content_sums(known)))
 
 
 def are_intact(table: TableLocation, file: File, start: int, data: memoryview) -> bool:
     """Whether whole blocks of a file, from `start` on, match their checksums. Nothing may write to them meanwhile."""
     known = read_sums(table.checksums_path, file.first + start // PAGE, len(data) // PAGE)
-    return bool((block_sums(data) == _content_sums(known)).all())
+    return bool((block_sums(data) == content_sums(known)).all())
 
 
-def _content_sums(known: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def content_sums(known: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Return the checksums that the content of blocks must have, given those in the file of checksums."""
     return np.where(known == NEVER_WRITTEN, np.uint64(ZEROS), known)
 

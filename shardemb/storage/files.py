@@ -277,12 +277,13 @@ def is_open_file(path: Path, descriptor: int) -> bool:
 
 
 def allocated(path: Path) -> int:
-    """Bytes that a file, or a folder with everything in it, takes on disk; holes take none."""
-    total = 0
-    for found in (path, *path.rglob("*")):
+    """Bytes that a file, or a folder with everything in it, takes on disk; holes take none, nor do second names."""
+    found = {}
+    for each in (path, *path.rglob("*")):
         with contextlib.suppress(FileNotFoundError):  # it was removed meanwhile
-            total += found.lstat().st_blocks * 512
-    return total
+            status = each.lstat()
+            found[status.st_dev, status.st_ino] = status.st_blocks * 512
+    return sum(found.values())
 
 
 def free_space(folder: Path) -> int:

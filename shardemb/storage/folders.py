@@ -41,7 +41,7 @@ def refuse_links(store: Path) -> None:
     for folder in (
         private(store),
         log(store),
-        *(private(store) / name for name in ("tables", "vocabularies")),
+        *(private(store) / name for name in ("tables", "tags", "vocabularies")),
     ):
         files.entries(folder)
     files.entries(rebuilt(store))

@@ -16,7 +16,7 @@ import numpy as np
 
 from shardemb.base import paths, validation
 from shardemb.base.sizes import PAGE
-from shardemb.commits import copies, fills, fold, log_reader, rewrite
+from shardemb.commits import copies, fills, fold, log_reader, rewrite, tags, undo
 from shardemb.compute import scheduler
 from shardemb.engine.runtime import Runtime
 from shardemb.engine.warming import Warming
@@ -31,9 +31,11 @@ from shardemb.errors import (
 )
 from shardemb.format import store_paths, zarr_metadata
 from shardemb.format.manifest import Manifest
+from shardemb.format.spec import normalized
 from shardemb.format.table_files import TableLocation
 from shardemb.memory import memory_budget as memory
 from shardemb.memory.hidden_rows import HiddenRows
+from shardemb.memory.past_blocks import PastBlocks
 from shardemb.session.session import Reader, Session
 from shardemb.storage import address_space, files, folders, table_folder
 from shardemb.store.store import Store
@@ -68,6 +70,7 @@ def open(
     log_bytes: int | None = None,
     threads: int | None = None,
     warm: bool = True,
+    commit: str | None = None,
 ) -> Store:
     """Open a store, or create one.
 
@@ -94,6 +97,9 @@ def open(
         Whether tables are read into memory in the background. That begins once cold batches have read a small part of a
         table, and only if what is missing of it fits into half of the memory that is free, within the limits of control
         groups; `Table.warm` does it at once. A table that was created from rows stays in memory on the same condition.
+    commit : str, optional
+        Name of a tag, see `Store.tag`: read the commit that it keeps, exactly, whatever a writer does meanwhile. The
+        mode is ``"r"``, or left out.
 
     Returns
     -------
@@ -106,6 +112,8 @@ def open(
         The path or an option is invalid; nothing was created.
     StoreNotFoundError
         Nothing is at `path`, or something that is not a store, or a link that leads nowhere.
+    TagNotFoundError
+        The store has no such tag.
     ReadOnlyError
         The mode allows writing, but the file system or the permissions do not.
     StoreExistsError
@@ -145,6 +153,10 @@ def open(
     if mode not in MODES:
         msg = f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}"
         raise ValueError(msg)
+    if commit is not None and mode not in ("r", "a"):
+        msg = f'commit={commit!r} is only read, so mode must be "r", got {mode!r}; store.restore() goes back to a tag'
+        raise ValueError(msg)
+    mode = "r" if commit is not None else mode
     runtime = Runtime(
         path=_resolved(path),
         writable=mode != "r",
@@ -161,6 +173,8 @@ def open(
     elif mode == "w-":
         msg = f'{runtime.path} is a store already; open it with mode "r+", or replace it with mode "w"'
         raise StoreExistsError(msg)
+    if commit is not None:
+        return Store(_open_tag(runtime, normalized(commit)))
     if mode == "r":
         return Store(_open_reader(runtime))
     return Store(_open_writer(runtime, new=mode == "w"))
@@ -185,6 +199,38 @@ def _open_reader(runtime: Runtime) -> Session:
         return session
 
     return _read_next_to_writer(runtime.path, open_once)
+
+
+def _open_tag(runtime: Runtime, name: str) -> Session:
+    """Open a tag for reading: its files, with what was overwritten since over them in memory."""
+
+    def open_once(base: Manifest) -> Session:
+        folder = store_paths.tag(runtime.path, tags.find(runtime.path, base.tags, name).uuid)
+        held = tags.read_manifest(folder)
+        past = PastBlocks(_watch_undo(folder), partial(undo.read, folder), name)
+        reader = Reader(
+            newest=lambda: _kept(folder, held),
+            reopen=lambda: _open_tag(runtime.again(), name),
+            follow=partial(_follow_tag, folder, held),
+            store=runtime.path,
+        )
+        within = replace(runtime, path=folder, past=past)
+        replay = log_reader.Replay(held, 0, 0)
+        return Session(within, held, None, may_miss=False, replay=replay, reader=reader)
+
+    return _read_next_to_writer(runtime.path, open_once)
+
+
+def _kept(folder: Path, held: Manifest) -> log_reader.Replay:
+    """Return what is known about blocks of a tag that were overwritten: that is no damage."""
+    kept = {held.tables[number].uuid: found for number, found in tags.kept_sums(folder).items()}
+    return log_reader.Replay(held, 0, 0, kept=kept)
+
+
+def _follow_tag(folder: Path, held: Manifest, copying: copies.StoreCopy) -> None:
+    """Let a copy be what a tag has. Whatever it takes over that was overwritten is kept by then, and put back."""
+    copying.follow(held, lambda: log_reader.Replay(held, 0, 0))
+    tags.put_back(folder, dict(enumerate(copying.pairs)))
 
 
 def _read_next_to_writer(path: Path, read: Callable[[Manifest], T], limit_s: float = RETRY_LIMIT_S) -> T:
@@ -248,6 +294,7 @@ def _open_at_last_commit(runtime: Runtime, base: Manifest) -> Session:
             newest=lambda: _read_next_to_writer(runtime.path, partial(_newest, runtime.path)),
             reopen=lambda: _open_reader(runtime.again()),
             follow=partial(_follow, runtime.path, base.uuid),
+            store=runtime.path,
         ),
     )
 
@@ -275,6 +322,14 @@ def _watch(path: Path) -> tuple[Callable[[], bool], Callable[[], int]]:
     now = memory.array(np.int64, (2,))
     epoch = int(now[0])
     return lambda: int(now[0]) == epoch, lambda: int(now[fills.COUNTER // 8])
+
+
+def _watch_undo(folder: Path) -> Callable[[], int]:
+    """Return a function that returns how often blocks of a tag were kept, see `PastBlocks`."""
+    memory = address_space.AddressRange(PAGE)
+    memory.map_file(0, store_paths.undo(folder), PAGE)
+    now = memory.array(np.int64, (1,), undo.COUNTER)
+    return lambda: int(now[0])
 
 
 def _open_writer(runtime: Runtime, *, new: bool) -> Session:
@@ -311,6 +366,7 @@ def _not_writable(path: Path, code: int) -> ReadOnlyError:
 def _recover(runtime: Runtime, base: Manifest) -> Manifest:
     """Bring the shards to the last commit; return the next base. If interrupted, it can be done again."""
     folder = store_paths.log(runtime.path)
+    _keep_tags(runtime, base)
     log_reader.sync(folder, base)
     replay = log_reader.read(folder, base)
     directories = folders.locate(runtime.path, replay.manifest.tables)
@@ -327,7 +383,7 @@ def _recover(runtime: Runtime, base: Manifest) -> Manifest:
         named = [each for each in note.fills if each.table == location.spec.uuid]
         fills.undo_unfinished(location, named, some.fills)
     # Every image, even where the files look right: after a failed write-back, only the page cache may be.
-    fold.write(images, runtime.threads)
+    fold.write(images, runtime.threads, undo=runtime.undo)
     current = {table.uuid for table in replay.manifest.tables}
     rows = sum(each.ids.size for _, each in images)
     if rows:
@@ -341,7 +397,19 @@ def _recover(runtime: Runtime, base: Manifest) -> Manifest:
         sequence=replay.sequence,
         attempt=replay.attempt + 1,
         dropped=(*base.dropped, *(table for table in base.tables if table.uuid not in current)),
+        tags=base.tags,
     )
+
+
+def _keep_tags(runtime: Runtime, base: Manifest) -> None:
+    """Keep what tags have of the files, from now on. One that is damaged is lost, which says whoever reads it."""
+    tags.sweep(runtime.path, base.tags)
+    for each in base.tags:
+        try:
+            runtime.undo.add(each.uuid, tags.keeper(runtime.path, each))
+        except (FormatError, FileNotFoundError) as error:
+            _log.warning("the tag %r of %s is lost: %s", each.name, runtime.path, str(error))
+            tags.release(store_paths.tag(runtime.path, each.uuid))
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -401,11 +469,13 @@ def _clear(path: Path) -> None:
     except FormatError:
         old = Manifest(uuid=str(uuid.uuid4()))
     dropped = (*old.tables, *old.dropped)
-    empty = replace(old, clean=True, commit=None, tables=(), vocabularies=(), dropped=dropped)
+    empty = replace(old, clean=True, commit=None, tables=(), vocabularies=(), dropped=dropped, tags=())
     files.replace(store_paths.manifest(path), empty.to_bytes())
     folders.arrange(path, (), dropped)
     for directory in folders.tables(path):  # those that a damaged manifest did not name
         files.remove_tree(directory)
+    tags.sweep(path, ())
+    files.remove_tree(store_paths.tags(path))
     files.remove_tree(store_paths.private(path) / "tables")
     files.remove_tree(store_paths.private(path) / "vocabularies")
     files.remove_tree(store_paths.rebuilt(path))

@@ -17,6 +17,7 @@ from shardemb.engine.training import Scaling
 from shardemb.format.spec import normalized
 from shardemb.imports.blocks import ReadOptions
 from shardemb.session.table_catalog import TableRequest
+from shardemb.store import tagging
 from shardemb.store.keyed_table import KeyedTable
 from shardemb.store.table import Table
 from shardemb.store.vocabulary import Vocabulary
@@ -949,6 +950,139 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         """
         return self._session.commit(step, metadata) if wait else self._session.commit_behind(step, metadata)
 
+    @property
+    def tags(self) -> Mapping[str, Commit]:
+        """The commits that are kept, by the name of their tag: a snapshot, in the order in which they were tagged."""
+        self._session.runtime.check_open()
+        return {each.name: each.commit for each in self._session.tag_facts()}
+
+    def tag(self, name: str, *, replace: bool = False) -> Commit:
+        """Keep the last commit under a name, until `untag`: it can be read meanwhile, and restored.
+
+        The files of the tables get second names (hard links), so this copies nothing but checksums: 0.2 % of the bytes.
+        What is overwritten from now on is kept first, block by block: each block of 4,096 bytes takes that much disk
+        space, once for each tag. Tables that are dropped, resized or resharded lose nothing of it.
+
+        Parameters
+        ----------
+        name : str
+            As for a table.
+        replace : bool
+            Whether a tag of this name may exist, which is then moved, in one instant.
+
+        Returns
+        -------
+        Commit
+            The commit that is kept.
+
+        Raises
+        ------
+        TagExistsError
+            There is such a tag.
+        TypeError, ValueError
+            The name is invalid.
+        ShardEmbError
+            Nothing was committed yet, or the file system has no hard links.
+        DiskFullError, OSError, PoisonedError
+            A write or sync failed; there is no new tag.
+        ReadOnlyError, StoreClosedError
+            Nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes, and folds what is committed. Changes without a commit stay, and
+        are no part of it. While there are tags, older versions of shardemb refuse the store, many new rows are written
+        through the log instead of straight to their place, and `copy` copies no tag.
+
+        Examples
+        --------
+        >>> store.commit(step=100, metadata={"loss": 0.3})
+        Commit(id=1, step=100, metadata={'loss': 0.3})
+        >>> store.tag("best").step
+        100
+        >>> with shardemb.open(store.path, mode="r", commit="best") as best:
+        ...     best.last_commit.metadata
+        {'loss': 0.3}
+        >>> list(store.tags)
+        ['best']
+        """
+        return tagging.tag(self._session, name, replaces=replace)
+
+    def untag(self, name: str) -> None:
+        """Keep a commit no longer. What was kept for it alone leaves the disk.
+
+        Whoever reads it gets `StaleReaderError` from now on.
+
+        Parameters
+        ----------
+        name : str
+            One of `tags`.
+
+        Raises
+        ------
+        TagNotFoundError
+            There is no such tag.
+        OSError, PoisonedError, ReadOnlyError, StoreClosedError
+            The tag may still be there.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes, and for a fold.
+
+        Examples
+        --------
+        >>> _ = store.commit(), store.tag("best")
+        >>> store.untag("best")
+        >>> len(store.tags)
+        0
+        """
+        tagging.untag(self._session, name)
+
+    def restore(self, name: str) -> Commit:
+        """Go back to a commit that is kept, and commit that. Changes without a commit are discarded, as by `rollback`.
+
+        Rows, optimizer state, counters, steps, hyper-parameters, frozen rows, names, the set of tables and vocabularies
+        are what they were, to the bit. Only rows in blocks that were overwritten since are read and compared, and those
+        that differ are committed like any others. A table that was resharded or dropped since is copied from the tag.
+
+        Parameters
+        ----------
+        name : str
+            One of `tags`. It stays.
+
+        Returns
+        -------
+        Commit
+            The new commit: the next id, and step and metadata of the commit that was kept; ``metadata["restored"]``
+            says which that was.
+
+        Raises
+        ------
+        TagNotFoundError
+            There is no such tag.
+        FormatError
+            The tag is damaged. The store is at the last commit.
+        DiskFullError
+            There is no space. The store is at the last commit, or goes back to it with `rollback`.
+        OSError, PoisonedError
+            A write or sync failed: close the store and open it again.
+        ReadOnlyError, StoreClosedError
+            Nothing was changed.
+
+        Notes
+        -----
+        Safe from any thread; waits for other changes. All or nothing: a crash leaves the commit before or this one.
+        Objects of tables and vocabularies stay valid if their table exists in both commits.
+
+        Examples
+        --------
+        >>> _ = store.commit(step=100), store.tag("best")
+        >>> _ = store.commit(step=200)
+        >>> store.restore("best")
+        Commit(id=3, step=100, metadata={'restored': {'tag': 'best', 'commit': 1}})
+        """
+        return tagging.restore(self._session, name)
+
     def rollback(self) -> None:
         """Go back to the last commit: rows, state, steps, hyper-parameters, vocabularies and the set of tables.
 
@@ -1067,7 +1201,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         Returns
         -------
         StoreInfo
-            A frozen dataclass: path, uuid, commit, bytes_on_disk, tables, vocabularies.
+            A frozen dataclass: path, uuid, commit, bytes_on_disk, tables, vocabularies, tags.
 
         Raises
         ------

@@ -22,6 +22,7 @@ from shardemb.base.forks import usable_in_child
 from shardemb.base.interrupts import signals_deferred
 from shardemb.engine import batch
 from shardemb.errors import FormatError, RowIdError, VocabularyNotFoundError
+from shardemb.storage import files
 from shardemb.vocabulary import hashing, index_kernels, key_kernels, key_records, keys
 from shardemb.vocabulary.hash_index import KeyIndex, new_salt
 from shardemb.vocabulary.index_files import Coverage
@@ -313,6 +314,24 @@ class KeyRows:
             fresh.remove_files()
         finally:
             self.lock.release()
+
+    def retire_index(self) -> None:
+        """Remove the files of the index, durably: after the next commit they would miss keys, or find others.
+
+        Raises
+        ------
+        OSError
+            Some may be left.
+        """
+        folder = self._index.retire()
+        if files.is_directory(folder.parent):
+            files.sync_directory(folder.parent)
+
+    def reindex(self) -> None:
+        """Index all keys of the last commit, after `retire_index`."""
+        fresh = self._new_index()
+        self._index_new(fresh, Coverage())
+        self._index = fresh
 
     def checkpoint(self) -> None:
         """Write pairs that only the memory of the index has to files, if an opening would take long to index them."""

@@ -48,6 +48,12 @@ class KeyTables:
         self._runtime = runtime
         self._tables = dict(tables)
 
+    def are(self, tables: Mapping[str, TableState]) -> bool:
+        """Return whether these are the tables, by kind."""
+        return self._tables.keys() == tables.keys() and all(
+            self._tables[kind] is table for kind, table in tables.items()
+        )
+
     def join(self, runtime: Runtime) -> None:
         """Use the runtime of another opening of the store."""
         self._runtime = runtime

@@ -1,0 +1,286 @@
+"""Keeps the last commit of a store under a name, gives it up, and goes back to it.
+
+Going back changes rows in memory as training does, and ends with one commit: all of it or nothing. Only rows in blocks
+that were overwritten since are looked at, wherever a table still has the files that the tag has. What has another form
+by now, or was dropped, is copied.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from shardemb.base.interrupts import signals_deferred
+from shardemb.base.sizes import PAGE
+from shardemb.commits import rewrite, tags, undo
+from shardemb.engine import filling, shards
+from shardemb.engine.table_state import TableState
+from shardemb.engine.training import Training
+from shardemb.errors import FormatError, ShardEmbError, TagExistsError
+from shardemb.format import store_paths
+from shardemb.format.manifest import TagEntry
+from shardemb.format.spec import check_name, normalized
+from shardemb.format.table_files import TableLocation
+from shardemb.storage import address_space, checksums, files, folders, table_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+    from typing import Any
+
+    from numpy.typing import NDArray
+
+    from shardemb.base.validation import Int64Array
+    from shardemb.engine.shards import Shards
+    from shardemb.format.manifest import Commit, Manifest, TableEntry
+    from shardemb.session.session import Session
+
+BLOCKS = 4096
+"""Blocks whose rows are compared at a time."""
+
+
+# ---- keeping ----------------------------------------------------------------------------------------------------
+
+
+def tag(session: Session, name: str, *, replaces: bool) -> Commit:
+    """Keep the last commit; see `Store.tag`."""
+    runtime, name = session.runtime, check_name(name)
+    with session.settled(runtime.writing):
+        journal = session.journal
+        _require_new(session, name, replaces=replaces)
+        journal.drain()  # so that the files are exactly the last commit
+        _require_new(session, name, replaces=replaces)  # again: this has released the lock
+        commit = runtime.committed.commit
+        if commit is None:
+            msg = f"the store {runtime.path} has no commit yet that could be kept; call commit() first"
+            raise ShardEmbError(msg)
+        for each in session.tables.committed.values():
+            filling.take_back(runtime, each.shards)  # or the tag would have them with the files
+        entry = TagEntry(name, str(uuid.uuid4()))
+        folder = tags.make(runtime.path, entry.uuid, runtime.committed, session.tables.locations())
+        others = tuple(each for each in session.tag_entries() if each.name != name)
+        with signals_deferred():
+            try:
+                runtime.undo.add(entry.uuid, tags.keeper(runtime.path, entry))
+                journal.set_tags((*others, entry))
+            except BaseException:
+                if entry not in session.tag_entries():
+                    runtime.undo.remove(entry.uuid)
+                    files.remove_tree(folder)
+                raise
+            _forget_others(session)
+        return replace(commit)
+
+
+def _require_new(session: Session, name: str, *, replaces: bool) -> None:
+    if not replaces and any(each.name == name for each in session.tag_entries()):
+        msg = f"the store {session.runtime.path} already has a tag {name!r}; pass replace=True to move it, or untag it"
+        raise TagExistsError(msg)
+
+
+def untag(session: Session, name: str) -> None:
+    """Keep a commit no longer; see `Store.untag`."""
+    runtime = session.runtime
+    with session.settled(runtime.writing):
+        session.journal.wait()  # for a fold, which may be keeping something
+        entry = tags.find(runtime.path, session.tag_entries(), normalized(name))
+        with signals_deferred():
+            session.journal.set_tags(tuple(each for each in session.tag_entries() if each != entry))
+            _forget_others(session)
+
+
+def _forget_others(session: Session) -> None:
+    """Give up what the base does not name any more. What is left after an error, the next opening removes."""
+    runtime, known = session.runtime, session.tag_entries()
+    runtime.undo.retain({each.uuid for each in known})
+    tags.sweep(runtime.path, known)
+
+
+# ---- going back -------------------------------------------------------------------------------------------------
+
+
+class _Then(NamedTuple):
+    """A table as a tag has it.
+
+    Attributes
+    ----------
+    entry : TableEntry
+    number : int
+        Its position in the manifest of the tag.
+    location : TableLocation
+        In the tag's folder.
+    shards : Shards
+        Its files, and over them what was kept.
+    blocks : ndarray of int64
+        The blocks that are kept.
+    """
+
+    entry: TableEntry
+    number: int
+    location: TableLocation
+    shards: Shards
+    blocks: Int64Array
+
+
+def restore(session: Session, name: str) -> Commit:
+    """Go back to a commit that was kept; see `Store.restore`."""
+    runtime = session.runtime
+    with session.settled(session.vocabularies.all_locked):
+        runtime.check_publishable()
+        entry = tags.find(runtime.path, session.tag_entries(), normalized(name))
+        session.journal.drain()
+        session.rollback()
+        entry = tags.find(runtime.path, session.tag_entries(), entry.name)  # draining has released the lock
+        folder = store_paths.tag(runtime.path, entry.uuid)
+        held, before = tags.read_manifest(folder), runtime.committed.commit
+        assert held.commit is not None
+        metadata = {**held.commit.metadata, "restored": {"tag": entry.name, "commit": held.commit.id}}
+        with session.vocabularies.reassigning():
+            try:
+                _go_back(session, folder, held)
+                commit = session.commit(held.commit.step, metadata)
+            except BaseException:
+                # But not if it was committed, or if it may have been, which the next opening finds out.
+                if runtime.committed.commit is before and not runtime.poisoned:
+                    session.rollback()
+                raise
+            try:
+                session.vocabularies.reindex()
+            except BaseException as error:  # keys would not be found
+                runtime.poisoned = f"its keys could not be indexed ({error})"
+                raise
+        return commit
+
+
+def _go_back(session: Session, folder: Path, held: Manifest) -> None:
+    """Let tables and vocabularies be what they were, in memory, and in new folders."""
+    known = {each.spec.stream: each for each in session.tables.current.values()}
+    tables: dict[str, TableState] = {}
+    for then in _tables_of(folder, held):
+        table = known.get(then.shards.spec.stream)
+        if table is not None and _takes_form(table, then):
+            _take_back_rows(table, then)
+        else:
+            table = _copied(session, folder, then)
+        entry = then.entry
+        table.restore(entry.name, table.shards, Training(entry.optimizer, entry.step, entry.frozen))
+        tables[entry.name] = table
+    session.tables.replace(tables)
+    session.vocabularies.go_back(held.vocabularies)
+
+
+def _tables_of(folder: Path, held: Manifest) -> Iterator[_Then]:
+    """Open the tables of a tag one after the other, each with what was kept of it over its files.
+
+    Raises
+    ------
+    FormatError
+        Something of the tag is lost, or not what was written.
+    """
+    places, kept = tags.locations(folder, held), tags.kept_sums(folder)
+    nothing = np.empty(0, np.int64), np.empty(0, np.uint64)
+    for number, (entry, location) in enumerate(zip(held.tables, places, strict=True)):
+        blocks, sums = kept.get(number, nothing)
+        written = checksums.read_sums(location.checksums_path, 0, location.spec.num_blocks)[blocks]
+        if (checksums.content_sums(written) != sums).any():
+            msg = f"what the tag has kept of table {entry.name!r} is not what was written; see verify() of the tag"
+            raise FormatError(msg)
+        view = shards.open_existing(location.directory, may_miss=False, may_create=False)
+        for records in undo.read(folder) if blocks.size else ():
+            for table, some, content in tags.by_table(records):
+                if table == number:
+                    view.put_back(some, content)
+        yield _Then(entry, number, location, view, blocks)
+
+
+def _takes_form(table: TableState, then: _Then) -> bool:
+    """Give a table the number of rows that it had; return whether it then has the form that it had."""
+    now, wanted = table.shards.spec, then.shards.spec
+    if now.num_embeddings == wanted.num_embeddings:
+        return replace(now, uuid=wanted.uuid) == wanted
+    if replace(rewrite.resized(now, wanted.num_embeddings), uuid=wanted.uuid) != wanted:
+        return False
+    nothing = np.empty((0, now.width), now.element)
+    table.resize_and_write(wanted.num_embeddings, np.empty(0, np.int64), nothing)
+    return True
+
+
+def _take_back_rows(table: TableState, then: _Then) -> None:
+    """Let rows that differ from what they were be that again, as changed rows."""
+    now = table.shards
+    for rows in _rows_to_compare(now, then):
+        records = _records(then.shards, rows)
+        differ = (records.view(np.uint8) != _records(now, rows).view(np.uint8)).any(axis=1)
+        now.adopt_records(rows[differ], records[differ], table.runtime.budget)
+
+
+def _rows_to_compare(now: Shards, then: _Then) -> Iterator[Int64Array]:
+    """Yield all rows that may differ, some at a time: those in blocks that were kept, and in files that are others."""
+    spec = then.shards.spec
+    size, count, per_shard = spec.record_bytes, spec.num_embeddings, spec.shard_bytes // PAGE
+    blocks = then.blocks[then.blocks < spec.num_shards * per_shard]
+    for start in range(0, blocks.size, BLOCKS):
+        some = blocks[start : start + BLOCKS]
+        first, last = some * PAGE // size, (some * PAGE + PAGE - 1) // size
+        most = int((last - first).max()) + 1
+        rows = np.unique(np.minimum(first[:, None] + np.arange(most), last[:, None]))
+        yield rows[rows < count]
+    for number in range(spec.num_shards):
+        file = then.location.shard(number)
+        if files.names(file.path)[1] == files.names(now.shard_path(number))[1]:
+            continue
+        _require_intact(then, number)
+        step = BLOCKS * max(1, PAGE // size)
+        for begin in range(*file.rows, step):
+            yield np.arange(begin, min(begin + step, file.rows[1]))
+
+
+def _require_intact(then: _Then, number: int) -> None:
+    """Compare a file of a tag with its checksums, where it was not overwritten."""
+    file = then.location.shard(number)
+    memory = address_space.AddressRange(folders.WINDOW_BYTES)
+    memory.map_zeros(0, folders.WINDOW_BYTES)
+    for start in range(0, file.nbytes, folders.WINDOW_BYTES):
+        stop = min(start + folders.WINDOW_BYTES, file.nbytes)
+        differing = checksums.differing_blocks(then.location, file, start, stop, memory)
+        if np.setdiff1d(differing, then.blocks).size:
+            msg = f"{file.path} is damaged; verify() of the tag lists the rows"
+            raise FormatError(msg)
+
+
+def _records(of: Shards, rows: Int64Array) -> NDArray[Any]:
+    """Copy the records of rows; those that were never written have their initial ones."""
+    records = np.empty((rows.size, of.spec.width), of.spec.element)
+    of.overlay.pack(rows, records.ctypes.data)
+    fresh = np.flatnonzero((of.overlay.places(rows) == rows) & ~of.were_written(rows))
+    if fresh.size:
+        records[fresh] = of.initial_records(rows[fresh])
+    return records
+
+
+def _copied(session: Session, folder: Path, then: _Then) -> TableState:
+    """Make a table again from a tag's, in a folder of its own."""
+    runtime, entry = session.runtime, then.entry
+    spec = replace(then.shards.spec, uuid=str(uuid.uuid4()))
+    new = TableLocation(spec, store_paths.parked(runtime.path, spec.uuid))
+    try:
+        documents = folders.new_documents(spec, then.location.directory)
+        table_folder.write_documents(new.directory, documents)
+        for source, target in _file_pairs(then.location, new):
+            files.create_sparse(target, files.size(source) or 0)
+            folders.copy_data(source, target, files.size(source) or 0)
+        tags.put_back(folder, {then.number: (then.location, new)})
+        mapped = shards.open_existing(new.directory, may_miss=False, may_create=False)
+    except BaseException:
+        files.remove_tree(new.directory)
+        raise
+    training = Training(entry.optimizer, entry.step, entry.frozen)
+    return TableState(runtime, entry.name, mapped, training, entry.vocabulary)
+
+
+def _file_pairs(old: TableLocation, new: TableLocation) -> Iterable[tuple[Path, Path]]:
+    pairs = zip(old.expected_files(), new.expected_files(), strict=True)
+    return ((source, target) for (source, _), (target, _) in pairs)
