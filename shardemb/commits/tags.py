@@ -167,7 +167,7 @@ def release(folder: Path) -> None:
     if files.size(path) is not None and files.names(path)[0] == 1:
         with files.opened(path, os.O_WRONLY) as descriptor:
             released = undo.RELEASED.to_bytes(8, "little", signed=True)
-            files.write(descriptor, released, undo.COUNTER, path)
+            files.write(descriptor, released, undo.COUNT, path)
 
 
 def sweep(store: Path, tags: Collection[TagEntry]) -> None:

@@ -1,17 +1,17 @@
 """What folds overwrite of files that a tag has too: the old content of each block, kept before its first byte changes.
 
 A tag holds links to files of tables, so what is written to these files changes the tag as well. Before a block of such
-a file is written for the first time since, its content is appended to the tag's *undo file*, durably. Then a counter at
+a file is written for the first time since, its content is appended to the tag's *undo file*, durably. Then the count at
 the beginning of that file goes up, which readers of the tag have mapped: one that finds it changed after it has read
 rows reads the new records, and the rows again.
 
 ::
 
-    undo file   a page with the counter, then records
-    record      checksum of the rest, how many records were durable before this one, table, block; 4,096 bytes of it
+    undo file   a page with the count of records that are durable, then the records
+    record      checksum of the rest, table, block; the 4,096 bytes of the block
 
-A record holds what the tag has of a block, whenever it was written; so one that is there twice does no harm. The file
-ends with the first record that cannot be read, unless a later one says that it was durable: then that is damage.
+A record holds what the tag has of a block, whenever it was written; so one that is there twice, or was not counted,
+does no harm. Where one cannot be read, the file ends, unless it was counted: then that is damage.
 """
 
 from __future__ import annotations
@@ -38,16 +38,14 @@ if TYPE_CHECKING:
 
     Change = tuple[Path, Int64Array]  # a file, and ascending numbers of blocks in it that are about to change
 
-RECORD = np.dtype(
-    [("sum", "<u8"), ("durable", "<u8"), ("table", "<u8"), ("block", "<u8"), ("content", "u1", (PAGE,))]
-)
+RECORD = np.dtype([("sum", "<u8"), ("table", "<u8"), ("block", "<u8"), ("content", "u1", (PAGE,))])
 """`table` is the position of the table in the tag's manifest, `block` a number among all blocks of the table."""
 
-COUNTER = 0
-"""Where in the file the counter is, as int64."""
+COUNT = 0
+"""Where in the file the count is, as int64."""
 
 RELEASED = -1
-"""What the counter says once nothing is kept any more."""
+"""What the count says once nothing is kept any more."""
 
 WINDOW = 1024
 """Records that are read or written at a time."""
@@ -74,27 +72,27 @@ def read(tag: Path, start: int = 0) -> Iterator[NDArray[np.void]]:
     """
     path = store_paths.undo(tag)
     with files.opened(path, os.O_RDONLY) as descriptor:
-        if _counter(descriptor, path) < 0:
+        count = _count(descriptor, path)
+        if count < 0:
             msg = f"{path}: the tag was released, or is lost; make another"
             raise FormatError(msg)
         total = ((files.size(path) or 0) - PAGE) // RECORD.itemsize
+        end = start
         for first in range(start, total, WINDOW):
             records = _read(descriptor, first, min(first + WINDOW, total), path)
             valid = _sums(records) == records["sum"]
-            if valid.all():
-                yield records
-                continue
-            count = int(np.argmin(valid))
-            later = (_read(descriptor, n, min(n + WINDOW, total), path) for n in range(first, total, WINDOW))
-            if any((each["durable"][_sums(each) == each["sum"]] > first + count).any() for each in later):
-                msg = f"{path} is damaged: a part of the tag is lost; release it, and make another"
-                raise FormatError(msg)
-            yield records[:count]
-            return
+            records = records if valid.all() else records[: int(np.argmin(valid))]
+            end = first + records.size
+            yield records
+            if end < min(first + WINDOW, total):
+                break
+        if end < count:
+            msg = f"{path} is damaged: a part of the tag is lost; release it, and make another"
+            raise FormatError(msg)
 
 
-def _counter(descriptor: int, path: Path) -> int:
-    return int.from_bytes(files.read_at(descriptor, 8, COUNTER, path), "little", signed=True)
+def _count(descriptor: int, path: Path) -> int:
+    return int.from_bytes(files.read_at(descriptor, 8, COUNT, path), "little", signed=True)
 
 
 def _read(descriptor: int, first: int, stop: int, path: Path) -> NDArray[np.void]:
@@ -139,10 +137,9 @@ class Keeper:
                 self._files[files.names(file.path)[1]] = kept[-1]
             of_table.append(kept)
         with files.opened(self._path, os.O_RDONLY) as descriptor:
-            self._changes = _counter(descriptor, self._path)
+            self._lost = _count(descriptor, self._path) < 0
             # What a writer that was killed has appended may be in the page cache alone, and counts as kept from now on.
             files.sync_data(descriptor, self._path)
-        self._lost = False
         self._load(tag, of_table)
 
     def _load(self, tag: Path, of_table: Sequence[Sequence[_Kept]]) -> None:
@@ -184,15 +181,13 @@ class Keeper:
             for _, kept, blocks in missing:
                 kept.blocks[blocks] = True
             self._count = count
-            self._changes += 1
-            files.write(target, self._changes.to_bytes(8, "little", signed=True), COUNTER, self._path)
+            files.write(target, count.to_bytes(8, "little"), COUNT, self._path)
 
     def _append(
         self, target: int, count: int, content: NDArray[np.uint8], kept: _Kept, blocks: Int64Array
     ) -> None:
         records: NDArray[Any] = np.empty(blocks.size, RECORD)
-        records["durable"], records["table"] = self._count, kept.table
-        records["block"], records["content"] = kept.first + blocks, content
+        records["table"], records["block"], records["content"] = kept.table, kept.first + blocks, content
         records["sum"] = _sums(records)
         offset = PAGE + count * RECORD.itemsize
         files.write(target, records.view(np.uint8).data, offset, self._path)

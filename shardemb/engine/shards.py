@@ -110,6 +110,7 @@ class Shards:
         self.totals = Totals()
         self.frozen: FrozenRows | None = None
         self.training: Training | None = None
+        self._has_put_back = False
         initializer = spec.initializer
         self._key = np.uint64(stream_key(getattr(initializer, "seed", 0), spec.stream))
         self._parameters = np.array(initializer.parameters(), np.float64)
@@ -461,6 +462,7 @@ class Shards:
 
     def put_back(self, blocks: Int64Array, content: NDArray[np.uint8]) -> None:
         """Let blocks, as ``checksums`` number them, have another content than the files, in this process."""
+        self._has_put_back = True
         first = self.spec.num_shards * self.spec.shard_bytes // PAGE  # of the presence bitmap
         in_rows = blocks < first
         rows = self._rows.array(np.uint8, (first, PAGE))
@@ -520,7 +522,9 @@ class Shards:
             self.filled.end_commit(committed=committed)
 
     def release_pages(self, start: int, stop: int) -> None:
-        """Release the pages of the files of rows ``start:stop``; slots stay."""
+        """Release the pages of the files of rows ``start:stop``; slots stay. So does what was put back over files."""
+        if self._has_put_back:
+            return
         first, last = start * self.spec.record_bytes // PAGE, -(-stop * self.spec.record_bytes // PAGE)
         self._rows.advise(first * PAGE, (last - first) * PAGE, address_space.MADV_DONTNEED)
 

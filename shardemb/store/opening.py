@@ -328,7 +328,7 @@ def _watch_undo(folder: Path) -> Callable[[], int]:
     """Return a function that returns how often blocks of a tag were kept, see `PastBlocks`."""
     memory = address_space.AddressRange(PAGE)
     memory.map_file(0, store_paths.undo(folder), PAGE)
-    now = memory.array(np.int64, (1,), undo.COUNTER)
+    now = memory.array(np.int64, (1,), undo.COUNT)
     return lambda: int(now[0])
 
 
