@@ -250,14 +250,14 @@ def _stretches(blocks: Int64Array, which: Int64Array, descriptors: _Descriptors)
 def write(
     tables: Sequence[tuple[TableLocation, Images]],
     threads: int,
+    undo: Undo | None = None,
     shown: bool = False,
     pace: Pace | None = None,
-    undo: Undo | None = None,
 ) -> None:
     """Write the images of all tables, each file in one task, and sync every file that was written.
 
-    With `shown`, a bar or lines on stderr show how far it is. With a `pace`, it gives way to lookups. What tags have of
-    the blocks is kept in `undo` first.
+    What tags have of the blocks is kept in `undo` first. With `shown`, a bar or lines on stderr show how far it is.
+    With a `pace`, it gives way to lookups.
 
     Raises
     ------

@@ -433,9 +433,9 @@ class Journal:
             fold.write(
                 [(each.location, newer.images(each.spec)) for each in live],
                 runtime.threads,
+                runtime.undo,
                 self._shown,
                 fold.Pace(lambda: sum(each.totals.cold_lookups for each in live), self._hurry),
-                runtime.undo,
             )
         except Exception as error:  # raised or returned by the calls that wait for the fold
             problem = error

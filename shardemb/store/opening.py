@@ -383,7 +383,7 @@ def _recover(runtime: Runtime, base: Manifest) -> Manifest:
         named = [each for each in note.fills if each.table == location.spec.uuid]
         fills.undo_unfinished(location, named, some.fills)
     # Every image, even where the files look right: after a failed write-back, only the page cache may be.
-    fold.write(images, runtime.threads, undo=runtime.undo)
+    fold.write(images, runtime.threads, runtime.undo)
     current = {table.uuid for table in replay.manifest.tables}
     rows = sum(each.ids.size for _, each in images)
     if rows:

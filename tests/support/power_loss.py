@@ -180,6 +180,7 @@ class Disk:
         self.kinds, self.data, self.names = {}, {}, {}
         self.pending_data = {}  # inode: list of changes
         self.pending_names = []  # (folder, changes of names)
+        self.found = {}
 
     @classmethod
     def of(cls, root):
@@ -283,6 +284,7 @@ class Disk:
             if name.rpartition("/")[0] in reachable:
                 reachable[name] = state[name]
         del reachable[""]
+        self.found = names  # which names are those of one file
         return reachable
 
     def killed(self):
@@ -823,6 +825,11 @@ OTHER_REASONS = {
     "checkpoint._write:replace": "the parameters of a model in torch, which is no part of a store",
     "checkpoint._write:sync_directory": "the same",
     "dynamicemb._append:write": "dumps of dynamicemb, the same",
+    "tags.release:write": "tells readers of a tag",
+    "undo.keep:write": "the same, and what is damage",
+    "tags.make:write_new": "copies of a tag, which no workload makes",
+    "tags.put_back:sync_file": "the same",
+    "key_rows.retire_index:sync_directory": "the index of a vocabulary that is restored, which no workload does",
     "fills.copy:write": "copies, which no workload makes",
     "fills._copy_window:write": "the same",
 }
@@ -858,6 +865,11 @@ SITES = call_sites()
 def is_about_fills(site):
     """Whether a call is one of what is written before its commit."""
     return site.startswith(("fills.", "filling.", "attempt.sync_fills"))
+
+
+def is_about_tags(site):
+    """Whether a call is one of what keeps commits under names."""
+    return site.startswith(("undo.", "tags.", "tagging."))
 
 
 def is_about_keys(site):

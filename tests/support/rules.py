@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import random
 import threading
 import time
 from pathlib import Path
@@ -13,19 +14,21 @@ import pytest
 
 import shardemb
 from shardemb.base import interrupts
-from shardemb.commits import fills, fold, log_reader, log_writer
+from shardemb.commits import fills, fold, log_reader, log_writer, tags, undo
 from shardemb.compute import file_blocks
 from shardemb.engine import batch, filling, runtime, shards
 from shardemb.format import log_records, store_paths
-from shardemb.memory import frozen_rows, hidden_rows, overlay, spill_file
+from shardemb.memory import frozen_rows, hidden_rows, overlay, past_blocks, spill_file
 from shardemb.optim import Adam
 from shardemb.session.attempt import Attempt
 from shardemb.session.base import Base
 from shardemb.session.journal import Journal
 from shardemb.storage import checksums, files
 from shardemb.store import opening
-from support import fills_power_loss, inside
-from support.power_loss import WORKLOADS, Disk, Recording, contents, explore, scratch, work
+from shardemb.vocabulary import key_rows
+from support import fills_power_loss, inside, tags_power_loss
+from support.power_loss import WORKLOADS, Disk, Recording, contents, explore, materialise, scratch, work
+from support.small import make_small
 from support.stores import close_quietly
 from support.witnesses import WITNESSES
 
@@ -391,7 +394,7 @@ def recovery_reuses_numbers(patch):
 
 
 def recovery_writes_nothing(patch):
-    patch.setattr(opening, "fold", SimpleNamespace(write=lambda images, threads: None))
+    patch.setattr(opening, "fold", SimpleNamespace(write=lambda images, threads, *rest: None))
 
 
 def sync_declared_too_early(patch):
@@ -405,6 +408,51 @@ def sync_declared_too_early(patch):
 
 def damage_taken_for_torn(patch):
     patch.setattr(log_reader._Reader, "_require_torn", lambda *arguments: None)
+
+
+def kept_late(patch):
+    """What tags have is kept, but it is not durable before it is overwritten."""
+    patch.setattr(undo, "files", Instead(sync_data=lambda descriptor, path: None))
+
+
+def tag_not_durable(patch):
+    """The base names a tag whose folder may not be there."""
+    patch.setattr(tags, "files", Instead(sync_tree=lambda path: None))
+
+
+def looked_once(patch):
+    """A reader of a tag looks only once."""
+    real = past_blocks.PastBlocks.look
+    patch.setattr(
+        past_blocks.PastBlocks, "look", lambda self: real(self) if self._seen is None else self._seen
+    )
+
+
+def kept_is_trusted(patch):
+    """What the last writer has appended counts as durable."""
+    real = undo.Keeper.__init__
+
+    def init(self, *arguments):
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(files, "sync_data", lambda descriptor, path: None)
+            real(self, *arguments)
+
+    patch.setattr(undo.Keeper, "__init__", init)
+
+
+def indexes_stay(patch):
+    """The index that misses keys is there when the commit that brings them back is durable."""
+    patch.setattr(key_rows.KeyRows, "retire_index", lambda self: None)
+
+
+class Instead:
+    """The module ``files``, whoever has replaced its functions, with others of some names."""
+
+    def __init__(self, **others):
+        vars(self).update(others)
+
+    def __getattr__(self, name):
+        return getattr(files, name)
 
 
 def presence_not_folded(patch):
@@ -578,6 +626,93 @@ def reader_beside_fill():
     return "a reader saw what no commit has" if any(found) else None
 
 
+def reader_of_tag_beside_fold():
+    """Fold while a reader of a tag is between its first look and the rows."""
+    with scratch() as folder, pytest.MonkeyPatch.context() as patch:
+        store = new_store(folder)
+        store.tag("best")
+        expected = store["a"].lookup(np.arange(ROWS))
+        train(store, 1)
+        store.commit()
+        real, folds = batch._in_one_memory, [store.checkpoint]
+
+        def fold_first(opened, reads, gather):
+            if folds and not opened.writable:
+                folds.pop()()
+            real(opened, reads, gather)
+
+        with shardemb.open(store.path, "r", commit="best") as reader:
+            patch.setattr(batch, "_in_one_memory", fold_first)
+            found = reader["a"].lookup(np.arange(ROWS))
+        close_quietly(store)
+    return None if np.array_equal(found, expected) else "a reader saw what a fold has written"
+
+
+def kept_in_the_page_cache_alone():
+    """Kill a writer that has appended to an undo file and not synced it; cut the power once the next one has folded."""
+    with scratch() as folder, scratch() as other:
+        store = new_store(folder)
+        store.tag("best")
+        expected = contents(store)[1]
+        train(store, 1)
+        store.commit()
+        before, recording = Disk.of(folder), Recording(folder)
+        with recording.on(), pytest.MonkeyPatch.context() as patch:
+            real = files.sync_data
+            patch.setattr(
+                files,
+                "sync_data",
+                lambda descriptor, path: 1 / 0 if path.name == "undo" else real(descriptor, path),
+            )
+            with contextlib.suppress(ZeroDivisionError):
+                store.checkpoint()
+        for operation in recording.operations:
+            before.apply(*operation)
+        state, numbers = before.killed()
+        materialise(state, other, numbers)
+        left, recording = before.moved(numbers, other), Recording(other)
+        with recording.on():
+            close_quietly(shardemb.open(Path(other) / "store", threads=1))
+        for operation in recording.operations:
+            left.apply(*operation)
+        close_quietly(store)
+        for seed in range(6):
+            with scratch() as third:
+                state = left.crash(random.Random(seed))
+                materialise(
+                    state, third, {name: left.found[name] for name, data in state.items() if data is not None}
+                )
+                with contextlib.closing(shardemb.open(Path(third) / "store", "r", commit="best")) as reader:
+                    if contents(reader)[1] != expected:
+                        return "the tag has lost what the page cache had"
+    return None
+
+
+def restored_keys_after_a_crash():
+    """Go back to a commit with keys that the index was rebuilt without, and die right after the commit."""
+    with scratch() as folder, pytest.MonkeyPatch.context() as patch:
+        make_small(patch, random.Random(2))
+        store = shardemb.open(Path(folder) / "store", threads=1)
+        words = store.create_vocabulary("words", key_type="int64")
+        words.add(range(40))
+        store.commit()
+        store.tag("best")
+        words.remove(range(35))
+        store.commit()
+        rows = inside.key_rows(words)
+        rows._index = rows.index.empty_copy()  # as after many removals, which rebuild it
+        rows._index.relocate(store_paths.index(store.path, rows.entry.uuid).with_name("gone"))
+        rows.reindex()
+        rows.index.merge(rows._coverage())
+        patch.setattr(key_rows.KeyRows, "reindex", lambda self: 1 / 0)
+        with contextlib.suppress(ZeroDivisionError):
+            store.restore("best")
+        close_quietly(store)
+        with shardemb.open(Path(folder) / "store", threads=1) as again:
+            found = again.vocabularies["words"].lookup(range(40)).tolist()
+    return None if found == list(range(40)) else "keys that came back are not found"
+
+
 UNDONE = {
     "R1 shards hold committed values only": (changes_in_place, other_ways_to_the_disk),
     "R2 images count with their commit": (images_count_at_once, power),
@@ -610,11 +745,19 @@ UNDONE = {
     "R23 checksums only for blocks that have none": (fills_checksums_again, fills_power_loss.power),
     "R23 a fold writes no blocks that were never written": (windows_as_a_whole, fill_beside_fold),
     "R24 readers hide what no commit has": (nothing_hidden, reader_beside_fill),
+    "R25 kept before it is overwritten": (kept_late, tags_power_loss.power),
+    "R26 a tag is there before the base names it": (tag_not_durable, tags_power_loss.power),
+    "R27 readers of a tag look before and after": (looked_once, reader_of_tag_beside_fold),
+    "R28 what was kept is durable before it counts": (kept_is_trusted, kept_in_the_page_cache_alone),
+    "R29 an index is gone before keys come back": (indexes_stay, restored_keys_after_a_crash),
 }
+
+
+POWER = power, fills_power_loss.power, tags_power_loss.power
 
 
 def noticed(rule):
     undo, witness = UNDONE[rule]
     with pytest.MonkeyPatch.context() as patch:
         undo(patch)
-        return witness(WITNESSES.get(rule)) if witness in (power, fills_power_loss.power) else witness()
+        return witness(WITNESSES.get(rule)) if witness in POWER else witness()
