@@ -144,6 +144,14 @@ def test_float64_is_told_from_the_size(path, count, dim, end):
     )
 
 
+def test_a_value_of_digits_is_not_taken_for_text(path):
+    assert_same(
+        read_file(open_word2vec_binary, path, b"1 1\na 1 23"),
+        ["a"],
+        np.frombuffer(b"1 23", "<f4")[np.newaxis],
+    )
+
+
 def test_long_tokens_are_not_taken_for_float64(path):
     tokens = [f"a/path/of/a/document/{number}" for number in range(100)]
     rows = numbers(100, 2)
