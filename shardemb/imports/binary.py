@@ -459,7 +459,7 @@ class FastTextMatrix(FileVectors):
         """Read the rows, of one block at a time."""
         step = block_rows(self.dim)
         for start in range(0, self.total, step):
-            rows = self.read(start, min(start + step, self.total))
+            rows = self.read(start, start + step)
             yield Piece(rows, None, start + len(rows))
 
 

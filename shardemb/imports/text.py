@@ -44,6 +44,9 @@ _KEY_BYTES = 16 * 2**20
 _FEW = 64
 """Lines that are read one by one rather than halved again."""
 
+_MARK = b"\xef\xbb\xbf"
+"""A byte order mark in UTF-8, which some editors write at the beginning of a file; anywhere else, it is a character."""
+
 _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _LIKE_NUMBER = re.compile(_NUMBER.pattern + rb"|[+-]?(nan|inf(inity)?)", re.IGNORECASE)
 _HEADER = re.compile(rb"[ \t]*(\d{1,19})[ \t]+(\d{1,19})[ \t\r]*(?:\n|\Z)")
@@ -304,7 +307,8 @@ class TextVectors(FileVectors):
 
     def _all_at_once(self, text: bytes) -> tuple[Float32Array, pa.Array] | None:
         """Parse lines that are as they should be; None if one may not be."""
-        if b"\r" in text:  # within a line, where it ends the line for pyarrow
+        # Within a line, a carriage return ends it for pyarrow; and it leaves out a byte order mark, here a token's.
+        if b"\r" in text or text.startswith(_MARK):
             return None
         try:
             table = csv.read_csv(pa.BufferReader(text), self._read, self._layout, self._types)
@@ -367,8 +371,8 @@ def _values(fields: list[bytes]) -> Float32Array:
 def _beginning(stream: streams.Stream) -> bytes:
     """Return the first line, without passing over it; refuse what is not text in UTF-8."""
     streams.refuse_packed(stream)
-    if stream.peek(3) == b"\xef\xbb\xbf":  # a mark that some editors write, and no part of a token
-        stream.skip(3)
+    if stream.peek(len(_MARK)) == _MARK:
+        stream.skip(len(_MARK))
     if stream.peek(2) in (b"\xff\xfe", b"\xfe\xff"):
         raise refuse(stream.name, "", "is in UTF-16: convert it first, iconv -f UTF-16 -t UTF-8")
     nbytes = 2**16

@@ -26,6 +26,8 @@ ODD = [
     "\u2028",
     "a\tb",
     '"',
+    '"a"',
+    '""',
     "'",
     "\\",
     "#",
@@ -104,7 +106,7 @@ def test_lines_that_end_differently(path):
 
 @pytest.mark.parametrize("odd", ODD, ids=ascii)
 def test_an_odd_token_among_ordinary_ones(path, odd):
-    tokens = [f"a{number}" for number in range(100)] + [odd] + [f"b{number}" for number in range(100)]
+    tokens = [odd, *(f"a{number}" for number in range(100)), odd, *(f"b{number}" for number in range(100))]
     for dim in (1, 3):
         rows = numbers(len(tokens), dim)
         assert_same(read_file(open_word2vec_text, path, with_header(tokens, rows)), tokens, rows)
