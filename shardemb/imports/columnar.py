@@ -56,6 +56,12 @@ _TABLE_ROWS = 2**12
 _PIECES = 4
 """Pieces of a block that are decoded on their own: pyarrow doubles the memory of a list as it grows."""
 
+_MOST_ROWS = 2**16
+"""Rows that are decoded at once, however short they are: their keys may be long."""
+
+_KEY_BYTES = 32 * 2**20
+"""Bytes of keys after which a block ends, however few values it has."""
+
 _MOST_AHEAD, _ROWS_AHEAD = 4, 4
 """Row groups of a parquet file that are decoded concurrently at most, and blocks that their rows may make together."""
 
@@ -322,14 +328,15 @@ class ColumnSource:
         """Read the rows, once, in order."""
         first, most = 0, block_rows(self.dim)
         pending: list[tuple[Float32Array, Any]] = []
-        waiting = 0
-        for rows, keys in self._pieces(most):
+        waiting = key_bytes = 0
+        for rows, keys in self._pieces(min(most, _MOST_ROWS)):
             # One that is large enough is passed on as it is; those of small batches are brought together.
             pending.append((rows, keys))
             waiting += len(rows)
-            if 2 * waiting >= most:
+            key_bytes += 0 if keys is None else keys.nbytes
+            if 2 * waiting >= most or key_bytes >= _KEY_BYTES:
                 yield _joined(pending, first)
-                first, pending, waiting = first + waiting, [], 0
+                first, pending, waiting, key_bytes = first + waiting, [], 0, 0
         if pending:
             yield _joined(pending, first)
 
@@ -506,12 +513,13 @@ def _read_parquet(paths: list[Path], columns: Columns, dim: int) -> Generator[pa
 
     A row group is decoded by one thread, and most of the time that an import takes is spent there.
     """
-    rows = max(1, block_rows(dim) // _PIECES)
+    most = min(block_rows(dim), _MOST_ROWS)
+    rows = max(1, most // _PIECES)
     with ThreadPoolExecutor(min(_MOST_AHEAD, pa.cpu_count())) as pool:
         for path in paths:
             with _opened_parquet(path) as file:
                 groups = [file.metadata.row_group(each).num_rows for each in range(file.num_row_groups)]
-                ahead = min(_MOST_AHEAD, _ROWS_AHEAD * block_rows(dim) // max([1, *groups]))
+                ahead = min(_MOST_AHEAD, _ROWS_AHEAD * most // max([1, *groups]))
                 if ahead > 1:
                     read = partial(_read_group, path, file.metadata, columns, rows)
                     batches = chain.from_iterable(_ahead(pool, read, len(groups), ahead))

@@ -128,6 +128,15 @@ def test_small_batches_are_joined_and_large_ones_cut():
     assert keys == WORDS
 
 
+def test_blocks_with_long_keys_are_short(monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 2**20)
+    monkeypatch.setattr(columnar, "_MOST_ROWS", 4)
+    monkeypatch.setattr(columnar, "_KEY_BYTES", 250)
+    keys = pa.array(["k" * 100] * 8 + ["k"] * 42)
+    with open_arrow(pa.table({"key": keys, "vector": lists()}), ReadOptions()) as source:
+        assert [len(block.rows) for block in source.blocks()] == [4, 4, 42]
+
+
 def test_a_limit_takes_the_first_rows():
     for limit in (0, 1, 9, 49, 50, 1000):
         assert np.array_equal(rows_of(TABLE, limit=limit), VALUES[:limit])
