@@ -271,11 +271,10 @@ def _of_index(path: Path, member: str | None, resources: ExitStack) -> dict[str,
 
 def _scale_names(name: str) -> Iterator[str]:
     """Iterate over what the scales of a tensor may be called: beside it, or beside the tensors that it is part of."""
-    for _ in range(3):
-        yield from (f"{name}_scale", f"{name}_scale_inv", f"{name}.weight_scale", f"{name}.scale")
-        name = name.rpartition(".")[0]
-        if not name:
-            return
+    parent = name.rpartition(".")[0]
+    whole = parent.rpartition(".")[0]
+    yield from (f"{name}_scale", f"{name}_scale_inv", f"{parent}.weight_scale", f"{parent}.weight_scale_inv")
+    yield from (f"{parent}.scale", f"{whole}.weight_scale", f"{whole}.weight_scale_inv")
 
 
 def _scaled(tensor: Tensor, tensors: Mapping[str, Tensor]) -> RowMajor | ScaledRows:
@@ -284,10 +283,18 @@ def _scaled(tensor: Tensor, tensors: Mapping[str, Tensor]) -> RowMajor | ScaledR
     Values of float8 without their scale are wrong by a factor, which nothing downstream would notice.
     """
     rows = tensor.rows()
-    found = next((each for each in _scale_names(tensor.name) if each in tensors), None)
-    if not rows.dtype.name.startswith("float8") or found is None:
+    found = next(
+        (each for each in _scale_names(tensor.name) if each in tensors and each != tensor.name), None
+    )
+    if rows.dtype.itemsize > 1 or found is None:
         return rows
     scale = tensors[found]
+    if not tensor.kind.startswith("F8") or scale.kind.startswith(("U", "I")):
+        problem = (
+            f"is {tensor.kind} and has scales of {scale.kind} in {found!r}: which numbers these bytes are is not said; "
+            f"multiply them first and save the product as BF16"
+        )
+        raise refuse(tensor.file.name, f"tensor {tensor.name!r}", problem)
     if math.prod(scale.shape) == 1:
         factor = np.empty((1, 1), np.float32)
         Tensor(scale.file, found, scale.kind, (1, 1), scale.offset).rows().fill(0, factor)

@@ -155,8 +155,16 @@ def test_bytes_are_multiplied_by_their_scales(tmp_path):
     some = written(tmp_path, model({"e.weight": values, "e.weight_scale_inv": blocks_of_rows}))
     expected = values.astype("f4") * np.repeat(blocks_of_rows.astype("f4"), 3, axis=1)
     assert np.array_equal(rows_of(some, member="e.weight"), expected)
+    assert np.array_equal(rows_of(some, member="e.weight_scale_inv"), blocks_of_rows.astype("f4"))
+    far = written(
+        tmp_path, model({"a.b.c.weight": values, "a.scale": np.float32([2]), "scale": np.float32([3])})
+    )
+    assert np.array_equal(rows_of(far), values.astype("f4"))
     other = written(tmp_path, model({"e.weight": values, "e.scale": VALUES[:2]}))
     assert "neither one number nor equal blocks" in refusal(other, member="e.weight")
+    for weight, scale in ((values, np.uint8([127])), (values.view(np.uint8), np.float32([0.5]))):
+        other = written(tmp_path, model({"e.weight": weight, "e.weight_scale": scale}))
+        assert "which numbers these bytes are is not said" in refusal(other)
     plain = written(tmp_path, model({"e.weight": VALUES, "e.scale": np.float32([0.5])}))
     assert np.array_equal(rows_of(plain), VALUES)
 
