@@ -120,7 +120,7 @@ def guess(source: object) -> str:
     path = local_path(source, "the file to import")
     if path.is_dir():
         return _of_folder(path)
-    if not path.exists() and re.search(r"[*?[]", path.name):
+    if not path.exists() and re.search(r"[*?[]", str(path)):
         return "parquet"
     with streams.open_stream(path) as stream:
         head, compression = stream.peek(_HEAD), stream.compression
