@@ -297,7 +297,7 @@ def parts_in_place(folder: Folder, facts: Mapping[str, object], *, resume: bool)
         There is something else in the folder.
     """
     sizes = folder.sizes()
-    others = sorted(name for name in sizes if not targets.is_of_export(name))
+    others = sorted(name for name in sizes if not targets.is_of_export(name, sizes[name]))
     if others:
         msg = (
             f"cannot export to {folder.place('')}: there is {others[0]!r}, which is no part of an export; choose "

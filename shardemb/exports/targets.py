@@ -222,9 +222,14 @@ def _content(folder: Path) -> list[str]:
     return sorted(each.name for each in folder.iterdir() if not _IGNORED.fullmatch(each.name))
 
 
-def is_of_export(name: str) -> bool:
-    """Return whether a file could be one that an export to a folder makes; its name may begin with that of a folder."""
-    return all(map(_PART.fullmatch, name.split("/")))
+def is_of_export(name: str, nbytes: int | None) -> bool:
+    """Return whether a file of some size could be one that an export to a folder makes, perhaps in a folder of it."""
+    # Other programs mark what they have completed by an empty file; it is not ours to replace.
+    return (
+        all(map(_PART.fullmatch, name.split("/")))
+        and nbytes is not None
+        and (nbytes > 0 or name != "_SUCCESS")
+    )
 
 
 def _others(folder: Path) -> list[str]:
@@ -235,7 +240,7 @@ def _others(folder: Path) -> list[str]:
 def _is_ours(path: Path) -> bool:
     """Return whether something that has the name is what an export makes: a file, or a partition with files."""
     if "=" not in path.name:
-        return files.size(path) is not None
+        return is_of_export(path.name, files.size(path))
     return files.is_directory(path) and not _others(path)
 
 

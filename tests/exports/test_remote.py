@@ -78,6 +78,11 @@ def test_an_earlier_export_is_replaced_and_anything_else_refused(store, memory):
     with pytest.raises(FileExistsError, match=r"thesis\.tex.*choose another folder"):
         table.export(URL, "parquet")
     assert "_SUCCESS" in names(memory)
+    memory.rm("/bucket/nightly/thesis.tex")
+    memory.pipe("/bucket/nightly/_SUCCESS", b"")  # of Spark
+    with pytest.raises(FileExistsError, match="_SUCCESS"):
+        table.export(URL, "parquet")
+    assert len(names(memory)) == 3
 
 
 class FailingWrites(MemoryFileSystem):
@@ -306,6 +311,8 @@ def test_what_is_complete_is_taken_over(interrupted, monkeypatch):
     with broken_at(monkeypatch, None) as begun:
         assert table.export(folder, exports.Parquet(parts=4), resume=True).num_rows == 1500
     assert begun == []
+    table.export(folder, exports.Parquet(parts=2))  # as ever: in one step, without a manifest
+    assert sorted(path.name for path in folder.iterdir()) == PARTS[:2]
 
 
 def test_a_part_of_another_size_is_written_again(interrupted, monkeypatch):
