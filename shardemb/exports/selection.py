@@ -149,6 +149,20 @@ class RowSet:
         return cls(ids[np.concatenate([[0], last + 1])], ids[np.concatenate([last, [ids.size - 1]])] + 1)
 
     @classmethod
+    def of_mask(cls, mask: NDArray[np.bool_]) -> RowSet:
+        """Return the rows for which a mask is true.
+
+        Examples
+        --------
+        >>> RowSet.of_mask(np.array([True, False, True, True]))
+        RowSet(starts=array([0, 2]), stops=array([1, 4]))
+        """
+        edges = np.flatnonzero(mask[1:] != mask[:-1]) + 1
+        outer = [[0] if mask[:1].any() else [], edges, [mask.size] if mask[-1:].any() else []]
+        edges = np.concatenate([np.asarray(each, np.int64) for each in outer])
+        return cls(edges[::2], edges[1::2])
+
+    @classmethod
     def joined(cls, pieces: Iterable[RowSet]) -> RowSet:
         """Return the rows of several sets, each of which begins after the one before."""
         some = list(pieces) or [cls.of_range(0, 0)]
@@ -308,7 +322,7 @@ def _those(source: RowSource, where: Any) -> RowSet:  # noqa: ANN401
                 f"got shape {mask.shape}"
             )
             raise ValueError(msg)
-        return RowSet.of_ids(np.flatnonzero(mask))
+        return RowSet.of_mask(mask)
     if source.keys is not None:
         return RowSet.of_ids(source.keys.find(where).reshape(-1))
     return RowSet.of_ids(validation.row_ids(where, source.num_embeddings, source.name).flat)

@@ -24,6 +24,8 @@ def test_row_sets_are_sets(one, other, low, high):
     a, b = (RowSet.of_ids(np.array([*each, *each], np.int64)) for each in (one, other))
     assert listed(a) == sorted(one)
     assert listed(a & b) == sorted(one & other)
+    mask = np.isin(np.arange(low), list(one))
+    assert listed(RowSet.of_mask(mask)) == np.flatnonzero(mask).tolist()
     assert listed(a & RowSet.of_range(low, high)) == sorted(one & set(range(low, high)))
     first, last = sorted((min(low, len(one)), min(high, len(one))))
     assert listed(a.part(first, last)) == a.ids(first, last).tolist() == sorted(one)[first:last]
