@@ -298,7 +298,7 @@ def export(
     if _is_url(path):
         path = _local(str(path))
         if _is_url(path) and not chosen.has_urls:
-            msg = f"{what} is written to local disks alone, got {path}: export there and copy it, or choose parquet"
+            msg = f"{what} is written to local disks alone, got {path!r}: export there and copy it, or choose parquet"
             raise ValueError(msg)
     return chosen.write(Job(source, path, query.of(source), columns, resume, progress))
 

@@ -185,20 +185,37 @@ def folder_at(url: str, table: str) -> RemoteFolder:
     ------
     ValueError
         Neither knows it.
+    OSError
+        It cannot be reached.
     """
+    what = f"table {table!r}: cannot export to {url}"
+    try:
+        return RemoteFolder(*_filesystem(url), url)
+    except (ImportError, ValueError) as error:
+        way_out = (
+            "Arrow knows file, s3, gs, abfs and hdfs; for others install fsspec and what it needs for them"
+        )
+        msg = f"{what}: {error}; {way_out}"
+        raise ValueError(msg) from error
+    except OSError as error:
+        msg = f"{what}: {error}"
+        raise OSError(error.errno, msg) from error
+
+
+def _filesystem(url: str) -> tuple[fs.FileSystem, str]:
+    """Return the file system of a URL, and the path there."""
     try:
         filesystem, root = fs.FileSystem.from_uri(url)
     except pa.ArrowInvalid as of_arrow:
-        try:
-            from fsspec.core import url_to_fs
+        from fsspec.core import url_to_fs
 
+        try:
             found, root = url_to_fs(url)
         except (ImportError, ValueError) as error:
-            way_out = "Arrow knows file, s3, gs, abfs and hdfs; for others install fsspec and what it needs for them"
-            msg = f"table {table!r}: cannot export to {url}: {of_arrow}; {error}; {way_out}"
+            msg = f"{of_arrow}; {error}"
             raise ValueError(msg) from error
         filesystem = fs.PyFileSystem(fs.FSSpecHandler(found))
-    return RemoteFolder(filesystem, root, url)
+    return filesystem, root
 
 
 @dataclass(frozen=True)

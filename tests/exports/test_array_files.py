@@ -148,6 +148,7 @@ def test_no_rows(store, tmp_path, name):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn"])
 def test_the_library_reads_them(store, tmp_path, dtype):
+    pytest.importorskip("safetensors")  # before torch, which takes seconds
     torch, load = pytest.importorskip("torch"), pytest.importorskip("safetensors.torch").load_file
     table = table_of(store, dtype)
     table.export(tmp_path / "t.safetensors")

@@ -147,6 +147,24 @@ def test_what_no_file_system_takes_is_refused(store, url, form, message):
         table.export(url, form)
 
 
+class Unreachable(MemoryFileSystem):
+    """Memory that refuses to be opened."""
+
+    protocol = "unreachable"
+
+    def __init__(self):
+        raise OSError(111, "connection refused")
+
+
+def test_a_place_that_cannot_be_reached_is_named(store):
+    fsspec.register_implementation("unreachable", Unreachable, clobber=True)
+    table, _ = plain_table(store, 10)
+    with pytest.raises(
+        OSError, match="table 't': cannot export to unreachable://bucket/x: .*connection refused"
+    ):
+        table.export("unreachable://bucket/x", "parquet")
+
+
 def test_s3(store, tmp_path):
     moto = pytest.importorskip("moto.server")
     boto3 = pytest.importorskip("boto3")

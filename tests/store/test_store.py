@@ -757,6 +757,7 @@ USES = {
     "to_dask_array": lambda store, table: table.to_dask_array(),
     "to_arrow_batches": lambda store, table: table.to_arrow_batches(),
     "export_parquet": lambda store, table: table.export_parquet(store.path / "x.parquet"),
+    "export": lambda store, table: table.export(store.path / "x.npy"),
 }
 
 
@@ -774,7 +775,7 @@ def test_use_after_close_raises(store, use):
 
 ABOUT_A_TABLE = ["store[...]", "store.lookup", "store.update", "drop_table", "rename_table", "table.lookup",
                  "table.lookup of nothing", "lookup_unique", "state", "table.update", "write", "prefetch",
-                 "set_optimizer", "to_dask_array", "to_arrow_batches", "export_parquet"]  # fmt: skip
+                 "set_optimizer", "to_dask_array", "to_arrow_batches", "export_parquet", "export"]  # fmt: skip
 
 
 @pytest.mark.parametrize("use", ABOUT_A_TABLE)
