@@ -212,6 +212,8 @@ ARMS = {
     "B3": {"26 tables", "one table"},
     "B6": {"Adam", "SGD"},
     "B7": {"update", "clipped"},
+    "I4": {"search", "NumPy sgemm + argpartition in RAM"},
+    "I5": set(),
     "T1": set(),
     "T3": set(),
     "T5": set(),

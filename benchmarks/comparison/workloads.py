@@ -13,6 +13,7 @@ from . import (
     committing,
     filling,
     folding,
+    nearest,
     optimizers,
     peers,
     pooling,
@@ -55,6 +56,7 @@ WORKLOADS = {
         Workload("W6b", "training with commits", training.committed_steps, ("torch",), reading.FULL),
         Workload("B1", "lookups of bags", pooling.lookups, ("torch",), reading.FULL),
         Workload("B2", "training steps on bags", pooling.steps, ("torch", "FBGEMM"), reading.FULL),
+        Workload("I4", "exact nearest neighbours", nearest.exact, (), reading.FULL),
         Workload("T5", "two ranks that share a store", ranks.ranks, ("torch",), reading.FULL),
         Workload("T1", "an Embedding in torch", adapters.rows, ("torch",), reading.FULL),
         Workload("W14", "a hundred steps from a cold start", starting.cold_start, ("torch",), reading.FULL),
@@ -75,6 +77,7 @@ WORKLOADS = {
         Workload("B6", "a step of each optimizer", optimizers.each_optimizer),
         Workload("T2", "the features of a recommender in torch", adapters.bags, ("torch",)),
         Workload("T6", "importing shardemb.torch", adapters.imports, ("torch",)),
+        Workload("I5", "nearest neighbours through an index", nearest.indexed, ("usearch",)),
         Workload("B7", "clipping by the global norm", optimizers.clipping),
         Workload("W13", "the first seconds of a process", around.first_use),
     )
