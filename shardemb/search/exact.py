@@ -322,7 +322,6 @@ def score_again(table: TableState, metric: Metric, ids: Int64Array) -> SearchRes
     step = max(1, SCORED_BYTES // (4 * width))
     for start in range(0, len(ids), step):
         some = ids[start : start + step]
-        distinct = np.unique(some[some >= 0])
-        places = np.where(some < 0, -1, np.searchsorted(distinct, some))
-        scores[start : start + step] = metric.score(table.read("weight", distinct), places, start)
+        rows, _, places = table.read_unique(np.maximum(some, 0))
+        scores[start : start + step] = metric.score(rows, np.where(some < 0, -1, places), start)
     return SearchResult(ids, scores)

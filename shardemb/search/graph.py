@@ -78,7 +78,8 @@ class Encoder:
         """Return vectors whose distances are in the order of the metric."""
         found: NDArray[np.float64] = rows.astype(np.float64)
         if self.metric == "cosine":
-            return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-38)
+            found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-38)
+            return found
         if self.metric == "l2":
             return found - self.origin
         rest = self.longest**2 - (found**2).sum(axis=1, keepdims=True)
@@ -178,10 +179,8 @@ class Graph:
         with self._lock:
             found = self._inner.search(codes, count, threads=threads)
         if len(codes) == 1:
-            ids = np.full((1, count), -1, np.int64)
-            keys = np.asarray(found.keys).reshape(-1)
-            ids[0, : keys.size] = keys.astype(np.int64)
-            return ids
-        ids = found.keys.astype(np.int64)
+            keys = np.asarray(found.keys).reshape(1, -1).astype(np.int64)
+            return np.pad(keys, ((0, 0), (0, count - keys.size)), constant_values=-1)
+        ids: Int64Array = found.keys.astype(np.int64)
         ids[np.arange(count) >= np.asarray(found.counts)[:, np.newaxis]] = -1
         return ids

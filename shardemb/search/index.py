@@ -47,7 +47,7 @@ Fewer links than usearch has, because they would take more bytes than the codes;
 candidates give back.
 """
 
-CANDIDATES = 128
+CANDIDATES = 96
 """Rows that the graph proposes for each query, unless k asks for more."""
 
 SAMPLE = 16_384
@@ -227,7 +227,8 @@ def _sample(table: TableState) -> Float32Array:
     ids = np.unique(np.linspace(0, count - 1, min(count, SAMPLE)).astype(np.int64))
     ids = ids[hold_values(table.live(), ids)]
     rows = table.read("weight", ids)
-    return rows[np.isfinite(rows).all(axis=1)]
+    finite: Float32Array = rows[np.isfinite(rows).all(axis=1)]
+    return finite
 
 
 def _graph(table: TableState, graph: Graph, encoder: Encoder, progress: Progress) -> tuple[Graph, Int64Array]:
@@ -329,7 +330,7 @@ class Index:
             How many rows to find for each query.
         candidates : int, optional
             How many rows the graph proposes for each query; they are looked up in one call, and the best are returned.
-            More of them find more of the nearest rows, and take longer. By default 128, and at least 4 times `k`.
+            More of them find more of the nearest rows, and take longer. By default 96, and at least 4 times `k`.
 
         Returns
         -------

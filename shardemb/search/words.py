@@ -245,7 +245,8 @@ def _answer(
     if topn is None:
         every = Every(1 if factors else queries, _ids_of(keyed, rows))
         _run(keyed, metric, rows, [every if factors is None else Multiplied(every, factors, queries)])
-        return every.scores[0]
+        all_scores: Float32Array = every.scores[0]
+        return all_scores
     rows, excluded = written(keyed, rows), Excluded(np.unique(inputs))
     if factors is None:
         found = find(keyed.table, metric, topn, rows, excluded)
