@@ -472,6 +472,58 @@ def copy(store: str, target: str, update: bool, as_json: bool, quiet: bool) -> N
     _answer(f"{facts.path}: {formatting.size(facts.bytes_on_disk)}", asdict(facts), as_json=as_json)
 
 
+name_argument = click.argument("name")
+
+
+@main.command()
+@store_argument
+@name_argument
+@click.option("--replace", is_flag=True, help="Move a tag of this name, if there is one.")
+@json_option
+def tag(store: str, name: str, replace: bool, as_json: bool) -> None:
+    """Keep the last commit under a name, until it is released.
+
+    \b
+    Example:
+      shardemb tag words.zarr best --replace
+    """
+    with _refusals(), shardemb.open(store, mode="r+") as opened:
+        commit = opened.tag(name, replace=replace)
+    _answer(f"tag {name!r} keeps commit {commit.id} at step {commit.step}", asdict(commit), as_json=as_json)
+
+
+@main.command()
+@store_argument
+@name_argument
+def untag(store: str, name: str) -> None:
+    """Keep a commit no longer.
+
+    \b
+    Example:
+      shardemb untag words.zarr best
+    """
+    with _refusals(), shardemb.open(store, mode="r+") as opened:
+        opened.untag(name)
+    click.echo(f"released {name!r}")
+
+
+@main.command()
+@store_argument
+@name_argument
+@json_option
+def restore(store: str, name: str, as_json: bool) -> None:
+    """Go back to a commit that is kept, and commit that.
+
+    \b
+    Example:
+      shardemb restore words.zarr best
+    """
+    with _refusals(), shardemb.open(store, mode="r+") as opened:
+        commit = opened.restore(name)
+    text = f"commit {commit.id} at step {commit.step}, as it was in {name!r}"
+    _answer(text, asdict(commit), as_json=as_json)
+
+
 @main.command("warm-up")
 @quiet_option
 def warm_up(quiet: bool) -> None:

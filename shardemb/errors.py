@@ -154,7 +154,7 @@ class LogDamagedError(FormatError):
 
 
 class StaleReaderError(ShardEmbError, RuntimeError):
-    """The store was recovered or opened by another writer since this reader opened it; call ``store.refresh()``."""
+    """Another writer has opened the store since this reader did, or the tag was released; call ``store.refresh()``."""
 
 
 class DiskFullError(ShardEmbError, OSError):

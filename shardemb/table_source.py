@@ -76,7 +76,9 @@ class TableSource:
         return scheduler.run(tasks, self.threads, stop)
 
     def release_pages(self, start: int, stop: int) -> None:
-        """Release the pages of a range of rows from memory."""
+        """Release the pages of a range of rows from memory; not in a reader of a tag, whose pages may be its own."""
+        if self._table.runtime.past is not None:
+            return
         with self._table.runtime.lock:
             self._table.live().release_pages(start, stop)
 

@@ -41,10 +41,10 @@ ROOMS = {
     ],
     "precision": ["codecs", "coded_rows", "records"],
     "storage": ["files", "address_space", "folders", "checksums", "table_folder"],
-    "commits": ["fills", "log_reader", "fold", "log_writer", "rewrite", "copies", "verify"],
+    "commits": ["fills", "log_reader", "undo", "fold", "log_writer", "rewrite", "tags", "copies", "verify"],
     "memory": [
         "output_pool", "slots", "spill_file", "overlay", "frozen_rows", "memory_budget", "hidden_rows",
-        "totals",
+        "past_blocks", "totals",
     ],
     "engine": [
         "warming", "runtime", "training", "filled_rows", "shards", "planned", "filling", "batch", "bags",
@@ -71,7 +71,7 @@ ROOMS = {
         "forking", "display", "pending_commit", "attempt", "base", "log_limit", "journal",
         "table_catalog", "vocabulary_catalog", "session",
     ],
-    "store": ["vocabulary", "table", "keyed_table", "importing", "store", "opening"],
+    "store": ["vocabulary", "table", "keyed_table", "importing", "tagging", "store", "opening"],
     "text": [],
     "dynamicemb": [],
     "ranks": ["transport", "parts", "calls", "tables", "ranks"],

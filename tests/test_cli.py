@@ -333,3 +333,24 @@ def test_kernels_can_be_compiled_ahead(monkeypatch):
         ("bfloat16", "float32"),
         ("bfloat16", "float16"),
     }
+
+
+def test_tags_are_made_moved_restored_and_released(path):
+    assert json.loads(run("tag", path, "best", "--json").stdout) == {
+        "id": 1,
+        "step": 7,
+        "metadata": {"loss": 0.5},
+    }
+    refused = run("tag", path, "best")
+    assert (refused.exit_code, "pass replace=True" in refused.output) == (1, True)
+    with shardemb.open(path) as store:
+        before = store["tokens"].lookup(np.arange(300))
+        store["tokens"].update([1], np.ones((1, 4), np.float32))
+        store.commit(step=8)
+    assert "commit       1 at step 7" in run("info", path).stdout
+    assert run("restore", path, "best").stdout == "commit 3 at step 7, as it was in 'best'\n"
+    with shardemb.open(path, "r") as store:
+        assert np.array_equal(store["tokens"].lookup(np.arange(300)), before)
+    assert run("tag", path, "best", "--replace").stdout == "tag 'best' keeps commit 3 at step 7\n"
+    assert run("untag", path, "best").stdout == "released 'best'\n"
+    assert run("untag", path, "best").exit_code == 1

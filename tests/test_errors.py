@@ -13,6 +13,8 @@ TREE = {
     "RowIdError": IndexError,
     "TableNotFoundError": KeyError,
     "TableExistsError": FileExistsError,
+    "TagNotFoundError": KeyError,
+    "TagExistsError": FileExistsError,
     "VocabularyNotFoundError": KeyError,
     "VocabularyExistsError": FileExistsError,
     "UnknownKeyError": KeyError,

@@ -37,6 +37,8 @@ NAMES = [
     "Table",
     "TableExistsError",
     "TableNotFoundError",
+    "TagExistsError",
+    "TagNotFoundError",
     "UnknownKeyError",
     "Vocabulary",
     "VocabularyExistsError",
@@ -136,7 +138,7 @@ check_finite: bool = True) -> None
 
 FUNCTIONS = """
 open(path: str | os.PathLike[str], mode: Mode = 'a', *, memory_budget: int | None = None, \
-log_bytes: int | None = None, threads: int | None = None, warm: bool = True) -> Store
+log_bytes: int | None = None, threads: int | None = None, warm: bool = True, commit: str | None = None) -> Store
 """
 
 STORE = """
@@ -174,8 +176,12 @@ rename_vocabulary(self, name: str, new_name: str) -> None
 reshard(self, name: str, *, rows_per_shard: int | None = None, \
 optimizer: "Optimizer | Literal['keep'] | None" = 'keep', dtype: DtypeLike | None = None, \
 progress: Progress = None) -> Commit
+restore(self, name: str) -> Commit
 rollback(self) -> None
 stats(self) -> dict[str, int]
+tag(self, name: str, *, replace: bool = False) -> Commit
+tags: Mapping[str, Commit]
+untag(self, name: str) -> None
 update(self, batches: Mapping[str, tuple[KeysLike | Bags, ArrayLike]], *, \
 missing: MissingChange | Mapping[str, MissingChange] = 'error', create: bool = False, \
 max_norm: float | None = None, extra_norm_sq: float = 0.0, scale: float | None = None, \

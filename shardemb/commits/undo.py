@@ -92,6 +92,9 @@ def read(tag: Path, start: int = 0) -> Iterator[NDArray[np.void]]:
 
 
 def _count(descriptor: int, path: Path) -> int:
+    if (files.size(path) or 0) < PAGE:
+        msg = f"{path} was cut off: the tag is lost; release it, and make another"
+        raise FormatError(msg)
     return int.from_bytes(files.read_at(descriptor, 8, COUNT, path), "little", signed=True)
 
 
@@ -216,10 +219,6 @@ class Undo:
     def add(self, uuid: str, keeper: Keeper) -> None:
         """Keep what the tag with a uuid has, from now on."""
         self._keepers[uuid] = keeper
-
-    def remove(self, uuid: str) -> None:
-        """Keep nothing more for a tag."""
-        self._keepers.pop(uuid, None)
 
     def retain(self, uuids: Collection[str]) -> None:
         """Keep nothing more but for the tags with some uuids."""

@@ -129,7 +129,7 @@ def read(runtime: Runtime, reads: Sequence[Reading]) -> None:
         Another writer has opened the store; see `Runtime.check_fresh`.
     """
     runtime.check_fresh()
-    _without_lock(runtime, reads, _gather)
+    runtime.steadily(partial(_without_lock, runtime, reads, _gather))
     runtime.check_fresh()  # a new writer may have changed the files while they were read
     for each in reads:
         each.shards.totals.add_lookup(each.ids.size)
@@ -146,7 +146,8 @@ def read_here(runtime: Runtime, table: Target, column: str, form: str, ids: Int6
     width, dtype = shards.codec.shape_of(column, form)
     out = np.empty((ids.size, width), dtype)
     into = out if form == "float32" else out.view(np.uint8)
-    _without_lock(runtime, [Read(table, shards, column, ids, into, form)], _gather_here)
+    reads = [Read(table, shards, column, ids, into, form)]
+    runtime.steadily(partial(_without_lock, runtime, reads, _gather_here))
     return out
 
 
@@ -158,18 +159,6 @@ def request(table: Target, ids: Int64Array) -> None:
 
 
 def _without_lock(
-    runtime: Runtime, reads: Sequence[Reading], gather: Callable[[Runtime, Sequence[Reading]], None]
-) -> None:
-    """Gather without the lock: in a reader of a tag until nothing was overwritten meanwhile, see `PastBlocks`."""
-    before: object = _NO_MOMENT
-    while before != (before := runtime.moment()):
-        _in_one_memory(runtime, reads, gather)
-
-
-_NO_MOMENT = object()
-
-
-def _in_one_memory(
     runtime: Runtime, reads: Sequence[Reading], gather: Callable[[Runtime, Sequence[Reading]], None]
 ) -> None:
     """Gather without the lock; if rows are spilled or leave their slots meanwhile, start over under the lock.

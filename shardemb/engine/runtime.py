@@ -147,8 +147,15 @@ class Runtime:
             msg = f"another writer has opened the store {self.path} since it was read; call store.refresh()"
             raise StaleReaderError(msg)
 
-    def moment(self) -> object:
-        """Return what changes when files that a reader of a tag reads may have changed; first learn what they were."""
+    def steadily(self, read: Callable[[], None]) -> None:
+        """Read rows; in a reader of a tag, again until nothing was overwritten meanwhile, see `PastBlocks`."""
+        before = self._moment()
+        while True:
+            read()
+            if before == (before := self._moment()):
+                return
+
+    def _moment(self) -> object:
         past = self.past  # another thread may close or refresh the store
         return None if past is None else (past, past.look())
 

@@ -110,7 +110,6 @@ class Shards:
         self.totals = Totals()
         self.frozen: FrozenRows | None = None
         self.training: Training | None = None
-        self._has_put_back = False
         initializer = spec.initializer
         self._key = np.uint64(stream_key(getattr(initializer, "seed", 0), spec.stream))
         self._parameters = np.array(initializer.parameters(), np.float64)
@@ -460,16 +459,6 @@ class Shards:
         rows = rows[~self.were_written(rows)]
         return rows[~self.overlay.are_dirty(rows)]
 
-    def put_back(self, blocks: Int64Array, content: NDArray[np.uint8]) -> None:
-        """Let blocks, as ``checksums`` number them, have another content than the files, in this process."""
-        self._has_put_back = True
-        first = self.spec.num_shards * self.spec.shard_bytes // PAGE  # of the presence bitmap
-        in_rows = blocks < first
-        rows = self._rows.array(np.uint8, (first, PAGE))
-        rows[blocks[in_rows]] = content[in_rows]
-        if not in_rows.all():
-            self.present.reshape(-1, PAGE)[blocks[~in_rows] - first] = content[~in_rows]
-
     def pack_initial(self, ids: Int64Array, start: int, stop: int, address: int) -> None:
         """Copy the initial records of ``ids[start:stop]`` to an address, contiguously."""
         records = self.initial_records(ids[start:stop]).view(np.uint8)
@@ -522,9 +511,7 @@ class Shards:
             self.filled.end_commit(committed=committed)
 
     def release_pages(self, start: int, stop: int) -> None:
-        """Release the pages of the files of rows ``start:stop``; slots stay. So does what was put back over files."""
-        if self._has_put_back:
-            return
+        """Release the pages of the files of rows ``start:stop``; slots stay."""
         first, last = start * self.spec.record_bytes // PAGE, -(-stop * self.spec.record_bytes // PAGE)
         self._rows.advise(first * PAGE, (last - first) * PAGE, address_space.MADV_DONTNEED)
 

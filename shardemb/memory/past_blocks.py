@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from shardemb.base.forks import usable_in_child
+from shardemb.base.sizes import PAGE
 from shardemb.errors import StaleReaderError
 
 if TYPE_CHECKING:
@@ -14,7 +15,35 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from shardemb.base.validation import Int64Array
+    from shardemb.format.spec import TableSpec
+
     Records = NDArray[np.void]
+
+
+def put_back(
+    spec: TableSpec,
+    records: NDArray[np.uint8],
+    present: NDArray[np.uint8],
+    blocks: Int64Array,
+    content: NDArray[np.uint8],
+) -> None:
+    """Let blocks of a table have another content than its files, in this process.
+
+    Parameters
+    ----------
+    spec : TableSpec
+    records, present : ndarray of uint8
+        The files, mapped privately.
+    blocks : ndarray of int64, shape (n,)
+        Numbers among all blocks of the table.
+    content : ndarray of uint8, shape (n, PAGE)
+    """
+    first = spec.num_shards * spec.shard_bytes // PAGE  # of the presence bitmap
+    in_rows = blocks < first
+    records.reshape(-1)[: first * PAGE].reshape(-1, PAGE)[blocks[in_rows]] = content[in_rows]
+    if not in_rows.all():
+        present.reshape(-1, PAGE)[blocks[~in_rows] - first] = content[~in_rows]
 
 
 class PastBlocks:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from shardemb.errors import DiskFullError
 from shardemb.format import store_paths
 from shardemb.storage import files, folders
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.shards import Shards
-    from shardemb.format.manifest import Manifest, TableEntry
+    from shardemb.format.manifest import Manifest, TableEntry, TagEntry
 
 
 class Base:
@@ -46,7 +47,28 @@ class Base:
         self._names = files.names(self._path)[1]
 
     def publish(self, manifest: Manifest) -> None:
-        """Record durably what the shards hold, then move the folders of tables to where that says."""
+        """Record durably what the shards hold, then move the folders of tables to where that says. The tags stay."""
+        self._publish(replace(manifest, tags=self.manifest.tags))
+
+    def set_tags(self, tags: tuple[TagEntry, ...]) -> None:
+        """Record durably which tags there are, while no fold is running.
+
+        Raises
+        ------
+        DiskFullError
+            They are what `manifest` says.
+        OSError
+            They may be either: the store is poisoned.
+        """
+        try:
+            self._publish(replace(self.manifest, tags=tags))
+        except DiskFullError:
+            raise
+        except OSError as error:
+            self._runtime.poisoned = f"writing failed ({error})"
+            raise
+
+    def _publish(self, manifest: Manifest) -> None:
         self.check_in_place()
         path, tables = self._runtime.path, self._tables()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
 from dataclasses import dataclass, replace
@@ -11,9 +12,12 @@ import numpy as np
 
 from shardemb.base.formatting import plural, size
 from shardemb.base.sizes import PAGE
+from shardemb.commits import tags
 from shardemb.compute import file_blocks, plan
 from shardemb.engine import batch
+from shardemb.errors import FormatError
 from shardemb.exports import targets
+from shardemb.format import store_paths
 from shardemb.storage import files
 
 if TYPE_CHECKING:
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from shardemb.engine.table_state import TableState
-    from shardemb.format.manifest import Commit
+    from shardemb.format.manifest import Commit, TagEntry
     from shardemb.vocabulary.keyed_rows import KeyedRows
 
 
@@ -195,6 +199,18 @@ class StoreInfo:
     vocabularies: tuple[VocabularyFacts, ...] = ()
     abandoned_exports: tuple[str, ...] = ()
     tags: tuple[TagFacts, ...] = ()
+
+
+def tag_facts(store: Path, tagged: Sequence[TagEntry]) -> tuple[TagFacts, ...]:
+    """Return what is shown about tags; without those that are being released, or are lost."""
+    facts = []
+    for each in tagged:
+        folder = store_paths.tag(store, each.uuid)
+        with contextlib.suppress(FormatError, FileNotFoundError):
+            commit = tags.read_manifest(folder).commit
+            assert commit is not None
+            facts.append(TagFacts(each.name, commit, tags.bytes_kept(folder)))
+    return tuple(facts)
 
 
 def facts(table: TableState, *, measured: bool = False) -> Facts:

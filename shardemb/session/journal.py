@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.shards import Shards
     from shardemb.format.fill_records import Filled
-    from shardemb.format.manifest import Manifest, TagEntry
+    from shardemb.format.manifest import Manifest
     from shardemb.format.spec import TableSpec
 
 
@@ -353,19 +353,6 @@ class Journal:
                     self._folding = False
                     self._condition.notify_all()
 
-    def set_tags(self, tags: tuple[TagEntry, ...]) -> None:
-        """Record durably which tags there are, while no fold is running.
-
-        Raises
-        ------
-        DiskFullError
-            They are what they were.
-        OSError
-            They may be either: the store is poisoned.
-        """
-        with self._poisoned_by_errors():
-            self.base.publish(replace(self.base.manifest, tags=tags))
-
     def fold_all(self) -> Exception | None:
         """Fold everything that is committed and wait for it; return the error if that failed."""
         self._wait()
@@ -409,7 +396,6 @@ class Journal:
                     sequence=self._log.sequence,
                     attempt=self._log.attempt + 1,
                     dropped=self.base.dropped(self._runtime.committed),
-                    tags=self.base.manifest.tags,
                 )
                 # Until the new base is published, the closed segments still count against `log_bytes`.
                 self._folding, self._folding_bytes = True, self._log.nbytes + self._unfolded_bytes
@@ -430,13 +416,9 @@ class Journal:
         _log.info("folding %s: %d bytes of log", runtime.path, self._folding_bytes)
         try:
             newer = log_reader.read(store_paths.log(runtime.path), self.base.manifest, end)
-            fold.write(
-                [(each.location, newer.images(each.spec)) for each in live],
-                runtime.threads,
-                runtime.undo,
-                self._shown,
-                fold.Pace(lambda: sum(each.totals.cold_lookups for each in live), self._hurry),
-            )
+            images = [(each.location, newer.images(each.spec)) for each in live]
+            pace = fold.Pace(lambda: sum(each.totals.cold_lookups for each in live), self._hurry)
+            fold.write(images, runtime.threads, runtime.undo, self._shown, pace)
         except Exception as error:  # raised or returned by the calls that wait for the fold
             problem = error
         with runtime.lock:

@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from shardemb import dtypes, initializers
 from shardemb.base import paths
 from shardemb.base.interrupts import signals_deferred
-from shardemb.commits import copies, log_reader, tags, verify
-from shardemb.errors import (
-    FormatError,
-    PoisonedError,
-    ReadOnlyError,
-    ShardEmbError,
-    StaleReaderError,
-    StoreClosedError,
-)
+from shardemb.commits import copies, log_reader, verify
+from shardemb.errors import PoisonedError, ReadOnlyError, ShardEmbError, StaleReaderError, StoreClosedError
 from shardemb.format import store_paths
 from shardemb.format.manifest import Commit, Manifest, check_metadata, check_step, new_entry
 from shardemb.format.spec import check_name, new_spec, normalized
@@ -392,21 +385,17 @@ class Session:
 
     def tag_entries(self) -> tuple[TagEntry, ...]:
         """Return the tags of the store."""
-        if self._reader is None:
-            return self.journal.base.manifest.tags
-        return Manifest.from_bytes(files.read(store_paths.manifest(self._reader.store))).tags
+        if self._journal is not None:
+            return self._journal.base.manifest.tags
+        return Manifest.from_bytes(files.read(store_paths.manifest(self._store))).tags
 
     def tag_facts(self) -> tuple[display.TagFacts, ...]:
-        """Return what is shown about the tags; without those that are being released."""
-        store = self.runtime.path if self._reader is None else self._reader.store
-        facts = []
-        for each in self.tag_entries():
-            folder = store_paths.tag(store, each.uuid)
-            with contextlib.suppress(FormatError, FileNotFoundError):
-                commit = tags.read_manifest(folder).commit
-                assert commit is not None
-                facts.append(display.TagFacts(each.name, commit, tags.bytes_kept(folder)))
-        return tuple(facts)
+        """Return what is shown about the tags."""
+        return display.tag_facts(self._store, self.tag_entries())
+
+    @property
+    def _store(self) -> Path:
+        return self.runtime.path if self._reader is None else self._reader.store
 
     # ---- looking at it
 

@@ -14,6 +14,7 @@ from shardemb.engine.training import Training
 from shardemb.errors import FormatError, TableExistsError, TableNotFoundError
 from shardemb.format import store_paths
 from shardemb.format.spec import is_internal, normalized
+from shardemb.memory import past_blocks
 from shardemb.storage import files, folders, table_folder
 
 if TYPE_CHECKING:
@@ -343,4 +344,5 @@ class TableCatalog:
 def _put_back(tables: Sequence[Shards], records: NDArray[np.void]) -> None:
     """Put what a tag has kept over the files of its tables."""
     for number, blocks, content in tags.by_table(records):
-        tables[number].put_back(blocks, content)
+        mapped = tables[number]
+        past_blocks.put_back(mapped.spec, mapped.bytes, mapped.present, blocks, content)

@@ -281,8 +281,7 @@ def allocated(path: Path) -> int:
     found = {}
     for each in (path, *path.rglob("*")):
         with contextlib.suppress(FileNotFoundError):  # it was removed meanwhile
-            status = each.lstat()
-            found[status.st_dev, status.st_ino] = status.st_blocks * 512
+            found |= {((status := each.lstat()).st_dev, status.st_ino): 512 * status.st_blocks}
     return sum(found.values())
 
 

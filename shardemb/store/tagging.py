@@ -24,6 +24,7 @@ from shardemb.format import store_paths
 from shardemb.format.manifest import TagEntry
 from shardemb.format.spec import check_name, normalized
 from shardemb.format.table_files import TableLocation
+from shardemb.memory import past_blocks
 from shardemb.storage import address_space, checksums, files, folders, table_folder
 
 if TYPE_CHECKING:
@@ -65,10 +66,10 @@ def tag(session: Session, name: str, *, replaces: bool) -> Commit:
         with signals_deferred():
             try:
                 runtime.undo.add(entry.uuid, tags.keeper(runtime.path, entry))
-                journal.set_tags((*others, entry))
+                journal.base.set_tags((*others, entry))
             except BaseException:
                 if entry not in session.tag_entries():
-                    runtime.undo.remove(entry.uuid)
+                    runtime.undo.retain({each.uuid for each in session.tag_entries()})
                     files.remove_tree(folder)
                 raise
             _forget_others(session)
@@ -88,7 +89,7 @@ def untag(session: Session, name: str) -> None:
         session.journal.wait()  # for a fold, which may be keeping something
         entry = tags.find(runtime.path, session.tag_entries(), normalized(name))
         with signals_deferred():
-            session.journal.set_tags(tuple(each for each in session.tag_entries() if each != entry))
+            session.journal.base.set_tags(tuple(each for each in session.tag_entries() if each != entry))
             _forget_others(session)
 
 
@@ -172,8 +173,8 @@ def _go_back(session: Session, folder: Path, held: Manifest) -> None:
     session.vocabularies.go_back(held.vocabularies)
 
 
-def _tables_of(folder: Path, held: Manifest) -> Iterator[_Then]:
-    """Open the tables of a tag one after the other, each with what was kept of it over its files.
+def _tables_of(folder: Path, held: Manifest) -> list[_Then]:
+    """Open the tables of a tag, with what was kept of them over their files.
 
     Raises
     ------
@@ -182,6 +183,7 @@ def _tables_of(folder: Path, held: Manifest) -> Iterator[_Then]:
     """
     places, kept = tags.locations(folder, held), tags.kept_sums(folder)
     nothing = np.empty(0, np.int64), np.empty(0, np.uint64)
+    found = []
     for number, (entry, location) in enumerate(zip(held.tables, places, strict=True)):
         blocks, sums = kept.get(number, nothing)
         written = checksums.read_sums(location.checksums_path, 0, location.spec.num_blocks)[blocks]
@@ -189,11 +191,12 @@ def _tables_of(folder: Path, held: Manifest) -> Iterator[_Then]:
             msg = f"what the tag has kept of table {entry.name!r} is not what was written; see verify() of the tag"
             raise FormatError(msg)
         view = shards.open_existing(location.directory, may_miss=False, may_create=False)
-        for records in undo.read(folder) if blocks.size else ():
-            for table, some, content in tags.by_table(records):
-                if table == number:
-                    view.put_back(some, content)
-        yield _Then(entry, number, location, view, blocks)
+        found.append(_Then(entry, number, location, view, blocks))
+    for records in undo.read(folder):
+        for number, blocks, content in tags.by_table(records):
+            view = found[number].shards
+            past_blocks.put_back(view.spec, view.bytes, view.present, blocks, content)
+    return found
 
 
 def _takes_form(table: TableState, then: _Then) -> bool:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.references import damaged, damaged_bytes
 
 from shardemb.errors import FormatError
-from shardemb.format.manifest import Commit, Manifest, TableEntry, VocabularyEntry, check_metadata
+from shardemb.format.manifest import Commit, Manifest, TableEntry, TagEntry, VocabularyEntry, check_metadata
 from shardemb.optim import Adam
 
 A, B, C = (f"0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c{k:02d}" for k in range(3))
@@ -154,8 +154,24 @@ def test_two_tables_cannot_share_a_name_or_a_uuid(what):
 
 
 def test_a_newer_version_asks_for_an_upgrade_whatever_else_the_document_holds():
-    with pytest.raises(FormatError, match="format version 2 is newer"):
-        Manifest.from_bytes(b'{"format_version": 2}')
+    with pytest.raises(FormatError, match="format version 3 is newer"):
+        Manifest.from_bytes(b'{"format_version": 3}')
+
+
+def test_only_a_manifest_with_tags_has_version_2():
+    tags = TagEntry("best", A), TagEntry("last", B)
+    data = dataclasses.replace(FULL, tags=tags).to_bytes()
+    assert json.loads(data)["format_version"] == 2
+    assert Manifest.from_bytes(data).tags == tags
+    assert json.loads(FULL.to_bytes())["format_version"] == 1
+    for what in ("name", "uuid"):
+        document = json.loads(data)
+        document["tags"][1][what] = document["tags"][0][what]
+        with pytest.raises(FormatError, match="two tags have the same"):
+            Manifest.from_bytes(sealed(document))
+    for wrong in ("x", [], {"name": "a/b", "uuid": FULL.uuid}, {"name": "a", "uuid": "../x"}):
+        with pytest.raises(FormatError):
+            Manifest.from_bytes(sealed({**json.loads(data), "tags": [wrong]}))
 
 
 @settings(max_examples=500)

@@ -132,7 +132,7 @@ def test_a_fold_between_a_look_and_the_read_is_noticed(store, monkeypatch, dtype
     store.tag("best")
     train(table, 2, 200)
     store.commit()
-    real, folds = batch._in_one_memory, [store.checkpoint]
+    real, folds = batch._without_lock, [store.checkpoint]
 
     def fold_first(runtime, reads, gather):
         if folds and runtime is not inside.runtime(store):
@@ -140,7 +140,7 @@ def test_a_fold_between_a_look_and_the_read_is_noticed(store, monkeypatch, dtype
         real(runtime, reads, gather)
 
     with shardemb.open(store.path, "r", commit="best") as reader:
-        monkeypatch.setattr(batch, "_in_one_memory", fold_first)
+        monkeypatch.setattr(batch, "_without_lock", fold_first)
         assert np.array_equal(reader["t"].lookup(np.arange(ROWS)), expected)
     assert not folds
 

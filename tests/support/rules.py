@@ -634,7 +634,7 @@ def reader_of_tag_beside_fold():
         expected = store["a"].lookup(np.arange(ROWS))
         train(store, 1)
         store.commit()
-        real, folds = batch._in_one_memory, [store.checkpoint]
+        real, folds = batch._without_lock, [store.checkpoint]
 
         def fold_first(opened, reads, gather):
             if folds and not opened.writable:
@@ -642,7 +642,7 @@ def reader_of_tag_beside_fold():
             real(opened, reads, gather)
 
         with shardemb.open(store.path, "r", commit="best") as reader:
-            patch.setattr(batch, "_in_one_memory", fold_first)
+            patch.setattr(batch, "_without_lock", fold_first)
             found = reader["a"].lookup(np.arange(ROWS))
         close_quietly(store)
     return None if np.array_equal(found, expected) else "a reader saw what a fold has written"

@@ -95,7 +95,7 @@ def work(path, seed, recording):
         what = chance.choice(WHAT)
         if what == "resize":
             store[chance.choice(list(store))].resize(chance.choice([200, ROWS, 400]), drop_rows=True)
-        elif what == "drop":
+        elif what in ("drop", "drop and restore"):
             store.drop_table(chance.choice(list(store)))
             new(f"n{step}")
         commit(step)
@@ -107,7 +107,7 @@ def work(path, seed, recording):
             name = chance.choice(sorted(tags))
             del tags[name]
             acknowledge(partial(store.untag, name), (contents(store), dict(tags)))
-        elif what == "restore" and tags:
+        elif what in ("restore", "drop and restore") and tags:
             restore(chance.choice(sorted(tags)))
         elif what == "reopen":
             close_quietly(store)
@@ -115,7 +115,19 @@ def work(path, seed, recording):
     close_quietly(store)
 
 
-WHAT = ["fold", "fold", "keep", "keep", "untag", "restore", "restore", "resize", "drop", "reopen"]
+WHAT = [
+    "fold",
+    "fold",
+    "keep",
+    "keep",
+    "untag",
+    "restore",
+    "restore",
+    "resize",
+    "drop",
+    "drop and restore",
+    "reopen",
+]
 
 
 def explore(seed, number_of_states, *, again=0.2, kill=0.2, skip=lambda call, path: False):
