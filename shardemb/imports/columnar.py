@@ -312,16 +312,14 @@ class ColumnSource:
 
     def key_blocks(self) -> Iterator[Any] | None:
         """Read the keys alone, where that is possible."""
-        return (
-            None if self.key_batches is None or self.columns.keys is None else self._keys(self.columns.keys)
-        )
+        return None if self.key_batches is None else self._keys(self.key_batches)
 
-    def _keys(self, column: str) -> Iterator[Any]:
+    def _keys(self, batches: Iterator[pa.RecordBatch]) -> Iterator[Any]:
         first = 0
-        for batch in self.key_batches or ():
+        for batch in batches:
             some = batch if self.limit is None else batch.slice(0, self.limit - first)
             if some.num_rows:
-                yield as_keys(some.column(column), column, first, self.name)
+                yield as_keys(some.column(0), some.schema.names[0], first, self.name)
             first += some.num_rows
 
     def blocks(self) -> Iterator[Block]:
@@ -439,18 +437,17 @@ def open_parquet(source: object, options: ReadOptions) -> ColumnSource:
     with contextlib.closing(_first_rows(paths, columns)) as first:
         dim, _ = find_dim(schema, columns, first, name)
     batches = _read_parquet(paths, columns, dim)
-    keys = _read_keys(paths, columns)
+    keys = None if columns.keys is None else _read_keys(paths, columns.keys)
     found = ColumnSource("parquet", name, dim, num_rows, schema, columns, batches, options.limit, keys)
     found.resources.callback(batches.close)
-    found.resources.callback(keys.close)
     return found
 
 
-def _read_keys(paths: list[Path], columns: Columns) -> Generator[pa.RecordBatch]:
+def _read_keys(paths: list[Path], column: str) -> Iterator[pa.RecordBatch]:
     """Read the column of keys of all files."""
-    for path in paths if columns.keys is not None else ():
+    for path in paths:
         with _opened_parquet(path) as file:
-            yield from _reported(file.iter_batches(columns=[columns.keys]), str(path))
+            yield from _reported(file.iter_batches(columns=[column]), str(path))
 
 
 def _parquet_schema(path: Path, options: ReadOptions) -> tuple[pa.Schema, Columns]:

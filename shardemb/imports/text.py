@@ -360,7 +360,8 @@ def _first_lines(text: bytes, count: int) -> bytes:
 def _values(fields: list[bytes]) -> Float32Array:
     """Return the float32 nearest to each number; raises ValueError for what is none."""
     try:
-        return pa.array(fields, pa.binary()).cast(pa.string()).cast(pa.float32()).to_numpy()
+        found: Float32Array = pa.array(fields, pa.binary()).cast(pa.string()).cast(pa.float32()).to_numpy()
+        return found
     except pa.ArrowInvalid as error:
         if len(fields) > 1:
             return np.concatenate([_values([field]) for field in fields])

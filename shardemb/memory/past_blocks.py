@@ -94,8 +94,9 @@ class PastBlocks:
                     f"the tag {self._name!r} was released or moved since it was opened; call store.refresh()"
                 )
                 raise StaleReaderError(msg)
-            for records in self._read(self._records) if self._put is not None else ():
-                self._put(records)
+            put = self._put
+            for records in self._read(self._records) if put is not None else ():
+                put(records)
                 self._records += records.size
             self._seen = now
             return now

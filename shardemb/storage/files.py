@@ -278,7 +278,7 @@ def is_open_file(path: Path, descriptor: int) -> bool:
 
 def allocated(path: Path) -> int:
     """Bytes that a file, or a folder with everything in it, takes on disk; holes take none, nor do second names."""
-    found = {}
+    found: dict[tuple[int, int], int] = {}
     for each in (path, *path.rglob("*")):
         with contextlib.suppress(FileNotFoundError):  # it was removed meanwhile
             found |= {((status := each.lstat()).st_dev, status.st_ino): 512 * status.st_blocks}
