@@ -95,9 +95,10 @@ class PastBlocks:
                 )
                 raise StaleReaderError(msg)
             put = self._put
-            for records in self._read(self._records) if put is not None else ():
-                put(records)
-                self._records += records.size
+            if put is not None:
+                for records in self._read(self._records):
+                    put(records)
+                    self._records += records.size
             self._seen = now
             return now
 
