@@ -125,7 +125,10 @@ def find_columns(schema: pa.Schema, wanted: tuple[str, ...], name: str) -> Colum
     >>> find_columns(pa.schema({"id": pa.int64(), "vector": pa.list_(pa.float64())}), (), "x")
     Columns(vectors=('vector',), keys='id')
     """
-    kinds = {each.name: _unwrapped(each.type) for each in schema}
+    try:
+        kinds = {each.name: _unwrapped(each.type) for each in schema}
+    except UnicodeDecodeError as error:
+        raise refuse(name, "", f"the name of a column is not UTF-8: {error.object!r:.80}") from error
     every = listed([f"{each} ({kind})" for each, kind in kinds.items()])
     for each in wanted or schema.names:
         if schema.names.count(each) != 1:

@@ -384,6 +384,13 @@ def test_offsets_that_lead_out_of_a_file_are_refused(tmp_path):
     assert "is damaged" in refusal(tmp_path / "a.arrow")
 
 
+def test_names_of_columns_that_are_no_text_are_refused(tmp_path):
+    feather.write_feather(TABLE, tmp_path / "a.arrow")
+    data = (tmp_path / "a.arrow").read_bytes()
+    (tmp_path / "a.arrow").write_bytes(data.replace(b"word", b"wor\xff"))
+    assert "the name of a column is not UTF-8: b'wor" in refusal(tmp_path / "a.arrow")
+
+
 def test_what_has_the_stream_interface_is_read():
     reader = pa.RecordBatchReader.from_batches(TABLE.schema, TABLE.to_batches(max_chunksize=8))
     with open_arrow(reader, ReadOptions()) as source:
@@ -462,17 +469,31 @@ def test_batches_of_any_sizes_give_the_rows_of_a_model(sizes, dim, kind, limit, 
         assert np.array_equal(rows_of(table, limit=limit), values[start:][:limit])
 
 
+def as_stream(table, path):
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+WRITERS = {
+    "parquet": (lambda table, path: pq.write_table(table, path, compression="none"), open_parquet),
+    "file": (lambda table, path: feather.write_feather(table, path, "uncompressed"), open_arrow),
+    "stream": (as_stream, open_arrow),
+}
+
+
+@pytest.mark.parametrize("form", WRITERS)
 @settings(max_examples=40)
 @given(data=st.data())
-def test_any_parquet_gives_rows_or_a_source_error(tmp_path_factory, data):
-    path = tmp_path_factory.getbasetemp() / "any.parquet"
-    pq.write_table(TABLE.slice(0, 5), path, compression="none")
+def test_any_bytes_give_rows_or_a_source_error(tmp_path_factory, form, data):
+    path = tmp_path_factory.getbasetemp() / f"any.{form}"
+    write, opener = WRITERS[form]
+    write(pa.table({"word": WORDS[:5], "vector": lists(pa.list_(pa.float32()), VALUES[:5])}), path)
     whole = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(whole)
     try:
-        rows_of(path, open_parquet)
+        rows_of(path, opener)
     except SourceError:
         pass
 
