@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from shardemb.errors import SourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+    from concurrent.futures import Future, ThreadPoolExecutor
 
     from numpy.typing import NDArray
 
     from shardemb.base.validation import Float32Array
+
+T = TypeVar("T")
 
 BLOCK_BYTES = 16 * 2**20
 """About how many bytes of float32 a block has: enough for writes at the disk's rate, a small part of any memory."""
@@ -251,3 +255,17 @@ def numbered(name: str, names: Sequence[str], pattern: str) -> list[str]:
             )
             raise refuse(name, "", problem)
     return [each for _, each in found]
+
+
+def ahead_of(pool: ThreadPoolExecutor, read: Callable[[int], T], count: int, ahead: int) -> Generator[T]:
+    """Iterate over ``read(0)`` and so on up to `count`, of which some are made concurrently before they are needed."""
+    waiting: deque[Future[T]] = deque()
+    try:
+        for number in range(count + ahead):
+            if number < count:
+                waiting.append(pool.submit(read, number))
+            if number >= ahead - 1 and waiting:
+                yield waiting.popleft().result()
+    finally:
+        for each in waiting:
+            each.cancel()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import re
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,11 +21,19 @@ from pyarrow import parquet as pq
 
 from shardemb.base.paths import local_path
 from shardemb.imports.arrays import convert, lossless, opened
-from shardemb.imports.blocks import Block, ReadOptions, block_rows, checked_dim, listed, refuse, refuse_unused
+from shardemb.imports.blocks import (
+    Block,
+    ReadOptions,
+    ahead_of,
+    block_rows,
+    checked_dim,
+    listed,
+    refuse,
+    refuse_unused,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator
-    from concurrent.futures import Future
+    from collections.abc import Generator, Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -522,7 +529,7 @@ def _read_parquet(paths: list[Path], columns: Columns, dim: int) -> Generator[pa
                 ahead = min(_MOST_AHEAD, _ROWS_AHEAD * most // max([1, *groups]))
                 if ahead > 1:
                     read = partial(_read_group, path, file.metadata, columns, rows)
-                    batches = chain.from_iterable(_ahead(pool, read, len(groups), ahead))
+                    batches = chain.from_iterable(ahead_of(pool, read, len(groups), ahead))
                 else:
                     batches = file.iter_batches(rows, columns=columns.names)
                 yield from _reported(batches, str(path))
@@ -538,20 +545,6 @@ def _read_group(
 def _opened_parquet(path: Path, metadata: pq.FileMetaData = None) -> pq.ParquetFile:
     """Open a file so that of each column a few pages are in memory at a time, and not all of a row group."""
     return pq.ParquetFile(path, metadata=metadata, buffer_size=_BUFFER, pre_buffer=False)
-
-
-def _ahead(pool: ThreadPoolExecutor, read: Callable[[int], T], count: int, ahead: int) -> Generator[T]:
-    """Iterate over ``read(0)`` and so on up to `count`, of which some are made concurrently before they are needed."""
-    waiting: deque[Future[T]] = deque()
-    try:
-        for number in range(count + ahead):
-            if number < count:
-                waiting.append(pool.submit(read, number))
-            if number >= ahead - 1 and waiting:
-                yield waiting.popleft().result()
-    finally:
-        for each in waiting:
-            each.cancel()
 
 
 # ---- Arrow ------------------------------------------------------------------------------------------------------
