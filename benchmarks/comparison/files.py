@@ -171,3 +171,115 @@ def _import_parquet(settings):
     remove(path)
     share = Bar("of pyarrow's reading", arms[OURS].rate / arms["pyarrow, which keeps nothing"].rate, 0.8)
     return Case("parquet", tuple(arms.values()), (share, ours.bar()), equal)
+
+
+# ---- I2: out ----------------------------------------------------------------------------------------------------
+
+
+def exports(settings):
+    """I2: words against gensim, .npy and safetensors against the disk; warm tables."""
+    cases = [_export_words(settings)]
+    return [*cases, *(_export_rows(settings, name) for name in ("npy", "safetensors"))]
+
+
+def _export_words(settings):
+    tokens, vectors = _words(settings)
+    path, peer = settings.folder / "out.vec", settings.folder / "peer.vec"
+    with shardemb.open(settings.folder / "words.zarr", mode="w") as store:
+        store.create_vocabulary("words", key_type="string")
+        store.vocabularies["words"].add(tokens)
+        table = store.create_table("words", vocabulary="words", embedding_dim=WORD_DIM, initializer=vectors)
+        store.commit()
+        contenders = [Contender(OURS, lambda _: table.export(path, "word2vec-text"))]
+        if peers.has("gensim"):
+            from gensim.models import KeyedVectors
+
+            theirs = KeyedVectors(WORD_DIM)
+            theirs.add_vectors(tokens, vectors)
+            contenders.append(Contender("gensim", lambda _: theirs.save_word2vec_format(str(peer))))
+        arms = race(contenders, lambda _: None, len(tokens), settings.times(TIMES))
+    with shardemb.open(settings.folder / "words.zarr", mode="w") as store:
+        store.import_table("words", path)
+        equal = same_bytes(store["words"].lookup(tokens), vectors)
+        store.rollback()
+    for each in (path, peer, settings.folder / "words.zarr"):
+        remove(each)
+    return Case("word2vec, text", tuple(arms.values()), (faster(arms, OURS, "gensim", 3.0),), equal)
+
+
+def _export_rows(settings, form):
+    data = settings.data(LARGE)
+    path, target = settings.folder / f"out.{form}", settings.folder / "plain"
+    values = make_values(np.arange(65_536))
+    with shardemb.open(data.store(), mode="r") as store:
+        table = store["rows"]
+
+        def plain(_):
+            _plain(
+                target,
+                (values[: min(len(values), data.rows - at)] for at in range(0, data.rows, len(values))),
+            )
+
+        def clean():
+            for each in (path, target):
+                remove(each)
+            os.sync()
+
+        contenders = [
+            Contender(OURS, lambda _: table.export(path, form), prepare=clean),
+            Contender(PLAIN, plain, prepare=clean),
+        ]
+        arms = race(contenders, lambda _: None, data.rows, settings.times(TIMES))
+        table.export(path, form)
+    with shardemb.open(settings.folder / "again.zarr", mode="w") as store:
+        store.import_table("rows", path, form)
+        ids = common.make_ids("uniform", data.rows, 4096)
+        equal = same_bytes(store["rows"].lookup(ids), make_values(ids))
+        store.rollback()
+    clean()
+    remove(settings.folder / "again.zarr")
+    bar = Bar("of the disk's sequential writes", arms[OURS].rate / arms[PLAIN].rate, 0.8)
+    return Case(form, tuple(arms.values()), (bar,), equal)
+
+
+# ---- I3: what has changed ---------------------------------------------------------------------------------------
+
+CHANGED_ROWS = 5_000_000
+
+
+def changes(settings):
+    """I3: parquet of the rows that a step has changed, one in a hundred, and of all rows."""
+    rows = settings.rows(CHANGED_ROWS)
+    path, files = (
+        settings.folder / "counted.zarr",
+        (settings.folder / "all.parquet", settings.folder / "some.parquet"),
+    )
+    with shardemb.open(path, mode="w") as store:
+        table = store.create_table(
+            "rows",
+            num_embeddings=rows,
+            embedding_dim=DIM,
+            counters=True,
+            optimizer=shardemb.optim.SGD(lr=0.1),
+        )
+        for ids in batches(rows):
+            table.update(ids, make_values(ids))
+        store.commit()
+        store.checkpoint()
+        step = table.step
+        ids = np.unique(common.random.integers(0, rows, rows // 100))
+        table.update(ids, make_values(ids))
+        store.commit()
+        store.checkpoint()
+        contenders = [
+            Contender("all rows", lambda _: table.export(files[0])),
+            Contender("changed rows", lambda _: table.export(files[1], changed_since=step)),
+        ]
+        arms = race(contenders, lambda _: None, rows, settings.times(TIMES))
+        equal = table.export(files[1], changed_since=step).num_rows == ids.size
+    for each in (path, *files):
+        remove(each)
+    share = arms["changed rows"].median / arms["all rows"].median
+    return [
+        Case("one row in a hundred", tuple(arms.values()), (at_most("of the time", share, 0.05, "x"),), equal)
+    ]

@@ -23,6 +23,7 @@ MODULES = {
     "RocksDB": "rocksdict",
     "Lance": "lance",
     "h5py": "h5py",
+    "gensim": "gensim",
     "usearch": "usearch",
 }
 """The module of each peer."""

@@ -11,6 +11,7 @@ from . import (
     around,
     capped,
     committing,
+    files,
     filling,
     folding,
     nearest,
@@ -78,6 +79,9 @@ WORKLOADS = {
         Workload("T2", "the features of a recommender in torch", adapters.bags, ("torch",)),
         Workload("T6", "importing shardemb.torch", adapters.imports, ("torch",)),
         Workload("I5", "nearest neighbours through an index", nearest.indexed, ("usearch",)),
+        Workload("I1", "files into tables", files.imports, ("gensim",)),
+        Workload("I2", "tables into files", files.exports, ("gensim",), reading.LARGE),
+        Workload("I3", "what has changed into a file", files.changes),
         Workload("B7", "clipping by the global norm", optimizers.clipping),
         Workload("W13", "the first seconds of a process", around.first_use),
     )
