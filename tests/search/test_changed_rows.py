@@ -29,7 +29,7 @@ def test_rows_of_blocks(blocks, record_bytes):
 
 OPERATIONS = st.lists(
     st.tuples(
-        st.sampled_from(["write", "update", "fill", "reset", "commit", "checkpoint", "rollback", "reopen"]),
+        st.sampled_from(["write", "update", "fill", "reset", "commit", "fold", "rollback", "reopen"]),
         st.integers(0, 3999),
     ),
     max_size=12,
@@ -75,6 +75,9 @@ def test_no_change_is_missed(tmp_path_factory, operations, initializer, shards, 
                 store.close()
                 store = shardemb.open(path, memory_budget=budget)
                 table = store["t"]
+            elif what == "fold":
+                store.commit()
+                store.checkpoint()
             else:
                 getattr(store, what)()
             found = changed_rows.since(inside.state(table), lambda first, count: then[first : first + count])
