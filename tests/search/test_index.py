@@ -145,7 +145,7 @@ def test_keys_are_deleted_and_tables_by_key_grow(store, tmp_path):
     table = store.create_table("t", vocabulary="v", embedding_dim=8)
     table.write(np.arange(1000), clustered(np.random.default_rng(0), 1000, 8), create=True)
     store.commit()
-    index = table.rows.build_index(tmp_path / "i")
+    index = table.rows.build_index(tmp_path / "i", links=16)
     queries = table.lookup(np.arange(0, 1000, 20)) + np.float32(0.01)
     check(index, table.rows, least=0.85, queries=queries)
     table.delete([3, 4])
