@@ -53,6 +53,8 @@ class Encoder:
     @classmethod
     def of(cls, sample: Float32Array, metric: MetricName) -> Encoder:
         """Choose the scale by a sample of rows."""
+        if not len(sample):
+            sample = np.zeros((1, sample.shape[1]), np.float32)
         origin = sample.mean(axis=0, dtype=np.float64) if metric == "l2" else np.zeros(sample.shape[1])
         longest = float(np.linalg.norm(sample, axis=1).max(initial=1e-30))
         first = cls(metric, tuple(origin.tolist()), 1.0, longest)

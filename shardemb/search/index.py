@@ -50,8 +50,8 @@ candidates give back.
 CANDIDATES = 96
 """Rows that the graph proposes for each query, unless k asks for more."""
 
-SAMPLE = 16_384
-"""Rows by which the scale of the codes is chosen."""
+SAMPLE, ENOUGH = 16_384, 1024
+"""Rows by which the scale of the codes is chosen, and how many of them must not be zeros."""
 
 BLOCK_ROWS = 16_384
 """Rows that are added at a time."""
@@ -222,13 +222,24 @@ def _blocks(table: TableState) -> Iterator[tuple[Int64Array, Float32Array, Int64
 
 
 def _sample(table: TableState) -> Float32Array:
-    """Return rows that were written, evenly spread, without those of NaN and infinity."""
+    """Return rows that are not zeros, evenly spread; if there are few such rows, the first ones."""
     count = table.live().spec.num_embeddings
     ids = np.unique(np.linspace(0, count - 1, min(count, SAMPLE)).astype(np.int64))
     ids = ids[hold_values(table.live(), ids)]
-    rows = table.read("weight", ids)
-    finite: Float32Array = rows[np.isfinite(rows).all(axis=1)]
-    return finite
+    rows = _not_zeros(table.read("weight", ids))
+    if len(rows) > ENOUGH:
+        return rows
+    first = [rows[:0]]
+    for _, some, _ in _blocks(table):
+        first.append(_not_zeros(some))
+        if sum(map(len, first)) > ENOUGH:
+            break
+    return np.concatenate(first)
+
+
+def _not_zeros(rows: Float32Array) -> Float32Array:
+    good: Float32Array = rows[np.isfinite(rows).all(axis=1) & rows.any(axis=1)]
+    return good
 
 
 def _graph(table: TableState, graph: Graph, encoder: Encoder, progress: Progress) -> tuple[Graph, Int64Array]:
