@@ -94,12 +94,11 @@ class PastBlocks:
                     f"the tag {self._name!r} was released or moved since it was opened; call store.refresh()"
                 )
                 raise StaleReaderError(msg)
-            put = self._put
-            if put is not None:
+            if self._put is not None:
                 for records in self._read(self._records):
-                    put(records)
+                    self._put(records)
                     self._records += records.size
-            self._seen = now
+                self._seen = now
             return now
 
     def detach_in_child(self) -> None:

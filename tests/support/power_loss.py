@@ -829,6 +829,7 @@ OTHER_REASONS = {
     "undo.keep:write": "the same, and what is damage",
     "tags.make:write_new": "copies of a tag, which no workload makes",
     "tags.put_back:sync_file": "the same",
+    "undo.__init__:sync_data": "a power cut soon after the kill of a process; rule R28 has a witness of its own",
     "key_rows.retire_index:sync_directory": "the index of a vocabulary that is restored, which no workload does",
     "fills.copy:write": "copies, which no workload makes",
     "fills._copy_window:write": "the same",
