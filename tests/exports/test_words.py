@@ -89,7 +89,8 @@ def test_numbers_are_the_shortest_that_read_back(numbers):
     texts = bytes(words.lines(values.reshape(-1, 1), " ")).decode().split("\n")[:-1]
     back = np.array([np.float32(text) for text in texts])
     np.testing.assert_array_equal(back, values)
-    np.testing.assert_array_equal(np.signbit(back), np.signbit(values))
+    some = ~np.isnan(values)  # text has no sign of NaN
+    np.testing.assert_array_equal(np.signbit(back[some]), np.signbit(values[some]))
     for text, value in zip(texts, values, strict=True):
         if np.isfinite(value):
             shortest = np.format_float_scientific(value, unique=True, trim="-")
