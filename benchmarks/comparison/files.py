@@ -47,8 +47,9 @@ def _write_words(path, tokens, vectors, binary):
 class _Import:
     """Imports into a new store, and how much memory each takes."""
 
-    def __init__(self, folder, source):
-        self.path, self.source, self.growth, self.store = folder / "imported.zarr", source, [], None
+    def __init__(self, folder, source, columns=()):
+        self.path, self.source, self.columns = folder / "imported.zarr", source, columns
+        self.growth, self.store = [], None
 
     def create(self):
         self.close()
@@ -64,7 +65,7 @@ class _Import:
 
     def __call__(self, _):
         with Watch() as watch:
-            self.store.import_table("rows", self.source)
+            self.store.import_table("rows", self.source, columns=self.columns)
             self.store.commit()
         self.growth.append(watch.growth)
 
@@ -153,7 +154,7 @@ def _import_parquet(settings):
         for ids in batches(rows):
             values = pa.FixedSizeListArray.from_arrays(pa.array(make_values(ids).reshape(-1)), type=kind)
             file.write_table(pa.table({"id": ids, "embedding": values}, schema=file.schema))
-    ours = _Import(settings.folder, path)
+    ours = _Import(settings.folder, path, "embedding")
 
     def theirs(_):
         with parquet.ParquetFile(path) as file:

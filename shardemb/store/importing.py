@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from shardemb.imports.blocks import block_rows, refuse
 from shardemb.storage import files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
     from concurrent.futures import Future
     from pathlib import Path
 
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from shardemb.imports.blocks import Block, ReadOptions, VectorSource
     from shardemb.optim import Optimizer
     from shardemb.store.vocabulary import Vocabulary
+
+T = TypeVar("T")
 
 Duplicates = Literal["first", "error"]
 
@@ -223,16 +225,14 @@ class _Spool:
         """Take in all rows of a source, or those whose key comes for the first time."""
         self._descriptor = files.open_unnamed(self._folder)
         with track(source.total, f"reading {source.name}", unit=source.unit, progress=progress) as advance:
-            consumed = 0
-            for block in source.blocks():
+            for block in _ahead(source.blocks()):
                 rows = block.rows
                 if keys is not None:
                     kept = keys.add(block.keys)
                     rows = rows if kept.size == len(rows) else rows[kept]
                 files.write(self._descriptor, rows.data, self.count * self._row_bytes, self._path)
                 self.count += len(rows)
-                advance(block.consumed - consumed)
-                consumed = block.consumed
+                advance(block.consumed)
 
     def rows(self) -> Iterator[Float32Array]:
         """Read the rows again."""
@@ -245,32 +245,38 @@ class _Spool:
 
 
 class _Consecutive:
-    """What `Store.create_table` calls for consecutive ranges of rows. The next block is read while one is written."""
+    """What `Store.create_table` calls for consecutive ranges of rows; a context manager."""
 
     def __init__(self, blocks: Iterator[Float32Array], dim: int, source: str) -> None:
-        self._blocks, self._source = blocks, source
+        self._blocks, self._source = _ahead(blocks), source
         self._rest = np.empty((0, dim), np.float32)
-        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="shardemb-import")
-        self._next: Future[Float32Array | None] = self._ahead.submit(next, blocks, None)
 
     def __enter__(self) -> Callable[[int, int], Float32Array]:
         return self._read
 
     def __exit__(self, *_: object) -> None:
-        self._ahead.shutdown(cancel_futures=True)
+        self._blocks.close()
 
     def _read(self, start: int, stop: int) -> Float32Array:
         out = np.empty((stop - start, self._rest.shape[1]), np.float32)
         done = 0
         while done < len(out):
-            if not len(self._rest):
-                block = self._next.result()
+            while not len(self._rest):
+                block = next(self._blocks, None)
                 if block is None:
-                    raise refuse(
-                        self._source, f"row {start + done}", "it ends here, and had more rows before"
-                    )
-                self._rest, self._next = block, self._ahead.submit(next, self._blocks, None)
+                    problem = "it ends here, and had more rows before"
+                    raise refuse(self._source, f"row {start + done}", problem)
+                self._rest = block
             count = min(len(self._rest), len(out) - done)
             out[done : done + count] = self._rest[:count]
             self._rest, done = self._rest[count:], done + count
         return out
+
+
+def _ahead(items: Iterator[T]) -> Generator[T]:
+    """Iterate, and make the next item in another thread while the caller uses one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="shardemb-import") as pool:
+        following: Future[T | None] = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
