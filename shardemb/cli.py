@@ -228,8 +228,8 @@ def _partition(ctx: click.Context, param: click.Parameter, value: str | None) ->
 )
 @click.option("--where", type=click.File("rb"), metavar="FILE",
               help="Only these: a .npy file of a bool for each row or of row ids, or an id or key a line.")  # fmt: skip
-@click.option("--changed-since", type=int, metavar="STEP",
-              help="Only rows updated after that step of a table with counters.")  # fmt: skip
+@click.option("--changed-since", metavar="TAG|STEP",
+              help="Only rows that differ from a tag; or updated after a step, with counters.")  # fmt: skip
 @click.option("--parts", type=int, help="Parquet: write a folder of this many files, several at a time.")
 @click.option("--partition-by", callback=_partition, metavar="shard|hash:N",
               help="Parquet: write a folder for each row-shard, or for each of N buckets of keys.")  # fmt: skip
@@ -253,7 +253,7 @@ def export(
     columns: tuple[str, ...],
     rows: tuple[int, int] | None,
     where: BinaryIO | None,
-    changed_since: int | None,
+    changed_since: str | None,
     resume: bool,
     log_progress: bool,
     as_json: bool,
@@ -281,7 +281,9 @@ def export(
             columns=columns,
             rows=rows,
             where=None if where is None else _rows_of_file(where, source),
-            changed_since=changed_since,
+            changed_since=int(changed_since)
+            if changed_since and changed_since.isdecimal()
+            else changed_since,
             resume=resume,
             progress=progress,
         )

@@ -84,7 +84,7 @@ case_insensitive: bool = True, dummy4unknown: bool = False) -> tuple[Correlation
 evict(self, *, older_than: int | None = None, keep: int | None = None, \
 by: "Literal['lru', 'lfu']" = 'lru') -> NDArray[Any]
 export(self, path: str | os.PathLike[str], format: str | Format | None = None, *, columns: Sequence[str] = (), \
-rows: tuple[int, int] | None = None, where: KeysLike | None = None, changed_since: int | None = None, \
+rows: tuple[int, int] | None = None, where: KeysLike | None = None, changed_since: int | str | None = None, \
 resume: bool = False, progress: Progress = None) -> ExportReport
 export_parquet(self, path: str | os.PathLike[str], *, columns: Sequence[str] = (), \
 rows: tuple[int, int] | None = None, parts: int | None = None, encoding: Encoding = 'plain', \
@@ -150,6 +150,7 @@ import_table(self, name: str, source: object, format: str | None = None, *, memb
 columns: str | Sequence[str] = (), tokens: object = None, limit: int | None = None, duplicates: Duplicates = 'first', \
 unicode_errors: UnicodeErrors = 'strict', dtype: DtypeLike | None = None, optimizer: Optimizer | None = None, \
 rows_per_shard: int | None = None, counters: bool = False, progress: Progress = None) -> ImportReport
+changed_rows(self, table: str, since: str) -> NDArray[np.int64]
 copy(self, path: str | os.PathLike[str], *, update: bool = False, progress: Progress = None) -> None
 create_table(self, name: str, *, num_embeddings: int | None = None, embedding_dim: int, \
 vocabulary: str | None = None, counters: bool = False, initializer: initializers.Initial | None = None, \
@@ -205,7 +206,7 @@ dtype: str | Dtype
 embedding_dim: int
 explain(self, ids: ArrayLike) -> Explanation
 export(self, path: str | os.PathLike[str], format: str | Format | None = None, *, columns: Sequence[str] = (), \
-rows: tuple[int, int] | None = None, where: ArrayLike | None = None, changed_since: int | None = None, \
+rows: tuple[int, int] | None = None, where: ArrayLike | None = None, changed_since: int | str | None = None, \
 resume: bool = False, progress: Progress = None) -> ExportReport
 export_parquet(self, path: str | os.PathLike[str], *, columns: Sequence[str] = (), \
 rows: tuple[int, int] | None = None, parts: int | None = None, encoding: Encoding = 'plain', \

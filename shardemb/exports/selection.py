@@ -256,11 +256,14 @@ class Query:
         A bool for each row; or row ids, or keys where the source has some.
     changed_since : int, optional
         Only rows with a greater ``last_step``.
+    among : ndarray of int64, optional
+        Only these rows, ascending: those that are known to have changed, for example.
     """
 
     rows: tuple[int, int] | None = None
     where: Any = None
     changed_since: int | None = None
+    among: Int64Array | None = None
 
     def of(self, source: RowSource) -> RowSet:
         """Find the rows in a source; those without a key may be among them.
@@ -273,6 +276,8 @@ class Query:
         found = RowSet.of_range(*_checked_range(source, self.rows))
         if self.where is not None:
             found &= _those(source, self.where)
+        if self.among is not None:
+            found &= RowSet.of_ids(self.among)
         return found if self.changed_since is None else _changed(source, found, self.changed_since)
 
 

@@ -12,6 +12,7 @@ from shardemb.bags import Bags
 from shardemb.engine.training import Padding, Scaling
 from shardemb.search import evaluation, words
 from shardemb.session import display
+from shardemb.store.table import changes_since
 
 if TYPE_CHECKING:
     import os
@@ -1357,7 +1358,7 @@ class KeyedTable:
         columns: Sequence[str] = (),
         rows: tuple[int, int] | None = None,
         where: KeysLike | None = None,
-        changed_since: int | None = None,
+        changed_since: int | str | None = None,
         resume: bool = False,
         progress: Progress = None,
     ) -> ExportReport:
@@ -1376,10 +1377,11 @@ class KeyedTable:
             ``(start, stop)``, a half-open range of row ids; all rows by default.
         where : array_like, optional
             Only these rows: a bool for each row; or keys in any order, each of which is exported once.
-        changed_since : int, optional
-            Only rows whose counter ``last_step`` is greater: those that were updated after that step of the table,
-            which has counters. Rows that were written, reset or never updated since do not count, and keys that were
-            removed since are not known.
+        changed_since : str or int, optional
+            Only rows whose vectors are not what they were in a tag, see `Store.changed_rows`. Or, given a step, only
+            rows whose counter ``last_step`` is greater: those that were updated after that step of the table, which has
+            counters. Rows that were written, reset or never updated since do not count then. Keys that were removed
+            since are in neither.
         resume : bool
             Continue an export in parts that was interrupted: take over what it has completed, if the store is at the
             same commit and the same rows are asked for; otherwise a warning is logged, and all is written. Until all
@@ -1422,7 +1424,8 @@ class KeyedTable:
         from shardemb.exports import formats
         from shardemb.exports.selection import Query
 
-        source, query = self._keyed.source(self), Query(rows, where, changed_since)
+        step, among = changes_since(self.rows, changed_since)
+        source, query = self._keyed.source(self), Query(rows, where, step, among)
         return formats.export(source, path, format, query, columns=columns, resume=resume, progress=progress)
 
     def export_parquet(

@@ -1008,6 +1008,49 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         """
         return tagging.tag(self._session, name, replaces=replace)
 
+    def changed_rows(self, table: str, since: str) -> NDArray[np.int64]:
+        """List the rows of a table whose vectors are not what they were in a tag.
+
+        Only blocks that were overwritten since are compared, so this costs what has changed. A row that was changed and
+        changed back is not listed; one that only its optimizer's state has changed is not either.
+
+        Parameters
+        ----------
+        table : str
+            One of the store's tables.
+        since : str
+            One of `tags`.
+
+        Returns
+        -------
+        ndarray of int64, shape (n,)
+            Row ids, ascending; the caller's own memory. Of a table that the tag has not, or had in another form, such
+            as before a reshard: all rows. Rows by which it has grown are among them.
+
+        Raises
+        ------
+        TableNotFoundError, TagNotFoundError
+            There is no such table or tag.
+        FormatError, OSError
+            Something of the tag is lost, or cannot be read.
+        DiskFullError, StoreClosedError, PoisonedError
+            In a writer, the fold before failed; the store is closed; a write has failed.
+
+        Notes
+        -----
+        Safe from any thread. In a writer it waits for other changes, and folds what is committed.
+
+        Examples
+        --------
+        >>> _ = store.commit()
+        >>> _ = store.tag("exported")
+        >>> store["tokens"].write([3, 5], np.ones((2, 4), np.float32))
+        >>> store.changed_rows("tokens", "exported")
+        array([3, 5])
+        >>> store.rollback()
+        """
+        return tagging.changed_rows(self._session, self._session.find(table), since)
+
     def untag(self, name: str) -> None:
         """Keep a commit no longer. What was kept for it alone leaves the disk.
 

@@ -1260,7 +1260,7 @@ class Table:
         columns: Sequence[str] = (),
         rows: tuple[int, int] | None = None,
         where: ArrayLike | None = None,
-        changed_since: int | None = None,
+        changed_since: int | str | None = None,
         resume: bool = False,
         progress: Progress = None,
     ) -> ExportReport:
@@ -1281,9 +1281,10 @@ class Table:
             ``(start, stop)``, a half-open range of row ids; all rows by default.
         where : array_like, optional
             Only these rows: a bool for each row; or row ids in any order, each of which is exported once.
-        changed_since : int, optional
-            Only rows whose counter ``last_step`` is greater: those that were updated after that step of the table,
-            which has counters. Rows that were written, reset or never updated since do not count.
+        changed_since : str or int, optional
+            Only rows whose vectors are not what they were in a tag, see `Store.changed_rows`. Or, given a step, only
+            rows whose counter ``last_step`` is greater: those that were updated after that step of the table, which has
+            counters. Rows that were written, reset or never updated since do not count then.
         resume : bool
             Continue an export in parts that was interrupted: take over what it has completed, if the store is at the
             same commit and the same rows are asked for; otherwise a warning is logged, and all is written. Until all
@@ -1301,6 +1302,8 @@ class Table:
         TypeError, ValueError, RowIdError
             The path, the format or an option is invalid, the format cannot be told from the suffix, or there are no
             such columns or rows; the table has no counters; a key cannot be written in that format.
+        TagNotFoundError
+            There is no such tag.
         ImportError
             A package that the format or the URL needs is not installed.
         FileNotFoundError, FileExistsError, DiskFullError, OSError
@@ -1329,7 +1332,8 @@ class Table:
         from shardemb.exports import formats
         from shardemb.exports.selection import Query
 
-        source, query = TableSource(self._state, self), Query(rows, where, changed_since)
+        step, among = changes_since(self, changed_since)
+        source, query = TableSource(self._state, self), Query(rows, where, step, among)
         return formats.export(source, path, format, query, columns=columns, resume=resume, progress=progress)
 
     def export_parquet(
@@ -1432,3 +1436,8 @@ class Table:
             f'shardemb.open({path!r}, mode="r")[{self.name!r}]'
         )
         raise TypeError(msg)
+
+
+def changes_since(table: Table, given: object) -> tuple[Any, NDArray[np.int64] | None]:
+    """Return what `Query` takes for rows that changed since a step, which is returned as it is, or since a tag."""
+    return (None, table.store.changed_rows(table.name, given)) if isinstance(given, str) else (given, None)

@@ -173,6 +173,46 @@ def _go_back(session: Session, folder: Path, held: Manifest) -> None:
     session.vocabularies.go_back(held.vocabularies)
 
 
+# ---- comparing --------------------------------------------------------------------------------------------------
+
+
+def changed_rows(session: Session, table: TableState, name: str) -> Int64Array:
+    """List the rows of a table whose vectors differ from those of a commit that was kept; see `Store.changed_rows`."""
+    runtime = session.runtime
+    # In a writer, nothing is folded meanwhile. What another process folds after this began may or may not be found.
+    with session.settled(runtime.writing) if runtime.writable else runtime.lock:
+        if runtime.writable:
+            session.journal.drain()
+        entry = tags.find(runtime.path, session.tag_entries(), normalized(name))
+        folder = store_paths.tag(runtime.path, entry.uuid)
+        now, found = table.live(), _tables_of(folder, tags.read_manifest(folder))
+        then = next((each for each in found if each.shards.spec.stream == now.spec.stream), None)
+        if then is None or not _is_comparable(now, then):
+            return np.arange(now.spec.num_embeddings)
+        shared = min(now.spec.num_embeddings, then.shards.spec.num_embeddings)
+        dirty = now.overlay.dirty_rows()
+        pieces = [_differing(now, then, dirty[dirty < shared])]
+        pieces += [_differing(now, then, rows[rows < shared]) for rows in _rows_to_compare(now, then)]
+        pieces.append(np.arange(shared, now.spec.num_embeddings))
+        return np.unique(np.concatenate(pieces))
+
+
+def _is_comparable(now: Shards, then: _Then) -> bool:
+    """Return whether a table has the form that it had, but for the number of rows."""
+    wanted = then.shards.spec
+    like = {"uuid": wanted.uuid, "num_embeddings": wanted.num_embeddings, "padding_idx": wanted.padding_idx}
+    return replace(now.spec, **like) == wanted
+
+
+def _differing(now: Shards, then: _Then, rows: Int64Array) -> Int64Array:
+    """Return those of some rows whose vectors differ."""
+    width = now.spec.weight_width
+    vectors = [
+        np.ascontiguousarray(_records(of, rows)[:, :width]).view(np.uint8) for of in (now, then.shards)
+    ]
+    return rows[(vectors[0] != vectors[1]).any(axis=1)]
+
+
 def _tables_of(folder: Path, held: Manifest) -> list[_Then]:
     """Open the tables of a tag, with what was kept of them over their files.
 
