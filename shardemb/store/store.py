@@ -439,6 +439,8 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         it is complete, which may be later than the one that the reader sees. What the writer folds meanwhile is copied
         again.
 
+        From a reader of a tag, the copy is the commit of the tag, exactly. Tags themselves are not copied.
+
         Parameters
         ----------
         path : path-like

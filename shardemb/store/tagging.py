@@ -54,7 +54,7 @@ def tag(session: Session, name: str, *, replaces: bool) -> Commit:
         _require_new(session, name, replaces=replaces)
         journal.drain()  # so that the files are exactly the last commit
         _require_new(session, name, replaces=replaces)  # again: this has released the lock
-        commit = runtime.committed.commit
+        commit = session.last_commit
         if commit is None:
             msg = f"the store {runtime.path} has no commit yet that could be kept; call commit() first"
             raise ShardEmbError(msg)
@@ -73,7 +73,7 @@ def tag(session: Session, name: str, *, replaces: bool) -> Commit:
                     files.remove_tree(folder)
                 raise
             _forget_others(session)
-        return replace(commit)
+        return commit
 
 
 def _require_new(session: Session, name: str, *, replaces: bool) -> None:
@@ -87,6 +87,7 @@ def untag(session: Session, name: str) -> None:
     runtime = session.runtime
     with session.settled(runtime.writing):
         session.journal.wait()  # for a fold, which may be keeping something
+        runtime.check_sound()  # after it
         entry = tags.find(runtime.path, session.tag_entries(), normalized(name))
         with signals_deferred():
             session.journal.base.set_tags(tuple(each for each in session.tag_entries() if each != entry))

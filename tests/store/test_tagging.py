@@ -85,7 +85,10 @@ def restored(store, name):
 def test_a_tag_is_the_last_commit_without_later_changes(store):
     expected = contents(store)
     train(store["a"], 2)
-    assert store.tag("best") == store.last_commit
+    found = store.tag("best")
+    assert found == store.last_commit
+    found.metadata["loss"] = 7  # a copy
+    assert found != store.last_commit
     assert store.has_changes
     assert held(store.path) == expected
     assert dict(store.tags) == {"best": store.last_commit}
