@@ -556,9 +556,19 @@ def create(
     progress: Progress = None,
     *,
     stays_cached: bool = False,
+    staged: Path | None = None,
 ) -> Shards:
-    """Create a table's folder, see `table_folder.create`, and map it; remove the folder if it cannot be mapped."""
-    table_folder.create(spec, directory, first_rows(spec, rows), progress, stays_cached=stays_cached)
+    """Create a table's folder, see `table_folder.create`, and map it; remove the folder if it cannot be mapped.
+
+    With `staged`, it is made there before, see `table_folder.create_in_steps`.
+    """
+    first = first_rows(spec, rows)
+    if staged is None or first is None:
+        table_folder.create(spec, directory, first, progress, stays_cached=stays_cached)
+    else:
+        table_folder.create_in_steps(spec, staged, first, progress, stays_cached=stays_cached)
+        files.make_directory(directory.parent)
+        files.rename(staged, directory)
     try:
         mapped = Shards(spec, directory)
         if stays_cached:  # or the first lookups would have a page fault for each 64 KiB

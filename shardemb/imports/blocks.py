@@ -6,7 +6,7 @@ import re
 from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from shardemb.errors import SourceError
 
@@ -135,6 +135,7 @@ class VectorSource(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
 
+@runtime_checkable
 class RowReader(Protocol):
     """A source without keys of which any rows can be read at any time, so that an import can be continued."""
 

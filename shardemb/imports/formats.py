@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from importlib import import_module
@@ -103,6 +104,20 @@ def open_source(
     opener: Any = getattr(import_module(f"shardemb.imports.{module}"), function)
     found: VectorSource = opener(source, ReadOptions() if options is None else options)
     return found
+
+
+def origin_of(source: object, format: str, options: ReadOptions) -> str | None:
+    """Describe what is read of a file or folder, so that what it becomes when it changes has another description.
+
+    None for an object.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return None
+    path = local_path(source, "the file to import").resolve()
+    path = path.parent if path.name.endswith(".index.json") else path  # which names files beside it
+    files = sorted(each for each in ([path, *path.rglob("*")] if path.is_dir() else [path]))
+    states = [(str(each), status.st_size, status.st_mtime_ns) for each in files for status in (each.stat(),)]
+    return repr((states, format, options))
 
 
 def guess(source: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import uuid
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
     from shardemb.vocabulary.key_rows import KeyRows
     from shardemb.vocabulary.keyed_rows import KeyedRows, Missing
     from shardemb.vocabulary.keys import KeysLike
+
+
+_ORIGINS = uuid.UUID("5c2a9d1e-6f0b-4f6e-9a53-0d8c1b7e2f44")
+"""The namespace of uuids of tables that are made in steps."""
 
 
 class Reader(NamedTuple):
@@ -139,8 +144,12 @@ class Session:
         self.runtime.check_open()
         return self.tables.find(name)
 
-    def create_table(self, wanted: TableRequest, progress: Progress) -> TableState:
-        """Create a table; see `Store.create_table`."""
+    def create_table(self, wanted: TableRequest, progress: Progress, origin: str | None = None) -> TableState:
+        """Create a table; see `Store.create_table`.
+
+        With an `origin`, a description of where its rows come from, a call that was interrupted is continued by the
+        next one of the same store, as long as there is no commit in between.
+        """
         name, vocabulary = check_name(wanted.name), wanted.vocabulary
         # A vocabulary must not give out rows while it is decided how many the table begins with.
         with self.settled(self.vocabularies.all_locked if vocabulary else self.runtime.changing):
@@ -164,7 +173,13 @@ class Session:
             )
             spec = replace(spec, padding_idx=first_padding(bound, wanted.padding_idx, shape[0], name))
             identity = None if bound is None else bound.entry.uuid
-            return self.tables.create(name, spec, rows=rows, progress=progress, vocabulary=identity)
+            if origin is not None:
+                last = self.runtime.committed
+                facts = [origin, last.uuid, str(last.commit), str(replace(spec, uuid=""))]
+                spec = replace(spec, uuid=str(uuid.uuid5(_ORIGINS, "\n".join(facts))))
+            return self.tables.create(
+                name, spec, rows=rows, progress=progress, vocabulary=identity, in_steps=origin is not None
+            )
 
     def drop_table(self, name: str) -> None:
         """Drop a table; see `Store.drop_table`."""

@@ -213,11 +213,19 @@ class TableCatalog:
         rows: FirstRows | None = None,
         progress: Progress = None,
         vocabulary: str | None = None,
+        in_steps: bool = False,
     ) -> TableState:
-        """Create a table's folder and add the table to the current ones; if that fails, nothing is left of it."""
-        directory = store_paths.parked(self._runtime.path, spec.uuid)
+        """Create a table's folder and add the table to the current ones; if that fails, nothing is left of it.
+
+        If it is made `in_steps`, what is complete of its rows waits for another call with the same spec.
+        """
+        path = self._runtime.path
+        directory, staged = store_paths.parked(path, spec.uuid), store_paths.rebuilt(path) / spec.uuid
         keep = rows is not None and self._runtime.warming.has_room(rows.count * spec.record_bytes)
-        mapped = shards.create(spec, directory, rows, progress, stays_cached=keep)
+        if in_steps:
+            folders.keep_rebuilt(path, spec.uuid)
+        place = staged if in_steps else None
+        mapped = shards.create(spec, directory, rows, progress, stays_cached=keep, staged=place)
         try:
             self.require_free(name)  # again: a function that computed rows may have created such a table
         except BaseException:

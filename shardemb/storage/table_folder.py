@@ -16,7 +16,7 @@ from shardemb.format.table_files import TableLocation
 from shardemb.storage import address_space, checksums, files, folders
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
     from pathlib import Path
 
     from shardemb.base.progress import Advance, Progress
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from shardemb.format.table_files import File
 
 _BLOCK_BYTES = 4 * 2**20
+
+_STEPS = "complete-shards"
+"""Name of the file, in a folder that is not complete, that says how many shards are."""
 
 
 def check_mappings(spec: TableSpec, *, exists: bool = False) -> None:
@@ -71,6 +74,50 @@ def create(
     except BaseException:
         files.remove_tree(directory)
         raise
+
+
+def create_in_steps(
+    spec: TableSpec,
+    directory: Path,
+    rows: FirstRows,
+    progress: Progress = None,
+    *,
+    stays_cached: bool = False,
+) -> None:
+    """Do what `create` does, so that after an interruption another call with the same spec continues.
+
+    `rows` are read in consecutive ranges, from the first row of a shard on. If that raises `ValueError`, nothing is
+    left.
+
+    Raises
+    ------
+    ShardEmbError, OSError
+        As by `create`, but complete shards stay.
+    """
+    check_mappings(spec)
+    table, note = TableLocation(spec, directory), directory / _STEPS
+    done = int(files.read(note)) if files.size(note) is not None else -1
+    if done < 0:
+        files.remove_tree(directory)
+        write_documents(directory, zarr_metadata.table_documents(spec))
+        for path, nbytes in table.expected_files():
+            files.create_sparse(path, nbytes)
+        files.sync_tree(directory)
+        files.replace(note, b"0")
+        done = 0
+
+    def complete(number: int) -> None:
+        files.sync_file(table.checksums_path)
+        files.replace(note, str(number + 1).encode())
+
+    try:
+        with track(rows.count, f"copying rows into {spec.stream!r}", progress=progress) as advance:
+            advance(min(done * spec.rows_per_shard, rows.count))
+            _write_rows(table, rows, advance, stays_cached=stays_cached, first=done, complete=complete)
+    except ValueError:  # a row that no table can have
+        files.remove_tree(directory)
+        raise
+    files.remove(note)
 
 
 def write_documents(directory: Path, documents: Mapping[str, bytes]) -> None:
@@ -204,11 +251,22 @@ def prepare_to_stay(spec: TableSpec, descriptor: int, offset: int, nbytes: int) 
         files.will_need(descriptor, offset, nbytes)
 
 
-def _write_rows(table: TableLocation, rows: FirstRows, advance: Advance, *, stays_cached: bool) -> None:
-    """Write the first rows directly into new files, so that bulk data never takes private memory."""
+def _write_rows(
+    table: TableLocation,
+    rows: FirstRows,
+    advance: Advance,
+    *,
+    stays_cached: bool,
+    first: int = 0,
+    complete: Callable[[int], None] = lambda number: None,
+) -> None:
+    """Write the first rows directly into new files, so that bulk data never takes private memory.
+
+    It begins with the shard `first`, and calls ``complete(number)`` once a shard is durable, but for its checksums.
+    """
     spec = table.spec
     block_rows = max(1, _BLOCK_BYTES // spec.record_bytes)
-    for number in range(spec.num_shards):
+    for number in range(first, spec.num_shards):
         file = table.shard(number)
         begin, end = file.rows[0], min(file.rows[1], rows.count)
         if begin >= end:
@@ -228,6 +286,7 @@ def _write_rows(table: TableLocation, rows: FirstRows, advance: Advance, *, stay
             files.sync(descriptor, file.path)
             if not stays_cached:
                 files.drop_cached(descriptor)
+        complete(number)
     for number in range(spec.num_presence_chunks):
         file = table.presence_chunk(number)
         bits = np.packbits(np.arange(*file.rows) < rows.count, bitorder="little")

@@ -2,11 +2,12 @@
 
 ::
 
+    any rows at any time, without keys            read in the order of the shards, and continued if interrupted
     rows whose number is known                    read once
     keys that can be read without the rows        first, then the rows, once their number is known
     all else                                      read once, the rows through a file without a name next to the store
 
-Each way ends in `Store.create_table` with a function that returns consecutive rows. So the rows are written once, to
+Each way ends in `Session.create_table` with a function that returns consecutive rows. So the rows are written once, to
 their place, at the disk's rate; memory holds a few blocks, and one bit a row; and a table is there as a whole or not at
 all.
 """
@@ -21,9 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from shardemb.base.progress import track
+from shardemb.dtypes import Wanted
 from shardemb.format import store_paths
 from shardemb.imports import formats, text
-from shardemb.imports.blocks import block_rows, refuse
+from shardemb.imports.blocks import RowReader, block_rows, refuse
+from shardemb.session.table_catalog import TableRequest
 from shardemb.storage import files
 
 if TYPE_CHECKING:
@@ -36,7 +39,10 @@ if TYPE_CHECKING:
     from shardemb.dtypes import DtypeLike
     from shardemb.imports.blocks import Block, ReadOptions, VectorSource
     from shardemb.optim import Optimizer
-    from shardemb.store.vocabulary import Vocabulary
+    from shardemb.session.session import Session
+    from shardemb.vocabulary.key_rows import KeyRows
+
+    ReadRows = Callable[[int, int], Float32Array]
 
 T = TypeVar("T")
 
@@ -82,9 +88,24 @@ class ImportRequest:
             msg = f'duplicates must be "first" or "error", got {self.duplicates!r}'
             raise ValueError(msg)
 
+    def table(self, source: VectorSource, count: int, read: ReadRows, *, keyed: bool) -> TableRequest:
+        """Return the table to create, with so many rows of a source."""
+        return TableRequest(
+            name=self.name,
+            num_embeddings=None if keyed else count,
+            embedding_dim=source.dim,
+            vocabulary=self.name if keyed else None,
+            counters=self.counters,
+            initializer=read,
+            optimizer=self.optimizer,
+            rows_per_shard=self.rows_per_shard,
+            padding_idx=None,
+            precision=Wanted(source.dtype if self.dtype is None else self.dtype),
+        )
+
 
 def import_table(
-    store: Any,  # noqa: ANN401 -- a Store, whose module is above this one
+    session: Session,
     source: object,
     format: str | None,
     wanted: ImportRequest,
@@ -98,25 +119,21 @@ def import_table(
         key_type = opened.key_type if tokens is None else "string"
         keys = None
         if key_type is not None:
-            vocabulary = store.create_vocabulary(wanted.name, key_type=key_type)
-            stack.callback(store.drop_vocabulary, wanted.name)  # unless all goes well
+            vocabulary = session.create_vocabulary(wanted.name, key_type, None, 0)
+            stack.callback(session.drop_vocabulary, wanted.name)  # unless all goes well
             keys = _Keys(vocabulary, opened.name, wanted.duplicates)
-        with _Spool(store_paths.private(store.path), opened.dim) as spool:
-            count, rows = _counted(opened, keys, tokens, spool, progress)
+        with _Spool(store_paths.private(session.runtime.path), opened.dim) as spool:
+            if keys is None and isinstance(opened, RowReader):  # any rows at any time: it can be continued
+                count, rows = opened.num_rows, _Ranges(opened)
+                origin = formats.origin_of(source, opened.format, options)
+            else:
+                count, blocks = _counted(opened, keys, tokens, spool, progress)
+                rows, origin = _Consecutive(blocks, opened.dim, opened.name), None
             if not count:
                 raise refuse(opened.name, "", "there are no rows in it")
-            with _Consecutive(rows, opened.dim, opened.name) as consecutive:
-                store.create_table(
-                    wanted.name,
-                    num_embeddings=count if keys is None else None,
-                    vocabulary=None if keys is None else wanted.name,
-                    embedding_dim=opened.dim,
-                    initializer=consecutive,
-                    optimizer=wanted.optimizer,
-                    rows_per_shard=wanted.rows_per_shard,
-                    counters=wanted.counters,
-                    dtype=opened.dtype if wanted.dtype is None else wanted.dtype,
-                    progress=progress,
+            with rows as read:
+                session.create_table(
+                    wanted.table(opened, count, read, keyed=keys is not None), progress, origin
                 )
         stack.pop_all()
         dropped = 0 if keys is None else keys.dropped
@@ -131,9 +148,8 @@ def _counted(
     progress: Progress,
 ) -> tuple[int, Iterator[Float32Array]]:
     """Return how many rows a source has for its table, and these rows; enter the keys."""
-    rows = (block.rows for block in source.blocks())
     if keys is None and source.num_rows is not None:
-        return source.num_rows, rows
+        return source.num_rows, (block.rows for block in source.blocks())
     if keys is not None and tokens is None:
         tokens = source.key_blocks()
     if keys is not None and tokens is not None:
@@ -152,7 +168,7 @@ class _Keys:
         Different keys so far, which is the number of rows of the table.
     """
 
-    def __init__(self, vocabulary: Vocabulary, source: str, duplicates: Duplicates) -> None:
+    def __init__(self, vocabulary: KeyRows, source: str, duplicates: Duplicates) -> None:
         self._vocabulary, self._source, self._duplicates = vocabulary, source, duplicates
         self._seen = 0
         self._repeated: list[Int64Array] = []
@@ -244,6 +260,31 @@ class _Spool:
             yield np.frombuffer(data, np.float32).reshape(-1, self._row_bytes // 4)
 
 
+class _Ranges:
+    """What `Store.create_table` calls for ranges of rows of a source that has any at any time; a context manager.
+
+    The next range is read while the caller uses one.
+    """
+
+    def __init__(self, source: RowReader) -> None:
+        self._source = source
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="shardemb-import")
+        self._ahead: tuple[int, int, Future[Float32Array]] | None = None
+
+    def __enter__(self) -> ReadRows:
+        return self._read
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def _read(self, start: int, stop: int) -> Float32Array:
+        ahead, last = self._ahead, min(2 * stop - start, self._source.num_rows)
+        known = ahead is not None and ahead[:2] == (start, stop)
+        rows = ahead[2].result() if ahead is not None and known else self._source.read(start, stop)
+        self._ahead = stop, last, self._pool.submit(self._source.read, stop, last)
+        return rows
+
+
 class _Consecutive:
     """What `Store.create_table` calls for consecutive ranges of rows; a context manager."""
 
@@ -251,7 +292,7 @@ class _Consecutive:
         self._blocks, self._source = _ahead(blocks), source
         self._rest = np.empty((0, dim), np.float32)
 
-    def __enter__(self) -> Callable[[int, int], Float32Array]:
+    def __enter__(self) -> ReadRows:
         return self._read
 
     def __exit__(self, *_: object) -> None:

@@ -236,7 +236,9 @@ class Store(Mapping[str, "Table | KeyedTable"]):
 
         Rows are streamed: memory stays bounded, whatever the file holds or its header claims, and nothing is unpickled.
         Tokens become a vocabulary of the same name, with the same commit. Compressed files (gzip, bz2, zstd) are read
-        as they are. Rows go straight to their place on the disk.
+        as they are. Rows go straight to their place on the disk. An import of a file without keys whose rows lie at
+        known places (.npy, safetensors, GGUF, HDF5, zarr, torch) that was interrupted is continued by the same call,
+        unless the file or the last commit has changed.
 
         Parameters
         ----------
@@ -316,7 +318,7 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         wanted = importing.ImportRequest(name, tokens, duplicates, dtype, optimizer, rows_per_shard, counters)
         columns = (columns,) if isinstance(columns, str) else tuple(columns)
         options = ReadOptions(limit, member, columns, unicode_errors)
-        return importing.import_table(self, source, format, wanted, options, progress)
+        return importing.import_table(self._session, source, format, wanted, options, progress)
 
     def drop_table(self, name: str) -> None:
         """Drop a table with the next commit. Until then `rollback` restores it.

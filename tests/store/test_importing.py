@@ -20,6 +20,7 @@ import shardemb
 from shardemb.cli import main
 from shardemb.errors import SourceError, TableExistsError, VocabularyExistsError
 from shardemb.imports import blocks
+from shardemb.imports.arrays import ArraySource
 from shardemb.optim import Adam
 from shardemb.storage import files
 from shardemb.store.importing import ImportReport
@@ -221,6 +222,102 @@ def test_an_interrupt_anywhere_leaves_nothing_or_all(tmp_path, store, monkeypatc
         else:
             assert len(store["words"]) == 2000
     store.rollback()
+
+
+# ---- going on -----------------------------------------------------------------------------------------------------
+
+
+def unfinished(store):
+    return [each for each in (store.path / ".shardemb" / "rebuilt").glob("*") if each.is_dir()]
+
+
+@pytest.fixture
+def array(tmp_path):
+    """A file of rows for six shards."""
+    rows = values(6000, 8)
+    np.save(tmp_path / "rows.npy", rows)
+    return tmp_path / "rows.npy", rows
+
+
+def interrupted(store, file, monkeypatch, when, error=KeyboardInterrupt):
+    """Import until the shard number `when`, counted from 1, is about to be durable."""
+    real, calls = files.sync, []
+
+    def sync(descriptor, path):
+        calls.append(path.parent.name == "rows")
+        if sum(calls) == when:
+            raise error
+        real(descriptor, path)
+
+    with monkeypatch.context() as patch, pytest.raises(error):
+        patch.setattr(files, "sync", sync)
+        store.import_table("rows", file, rows_per_shard=1024)
+
+
+@pytest.mark.parametrize("reopens", [False, True])
+@pytest.mark.parametrize("when", range(1, 7))
+def test_an_interrupted_import_goes_on(path, array, monkeypatch, when, reopens):
+    file, rows = array
+    store, seen, real = shardemb.open(path), [], ArraySource.read
+    interrupted(store, file, monkeypatch, when)
+    assert is_empty(store)
+    if reopens:  # as after a crash: what is left waits
+        store.close()
+        store = shardemb.open(path)
+
+    def read(self, start, stop):
+        seen.append((start, stop))
+        return real(self, start, stop)
+
+    monkeypatch.setattr(ArraySource, "read", read)
+    progress = []
+    store.import_table(
+        "rows", file, rows_per_shard=1024, progress=lambda done, total: progress.append((done, total))
+    )
+    assert min(start for start, stop in seen if start < stop) == 1024 * (when - 1)
+    assert (progress[0][0] >= 1024 * (when - 1), progress[-1]) == (True, (6000, 6000))
+    assert_same_bits(store["rows"].lookup(np.arange(6000)), rows)
+    store.commit()
+    assert store.verify() == []
+    assert unfinished(store) == []
+    store.close()
+    with shardemb.open(path, "r") as reader:
+        assert_same_bits(reader["rows"].lookup(np.arange(6000)), rows)
+
+
+CHANGED = {
+    "the file": lambda store, file: np.save(file, values(6000, 8, 1)),
+    "the commit": lambda store, file: store.commit(),
+    "the limit": lambda store, file: {"limit": 5000},
+    "the dtype": lambda store, file: {"dtype": "float16"},
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_an_import_of_something_else_starts_over(store, array, monkeypatch, what):
+    file, _ = array
+    interrupted(store, file, monkeypatch, 3)
+    assert len(unfinished(store)) == 1
+    options = CHANGED[what](store, file)
+    seen, real = [], ArraySource.read
+    monkeypatch.setattr(ArraySource, "read", lambda self, *rows: seen.append(rows) or real(self, *rows))
+    store.import_table("rows", file, rows_per_shard=1024, **(options if isinstance(options, dict) else {}))
+    assert min(seen)[0] == 0
+    assert unfinished(store) == []
+    rows = np.load(file)[: len(store["rows"])]
+    expected = rows.astype(np.float16).astype(np.float32) if what == "the dtype" else rows
+    assert_same_bits(store["rows"].lookup(np.arange(len(rows))), expected)
+    store.commit()
+
+
+def test_of_a_bad_file_nothing_waits(store, array):
+    file, rows = array
+    rows[5500, 3] = np.nan
+    np.save(file, rows)
+    with pytest.raises((SourceError, ValueError), match="5500|finite"):
+        store.import_table("rows", file, rows_per_shard=1024)
+    assert is_empty(store)
+    assert unfinished(store) == []
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
