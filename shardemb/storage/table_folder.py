@@ -281,6 +281,8 @@ def _write_rows(
                 if stays_cached:
                     prepare_to_stay(spec, descriptor, offset, records.nbytes)
                 files.write(descriptor, records.data, offset, file.path)
+                # So that the disk works while the next rows are read, and the sync has little to wait for.
+                address_space.begin_write_back(descriptor, offset, records.nbytes)
                 advance(stop - start)
             checksums.write_file_sums(table, file)
             files.sync(descriptor, file.path)
