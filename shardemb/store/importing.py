@@ -32,6 +32,7 @@ from shardemb.storage import files
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
     from concurrent.futures import Future
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from shardemb.base.progress import Progress
@@ -123,6 +124,7 @@ def import_table(
             stack.callback(session.drop_vocabulary, wanted.name)  # unless all goes well
             keys = _Keys(vocabulary, opened.name, wanted.duplicates)
         with _Spool(store_paths.private(session.runtime.path), opened.dim) as spool:
+            rows: AbstractContextManager[ReadRows]
             if keys is None and isinstance(opened, RowReader):  # any rows at any time: it can be continued
                 count, rows = opened.num_rows, _Ranges(opened)
                 origin = formats.origin_of(source, opened.format, options)

@@ -201,8 +201,8 @@ def changed_rows(session: Session, table: TableState, name: str) -> Int64Array:
 def _is_comparable(now: Shards, then: _Then) -> bool:
     """Return whether a table has the form that it had, but for the number of rows."""
     wanted = then.shards.spec
-    like = {"uuid": wanted.uuid, "num_embeddings": wanted.num_embeddings, "padding_idx": wanted.padding_idx}
-    return replace(now.spec, **like) == wanted
+    like = replace(now.spec, uuid=wanted.uuid, num_embeddings=wanted.num_embeddings)
+    return replace(like, padding_idx=wanted.padding_idx) == wanted
 
 
 def _differing(now: Shards, then: _Then, rows: Int64Array) -> Int64Array:
@@ -211,7 +211,8 @@ def _differing(now: Shards, then: _Then, rows: Int64Array) -> Int64Array:
     vectors = [
         np.ascontiguousarray(_records(of, rows)[:, :width]).view(np.uint8) for of in (now, then.shards)
     ]
-    return rows[(vectors[0] != vectors[1]).any(axis=1)]
+    found: Int64Array = rows[(vectors[0] != vectors[1]).any(axis=1)]
+    return found
 
 
 def _tables_of(folder: Path, held: Manifest) -> list[_Then]:
