@@ -28,7 +28,7 @@ from shardemb.precision.records import RecordCodec, first_rows
 from shardemb.storage import address_space, files, table_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -92,10 +92,10 @@ class Shards:
         shards = map(self.shard_path, range(spec.num_shards))
         files_bytes = spec.num_shards * spec.shard_bytes
         self._rows = address_space.AddressRange(2 * files_bytes)
-        _map(self._rows, shards, spec.shard_bytes, missing)
+        self._rows.map_files(shards, spec.shard_bytes, missing)
         chunks = map(self.presence_path, range(spec.num_presence_chunks))
         self._present = address_space.AddressRange(spec.num_presence_chunks * spec.presence_chunk_bytes)
-        _map(self._present, chunks, spec.presence_chunk_bytes, missing)
+        self._present.map_files(chunks, spec.presence_chunk_bytes, missing)
         # By default the kernel reads ahead, which would be whole megabytes for one row.
         self._rows.advise(0, files_bytes, address_space.MADV_RANDOM)
         self.records: NDArray[Any] = self._rows.array(
@@ -558,17 +558,9 @@ def create(
     stays_cached: bool = False,
     staged: Path | None = None,
 ) -> Shards:
-    """Create a table's folder, see `table_folder.create`, and map it; remove the folder if it cannot be mapped.
-
-    With `staged`, it is made there before, see `table_folder.create_in_steps`.
-    """
-    first = first_rows(spec, rows)
-    if staged is None or first is None:
-        table_folder.create(spec, directory, first, progress, stays_cached=stays_cached)
-    else:
-        table_folder.create_in_steps(spec, staged, first, progress, stays_cached=stays_cached)
-        files.make_directory(directory.parent)
-        files.rename(staged, directory)
+    """Create a table's folder, see `table_folder.create`, and map it; remove the folder if it cannot be mapped."""
+    rows = first_rows(spec, rows)
+    table_folder.create(spec, directory, rows, progress, stays_cached=stays_cached, staged=staged)
     try:
         mapped = Shards(spec, directory)
         if stays_cached:  # or the first lookups would have a page fault for each 64 KiB
@@ -584,13 +576,3 @@ def open_existing(directory: Path, *, may_miss: bool, may_create: bool) -> Shard
     """Check a table's folder, see `table_folder.open_existing`, and map it."""
     spec, missing = table_folder.open_existing(directory, may_miss=may_miss, may_create=may_create)
     return Shards(spec, directory, missing)
-
-
-def _map(
-    memory: address_space.AddressRange, paths: Iterable[Path], file_bytes: int, missing: Collection[Path]
-) -> None:
-    for number, path in enumerate(paths):
-        if path in missing:
-            memory.map_zeros(number * file_bytes, file_bytes)
-        else:
-            memory.map_file(number * file_bytes, path, file_bytes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import uuid
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -42,10 +41,6 @@ if TYPE_CHECKING:
     from shardemb.vocabulary.key_rows import KeyRows
     from shardemb.vocabulary.keyed_rows import KeyedRows, Missing
     from shardemb.vocabulary.keys import KeysLike
-
-
-_ORIGINS = uuid.UUID("5c2a9d1e-6f0b-4f6e-9a53-0d8c1b7e2f44")
-"""The namespace of uuids of tables that are made in steps."""
 
 
 class Reader(NamedTuple):
@@ -173,12 +168,8 @@ class Session:
             )
             spec = replace(spec, padding_idx=first_padding(bound, wanted.padding_idx, shape[0], name))
             identity = None if bound is None else bound.entry.uuid
-            if origin is not None:
-                last = self.runtime.committed
-                facts = [origin, last.uuid, str(last.commit), str(replace(spec, uuid=""))]
-                spec = replace(spec, uuid=str(uuid.uuid5(_ORIGINS, "\n".join(facts))))
             return self.tables.create(
-                name, spec, rows=rows, progress=progress, vocabulary=identity, in_steps=origin is not None
+                name, spec, rows=rows, progress=progress, vocabulary=identity, origin=origin
             )
 
     def drop_table(self, name: str) -> None:

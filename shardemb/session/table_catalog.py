@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import uuid
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
@@ -35,6 +37,10 @@ if TYPE_CHECKING:
     from shardemb.format.table_files import TableLocation
     from shardemb.memory.overlay import Overlay
     from shardemb.optim import Optimizer
+
+
+_ORIGINS = uuid.UUID("5c2a9d1e-6f0b-4f6e-9a53-0d8c1b7e2f44")
+"""The namespace of uuids of tables whose creation can be continued."""
 
 
 class CommittedTable(NamedTuple):
@@ -213,18 +219,22 @@ class TableCatalog:
         rows: FirstRows | None = None,
         progress: Progress = None,
         vocabulary: str | None = None,
-        in_steps: bool = False,
+        origin: str | None = None,
     ) -> TableState:
         """Create a table's folder and add the table to the current ones; if that fails, nothing is left of it.
 
-        If it is made `in_steps`, what is complete of its rows waits for another call with the same spec.
+        But with an `origin`, a description of where the rows come from, those that are complete wait for another call
+        with the same origin and spec after the same commit.
         """
         path = self._runtime.path
+        if origin is not None:
+            last = self._runtime.committed
+            facts = [origin, last.uuid, str(last.commit), str(replace(spec, uuid=""))]
+            spec = replace(spec, uuid=str(uuid.uuid5(_ORIGINS, "\n".join(facts))))
+            folders.keep_rebuilt(path, spec.uuid)
         directory, staged = store_paths.parked(path, spec.uuid), store_paths.rebuilt(path) / spec.uuid
         keep = rows is not None and self._runtime.warming.has_room(rows.count * spec.record_bytes)
-        if in_steps:
-            folders.keep_rebuilt(path, spec.uuid)
-        place = staged if in_steps else None
+        place = None if origin is None else staged
         mapped = shards.create(spec, directory, rows, progress, stays_cached=keep, staged=place)
         try:
             self.require_free(name)  # again: a function that computed rows may have created such a table

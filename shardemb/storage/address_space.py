@@ -21,7 +21,7 @@ from shardemb.base import sizes
 from shardemb.storage import files
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from numpy.typing import DTypeLike, NDArray
 
@@ -120,6 +120,14 @@ class AddressRange:
         with files.opened(path, os.O_RDONLY) as descriptor:
             _mmap(self.address + offset, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, descriptor, start)
         self._note_mapped(nbytes)
+
+    def map_files(self, paths: Iterable[Path], file_bytes: int, missing: Collection[Path]) -> None:
+        """Map files of one size one after the other; those that are missing are zeros."""
+        for number, path in enumerate(paths):
+            if path in missing:
+                self.map_zeros(number * file_bytes, file_bytes)
+            else:
+                self.map_file(number * file_bytes, path, file_bytes)
 
     def map_zeros(self, offset: int, nbytes: int) -> None:
         """Map zero bytes, which take memory only once they are written."""

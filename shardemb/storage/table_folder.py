@@ -51,18 +51,29 @@ def create(
     progress: Progress = None,
     *,
     stays_cached: bool = False,
+    staged: Path | None = None,
 ) -> None:
     """Create a table's folder with its zarr documents and all its files, which are sparse unless `rows` is given.
 
     `rows` are read in consecutive ranges of a few MiB; `progress` counts them as they are written. If the table
     `stays_cached`, the page cache keeps them. Nothing is durable yet (`files.sync_tree` makes it durable).
 
+    With `staged`, another folder, rows are first written there, so that after an interruption another call with the
+    same spec continues with the first shard that was not complete. They are read in consecutive ranges from the first
+    row of a shard on.
+
     Raises
     ------
     ShardEmbError, OSError
-        The table cannot be mapped, or the disk is full. The folder is removed.
+        The table cannot be mapped, or the disk is full. The folder is removed, but not what is staged, unless
+        `rows` raise a `ValueError`.
     """
     check_mappings(spec)
+    if staged is not None and rows is not None:
+        _create_in_steps(spec, staged, rows, progress, stays_cached=stays_cached)
+        files.make_directory(directory.parent)
+        files.rename(staged, directory)
+        return
     try:
         write_documents(directory, zarr_metadata.table_documents(spec))
         for path, nbytes in TableLocation(spec, directory).expected_files():
@@ -76,25 +87,9 @@ def create(
         raise
 
 
-def create_in_steps(
-    spec: TableSpec,
-    directory: Path,
-    rows: FirstRows,
-    progress: Progress = None,
-    *,
-    stays_cached: bool = False,
+def _create_in_steps(
+    spec: TableSpec, directory: Path, rows: FirstRows, progress: Progress, *, stays_cached: bool
 ) -> None:
-    """Do what `create` does, so that after an interruption another call with the same spec continues.
-
-    `rows` are read in consecutive ranges, from the first row of a shard on. If that raises `ValueError`, nothing is
-    left.
-
-    Raises
-    ------
-    ShardEmbError, OSError
-        As by `create`, but complete shards stay.
-    """
-    check_mappings(spec)
     table, note = TableLocation(spec, directory), directory / _STEPS
     done = int(files.read(note)) if files.size(note) is not None else -1
     if done < 0:
