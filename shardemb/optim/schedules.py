@@ -45,6 +45,15 @@ class Schedule(ABC):
         """Return the learning rate of a step, or of an array of steps; the first step is 1."""
 
 
+def _together(function: Callable[[Any], Any], values: Any) -> Any:  # noqa: ANN401
+    """Apply a function of NumPy to some numbers, or to one as if it were among others.
+
+    Of a single number, NumPy computes powers and cosines with other instructions than of an array, on some processors,
+    and rounds them otherwise. A step has to have the same learning rate whether it is asked for alone or not.
+    """
+    return function(np.atleast_1d(values)).reshape(np.shape(values))
+
+
 def _warmed_up(step: Steps, warmup_steps: int) -> Any:  # noqa: ANN401
     """Return the share of the learning rate that a linear warm-up has reached: 1 from step `warmup_steps` on."""
     return np.minimum(step / max(warmup_steps, 1), 1.0)
@@ -109,7 +118,8 @@ class StepDecay(Schedule):
     warmup_steps: int = 0
 
     def __call__(self, step: Steps) -> Any:  # noqa: ANN401, D102
-        decayed = self.lr * self.gamma ** ((np.asarray(step, np.float64) - 1) // self.step_size)
+        exponents = (np.asarray(step, np.float64) - 1) // self.step_size
+        decayed = self.lr * _together(lambda each: self.gamma**each, exponents)
         return decayed * _warmed_up(step, self.warmup_steps)
 
 
@@ -150,7 +160,7 @@ class CosineDecay(Schedule):
 
     def __call__(self, step: Steps) -> Any:  # noqa: ANN401, D102
         x = np.clip((np.asarray(step, np.float64) - 1 - self.warmup_steps) / self.decay_steps, 0.0, 1.0)
-        decayed = self.min_lr + (self.lr - self.min_lr) * (1 + np.cos(np.pi * x)) / 2
+        decayed = self.min_lr + (self.lr - self.min_lr) * (1 + _together(np.cos, np.pi * x)) / 2
         rising = np.asarray(step) <= self.warmup_steps
         return np.where(rising, self.lr * _warmed_up(step, self.warmup_steps), decayed)
 
