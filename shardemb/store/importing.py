@@ -8,8 +8,8 @@
     all else                                      read once, the rows through a file without a name next to the store
 
 Each way ends in `Session.create_table` with a function that returns consecutive rows. So the rows are written once, to
-their place, at the disk's rate; memory holds a few blocks, and one bit a row; and a table is there as a whole or not at
-all.
+their place, at the disk's rate; memory holds a few blocks, and 8 bytes for each row that is left out; and a table is
+there as a whole or not at all.
 """
 
 from __future__ import annotations
