@@ -20,19 +20,6 @@ if TYPE_CHECKING:
     from shardemb.exports.selection import Query, RowSet, RowSource
     from shardemb.exports.targets import ExportReport
 
-__all__ = [
-    "Arrow",
-    "Format",
-    "Lance",
-    "Npy",
-    "Parquet",
-    "Projector",
-    "Safetensors",
-    "Word2VecBinary",
-    "Word2VecText",
-    "format_of",
-]
-
 
 @dataclass(frozen=True)
 class Job:

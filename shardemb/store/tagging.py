@@ -186,8 +186,9 @@ def changed_rows(session: Session, table: TableState, name: str) -> Int64Array:
             session.journal.drain()
         entry = tags.find(runtime.path, session.tag_entries(), normalized(name))
         folder = store_paths.tag(runtime.path, entry.uuid)
-        now, found = table.live(), _tables_of(folder, tags.read_manifest(folder))
-        then = next((each for each in found if each.shards.spec.stream == now.spec.stream), None)
+        now = table.live()
+        found = _tables_of(folder, tags.read_manifest(folder), stream=now.spec.stream)
+        then = found[0] if found else None
         if then is None or not _is_comparable(now, then):
             return np.arange(now.spec.num_embeddings)
         shared = min(now.spec.num_embeddings, then.shards.spec.num_embeddings)
@@ -215,8 +216,8 @@ def _differing(now: Shards, then: _Then, rows: Int64Array) -> Int64Array:
     return found
 
 
-def _tables_of(folder: Path, held: Manifest) -> list[_Then]:
-    """Open the tables of a tag, with what was kept of them over their files.
+def _tables_of(folder: Path, held: Manifest, stream: str | None = None) -> list[_Then]:
+    """Open the tables of a tag, or the one of a stream, with what was kept of them over their files.
 
     Raises
     ------
@@ -225,20 +226,24 @@ def _tables_of(folder: Path, held: Manifest) -> list[_Then]:
     """
     places, kept = tags.locations(folder, held), tags.kept_sums(folder)
     nothing = np.empty(0, np.int64), np.empty(0, np.uint64)
-    found = []
+    found = {}
     for number, (entry, location) in enumerate(zip(held.tables, places, strict=True)):
+        if stream is not None and location.spec.stream != stream:
+            continue
         blocks, sums = kept.get(number, nothing)
         written = checksums.read_sums(location.checksums_path, 0, location.spec.num_blocks)[blocks]
         if (checksums.content_sums(written) != sums).any():
             msg = f"what the tag has kept of table {entry.name!r} is not what was written; see verify() of the tag"
             raise FormatError(msg)
         view = shards.open_existing(location.directory, may_miss=False, may_create=False)
-        found.append(_Then(entry, number, location, view, blocks))
+        found[number] = _Then(entry, number, location, view, blocks)
     for records in undo.read(folder):
         for number, blocks, content in tags.by_table(records):
+            if number not in found:
+                continue
             view = found[number].shards
             past_blocks.put_back(view.spec, view.bytes, view.present, blocks, content)
-    return found
+    return list(found.values())
 
 
 def _takes_form(table: TableState, then: _Then) -> bool:
