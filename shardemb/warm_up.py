@@ -173,6 +173,10 @@ def _train_by_key(path: Path, key_type: KeyType) -> None:
             table.vocabulary.keys(table.vocabulary.lookup(list(table)))
             store.rollback()
         store.commit()
+        words = path.with_name("words.bin")
+        store["v"].export(words)
+        store.import_table("words", words, "word2vec-binary")
+        store.rollback()
     with shardemb.open(path, "r") as store:
         table = store["v"]
         assert isinstance(table, shardemb.KeyedTable)

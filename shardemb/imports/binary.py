@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from shardemb.base.formatting import plural
+from shardemb.compute.compiler import kernel
 from shardemb.imports import streams
 from shardemb.imports.blocks import MAX_DIM, block_rows, refuse, refuse_unused
 from shardemb.imports.text import (
@@ -41,6 +42,8 @@ CHUNK = 4 * 2**20
 TOKEN_BYTES = 2**16
 """A longer token is none: where there is no end of one, the file has another format."""
 
+_BLANK, _NEWLINE = ord(" "), ord("\n")
+
 
 # ---- word2vec ---------------------------------------------------------------------------------------------------
 
@@ -58,18 +61,17 @@ class BinaryVectors(FileVectors):
         row = 0
         while row < self._wanted:
             data = self._stream.peek(CHUNK)
-            tokens, starts, end = _walk(data, 4 * self.dim, self._wanted - row)
-            if not tokens:
+            found = rows_in(data, 4 * self.dim, self._wanted - row)
+            if not len(found.tokens):
                 raise self._stuck(data, row)
-            place = self._placed(row, starts)
-            rows = _values(_records(data, 4 * self.dim)[starts], self.dim)
+            place, rows = self._placed(row, found.starts), found.values.view("<f4")
             require_finite(rows, self.name, place)
-            keys = strings(pa.array(tokens, pa.binary()), self.name, place, self._errors)
-            self._stream.skip(end)
+            keys = strings(found.tokens, self.name, place, self._errors)
+            self._stream.skip(found.end)
             row += len(rows)
             yield Piece(rows, keys, self._stream.consumed)
 
-    def _placed(self, first: int, starts: list[int]) -> Callable[[int], str]:
+    def _placed(self, first: int, starts: Int64Array) -> Callable[[int], str]:
         position = self._stream.position
         return lambda row: f"byte {position + starts[row]:,} (row {first + row:,})"
 
@@ -82,37 +84,82 @@ class BinaryVectors(FileVectors):
         return refuse(self.name, place, f"the file ends within a row, but {promise}: it is cut off")
 
 
-def _walk(data: bytes, nbytes: int, count: int) -> tuple[list[bytes], list[int], int]:
-    """Find rows of a token, a blank and `nbytes` of values: tokens, where the values begin, where the last end."""
-    find, blanks, at, last = data.find, [], 0, len(data) - nbytes
-    for _ in range(count):
-        blank = find(b" ", at, at + TOKEN_BYTES)
-        if blank < 0 or blank >= last:
-            break
-        blanks.append(blank)
-        at = blank + 1 + nbytes
-    starts = [blank + 1 for blank in blanks]
-    begins = [0, *(start + nbytes for start in starts)]
-    # The tool of word2vec writes a newline behind each row, gensim does not.
-    tokens = [data[begin:blank].lstrip(b"\n") for begin, blank in zip(begins, blanks, strict=False)]
-    return tokens, starts, at
+class Found(NamedTuple):
+    """Rows of a token, a blank and values, as they were found in some bytes.
 
-
-def _records(
-    data: bytes | memoryview, nbytes: int, offset: int = 0, count: int | None = None
-) -> NDArray[Any]:
-    """Show memory as records of bytes: `count` one after the other, or those that begin at any byte.
-
-    They need no alignment, and choosing some of them copies each as a whole.
+    Attributes
+    ----------
+    tokens : pyarrow.BinaryArray
+    starts : ndarray of int64
+        Where the values of each row begin.
+    values : ndarray of uint8, shape (number of rows, bytes of values)
+    end : int
+        Where the last row ends.
     """
-    kind = np.dtype((np.void, nbytes))
-    if count is not None:
-        return np.ndarray(count, kind, data, offset)
-    return np.ndarray(len(data) - nbytes + 1, kind, data, strides=(1,))
+
+    tokens: pa.Array
+    starts: Int64Array
+    values: NDArray[np.uint8]
+    end: int
 
 
-def _values(records: NDArray[Any], dim: int) -> Float32Array:
-    return records.view("<f4").reshape(-1, dim)
+def rows_in(data: bytes, nbytes: int, count: int) -> Found:
+    """Find at most `count` rows with `nbytes` of values each."""
+    most = min(count, len(data) // (nbytes + 1))
+    starts, bounds = np.empty(most, np.int64), np.zeros(most + 1, np.int32)
+    text, values = np.empty(len(data), np.uint8), np.empty((most, nbytes), np.uint8)
+    some = find_rows(np.frombuffer(data, np.uint8), TOKEN_BYTES, starts, bounds, text, values)
+    buffers = [None, pa.py_buffer(bounds), pa.py_buffer(text)]
+    tokens = pa.Array.from_buffers(pa.binary(), some, buffers)
+    return Found(tokens, starts[:some], values[:some], int(starts[some - 1]) + nbytes if some else 0)
+
+
+@kernel
+def find_rows(
+    data: NDArray[np.uint8],
+    longest: int,
+    starts: Int64Array,
+    bounds: NDArray[np.int32],
+    text: NDArray[np.uint8],
+    values: NDArray[np.uint8],
+) -> int:
+    """Copy tokens and values out of rows that follow each other, until the data or the results end.
+
+    Parameters
+    ----------
+    data : ndarray of uint8
+    longest : int
+        A token has fewer bytes.
+    starts : ndarray of int64, shape (n,)
+        Becomes where the values of each row begin.
+    bounds : ndarray of int32, shape (n + 1,)
+        Becomes where tokens begin and end in `text`. The first number is 0.
+    text : ndarray of uint8
+        Becomes the tokens, one after the other.
+    values : ndarray of uint8, shape (n, bytes of values)
+
+    Returns
+    -------
+    int
+        How many rows there are.
+    """
+    nbytes, at, filled = values.shape[1], 0, 0
+    for row in range(values.shape[0]):
+        # A blank too late to have all values behind it is none.
+        last = min(at + longest, data.size - nbytes)
+        blank = at
+        while blank < last and data[blank] != _BLANK:
+            blank += 1
+        if blank >= last:
+            return row
+        # The tool of word2vec writes a newline behind each row, gensim does not.
+        while data[at] == _NEWLINE:
+            at += 1
+        text[filled : filled + blank - at] = data[at:blank]
+        filled += blank - at
+        values[row] = data[blank + 1 : blank + 1 + nbytes]
+        starts[row], bounds[row + 1], at = blank + 1, filled, blank + 1 + nbytes
+    return values.shape[0]
 
 
 def _is_text(stream: streams.Stream, dim: int) -> bool:
@@ -124,14 +171,14 @@ def _is_text(stream: streams.Stream, dim: int) -> bool:
 def _is_double(begin: bytes, dim: int, num_rows: int) -> bool:
     """Return whether the first rows make sense only if their values are float64."""
     count = min(num_rows, 16)
-    tokens, _, end = _walk(begin, 8 * dim, count)
-    ends_there = len(tokens) == num_rows and not begin[end:].strip(b"\n")
-    return _are_words(tokens) and (ends_there or not _are_words(_walk(begin, 4 * dim, count)[0]))
+    found = rows_in(begin, 8 * dim, count)
+    ends_there = len(found.tokens) == num_rows and not begin[found.end :].strip(b"\n")
+    return _are_words(found.tokens) and (ends_there or not _are_words(rows_in(begin, 4 * dim, count).tokens))
 
 
-def _are_words(tokens: list[bytes]) -> bool:
+def _are_words(tokens: pa.Array) -> bool:
     try:
-        return bool(tokens) and all(token.decode().isprintable() for token in tokens)
+        return len(tokens) > 0 and all(token.decode().isprintable() for token in tokens.to_pylist())
     except UnicodeDecodeError:
         return False
 
@@ -201,6 +248,15 @@ _GATHERED = 8 * 2**20
 """Bytes of rows that are summed at once."""
 
 _MAGIC, _SUPERVISED, _WORD, _END_OF_SENTENCE = 793_712_314, 3, 0, b"</s>"
+
+
+def _records(data: memoryview, nbytes: int, offset: int, count: int) -> NDArray[Any]:
+    """Show memory as records of bytes. They need no alignment, and choosing some of them copies each as a whole."""
+    return np.ndarray(count, np.dtype((np.void, nbytes)), data, offset)
+
+
+def _values(records: NDArray[Any], dim: int) -> Float32Array:
+    return records.view("<f4").reshape(-1, dim)
 
 
 @dataclass(frozen=True)

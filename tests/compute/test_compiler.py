@@ -15,6 +15,7 @@ import pytest
 
 import shardemb
 from shardemb.compute import file_blocks, grouping, pooling, residency, row_index, row_kernels
+from shardemb.imports import binary
 from shardemb.initializers import Uniform
 from shardemb.memory import slots
 from shardemb.optim import Adam
@@ -47,13 +48,13 @@ def dispatchers():
         row_kernels.gather_or_fill(Uniform),
         row_kernels.copy_or_fill(Uniform),
     ]
-    named = [each for module in WITH_KERNELS for each in vars(module).values() if is_kernel(each)]
+    named = [each for module in (*WITH_KERNELS, binary) for each in vars(module).values() if is_kernel(each)]
     return {each.py_func.__name__: each for each in (*named, *specialised)}
 
 
 def test_every_kernel_is_cached_releases_the_gil_and_keeps_ieee_arithmetic():
     found = dispatchers()
-    assert {"sort_rows", "gather", "scatter", "advise", "patch_bits", "places_of"} <= set(found)
+    assert {"sort_rows", "gather", "scatter", "advise", "patch_bits", "places_of", "find_rows"} <= set(found)
     for name, each in found.items():
         options = each.targetoptions
         assert options["nogil"], name
@@ -75,6 +76,7 @@ def test_no_kernel_returns_a_tuple():
         and each.__module__ in [module.__name__ for module in WITH_KERNELS]
         and not inspect.isgeneratorfunction(each)  # never compiled
     }
+    returns["find_rows"] = binary.find_rows.py_func.__annotations__["return"]  # one kernel among much else
     assert {"sort_rows", "_step", "_gather_or_fill"} <= set(returns)
     assert [name for name, kind in returns.items() if "tuple" in kind] == []
 
@@ -101,6 +103,7 @@ USE_EVERYTHING = """
     import shardemb
     from shardemb.compute import file_blocks, grouping, plan, pooling, residency, row_index, row_kernels
     from shardemb.dtypes import BlockScaled, Plain
+    from shardemb.imports import binary
     from shardemb.memory import slots
     from shardemb.precision import coded_rows
     from shardemb.search import kernels
@@ -218,8 +221,15 @@ USE_EVERYTHING = """
                 for rows in (None, (5, 900), [3, 4], np.arange(9, dtype=np.uint8)):
                     store["drawn"].search(given, 3, metric=metric, rows=rows, exclude=[[1]] * len(np.atleast_2d(given)))
         kernels.dots(*[np.ones((1, 3), np.float32)] * 2, np.zeros((1, 1), int), np.ones((1, 1), np.float32))
+    with shardemb.open(path + "4") as store:
+        for name, begin in {"one": b"1 1", "many": b"1 3", "none": b"0 3"}.items():
+            file = path + name + ".bin"
+            with open(file, "wb") as target:
+                target.write(begin + b"\\na " + bytes(12))
+            begin[:1] != b"0" and store.import_table(name, file, "word2vec-binary")
+        store.rollback()
     modules = row_kernels, pooling, row_index, residency, grouping, file_blocks, hashing, index_kernels, key_kernels
-    modules += slots, kernels
+    modules += slots, kernels, binary
     inner = hashing._rotate_left, hashing._sip_round, index_kernels.bucket_of, index_kernels._filter_bit
     inner += index_kernels.first_bits, index_kernels._bucket_in_part
     inner += row_index._take_node, row_index._free_if_empty

@@ -186,6 +186,37 @@ def changed(data, changes):
     return data
 
 
+def reference_rows_in(data, nbytes, count):
+    """Rows of a token, a blank and `nbytes` of values, found one by one in Python, and where the last one ends."""
+    found, at = [], 0
+    for _ in range(count):
+        blank = data.find(b" ", at, at + binary.TOKEN_BYTES)
+        if blank < 0 or blank + 1 + nbytes > len(data):
+            break
+        found.append((data[at:blank].lstrip(b"\n"), blank + 1, data[blank + 1 : blank + 1 + nbytes]))
+        at = blank + 1 + nbytes
+    return found, at
+
+
+@settings(max_examples=300)
+@given(
+    data=st.lists(st.sampled_from([b" ", b"\n", b"a", b"\xff", b"bc d", b"12345678"]), max_size=40).map(
+        b"".join
+    ),
+    nbytes=st.sampled_from([4, 8, 12]),
+    count=st.integers(0, 20),
+    longest=st.sampled_from([1, 3, 2**16]),
+)
+def test_rows_in_any_bytes_are_those_that_python_finds(data, nbytes, count, longest):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(binary, "TOKEN_BYTES", longest)
+        expected, end = reference_rows_in(data, nbytes, count)
+        tokens, starts, values, found_end = binary.rows_in(data, nbytes, count)
+    tokens.validate(full=True)
+    assert list(zip(tokens.to_pylist(), starts, map(bytes, values), strict=True)) == expected
+    assert found_end == end
+
+
 def read_or_refused(opener, path, data, **options):
     try:
         keys, rows = read_file(opener, path, data, **options)
