@@ -229,7 +229,7 @@ def _partition(ctx: click.Context, param: click.Parameter, value: str | None) ->
 @click.option("--where", type=click.File("rb"), metavar="FILE",
               help="Only these: a .npy file of a bool for each row or of row ids, or an id or key a line.")  # fmt: skip
 @click.option("--changed-since", metavar="TAG|STEP",
-              help="Only rows that differ from a tag; or updated after a step, with counters.")  # fmt: skip
+              help="Only what differs from a tag, and the keys that are gone; or updated after a step.")  # fmt: skip
 @click.option("--parts", type=int, help="Parquet: write a folder of this many files, several at a time.")
 @click.option("--partition-by", callback=_partition, metavar="shard|hash:N",
               help="Parquet: write a folder for each row-shard, or for each of N buckets of keys.")  # fmt: skip
@@ -287,11 +287,14 @@ def export(
             resume=resume,
             progress=progress,
         )
-    _answer(
-        f"{written.path}: {formatting.plural(written.num_rows, 'row')}, {formatting.size(written.nbytes)}",
-        asdict(written) | {"path": str(written.path), "files": list(map(str, written.files))},
-        as_json=as_json,
-    )
+    lines = [
+        f"{written.path}: {formatting.plural(written.num_rows, 'row')}, {formatting.size(written.nbytes)}"
+    ]
+    paths_written: dict[str, Any] = {"path": str(written.path), "files": list(map(str, written.files))}
+    if written.removed_path is not None:
+        lines.append(f"{written.removed_path}: {formatting.plural(written.num_removed, 'removed key')}")
+        paths_written["removed_path"] = str(written.removed_path)
+    _answer("\n".join(lines), asdict(written) | paths_written, as_json=as_json)
 
 
 @main.command("import")

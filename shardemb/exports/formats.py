@@ -7,7 +7,7 @@ target, stands for the one with the defaults.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -287,7 +287,14 @@ def export(
         if _is_url(path) and not chosen.has_urls:
             msg = f"{what} is written to local disks alone, got {path!r}: export there and copy it, or choose parquet"
             raise ValueError(msg)
-    return chosen.write(Job(source, path, query.of(source), columns, resume, progress))
+    job = Job(source, path, query.of(source), columns, resume, progress)
+    if query.removed is None:
+        return chosen.write(job)
+    from shardemb.exports import parquet
+
+    with parquet.removed_keys(source.name, path, chosen.suffixes, query.removed) as removed_path:
+        report = chosen.write(job)
+    return replace(report, removed_path=removed_path, num_removed=len(query.removed))
 
 
 def format_of(path: object, given: str | Format | None = None, what: str = "") -> Format:

@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
+from shardemb.base.paths import local_path
 from shardemb.base.progress import track
 from shardemb.exports import arrow, remote, targets
 from shardemb.exports.arrow import Selection
@@ -381,6 +382,42 @@ def _distribute(batch: pa.RecordBatch, buckets: Sequence[_Bucket]) -> None:
     for bucket, first, last in zip(buckets, edges, edges[1:], strict=False):
         if first < last:
             bucket.add(by_bucket.slice(first, last - first))
+
+
+@contextlib.contextmanager
+def removed_keys(table: str, path: object, suffixes: Sequence[str], keys: pa.Array) -> Iterator[Path | str]:
+    """Write keys that are gone beside an export, which runs in the block; yield where they will be.
+
+    ``changes.parquet`` and a folder ``changes`` get ``changes.removed.parquet``, with one column, ``key``. If the block
+    raises, no file of that name has changed, but at a URL: there it comes first, because ``_SUCCESS`` of the rows says
+    that all is there.
+
+    Raises
+    ------
+    ValueError
+        A URL has no folder above its own.
+    OSError
+        As for other exports.
+    """
+    content = pa.table({"key": keys})
+    if remote.is_url(path):
+        above, name = remote.parent_of(str(path), table)
+        folder, name = remote.folder_at(above, table), _removed_name(name, suffixes)
+        with folder.sink(name) as stream:
+            parquet.write_table(content, stream)
+        yield folder.place(name)
+        return
+    rows = local_path(path, f"table {table!r}: the target of an export").resolve()
+    target = targets.checked(rows.with_name(_removed_name(rows.name, suffixes)), table, folder=False)
+    with targets.staged(target, []) as temporary:
+        with targets.new_file(temporary) as sink:
+            parquet.write_table(content, sink)
+        yield target
+
+
+def _removed_name(name: str, suffixes: Sequence[str]) -> str:
+    stem = next((name.removesuffix(each) for each in suffixes if name.endswith(each)), name)
+    return f"{stem}.removed.parquet"
 
 
 def hash_keys(keys: pa.Array) -> NDArray[np.uint64]:

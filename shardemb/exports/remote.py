@@ -178,6 +178,27 @@ def local_part(url: str) -> str | None:
     return unquote(parts.path) if parts.scheme.lower() == "file" else None
 
 
+def parent_of(url: str, table: str) -> tuple[str, str]:
+    """Split a URL into that of the folder above and a name.
+
+    Raises
+    ------
+    ValueError
+        There is no folder above.
+
+    Examples
+    --------
+    >>> parent_of("s3://bucket/nightly/items/?region=eu", "items")
+    ('s3://bucket/nightly?region=eu', 'items')
+    """
+    base, mark, options = url.partition("?")
+    above, _, name = base.rstrip("/").rpartition("/")
+    if not name or above.endswith("/"):
+        msg = f"table {table!r}: removed keys are written beside {url}, which has no folder above it: name one in it"
+        raise ValueError(msg)
+    return f"{above}{mark}{options}", name
+
+
 def folder_at(url: str, table: str) -> RemoteFolder:
     """Return the folder of a URL: of Arrow's file systems, or of those of fsspec if Arrow does not know the scheme.
 

@@ -258,12 +258,15 @@ class Query:
         Only rows with a greater ``last_step``.
     among : ndarray of int64, optional
         Only these rows, ascending: those that are known to have changed, for example.
+    removed : pyarrow.Array, optional
+        Keys that are no longer there. They are listed beside the rows, whatever rows are asked for.
     """
 
     rows: tuple[int, int] | None = None
     where: Any = None
     changed_since: int | None = None
     among: Int64Array | None = None
+    removed: pa.Array | None = None
 
     def of(self, source: RowSource) -> RowSet:
         """Find the rows in a source; those without a key may be among them.

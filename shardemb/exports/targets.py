@@ -56,12 +56,18 @@ class ExportReport:
         Its files, in the order of the rows.
     num_rows, nbytes : int
         Rows in these files, and the size of the files in bytes.
+    removed_path : Path, str or None
+        A parquet file beside them with the keys that were removed since the tag that was asked for; None without one.
+    num_removed : int
+        How many keys are in it.
     """
 
     path: Path | str
     files: tuple[Path | str, ...]
     num_rows: int
     nbytes: int
+    removed_path: Path | str | None = None
+    num_removed: int = 0
 
     @classmethod
     def of(cls, written: Sequence[Path], num_rows: int, folder: Path | None = None) -> ExportReport:

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+import numpy as np
+
 from shardemb import keyed_bags
 from shardemb.bags import Bags
 from shardemb.engine.training import Padding, Scaling
 from shardemb.search import evaluation, words
 from shardemb.session import display
-from shardemb.store.table import changes_since
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Sequence
 
-    import numpy as np
     import pyarrow as pa
     from numpy.typing import ArrayLike, DTypeLike, NDArray
 
@@ -1378,10 +1378,11 @@ class KeyedTable:
         where : array_like, optional
             Only these rows: a bool for each row; or keys in any order, each of which is exported once.
         changed_since : str or int, optional
-            Only rows whose vectors are not what they were in a tag, see `Store.changed_rows`. Or, given a step, only
-            rows whose counter ``last_step`` is greater: those that were updated after that step of the table, which has
-            counters. Rows that were written, reset or never updated since do not count then. Keys that were removed
-            since are in neither.
+            Only keys that are new since a tag, or have another row or vector than in it, see `Store.changed_rows`; keys
+            that are gone since are listed in ``NAME.removed.parquet`` beside the target. Or, given a step, only rows
+            whose counter ``last_step`` is greater: those that were updated after that step of the table, which has
+            counters. Rows that were written, reset or never updated since do not count then, and no table knows which
+            keys were removed since a step.
         resume : bool
             Continue an export in parts that was interrupted: take over what it has completed, if the store is at the
             same commit and the same rows are asked for; otherwise a warning is logged, and all is written. Until all
@@ -1392,7 +1393,7 @@ class KeyedTable:
         Returns
         -------
         ExportReport
-            A frozen dataclass: path, files, num_rows, nbytes.
+            A frozen dataclass: path, files, num_rows, nbytes, and of the keys that are gone removed_path, num_removed.
 
         Raises
         ------
@@ -1424,8 +1425,13 @@ class KeyedTable:
         from shardemb.exports import formats
         from shardemb.exports.selection import Query
 
-        step, among = changes_since(self.rows, changed_since)
-        source, query = self._keyed.source(self), Query(rows, where, step, among)
+        if isinstance(changed_since, str):
+            changes = self.store.changed_keys(self.vocabulary.name, changed_since)
+            among = np.union1d(self.store.changed_rows(self.name, changed_since), changes.rows)
+            query = Query(rows, where, among=among, removed=self._keyed.keys.as_arrow(changes.removed))
+        else:
+            query = Query(rows, where, changed_since)
+        source = self._keyed.source(self)
         return formats.export(source, path, format, query, columns=columns, resume=resume, progress=progress)
 
     def export_parquet(

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from shardemb.session.session import Session
     from shardemb.session.vocabulary_catalog import VocabularyCatalog
     from shardemb.store.importing import Duplicates, ImportReport
+    from shardemb.store.tagging import KeyChanges
     from shardemb.vocabulary.key_rows import KeyRows
     from shardemb.vocabulary.keyed_rows import Missing, MissingChange
     from shardemb.vocabulary.keys import KeysLike, KeyType
@@ -1054,6 +1055,51 @@ class Store(Mapping[str, "Table | KeyedTable"]):
         >>> store.rollback()
         """
         return tagging.changed_rows(self._session, self._session.find(table), since)
+
+    def changed_keys(self, vocabulary: str, since: str) -> KeyChanges:
+        """List what a vocabulary has gained and lost since a tag: rows with another key, and keys that are gone.
+
+        Only blocks that were overwritten since are compared, so this costs what has changed, whether it is committed
+        yet or not.
+
+        Parameters
+        ----------
+        vocabulary : str
+            One of the store's vocabularies.
+        since : str
+            One of `tags`.
+
+        Returns
+        -------
+        KeyChanges
+            A frozen dataclass: rows, removed. A key that was removed and came back is not among the removed ones; its
+            row is among the rows, unless it is the same. Of a vocabulary that the tag has not: all rows that have a
+            key, and no removed keys. So keys of one that was dropped since are in neither.
+
+        Raises
+        ------
+        VocabularyNotFoundError, TagNotFoundError
+            There is no such vocabulary or tag.
+        FormatError, DiskFullError, OSError, StoreClosedError, PoisonedError
+            As `changed_rows`.
+
+        Notes
+        -----
+        Safe from any thread. In a writer it waits for other changes, and folds what is committed.
+
+        Examples
+        --------
+        >>> words = store.create_vocabulary("words")
+        >>> _ = words.add(["the", "of"])
+        >>> _ = store.commit()
+        >>> _ = store.tag("exported", replace=True)
+        >>> _ = words.remove(["the"])
+        >>> _ = words.add(["and"])
+        >>> store.changed_keys("words", "exported")
+        KeyChanges(rows=array([2]), removed=array(['the'], dtype=object))
+        >>> store.rollback()
+        """
+        return tagging.changed_keys(self._session, self._session.vocabularies.find(vocabulary), since)
 
     def untag(self, name: str) -> None:
         """Keep a commit no longer. What was kept for it alone leaves the disk.

@@ -1332,8 +1332,11 @@ class Table:
         from shardemb.exports import formats
         from shardemb.exports.selection import Query
 
-        step, among = changes_since(self, changed_since)
-        source, query = TableSource(self._state, self), Query(rows, where, step, among)
+        if isinstance(changed_since, str):
+            query = Query(rows, where, among=self.store.changed_rows(self.name, changed_since))
+        else:
+            query = Query(rows, where, changed_since)
+        source = TableSource(self._state, self)
         return formats.export(source, path, format, query, columns=columns, resume=resume, progress=progress)
 
     def export_parquet(
@@ -1436,8 +1439,3 @@ class Table:
             f'shardemb.open({path!r}, mode="r")[{self.name!r}]'
         )
         raise TypeError(msg)
-
-
-def changes_since(table: Table, given: object) -> tuple[Any, NDArray[np.int64] | None]:
-    """Return what `Query` takes for rows that changed since a step, which is returned as it is, or since a tag."""
-    return (None, table.store.changed_rows(table.name, given)) if isinstance(given, str) else (given, None)

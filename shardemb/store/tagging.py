@@ -8,8 +8,9 @@ by now, or was dropped, is copied.
 from __future__ import annotations
 
 import uuid
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,22 +23,25 @@ from shardemb.engine.training import Training
 from shardemb.errors import FormatError, ShardEmbError, TagExistsError
 from shardemb.format import store_paths
 from shardemb.format.manifest import TagEntry
-from shardemb.format.spec import check_name, normalized
+from shardemb.format.spec import BYTES, KEYS, check_name, normalized
 from shardemb.format.table_files import TableLocation
 from shardemb.memory import past_blocks
 from shardemb.storage import address_space, checksums, files, folders, table_folder
+from shardemb.vocabulary import key_records, key_tables, keys
+from shardemb.vocabulary.key_rows import SLICE_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
-    from typing import Any
 
     from numpy.typing import NDArray
 
     from shardemb.base.validation import Int64Array
     from shardemb.engine.shards import Shards
-    from shardemb.format.manifest import Commit, Manifest, TableEntry
+    from shardemb.format.manifest import Commit, Manifest, TableEntry, VocabularyEntry
     from shardemb.session.session import Session
+    from shardemb.vocabulary.key_records import Words
+    from shardemb.vocabulary.key_rows import KeyRows
 
 BLOCKS = 4096
 """Blocks whose rows are compared at a time."""
@@ -197,6 +201,80 @@ def changed_rows(session: Session, table: TableState, name: str) -> Int64Array:
         pieces += [_differing(now, then, rows[rows < shared]) for rows in _rows_to_compare(now, then)]
         pieces.append(np.arange(shared, now.spec.num_embeddings))
         return np.unique(np.concatenate(pieces))
+
+
+@dataclass(frozen=True)
+class KeyChanges:
+    """How a vocabulary differs from what it was.
+
+    Attributes
+    ----------
+    rows : ndarray of int64, shape (n,)
+        Rows with a key that they had not then, ascending: those of new keys, and of keys that have moved.
+    removed : ndarray of int64, or of str or bytes objects, shape (m,)
+        Keys that have no row any more, in the order of the rows that they had.
+    """
+
+    rows: Int64Array
+    removed: NDArray[Any]
+
+
+def changed_keys(session: Session, vocabulary: KeyRows, name: str) -> KeyChanges:
+    """Compare which key has which row with a commit that was kept; see `Store.changed_keys`."""
+    runtime = session.runtime
+    with session.settled(runtime.writing) if runtime.writable else runtime.lock:
+        vocabulary.check_live()
+        if runtime.writable:
+            session.journal.drain()
+        tag = tags.find(runtime.path, session.tag_entries(), normalized(name))
+        folder = store_paths.tag(runtime.path, tag.uuid)
+        held, what = tags.read_manifest(folder), vocabulary.entry
+        was = held.vocabulary(what.uuid)
+        if was is None:
+            return KeyChanges(vocabulary.live_rows(0, what.rows), vocabulary.keys_of(np.empty(0, np.int64)))
+        tables = [
+            session.tables.current[f"{what.name}@{kind}"].live()
+            for kind in what.table_kinds
+            if kind in (KEYS, BYTES)
+        ]
+        then = [_tables_of(folder, held, stream=each.spec.stream)[0] for each in tables]
+        rows, gone = [np.empty(0, np.int64)], dict[int, Any]()
+        for some in _rows_of_keys(tables[0], then[0], was.rows, what.rows):
+            before, had = _key_records(then[0].shards, some, was)
+            after, have = _key_records(tables[0], some, what)
+            same = had & have & key_records.have_equal_keys(before, after)
+            rows.append(some[have & ~same])
+            lost = had & ~same
+            found = keys.restored(
+                key_tables.keys_in(before[lost], partial(_cells, then[-1].shards)), vocabulary.key_type
+            )
+            missing = vocabulary.lookup(found) < 0
+            gone.update(zip(some[lost][missing].tolist(), found[missing].tolist(), strict=True))
+        removed = keys.array_of([gone[row] for row in sorted(gone)], vocabulary.key_type)
+        return KeyChanges(np.unique(np.concatenate(rows)), removed)
+
+
+def _rows_of_keys(now: Shards, then: _Then, before: int, after: int) -> Iterator[Int64Array]:
+    """Yield all rows that may have another key, some at a time, of `before` rows then and of `after` rows now."""
+    yield now.overlay.dirty_rows()
+    yield from _rows_to_compare(now, then)
+    first, last = sorted((before, after))
+    for start in range(first, last, SLICE_ROWS):
+        yield np.arange(start, min(start + SLICE_ROWS, last))
+
+
+def _key_records(of: Shards, rows: Int64Array, entry: VocabularyEntry) -> tuple[Words, NDArray[np.bool_]]:
+    """Read the records of keys of rows, some of which may not be there; return also which of the rows have a key."""
+    words = np.zeros((rows.size, of.spec.width), np.uint32)
+    there = (rows >= entry.reserved) & (rows < min(entry.rows, of.spec.num_embeddings))
+    words[there] = _records(of, rows[there]).view(np.uint32)
+    return words, there & key_records.are_live(words)
+
+
+def _cells(of: Shards, rows: Int64Array) -> Words:
+    """Read rows of the bytes of strings; a damaged record may ask for some that are not there."""
+    words: Words = _records(of, np.minimum(rows, of.spec.num_embeddings - 1)).view(np.uint32)
+    return words
 
 
 def _is_comparable(now: Shards, then: _Then) -> bool:

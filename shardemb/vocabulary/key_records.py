@@ -65,6 +65,13 @@ def are_live(words: Words) -> NDArray[np.bool_]:
     return live
 
 
+def have_equal_keys(words: Words, others: Words) -> NDArray[np.bool_]:
+    """Return which records of keys have the same key as the other one, told by the hash and the length of a string."""
+    told = [0, 1] if words.shape[1] == INTEGER_WORDS else [0, 1, 4]
+    equal: NDArray[np.bool_] = (words[:, told] == others[:, told]).all(axis=1)
+    return equal
+
+
 def integers_of(words: Words) -> Int64Array:
     """Read the integer keys of records."""
     return np.ascontiguousarray(words[:, :2]).view(np.int64).reshape(-1)

@@ -162,6 +162,10 @@ class KeyRows:
         found = self.tables.keys_in(words)
         return keys.restored(replace(found, shape=checked.shape), self.key_type)
 
+    def as_arrow(self, given: KeysLike) -> pa.Array:
+        """Return keys as a flat Arrow array."""
+        return keys.as_arrow(self.checked(given), self.key_type)
+
     def arrow_keys(self, rows: Int64Array) -> tuple[NDArray[np.bool_], pa.Array]:
         """Return which of some rows have a key, and the keys of those."""
         self.check_live()

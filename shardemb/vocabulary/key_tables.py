@@ -6,6 +6,7 @@ the business of ``key_rows.py``.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,7 @@ from shardemb.format.spec import BYTES, FREED, KEYS, SKETCH
 from shardemb.vocabulary import key_kernels, key_records, keys
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -108,16 +109,7 @@ class KeyTables:
 
     def keys_in(self, words: Words) -> Keys:
         """Read the keys of records."""
-        if words.shape[1] == key_records.INTEGER_WORDS:
-            integers = key_records.integers_of(words)
-            return keys.Keys(integers.shape, integers)
-        begins, lengths, _ = key_records.spans_of(words)
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        data = np.empty(offsets[-1], np.uint8)
-        for first, last in _slices(lengths):
-            cells, at = self._cells(begins[first:last], lengths[first:last])
-            key_kernels.take_bytes(cells, at, offsets[first : last + 1], data)
-        return keys.Keys(lengths.shape, None, offsets, data)
+        return keys_in(words, partial(self._words, BYTES))
 
     def drop_others(self, given: Keys, hashes: NDArray[np.uint64], rows: Int64Array) -> NDArray[np.bool_]:
         """Set the `rows` to -1 that do not hold the given key; return which of them that were."""
@@ -131,7 +123,7 @@ class KeyTables:
         found = np.flatnonzero(rows >= 0)
         begins, lengths, _ = key_records.spans_of(words[found])
         for first, last in _slices(lengths):
-            cells, at = self._cells(begins[first:last], lengths[first:last])
+            cells, at = _read_cells(begins[first:last], lengths[first:last], partial(self._words, BYTES))
             key_kernels.match_bytes(cells, at, found[first:last], given.bounds, given.data, rows, dropped)
         return dropped
 
@@ -235,13 +227,6 @@ class KeyTables:
         out[rows > last] = 0
         return out.view(np.uint32)
 
-    def _cells(self, begins: Int64Array, lengths: Int64Array) -> tuple[NDArray[np.uint8], Int64Array]:
-        """Read the cells of strings, separately for each string; return also where each string begins in the result."""
-        rows, ends = _cells_of(begins, lengths)
-        cells = self._words(BYTES, rows).view(np.uint8).reshape(-1)
-        firsts = np.concatenate([[0], ends[:-1]])[: ends.size]
-        return cells, firsts * key_records.CELL_BYTES + begins % key_records.CELL_BYTES
-
     def _enter_bytes(self, new: Keys, begins: Int64Array, text_bytes: int) -> list[Change]:
         grow(self._tables[BYTES], -(-text_bytes // key_records.CELL_BYTES) + 1)
         rows = np.unique(_cells_of(begins, new.lengths)[0])
@@ -251,6 +236,28 @@ class KeyTables:
         at = np.searchsorted(rows, begins // key_records.CELL_BYTES) * key_records.CELL_BYTES
         key_kernels.place_bytes(cells.reshape(-1), at + begins % key_records.CELL_BYTES, new.bounds, new.data)
         return [self.change(BYTES, rows, cells.view(np.uint32))]
+
+
+def keys_in(words: Words, read: Callable[[Int64Array], Words]) -> Keys:
+    """Read the keys of records.
+
+    Parameters
+    ----------
+    words : ndarray of uint32
+        The records.
+    read : callable
+        ``read(rows)`` returns these rows of the table of the strings' bytes.
+    """
+    if words.shape[1] == key_records.INTEGER_WORDS:
+        integers = key_records.integers_of(words)
+        return keys.Keys(integers.shape, integers)
+    begins, lengths, _ = key_records.spans_of(words)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    data = np.empty(offsets[-1], np.uint8)
+    for first, last in _slices(lengths):
+        cells, at = _read_cells(begins[first:last], lengths[first:last], read)
+        key_kernels.take_bytes(cells, at, offsets[first : last + 1], data)
+    return keys.Keys(lengths.shape, None, offsets, data)
 
 
 def table_shapes(entry: VocabularyEntry) -> dict[str, tuple[int, int, int]]:
@@ -276,6 +283,16 @@ def grow(table: TableState, rows: int) -> None:
 def whole_shards(table: TableState, rows: int) -> int:
     """Round rows up to whole shards of a table."""
     return round_up(rows, table.spec.rows_per_shard)
+
+
+def _read_cells(
+    begins: Int64Array, lengths: Int64Array, read: Callable[[Int64Array], Words]
+) -> tuple[NDArray[np.uint8], Int64Array]:
+    """Read the cells of strings, separately for each string; return also where each string begins in the result."""
+    rows, ends = _cells_of(begins, lengths)
+    cells = read(rows).view(np.uint8).reshape(-1)
+    firsts = np.concatenate([[0], ends[:-1]])[: ends.size]
+    return cells, firsts * key_records.CELL_BYTES + begins % key_records.CELL_BYTES
 
 
 def _cells_of(begins: Int64Array, lengths: Int64Array) -> tuple[Int64Array, Int64Array]:

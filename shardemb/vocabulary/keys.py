@@ -206,9 +206,14 @@ def restored(keys: Keys, key_type: KeyType) -> NDArray[Any]:
     """Return keys as the array that callers get: of int64, or of str or bytes objects."""
     if keys.integers is not None:
         return keys.integers.reshape(keys.shape)
-    array = np.empty(keys.size, object)
-    array[:] = as_arrow(keys, key_type).to_pylist()
-    return array.reshape(keys.shape)
+    return array_of(as_arrow(keys, key_type).to_pylist(), key_type).reshape(keys.shape)
+
+
+def array_of(keys: list[Any], key_type: KeyType) -> NDArray[Any]:
+    """Return a list of keys as the array that callers get."""
+    array = np.empty(len(keys), np.int64 if key_type == "int64" else object)
+    array[:] = keys
+    return array
 
 
 def as_arrow(keys: Keys, key_type: KeyType) -> pa.Array:

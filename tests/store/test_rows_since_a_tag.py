@@ -121,3 +121,99 @@ def test_exports_of_what_changed_since_a_tag(path, tmp_path, keyed):
         assert found["embedding"].to_pylist()[0] == [2] * DIM
         report = table.export(tmp_path / "less.parquet", changed_since="then", where=[1003, 1004])
         assert report.num_rows == 1
+
+
+# ---- keys -------------------------------------------------------------------------------------------------------
+
+KEYS = {
+    "int64": list(range(-3, 9)),
+    "string": ["", "a", "b", "ab", "ä", "東京", "x" * 100, "y" * 100, "z" * 200, "a b", "c", "d"],
+    "bytes": [
+        b"",
+        b"a",
+        b"\xff",
+        b"ab",
+        b"\0",
+        b"\0\0",
+        b"x" * 100,
+        b"y" * 100,
+        b"z" * 200,
+        b"e",
+        b"c",
+        b"d",
+    ],
+}
+SOME = st.lists(st.integers(0, 11), max_size=4)
+KEY_EVENTS = st.one_of(
+    st.tuples(st.sampled_from(["add", "remove", "train"]), SOME),
+    st.tuples(st.sampled_from(["commit", "checkpoint", "rollback", "tag", "reopen", "rename"]), st.just([])),
+)
+
+
+def rows_and_vectors(store):
+    table = store["t"]
+    found = list(table)
+    return {key: (int(table.vocabulary.lookup([key])[0]), table.lookup([key]).tobytes()) for key in found}
+
+
+def vocabulary_of(store):
+    return next(iter(store.vocabularies))
+
+
+@pytest.mark.parametrize("key_type", KEYS)
+@settings(max_examples=10, deadline=None)
+@given(st.lists(KEY_EVENTS, max_size=20))
+def test_an_upsert_of_what_an_export_lists_makes_the_table_again(tmp_path_factory, key_type, events):
+    folder, pool = tmp_path_factory.mktemp("keys"), KEYS[key_type]
+    store = shardemb.open(folder / "s")
+    store.create_vocabulary("v", key_type=key_type, reserved=2)
+    table = store.create_table(
+        "t", vocabulary="v", embedding_dim=DIM, initializer=shardemb.initializers.Uniform(-1, 1)
+    )
+    table.vocabulary.add(pool[:4])
+    store.commit()
+    store.tag("then")
+    then = rows_and_vectors(store)
+    for event, numbers in events:
+        some = [pool[number] for number in numbers]
+        table = store["t"]
+        if event == "add":
+            table.vocabulary.add(some)
+        elif event == "remove":
+            table.delete(some)
+        elif event == "train":
+            known = [key for key in dict.fromkeys(some) if key in table]
+            table.write(known, np.full((len(known), DIM), sum(numbers), np.float32))
+        elif event == "rename":
+            store.rename_vocabulary(vocabulary_of(store), f"{vocabulary_of(store)}_")
+        elif event == "tag":
+            if store.has_changes:
+                store.commit()
+            store.tag("then", replace=True)
+            then = rows_and_vectors(store)
+        elif event == "reopen":
+            store.rollback()
+            store.close()
+            store = shardemb.open(folder / "s")
+        else:
+            getattr(store, event)()
+    now = rows_and_vectors(store)
+    changes = store.changed_keys(vocabulary_of(store), "then")
+    moved = {key for key in now if key not in then or then[key][0] != now[key][0]}
+    assert changes.rows.tolist() == sorted(now[key][0] for key in moved)
+    assert set(changes.removed.tolist()) == then.keys() - now.keys()
+    assert len(changes.removed) == len(set(changes.removed.tolist()))
+    report = store["t"].export(folder / "changes.parquet", changed_since="then")
+    upserts, removed = (pq.read_table(folder / f"changes.{end}") for end in ("parquet", "removed.parquet"))
+    assert set(upserts["key"].to_pylist()) == {key for key in now if then.get(key) != now[key]}
+    assert set(removed["key"].to_pylist()) == then.keys() - now.keys()
+    assert (report.num_rows, report.num_removed) == (len(upserts), len(removed))
+    assert report.removed_path == folder / "changes.removed.parquet"
+    copy = {key: vector for key, (_, vector) in then.items()}
+    for key in removed["key"].to_pylist():
+        del copy[key]
+    for key, vector in zip(upserts["key"].to_pylist(), upserts["embedding"].to_pylist(), strict=True):
+        copy[key] = np.array(vector, np.float32).tobytes()
+    assert copy == {key: vector for key, (_, vector) in now.items()}
+    store.rollback()
+    store.close()
