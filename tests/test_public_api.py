@@ -150,6 +150,7 @@ import_table(self, name: str, source: object, format: str | None = None, *, memb
 columns: str | Sequence[str] = (), tokens: object = None, limit: int | None = None, duplicates: Duplicates = 'first', \
 unicode_errors: UnicodeErrors = 'strict', dtype: DtypeLike | None = None, optimizer: Optimizer | None = None, \
 rows_per_shard: int | None = None, counters: bool = False, progress: Progress = None) -> ImportReport
+changed_keys(self, vocabulary: str, since: str) -> KeyChanges
 changed_rows(self, table: str, since: str) -> NDArray[np.int64]
 copy(self, path: str | os.PathLike[str], *, update: bool = False, progress: Progress = None) -> None
 create_table(self, name: str, *, num_embeddings: int | None = None, embedding_dim: int, \
@@ -321,7 +322,8 @@ Stochastic(seed: int = 0)
 
 EXPORTS = """
 Arrow()
-ExportReport(path: Path | str, files: tuple[Path | str, ...], num_rows: int, nbytes: int)
+ExportReport(path: Path | str, files: tuple[Path | str, ...], num_rows: int, nbytes: int, \
+removed_path: Path | str | None = None, num_removed: int = 0)
 Format()
 Lance()
 Npy()

@@ -3,12 +3,15 @@
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.kinds import DIM, KINDS, create, train
 
 import shardemb
-from shardemb.errors import TableNotFoundError, TagNotFoundError
+from shardemb import exports
+from shardemb.errors import TableNotFoundError, TagNotFoundError, VocabularyNotFoundError
+from shardemb.session import vocabulary_catalog
+from shardemb.vocabulary import key_tables
 
 ROWS = 500
 
@@ -160,8 +163,20 @@ def vocabulary_of(store):
     return next(iter(store.vocabularies))
 
 
+@pytest.fixture
+def small_tables_of_keys(monkeypatch):
+    """Tables of keys that grow by every few keys, as those of millions do."""
+    shapes = key_tables.table_shapes
+
+    def small(entry):
+        return {kind: (4, width, 4) for kind, (_, width, _) in shapes(entry).items()}
+
+    monkeypatch.setattr(vocabulary_catalog, "table_shapes", small)
+
+
+@pytest.mark.usefixtures("small_tables_of_keys")
 @pytest.mark.parametrize("key_type", KEYS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(KEY_EVENTS, max_size=20))
 def test_an_upsert_of_what_an_export_lists_makes_the_table_again(tmp_path_factory, key_type, events):
     folder, pool = tmp_path_factory.mktemp("keys"), KEYS[key_type]
@@ -217,3 +232,96 @@ def test_an_upsert_of_what_an_export_lists_makes_the_table_again(tmp_path_factor
     assert copy == {key: vector for key, (_, vector) in now.items()}
     store.rollback()
     store.close()
+
+
+@pytest.fixture
+def tagged(path):
+    """A store with the keys a to f in rows 0 to 5, each of which a tag has."""
+    with shardemb.open(path) as store:
+        store.create_vocabulary("v", key_type="string")
+        table = store.create_table("t", vocabulary="v", embedding_dim=DIM, counters=True)
+        table.write(list("abcdef"), np.ones((6, DIM), np.float32), create=True)
+        store.commit()
+        store.tag("then")
+        yield store
+        store.rollback()
+
+
+def test_keys_that_move_or_come_back_are_not_among_the_removed(tagged):
+    words = tagged.vocabularies["v"]
+    words.remove(["a", "b", "c"])
+    tagged.commit()
+    words.add(["c", "x", "y"])  # in the rows that were of a, b and c
+    changes = tagged.changed_keys("v", "then")
+    assert words.lookup(["c", "x", "y"]).tolist() == [0, 1, 2]
+    assert changes.rows.tolist() == [0, 1, 2]
+    assert changes.removed.tolist() == ["a", "b"]
+    tagged.commit()
+    with shardemb.open(tagged.path, "r") as reader:
+        again = reader.changed_keys("v", "then")
+        assert (again.rows.tolist(), again.removed.tolist()) == ([0, 1, 2], ["a", "b"])
+
+
+def test_a_key_that_comes_back_to_its_row_has_not_changed(tagged):
+    words = tagged.vocabularies["v"]
+    words.remove(["a"])
+    tagged.commit()
+    assert words.add(["a"]).tolist() == [0]
+    changes = tagged.changed_keys("v", "then")
+    assert (changes.rows.tolist(), changes.removed.tolist()) == ([], [])
+
+
+def test_many_new_keys_after_a_tag(tagged):
+    words = tagged.vocabularies["v"]
+    rows = words.add([f"key {number}" for number in range(1000)])
+    for _ in range(2):
+        assert tagged.changed_keys("v", "then").rows.tolist() == sorted(rows.tolist())
+        tagged.commit()
+        tagged.checkpoint()
+
+
+def test_a_vocabulary_that_the_tag_has_not(tagged):
+    tagged.create_vocabulary("new", key_type="int64").add([7, 8])
+    changes = tagged.changed_keys("new", "then")
+    assert (changes.rows.tolist(), changes.removed.tolist()) == ([0, 1], [])
+    with pytest.raises(VocabularyNotFoundError):
+        tagged.changed_keys("missing", "then")
+    with pytest.raises(TagNotFoundError):
+        tagged.changed_keys("v", "missing")
+
+
+def test_removed_keys_beside_an_export(tagged, tmp_path):
+    tagged["t"].delete(["b"])
+    for target, form, beside in [
+        ("some.vec", None, "some.removed.parquet"),
+        ("parts", exports.Parquet(parts=2), "parts.removed.parquet"),
+        ("v1.5", "npy", "v1.5.removed.parquet"),
+    ]:
+        report = tagged["t"].export(tmp_path / target, form, changed_since="then")
+        assert (report.removed_path, report.num_removed) == (tmp_path / beside, 1)
+        assert pq.read_table(tmp_path / beside).to_pydict() == {"key": ["b"]}
+    report = tagged["t"].export(tmp_path / "later.vec", changed_since=0)
+    assert (report.removed_path, report.num_removed) == (None, 0)  # nobody knows
+    assert not (tmp_path / "later.removed.parquet").exists()
+    assert tagged["t"].rows.export(tmp_path / "rows.npy", changed_since="then").removed_path is None
+
+
+def test_an_export_that_fails_leaves_the_list_of_the_last_one(tagged, tmp_path):
+    (tmp_path / "some.removed.parquet").write_text("of last night")
+    tagged["t"].write(["a b"], np.ones((1, DIM)), create=True)
+    with pytest.raises(ValueError, match="has a blank"):
+        tagged["t"].export(tmp_path / "some.vec", changed_since="then")
+    assert [each.name for each in tmp_path.iterdir() if each != tagged.path] == ["some.removed.parquet"]
+    assert (tmp_path / "some.removed.parquet").read_text() == "of last night"
+
+
+def test_removed_keys_beside_a_url(tagged):
+    fsspec = pytest.importorskip("fsspec")
+    tagged["t"].delete(["b"])
+    report = tagged["t"].export("memory://bucket/nightly/items", "parquet", changed_since="then")
+    assert report.removed_path == "memory://bucket/nightly/items.removed.parquet"
+    with fsspec.open(report.removed_path) as file:
+        assert pq.read_table(file).to_pydict() == {"key": ["b"]}
+    with pytest.raises(ValueError, match="has no folder above it"):
+        tagged["t"].export("memory://bucket", "parquet", changed_since="then")
+    fsspec.filesystem("memory").store.clear()
