@@ -235,7 +235,7 @@ def test_an_upsert_of_what_an_export_lists_makes_the_table_again(tmp_path_factor
 
 
 @pytest.fixture
-def tagged(path):
+def tagged(path, small_tables_of_keys):
     """A store with the keys a to f in rows 0 to 5, each of which a tag has."""
     with shardemb.open(path) as store:
         store.create_vocabulary("v", key_type="string")
@@ -273,7 +273,7 @@ def test_a_key_that_comes_back_to_its_row_has_not_changed(tagged):
 
 def test_many_new_keys_after_a_tag(tagged):
     words = tagged.vocabularies["v"]
-    rows = words.add([f"key {number}" for number in range(1000)])
+    rows = words.add([f"key {number}" for number in range(50)])
     for _ in range(2):
         assert tagged.changed_keys("v", "then").rows.tolist() == sorted(rows.tolist())
         tagged.commit()
