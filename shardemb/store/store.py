@@ -1089,8 +1089,9 @@ class Store(Mapping[str, "Table | KeyedTable"]):
 
         Examples
         --------
-        >>> words = store.create_vocabulary("words")
-        >>> _ = words.add(["the", "of"])
+        >>> words = store.create_vocabulary("words", key_type="string")
+        >>> words.add(["the", "of"])
+        array([0, 1])
         >>> _ = store.commit()
         >>> _ = store.tag("exported", replace=True)
         >>> _ = words.remove(["the"])

@@ -165,7 +165,7 @@ def vocabulary_of(store):
 
 @pytest.fixture
 def small_tables_of_keys(monkeypatch):
-    """Tables of keys that grow by every few keys, as those of millions do."""
+    """Tables of keys that grow by every few hundred keys, as those of millions do."""
     shapes = key_tables.table_shapes
 
     def small(entry):
@@ -273,7 +273,7 @@ def test_a_key_that_comes_back_to_its_row_has_not_changed(tagged):
 
 def test_many_new_keys_after_a_tag(tagged):
     words = tagged.vocabularies["v"]
-    rows = words.add([f"key {number}" for number in range(50)])
+    rows = words.add([f"key {number}" for number in range(2000)])
     for _ in range(2):
         assert tagged.changed_keys("v", "then").rows.tolist() == sorted(rows.tolist())
         tagged.commit()
