@@ -1,6 +1,7 @@
 """The command line: each subcommand end to end, its exit codes, and where its output goes."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -30,6 +31,16 @@ def path(tmp_path):
 
 def run(*arguments):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_the_formats_that_commands_name_are_those_that_there_are():
+    """Commands name them without loading what writes and reads them, so they are compared here."""
+    from shardemb.exports import formats as of_exports
+    from shardemb.imports import formats as of_imports
+
+    assert tuple(of_exports.FORMATS) == cli.FORMATS
+    known = re.search(r"Formats: (.*?);", " ".join(cli.import_.help.split()))
+    assert tuple(known[1].split(", ")) == of_imports.FORMATS
 
 
 def test_info_shows_what_a_person_wants_to_know(path):
@@ -106,6 +117,14 @@ def test_export_in_the_format_of_the_suffix_or_of_the_option(keyed, tmp_path):
         run("export", keyed, "names", tmp_path / "m.safetensors", "--tensor", "w", "--quiet").exit_code == 0
     )
     assert b'"w"' in (tmp_path / "m.safetensors").read_bytes()
+    with shardemb.open(keyed) as store:
+        store.tag("then")
+        store["names"].delete(["a"])
+        store.commit()
+    changes = "export", keyed, "names", tmp_path / "c.vec", "--changed-since", "then", "--quiet"
+    assert run(*changes).stdout.splitlines()[1] == f"{tmp_path / 'c.removed.parquet'}: 1 removed key"
+    found = json.loads(run(*changes, "--json").stdout)
+    assert (found["removed_path"], found["num_removed"]) == (str(tmp_path / "c.removed.parquet"), 1)
     sample = ("--format", "projector", "--sample", 1, "--by", "count", "--seed", 3)
     assert run("export", keyed, "names", tmp_path / "p", *sample).exit_code == 0
     assert (tmp_path / "p" / "metadata.tsv").read_text() == "b\n"
