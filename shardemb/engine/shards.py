@@ -76,6 +76,8 @@ class Shards:
         The rows in slots.
     filled : FilledRows
         The rows that the files hold and that no commit has, or no fold has been through.
+    last_fold : object
+        Another one after each fold, set before rows that waited for it are forgotten.
     hidden : HiddenRows or None
         In a reader beside a writer: the rows that the writer may have filled.
     totals : Totals
@@ -106,6 +108,7 @@ class Shards:
         self.present: NDArray[np.uint8] = self._present.array(np.uint8, (self._present.nbytes,))
         self.overlay = Overlay(self._rows, self.bytes)
         self.filled = FilledRows(spec, self._present)
+        self.last_fold = object()
         self.hidden: HiddenRows | None = None
         self.totals = Totals()
         self.frozen: FrozenRows | None = None
@@ -489,6 +492,7 @@ class Shards:
 
     def end_fold(self, *, folded: bool) -> None:
         """Note that the fold has ended; see `Overlay.end_fold`."""
+        self.last_fold = object()
         # First the filled rows: what they find in the files then leaves its slot.
         self.filled.end_fold(self.location, folded=folded)
         self.overlay.end_fold(folded=folded)

@@ -43,27 +43,51 @@ def sums(shards: Shards, first: int, count: int) -> NDArray[np.uint64]:
     return checksums.read_sums(shards.location.checksums_path, first, count)
 
 
-def since(table: TableState, then: Callable[[int, int], NDArray[np.uint64]]) -> Int64Array:
-    """List the rows, ascending, that may have changed since ``then(first, count)`` were the checksums of blocks.
+class ChangedRows:
+    """Lists the rows that may have changed since some checksums of a table's blocks. Safe from any thread.
 
-    Rows of a block that has changed count as changed, all of them.
+    In a writer, checksums are compared once after each fold: what changes in between waits for the next one, and is
+    listed as such. Another process does not learn of folds, and compares each time.
 
-    Raises
-    ------
-    OSError
-        The checksums cannot be read.
+    Parameters
+    ----------
+    table : TableState
+    then : callable
+        ``then(first, count)`` returns what the checksums of blocks were.
     """
-    with table.runtime.lock:
-        shards = table.live()
-        filled = [np.arange(start, stop) for start, stop in shards.filled.ranges()]
-        waiting = np.unique(np.concatenate([shards.overlay.dirty_rows(), *filled]))
-    blocks = [
-        first + np.flatnonzero(sums(shards, first, count) != then(first, count))
-        for first, count in windows(shards)
-    ]
-    rows = rows_of(np.concatenate([np.empty(0, np.int64), *blocks]), shards.spec.record_bytes)
-    changed = np.union1d(waiting, rows)
-    return changed[changed < shards.spec.num_embeddings]
+
+    def __init__(self, table: TableState, then: Callable[[int, int], NDArray[np.uint64]]) -> None:
+        self._table, self._then = table, then
+        self._known: tuple[object, Int64Array] | None = None
+
+    def list(self) -> Int64Array:
+        """List the rows, ascending; all rows of a block that has changed count as changed.
+
+        Raises
+        ------
+        OSError
+            The checksums cannot be read.
+        """
+        runtime = self._table.runtime
+        with runtime.lock:
+            shards = self._table.live()
+            fold = shards.last_fold
+            filled = [np.arange(start, stop) for start, stop in shards.filled.ranges()]
+            waiting = np.unique(np.concatenate([shards.overlay.dirty_rows(), *filled]))
+        known = self._known
+        if known is None or known[0] is not fold or not (runtime.writable and runtime.owned):
+            # A fold that ends meanwhile has a new mark, so this is not taken for what is known after it.
+            self._known = known = fold, self._in_files(shards)
+        changed = np.union1d(waiting, known[1])
+        return changed[changed < shards.spec.num_embeddings]
+
+    def _in_files(self, shards: Shards) -> Int64Array:
+        """List the rows in blocks whose checksums differ."""
+        blocks = [
+            first + np.flatnonzero(sums(shards, first, count) != self._then(first, count))
+            for first, count in windows(shards)
+        ]
+        return rows_of(np.concatenate([np.empty(0, np.int64), *blocks]), shards.spec.record_bytes)
 
 
 def rows_of(blocks: Int64Array, record_bytes: int) -> Int64Array:

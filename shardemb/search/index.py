@@ -24,6 +24,7 @@ from shardemb.exports import targets
 from shardemb.format import documents
 from shardemb.search import changed_rows
 from shardemb.search.candidates import NOTHING, Candidates, hold_values
+from shardemb.search.changed_rows import ChangedRows
 from shardemb.search.exact import Asked, SearchResult, find, score_again, shown, written
 from shardemb.search.graph import Encoder, Graph, require_usearch
 from shardemb.storage import files
@@ -287,6 +288,10 @@ class Index:
     _graph: Graph = field(repr=False)
     _warned: bool = field(default=False, repr=False)
 
+    def __post_init__(self) -> None:
+        self._changing = _changing(self.path, self._header)
+        self._changed = ChangedRows(self._table, partial(_sums, self.path, self._header))
+
     @property
     def metric(self) -> MetricName:
         """What it compares rows by."""
@@ -320,15 +325,7 @@ class Index:
             As `search`.
         """
         self.check()
-        header = self._header
-        with files.opened(self.path, os.O_RDONLY) as descriptor:
-            read = partial(_numbers, descriptor, self.path, header.graph_bytes)
-
-            def then(first: int, count: int) -> NDArray[np.uint64]:
-                return read(first, count).view(np.uint64)
-
-            changing = read(header.blocks, header.changing)
-            return np.union1d(changing, changed_rows.since(self._table, then))
+        return np.union1d(self._changing, self._changed.list())
 
     def search(self, queries: ArrayLike, k: int, *, candidates: int | None = None) -> SearchResult:
         """Find the k rows that are nearest to each query: probably all of them, with exact scores.
@@ -390,9 +387,19 @@ class Index:
             warnings.warn(msg, RuntimeWarning, stacklevel=3)
 
 
-def _numbers(descriptor: int, path: Path, begin: int, first: int, count: int) -> Int64Array:
-    """Read numbers of 8 bytes."""
-    return np.frombuffer(files.read_at(descriptor, 8 * count, begin + 8 * first, path), np.int64)
+def _sums(path: Path, header: Header, first: int, count: int) -> NDArray[np.uint64]:
+    """Read the checksums of blocks when the index was built."""
+    with files.opened(path, os.O_RDONLY) as descriptor:
+        return np.frombuffer(
+            files.read_at(descriptor, 8 * count, header.graph_bytes + 8 * first, path), np.uint64
+        )
+
+
+def _changing(path: Path, header: Header) -> Int64Array:
+    """Read which rows changed while the index was built."""
+    begin = header.graph_bytes + 8 * header.blocks
+    with files.opened(path, os.O_RDONLY) as descriptor:
+        return np.frombuffer(files.read_at(descriptor, 8 * header.changing, begin, path), np.int64)
 
 
 def _among(ids: Int64Array, ascending: Int64Array) -> NDArray[np.bool_]:

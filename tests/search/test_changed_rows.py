@@ -53,10 +53,10 @@ def test_no_change_is_missed(tmp_path_factory, operations, initializer, shards, 
         shards = inside.state(table).shards
         total = changed_rows.num_blocks(shards)
         then, before = changed_rows.sums(shards, 0, total), table.lookup(np.arange(4000))
-        assert (
-            changed_rows.since(inside.state(table), lambda first, count: then[first : first + count]).size
-            == 0
+        listed = changed_rows.ChangedRows(
+            inside.state(table), lambda first, count: then[first : first + count]
         )
+        assert listed.list().size == 0
         for what, row in operations:
             ids = (row + 13 * np.arange(5)) % 4000
             if what == "write":
@@ -80,7 +80,11 @@ def test_no_change_is_missed(tmp_path_factory, operations, initializer, shards, 
                 store.checkpoint()
             else:
                 getattr(store, what)()
-            found = changed_rows.since(inside.state(table), lambda first, count: then[first : first + count])
+            if what == "reopen":
+                listed = changed_rows.ChangedRows(
+                    inside.state(table), lambda first, count: then[first : first + count]
+                )
+            found = listed.list()
             differs = np.flatnonzero((table.lookup(np.arange(4000)) != before).any(axis=1))
             assert not set(differs.tolist()) - set(found.tolist())
             assert (np.diff(found) > 0).all()
@@ -99,8 +103,10 @@ def test_few_rows_besides_those_that_changed_are_listed(store, monkeypatch):
     then = changed_rows.sums(state.shards, 0, changed_rows.num_blocks(state.shards))
     table.write([70, 3999], np.zeros((2, 16)))
 
+    listed = changed_rows.ChangedRows(state, lambda first, count: then[first : first + count])
+
     def since():
-        return changed_rows.since(state, lambda first, count: then[first : first + count]).tolist()
+        return listed.list().tolist()
 
     assert since() == [70, 3999]
     store.commit()
@@ -110,3 +116,64 @@ def test_few_rows_besides_those_that_changed_are_listed(store, monkeypatch):
     with pytest.raises(shardemb.StoreClosedError):
         store.close()
         since()
+
+
+def counted_reads(state, then, reads):
+    def read(first, count):
+        reads.append(first)
+        return then[first : first + count]
+
+    return changed_rows.ChangedRows(state, read)
+
+
+def test_checksums_are_read_once_after_each_fold(path):
+    with shardemb.open(path) as store:
+        table = store.create_table("t", num_embeddings=4000, embedding_dim=16)
+        table.write(np.arange(4000), np.ones((4000, 16)))
+        store.commit()
+        store.checkpoint()
+        state, reads = inside.state(table), []
+        then = changed_rows.sums(state.shards, 0, changed_rows.num_blocks(state.shards))
+        listed = counted_reads(state, then, reads)
+        for row in (70, 80, 90):
+            table.write([row], np.zeros((1, 16)))
+            assert row in listed.list()
+            store.commit()
+            assert row in listed.list()
+        assert len(reads) == 1
+        store.checkpoint()
+        assert listed.list().tolist() == list(range(64, 128))
+        assert listed.list().tolist() == list(range(64, 128))
+        assert len(reads) == 2
+        with shardemb.open(path, "r") as reader:
+            of_reader, reads = inside.state(reader["t"]), []
+            listed = counted_reads(of_reader, then, reads)
+            assert listed.list().tolist() == list(range(64, 128))
+            table.write([700], np.zeros((1, 16)))
+            store.commit()
+            store.checkpoint()  # of which a reader does not learn
+            assert 700 in listed.list()
+            assert len(reads) == 2
+
+
+def test_a_fold_that_ends_while_checksums_are_read_is_not_missed(store):
+    table = store.create_table("t", num_embeddings=4000, embedding_dim=16)
+    table.write(np.arange(4000), np.ones((4000, 16)))
+    store.commit()
+    store.checkpoint()
+    state = inside.state(table)
+    then = changed_rows.sums(state.shards, 0, changed_rows.num_blocks(state.shards))
+    table.write([70], np.zeros((1, 16)))
+    store.commit()
+    changes = iter([700])
+
+    def read(first, count):
+        for row in changes:
+            table.write([row], np.zeros((1, 16)))
+            store.commit()
+            store.checkpoint()
+        return then[first : first + count]
+
+    listed = changed_rows.ChangedRows(state, read)
+    listed.list()
+    assert {70, 700} <= set(listed.list().tolist())
