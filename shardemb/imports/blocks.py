@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar, r
 from shardemb.errors import SourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
     from concurrent.futures import Future, ThreadPoolExecutor
 
     from numpy.typing import NDArray
@@ -258,15 +258,16 @@ def numbered(name: str, names: Sequence[str], pattern: str) -> list[str]:
     return [each for _, each in found]
 
 
-def ahead_of(pool: ThreadPoolExecutor, read: Callable[[int], T], count: int, ahead: int) -> Generator[T]:
-    """Iterate over ``read(0)`` and so on up to `count`, of which some are made concurrently before they are needed."""
+def ahead_of(pool: ThreadPoolExecutor, tasks: Iterable[Callable[[], T]], ahead: int) -> Generator[T]:
+    """Iterate over what tasks return, while the next ones run: `ahead` of them were begun when one is waited for."""
     waiting: deque[Future[T]] = deque()
     try:
-        for number in range(count + ahead):
-            if number < count:
-                waiting.append(pool.submit(read, number))
-            if number >= ahead - 1 and waiting:
+        for task in tasks:
+            waiting.append(pool.submit(task))
+            if len(waiting) == ahead:
                 yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
     finally:
         for each in waiting:
             each.cancel()

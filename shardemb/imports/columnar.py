@@ -529,7 +529,8 @@ def _read_parquet(paths: list[Path], columns: Columns, dim: int) -> Generator[pa
                 ahead = min(_MOST_AHEAD, _ROWS_AHEAD * most // max([1, *groups]))
                 if ahead > 1:
                     read = partial(_read_group, path, file.metadata, columns, rows)
-                    batches = chain.from_iterable(ahead_of(pool, read, len(groups), ahead))
+                    tasks = (partial(read, group) for group in range(len(groups)))
+                    batches = chain.from_iterable(ahead_of(pool, tasks, ahead))
                 else:
                     batches = file.iter_batches(rows, columns=columns.names)
                 yield from _reported(batches, str(path))

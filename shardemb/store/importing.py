@@ -17,6 +17,8 @@ from __future__ import annotations
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
@@ -25,7 +27,7 @@ from shardemb.base.progress import track
 from shardemb.dtypes import Wanted
 from shardemb.format import store_paths
 from shardemb.imports import formats, text
-from shardemb.imports.blocks import RowReader, block_rows, refuse
+from shardemb.imports.blocks import RowReader, ahead_of, block_rows, refuse
 from shardemb.session.table_catalog import TableRequest
 from shardemb.storage import files
 
@@ -318,8 +320,12 @@ class _Consecutive:
 
 def _ahead(items: Iterator[T]) -> Generator[T]:
     """Iterate, and make the next item in another thread while the caller uses one."""
-    with ThreadPoolExecutor(1, thread_name_prefix="shardemb-import") as pool:
-        following: Future[T | None] = pool.submit(next, items, None)
-        while (item := following.result()) is not None:
-            following = pool.submit(next, items, None)
+    tasks = repeat(partial(next, items, None))
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="shardemb-import") as pool,
+        contextlib.closing(ahead_of(pool, tasks, 2)) as made,
+    ):
+        for item in made:
+            if item is None:
+                return
             yield item
