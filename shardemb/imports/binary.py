@@ -144,7 +144,7 @@ def find_rows(
         How many rows there are.
     """
     nbytes, at, filled = values.shape[1], 0, 0
-    for row in range(values.shape[0]):
+    for row in range(len(values)):
         # A blank too late to have all values behind it is none.
         last = min(at + longest, data.size - nbytes)
         blank = at
@@ -159,7 +159,7 @@ def find_rows(
         filled += blank - at
         values[row] = data[blank + 1 : blank + 1 + nbytes]
         starts[row], bounds[row + 1], at = blank + 1, filled, blank + 1 + nbytes
-    return values.shape[0]
+    return len(values)
 
 
 def _is_text(stream: streams.Stream, dim: int) -> bool:
