@@ -478,7 +478,8 @@ class FastTextWords(FileVectors):
                 int(np.searchsorted(ends, start + len(some), "left")) + 1,
             )
             begins = np.maximum((ends - counts)[here] - start, 0)
-            sums[here] += np.add.reduceat(some, begins, axis=0)
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused, by its word
+                sums[here] += np.add.reduceat(some, begins, axis=0)
         sums *= (1 / counts).astype(np.float32)[:, np.newaxis]
         return sums
 

@@ -340,6 +340,13 @@ def test_ngrams_of_any_bytes(words, ngrams, buckets):
     assert rows.tolist() == [row for each in expected for row in each]
 
 
+def test_a_mean_that_is_too_large_is_refused_by_its_word(path):
+    matrix = np.full((22, 2), 3e38, np.float32)
+    path.write_bytes(model_of_fasttext([b"the", b"of"], matrix))
+    with pytest.raises(SourceError, match=r"\(word 0\): value 1 is inf, and not finite"):
+        read_file(open_fasttext_binary, path)
+
+
 def test_what_a_fasttext_source_says_about_itself(path):
     words = [b"the", b"of"]
     path.write_bytes(model_of_fasttext(words, matrix_of(12, 3)))

@@ -5,7 +5,6 @@ the time is over, and prints how many were read and how many refused. So whateve
 file that did it is in the folder.
 """
 
-import contextlib
 import faulthandler
 import gzip
 import io
@@ -269,6 +268,5 @@ def damage_many(form, seconds, seed, folder):
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # of readers that say what they make of the damage
-    with contextlib.suppress(BrokenPipeError):
-        print(*damage_many(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])))
+    warnings.simplefilter("error")  # as in tests
+    print(*damage_many(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])))
