@@ -8,6 +8,7 @@ an index is never out of date; it only becomes slower.
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -41,15 +42,15 @@ if TYPE_CHECKING:
     from shardemb.engine.table_state import TableState
     from shardemb.search.metrics import MetricName
 
-LINKS, EFFORT = 7, 128
+LINKS, EFFORT = 7, 256
 """Links of a row in the graph by default, and candidates among which they are chosen.
 
-Fewer links than usearch has, because they would take more bytes than the codes; what that costs in recall, more
-candidates give back.
+Fewer links than usearch has, because they would take more bytes than the codes; what that costs in recall, better
+chosen ones and more candidates give back.
 """
 
 CANDIDATES = 96
-"""Rows that the graph proposes for each query, unless k asks for more."""
+"""Rows that the graph proposes for each query, unless k or the size of the graph asks for more."""
 
 SAMPLE, ENOUGH = 16_384, 1024
 """Rows by which the scale of the codes is chosen, and how many of them must not be zeros."""
@@ -338,7 +339,8 @@ class Index:
             How many rows to find for each query.
         candidates : int, optional
             How many rows the graph proposes for each query; they are looked up in one call, and the best are returned.
-            More of them find more of the nearest rows, and take longer. By default 96, and at least 4 times `k`.
+            More of them find more of the nearest rows, and take longer. By default 96, but at least 4 times `k`, and at
+            least a quarter of the square root of the number of rows: 250 for 1,000,000.
 
         Returns
         -------
@@ -365,7 +367,9 @@ class Index:
         """
         asked = Asked.checked(self._table, queries, k, self.metric)
         if candidates is None:
-            candidates = max(CANDIDATES, 4 * asked.k)
+            # In a larger graph, ways to the nearest rows are longer: 96 find 98 % of them in 100,000 rows, and 90 % in
+            # 1,000,000.
+            candidates = max(CANDIDATES, 4 * asked.k, math.isqrt(len(self)) // 4)
         candidates = validation.count(candidates, "candidates", minimum=asked.k, maximum=2**31 - 1)
         changed = self.changed_rows()
         self._warn_if_many(changed.size)

@@ -76,6 +76,23 @@ def test_it_finds_what_an_exact_search_finds(store, tmp_path, metric):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["i", "j", "store.zarr"]
 
 
+def test_a_larger_index_proposes_more_candidates(store, tmp_path, monkeypatch):
+    table, asked = make(store), []
+    index, search = table.build_index(tmp_path / "i"), indexes.Graph.search
+
+    def counted(graph, codes, count, threads):
+        asked.append(count)
+        return search(graph, codes, count, threads)
+
+    monkeypatch.setattr(indexes.Graph, "search", counted)
+    index.search(queries_of(table), 10)
+    monkeypatch.setattr(indexes.Index, "__len__", lambda self: 1_000_000)
+    index.search(queries_of(table), 10)
+    index.search(queries_of(table), 100)
+    index.search(queries_of(table), 10, candidates=20)
+    assert asked == [96, 250, 400, 20]
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_changed_rows_are_found_as_they_are_now(store, tmp_path, metric):
     table = make(store, optimizer=shardemb.optim.SGD(lr=1.0))
