@@ -344,7 +344,8 @@ class NpyHeader(NamedTuple):
 _MAX_HEADER = 2**16
 _DESCR = re.compile(r"""['"]descr['"]\s*:\s*(?:(['"])([^'"]{1,40})\1|(\[))""")
 _ORDER = re.compile(r"""['"]fortran_order['"]\s*:\s*(True|False)\b""")
-_SHAPE = re.compile(r"""['"]shape['"]\s*:\s*\(((?:\s*[0-9]{1,18}L?\s*,?)*)\s*\)""")
+# A comma ends each number but the last, so that there is one way alone to read digits, and no time lost with others.
+_SHAPE = re.compile(r"""['"]shape['"]\s*:\s*\(((?:\s*[0-9]{1,18}L?\s*,)*(?:\s*[0-9]{1,18}L?)?)\s*\)""")
 _SIMPLE = re.compile(r"[<>|=]?[biufcSUmM][0-9]{1,5}(\[\w+\])?")
 
 

@@ -161,6 +161,16 @@ def test_stored_parts_are_joined_by_number(tmp_path):
     assert "np.savez" in refusal(tmp_path / "c.npz", member="part*")
 
 
+def test_a_shape_of_many_digits_is_refused_at_once(tmp_path):
+    """And not after all ways to cut them into numbers were tried."""
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (40, " + b"9" * 10_000
+    path = tmp_path / "vectors.npy"
+    for end in (b"", b")}", b" 9)}"):
+        path.write_bytes(b"\x93NUMPY\1\0" + len(header + end).to_bytes(2, "little") + header + end)
+        with pytest.raises(SourceError, match="the header does not say"):
+            open_npy(path, ReadOptions())
+
+
 def test_a_stored_array_is_where_its_own_header_says(tmp_path):
     """Its extra field differs from that in the directory, as zip's other writers have it."""
     data = io.BytesIO()
