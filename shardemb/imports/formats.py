@@ -56,7 +56,7 @@ _MAGIC = (
 _HEAD = 2**18
 """Bytes by which text and binary files are told apart: enough for two rows of some thousand numbers."""
 
-_NUMBER = re.compile(rb"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+|nan|inf)(e[+-]?[0-9]+)?", re.IGNORECASE)
+_NUMBER = re.compile(rb"[+-]?([0-9]+(?:\.[0-9]*)?|\.[0-9]+|nan|inf)(e[+-]?[0-9]+)?", re.IGNORECASE)
 _HEADER = re.compile(rb"\s*([0-9]+)[ \t]+([0-9]+)[ \t\r]*\n")
 
 

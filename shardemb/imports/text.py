@@ -47,7 +47,7 @@ _FEW = 64
 _MARK = b"\xef\xbb\xbf"
 """A byte order mark in UTF-8, which some editors write at the beginning of a file; anywhere else, it is a character."""
 
-_NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_NUMBER = re.compile(rb"[+-]?(\d+(?:\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 _LIKE_NUMBER = re.compile(_NUMBER.pattern + rb"|[+-]?(nan|inf(inity)?)", re.IGNORECASE)
 _HEADER = re.compile(rb"[ \t]*(\d{1,19})[ \t]+(\d{1,19})[ \t\r]*(?:\n|\Z)")
 

@@ -421,3 +421,13 @@ def test_a_wide_and_long_file(path):
     rows = np.random.default_rng(0).normal(size=(1000, 300)).astype(np.float32)
     tokens = [f"{rng.random():.5f}x" for _ in range(1000)]
     assert_same(read_file(open_word2vec_text, path, with_header(tokens, rows)), tokens, rows)
+
+
+@pytest.mark.timeout(30)
+def test_a_long_run_of_digits_is_looked_at_once(tmp_path):
+    """And not once for each way to cut it in two."""
+    token = b"a " + b"9" * 100_000 + b"x"
+    data = b"2 2\n" + token + b" 1 2\nb 3 4\n"
+    keys, rows = read_file(open_word2vec_text, tmp_path / "words.txt", data)
+    assert keys == [token.decode(), "b"]
+    assert rows.tolist() == [[1, 2], [3, 4]]
