@@ -437,6 +437,10 @@ def open_parquet(source: object, options: ReadOptions) -> ColumnSource:
         nothing here.
     OSError
         A file cannot be read.
+
+    Notes
+    -----
+    pyarrow makes room for what the header of a page says, which is less than 2 GiB, before it finds the page damaged.
     """
     path = local_path(source, "the file to import")
     name = str(path)
