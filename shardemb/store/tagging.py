@@ -7,6 +7,7 @@ by now, or was dropped, is copied.
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from dataclasses import dataclass, replace
 from functools import partial
@@ -181,17 +182,26 @@ def _go_back(session: Session, folder: Path, held: Manifest) -> None:
 # ---- comparing --------------------------------------------------------------------------------------------------
 
 
-def changed_rows(session: Session, table: TableState, name: str) -> Int64Array:
-    """List the rows of a table whose vectors differ from those of a commit that was kept; see `Store.changed_rows`."""
+@contextlib.contextmanager
+def _compared_with(session: Session, name: str) -> Iterator[tuple[Path, Manifest]]:
+    """Keep a store as it is while it is compared with a tag; yield the folder of the tag, and its manifest.
+
+    In a writer, nothing is folded meanwhile. What another process folds after this began may or may not be found.
+    """
     runtime = session.runtime
-    # In a writer, nothing is folded meanwhile. What another process folds after this began may or may not be found.
     with session.settled(runtime.writing) if runtime.writable else runtime.lock:
         if runtime.writable:
             session.journal.drain()
         entry = tags.find(runtime.path, session.tag_entries(), normalized(name))
         folder = store_paths.tag(runtime.path, entry.uuid)
+        yield folder, tags.read_manifest(folder)
+
+
+def changed_rows(session: Session, table: TableState, name: str) -> Int64Array:
+    """List the rows of a table whose vectors differ from those of a commit that was kept; see `Store.changed_rows`."""
+    with _compared_with(session, name) as (folder, held):
         now = table.live()
-        found = _tables_of(folder, tags.read_manifest(folder), stream=now.spec.stream)
+        found = _tables_of(folder, held, stream=now.spec.stream)
         then = found[0] if found else None
         if then is None or not _is_comparable(now, then):
             return np.arange(now.spec.num_embeddings)
@@ -221,14 +231,9 @@ class KeyChanges:
 
 def changed_keys(session: Session, vocabulary: KeyRows, name: str) -> KeyChanges:
     """Compare which key has which row with a commit that was kept; see `Store.changed_keys`."""
-    runtime = session.runtime
-    with session.settled(runtime.writing) if runtime.writable else runtime.lock:
+    with _compared_with(session, name) as (folder, held):
         vocabulary.check_live()
-        if runtime.writable:
-            session.journal.drain()
-        tag = tags.find(runtime.path, session.tag_entries(), normalized(name))
-        folder = store_paths.tag(runtime.path, tag.uuid)
-        held, what = tags.read_manifest(folder), vocabulary.entry
+        what = vocabulary.entry
         was = held.vocabulary(what.uuid)
         if was is None:
             return KeyChanges(vocabulary.live_rows(0, what.rows), vocabulary.keys_of(np.empty(0, np.int64)))

@@ -93,14 +93,19 @@ def test_no_change_is_missed(tmp_path_factory, operations, initializer, shards, 
         store.close()
 
 
-def test_few_rows_besides_those_that_changed_are_listed(store, monkeypatch):
-    monkeypatch.setattr(changed_rows, "WINDOW", 3)
+def folded(store):
+    """Return a table all of whose rows are folded, its state, and the checksums of its blocks."""
     table = store.create_table("t", num_embeddings=4000, embedding_dim=16)
     table.write(np.arange(4000), np.ones((4000, 16)))
     store.commit()
     store.checkpoint()
     state = inside.state(table)
-    then = changed_rows.sums(state.shards, 0, changed_rows.num_blocks(state.shards))
+    return table, state, changed_rows.sums(state.shards, 0, changed_rows.num_blocks(state.shards))
+
+
+def test_few_rows_besides_those_that_changed_are_listed(store, monkeypatch):
+    monkeypatch.setattr(changed_rows, "WINDOW", 3)
+    table, state, then = folded(store)
     table.write([70, 3999], np.zeros((2, 16)))
 
     listed = changed_rows.ChangedRows(state, lambda first, count: then[first : first + count])
@@ -128,12 +133,7 @@ def counted_reads(state, then, reads):
 
 def test_checksums_are_read_once_after_each_fold(path):
     with shardemb.open(path) as store:
-        table = store.create_table("t", num_embeddings=4000, embedding_dim=16)
-        table.write(np.arange(4000), np.ones((4000, 16)))
-        store.commit()
-        store.checkpoint()
-        state, reads = inside.state(table), []
-        then = changed_rows.sums(state.shards, 0, changed_rows.num_blocks(state.shards))
+        (table, state, then), reads = folded(store), []
         listed = counted_reads(state, then, reads)
         for row in (70, 80, 90):
             table.write([row], np.zeros((1, 16)))
@@ -157,12 +157,7 @@ def test_checksums_are_read_once_after_each_fold(path):
 
 
 def test_a_fold_that_ends_while_checksums_are_read_is_not_missed(store):
-    table = store.create_table("t", num_embeddings=4000, embedding_dim=16)
-    table.write(np.arange(4000), np.ones((4000, 16)))
-    store.commit()
-    store.checkpoint()
-    state = inside.state(table)
-    then = changed_rows.sums(state.shards, 0, changed_rows.num_blocks(state.shards))
+    table, state, then = folded(store)
     table.write([70], np.zeros((1, 16)))
     store.commit()
     changes = iter([700])
