@@ -130,7 +130,7 @@ EXPORTS = {
 @pytest.mark.parametrize("export", EXPORTS.values(), ids=EXPORTS)
 def test_memory_is_bounded_by_bytes(long_keys, tmp_path, monkeypatch, export):
     """Many times `MAX_BYTES` of keys take a few times of it."""
-    monkeypatch.setattr(arrow, "MAX_BYTES", 2**22)
+    monkeypatch.setattr(arrow, "MAX_BYTES", 2**20)
     with shardemb.open(long_keys, mode="r", threads=2) as store:
         table, done, peak = store["w"], threading.Event(), [0]
         table.export_parquet(tmp_path / "first", rows=(0, 1))  # loads what it needs
