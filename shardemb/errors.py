@@ -21,6 +21,7 @@ and `ValueError`.
     |-- the table is not set up for this
     |   |-- FrozenRowError (ValueError)           an update of a frozen row
     |   `-- LearningRateError (ValueError)        a learning rate that has to be set again
+    |-- PartitionError (RuntimeError)             a partition cannot do this without the store that it is part of
     |-- SourceError (ValueError)                  a file to import is not what it claims to be
     |-- the store is not open for this
     |   |-- StoreLockedError (BlockingIOError)    it is already open for writing
@@ -44,6 +45,7 @@ __all__ = [
     "FrozenRowError",
     "LearningRateError",
     "LogDamagedError",
+    "PartitionError",
     "PoisonedError",
     "ReadOnlyError",
     "RowIdError",
@@ -131,6 +133,10 @@ class FrozenRowError(ShardEmbError, ValueError):
 
 class LearningRateError(ShardEmbError, ValueError):
     """The learning rate is a function that the store could not keep, or it gave no number. Nothing was changed."""
+
+
+class PartitionError(ShardEmbError, RuntimeError):
+    """A partition cannot do this alone, or it is not the one that is meant, or not at that commit."""
 
 
 class SourceError(ShardEmbError, ValueError):

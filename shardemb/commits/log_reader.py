@@ -12,6 +12,7 @@ cannot be read is damage. The reader trusts nothing, and allocates nothing for a
     images    payload: `count` row ids as int64, then the records of these rows
     fill      payload: the first of `count` blocks that are in the shards already, then their checksums
     commit    payload: the manifest; `count` is the number of images and blocks that the attempt wrote
+    prepared  as a commit; but it is one only after a commit record of the same attempt, or by a decision elsewhere
     end       no payload, no sequence number of its own: says that the next segment exists
 """
 
@@ -37,8 +38,9 @@ from shardemb.format.log_records import (
     FILL,
     HEADER,
     IMAGES,
-    LOG_VERSION,
     MAGIC,
+    PARTITION_LOG_VERSION,
+    PREPARED,
     RECORD,
     RECORD_MAGIC,
     SUFFIX,
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 
     from shardemb.base.validation import Int64Array
     from shardemb.format.fill_records import Fill
+    from shardemb.format.manifest import Decided
     from shardemb.format.spec import TableSpec
 
 
@@ -92,6 +95,8 @@ class Replay:
         As of the last commit in the log, or the base if the log has no commit.
     sequence, attempt : int
         The lowest numbers that are not used yet.
+    prepared : (int, (int, str, int)) or None
+        The attempt that the log ends with, if that is prepared and neither committed nor followed by another.
     unfinished : tuple of Fill
         What a writer may have written to the shards without a commit, where the caller has looked.
     kept : dict of str to two arrays
@@ -101,6 +106,7 @@ class Replay:
     manifest: Manifest
     sequence: int
     attempt: int
+    prepared: Decided | None = None
     unfinished: tuple[Fill, ...] = ()
     kept: dict[str, tuple[Int64Array, NDArray[np.uint64]]] = field(default_factory=dict)
     _runs: dict[str, list[Run]] = field(default_factory=dict)
@@ -170,7 +176,12 @@ def sync(folder: Path, base: Manifest) -> None:
 
 
 def read(
-    folder: Path, base: Manifest, end: tuple[int, int] | None = None, *, private: bool = False
+    folder: Path,
+    base: Manifest,
+    end: tuple[int, int] | None = None,
+    *,
+    private: bool = False,
+    decided: Decided | None = None,
 ) -> Replay:
     """Read what was committed since the base.
 
@@ -185,6 +196,9 @@ def read(
     private : bool
         Read the segments into memory, so that the images stay what they are when a writer uses a segment again. Mapped
         otherwise.
+    decided : (int, (int, str, int)), optional
+        What all partitions have decided. The attempt that the log ends with is committed if it is this one; otherwise
+        it is not, and its images are no part of what is read.
 
     Raises
     ------
@@ -213,7 +227,7 @@ def read(
             break
         if reader.required and not numbers:  # a writer may have begun it after the folder was listed
             numbers = [each for each in segments(folder) if each > number]
-    reader.finish(folder)
+    reader.finish(folder, decided)
     return replay
 
 
@@ -228,6 +242,7 @@ class _Reader:
         # Images and fills of an attempt whose commit record may follow.
         self._pending: list[tuple[str, Run | Filled]] = []
         self._pending_attempt = 0
+        self._prepared: Manifest | None = None  # that ended the attempt which is pending
         self.required: int | None = None  # number of the segment that must come next
         self._last = 0
 
@@ -262,8 +277,13 @@ class _Reader:
             position += length
         return True
 
-    def finish(self, folder: Path) -> None:
-        """Raise `LogDamagedError` if a segment is missing at the end."""
+    def finish(self, folder: Path, decided: Decided | None) -> None:
+        """Commit what is prepared if that was `decided`; raise `LogDamagedError` if a segment is missing at the end."""
+        if self._prepared is not None:
+            if self._prepared.decided == decided:
+                self._commit(self._prepared)
+            else:
+                self.replay.prepared = self._prepared.decided
         if self.required is not None:
             msg = f"{folder}: segment {self.required} of the log is missing; restore it from a copy of the store"
             raise LogDamagedError(msg)
@@ -277,8 +297,8 @@ class _Reader:
         magic, version, epoch, own, first, size, store, salt, found = HEADER.unpack(block)
         if magic != MAGIC or found != checksum(block[:-8]):
             self._damaged(path, "its header is damaged")
-        if version > LOG_VERSION:
-            msg = f"{path}: format version {version} is newer than {LOG_VERSION}; upgrade shardemb"
+        if version > PARTITION_LOG_VERSION:
+            msg = f"{path}: format version {version} is newer than {PARTITION_LOG_VERSION}; upgrade shardemb"
             raise FormatError(msg)
         if store != self._store or own != number:
             self._damaged(path, "it belongs elsewhere")
@@ -316,7 +336,9 @@ class _Reader:
         elif kind == FILL:
             self._read_fill(path, bytes(payload), count, table, attempt)
         elif kind == COMMIT:
-            self._read_commit(path, bytes(payload), count, attempt)
+            self._commit(self._read_manifest(path, bytes(payload), count, attempt))
+        elif kind == PREPARED:
+            self._prepared = self._read_manifest(path, bytes(payload), count, attempt)
         else:
             self._damaged(path, f"record {sequence} is of an unknown type")
         return filled
@@ -357,26 +379,37 @@ class _Reader:
         self._add_pending(attempt, name, filled)
 
     def _add_pending(self, attempt: int, table: str, written: Run | Filled) -> None:
-        if self._pending and self._pending_attempt != attempt:
-            self._pending = []  # they are of an attempt that failed
-        self._pending_attempt = attempt
+        self._begin_attempt(attempt)
         self._pending.append((table, written))
 
-    def _read_commit(self, path: Path, payload: bytes, count: int, attempt: int) -> None:
-        pending = self._pending if self._pending and self._pending_attempt == attempt else []
+    def _begin_attempt(self, attempt: int) -> None:
+        """Drop what is of another attempt, which has failed."""
+        if self._pending_attempt != attempt:
+            self._pending, self._prepared, self._pending_attempt = [], None, attempt
+
+    def _read_manifest(self, path: Path, payload: bytes, count: int, attempt: int) -> Manifest:
+        """Read the manifest that ends an attempt, of which nothing may be missing."""
+        self._begin_attempt(attempt)
         # The commit record counts its images and blocks, so that a lost record is noticed.
-        if sum(each.sums.size if isinstance(each, Filled) else each.ids.size for _, each in pending) != count:
+        if (
+            sum(each.sums.size if isinstance(each, Filled) else each.ids.size for _, each in self._pending)
+            != count
+        ):
             self._damaged(path, "images of a commit are missing")
         manifest = Manifest.from_bytes(payload)
         if uuid.UUID(manifest.uuid).bytes != self._store:
             self._damaged(path, "a commit belongs to another store")
+        return manifest
+
+    def _commit(self, manifest: Manifest) -> None:
+        """Let the manifest of the attempt be the last commit."""
         self.replay.manifest = manifest
-        for table, each in pending:
+        for table, each in self._pending:
             if isinstance(each, Filled):
                 self.replay.add_fill(each)
             else:
                 self.replay.add(table, each)
-        self._pending = []
+        self._pending, self._prepared = [], None
 
     def _require_torn(
         self, path: Path, memory: address_space.AddressRange, position: int, stop: int, salt: bytes

@@ -4,6 +4,9 @@ The log is a sequence of segment files with the layout given in ``log_reader.py`
 that it changed, which are their whole records; a record for each *fill*, whose rows are in the shards already; and then
 one commit record with the new `Manifest`. One sync makes all of it durable. A commit lies within one segment, so a
 segment never ends in the middle of an attempt to commit.
+
+In a partition of a distributed store a *prepared* record comes between: with it, the sync makes the attempt durable,
+but it is no commit until the commit record follows, or until who opens the store is told that it was decided.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ from shardemb.format.log_records import (
     LOG_VERSION,
     MAGIC,
     NO_TABLE,
+    PARTITION_LOG_VERSION,
+    PREPARED,
     RECORD,
     RECORD_MAGIC,
     SUFFIX,
@@ -84,6 +89,7 @@ class Log:
         self._usual_bytes = max(round_up(segment_bytes, PAGE), FIRST_SEGMENT)
         self._store = uuid.UUID(manifest.uuid).bytes
         self._epoch = manifest.epoch
+        self._version = LOG_VERSION if manifest.partition is None else PARTITION_LOG_VERSION
         self.number = manifest.segment - 1
         self.sequence = manifest.sequence
         self.attempt = manifest.attempt
@@ -152,12 +158,20 @@ class Log:
 
     def append_commit(self, manifest: bytes) -> None:
         """Append the commit record, which makes all records of the attempt valid, and make all of it durable."""
-        offset = self._reserve(RECORD.size + len(manifest))
-        payload = self._stage.bytes(offset + RECORD.size, len(manifest))
-        payload[:] = manifest
-        self._seal(offset, COMMIT, payload, self._count)
-        self._flush()
+        self._append_manifest(COMMIT, manifest)
         self._sync()
+
+    def append_prepared(self, manifest: bytes) -> None:
+        """Append the prepared record, which ends an attempt that is not decided yet, and make all of it durable.
+
+        The commit record comes by `append_decision`, or never; space for it must have been part of what `begin` got.
+        """
+        self._append_manifest(PREPARED, manifest)
+        self._sync()
+
+    def append_decision(self, manifest: bytes) -> None:
+        """Append the commit record of the attempt that is prepared, not synced: who lost it is told the decision."""
+        self._append_manifest(COMMIT, manifest)
 
     def close_segments(self) -> list[Path]:
         """Continue in a new segment; return the earlier ones, which are closed.
@@ -196,6 +210,14 @@ class Log:
             self._descriptor = None
 
     # ---- internal
+
+    def _append_manifest(self, kind: int, manifest: bytes) -> None:
+        """Append a record with a manifest, which counts the images and blocks of the attempt."""
+        offset = self._reserve(RECORD.size + len(manifest))
+        payload = self._stage.bytes(offset + RECORD.size, len(manifest))
+        payload[:] = manifest
+        self._seal(offset, kind, payload, self._count)
+        self._flush()
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:08d}{SUFFIX}"
@@ -243,7 +265,7 @@ class Log:
             descriptor = files.open_direct(temporary)
             self._fill(descriptor, nbytes, temporary, zeros=zeros)
             header = HEADER.pack(
-                MAGIC, LOG_VERSION, self._epoch, number, self.sequence, nbytes, self._store, salt, 0
+                MAGIC, self._version, self._epoch, number, self.sequence, nbytes, self._store, salt, 0
             )
             block = self._stage.bytes(0, PAGE)
             block[: HEADER.size] = header

@@ -6,8 +6,11 @@ import struct
 
 MAGIC, RECORD_MAGIC = b"shardlog", b"srec"
 
-LOG_VERSION = 2
-"""Of the headers of segments. Version 1 had no fills; a program that does not know them must not replay the log."""
+LOG_VERSION, PARTITION_LOG_VERSION = 2, 3
+"""Of the headers of segments. Version 1 had no fills; a program that does not know them must not replay the log.
+
+Version 3 is for the log of a partition, which may hold a prepared record.
+"""
 
 HEADER = struct.Struct("<8sQQQQQ16s16sQ")
 """Of a segment: magic, format version, epoch, number of the segment, sequence number of its first record, bytes of the
@@ -17,7 +20,7 @@ RECORD = struct.Struct("<4sIQQQQQQ16sQQ")
 """Of a record: magic, type, bytes of the payload, epoch, sequence number, highest sequence number known to be synced,
 attempt, count, uuid of the table, checksum of the payload, checksum of all this with the store's uuid and the salt."""
 
-IMAGES, COMMIT, END, FILL = 1, 2, 3, 4
+IMAGES, COMMIT, END, FILL, PREPARED = 1, 2, 3, 4, 5
 """Types of records."""
 
 NO_TABLE = bytes(16)

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -35,8 +35,11 @@ from shardemb.format.spec import BYTES, INTERNAL, KEY_TYPES, MAX_ROWS, SKETCH, c
 if TYPE_CHECKING:
     from shardemb.format.ranges import Ranges
 
-TAGGED_VERSION = 2
-"""Version of the manifest of a store with tags: a writer of version 1 would overwrite what they keep."""
+TAGGED_VERSION, PARTITION_VERSION = 2, 3
+"""Versions of the manifest of a store with tags, and of a partition, with or without tags.
+
+A writer of version 1 would overwrite what tags keep, and one of version 2 would commit a partition without the others.
+"""
 
 MAX_DEPTH = 64
 """Most levels of a commit's metadata, so that a reader can parse it however deep its own stack is."""
@@ -214,6 +217,50 @@ class TagEntry:
     uuid: str
 
 
+AttemptId: TypeAlias = tuple[int, str, int]
+"""An attempt to commit all partitions of a store: the coordinator's epoch, its name, and a number. They are ordered."""
+
+Decided: TypeAlias = tuple[int, AttemptId | None]
+"""What was decided for all partitions: number and attempt of the last commit; ``(0, None)`` before the first."""
+
+MAX_PARTITIONS = 2**20
+
+
+@dataclass(frozen=True)
+class PartitionIdentity:
+    """Which part of a distributed store a store is. A row with id ``i`` is in partition ``i % count``.
+
+    Attributes
+    ----------
+    head : str
+        The uuid of the distributed store's head.
+    number, count : int
+        It is partition `number`, from 0 on, of `count`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The uuid is none, or a number is out of range.
+
+    Examples
+    --------
+    >>> print(PartitionIdentity("0b5f4a2e-54b1-4a52-8f0c-0d2b8f3c1e11", number=3, count=16))
+    partition 3 of 16 of the store 0b5f4a2e-54b1-4a52-8f0c-0d2b8f3c1e11
+    """
+
+    head: str
+    number: int
+    count: int
+
+    def __post_init__(self) -> None:
+        uuid_field({"uuid": self.head})
+        count = validation.count(self.count, "count", maximum=MAX_PARTITIONS)
+        validation.count(self.number, "number", minimum=0, maximum=count - 1)
+
+    def __str__(self) -> str:
+        return f"partition {self.number} of {self.count} of the store {self.head}"
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What the files of a store mean: the last commit, and every table as of that commit.
@@ -240,6 +287,10 @@ class Manifest:
         Tables of the previous commit that this one dropped. Their folders may still exist.
     tags : tuple of TagEntry
         The tags of the store, in a base; none in a commit record, because they are not part of a commit.
+    partition : PartitionIdentity or None
+        Which part of a distributed store this is.
+    decision : (int, str, int) or None
+        In a partition: the attempt of all partitions that made the last commit.
     """
 
     uuid: str
@@ -253,6 +304,13 @@ class Manifest:
     vocabularies: tuple[VocabularyEntry, ...] = ()
     dropped: tuple[TableEntry, ...] = ()
     tags: tuple[TagEntry, ...] = ()
+    partition: PartitionIdentity | None = None
+    decision: AttemptId | None = None
+
+    @property
+    def decided(self) -> Decided:
+        """The number of its commit, and the attempt that made it."""
+        return (self.commit.id if self.commit else 0, self.decision)
 
     def vocabulary(self, identity: str) -> VocabularyEntry | None:
         """Return the entry of the vocabulary with a uuid; None if there is none."""
@@ -265,7 +323,7 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Serialize, with a checksum over everything else."""
         document: dict[str, object] = {
-            "format_version": TAGGED_VERSION if self.tags else FORMAT_VERSION,
+            "format_version": self._version,
             "uuid": self.uuid,
             "epoch": self.epoch,
             "clean": self.clean,
@@ -280,8 +338,17 @@ class Manifest:
             document["vocabularies"] = [each.to_json() for each in self.vocabularies]
         if self.tags:
             document["tags"] = [vars(each) for each in self.tags]
+        if self.partition is not None:
+            document["partition"] = vars(self.partition)
+            document["decision"] = None if self.decision is None else list(self.decision)
         document["crc32"] = crc32(document)
         return json.dumps(document).encode() + b"\n"
+
+    @property
+    def _version(self) -> int:
+        if self.partition is not None:
+            return PARTITION_VERSION
+        return TAGGED_VERSION if self.tags else FORMAT_VERSION
 
     @staticmethod
     def from_bytes(data: bytes) -> Manifest:
@@ -293,7 +360,7 @@ class Manifest:
             The data is not JSON, the version is newer, the checksum is wrong, or a value is missing or impossible.
         """
         document = parse_json(data)
-        version = require_version(document, TAGGED_VERSION)
+        version = require_version(document, PARTITION_VERSION)
         if document.get("crc32") != crc32(document):
             msg = "its checksum does not match its content"
             raise FormatError(msg)
@@ -313,7 +380,9 @@ class Manifest:
             tables=tables,
             vocabularies=vocabularies,
             dropped=tuple(_entry_from_json(entry) for entry in field(document, "dropped", list)),
-            tags=_tags_from_json(document) if version == TAGGED_VERSION else (),
+            tags=_tags_from_json(document) if version == TAGGED_VERSION or "tags" in document else (),
+            partition=_partition_from_json(document) if version == PARTITION_VERSION else None,
+            decision=_decision_from_json(document) if version == PARTITION_VERSION else None,
         )
 
 
@@ -421,6 +490,26 @@ def _tags_from_json(document: Mapping[str, Any]) -> tuple[TagEntry, ...]:
         msg = "two tags have the same name or uuid"
         raise FormatError(msg)
     return tuple(found)
+
+
+def _partition_from_json(document: Mapping[str, Any]) -> PartitionIdentity:
+    found = field(document, "partition", dict)
+    count = int_field(found, "count", MAX_PARTITIONS)
+    return PartitionIdentity(
+        uuid_field(found, "head"), int_field(found, "number", count - 1, minimum=0), count
+    )
+
+
+def _decision_from_json(document: Mapping[str, Any]) -> AttemptId | None:
+    found = field(document, "decision", (list, type(None)))
+    if found is None:
+        return None
+    if len(found) != 3:
+        msg = f"decision is {found!r}, which is no attempt"
+        raise FormatError(msg)
+    named = dict(zip(("epoch", "coordinator", "number"), found, strict=True))
+    epoch, number = (int_field(named, name, 2**62, minimum=0) for name in ("epoch", "number"))
+    return epoch, field(named, "coordinator", str), number
 
 
 def _commit_from_json(document: Mapping[str, Any]) -> Commit:

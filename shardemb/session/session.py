@@ -11,7 +11,14 @@ from shardemb import dtypes, initializers
 from shardemb.base import paths
 from shardemb.base.interrupts import signals_deferred
 from shardemb.commits import copies, log_reader, verify
-from shardemb.errors import PoisonedError, ReadOnlyError, ShardEmbError, StaleReaderError, StoreClosedError
+from shardemb.errors import (
+    PartitionError,
+    PoisonedError,
+    ReadOnlyError,
+    ShardEmbError,
+    StaleReaderError,
+    StoreClosedError,
+)
 from shardemb.format import store_paths
 from shardemb.format.manifest import Commit, Manifest, check_metadata, check_step, new_entry
 from shardemb.format.spec import check_name, new_spec, normalized
@@ -33,7 +40,7 @@ if TYPE_CHECKING:
     from shardemb.base.progress import Progress
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.table_state import TableState
-    from shardemb.format.manifest import TagEntry
+    from shardemb.format.manifest import AttemptId, TagEntry
     from shardemb.optim import Optimizer
     from shardemb.session.attempt import Attempt
     from shardemb.session.pending_commit import PendingCommit
@@ -201,6 +208,7 @@ class Session:
         progress: Progress,
     ) -> Commit:
         """Copy a table into other shards and commit that; see `Store.reshard`."""
+        self.require_whole()
         with self.settled(self.vocabularies.all_locked):
             self.runtime.check_publishable()
             self.journal.drain()
@@ -280,6 +288,7 @@ class Session:
         """Make every change since the last commit durable; see `Store.commit`."""
         step, metadata = check_step(step), check_metadata(metadata)
         with self.runtime.changing():
+            self.require_whole()
             self.runtime.check_sound()
             self.journal.prepare([table.shards for table in self.tables.current.values()])
             attempt, commit = self._attempt(step, metadata)
@@ -291,12 +300,46 @@ class Session:
         """Make every change so far durable in the background; see `Store.commit`."""
         step, metadata = check_step(step), check_metadata(metadata)
         with self.runtime.changing():
+            self.require_whole()
             self.runtime.check_sound()
             self.journal.settle()
             attempt, _ = self._attempt(step, metadata)
             return self.journal.commit_behind(attempt, self._after_commit)
 
-    def _attempt(self, step: int | None, metadata: dict[str, Any]) -> tuple[Attempt, Commit]:
+    def propose(self, decision: AttemptId, step: int | None, metadata: Mapping[str, Any] | None) -> None:
+        """Make every change durable as the next commit of a partition, without committing; see `Partition.prepare`."""
+        step, metadata = check_step(step), check_metadata(metadata)
+        with self.runtime.changing():
+            self.runtime.check_sound()
+            self.journal.prepare([table.shards for table in self.tables.current.values()])
+            attempt, _ = self._attempt(step, metadata, decision)
+            self.journal.propose(attempt)
+
+    def decide(self) -> None:
+        """Commit what `propose` has made durable; see `Partition.decide`."""
+        with self.runtime.changing():
+            self.runtime.check_sound()
+            self.journal.decide()
+            self.vocabularies.rebuild_stale_indexes()
+
+    def drop_proposal(self) -> None:
+        """Let what `propose` has made durable count as changed again; see `Partition.abandon`."""
+        with self.runtime.changing():
+            self.journal.drop()
+
+    def require_whole(self) -> None:
+        """Raise `PartitionError` in a partition, which commits only together with the others."""
+        partition = self.runtime.committed.partition
+        if partition is not None:
+            msg = (
+                f"{self.runtime.path} is {partition}, and a partition does not commit alone; "
+                f"commit that store with its own commit()"
+            )
+            raise PartitionError(msg)
+
+    def _attempt(
+        self, step: int | None, metadata: dict[str, Any], decision: AttemptId | None = None
+    ) -> tuple[Attempt, Commit]:
         """Plan the next commit. The waits before it have released the lock, so everything is looked at here."""
         self.runtime.check_open()
         self.runtime.check_sound()  # whether the store is still in place, the journal looks
@@ -308,6 +351,7 @@ class Session:
             commit=commit,
             tables=self.tables.entries(),
             vocabularies=self.vocabularies.entries(),
+            decision=decision,
         )
         tables, vocabularies = self.tables.snapshot(), self.vocabularies.snapshot()
 
@@ -529,8 +573,9 @@ class Session:
 
     def _finish_writing(self, shown: bool) -> None:
         """Fold what is committed, discard the rest, and warn of what is lost."""
+        is_prepared = self.journal.leave_prepared()
         self.journal.settle()
-        if self.runtime.poisoned:
+        if self.runtime.poisoned or is_prepared:
             return  # the disk may be ahead of memory: the next opening recovers it
         lost, path = self._differs(), self.runtime.path
         self.tables.discard_new()

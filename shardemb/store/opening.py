@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import math
-import os
 import time
-import uuid
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
@@ -16,33 +13,33 @@ import numpy as np
 
 from shardemb.base import paths, validation
 from shardemb.base.sizes import PAGE
-from shardemb.commits import copies, fills, fold, log_reader, rewrite, tags, undo
+from shardemb.commits import copies, fills, log_reader, tags, undo
 from shardemb.compute import scheduler
 from shardemb.engine.runtime import Runtime
 from shardemb.engine.warming import Warming
 from shardemb.errors import (
     DiskFullError,
     FormatError,
-    ReadOnlyError,
     StaleReaderError,
     StoreExistsError,
-    StoreLockedError,
     StoreNotFoundError,
 )
-from shardemb.format import store_paths, zarr_metadata
-from shardemb.format.manifest import Manifest
+from shardemb.format import store_paths
 from shardemb.format.spec import normalized
-from shardemb.format.table_files import TableLocation
 from shardemb.memory import memory_budget as memory
 from shardemb.memory.hidden_rows import HiddenRows
 from shardemb.memory.past_blocks import PastBlocks
 from shardemb.session.session import Reader, Session
-from shardemb.storage import address_space, files, folders, table_folder
+from shardemb.storage import address_space, files, folders
+from shardemb.store import writer
 from shardemb.store.store import Store
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable
     from pathlib import Path
+
+    from shardemb.format.manifest import Manifest
 
 T = TypeVar("T")
 
@@ -52,9 +49,6 @@ Mode: TypeAlias = Literal["r", "r+", "a", "w", "w-"]
 
 RETRY_PAUSES_S = (0.0, *(0.001 * 2**n for n in range(8)))
 """Pauses of a reader next to a writer before it reports an error: half a second in all."""
-
-LOCK_PAUSES_S = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
-"""Pauses of a writer that finds the lock taken: a reader that met an error may hold it for a moment."""
 
 RETRY_LIMIT_S = 60.0
 """How long such a reader starts over because the writer has changed the store meanwhile."""
@@ -123,6 +117,8 @@ def open(
     FormatError
         The store has a newer format version, or its files are damaged; or some of them are links, which are not
         followed.
+    PartitionError
+        The mode allows writing, and it is a partition of a distributed store, which is opened as a whole.
     ShardEmbError
         The tables have more files than this process can map: close another store.
     DiskFullError
@@ -157,19 +153,17 @@ def open(
         msg = f'commit={commit!r} is only read, so mode must be "r", got {mode!r}; store.restore() goes back to a tag'
         raise ValueError(msg)
     mode = "r" if commit is not None else mode
-    runtime = Runtime(
-        path=_resolved(path),
+    runtime = checked_runtime(
+        resolved(path),
         writable=mode != "r",
-        threads=scheduler.CORES if threads is None else validation.count(threads, "threads", maximum=1024),
-        memory_budget=memory.total_bytes() // 2
-        if memory_budget is None
-        else validation.count(memory_budget, "memory_budget", minimum=0, maximum=2**62),
-        log_bytes=None if log_bytes is None else validation.count(log_bytes, "log_bytes", maximum=2**62),
-        warming=Warming(enabled=warm),
+        memory_budget=memory_budget,
+        log_bytes=log_bytes,
+        threads=threads,
+        warm=warm,
     )
     exists = files.size(store_paths.manifest(runtime.path)) is not None
     if not exists:
-        _require_creatable(runtime.path, mode)
+        require_creatable(runtime.path, mode)
     elif mode == "w-":
         msg = f'{runtime.path} is a store already; open it with mode "r+", or replace it with mode "w"'
         raise StoreExistsError(msg)
@@ -177,7 +171,37 @@ def open(
         return Store(_open_tag(runtime, normalized(commit)))
     if mode == "r":
         return Store(_open_reader(runtime))
-    return Store(_open_writer(runtime, new=mode == "w"))
+    with writer.Held.take(runtime) as held:
+        held.create(anew=mode == "w")
+        return Store(held.open())
+
+
+def checked_runtime(
+    path: Path,
+    *,
+    writable: bool,
+    memory_budget: int | None,
+    log_bytes: int | None,
+    threads: int | None,
+    warm: bool,
+) -> Runtime:
+    """Check the options of an opening; see `open`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        One is invalid.
+    """
+    return Runtime(
+        path=path,
+        writable=writable,
+        threads=scheduler.CORES if threads is None else validation.count(threads, "threads", maximum=1024),
+        memory_budget=memory.total_bytes() // 2
+        if memory_budget is None
+        else validation.count(memory_budget, "memory_budget", minimum=0, maximum=2**62),
+        log_bytes=None if log_bytes is None else validation.count(log_bytes, "log_bytes", maximum=2**62),
+        warming=Warming(enabled=warm),
+    )
 
 
 def _open_reader(runtime: Runtime) -> Session:
@@ -192,7 +216,7 @@ def _open_reader(runtime: Runtime) -> Session:
         # The writer may have moved folders, or published another base, between the calls above.
         if (
             folders.locate(runtime.path, manifest.tables) != directories
-            or read_manifest(runtime.path) != manifest
+            or writer.read_manifest(runtime.path) != manifest
         ):
             session.close()
             raise FormatError(f"{runtime.path} keeps changing while it is opened; try again")
@@ -244,7 +268,7 @@ def _read_next_to_writer(path: Path, read: Callable[[Manifest], T], limit_s: flo
     while True:
         base = None
         try:
-            base = read_manifest(path)
+            base = writer.read_manifest(path)
             return read(base)
         except DiskFullError:  # of a copy
             raise
@@ -268,7 +292,7 @@ def _follow(path: Path, identity: str, copying: copies.StoreCopy) -> None:
         if base.uuid != identity:
             raise StaleReaderError(f"another store is at {path} now; open that with shardemb.open")
         copying.follow(base, partial(log_reader.read, store_paths.log(path), base, private=True))
-        if read_manifest(path) != base:
+        if writer.read_manifest(path) != base:
             raise FormatError(f"{path} keeps changing while it is copied; try again")
 
     _read_next_to_writer(path, follow_once, limit_s=math.inf)
@@ -276,7 +300,7 @@ def _follow(path: Path, identity: str, copying: copies.StoreCopy) -> None:
 
 def _base_has_changed(path: Path, base: Manifest | None) -> bool:
     try:
-        return read_manifest(path) != base
+        return writer.read_manifest(path) != base
     except (FormatError, OSError):
         return False
 
@@ -332,159 +356,8 @@ def _watch_undo(folder: Path) -> Callable[[], int]:
     return lambda: int(now[0])
 
 
-def _open_writer(runtime: Runtime, *, new: bool) -> Session:
-    path = runtime.path
-    try:
-        files.make_directory(store_paths.private(path))
-        folders.refuse_links(path)
-        lock = _take_lock(path)
-    except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        raise _not_writable(path, error.errno) from error
-    runtime.in_place = partial(files.is_open_file, store_paths.lock(path), lock)
-    try:
-        files.overwrite_text(lock, f"{os.getpid()}\n", store_paths.lock(path))
-        if new and files.size(store_paths.manifest(path)) is not None:
-            _clear(path)
-        if files.size(store_paths.manifest(path)) is None:
-            _create(path)
-        base = read_manifest(path)
-        return Session(runtime, _recover(runtime, base), lock, may_miss=base.clean)
-    except BaseException:
-        files.close(lock)
-        raise
-
-
-def _not_writable(path: Path, code: int) -> ReadOnlyError:
-    reason = "its file system is read-only" if code == errno.EROFS else "this user may not write there"
-    exists = store_paths.manifest(path).is_file()
-    way_out = f'open it with mode "r", or copy the folder {path}' if exists else "choose another path"
-    return ReadOnlyError(code, f"{path} cannot be opened for writing, because {reason}; {way_out}")
-
-
-def _recover(runtime: Runtime, base: Manifest) -> Manifest:
-    """Bring the shards to the last commit; return the next base. If interrupted, it can be done again."""
-    folder = store_paths.log(runtime.path)
-    _keep_tags(runtime, base)
-    log_reader.sync(folder, base)
-    replay = log_reader.read(folder, base)
-    directories = folders.locate(runtime.path, replay.manifest.tables)
-    images = []
-    for record in replay.manifest.tables:
-        directory = directories[record.uuid]
-        with table_folder.naming(record.name, directory):
-            spec = table_folder.spec_of(directory, may_miss=base.clean)
-            images.append((TableLocation(spec, directory), replay.images(spec)))
-    rewrite.unshare(runtime.path, [location for location, _ in images])
-    # Before the images are written: some may be of rows that the note still names.
-    note = fills.read_note(runtime.path, base)
-    for location, some in images:
-        named = [each for each in note.fills if each.table == location.spec.uuid]
-        fills.undo_unfinished(location, named, some.fills)
-    # Every image, even where the files look right: after a failed write-back, only the page cache may be.
-    fold.write(images, runtime.threads, runtime.undo)
-    current = {table.uuid for table in replay.manifest.tables}
-    rows = sum(each.ids.size for _, each in images)
-    if rows:
-        _log.info("recovered %s: %d rows of the log folded", runtime.path, rows)
-    return replace(
-        replay.manifest,
-        epoch=base.epoch + 1,
-        clean=False,
-        # Above every number that was ever used, so that nothing left of the old log can be taken for the new one.
-        segment=max(base.segment - 1, *log_reader.segments(folder), 0) + 1,
-        sequence=replay.sequence,
-        attempt=replay.attempt + 1,
-        dropped=(*base.dropped, *(table for table in base.tables if table.uuid not in current)),
-        tags=base.tags,
-    )
-
-
-def _keep_tags(runtime: Runtime, base: Manifest) -> None:
-    """Keep what tags have of the files, from now on. One that is damaged is lost, which says whoever reads it."""
-    tags.sweep(runtime.path, base.tags)
-    for each in base.tags:
-        try:
-            runtime.undo.add(each.uuid, tags.keeper(runtime.path, each))
-        except (FormatError, FileNotFoundError) as error:
-            _log.warning("the tag %r of %s is lost: %s", each.name, runtime.path, str(error))
-            tags.release(store_paths.tag(runtime.path, each.uuid))
-
-
-def read_manifest(path: Path) -> Manifest:
-    """Read a store's manifest and check that the zarr group belongs to it.
-
-    Raises
-    ------
-    FormatError
-        Either is missing or damaged, or they belong to two stores.
-    """
-    manifest = _parse(store_paths.manifest(path), Manifest.from_bytes)
-    found = _parse(path / zarr_metadata.DOCUMENT, zarr_metadata.store_uuid)
-    if found != manifest.uuid:
-        msg = (
-            f"{path}: zarr.json and the manifest belong to two different stores ({found} and {manifest.uuid})"
-        )
-        raise FormatError(msg)
-    return manifest
-
-
-def _parse(path: Path, parse: Callable[[bytes], T]) -> T:
-    try:
-        return parse(files.read(path))
-    except (OSError, ValueError) as error:
-        msg = f"{path}: {error}"
-        raise FormatError(msg) from error
-
-
-def _create(path: Path) -> None:
-    # First: the removal of an old manifest must be durable before there is a group that it does not belong to.
-    files.sync_directory(store_paths.private(path))
-    identity = str(uuid.uuid4())
-    for name, document in zarr_metadata.store_documents(identity).items():
-        files.replace(path / name, document)
-    # Last: without a manifest, the folder counts as empty.
-    manifest = Manifest(uuid=identity, clean=True, epoch=_last_epoch(path))
-    files.replace(store_paths.manifest(path), manifest.to_bytes())
-    files.sync_directory(path.parent)
-
-
-def _last_epoch(path: Path) -> int:
-    """Return the epoch that readers know, of the store that was here before: none is used twice."""
-    file = store_paths.epoch(path)
-    if (files.size(file) or 0) < PAGE:
-        return 0
-    with files.opened(file, os.O_RDONLY) as descriptor:
-        return min(abs(int.from_bytes(files.read_at(descriptor, 8, 0, file), "little", signed=True)), 2**61)
-
-
-def _clear(path: Path) -> None:
-    """Delete what is a store's own, except its lock, and nothing else in its folder.
-
-    If interrupted, it leaves an empty store, or a folder to create one in.
-    """
-    try:
-        old = _parse(store_paths.manifest(path), Manifest.from_bytes)
-    except FormatError:
-        old = Manifest(uuid=str(uuid.uuid4()))
-    dropped = (*old.tables, *old.dropped)
-    empty = replace(old, clean=True, commit=None, tables=(), vocabularies=(), dropped=dropped, tags=())
-    files.replace(store_paths.manifest(path), empty.to_bytes())
-    folders.arrange(path, (), dropped)
-    for directory in folders.tables(path):  # those that a damaged manifest did not name
-        files.remove_tree(directory)
-    tags.sweep(path, ())
-    files.remove_tree(store_paths.tags(path))
-    files.remove_tree(store_paths.private(path) / "tables")
-    files.remove_tree(store_paths.private(path) / "vocabularies")
-    files.remove_tree(store_paths.rebuilt(path))
-    files.remove_tree(store_paths.log(path))
-    files.remove(store_paths.fills(path))
-    files.remove(store_paths.manifest(path))
-
-
-def _require_creatable(path: Path, mode: str) -> None:
+def require_creatable(path: Path, mode: str) -> None:
+    """Raise `StoreNotFoundError` if no store is, or can be created, in a folder without one."""
     for place in (path, *path.parents):
         if place.exists():
             break
@@ -505,7 +378,7 @@ def _require_creatable(path: Path, mode: str) -> None:
         raise StoreNotFoundError(msg)
 
 
-def _resolved(path: str | os.PathLike[str]) -> Path:
+def resolved(path: str | os.PathLike[str]) -> Path:
     """Check a path given by the user; return where it leads, so that none of its parts is a link."""
     given = paths.local_path(path, "the store").absolute()
     for place in (given, *given.parents):
@@ -513,27 +386,6 @@ def _resolved(path: str | os.PathLike[str]) -> Path:
             msg = f"{place} is a link to {place.readlink()}, where nothing is; make that folder, or choose another path"
             raise StoreNotFoundError(msg)
     return given.resolve()
-
-
-def _take_lock(path: Path) -> int:
-    """Become the writer of a store; return the descriptor that holds the lock."""
-    file = store_paths.lock(path)
-    for pause_s in LOCK_PAUSES_S:
-        time.sleep(pause_s)
-        lock = files.lock(file, shared=False)
-        if lock is None:
-            continue
-        if not files.is_open_file(file, lock):  # it was replaced meanwhile
-            files.close(lock)
-            continue
-        if files.names(file)[0] == 1:
-            return lock
-        # It is also the lock of a copy whose files are links to these. With it held, make one for this store alone.
-        try:
-            files.replace(file, b"")
-        finally:
-            files.close(lock)
-    raise _lock_error(path)
 
 
 def _is_being_written(path: Path) -> bool:
@@ -545,13 +397,3 @@ def _is_being_written(path: Path) -> bool:
     if lock is not None:
         files.close(lock)
     return lock is None
-
-
-def _lock_error(path: Path) -> StoreLockedError:
-    try:
-        holder = f"process {int(files.read(store_paths.lock(path), 64))}"
-    except (OSError, ValueError):
-        holder = "another process"
-    mine = " (this one)" if holder == f"process {os.getpid()}" else ""
-    msg = f'{path} is being written by {holder}{mine}; close it there, or open it here with mode "r"'
-    return StoreLockedError(msg)

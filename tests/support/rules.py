@@ -24,7 +24,7 @@ from shardemb.session.attempt import Attempt
 from shardemb.session.base import Base
 from shardemb.session.journal import Journal
 from shardemb.storage import checksums, files
-from shardemb.store import opening
+from shardemb.store import writer
 from shardemb.vocabulary import key_rows
 from support import fills_power_loss, inside, tags_power_loss
 from support.power_loss import WORKLOADS, Disk, Recording, contents, explore, materialise, scratch, work
@@ -390,11 +390,11 @@ def base_in_place(patch):
 
 def recovery_reuses_numbers(patch):
     names = {name: getattr(log_reader, name) for name in ("read", "sync")}
-    patch.setattr(opening, "log_reader", SimpleNamespace(**names, segments=lambda folder: []))
+    patch.setattr(writer, "log_reader", SimpleNamespace(**names, segments=lambda folder: []))
 
 
 def recovery_writes_nothing(patch):
-    patch.setattr(opening, "fold", SimpleNamespace(write=lambda images, threads, *rest: None))
+    patch.setattr(writer, "fold", SimpleNamespace(write=lambda images, threads, *rest: None))
 
 
 def sync_declared_too_early(patch):
