@@ -41,7 +41,9 @@ ROOMS = {
     ],
     "precision": ["codecs", "coded_rows", "records"],
     "storage": ["files", "address_space", "folders", "checksums", "table_folder"],
-    "commits": ["fills", "log_reader", "undo", "fold", "log_writer", "rewrite", "tags", "copies", "verify"],
+    "commits": [
+        "log_limit", "fills", "log_reader", "undo", "fold", "log_writer", "rewrite", "tags", "copies", "verify",
+    ],
     "memory": [
         "output_pool", "slots", "spill_file", "overlay", "frozen_rows", "memory_budget", "hidden_rows",
         "past_blocks", "totals",
@@ -68,10 +70,13 @@ ROOMS = {
         "index",
     ],
     "session": [
-        "forking", "display", "pending_commit", "attempt", "base", "log_limit", "journal",
+        "forking", "display", "pending_commit", "attempt", "base", "journal", "partition_journal",
         "table_catalog", "vocabulary_catalog", "session",
     ],
-    "store": ["vocabulary", "table", "keyed_table", "importing", "tagging", "store", "opening"],
+    "store": [
+        "vocabulary", "table", "keyed_table", "importing", "tagging", "store", "writer", "opening",
+        "partition",
+    ],
     "text": [],
     "dynamicemb": [],
     "ranks": ["transport", "parts", "calls", "tables", "ranks"],

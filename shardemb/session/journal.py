@@ -6,9 +6,6 @@
               -> one sync -> remember (lock)
     fold      close the segments (lock) -> write their images into the shards -> new base (lock) -> remove segments
 
-In a partition of a distributed store a commit has two halves: `Journal.propose` appends images and a prepared record,
-and syncs; then `Journal.decide` appends the commit record, or `Journal.drop` gives up. In between no fold begins.
-
 A fold runs in a thread of its own and reads images from the log only, so training continues meanwhile. So may a
 commit: what was changed when it was called is what it makes durable. One commit is under way at a time, and no fold
 begins while it appends to the log.
@@ -26,11 +23,10 @@ from typing import TYPE_CHECKING
 
 from shardemb.base.interrupts import signals_deferred
 from shardemb.base.sizes import PAGE
-from shardemb.commits import fills, fold, log_reader, log_writer
+from shardemb.commits import fills, fold, log_limit, log_reader, log_writer
 from shardemb.engine.runtime import in_thread
-from shardemb.errors import DiskFullError, PartitionError, PoisonedError, ShardEmbError
+from shardemb.errors import DiskFullError, PoisonedError, ShardEmbError
 from shardemb.format import store_paths
-from shardemb.session import log_limit
 from shardemb.session.attempt import Attempt, Images, changed_bytes
 from shardemb.session.base import Base
 from shardemb.session.pending_commit import PendingCommit
@@ -45,7 +41,7 @@ if TYPE_CHECKING:
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.shards import Shards
     from shardemb.format.fill_records import Filled
-    from shardemb.format.manifest import Decided, Manifest
+    from shardemb.format.manifest import Manifest
     from shardemb.format.spec import TableSpec
 
 
@@ -92,13 +88,17 @@ class Journal:
             lambda: [each for table in self._tables().values() for each in table.filled.unfinished()],
         )
         runtime.announcements = self._announcements
-        self._limit = log_limit.LogLimit(runtime, tables)
+        self._limit = log_limit.LogLimit(
+            runtime.path,
+            runtime.log_bytes,
+            runtime.memory_budget,
+            lambda: sum(each.spec.num_shards * each.spec.shard_bytes for each in tables().values()),
+        )
         self._condition = threading.Condition(runtime.lock)
         self._folding = False
         self._folding_bytes = 0
         self._unfolded_bytes = 0  # that a failed fold has left
         self._attempt: Attempt | None = None  # that is under way
-        self._prepared: Attempt | None = None  # the same one, once it waits for a decision
         self._hurry = threading.Event()
         self._shown = False
         self._problem: Exception | None = None
@@ -167,67 +167,6 @@ class Journal:
             raise
         self._fold_if_due(attempt)
 
-    def propose(self, attempt: Attempt) -> None:
-        """Make the changes of an attempt durable without committing them: `decide` or `drop` follows.
-
-        Raises
-        ------
-        DiskFullError
-            There is no space; nothing was changed.
-        OSError
-            A write or sync failed: the store is poisoned.
-        """
-        try:
-            with signals_deferred():
-                self._freeze(attempt)
-            self._append_attempt(attempt, decides_later=True)
-            with signals_deferred():
-                self._append_record(self._log.append_prepared, attempt.payload)
-                self._prepared = attempt
-        except BaseException:
-            self._give_up(attempt)
-            raise
-
-    def decide(self) -> None:
-        """Commit what is prepared. The commit record is not synced: if it is lost, the next opening is told.
-
-        Raises
-        ------
-        OSError
-            A write failed: the store is poisoned.
-        """
-        attempt = self._require_prepared()
-        with signals_deferred():
-            self._append_record(self._log.append_decision, attempt.payload)
-            attempt.succeed()
-            self._end_attempt(None)
-        self._fold_if_due(attempt)
-
-    def drop(self) -> None:
-        """Let what is prepared count as changed again, because another decision was made."""
-        self._give_up(self._require_prepared())
-
-    @property
-    def prepared(self) -> Decided | None:
-        """What waits for a decision, if anything does."""
-        return None if self._prepared is None else self._prepared.manifest.decided
-
-    def _require_prepared(self) -> Attempt:
-        if self._prepared is None:
-            msg = f"nothing is prepared in {self._runtime.path}"
-            raise PartitionError(msg)
-        return self._prepared
-
-    def leave_prepared(self) -> bool:
-        """Leave what is prepared to the next opening, which is told what was decided; return whether anything is.
-
-        For a store that closes.
-        """
-        if self._prepared is None:
-            return False
-        self._end_attempt(None)
-        return True
-
     def commit_behind(self, attempt: Attempt, afterwards: Callable[[], None]) -> PendingCommit:
         """Make the changes of an attempt durable in a thread of its own; then call ``afterwards()`` there.
 
@@ -271,15 +210,15 @@ class Journal:
         runtime, manifest = self._runtime, attempt.manifest
         rows = self._append_attempt(attempt)
         with signals_deferred():  # memory must agree with the log, also after Ctrl-C
-            self._append_record(self._log.append_commit, attempt.payload)
+            self._append_commit(attempt.payload)
             with runtime.lock:
                 attempt.succeed()
                 self._end_attempt(ended)
         assert manifest.commit is not None
         _log.info("committed %s: step %d, %d rows", runtime.path, manifest.commit.step, rows)
 
-    def _append_attempt(self, attempt: Attempt, *, decides_later: bool = False) -> int:
-        """Append all of an attempt but the record that ends it; return the number of rows."""
+    def _append_attempt(self, attempt: Attempt, manifests: int = 1) -> int:
+        """Append all of an attempt but the records with its manifest that end it; return the number of rows."""
         runtime, manifest = self._runtime, attempt.manifest
         if {each.uuid for each in manifest.tables} - {each.uuid for each in runtime.committed.tables}:
             with self._poisoned_by_errors():  # files must be durable before a commit record names them
@@ -288,7 +227,7 @@ class Journal:
         images, filled = attempt.images(runtime.lock), attempt.fills
         with self._poisoned_by_errors():
             attempt.sync_fills()
-        self._append(images, attempt.payload, filled, manifests=2 if decides_later else 1)
+        self._append(images, attempt.payload, filled, manifests)
         return sum(each.count for each in images) + attempt.filled_rows
 
     def _give_up(self, attempt: Attempt, ended: Callable[[], None] | None = None) -> None:
@@ -301,7 +240,7 @@ class Journal:
                 ended()
 
     def _end_attempt(self, ended: Callable[[], None] | None) -> None:
-        self._attempt = self._prepared = None
+        self._attempt = None
         if ended is not None:
             ended()
         self._condition.notify_all()
@@ -321,22 +260,9 @@ class Journal:
             self._start()
 
     def settle(self) -> None:
-        """Wait until no commit is under way. Called with or without the lock, which it releases meanwhile.
-
-        Raises
-        ------
-        PartitionError
-            One waits for the decision of others, which may never come.
-        """
+        """Wait until no commit is under way. Called with or without the lock, which it releases meanwhile."""
         with self._runtime.lock:
             while self._attempt is not None:
-                if self._prepared is not None:
-                    number, _ = self._prepared.manifest.decided
-                    msg = (
-                        f"commit {number} of {self._runtime.path} is prepared and not decided, and this has to wait "
-                        f"for it; decide or abandon it first"
-                    )
-                    raise PartitionError(msg)
                 self._condition.wait()
 
     def prepare(self, tables: Sequence[Shards]) -> None:
@@ -412,7 +338,7 @@ class Journal:
         payload = self._runtime.committed.to_bytes()
         self._append([Images(spec, ids.size, log_writer.in_order(ids, pack))], payload)
         with signals_deferred():
-            self._append_record(self._log.append_commit, payload)
+            self._append_commit(payload)
         self.drain()
 
     def follow(self, copying: copies.StoreCopy) -> None:
@@ -562,7 +488,6 @@ class Journal:
 
     def release(self) -> None:
         """Wait for a fold that is running, and close the log."""
-        self.leave_prepared()
         self._wait()
         if self._thread is not None:
             self._thread.join()
@@ -585,7 +510,6 @@ class Journal:
             if lock is not None:
                 files.close(lock)
 
-        self.leave_prepared()
         if self._folding or self._attempt is not None:
             self._abandoned = close
         else:
@@ -611,6 +535,9 @@ class Journal:
                 self._log.append_fill(fill, spec.record_bytes)
             for each in images:
                 self._log.append_images(each.spec.uuid, each.count, each.spec.record_bytes, each.fill)
+
+    def _append_commit(self, payload: bytes) -> None:
+        self._append_record(self._log.append_commit, payload)
 
     def _append_record(self, append: Callable[[bytes], None], payload: bytes) -> None:
         """Append a record with the manifest `payload`; the store is poisoned if that fails."""

@@ -24,6 +24,7 @@ from shardemb.format.manifest import Commit, Manifest, check_metadata, check_ste
 from shardemb.format.spec import check_name, new_spec, normalized
 from shardemb.session import display, forking
 from shardemb.session.journal import Journal
+from shardemb.session.partition_journal import PartitionJournal
 from shardemb.session.table_catalog import TableCatalog
 from shardemb.session.vocabulary_catalog import VocabularyCatalog, check_optimizer, first_padding, first_shape
 from shardemb.storage import address_space, files, folders
@@ -119,7 +120,8 @@ class Session:
         self.tables.load(replay, may_miss=may_miss)
         self.vocabularies.load()
         if runtime.writable:
-            self._journal = Journal(runtime, manifest, self.tables.memory)
+            kind = Journal if manifest.partition is None else PartitionJournal
+            self._journal = kind(runtime, manifest, self.tables.memory)
             runtime.become_writer(self._journal, self.tables.overlays)
             try:
                 self._journal.begin()
@@ -291,7 +293,7 @@ class Session:
             self.require_whole()
             self.runtime.check_sound()
             self.journal.prepare([table.shards for table in self.tables.current.values()])
-            attempt, commit = self._attempt(step, metadata)
+            attempt, commit = self.attempt(step, metadata)
             self.journal.commit(attempt)
             self.vocabularies.rebuild_stale_indexes()
             return replace(commit, metadata=check_metadata(metadata))
@@ -303,29 +305,8 @@ class Session:
             self.require_whole()
             self.runtime.check_sound()
             self.journal.settle()
-            attempt, _ = self._attempt(step, metadata)
+            attempt, _ = self.attempt(step, metadata)
             return self.journal.commit_behind(attempt, self._after_commit)
-
-    def propose(self, decision: AttemptId, step: int | None, metadata: Mapping[str, Any] | None) -> None:
-        """Make every change durable as the next commit of a partition, without committing; see `Partition.prepare`."""
-        step, metadata = check_step(step), check_metadata(metadata)
-        with self.runtime.changing():
-            self.runtime.check_sound()
-            self.journal.prepare([table.shards for table in self.tables.current.values()])
-            attempt, _ = self._attempt(step, metadata, decision)
-            self.journal.propose(attempt)
-
-    def decide(self) -> None:
-        """Commit what `propose` has made durable; see `Partition.decide`."""
-        with self.runtime.changing():
-            self.runtime.check_sound()
-            self.journal.decide()
-            self.vocabularies.rebuild_stale_indexes()
-
-    def drop_proposal(self) -> None:
-        """Let what `propose` has made durable count as changed again; see `Partition.abandon`."""
-        with self.runtime.changing():
-            self.journal.drop()
 
     def require_whole(self) -> None:
         """Raise `PartitionError` in a partition, which commits only together with the others."""
@@ -337,7 +318,7 @@ class Session:
             )
             raise PartitionError(msg)
 
-    def _attempt(
+    def attempt(
         self, step: int | None, metadata: dict[str, Any], decision: AttemptId | None = None
     ) -> tuple[Attempt, Commit]:
         """Plan the next commit. The waits before it have released the lock, so everything is looked at here."""
@@ -573,9 +554,10 @@ class Session:
 
     def _finish_writing(self, shown: bool) -> None:
         """Fold what is committed, discard the rest, and warn of what is lost."""
-        is_prepared = self.journal.leave_prepared()
+        if isinstance(self.journal, PartitionJournal) and self.journal.leave_prepared():
+            return  # in doubt, until the next opening is told
         self.journal.settle()
-        if self.runtime.poisoned or is_prepared:
+        if self.runtime.poisoned:
             return  # the disk may be ahead of memory: the next opening recovers it
         lost, path = self._differs(), self.runtime.path
         self.tables.discard_new()

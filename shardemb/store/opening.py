@@ -173,7 +173,7 @@ def open(
         return Store(_open_reader(runtime))
     with writer.Held.take(runtime) as held:
         held.create(anew=mode == "w")
-        return Store(held.open())
+        return Store(held.session())
 
 
 def checked_runtime(

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from shardemb.base import validation
 from shardemb.errors import PartitionError, StoreExistsError
 from shardemb.format import store_paths
+from shardemb.format.manifest import check_metadata, check_step
+from shardemb.session.partition_journal import PartitionJournal
 from shardemb.storage import files
 from shardemb.store import opening, writer
 from shardemb.store.store import Store
@@ -149,7 +151,7 @@ class Partition:
         if self._session is None:
             manifest, prepared = self._read
         else:
-            manifest, prepared = self._session.runtime.committed, self._session.journal.prepared
+            manifest, prepared = self._session.runtime.committed, self._journal.prepared
         return PartitionStatus(*manifest.decided, prepared)
 
     @property
@@ -161,9 +163,8 @@ class Partition:
         PartitionError
             `open` was not called, or `close` was.
         """
-        if self._store is None:
-            msg = f"{self!r} is not open; call open() with what was decided"
-            raise PartitionError(msg)
+        self._opened()
+        assert self._store is not None
         return self._store
 
     def open(
@@ -215,7 +216,7 @@ class Partition:
                 warm=warm,
             )
         )
-        self._session = self._held.open(decided)
+        self._session = self._held.session(decided)
         self._store = Store(self._session)
         return self._store
 
@@ -247,7 +248,12 @@ class Partition:
             raise PartitionError(msg)
         epoch, coordinator, count = attempt
         checked = validation.count(epoch, "epoch", minimum=0), str(coordinator), int(count)
-        session.propose(checked, step, metadata)
+        step, document = check_step(step), check_metadata(metadata)
+        with session.runtime.changing():
+            session.runtime.check_sound()
+            self._journal.prepare([table.shards for table in session.tables.current.values()])
+            planned, _ = session.attempt(step, document, checked)
+            self._journal.propose(planned)
 
     def decide(self) -> None:
         """Commit what is prepared.
@@ -261,7 +267,11 @@ class Partition:
         OSError, PoisonedError
             Writing failed. The next opening commits it.
         """
-        self._opened().decide()
+        session = self._opened()
+        with session.runtime.changing():
+            session.runtime.check_sound()
+            self._journal.decide()
+            session.vocabularies.rebuild_stale_indexes()
 
     def abandon(self) -> None:
         """Let what is prepared count as changed again: another decision was made.
@@ -271,12 +281,20 @@ class Partition:
         PartitionError
             Nothing is prepared.
         """
-        self._opened().drop_proposal()
+        with self._opened().runtime.changing():
+            self._journal.drop()
 
     def _opened(self) -> Session:
-        self.store.last_commit  # noqa: B018
-        assert self._session is not None
+        if self._store is None or self._session is None:
+            msg = f"{self!r} is not open; call open() with what was decided"
+            raise PartitionError(msg)
         return self._session
+
+    @property
+    def _journal(self) -> PartitionJournal:
+        assert self._session is not None
+        assert isinstance(self._session.journal, PartitionJournal)
+        return self._session.journal
 
     def close(self) -> None:
         """Close the store and release the lock. What is prepared stays so: it is in doubt until the next opening."""

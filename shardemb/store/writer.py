@@ -39,7 +39,7 @@ LOCK_PAUSES_S = (0.0, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 class Held:
     """A store whose lock this process holds, and in which nothing was changed yet. A context manager.
 
-    Its end releases the lock, unless `open` has handed it over to a session.
+    Its end releases the lock, unless `session` has handed it over to a session.
 
     Parameters
     ----------
@@ -65,18 +65,17 @@ class Held:
         try:
             files.make_directory(store_paths.private(path))
             folders.refuse_links(path)
-            held = cls(runtime, _take_lock(path))
+            lock = _take_lock(path)
         except OSError as error:
             if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise
             raise _not_writable(path, error.errno) from error
         try:
-            assert held._lock is not None
-            files.overwrite_text(held._lock, f"{os.getpid()}\n", store_paths.lock(path))
+            files.overwrite_text(lock, f"{os.getpid()}\n", store_paths.lock(path))
         except BaseException:
-            held.release()
+            files.close(lock)
             raise
-        return held
+        return cls(runtime, lock)
 
     def use(self, runtime: Runtime) -> None:
         """Use other settings for the opening that follows."""
@@ -107,7 +106,7 @@ class Held:
             log_reader.sync(folder, base)
         return log_reader.read(folder, base)
 
-    def open(self, decided: Decided | None = None) -> Session:
+    def session(self, decided: Decided | None = None) -> Session:
         """Recover the store and open it, whose session has the lock from now on.
 
         Raises

@@ -154,8 +154,8 @@ def test_two_tables_cannot_share_a_name_or_a_uuid(what):
 
 
 def test_a_newer_version_asks_for_an_upgrade_whatever_else_the_document_holds():
-    with pytest.raises(FormatError, match="format version 3 is newer"):
-        Manifest.from_bytes(b'{"format_version": 3}')
+    with pytest.raises(FormatError, match="format version 4 is newer"):
+        Manifest.from_bytes(b'{"format_version": 4}')
 
 
 def test_only_a_manifest_with_tags_has_version_2():

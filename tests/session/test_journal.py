@@ -13,11 +13,10 @@ from support import inside
 from support.stores import close_quietly
 
 import shardemb
-from shardemb.commits import fold, log_reader, log_writer
+from shardemb.commits import fold, log_limit, log_reader, log_writer
 from shardemb.errors import DiskFullError, PoisonedError, ReadOnlyError, StaleReaderError
 from shardemb.initializers import Uniform
 from shardemb.optim import SGD
-from shardemb.session import log_limit
 from shardemb.storage import address_space, files
 
 ROWS, DIM = 5000, 16

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 from shardemb.storage import files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from shardemb.engine.runtime import Runtime
-    from shardemb.engine.shards import Shards
+    from collections.abc import Callable
+    from pathlib import Path
 
 LOG_BYTES = 2**30
 """The least that the log may take if nothing was said, whatever the tables and the disk have."""
@@ -28,20 +26,26 @@ class LogLimit:
 
     Parameters
     ----------
-    runtime : Runtime
-        Has `log_bytes`, the memory budget, and the store's path.
-    tables : callable
-        Returns all tables of the store by uuid.
+    path : Path
+        The store's folder.
+    log_bytes : int or None
+        What the opening says.
+    memory_budget : int
+        Bytes.
+    mapped_bytes : callable
+        Returns how many bytes all tables of the store map.
     """
 
-    def __init__(self, runtime: Runtime, tables: Callable[[], Mapping[str, Shards]]) -> None:
-        self._runtime, self._tables = runtime, tables
+    def __init__(
+        self, path: Path, log_bytes: int | None, memory_budget: int, mapped_bytes: Callable[[], int]
+    ) -> None:
+        self._path, self._log_bytes = path, log_bytes
+        self._memory_budget, self._mapped_bytes = memory_budget, mapped_bytes
 
     def is_exceeded(self, nbytes: int, in_log: int) -> bool:
         """Return whether a log of that many bytes would be too large, if it has `in_log` bytes now."""
-        runtime = self._runtime
-        if runtime.log_bytes is not None or nbytes <= LOG_BYTES:
-            return nbytes > (runtime.log_bytes or LOG_BYTES)
-        mapped = sum(each.spec.num_shards * each.spec.shard_bytes for each in self._tables().values())
-        free = files.free_space(runtime.path) + in_log
-        return nbytes > max(LOG_BYTES, min(LOG_TABLES * mapped, free // LOG_PART, runtime.memory_budget))
+        if self._log_bytes is not None or nbytes <= LOG_BYTES:
+            return nbytes > (self._log_bytes or LOG_BYTES)
+        free = files.free_space(self._path) + in_log
+        most = min(LOG_TABLES * self._mapped_bytes(), free // LOG_PART, self._memory_budget)
+        return nbytes > max(LOG_BYTES, most)

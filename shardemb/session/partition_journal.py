@@ -1,0 +1,128 @@
+"""The journal of a partition, in which a commit has two halves, because others decide about it.
+
+::
+
+    propose   freeze -> append images and the prepared record -> one sync: the partition's vote
+    decide    append the commit record, not synced -> remember
+    drop      the rows count as changed again
+
+In between no fold begins, and whatever would wait for the commit is refused instead: the decision may never come. A
+store that closes in between leaves the log to the next opening, which is told what was decided.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shardemb.base.interrupts import signals_deferred
+from shardemb.errors import PartitionError
+from shardemb.session.journal import Journal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from shardemb.engine.runtime import Runtime
+    from shardemb.engine.shards import Shards
+    from shardemb.format.manifest import Decided, Manifest
+    from shardemb.session.attempt import Attempt
+
+
+class PartitionJournal(Journal):
+    """As `Journal`; all methods are called with the store's lock held."""
+
+    def __init__(self, runtime: Runtime, base: Manifest, tables: Callable[[], Mapping[str, Shards]]) -> None:
+        super().__init__(runtime, base, tables)
+        self._prepared: Attempt | None = None  # the attempt under way, once it waits for a decision
+
+    @property
+    def prepared(self) -> Decided | None:
+        """What waits for a decision, if anything does."""
+        return None if self._prepared is None else self._prepared.manifest.decided
+
+    def propose(self, attempt: Attempt) -> None:
+        """Make the changes of an attempt durable without committing them: `decide` or `drop` follows.
+
+        Raises
+        ------
+        DiskFullError
+            There is no space; nothing was changed.
+        OSError
+            A write or sync failed: the store is poisoned.
+        """
+        try:
+            with signals_deferred():
+                self._freeze(attempt)
+            self._append_attempt(attempt, manifests=2)
+            with signals_deferred():
+                self._append_record(self._log.append_prepared, attempt.payload)
+                self._prepared = attempt
+        except BaseException:
+            self._give_up(attempt)
+            raise
+
+    def decide(self) -> None:
+        """Commit what is prepared. The commit record is not synced: if it is lost, the next opening is told.
+
+        Raises
+        ------
+        PartitionError
+            Nothing is prepared.
+        OSError
+            A write failed: the store is poisoned.
+        """
+        attempt = self._require_prepared()
+        with signals_deferred():
+            self._append_record(self._log.append_decision, attempt.payload)
+            attempt.succeed()
+            self._end_attempt(None)
+        self._fold_if_due(attempt)
+
+    def drop(self) -> None:
+        """Let what is prepared count as changed again, because another decision was made.
+
+        Raises
+        ------
+        PartitionError
+            Nothing is prepared.
+        """
+        self._give_up(self._require_prepared())
+
+    def leave_prepared(self) -> bool:
+        """Wait for no decision any more, because the store closes; return whether one was waited for."""
+        if self._prepared is None:
+            return False
+        self._end_attempt(None)
+        return True
+
+    def settle(self) -> None:
+        """See `Journal.settle`; but do not wait for a decision.
+
+        Raises
+        ------
+        PartitionError
+            A commit waits for one.
+        """
+        with self._runtime.lock:
+            if self._prepared is not None:
+                number, _ = self._prepared.manifest.decided
+                msg = (
+                    f"commit {number} of {self._runtime.path} is prepared and not decided, and this has to wait for "
+                    f"it; decide or abandon it first"
+                )
+                raise PartitionError(msg)
+            super().settle()
+
+    def abandon(self, lock: int | None) -> None:
+        """See `Journal.abandon`."""
+        self.leave_prepared()
+        super().abandon(lock)
+
+    def _end_attempt(self, ended: Callable[[], None] | None) -> None:
+        self._prepared = None
+        super()._end_attempt(ended)
+
+    def _require_prepared(self) -> Attempt:
+        if self._prepared is None:
+            msg = f"nothing is prepared in {self._runtime.path}"
+            raise PartitionError(msg)
+        return self._prepared
