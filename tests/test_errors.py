@@ -30,6 +30,7 @@ TREE = {
     "LogDamagedError": None,
     "StaleReaderError": RuntimeError,
     "DiskFullError": OSError,
+    "PartitionError": RuntimeError,
     "PoisonedError": RuntimeError,
 }
 

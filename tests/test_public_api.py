@@ -22,6 +22,7 @@ NAMES = [
     "KeyedTable",
     "LearningRateError",
     "LogDamagedError",
+    "PartitionError",
     "PendingCommit",
     "PoisonedError",
     "ReadOnlyError",

@@ -15,6 +15,7 @@ import errno
 import threading
 import uuid
 from bisect import insort
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -187,6 +188,10 @@ class Log:
             # A small one, if there is none to use again: maybe nothing follows, and zeros would be for nothing.
             self._next_segment(FIRST_SEGMENT)
         return [self._path(each) for each in segments(self._folder) if each <= number]
+
+    def followed(self, manifest: Manifest) -> Manifest:
+        """Return a manifest that says where the log goes on from here."""
+        return replace(manifest, segment=self.number, sequence=self.sequence, attempt=self.attempt + 1)
 
     def discard(self, closed: Sequence[Path]) -> None:
         """Remove closed segments that the base no longer needs, or keep them for reuse."""

@@ -17,7 +17,7 @@ from shardemb.base.forks import usable_in_child
 from shardemb.base.interrupts import signals_deferred
 from shardemb.commits.undo import Undo
 from shardemb.engine.warming import Warming
-from shardemb.errors import PoisonedError, ReadOnlyError, StaleReaderError, StoreClosedError
+from shardemb.errors import PartitionError, PoisonedError, ReadOnlyError, StaleReaderError, StoreClosedError
 from shardemb.format import store_paths
 from shardemb.format.manifest import Manifest
 from shardemb.memory.memory_budget import MemoryBudget, NoFolds
@@ -181,6 +181,16 @@ class Runtime:
         if self.in_place is not None and not self.in_place():
             self.poisoned = "its folder was moved, removed or replaced while it was open"
             self.check_sound()
+
+    def check_whole(self) -> None:
+        """Raise `PartitionError` in a partition, which commits only together with the others."""
+        partition = self.committed.partition
+        if partition is not None:
+            msg = (
+                f"{self.path} is {partition}, and a partition does not commit alone; commit that store with its own "
+                f"commit()"
+            )
+            raise PartitionError(msg)
 
     def check_writable(self) -> None:
         """Raise `ReadOnlyError` in a store that was opened for reading."""

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shardemb.commits import fills
+from shardemb.commits import fills, log_writer
 from shardemb.storage import files
 
 if TYPE_CHECKING:
@@ -37,6 +37,33 @@ def changed_bytes(table: Shards) -> int:
     return table.overlay.changes * (8 + table.spec.record_bytes) + filled
 
 
+def append(
+    log: log_writer.Log,
+    images: Sequence[Images],
+    filled: Sequence[tuple[TableSpec, Filled]],
+    manifest_bytes: int,
+    manifests: int,
+) -> None:
+    """Append images and fills to the log, with space for the records of the manifest that follow.
+
+    Raises
+    ------
+    DiskFullError
+        There is no space; nothing was changed.
+    OSError
+        A write failed.
+    """
+    sizes = [(each.count, each.spec.record_bytes) for each in images]
+    needed = log_writer.needed_bytes(sizes, manifest_bytes)
+    needed += (manifests - 1) * log_writer.needed_bytes((), manifest_bytes)
+    needed += sum(log_writer.needed_for_fill(each, spec.record_bytes) for spec, each in filled)
+    log.begin(needed)
+    for spec, fill in filled:
+        log.append_fill(fill, spec.record_bytes)
+    for each in images:
+        log.append_images(each.spec.uuid, each.count, each.spec.record_bytes, each.fill)
+
+
 class Attempt:
     """An attempt to commit. Callers hold the store's lock, unless a method says otherwise.
 
@@ -55,6 +82,8 @@ class Attempt:
     ----------
     appends : bool
         Whether it has begun to append to the log; then no fold may begin.
+    prepared : bool
+        Whether it is durable in a partition, and waits for the decision of others.
     """
 
     def __init__(
@@ -68,7 +97,7 @@ class Attempt:
         self.manifest = manifest
         self.payload = manifest.to_bytes()
         self.new_set = new_set
-        self.appends = False
+        self.appends = self.prepared = False
         self._tables = [each for each in tables if each.changes]
         self._mark_committed = mark_committed
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from shardemb.engine.table_state import TableState
-    from shardemb.format.manifest import Commit, TagEntry
+    from shardemb.format.manifest import Commit, PartitionIdentity, TagEntry
     from shardemb.vocabulary.keyed_rows import KeyedRows
 
 
@@ -189,6 +189,8 @@ class StoreInfo:
         What exports that were killed have left in the store's folder or next to it. The next export to the same target
         removes it.
     tags : tuple of TagFacts
+    partition : PartitionIdentity or None
+        Which part of a distributed store it is; prints as ``partition 3 of 16 of the store UUID``.
     """
 
     path: str
@@ -199,6 +201,7 @@ class StoreInfo:
     vocabularies: tuple[VocabularyFacts, ...] = ()
     abandoned_exports: tuple[str, ...] = ()
     tags: tuple[TagFacts, ...] = ()
+    partition: PartitionIdentity | None = None
 
 
 def tag_facts(store: Path, tagged: Sequence[TagEntry]) -> tuple[TagFacts, ...]:
@@ -283,6 +286,7 @@ def describe(info: StoreInfo) -> str:
         f"Store   {info.path}",
         f"Commit  {f'{commit.id} at step {commit.step}' if commit else 'none yet'}",
         f"Disk    {size(info.bytes_on_disk)}",
+        *[f"Part    {info.partition}"] * bool(info.partition),
     ]
     if commit and commit.metadata:
         lines.append(f"Job     {json.dumps(commit.metadata)}")

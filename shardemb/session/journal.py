@@ -27,7 +27,7 @@ from shardemb.commits import fills, fold, log_limit, log_reader, log_writer
 from shardemb.engine.runtime import in_thread
 from shardemb.errors import DiskFullError, PoisonedError, ShardEmbError
 from shardemb.format import store_paths
-from shardemb.session.attempt import Attempt, Images, changed_bytes
+from shardemb.session.attempt import Attempt, Images, append, changed_bytes
 from shardemb.session.base import Base
 from shardemb.session.pending_commit import PendingCommit
 from shardemb.storage import files, folders
@@ -210,7 +210,7 @@ class Journal:
         runtime, manifest = self._runtime, attempt.manifest
         rows = self._append_attempt(attempt)
         with signals_deferred():  # memory must agree with the log, also after Ctrl-C
-            self._append_commit(attempt.payload)
+            self._append_record(self._log.append_commit, attempt.payload)
             with runtime.lock:
                 attempt.succeed()
                 self._end_attempt(ended)
@@ -338,7 +338,7 @@ class Journal:
         payload = self._runtime.committed.to_bytes()
         self._append([Images(spec, ids.size, log_writer.in_order(ids, pack))], payload)
         with signals_deferred():
-            self._append_commit(payload)
+            self._append_record(self._log.append_commit, payload)
         self.drain()
 
     def follow(self, copying: copies.StoreCopy) -> None:
@@ -399,13 +399,8 @@ class Journal:
             with signals_deferred():
                 end = self._log.end
                 closed = self._log.close_segments()
-                base = replace(
-                    self._runtime.committed,
-                    segment=self._log.number,
-                    sequence=self._log.sequence,
-                    attempt=self._log.attempt + 1,
-                    dropped=self.base.dropped(self._runtime.committed),
-                )
+                committed = self._log.followed(self._runtime.committed)
+                base = replace(committed, dropped=self.base.dropped(committed))
                 # Until the new base is published, the closed segments still count against `log_bytes`.
                 self._folding, self._folding_bytes = True, self._log.nbytes + self._unfolded_bytes
                 self._log.nbytes = self._unfolded_bytes = 0
@@ -470,16 +465,8 @@ class Journal:
         try:
             problem = self.fold_all()
             if problem is None and not self._runtime.poisoned:
-                number, base = self._log.number, self.base.manifest
-                base = replace(
-                    base,
-                    clean=True,
-                    segment=number + 1,
-                    sequence=self._log.sequence,
-                    attempt=self._log.attempt + 1,
-                    dropped=(),
-                )
-                self.base.publish(base)
+                number, base = self._log.number, self._log.followed(self.base.manifest)
+                self.base.publish(replace(base, clean=True, segment=number + 1, dropped=()))
                 self._announcements.withdraw()
                 log_writer.clear(store_paths.log(self._runtime.path), number + 1)
         except (OSError, PoisonedError) as error:
@@ -524,20 +511,9 @@ class Journal:
         filled: Sequence[tuple[TableSpec, Filled]] = (),
         manifests: int = 1,
     ) -> None:
-        """Append images and fills of an attempt to commit. So many records of the manifest `payload` will follow."""
-        sizes = [(each.count, each.spec.record_bytes) for each in images]
-        needed = log_writer.needed_bytes(sizes, len(payload))
-        needed += (manifests - 1) * log_writer.needed_bytes((), len(payload))
-        needed += sum(log_writer.needed_for_fill(each, spec.record_bytes) for spec, each in filled)
+        """Append images and fills of an attempt to commit; see `append`."""
         with self._poisoned_by_errors():
-            self._log.begin(needed)
-            for spec, fill in filled:
-                self._log.append_fill(fill, spec.record_bytes)
-            for each in images:
-                self._log.append_images(each.spec.uuid, each.count, each.spec.record_bytes, each.fill)
-
-    def _append_commit(self, payload: bytes) -> None:
-        self._append_record(self._log.append_commit, payload)
+            append(self._log, images, filled, len(payload), manifests)
 
     def _append_record(self, append: Callable[[bytes], None], payload: bytes) -> None:
         """Append a record with the manifest `payload`; the store is poisoned if that fails."""

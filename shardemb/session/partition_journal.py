@@ -19,25 +19,18 @@ from shardemb.errors import PartitionError
 from shardemb.session.journal import Journal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from shardemb.engine.runtime import Runtime
-    from shardemb.engine.shards import Shards
-    from shardemb.format.manifest import Decided, Manifest
+    from shardemb.format.manifest import Decided
     from shardemb.session.attempt import Attempt
 
 
 class PartitionJournal(Journal):
     """As `Journal`; all methods are called with the store's lock held."""
 
-    def __init__(self, runtime: Runtime, base: Manifest, tables: Callable[[], Mapping[str, Shards]]) -> None:
-        super().__init__(runtime, base, tables)
-        self._prepared: Attempt | None = None  # the attempt under way, once it waits for a decision
-
     @property
     def prepared(self) -> Decided | None:
         """What waits for a decision, if anything does."""
-        return None if self._prepared is None else self._prepared.manifest.decided
+        attempt = self._attempt
+        return attempt.manifest.decided if attempt is not None and attempt.prepared else None
 
     def propose(self, attempt: Attempt) -> None:
         """Make the changes of an attempt durable without committing them: `decide` or `drop` follows.
@@ -55,7 +48,7 @@ class PartitionJournal(Journal):
             self._append_attempt(attempt, manifests=2)
             with signals_deferred():
                 self._append_record(self._log.append_prepared, attempt.payload)
-                self._prepared = attempt
+                attempt.prepared = True
         except BaseException:
             self._give_up(attempt)
             raise
@@ -89,7 +82,7 @@ class PartitionJournal(Journal):
 
     def leave_prepared(self) -> bool:
         """Wait for no decision any more, because the store closes; return whether one was waited for."""
-        if self._prepared is None:
+        if self.prepared is None:
             return False
         self._end_attempt(None)
         return True
@@ -103,11 +96,10 @@ class PartitionJournal(Journal):
             A commit waits for one.
         """
         with self._runtime.lock:
-            if self._prepared is not None:
-                number, _ = self._prepared.manifest.decided
+            if self.prepared is not None:
                 msg = (
-                    f"commit {number} of {self._runtime.path} is prepared and not decided, and this has to wait for "
-                    f"it; decide or abandon it first"
+                    f"commit {self.prepared[0]} of {self._runtime.path} is prepared and not decided, and this has to "
+                    f"wait for it; decide or abandon it first"
                 )
                 raise PartitionError(msg)
             super().settle()
@@ -117,12 +109,8 @@ class PartitionJournal(Journal):
         self.leave_prepared()
         super().abandon(lock)
 
-    def _end_attempt(self, ended: Callable[[], None] | None) -> None:
-        self._prepared = None
-        super()._end_attempt(ended)
-
     def _require_prepared(self) -> Attempt:
-        if self._prepared is None:
+        if self._attempt is None or not self._attempt.prepared:
             msg = f"nothing is prepared in {self._runtime.path}"
             raise PartitionError(msg)
-        return self._prepared
+        return self._attempt

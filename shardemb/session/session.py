@@ -7,27 +7,19 @@ import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from shardemb import dtypes, initializers
 from shardemb.base import paths
 from shardemb.base.interrupts import signals_deferred
 from shardemb.commits import copies, log_reader, verify
-from shardemb.errors import (
-    PartitionError,
-    PoisonedError,
-    ReadOnlyError,
-    ShardEmbError,
-    StaleReaderError,
-    StoreClosedError,
-)
+from shardemb.errors import PoisonedError, ReadOnlyError, ShardEmbError, StaleReaderError, StoreClosedError
 from shardemb.format import store_paths
 from shardemb.format.manifest import Commit, Manifest, check_metadata, check_step, new_entry
-from shardemb.format.spec import check_name, new_spec, normalized
+from shardemb.format.spec import check_name, normalized
 from shardemb.session import display, forking
 from shardemb.session.journal import Journal
 from shardemb.session.partition_journal import PartitionJournal
 from shardemb.session.table_catalog import TableCatalog
-from shardemb.session.vocabulary_catalog import VocabularyCatalog, check_optimizer, first_padding, first_shape
-from shardemb.storage import address_space, files, folders
+from shardemb.session.vocabulary_catalog import VocabularyCatalog, check_optimizer, first_spec
+from shardemb.storage import files, folders
 from shardemb.vocabulary import keyed_rows
 
 if TYPE_CHECKING:
@@ -38,6 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from shardemb import dtypes
     from shardemb.base.progress import Progress
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.table_state import TableState
@@ -160,22 +153,7 @@ class Session:
             self.runtime.check_publishable()
             self.require_free(name)
             bound = None if vocabulary is None else self.vocabularies.find(vocabulary)
-            if bound is not None:
-                check_optimizer(wanted.optimizer, name)
-            shape, rows_per_shard = first_shape(bound, wanted)
-            count = shape[0] if bound is None else bound.entry.rows
-            kind, rows = initializers.resolve(wanted.initializer, shape, count)
-            spec = new_spec(
-                self.tables.unused_stream(name),
-                shape,
-                initializer=kind,
-                optimizer=wanted.optimizer,
-                counters=wanted.counters,
-                rows_per_shard=rows_per_shard,
-                max_shards=address_space.mappings_left(),
-                precision=wanted.precision.checked(trains=wanted.optimizer is not None),
-            )
-            spec = replace(spec, padding_idx=first_padding(bound, wanted.padding_idx, shape[0], name))
+            spec, rows = first_spec(bound, wanted, name, self.tables.unused_stream(name))
             identity = None if bound is None else bound.entry.uuid
             return self.tables.create(
                 name, spec, rows=rows, progress=progress, vocabulary=identity, origin=origin
@@ -210,7 +188,7 @@ class Session:
         progress: Progress,
     ) -> Commit:
         """Copy a table into other shards and commit that; see `Store.reshard`."""
-        self.require_whole()
+        self.runtime.check_whole()
         with self.settled(self.vocabularies.all_locked):
             self.runtime.check_publishable()
             self.journal.drain()
@@ -290,7 +268,7 @@ class Session:
         """Make every change since the last commit durable; see `Store.commit`."""
         step, metadata = check_step(step), check_metadata(metadata)
         with self.runtime.changing():
-            self.require_whole()
+            self.runtime.check_whole()
             self.runtime.check_sound()
             self.journal.prepare([table.shards for table in self.tables.current.values()])
             attempt, commit = self.attempt(step, metadata)
@@ -302,21 +280,11 @@ class Session:
         """Make every change so far durable in the background; see `Store.commit`."""
         step, metadata = check_step(step), check_metadata(metadata)
         with self.runtime.changing():
-            self.require_whole()
+            self.runtime.check_whole()
             self.runtime.check_sound()
             self.journal.settle()
             attempt, _ = self.attempt(step, metadata)
             return self.journal.commit_behind(attempt, self._after_commit)
-
-    def require_whole(self) -> None:
-        """Raise `PartitionError` in a partition, which commits only together with the others."""
-        partition = self.runtime.committed.partition
-        if partition is not None:
-            msg = (
-                f"{self.runtime.path} is {partition}, and a partition does not commit alone; "
-                f"commit that store with its own commit()"
-            )
-            raise PartitionError(msg)
 
     def attempt(
         self, step: int | None, metadata: dict[str, Any], decision: AttemptId | None = None
@@ -482,6 +450,7 @@ class Session:
                 vocabularies=self.vocabularies.facts(),
                 abandoned_exports=display.abandoned_exports(self.runtime.path),
                 tags=self.tag_facts(),
+                partition=self.runtime.committed.partition,
             )
 
     def facts(self, table: TableState, *, measured: bool = False) -> display.Facts:

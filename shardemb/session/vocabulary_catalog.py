@@ -6,12 +6,12 @@ import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from shardemb import initializers
 from shardemb.base import validation
 from shardemb.commits.verify import Damage
 from shardemb.errors import ShardEmbError, VocabularyExistsError, VocabularyNotFoundError
 from shardemb.format import store_paths
 from shardemb.format.spec import MAX_ROWS, SHARD_BYTES, check_shape, new_spec, normalized
-from shardemb.initializers import Constant
 from shardemb.optim import Optimizer
 from shardemb.session.display import VocabularyFacts
 from shardemb.storage import address_space, folders
@@ -22,9 +22,11 @@ from shardemb.vocabulary.keyed_rows import KeyedRows
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from shardemb.base.validation import FirstRows
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.table_state import TableState
     from shardemb.format.manifest import VocabularyEntry
+    from shardemb.format.spec import TableSpec
     from shardemb.session.table_catalog import TableCatalog, TableRequest
 
 INDEX_IS_WRONG = (
@@ -179,7 +181,7 @@ class VocabularyCatalog:
                 spec = new_spec(
                     self._tables.unused_stream(name),
                     (rows, width),
-                    initializer=Constant(0.0),
+                    initializer=initializers.Constant(0.0),
                     optimizer=None,
                     rows_per_shard=rows_per_shard,
                     max_shards=max_shards,
@@ -333,7 +335,35 @@ def check_optimizer(optimizer: object, table: str) -> None:
         raise ValueError(msg)
 
 
-def first_shape(key_rows: KeyRows | None, wanted: TableRequest) -> tuple[tuple[int, int], int | None]:
+def first_spec(
+    key_rows: KeyRows | None, wanted: TableRequest, name: str, stream: str
+) -> tuple[TableSpec, FirstRows | None]:
+    """Check what is wanted of a new table; return its spec, and its first rows if they are given as such.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Something about it is impossible.
+    """
+    if key_rows is not None:
+        check_optimizer(wanted.optimizer, name)
+    shape, rows_per_shard = _first_shape(key_rows, wanted)
+    count = shape[0] if key_rows is None else key_rows.entry.rows
+    kind, rows = initializers.resolve(wanted.initializer, shape, count)
+    spec = new_spec(
+        stream,
+        shape,
+        initializer=kind,
+        optimizer=wanted.optimizer,
+        counters=wanted.counters,
+        rows_per_shard=rows_per_shard,
+        max_shards=address_space.mappings_left(),
+        precision=wanted.precision.checked(trains=wanted.optimizer is not None),
+    )
+    return replace(spec, padding_idx=_first_padding(key_rows, wanted.padding_idx, shape[0], name)), rows
+
+
+def _first_shape(key_rows: KeyRows | None, wanted: TableRequest) -> tuple[tuple[int, int], int | None]:
     """Check the shape of a new table. If a vocabulary makes it grow, choose how many rows it begins with: whole shards.
 
     Raises
@@ -354,7 +384,7 @@ def first_shape(key_rows: KeyRows | None, wanted: TableRequest) -> tuple[tuple[i
     return (-(-rows // rows_per_shard) * rows_per_shard, dim), rows_per_shard
 
 
-def first_padding(
+def _first_padding(
     key_rows: KeyRows | None, padding_idx: object, num_embeddings: int, table: str
 ) -> int | None:
     """Check the row of padding of a new table; with a vocabulary, a row that no key gets.

@@ -135,7 +135,7 @@ class _Then(NamedTuple):
 def restore(session: Session, name: str) -> Commit:
     """Go back to a commit that was kept; see `Store.restore`."""
     runtime = session.runtime
-    session.require_whole()
+    runtime.check_whole()
     with session.settled(session.vocabularies.all_locked):
         runtime.check_publishable()
         entry = tags.find(runtime.path, session.tag_entries(), normalized(name))
