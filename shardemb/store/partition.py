@@ -66,7 +66,8 @@ class Partition:
 
     Examples
     --------
-    >>> from shardemb.store.partition import Partition, PartitionIdentity
+    >>> from shardemb.format.manifest import PartitionIdentity
+    >>> from shardemb.store.partition import Partition
     >>> identity = PartitionIdentity("0b5f4a2e-54b1-4a52-8f0c-0d2b8f3c1e11", number=0, count=2)
     >>> with Partition.create(tmp / "part-0", identity) as part:
     ...     store = part.open((0, None))

@@ -219,7 +219,7 @@ def test_a_fill_that_its_commit_misses_is_damage(folder, monkeypatch):
 
 def test_a_program_that_knows_no_fills_refuses_the_log(folder, monkeypatch):
     write_log(folder, [filled(0, 12)]).close()
-    monkeypatch.setattr(log_reader, "LOG_VERSION", 1)
+    monkeypatch.setattr(log_reader, "PARTITION_LOG_VERSION", 1)
     with pytest.raises(FormatError, match=r"version 2 is newer than 1; upgrade"):
         log_reader.read(folder, BASE)
 

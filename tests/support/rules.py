@@ -533,13 +533,13 @@ def fills_not_synced(patch):
 
 
 def fills_forgotten_before_commit(patch):
-    real = Journal._append_commit
+    real = Journal._append_record
 
-    def append(self, payload):
+    def append(self, what, payload):
         self._announcements._replace([])
-        real(self, payload)
+        real(self, what, payload)
 
-    patch.setattr(Journal, "_append_commit", append)
+    patch.setattr(Journal, "_append_record", append)
 
 
 def fills_not_undone(patch):

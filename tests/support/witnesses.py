@@ -45,7 +45,7 @@ WITNESSES = {
     "table_folder._write_rows:write": 5,
     "table_folder._write_rows:write:2": 0,
     "journal.__init__:sync_directory": 7,
-    "journal._complete:sync_tree": 0,
+    "journal._append_attempt:sync_tree": 0,
     "base.publish:replace": 0,
     "writer._create:sync_directory": 4,
     "writer._create:replace:2": 0,
