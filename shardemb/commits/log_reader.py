@@ -181,9 +181,11 @@ def read(
     end: tuple[int, int] | None = None,
     *,
     private: bool = False,
-    decided: Decided | None = None,
 ) -> Replay:
     """Read what was committed since the base.
+
+    An attempt that the log ends with, prepared, is committed if it is what `base` says was `resolved`. Otherwise it is
+    not, and its images are no part of what is read.
 
     Parameters
     ----------
@@ -196,9 +198,6 @@ def read(
     private : bool
         Read the segments into memory, so that the images stay what they are when a writer uses a segment again. Mapped
         otherwise.
-    decided : (int, (int, str, int)), optional
-        What all partitions have decided. The attempt that the log ends with is committed if it is this one; otherwise
-        it is not, and its images are no part of what is read.
 
     Raises
     ------
@@ -227,7 +226,7 @@ def read(
             break
         if reader.required and not numbers:  # a writer may have begun it after the folder was listed
             numbers = [each for each in segments(folder) if each > number]
-    reader.finish(folder, decided)
+    reader.finish(folder)
     return replay
 
 
@@ -243,6 +242,7 @@ class _Reader:
         self._pending: list[tuple[str, Run | Filled]] = []
         self._pending_attempt = 0
         self._prepared: Manifest | None = None  # that ended the attempt which is pending
+        self._resolved = replay.manifest.resolved
         self.required: int | None = None  # number of the segment that must come next
         self._last = 0
 
@@ -277,10 +277,10 @@ class _Reader:
             position += length
         return True
 
-    def finish(self, folder: Path, decided: Decided | None) -> None:
-        """Commit what is prepared if that was `decided`; raise `LogDamagedError` if a segment is missing at the end."""
+    def finish(self, folder: Path) -> None:
+        """Commit what is prepared if that was decided; raise `LogDamagedError` if a segment is missing at the end."""
         if self._prepared is not None:
-            if self._prepared.decided == decided:
+            if self._prepared.decided == self._resolved:
                 self._commit(self._prepared)
             else:
                 self.replay.prepared = self._prepared.decided

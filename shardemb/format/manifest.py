@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -33,7 +33,11 @@ from shardemb.format.documents import (
 from shardemb.format.spec import BYTES, INTERNAL, KEY_TYPES, MAX_ROWS, SKETCH, check_stored_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from shardemb.format.ranges import Ranges
+
+T = TypeVar("T")
 
 TAGGED_VERSION, PARTITION_VERSION = 2, 3
 """Versions of the manifest of a store with tags, and of a partition, with or without tags.
@@ -226,6 +230,48 @@ Decided: TypeAlias = tuple[int, AttemptId | None]
 MAX_PARTITIONS = 2**20
 
 
+def checked_attempt(attempt: object) -> AttemptId:
+    """Return an attempt as a tuple.
+
+    Raises
+    ------
+    TypeError, ValueError
+        It is not an epoch, a name and a number.
+
+    Examples
+    --------
+    >>> checked_attempt([1, "head", 7])
+    (1, 'head', 7)
+    """
+    if not isinstance(attempt, list | tuple) or len(attempt) != 3 or not isinstance(attempt[1], str):
+        msg = f"an attempt is (epoch, name of the coordinator, number), got {attempt!r}"
+        raise TypeError(msg)
+    epoch, coordinator, number = attempt
+    epoch = validation.count(epoch, "epoch", minimum=0, maximum=2**62)
+    return epoch, coordinator, validation.count(number, "number", minimum=0, maximum=2**62)
+
+
+def checked_decided(decided: object) -> Decided:
+    """Return the number of a commit and its attempt as tuples.
+
+    Raises
+    ------
+    TypeError, ValueError
+        They are not that.
+
+    Examples
+    --------
+    >>> checked_decided([2, [1, "head", 7]])
+    (2, (1, 'head', 7))
+    """
+    if not isinstance(decided, list | tuple) or len(decided) != 2:
+        msg = f"what is decided is (number of the commit, attempt), got {decided!r}"
+        raise TypeError(msg)
+    number, attempt = decided
+    number = validation.count(number, "commit", minimum=0, maximum=2**62)
+    return number, None if attempt is None else checked_attempt(attempt)
+
+
 @dataclass(frozen=True)
 class PartitionIdentity:
     """Which part of a distributed store a store is. A row with id ``i`` is in partition ``i % count``.
@@ -291,6 +337,8 @@ class Manifest:
         Which part of a distributed store this is.
     decision : (int, str, int) or None
         In a partition: the attempt of all partitions that made the last commit.
+    resolved : (int, (int, str, int)) or None
+        In a base: the commit that the log ends with, prepared, and that was decided.
     """
 
     uuid: str
@@ -306,6 +354,7 @@ class Manifest:
     tags: tuple[TagEntry, ...] = ()
     partition: PartitionIdentity | None = None
     decision: AttemptId | None = None
+    resolved: Decided | None = None
 
     @property
     def decided(self) -> Decided:
@@ -340,7 +389,8 @@ class Manifest:
             document["tags"] = [vars(each) for each in self.tags]
         if self.partition is not None:
             document["partition"] = vars(self.partition)
-            document["decision"] = None if self.decision is None else list(self.decision)
+            document["decision"] = self.decision
+            document["resolved"] = self.resolved
         document["crc32"] = crc32(document)
         return json.dumps(document).encode() + b"\n"
 
@@ -361,6 +411,7 @@ class Manifest:
         """
         document = parse_json(data)
         version = require_version(document, PARTITION_VERSION)
+        is_partition = version == PARTITION_VERSION
         if document.get("crc32") != crc32(document):
             msg = "its checksum does not match its content"
             raise FormatError(msg)
@@ -381,8 +432,9 @@ class Manifest:
             vocabularies=vocabularies,
             dropped=tuple(_entry_from_json(entry) for entry in field(document, "dropped", list)),
             tags=_tags_from_json(document) if version == TAGGED_VERSION or "tags" in document else (),
-            partition=_partition_from_json(document) if version == PARTITION_VERSION else None,
-            decision=_decision_from_json(document) if version == PARTITION_VERSION else None,
+            partition=_partition_from_json(document) if is_partition else None,
+            decision=_decided_from_json(document, "decision", checked_attempt) if is_partition else None,
+            resolved=_decided_from_json(document, "resolved", checked_decided) if is_partition else None,
         )
 
 
@@ -500,16 +552,13 @@ def _partition_from_json(document: Mapping[str, Any]) -> PartitionIdentity:
     )
 
 
-def _decision_from_json(document: Mapping[str, Any]) -> AttemptId | None:
-    found = field(document, "decision", (list, type(None)))
-    if found is None:
-        return None
-    if len(found) != 3:
-        msg = f"decision is {found!r}, which is no attempt"
-        raise FormatError(msg)
-    named = dict(zip(("epoch", "coordinator", "number"), found, strict=True))
-    epoch, number = (int_field(named, name, 2**62, minimum=0) for name in ("epoch", "number"))
-    return epoch, field(named, "coordinator", str), number
+def _decided_from_json(document: Mapping[str, Any], name: str, check: Callable[[object], T]) -> T | None:
+    found = field(document, name, (list, type(None)))
+    try:
+        return None if found is None else check(found)
+    except (TypeError, ValueError) as error:
+        msg = f"{name} is {found!r}: {error}"
+        raise FormatError(msg) from error
 
 
 def _commit_from_json(document: Mapping[str, Any]) -> Commit:

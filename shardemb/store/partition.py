@@ -10,10 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shardemb.base import validation
 from shardemb.errors import PartitionError, StoreExistsError
 from shardemb.format import store_paths
-from shardemb.format.manifest import check_metadata, check_step
+from shardemb.format.manifest import check_metadata, check_step, checked_decided
 from shardemb.session.partition_journal import PartitionJournal
 from shardemb.storage import files
 from shardemb.store import opening, writer
@@ -197,7 +196,7 @@ class Partition:
             Neither the last commit nor what is prepared is `decided`: it is an older copy, or another partition. Or it
             is open already.
         """
-        path, status = self._held.runtime.path, self.status
+        path, status, decided = self._held.runtime.path, self.status, checked_decided(decided)
         if self._session is not None:
             msg = f"{self!r} is open already"
             raise PartitionError(msg)
@@ -243,17 +242,15 @@ class Partition:
         DiskFullError, OSError, PoisonedError, TypeError, ValueError
             As for `Store.commit`: nothing is prepared.
         """
-        session, (number, attempt) = self._opened(), decided
+        session, (number, attempt) = self._opened(), checked_decided(decided)
         if attempt is None or number != self.status.commit + 1:
             msg = f"{self!r} is at commit {self.status.commit}, so that {decided} cannot be prepared"
             raise PartitionError(msg)
-        epoch, coordinator, count = attempt
-        checked = validation.count(epoch, "epoch", minimum=0), str(coordinator), int(count)
         step, document = check_step(step), check_metadata(metadata)
         with session.runtime.changing():
             session.runtime.check_sound()
             self._journal.prepare([table.shards for table in session.tables.current.values()])
-            planned, _ = session.attempt(step, document, checked)
+            planned, _ = session.attempt(step, document, attempt)
             self._journal.propose(planned)
 
     def decide(self) -> None:

@@ -152,7 +152,12 @@ def _recover(runtime: Runtime, base: Manifest, decided: Decided | None) -> Manif
     folder = store_paths.log(runtime.path)
     _keep_tags(runtime, base)
     log_reader.sync(folder, base)
-    replay = log_reader.read(folder, base, decided=decided)
+    replay = log_reader.read(folder, base)
+    if replay.prepared is not None and replay.prepared == decided:
+        # Before the first image is in the shards: whoever reads them from then on has to take it for committed.
+        base = replace(base, resolved=decided)
+        files.replace(store_paths.manifest(runtime.path), base.to_bytes())
+        replay = log_reader.read(folder, base)
     directories = folders.locate(runtime.path, replay.manifest.tables)
     images = []
     for record in replay.manifest.tables:
@@ -182,6 +187,7 @@ def _recover(runtime: Runtime, base: Manifest, decided: Decided | None) -> Manif
         attempt=replay.attempt + 1,
         dropped=(*base.dropped, *(table for table in base.tables if table.uuid not in current)),
         tags=base.tags,
+        resolved=None,
     )
 
 
@@ -263,6 +269,7 @@ def _clear(path: Path) -> None:
         tags=(),
         partition=None,
         decision=None,
+        resolved=None,
     )
     files.replace(store_paths.manifest(path), empty.to_bytes())
     folders.arrange(path, (), dropped)
