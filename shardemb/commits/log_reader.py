@@ -184,8 +184,8 @@ def read(
 ) -> Replay:
     """Read what was committed since the base.
 
-    An attempt that the log ends with, prepared, is committed if it is what `base` says was `resolved`. Otherwise it is
-    not, and its images are no part of what is read.
+    An attempt that the log ends with, prepared, is committed if it is what `base` says was `resolved`. Otherwise its
+    images are no part of what is read.
 
     Parameters
     ----------
@@ -280,10 +280,10 @@ class _Reader:
     def finish(self, folder: Path) -> None:
         """Commit what is prepared if that was decided; raise `LogDamagedError` if a segment is missing at the end."""
         if self._prepared is not None:
-            if self._prepared.decided == self._resolved:
-                self._commit(self._prepared)
-            else:
+            if self._resolved is None:
                 self.replay.prepared = self._prepared.decided
+            elif self._prepared.decided == self._resolved:
+                self._commit(self._prepared)
         if self.required is not None:
             msg = f"{folder}: segment {self.required} of the log is missing; restore it from a copy of the store"
             raise LogDamagedError(msg)

@@ -338,7 +338,8 @@ class Manifest:
     decision : (int, str, int) or None
         In a partition: the attempt of all partitions that made the last commit.
     resolved : (int, (int, str, int)) or None
-        In a base: the commit that the log ends with, prepared, and that was decided.
+        In a base: what was decided for all partitions when the log ended with something prepared, which is committed
+        if it is that, and dropped otherwise.
     """
 
     uuid: str

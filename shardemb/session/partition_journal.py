@@ -4,7 +4,7 @@
 
     propose   freeze -> append images and the prepared record -> one sync: the partition's vote
     decide    append the commit record, not synced -> remember
-    drop      the rows count as changed again
+    drop      append a record of another attempt -> one sync -> the rows count as changed again
 
 In between no fold begins, and whatever would wait for the commit is refused instead: the decision may never come. A
 store that closes in between leaves the log to the next opening, which is told what was decided.
@@ -73,12 +73,23 @@ class PartitionJournal(Journal):
     def drop(self) -> None:
         """Let what is prepared count as changed again, because another decision was made.
 
+        That is durable first: what comes next may remove files that the attempt would need, such as those of a table
+        that is new in it, and whoever finds it prepared may still decide that it is a commit.
+
         Raises
         ------
         PartitionError
             Nothing is prepared.
+        DiskFullError
+            There is no space for a record; it is still prepared.
+        OSError
+            A write or sync failed: the store is poisoned.
         """
-        self._give_up(self._require_prepared())
+        attempt, payload = self._require_prepared(), self._runtime.committed.to_bytes()
+        self._append((), payload)
+        with signals_deferred():
+            self._append_record(self._log.append_commit, payload)
+            self._give_up(attempt)
 
     def leave_prepared(self) -> bool:
         """Wait for no decision any more, because the store closes; return whether one was waited for."""

@@ -272,12 +272,16 @@ class Partition:
             session.vocabularies.rebuild_stale_indexes()
 
     def abandon(self) -> None:
-        """Let what is prepared count as changed again: another decision was made.
+        """Let what is prepared count as changed again: another decision was made. No opening can commit it then.
 
         Raises
         ------
         PartitionError
             Nothing is prepared.
+        DiskFullError
+            There is no space to record that; it is still prepared.
+        OSError, PoisonedError
+            Writing failed.
         """
         with self._opened().runtime.changing():
             self._journal.drop()

@@ -153,8 +153,9 @@ def _recover(runtime: Runtime, base: Manifest, decided: Decided | None) -> Manif
     _keep_tags(runtime, base)
     log_reader.sync(folder, base)
     replay = log_reader.read(folder, base)
-    if replay.prepared is not None and replay.prepared == decided:
-        # Before the first image is in the shards: whoever reads them from then on has to take it for committed.
+    if replay.prepared is not None:
+        # First: from the first image in the shards on, everybody has to take it for committed; and from the first hole
+        # where it had filled rows, nobody may.
         base = replace(base, resolved=decided)
         files.replace(store_paths.manifest(runtime.path), base.to_bytes())
         replay = log_reader.read(folder, base)

@@ -1,4 +1,4 @@
-"""A workload on the simulated disk of one partition, whose commits are decided elsewhere, by a head that loses nothing."""
+"""A workload on the simulated disk of one partition, whose commits are decided by a head that loses nothing."""
 
 import contextlib
 import os
@@ -38,7 +38,7 @@ ENDS = ["decided"] * 4 + ["abandoned", "rolled back", "in doubt", "in doubt, dec
 
 
 def work(path, seed, recording):
-    """Train, prepare, and let the head decide or not; note when it has decided what, and what each commit would hold."""
+    """Train, prepare, and let the head decide or not; note when it decides what, and what each commit would hold."""
     chance, rng = random.Random(seed), np.random.default_rng(seed)
     options = {
         "log_bytes": chance.choice([1, 60_000, 2**30]),
@@ -103,7 +103,7 @@ def change(store, new, step, chance, rng):
 
 
 def decided_at(recording, point, chance):
-    """Return what the head has decided when the power goes before operation `point`; None before the partition is there.
+    """Return what the head has decided when the power goes before operation `point`; None before there is a partition.
 
     At the very moment of a decision, it may be either.
     """
@@ -205,6 +205,6 @@ def power(witness=None):
     for seed in range(30) if witness is None else (witness, *range(30)):
         try:
             explore(seed, 40)
-        except AssertionError as error:
-            return str(error)
+        except (AssertionError, shardemb.ShardEmbError) as error:
+            return repr(error)
     return None
