@@ -200,6 +200,8 @@ class StoreCopy:
             commit=self._replay.manifest.commit,
             tables=self._replay.manifest.tables,
             vocabularies=self._replay.manifest.vocabularies,
+            partition=self._replay.manifest.partition,
+            decision=self._replay.manifest.decision,
         )
         files.replace(store_paths.manifest(path), fresh.to_bytes())
         files.sync_directory(path.parent)

@@ -92,6 +92,8 @@ def make(store: Path, uuid: str, commit: Manifest, tables: Mapping[str, TableLoc
             commit=commit.commit,
             tables=commit.tables,
             vocabularies=commit.vocabularies,
+            partition=commit.partition,
+            decision=commit.decision,
         )
         files.write_new(store_paths.tag_manifest(folder), held.to_bytes())
         files.sync_tree(folder)

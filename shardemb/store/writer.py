@@ -92,7 +92,13 @@ class Held:
         self.release()
 
     def create(self, *, anew: bool = False, partition: PartitionIdentity | None = None) -> None:
-        """Create the store if there is none, or `anew` after deleting what the one that is there owns."""
+        """Create the store if there is none, or `anew` after deleting what the one that is there owns.
+
+        Raises
+        ------
+        PartitionError
+            That one is a partition, without which the others would be worth nothing.
+        """
         path = self.runtime.path
         if anew and files.size(store_paths.manifest(path)) is not None:
             _clear(path)
@@ -251,7 +257,7 @@ def _last_epoch(path: Path) -> int:
 
 
 def _clear(path: Path) -> None:
-    """Delete what is a store's own, except its lock, and nothing else in its folder.
+    """Delete what is a store's own, except its lock, and nothing else in its folder; but refuse a partition.
 
     If interrupted, it leaves an empty store, or a folder to create one in.
     """
@@ -259,6 +265,8 @@ def _clear(path: Path) -> None:
         old = _parse(store_paths.manifest(path), Manifest.from_bytes)
     except FormatError:
         old = Manifest(uuid=str(uuid.uuid4()))
+    if old.partition is not None:
+        raise PartitionError(_not_alone(path, old.partition))
     dropped = (*old.tables, *old.dropped)
     empty = replace(
         old,
@@ -268,9 +276,6 @@ def _clear(path: Path) -> None:
         vocabularies=(),
         dropped=dropped,
         tags=(),
-        partition=None,
-        decision=None,
-        resolved=None,
     )
     files.replace(store_paths.manifest(path), empty.to_bytes())
     folders.arrange(path, (), dropped)
