@@ -3,6 +3,7 @@
 import shutil
 import struct
 import uuid
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from support.specs import make
 
 from shardemb.base.sizes import PAGE
 from shardemb.commits import log_reader, log_writer
-from shardemb.errors import DiskFullError, LogDamagedError, ShardEmbError
-from shardemb.format.manifest import Commit, Manifest
+from shardemb.errors import DiskFullError, FormatError, LogDamagedError, ShardEmbError
+from shardemb.format.manifest import Commit, Manifest, PartitionIdentity
 from shardemb.storage import files
 
 SPEC = make(1000, 4, rows_per_shard=256)
@@ -311,3 +312,83 @@ def test_segments_are_reused_and_their_old_records_are_ignored(tmp_path):
         b"\0"
     ) != b""  # one that was in use
     writer.close()
+
+
+# ---- prepared attempts ------------------------------------------------------------------------------------------
+
+PARTITION = replace(BASE, partition=PartitionIdentity(STORE, 0, 2))
+
+
+def write_prepared(folder, ends):
+    """Write attempts, each of one row with its own number as value, and how each ends; return the log.
+
+    Each is of the commit after the last one.
+    """
+    writer, last = log_writer.Log(folder, PARTITION, 1), 0
+    for attempt, end in enumerate(ends, 1):
+        payload = replace(
+            manifest(last + 1), partition=PARTITION.partition, decision=(1, "head", attempt)
+        ).to_bytes()
+        writer.begin(
+            log_writer.needed_bytes([(1, SPEC.record_bytes)], len(payload)) + 2 * len(payload) + 2 * PAGE
+        )
+
+        def fill(ids, address, attempt=attempt):
+            ids[:] = attempt
+            target = np.ctypeslib.as_array((np.ctypeslib.ctypes.c_float * 4).from_address(address))
+            target[:] = attempt
+
+        writer.append_images(SPEC.uuid, 1, SPEC.record_bytes, fill)
+        if end == "commit":
+            writer.append_commit(payload)
+        elif end:
+            writer.append_prepared(payload)
+        else:
+            writer._flush()
+        if end == "decided":
+            writer.append_decision(payload)
+        last += end in ("commit", "decided")
+    return writer
+
+
+ENDS = st.lists(st.sampled_from(["", "commit", "prepared", "decided"]), max_size=6)
+
+
+@settings(max_examples=60)
+@given(ENDS, st.sampled_from(["unknown", "decided", "dropped"]))
+def test_a_prepared_attempt_counts_with_its_decision_alone(tmp_path_factory, ends, resolved):
+    folder = tmp_path_factory.mktemp("log")
+    write_prepared(folder, ends).close()
+    committed = [number for number, end in enumerate(ends, 1) if end in ("commit", "decided")]
+    in_doubt = (len(committed) + 1, (1, "head", len(ends))) if ends and ends[-1] == "prepared" else None
+    base = PARTITION
+    if resolved != "unknown":
+        base = replace(base, resolved=in_doubt if resolved == "decided" and in_doubt else (0, None))
+    if in_doubt and resolved == "decided":
+        committed.append(len(ends))
+    last, rows = found(folder, base)
+    assert (last, rows) == (len(committed), {number: float(number) for number in committed})
+    assert log_reader.read(folder, base).prepared == (in_doubt if resolved == "unknown" else None)
+    shutil.rmtree(folder)
+
+
+def test_a_lost_image_of_a_prepared_attempt_is_damage(tmp_path):
+    writer = write_prepared(tmp_path, ["commit", ""])
+    writer._count += 1
+    writer.append_prepared(replace(manifest(2), partition=PARTITION.partition).to_bytes())
+    writer.close()
+    with pytest.raises(LogDamagedError, match="missing"):
+        log_reader.read(tmp_path, PARTITION)
+
+
+def test_a_program_that_knows_no_partitions_refuses_their_log(tmp_path, monkeypatch):
+    write_prepared(tmp_path, []).close()
+    monkeypatch.setattr(log_reader, "PARTITION_LOG_VERSION", 2)
+    with pytest.raises(FormatError, match="version 3 is newer than 2; upgrade"):
+        log_reader.read(tmp_path, PARTITION)
+
+
+def test_the_log_of_a_store_that_is_no_partition_has_the_version_before(tmp_path):
+    write_commits(tmp_path, MANY).close()
+    for path in tmp_path.glob("*.log"):
+        assert int.from_bytes(path.read_bytes()[8:16], "little") == 2

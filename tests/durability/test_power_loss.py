@@ -18,6 +18,7 @@ from support.power_loss import (
     found_without_call,
     is_about_fills,
     is_about_keys,
+    is_about_partitions,
     is_about_tags,
 )
 
@@ -61,9 +62,11 @@ def test_what_is_left_out_is_noticed(what, elsewhere):
         each
         for each in SITES
         if each not in OTHER_REASONS
-        and not (is_about_keys(each) or is_about_fills(each) or is_about_tags(each))
+        and not (
+            is_about_keys(each) or is_about_fills(each) or is_about_tags(each) or is_about_partitions(each)
+        )
     ],
-)  # those: test_vocabulary_power_loss.py, test_fills_power_loss.py, test_tags_power_loss.py
+)  # those: test_{vocabulary,fills,tags,partitions}_power_loss.py
 def test_every_call_is_needed(site, elsewhere):
     """Left out, as if the disk never got it, some state does not open at the last commit."""
     assert elsewhere(found_without_call)

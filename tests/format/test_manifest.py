@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from support.references import damaged, damaged_bytes
 
 from shardemb.errors import FormatError
-from shardemb.format.manifest import Commit, Manifest, TableEntry, TagEntry, VocabularyEntry, check_metadata
+from shardemb.format.manifest import (
+    Commit,
+    Manifest,
+    PartitionIdentity,
+    TableEntry,
+    TagEntry,
+    VocabularyEntry,
+    check_metadata,
+)
 from shardemb.optim import Adam
 
 A, B, C = (f"0b7a4d5e-93a7-4a8e-8b61-2f1f6a6f0c{k:02d}" for k in range(3))
@@ -316,3 +324,81 @@ def test_an_entry_whose_counts_contradict_each_other_is_refused(change):
     """More freed rows were given out again than were ever freed; or rows are reserved that do not exist."""
     with pytest.raises(FormatError, match="the entry of vocabulary 'words' is impossible"):
         VocabularyEntry.from_json(ENTRY.to_json() | change)
+
+
+# ---- partitions -------------------------------------------------------------------------------------------------
+
+PARTITION = dataclasses.replace(
+    FULL,
+    partition=PartitionIdentity(A, 3, 16),
+    decision=(1, "head", 7),
+    resolved=(8, (2, "π", 0)),
+)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"resolved": None},
+        {"decision": None, "commit": None, "resolved": (0, None)},
+        {"tags": (TagEntry("t", A),)},
+    ],
+    ids=str,
+)
+def test_only_a_manifest_of_a_partition_has_version_3(changes):
+    manifest = dataclasses.replace(PARTITION, **changes)
+    document = json.loads(manifest.to_bytes())
+    assert document["format_version"] == 3
+    assert document["partition"] == {"head": A, "number": 3, "count": 16}
+    assert Manifest.from_bytes(manifest.to_bytes()) == manifest
+    assert not {"partition", "decision", "resolved"} & full().keys()
+
+
+def test_a_program_that_knows_no_partitions_refuses_them(monkeypatch):
+    """As programs of version 2 do."""
+    data = PARTITION.to_bytes()
+    monkeypatch.setattr("shardemb.format.manifest.PARTITION_VERSION", 2)
+    with pytest.raises(FormatError, match="format version 3 is newer than 2; upgrade"):
+        Manifest.from_bytes(data)
+
+
+def test_what_was_decided_is_the_commit_and_its_attempt():
+    assert PARTITION.decided == (7, (1, "head", 7))
+    assert Manifest(uuid=A).decided == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("partition", each) for each in (None, {}, [], {"head": A, "number": 16, "count": 16})),
+        *(("partition", {"head": each, "number": 0, "count": 1}) for each in ("", "x", 1)),
+        *(("partition", {"head": A, "number": 0, "count": each}) for each in (0, -1, "1", 2**21)),
+        *(
+            ("decision", each)
+            for each in (1, [], [1, "a"], [1, 2, 3], ["1", "a", 1], [-1, "a", 1], [1, "a", 2**63])
+        ),
+        *(("resolved", each) for each in (1, [], [1], [1, 2], [-1, None], [1, [1, "a"]], [1, None, None])),
+    ],
+)
+def test_a_partition_is_checked_even_if_the_checksum_is_right(name, value):
+    document = json.loads(PARTITION.to_bytes()) | {name: value}
+    with pytest.raises(FormatError):
+        Manifest.from_bytes(sealed(document))
+    del document[name]
+    with pytest.raises(FormatError, match=name):
+        Manifest.from_bytes(sealed(document))
+
+
+@pytest.mark.parametrize(
+    ("number", "count"), [(-1, 4), (4, 4), (0, 0), (0, 2**21), (0.5, 4), ("0", 4), (True, 4)], ids=str
+)
+def test_a_partition_has_a_number_below_the_count(number, count):
+    with pytest.raises((TypeError, ValueError)):
+        PartitionIdentity(A, number, count)
+
+
+@pytest.mark.parametrize("head", ["", "x", None, 1])
+def test_a_head_is_named_by_its_uuid(head):
+    with pytest.raises((TypeError, ValueError)):
+        PartitionIdentity(head, 0, 1)

@@ -16,14 +16,18 @@ from shardemb.optim import SGD, Adam
 from shardemb.store.partition import Partition
 from support.power_loss import (
     NOTHING,
+    SITES,
     Disk,
     Recording,
     contents,
     digest,
+    is_about_partitions,
+    leaving_out,
     lower_limits,
     materialise,
     scratch,
 )
+from support.witnesses import WITNESSES
 
 STATES = int(os.environ.get("SHARDEMB_STATES", "1500")) // 5
 
@@ -200,11 +204,19 @@ def explore_partitions(seed):
     return explore(seed, STATES // WORKLOADS)
 
 
-def power(witness=None):
+NEEDED = [each for each in SITES if is_about_partitions(each)]
+
+
+def found_without_call(site):
+    """Return what is wrong where one call is left out, as if the disk never got it."""
+    return power(WITNESSES.get(site), skip=leaving_out(site))
+
+
+def power(witness=None, **more):
     """Cut the power at random moments of these workloads; return what is wrong, or None."""
     for seed in range(30) if witness is None else (witness, *range(30)):
         try:
-            explore(seed, 40)
+            explore(seed, 40, **more)
         except (AssertionError, shardemb.ShardEmbError) as error:
             return repr(error)
     return None

@@ -892,6 +892,11 @@ def is_about_tags(site):
     return site.startswith(("undo.", "tags.", "tagging."))
 
 
+def is_about_partitions(site):
+    """Whether a call is one of what a partition does when it is told what was decided."""
+    return site == "writer._recover:replace"
+
+
 def is_about_keys(site):
     """Whether a call is one of the index of keys."""
     return Path(SITES[site][0]).parent.name == "vocabulary"

@@ -23,10 +23,11 @@ from shardemb.optim import Adam
 from shardemb.session.attempt import Attempt
 from shardemb.session.base import Base
 from shardemb.session.journal import Journal
+from shardemb.session.partition_journal import PartitionJournal
 from shardemb.storage import checksums, files
 from shardemb.store import writer
 from shardemb.vocabulary import key_rows
-from support import fills_power_loss, inside, tags_power_loss
+from support import fills_power_loss, inside, partitions_power_loss, tags_power_loss
 from support.power_loss import WORKLOADS, Disk, Recording, contents, explore, materialise, scratch, work
 from support.small import make_small
 from support.stores import close_quietly
@@ -455,6 +456,54 @@ class Instead:
         return getattr(files, name)
 
 
+def voted_before_sync(patch):
+    patch.setattr(
+        log_writer.Log,
+        "append_prepared",
+        lambda self, manifest: self._append_manifest(log_records.PREPARED, manifest),
+    )
+
+
+def committed_alone(patch):
+    """What is prepared counts as a commit for whoever reads the log, also for folds."""
+    real = log_reader._Reader.finish
+
+    def finish(self, folder):
+        self._resolved = self._prepared.decided if self._prepared else None
+        real(self, folder)
+
+    patch.setattr(log_reader._Reader, "finish", finish)
+
+
+def dropped_alone(patch):
+    """An opening in doubt goes back to the last commit, whatever was decided."""
+    real = writer._recover
+    patch.setattr(writer, "_recover", lambda runtime, base, decided: real(runtime, base, (0, None)))
+
+
+def resolved_in_memory(patch):
+    """Recovery alone knows what was decided, until it is done."""
+    patch.setattr(
+        writer,
+        "files",
+        Instead(
+            replace=lambda path, data: None if b'"resolved": [' in data else files.replace(path, data),
+        ),
+    )
+
+
+def abandoned_in_memory(patch):
+    patch.setattr(PartitionJournal, "drop", lambda self: self._give_up(self._require_prepared()))
+
+
+def held_unsynced(patch):
+    def read(self):
+        path = self.runtime.path
+        return log_reader.read(store_paths.log(path), writer.read_manifest(path))
+
+    patch.setattr(writer.Held, "read", read)
+
+
 def presence_not_folded(patch):
     real = fold.patches
     patch.setattr(
@@ -750,10 +799,16 @@ UNDONE = {
     "R27 readers of a tag look before and after": (looked_once, reader_of_tag_beside_fold),
     "R28 what was kept is durable before it counts": (kept_is_trusted, kept_in_the_page_cache_alone),
     "R29 an index is gone before keys come back": (indexes_stay, restored_keys_after_a_crash),
+    "R30 a vote is durable": (voted_before_sync, partitions_power_loss.power),
+    "R31 what is prepared is committed by a decision": (committed_alone, partitions_power_loss.power),
+    "R31 what is prepared is dropped by a decision": (dropped_alone, partitions_power_loss.power),
+    "R32 a decision is durable before recovery follows it": (resolved_in_memory, partitions_power_loss.power),
+    "R33 abandoned durably before what it needs goes": (abandoned_in_memory, partitions_power_loss.power),
+    "R34 what a partition says is durable": (held_unsynced, partitions_power_loss.power),
 }
 
 
-POWER = power, fills_power_loss.power, tags_power_loss.power
+POWER = power, fills_power_loss.power, tags_power_loss.power, partitions_power_loss.power
 
 
 def noticed(rule):

@@ -86,4 +86,11 @@ WITNESSES = {
     "R22 recovery makes holes of what no commit has": 0,
     "R22 holes are made before images are written": 28,
     "R23 checksums only for blocks that have none": 0,
+    "R30 a vote is durable": 0,
+    "R31 what is prepared is committed by a decision": 0,
+    "R31 what is prepared is dropped by a decision": 0,
+    "R32 a decision is durable before recovery follows it": 0,
+    "R33 abandoned durably before what it needs goes": 11,
+    "R34 what a partition says is durable": 24,
+    "writer._recover:replace": 0,
 }
