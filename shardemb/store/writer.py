@@ -158,13 +158,7 @@ def _recover(runtime: Runtime, base: Manifest, decided: Decided | None) -> Manif
     folder = store_paths.log(runtime.path)
     _keep_tags(runtime, base)
     log_reader.sync(folder, base)
-    replay = log_reader.read(folder, base)
-    if replay.prepared is not None:
-        # First: from the first image in the shards on, everybody has to take it for committed; and from the first hole
-        # where it had filled rows, nobody may.
-        base = replace(base, resolved=decided)
-        files.replace(store_paths.manifest(runtime.path), base.to_bytes())
-        replay = log_reader.read(folder, base)
+    replay = _resolve(runtime.path, base, log_reader.read(folder, base), decided)
     directories = folders.locate(runtime.path, replay.manifest.tables)
     images = []
     for record in replay.manifest.tables:
@@ -196,6 +190,21 @@ def _recover(runtime: Runtime, base: Manifest, decided: Decided | None) -> Manif
         tags=base.tags,
         resolved=None,
     )
+
+
+def _resolve(
+    path: Path, base: Manifest, replay: log_reader.Replay, decided: Decided | None
+) -> log_reader.Replay:
+    """Record durably what becomes of something that is prepared; return what is committed by that.
+
+    From the first image in the shards on, everybody has to take it for committed; and from the first hole where it had
+    filled rows, nobody may.
+    """
+    if replay.prepared is None:
+        return replay
+    base = replace(base, resolved=decided)
+    files.replace(store_paths.manifest(path), base.to_bytes())
+    return log_reader.read(store_paths.log(path), base)
 
 
 def _keep_tags(runtime: Runtime, base: Manifest) -> None:

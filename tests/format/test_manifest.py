@@ -359,7 +359,7 @@ def test_a_program_that_knows_no_partitions_refuses_them(monkeypatch):
     """As programs of version 2 do."""
     data = PARTITION.to_bytes()
     monkeypatch.setattr("shardemb.format.manifest.PARTITION_VERSION", 2)
-    with pytest.raises(FormatError, match="format version 3 is newer than 2; upgrade"):
+    with pytest.raises(FormatError, match="format version 3 is newer than 2, .* upgrade"):
         Manifest.from_bytes(data)
 
 

@@ -894,7 +894,7 @@ def is_about_tags(site):
 
 def is_about_partitions(site):
     """Whether a call is one of what a partition does when it is told what was decided."""
-    return site == "writer._recover:replace"
+    return site == "writer._resolve:replace"
 
 
 def is_about_keys(site):

@@ -92,5 +92,5 @@ WITNESSES = {
     "R32 a decision is durable before recovery follows it": 0,
     "R33 abandoned durably before what it needs goes": 11,
     "R34 what a partition says is durable": 24,
-    "writer._recover:replace": 0,
+    "writer._resolve:replace": 0,
 }
