@@ -164,10 +164,14 @@ def _gather_or_fill(
     out: Float32Array,
     key: np.uint64,
     parameters: NDArray[np.float64],
+    first: int,
+    stride: int,
     start: int,
     stop: int,
 ) -> None:
     """Do what `gather` does; rows that were never written get their initial value, without touching their page.
+
+    That is a function of the key and of ``first + row * stride``.
 
     For each row the place is found before its bit is read, because a row in a slot exists whatever the bit says. The
     bit is set once the files hold the record, and the slot is released only after that.
@@ -182,7 +186,7 @@ def _gather_or_fill(
         # A row that is computed leaves a gap in the copy.
         if places[i - start] == row and not (present[row >> 3] >> (row & 7)) & 1:
             places[i - start] = -1
-            fresh[count], rows[count] = i, row
+            fresh[count], rows[count] = i, first + row * stride
             count += 1
     row_bytes, record_bytes = 4 * out.shape[1], 4 * records.shape[1]
     source, target = records.ctypes.data + 4 * column, out.ctypes.data + start * row_bytes
@@ -213,10 +217,12 @@ def _copy_or_fill(
     initial_state: Float32Array,
     key: np.uint64,
     parameters: NDArray[np.float64],
+    first: int,
+    stride: int,
     start: int,
     stop: int,
 ) -> None:
-    """Do what `copy_rows` does; rows that were never written get their initial record."""
+    """Do what `copy_rows` does; rows that were never written get their initial record, as in `_gather_or_fill`."""
     base, record_bytes = records.ctypes.data, 4 * records.shape[1]
     dim = records.shape[1] - initial_state.size
     fresh, rows, count = np.empty(stop - start, np.int64), np.empty(stop - start, np.int64), 0
@@ -228,7 +234,7 @@ def _copy_or_fill(
         # The weights follow below, for all such rows in one call.
         for j in range(initial_state.size):
             records[places[i], dim + j] = initial_state[j]
-        fresh[count], rows[count] = places[i], row
+        fresh[count], rows[count] = places[i], first + row * stride
         count += 1
     _fill_rows(records[:, :dim], fresh[:count], rows[:count], key, parameters)
 

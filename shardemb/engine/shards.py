@@ -114,8 +114,9 @@ class Shards:
         self.frozen: FrozenRows | None = None
         self.training: Training | None = None
         initializer = spec.initializer
-        self._key = np.uint64(stream_key(getattr(initializer, "seed", 0), spec.stream))
-        self._parameters = np.array(initializer.parameters(), np.float64)
+        key = np.uint64(stream_key(getattr(initializer, "seed", 0), spec.stream))
+        # What initial values are drawn from, as kernels take it.
+        self._drawn_from = key, np.array(initializer.parameters(), np.float64), spec.first, spec.stride
 
     # ---- reading; no lock needed, if the caller compares `Overlay.version`
 
@@ -174,12 +175,13 @@ class Shards:
             else:
                 self._gather_shown(self.hidden, first, ids, out, start, stop)
             return
-        initializer, key, parameters = type(self.spec.initializer), self._key, self._parameters
+        initializer, drawn_from = type(self.spec.initializer), self._drawn_from
         if column != "weight":
             initializer = Constant  # all of a state column has one initial value
-            parameters = self.spec.initial_state[first - self.spec.embedding_dim :][:1].astype(np.float64)
+            value = self.spec.initial_state[first - self.spec.embedding_dim :][:1].astype(np.float64)
+            drawn_from = drawn_from[0], value, *drawn_from[2:]
         row_kernels.gather_or_fill(initializer)(
-            self.records, *self.overlay.index, self.present, first, ids, out, key, parameters, start, stop
+            self.records, *self.overlay.index, self.present, first, ids, out, *drawn_from, start, stop
         )
 
     def _gather_shown(
@@ -367,15 +369,7 @@ class Shards:
                 self.records[places[fresh]] = self.initial_records(rows[fresh])
             return
         row_kernels.copy_or_fill(type(self.spec.initializer))(
-            self.records,
-            self.present,
-            rows,
-            places,
-            self.spec.initial_state,
-            self._key,
-            self._parameters,
-            start,
-            stop,
+            self.records, self.present, rows, places, self.spec.initial_state, *self._drawn_from, start, stop
         )
 
     # ---- what changed; under the store's lock
@@ -474,7 +468,7 @@ class Shards:
             return np.zeros((ids.size, spec.width), spec.element)
         weights = np.empty((ids.size, spec.embedding_dim), np.float32)
         fill = row_kernels.fill(type(spec.initializer))
-        fill(ids, weights, self._key, self._parameters, 0, ids.size)
+        fill(spec.numbers_of(ids), weights, *self._drawn_from[:2], 0, ids.size)
         return np.hstack([self.codec.encoded(weights), np.tile(spec.initial_state, (ids.size, 1))])
 
     def initial_values(self, ids: Int64Array, form: str, column: str = "weight") -> NDArray[Any]:

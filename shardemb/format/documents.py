@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 
-CODED_VERSION = 2
-"""Version of the document of a table whose records are not float32."""
+CODED_VERSION, NUMBERED_VERSION = 2, 3
+"""Versions of the document of a table whose records are not float32, and of a part of a table, whatever they are."""
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 

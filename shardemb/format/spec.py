@@ -27,6 +27,7 @@ from shardemb.errors import FormatError
 from shardemb.format.documents import (
     CODED_VERSION,
     FORMAT_VERSION,
+    NUMBERED_VERSION,
     crc32,
     field,
     int_field,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from shardemb.base.validation import Int64Array
     from shardemb.dtypes import Part, Precision
 
 
@@ -103,6 +105,9 @@ class TableSpec:
         How the numbers of a record are stored.
     padding_idx : int or None
         The row of padding, whose gradients are dropped.
+    first, stride : int
+        Row ``r`` stands for the row ``first + r * stride`` of the whole table, if this is a part of one: its initial
+        value, and what rounds it stochastically, are that row's.
     """
 
     uuid: str
@@ -115,6 +120,17 @@ class TableSpec:
     counters: bool = False
     precision: Precision = FLOAT32
     padding_idx: int | None = None
+    first: int = 0
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        if self.first + (self.num_embeddings - 1) * self.stride >= MAX_ROWS:
+            msg = f"{self.num_embeddings} rows from {self.first} on, {self.stride} apart, end past row {MAX_ROWS - 1}"
+            raise ValueError(msg)
+
+    def numbers_of(self, rows: Int64Array) -> Int64Array:
+        """Return which rows of the whole table some rows stand for."""
+        return rows if (self.first, self.stride) == (0, 1) else self.first + rows * self.stride
 
     @cached_property
     def parts(self) -> dict[str, Part]:
@@ -239,9 +255,9 @@ class TableSpec:
 
     def to_json(self) -> dict[str, object]:
         """Return the table's attributes in zarr, including a checksum over all the others."""
-        coded = self.precision.is_coded
+        coded, numbered = self.precision.is_coded, (self.first, self.stride) != (0, 1)
         document: dict[str, object] = {
-            "format_version": CODED_VERSION if coded else FORMAT_VERSION,
+            "format_version": NUMBERED_VERSION if numbered else CODED_VERSION if coded else FORMAT_VERSION,
             "uuid": self.uuid,
             "stream": self.stream,
             "num_embeddings": self.num_embeddings,
@@ -257,6 +273,8 @@ class TableSpec:
             document |= self.precision.to_json()
         if self.padding_idx is not None:
             document["padding_idx"] = self.padding_idx
+        if numbered:
+            document |= {"first": self.first, "stride": self.stride}
         return document | {"crc32": crc32(document)}
 
     def described_columns(self) -> dict[str, object]:
@@ -275,7 +293,8 @@ class TableSpec:
             The version is newer, a value is missing or impossible, the columns disagree with the optimizer, or the
             checksum is wrong. (The first stores had no checksum.)
         """
-        coded = require_version(document, CODED_VERSION) == CODED_VERSION
+        version = require_version(document, NUMBERED_VERSION)
+        coded = version == CODED_VERSION or (version == NUMBERED_VERSION and "dtype" in document)
         optimizer = field(document, "optimizer", (dict, type(None)))
         spec = TableSpec(
             uuid=uuid_field(document),
@@ -295,6 +314,9 @@ class TableSpec:
             row = int_field(document, "padding_idx", spec.num_embeddings - 1, minimum=0)
             spec = replace(spec, padding_idx=row)
         try:
+            if version == NUMBERED_VERSION:
+                first = int_field(document, "first", MAX_ROWS, minimum=0)
+                spec = replace(spec, first=first, stride=int_field(document, "stride", MAX_ROWS))
             _require_caught_up_as_float32(spec)
         except ValueError as error:
             raise FormatError(str(error)) from error

@@ -168,11 +168,10 @@ class RecordCodec:
             return
         dtype = self._precision.dtype
         drawn = rows is not None and self._precision.rounding is not None
-        ids = (
-            np.zeros(len(weights), np.int64) if rows is None else rows
-        )  # to round to nearest, none is looked at
+        # To round to nearest, none is looked at.
+        numbers = np.zeros(len(weights), np.int64) if rows is None else self._spec.numbers_of(rows)
         kernel = coded_rows.encode_rows(dtype, drawn=drawn)
-        kernel(weights, out, ids, self._key(WRITTEN), step, dtype.block_size, start, stop)
+        kernel(weights, out, numbers, self._key(WRITTEN), step, dtype.block_size, start, stop)
 
     def put(self, records: Bytes, column: str, values: Float32Array) -> None:
         """Set a column of state of records, rounded to nearest."""
@@ -212,7 +211,7 @@ class RecordCodec:
         def take_step(
             batch: Grouped, gradients: Float32Array, places: Int64Array, start: int, stop: int
         ) -> None:
-            rows = records, places, batch.rows, batch.starts, batch.order
+            rows = records, places, spec.numbers_of(batch.rows), batch.starts, batch.order
             kernel(*rows, gradients, scalars, options, *what, number, counting, start, stop)
 
         return take_step

@@ -154,6 +154,8 @@ class Session:
             self.require_free(name)
             bound = None if vocabulary is None else self.vocabularies.find(vocabulary)
             spec, rows = first_spec(bound, wanted, name, self.tables.unused_stream(name))
+            if (partition := self.runtime.committed.partition) is not None:
+                spec = replace(spec, first=partition.number, stride=partition.count)
             identity = None if bound is None else bound.entry.uuid
             return self.tables.create(
                 name, spec, rows=rows, progress=progress, vocabulary=identity, origin=origin

@@ -269,7 +269,7 @@ LOOK_UP = """
         got, expected = np.empty((1, 3), np.float32), np.empty((1, 3), np.float32)
         parameters = np.array(each.parameters(), np.float64)
         row_kernels.gather_or_fill(type(each))(
-            got, *no_index, np.zeros(1, np.uint8), 0, np.zeros(1, np.int64), got, np.uint64(5), parameters, 0, 1)
+            got, *no_index, np.zeros(1, np.uint8), 0, np.zeros(1, np.int64), got, np.uint64(5), parameters, 0, 1, 0, 1)
         each.fill_rows(expected, np.zeros(1, int), np.zeros(1, int), np.uint64(5), parameters)
         assert (got == expected).all(), (name, got, expected)
 """

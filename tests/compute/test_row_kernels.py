@@ -134,7 +134,7 @@ def test_gather_or_fill_reads_only_rows_that_are_present():
     records, ids = table(), int64([5, 0, 299, 5, 17])
     out = np.full((5, 3), -1, np.float32)
     kernel = row_kernels.gather_or_fill(Constant)
-    kernel(records, *NO_INDEX, bitmap([5, 299], 300), 2, ids, out, np.uint64(0), np.array([0.5]), 0, 4)
+    kernel(records, *NO_INDEX, bitmap([5, 299], 300), 2, ids, out, np.uint64(0), np.array([0.5]), 0, 1, 0, 4)
     np.testing.assert_array_equal(out[[0, 2, 3]], records[[5, 299, 5], 2:5])
     assert (out[1] == 0.5).all()
     assert (out[4] == -1).all()
@@ -163,7 +163,7 @@ def test_copy_or_fill_copies_what_the_files_hold_and_gives_the_others_their_firs
     state = np.array([7, 9], np.float32)
     rows, places = int64([8, 9, 10, 11, 70]), int64([290, 291, 292, 293, 294])
     row_kernels.copy_or_fill(Constant)(
-        records, present, rows, places, state, np.uint64(0), np.array([0.5]), 0, 4
+        records, present, rows, places, state, np.uint64(0), np.array([0.5]), 0, 1, 0, 4
     )
     before[[290, 292]] = before[[8, 10]]
     before[[291, 293]] = [0.5, 0.5, 7, 9]
