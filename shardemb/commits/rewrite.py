@@ -1,4 +1,4 @@
-"""Rewrites a table into a new folder: with other rows, other shards, or another optimizer.
+"""Rewrites a table into a new folder: with other rows, other shards, or another optimizer; or into several.
 
 The rewritten table gets a new folder and a new uuid, and keeps its name and the stream of its initial values. To a
 commit and to recovery it is a new table that replaces a dropped one. Nothing here changes the old folder. Blocks are
@@ -7,6 +7,7 @@ compared with their checksums before new checksums are computed, so that damage 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections import Counter
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from shardemb.base.progress import Advance, Progress
     from shardemb.format.spec import TableSpec
     from shardemb.format.table_files import File
+
+OPEN_SHARDS = 128
+"""How many tables are written at the same time; with more, the old files are read again."""
 
 
 # ---- another number of rows -----------------------------------------------------------------------------------
@@ -159,21 +163,16 @@ def reshape(old: TableLocation, new: TableLocation, *, keep_state: bool, advance
     DiskFullError, OSError
         The disk is full, or fails. Completed shards stay.
     """
-    _begin(old, new)
+    begin(old, new)
     for number in range(new.spec.num_shards):
         file = new.shard(number)
         if files.size(file.path) is None:
-            staged = files.staged(file.path)
-            files.remove(staged)
-            files.create_sparse(staged, file.nbytes)
-            _fill(old, new, file, staged, keep_state=keep_state)
-            files.publish(file.path)
+            _fill(old, new, file, keep_state=keep_state)
         advance(file.rows[1] - file.rows[0])
-    for number in range(new.spec.num_presence_chunks):
-        checksums.write_file_sums(new, new.presence_chunk(number))
+    complete(new)
 
 
-def _begin(old: TableLocation, new: TableLocation) -> None:
+def begin(old: TableLocation, new: TableLocation) -> None:
     """Make all files except the shards. The table's document comes last: if it exists, the others are complete."""
     document = new.directory / zarr_metadata.DOCUMENT
     if files.size(document) is not None:
@@ -191,37 +190,84 @@ def _begin(old: TableLocation, new: TableLocation) -> None:
     files.replace(document, documents[zarr_metadata.DOCUMENT])
 
 
-def _fill(old: TableLocation, new: TableLocation, file: File, staged: Path, *, keep_state: bool) -> None:
-    """Write a shard under the name `staged`, the bits of its rows and its checksums, and make them durable."""
-    spec, (begin, end) = new.spec, file.rows
-    multiple = shard_rows_multiple(spec.record_bytes)
-    step = max(1, folders.WINDOW_BYTES // (multiple * spec.record_bytes)) * multiple
-    sums_path = new.checksums_path
-    with (
-        files.opened(staged, os.O_WRONLY) as target,
-        files.opened(sums_path, os.O_WRONLY) as sums,
-    ):
+def complete(new: TableLocation) -> None:
+    """Write what is missing once all shards are there: the checksums of the presence bits."""
+    for number in range(new.spec.num_presence_chunks):
+        checksums.write_file_sums(new, new.presence_chunk(number))
+
+
+def _fill(old: TableLocation, new: TableLocation, file: File, *, keep_state: bool) -> None:
+    """Write a shard, the bits of its rows and its checksums."""
+    begin, end = file.rows
+    step = window_rows(new.spec)
+    with ShardWriter(new, file) as shard:
         for start in range(begin, end, step):
-            stop = min(start + step, end)
-            records, written = _read(old, start, stop)
-            if not written.any():
-                continue
-            memory = np.zeros((-(-(stop - start) // multiple) * multiple, spec.width), spec.element)
-            memory[: stop - start] = converted(old.spec, spec, records, written, keep_state=keep_state)
-            blocks = memory.reshape(-1).view(np.uint64).reshape(-1, PAGE // 8)
-            offset = (start - begin) * spec.record_bytes
-            filled = np.flatnonzero(blocks.any(axis=1))  # blocks of zeros stay holes
-            for begins, ends in file_blocks.runs(filled):
-                first, last = int(filled[begins]), int(filled[ends - 1]) + 1
-                stretch = memory.reshape(-1).view(np.uint8)[first * PAGE : last * PAGE]
-                files.write(target, stretch.data, offset + first * PAGE, staged)
-                found = checksums.block_sums(stretch.data)
-                files.write(sums, found.data, (file.first + offset // PAGE + first) * 8, sums_path)
-            if spec.has_presence:
-                _write_presence(new, start, written)
-        files.sync(target, staged)
-        files.drop_cached(target)
-        files.sync_data(sums, sums_path)
+            records, written = read_rows(old, start, min(start + step, end))
+            if written.any():
+                made = converted(old.spec, new.spec, records, written, keep_state=keep_state)
+                shard.write(start, made, written)
+
+
+def window_rows(spec: TableSpec, tables: int = 1) -> int:
+    """Return how many rows of each of some tables are rewritten at once: some MiB, and whole blocks of each table."""
+    multiple = shard_rows_multiple(spec.record_bytes)
+    return max(1, folders.WINDOW_BYTES // (multiple * spec.record_bytes * tables)) * multiple
+
+
+class ShardWriter:
+    """Writes a shard of a new table, the bits of its rows and their checksums: a context manager.
+
+    At its end all of that is durable, and the shard gets its name.
+
+    Parameters
+    ----------
+    new : TableLocation
+        What has all files but the shards.
+    file : File
+        The shard.
+    """
+
+    def __init__(self, new: TableLocation, file: File) -> None:
+        self._new, self._file, self._staged = new, file, files.staged(file.path)
+        self._multiple = shard_rows_multiple(new.spec.record_bytes)
+
+    def __enter__(self) -> ShardWriter:
+        files.remove(self._staged)
+        files.create_sparse(self._staged, self._file.nbytes)
+        with contextlib.ExitStack() as stack:
+            self._target = stack.enter_context(files.opened(self._staged, os.O_WRONLY))
+            self._sums = stack.enter_context(files.opened(self._new.checksums_path, os.O_WRONLY))
+            self._stack = stack.pop_all()
+        return self
+
+    def write(self, start: int, records: NDArray[Any], written: NDArray[np.bool_]) -> None:
+        """Write rows from `start` on, which begin a block. Those that are not `written` are zeros, and stay holes."""
+        if not written.any():
+            return
+        spec = self._new.spec
+        memory = np.zeros((-(-len(records) // self._multiple) * self._multiple, spec.width), spec.element)
+        memory[: len(records)] = records
+        blocks = memory.reshape(-1).view(np.uint64).reshape(-1, PAGE // 8)
+        offset = (start - self._file.rows[0]) * spec.record_bytes
+        filled = np.flatnonzero(blocks.any(axis=1))
+        for begins, ends in file_blocks.runs(filled):
+            first, last = int(filled[begins]), int(filled[ends - 1]) + 1
+            stretch = memory.reshape(-1).view(np.uint8)[first * PAGE : last * PAGE]
+            files.write(self._target, stretch.data, offset + first * PAGE, self._staged)
+            sums = checksums.block_sums(stretch.data)
+            at = (self._file.first + offset // PAGE + first) * 8
+            files.write(self._sums, sums.data, at, self._new.checksums_path)
+        if spec.has_presence:
+            _write_presence(self._new, start, written)
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        with self._stack:
+            if kind is not None:
+                return
+            files.sync(self._target, self._staged)
+            files.drop_cached(self._target)
+            files.sync_data(self._sums, self._new.checksums_path)
+        files.publish(self._file.path)
 
 
 def _write_presence(new: TableLocation, start: int, written: NDArray[np.bool_]) -> None:
@@ -234,7 +280,7 @@ def _write_presence(new: TableLocation, start: int, written: NDArray[np.bool_]) 
         done += end - begin
 
 
-def _read(old: TableLocation, start: int, stop: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def read_rows(old: TableLocation, start: int, stop: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """Read the records of rows ``start:stop``, and whether each row was ever written."""
     spec = old.spec
     records = np.zeros((stop - start, spec.width), spec.element)
@@ -265,6 +311,108 @@ def _written(old: TableLocation, start: int, stop: int) -> NDArray[np.bool_]:
     bits = np.unpackbits(np.frombuffer(b"".join(parts), np.uint8), bitorder="little")
     written: NDArray[np.bool_] = bits[start % 8 :][: stop - start] == 1
     return written
+
+
+# ---- several tables, one for each partition of a store ----------------------------------------------------------
+
+
+def spread(old: TableLocation, new: Sequence[TableLocation], advance: Advance) -> None:
+    """Copy the written rows of a table into the folders of several. Those are not durable as a whole yet.
+
+    Parameters
+    ----------
+    old : TableLocation
+        Must not change meanwhile.
+    new : sequence of TableLocation
+        Their records are those of `old`, their shards have one size. Of more tables than rows, some have one row that
+        no id leads to.
+    advance : callable
+        Called with the number of rows that were completed.
+
+    Raises
+    ------
+    FormatError
+        A block is damaged.
+    DiskFullError, OSError
+        The disk is full, or fails. Completed shards stay.
+    """
+    for each in new:
+        _begin_checked(old, each)
+    total = old.spec.num_embeddings
+    for number in range(max(each.spec.num_shards for each in new)):
+        missing = [part for part, each in enumerate(new) if _is_missing(each, number)]
+        for first in range(0, len(missing), OPEN_SHARDS):
+            _spread_shards(old, new, number, missing[first : first + OPEN_SHARDS])
+        rows = len(new) * new[0].spec.rows_per_shard
+        advance(min((number + 1) * rows, total) - min(number * rows, total))
+    for each in new:
+        complete(each)
+
+
+def _spread_shards(
+    old: TableLocation, new: Sequence[TableLocation], number: int, parts: Sequence[int]
+) -> None:
+    """Write one shard of some of the tables."""
+    spec, total = new[0].spec, old.spec.num_embeddings
+    begin, step = number * spec.rows_per_shard, window_rows(spec, min(len(new), OPEN_SHARDS))
+    with contextlib.ExitStack() as stack:
+        shards = {
+            part: stack.enter_context(ShardWriter(new[part], new[part].shard(number))) for part in parts
+        }
+        end = max(new[part].shard(number).rows[1] for part in parts)
+        for start in range(begin, end, step):
+            stop = min(start + step, end)
+            low, high = start * len(new), min(stop * len(new), total)
+            if low >= high:
+                break
+            records, written = read_rows(old, low, high)
+            for part, shard in shards.items():
+                shard.write(start, records[part :: len(new)], written[part :: len(new)])
+
+
+def gather(old: Sequence[TableLocation], new: TableLocation, advance: Advance) -> None:
+    """Copy the written rows of several tables into the folder of one: the reverse of `spread`.
+
+    Raises
+    ------
+    FormatError, DiskFullError, OSError
+        As `spread`.
+    """
+    _begin_checked(old[0], new)
+    step = window_rows(new.spec)
+    for number in range(new.spec.num_shards):
+        file = new.shard(number)
+        begin, end = file.rows
+        if _is_missing(new, number):
+            with ShardWriter(new, file) as shard:
+                for start in range(begin, end, step):
+                    shard.write(start, *_interleaved(old, start, min(start + step, end)))
+        advance(end - begin)
+    complete(new)
+
+
+def _interleaved(
+    old: Sequence[TableLocation], start: int, stop: int
+) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """Read the rows ``start:stop`` of the whole from the tables that have them."""
+    spec, count = old[0].spec, len(old)
+    records, written = np.zeros((stop - start, spec.width), spec.element), np.zeros(stop - start, np.bool_)
+    for part, each in enumerate(old):
+        first = (part - start) % count
+        if start + first < stop:
+            low = (start + first) // count
+            some = slice(first, None, count)
+            records[some], written[some] = read_rows(each, low, low + len(range(first, stop - start, count)))
+    return records, written
+
+
+def _begin_checked(old: TableLocation, new: TableLocation) -> None:
+    table_folder.check_mappings(new.spec)
+    begin(old, new)
+
+
+def _is_missing(table: TableLocation, number: int) -> bool:
+    return number < table.spec.num_shards and files.size(table.shard(number).path) is None
 
 
 # ---- files of its own -----------------------------------------------------------------------------------------

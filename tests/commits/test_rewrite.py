@@ -317,11 +317,11 @@ def test_resharding_continues_after_an_interruption(path, monkeypatch):
         expected = everything(table)
         filled, real = [], rewrite._fill
 
-        def fill(old, new, file, staged, *, keep_state):
+        def fill(old, new, file, *, keep_state):
             filled.append(file.number)
             if len(filled) == 4:
                 raise KeyboardInterrupt
-            real(old, new, file, staged, keep_state=keep_state)
+            real(old, new, file, keep_state=keep_state)
 
         monkeypatch.setattr(rewrite, "_fill", fill)
         with pytest.raises(KeyboardInterrupt):

@@ -481,10 +481,10 @@ def reshard(store, name, recording, *, twice):
     """Reshard a table, which is a commit; and before that do so only half way."""
     real = rewrite._fill
 
-    def fill(old, new, file, staged, *, keep_state):
+    def fill(old, new, file, *, keep_state):
         if file.number == 1:
             raise KeyboardInterrupt
-        real(old, new, file, staged, keep_state=keep_state)
+        real(old, new, file, keep_state=keep_state)
 
     if twice:
         with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):

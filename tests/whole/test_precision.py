@@ -475,12 +475,12 @@ def test_an_interrupted_conversion_is_continued(tmp_path, monkeypatch):
         store.commit()
         real, done = rewrite._fill, []
 
-        def fill(old, fresh, file, staged, *, keep_state):
+        def fill(old, fresh, file, *, keep_state):
             if file.number == 2 and len(done) == 2:
                 done.append("stopped")
                 raise KeyboardInterrupt
             done.append(file.number)
-            real(old, fresh, file, staged, keep_state=keep_state)
+            real(old, fresh, file, keep_state=keep_state)
 
         monkeypatch.setattr(rewrite, "_fill", fill)
         with pytest.raises(KeyboardInterrupt):
