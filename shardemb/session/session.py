@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from shardemb.base.progress import Progress
     from shardemb.engine.runtime import Runtime
     from shardemb.engine.table_state import TableState
+    from shardemb.engine.training import Training
     from shardemb.format.manifest import AttemptId, TagEntry
+    from shardemb.format.spec import TableSpec
     from shardemb.optim import Optimizer
     from shardemb.session.attempt import Attempt
     from shardemb.session.pending_commit import PendingCommit
@@ -160,6 +162,13 @@ class Session:
             return self.tables.create(
                 name, spec, rows=rows, progress=progress, vocabulary=identity, origin=origin
             )
+
+    def adopt_table(self, name: str, spec: TableSpec, training: Training) -> None:
+        """Add a table whose files are complete, among those that are being rebuilt; see `TableCatalog.take_in`."""
+        with self.settled(self.runtime.changing):
+            self.runtime.check_publishable()
+            self.require_free(name)
+            self.tables.take_in(name, spec, training)
 
     def drop_table(self, name: str) -> None:
         """Drop a table; see `Store.drop_table`."""

@@ -253,6 +253,24 @@ class TableCatalog:
                 raise
         return table
 
+    def take_in(self, name: str, spec: TableSpec, training: Training) -> TableState:
+        """Add a table whose folder is complete, among those that are being rebuilt.
+
+        Raises
+        ------
+        TableExistsError
+            There is one of that name.
+        """
+        self.require_free(name)
+        path = self._runtime.path
+        directory = store_paths.parked(path, spec.uuid)
+        files.make_directory(directory.parent)
+        files.rename(store_paths.rebuilt(path) / spec.uuid, directory)
+        table = TableState(self._runtime, name, shards.Shards(spec, directory), training)
+        self.current[name] = table
+        self._streams = None
+        return table
+
     def set_name(self, table: TableState, name: str) -> None:
         """Rename a table; no other table has the new name."""
         self.current = {name if each is table else key: each for key, each in self.current.items()}

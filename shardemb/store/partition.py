@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from shardemb.engine.training import Training
     from shardemb.format.manifest import AttemptId, Decided, Manifest, PartitionIdentity
+    from shardemb.format.spec import TableSpec
     from shardemb.session.session import Session
+    from shardemb.session.table_catalog import CommittedTable
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,11 @@ class Partition:
         return f"<{self.identity} at '{self._held.runtime.path}'>"
 
     @property
+    def path(self) -> Path:
+        """Its folder."""
+        return self._held.runtime.path
+
+    @property
     def status(self) -> PartitionStatus:
         """What it has: the last commit, and what is prepared."""
         if self._session is None:
@@ -219,6 +227,32 @@ class Partition:
         self._session = self._held.session(decided)
         self._store = Store(self._session)
         return self._store
+
+    def adopt_table(self, name: str, spec: TableSpec, training: Training) -> None:
+        """Add a table whose files are complete, among those that are being rebuilt: part of the next commit.
+
+        Raises
+        ------
+        PartitionError
+            It is not open.
+        TableExistsError
+            There is one of that name.
+        """
+        self._opened().adopt_table(name, spec, training)
+
+    def tables_in_files(self) -> dict[str, CommittedTable]:
+        """Return the tables of the last commit by name, all of which is in their files then.
+
+        Raises
+        ------
+        PartitionError
+            It is not open.
+        OSError
+            Writing failed.
+        """
+        session = self._opened()
+        session.checkpoint()
+        return {each.table.name: each for each in session.tables.committed.values()}
 
     def prepare(
         self, decided: Decided, step: int | None = None, metadata: Mapping[str, Any] | None = None
