@@ -82,7 +82,7 @@ def _tables_of(source: Session) -> dict[str, CommittedTable]:
     tables = {each.table.name: each for each in source.tables.committed.values()}
     frozen = [name for name, each in tables.items() if each.table.entry.frozen]
     if frozen:
-        msg = f"table {frozen[0]!r} of the store {path} has frozen rows; call unfreeze() and commit() first"
+        msg = f"table {frozen[0]!r} of the store {path} has frozen rows; call unfreeze_rows() and commit() first"
         raise ShardEmbError(msg)
     return tables
 
@@ -105,6 +105,8 @@ def _specs(source: Session, table: CommittedTable, partitions: Sequence[Partitio
                 uuid=str(uuid.uuid5(uuid.UUID(spec.uuid), named)),
                 num_embeddings=max(1, len(range(number, spec.num_embeddings, count))),
                 padding_idx=None if padding is None or padding % count != number else padding // count,
+                first=number,
+                stride=count,
             )
         )
     return found
@@ -148,6 +150,8 @@ def gather(
             uuid=str(uuid.uuid5(uuid.UUID(spec.uuid), named)),
             num_embeddings=rows,
             padding_idx=padding,
+            first=0,
+            stride=1,
         )
         new = TableLocation(spec, store_paths.rebuilt(target.runtime.path) / spec.uuid)
         with track(rows, f"gathering {name!r}", progress=progress) as advance:
