@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.references import HOSTILE, damaged, damaged_bytes
 from support.specs import UUID, make
 
+from shardemb import dtypes
 from shardemb.base import sizes
 from shardemb.base.sizes import PAGE
 from shardemb.errors import FormatError
@@ -272,8 +273,8 @@ def test_an_impossible_value_is_a_format_error(name, value):
 
 
 def test_a_newer_version_asks_for_an_upgrade():
-    with pytest.raises(FormatError, match=r"format version 3 is newer than 2.*upgrade shardemb"):
-        TableSpec.from_json({**make().to_json(), "format_version": 3})
+    with pytest.raises(FormatError, match=r"format version 4 is newer than 3.*upgrade shardemb"):
+        TableSpec.from_json({**make().to_json(), "format_version": 4})
 
 
 def test_a_newer_version_may_have_other_fields():
@@ -432,3 +433,52 @@ def test_a_field_may_be_null_where_that_is_a_type_but_not_missing():
 def test_a_spec_never_changes():
     with pytest.raises(dataclasses.FrozenInstanceError):
         make().num_embeddings = 5
+
+
+# ---- parts of a table -------------------------------------------------------------------------------------------
+
+NUMBERED = dataclasses.replace(make(optimizer=Adam(), initializer=Uniform(-1, 1, seed=5)), first=3, stride=16)
+
+
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize(("first", "stride"), [(3, 16), (0, 16), (0, 2**20), (7, 1)])
+def test_a_part_of_a_table_has_version_3_and_says_which_rows_it_has(coded, first, stride):
+    precision = dtypes.Wanted(dtype="bfloat16").checked(trains=True) if coded else spec.FLOAT32
+    table = dataclasses.replace(make(optimizer=Adam(), precision=precision), first=first, stride=stride)
+    document = json.loads(json.dumps(table.to_json()))
+    assert (document["format_version"], document["first"], document["stride"]) == (3, first, stride)
+    assert TableSpec.from_json(document) == table
+    np.testing.assert_array_equal(
+        table.numbers_of(np.arange(4)), [first, first + stride, first + 2 * stride, first + 3 * stride]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("first", each) for each in (-1, 2**48, "0", None, 0.5, True)]
+    + [("stride", each) for each in (0, -1, 2**48, "1", None, 1.5, True)],
+)
+def test_impossible_numbers_of_rows_are_format_errors(name, value):
+    document = NUMBERED.to_json() | {name: value}
+    document["crc32"] = documents.crc32(document)
+    with pytest.raises(FormatError):
+        TableSpec.from_json(document)
+    del document[name]
+    with pytest.raises(FormatError, match=name):
+        TableSpec.from_json(document)
+
+
+def test_a_program_that_knows_no_parts_refuses_them(monkeypatch):
+    document = NUMBERED.to_json()
+    monkeypatch.setattr(spec, "NUMBERED_VERSION", 2)
+    with pytest.raises(FormatError, match="format version 3 is newer"):
+        TableSpec.from_json(document)
+
+
+def test_a_part_ends_where_tables_end():
+    rows = 2**48 // 16
+    table = dataclasses.replace(NUMBERED, num_embeddings=rows, first=15)
+    assert table.numbers_of(np.array([rows - 1])) == 2**48 - 1
+    for changes in ({"first": 16}, {"num_embeddings": rows + 1}, {"stride": 17}):
+        with pytest.raises(ValueError, match="end past row"):
+            dataclasses.replace(table, **changes)

@@ -192,3 +192,24 @@ def test_tables_of_a_store_of_its_own_are_numbered_by_their_rows(store):
     assert not {"first", "stride"} & spec.to_json().keys()
     rows = np.arange(10)
     assert spec.numbers_of(rows) is rows
+
+
+def test_an_update_without_a_row_of_a_part_is_a_step_of_it(tmp_path):
+    """Its owner gets it all the same, so that the next step of Adam has the same number everywhere."""
+    with contextlib.closing(Parts(tmp_path, 1, {"optimizer": Adam(lr=0.1)})) as parts:
+        store = parts.parts[0].store
+        words = store.create_vocabulary("words", key_type="int64")
+        keyed = store.create_table("k", vocabulary="words", embedding_dim=4, optimizer=Adam(lr=0.1))
+        words.add([5])
+        table, nothing = store["t"], np.empty((0, DIM), np.float32)
+        table.update(np.empty(0, np.int64), nothing)
+        table.update([], nothing)
+        store.update({"t": ([], nothing), "k": ([], np.empty((0, 4), np.float32))})
+        keyed.update([], np.empty((0, 4), np.float32))
+        assert (table.step, keyed.step) == (3, 2)
+        parts.commit()
+        table.update([], nothing)
+        parts.commit()
+        parts.reopen()
+        found = parts.parts[0].store
+        assert (found["t"].step, found["k"].step) == (4, 2)
