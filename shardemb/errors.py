@@ -18,6 +18,10 @@ and `ValueError`.
     |   |-- UnknownKeyError (KeyError)            a key that has no row
     |   |-- StoreNotFoundError (FileNotFoundError)
     |   `-- StoreExistsError (FileExistsError)
+    |-- a store over several processes; go on from its last commit
+    |   |-- OwnerLostError (ConnectionError)      a process that has partitions does not answer
+    |   |-- EraEndedError (RuntimeError)          rows went back to the last commit since
+    |   `-- PartitionError (RuntimeError)         a partition is missing, misplaced or at another commit
     |-- the table is not set up for this
     |   |-- FrozenRowError (ValueError)           an update of a frozen row
     |   `-- LearningRateError (ValueError)        a learning rate that has to be set again
@@ -41,10 +45,12 @@ from __future__ import annotations
 
 __all__ = [
     "DiskFullError",
+    "EraEndedError",
     "FormatError",
     "FrozenRowError",
     "LearningRateError",
     "LogDamagedError",
+    "OwnerLostError",
     "PartitionError",
     "PoisonedError",
     "ReadOnlyError",
@@ -169,3 +175,15 @@ class DiskFullError(ShardEmbError, OSError):
 
 class PoisonedError(ShardEmbError, RuntimeError):
     """A write, a sync or an update failed halfway, so commits are refused. The message says what to do."""
+
+
+class OwnerLostError(ShardEmbError, ConnectionError):
+    """A process that has partitions of a distributed store ended or does not answer; go on from the last commit."""
+
+
+class EraEndedError(ShardEmbError, RuntimeError):
+    """All partitions of a distributed store went back to its last commit since; go on from that one."""
+
+
+class PartitionError(ShardEmbError, RuntimeError):
+    """A partition of a distributed store is missing, belongs elsewhere, or is at another commit than the rest."""

@@ -16,7 +16,7 @@ from shardemb.compute.compiler import kernel
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from shardemb.base.validation import Int64Array
+    from shardemb.base.validation import Float32Array, Int64Array
 
 WORD_BITS, POSITION_BITS = 64, 32
 """Bits for an id and a position together, and for a position alone."""
@@ -98,3 +98,20 @@ def list_inverse(words: NDArray[np.uint64], position_bits: int, rows: Int64Array
         rows[group] = row  # written again by each word of the group, which costs less than a branch
         inverse[words[i] & ((one << low) - one)] = group
     return int(np.int64(group)) + 1
+
+
+@kernel
+def sum_groups(values: Float32Array, starts: Int64Array, order: Int64Array, out: Float32Array) -> None:
+    """Set ``out[k]`` to the sum of the values at the positions of group `k`, added in the order of the batch.
+
+    The first is copied, as in an optimizer's step, so that both give the same bits: ``0.0 + -0.0`` is not ``-0.0``.
+    """
+    dim = values.shape[1]
+    for k in range(starts.size - 1):
+        first, total = values[order[starts[k]]], out[k]
+        for j in range(dim):
+            total[j] = first[j]
+        for i in range(starts[k] + 1, starts[k + 1]):
+            another = values[order[i]]
+            for j in range(dim):
+                total[j] += another[j]

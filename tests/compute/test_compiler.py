@@ -102,6 +102,7 @@ USE_EVERYTHING = """
     import numpy as np
     import shardemb
     from shardemb.compute import file_blocks, grouping, plan, pooling, residency, row_index, row_kernels
+    from shardemb.distributed import routing
     from shardemb.dtypes import BlockScaled, Plain
     from shardemb.imports import binary
     from shardemb.memory import slots
@@ -220,6 +221,8 @@ USE_EVERYTHING = """
             for given in ([1, 0, 1], np.eye(3), np.asfortranarray(np.ones((2, 3), np.float32))):
                 for rows in (None, (5, 900), [3, 4], np.arange(9, dtype=np.uint8)):
                     store["drawn"].search(given, 3, metric=metric, rows=rows, exclude=[[1]] * len(np.atleast_2d(given)))
+        for given in (np.ones((3, 2), np.float32), np.asfortranarray(np.ones((3, 2), np.float32))):
+            routing.Summed.of(plan.group(np.array([1, 2, 1]), 10), given)
         kernels.dots(*[np.ones((1, 3), np.float32)] * 2, np.zeros((1, 1), int), np.ones((1, 1), np.float32))
     with shardemb.open(path + "4") as store:
         for name, begin in {"one": b"1 1", "many": b"1 3", "none": b"0 3"}.items():
