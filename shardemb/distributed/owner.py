@@ -7,6 +7,7 @@ in the event loop, one after the other. The rules (P1 and so on) are those of do
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from shardemb.distributed import transport
-from shardemb.errors import EraEndedError, ShardEmbError
+from shardemb.errors import EraEndedError, PartitionError, ShardEmbError, StoreExistsError
 from shardemb.format.manifest import PartitionIdentity
 from shardemb.store.partition import Partition
 
@@ -146,6 +147,7 @@ class Holding:
     def __init__(self) -> None:
         self.thread = ThreadPoolExecutor(1, "shardemb-owner")
         self._partitions: dict[int, Partition] = {}
+        self._opened: set[int] = set()
         self._coordinator: tuple[int, str] | None = None
         self._era: Era | None = None
         self._applied: dict[str, int] = {}
@@ -161,6 +163,7 @@ class Holding:
         if asked.coordinator != self._coordinator:
             self._coordinator, self._era = asked.coordinator, None  # C1: it serves nothing of an older era
         for part in set(self._partitions) - set(asked.places):
+            self._opened.discard(part)
             self._partitions.pop(part).close()
         for part, path in asked.places.items():
             if part not in self._partitions:
@@ -170,14 +173,14 @@ class Holding:
     @staticmethod
     def _take(asked: Hold, part: int, path: str) -> Partition:
         identity = PartitionIdentity(asked.head, part, asked.count)
-        if asked.may_create and not Partition.exists(path):
-            return Partition.create(path, identity)
+        if asked.may_create:
+            with contextlib.suppress(StoreExistsError):
+                return Partition.create(path, identity)
         held = Partition.hold(path)
-        try:
-            held.require(identity)  # S1
-        except BaseException:
+        if held.identity != identity:  # S1
             held.close()
-            raise
+            msg = f"{path} is {held.identity}, where {identity} should be"
+            raise PartitionError(msg)
         return held
 
     def begin(self, asked: Begin) -> None:
@@ -187,14 +190,15 @@ class Holding:
         if asked.era == self._era:
             return
         self._era = None
-        for partition in self._partitions.values():
-            self._resolve(partition, asked.decided)
+        for part in self._partitions:
+            self._resolve(part, asked.decided)
         self._era, self._applied, self._prepared = asked.era, {}, None
 
-    @staticmethod
-    def _resolve(partition: Partition, decided: Decided) -> None:
-        if not partition.is_open:
+    def _resolve(self, part: int, decided: Decided) -> None:
+        partition = self._partitions[part]
+        if part not in self._opened:
             partition.open(decided)
+            self._opened.add(part)
             return
         if partition.status.prepared == decided:  # P5: it is this very attempt
             partition.decide()
@@ -273,6 +277,7 @@ class Holding:
     def close(self) -> None:
         """Close all partitions; what is prepared stays in doubt."""
         self._era = self._coordinator = None
+        self._opened.clear()
         while self._partitions:
             self._partitions.popitem()[1].close()
 

@@ -151,8 +151,17 @@ class CreateTable:
         padding = wanted.padding_idx
         mine = None if padding is None or padding % self.parts != part else padding // self.parts
         count = max(1, routing.local_rows(wanted.num_embeddings, part, self.parts))
-        partition.create_table(
-            wanted._replace(num_embeddings=count, padding_idx=mine), first=part, stride=self.parts
+        partition.store.create_table(
+            wanted.name,
+            num_embeddings=count,
+            embedding_dim=wanted.embedding_dim,
+            initializer=wanted.initializer,
+            counters=wanted.counters,
+            optimizer=wanted.optimizer,
+            rows_per_shard=wanted.rows_per_shard,
+            padding_idx=mine,
+            dtype=wanted.precision.dtype,
+            state_dtype=wanted.precision.state_dtype,
         )
 
 
