@@ -111,7 +111,7 @@ def train(store, ids, gradients):
 def test_a_task_trains_by_a_handle(new_store, cluster):
     store = new_store()
     filled(store)
-    done = cluster.client.submit(train, store, IDS[::-1].copy(), rows(2), workers=["1"], pure=False)
+    done = cluster.client.submit(train, store, IDS[::-1].copy(), rows(2), workers=[1], pure=False)
     np.testing.assert_array_equal(done.result(), rows(1)[::-1])
     store.commit(step=1)
     np.testing.assert_array_equal(store["t"].lookup(IDS), rows(1) - rows(2)[::-1])

@@ -1,6 +1,7 @@
 """Clusters of dask.distributed on this machine, whose processes tests stop and kill."""
 
 import contextlib
+import logging
 import os
 import signal
 import time
@@ -32,7 +33,7 @@ class Cluster:
             processes=True,
             memory_limit=0,
             dashboard_address=None,
-            silence_logs="critical",
+            silence_logs=logging.CRITICAL,
         )
         self._local = self._stack.enter_context(local)
         self.client = self._stack.enter_context(distributed.Client(self._local))
