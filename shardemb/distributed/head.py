@@ -301,14 +301,18 @@ class Coordinator:
 
     # ---- the end
 
-    def close(self) -> None:
-        """Close all partitions, then the head. An owner that does not answer closes its own as it ends."""
+    def close(self) -> bool:
+        """Close all partitions, then the head; return whether changes were lost that no commit has.
+
+        An owner that does not answer closes its own as it ends.
+        """
         release = owner.Release(self._head.uuid, self._id)
         addresses = set(self.link.members.addresses)
         try:
-            self._wire.call({address: Call(release) for address in addresses}, self._deadline_s)
+            answers, _ = self._wire.call({address: Call(release) for address in addresses}, self._deadline_s)
         finally:
             self._head.close()
+        return any(each.result for each in answers.values())
 
     def _write(self) -> None:
         self._head.commit(step=self._record.step, metadata=self._record.to_json())

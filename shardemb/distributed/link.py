@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shardemb.distributed.owner import Ask, Make, Query
+from shardemb.distributed.owner import Ask, Make, Query, RefusedError
 from shardemb.distributed.routing import Route
 from shardemb.distributed.transport import Call, UnreachableError, Wire
 from shardemb.errors import EraEndedError, OwnerLostError
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from shardemb.distributed.work import Change, Question, Read, TableFacts
 
 _NO_ROWS = np.empty(0, np.int64)
+
+
+class AllRefusedError(RefusedError):
+    """All owners have refused a change, so that they are as before."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,8 @@ class Link:
                 calls[address] = Call(request, arrays)
             try:
                 self._call(calls)
+            except AllRefusedError as refused:
+                raise refused.why from None
             except BaseException as error:
                 self.ended = self.ended or f"a change was not made everywhere ({type(error).__name__}: {error})"
                 raise
@@ -175,8 +181,11 @@ class Link:
             if isinstance(error, EraEndedError):
                 self.ended = str(error)
                 raise EraEndedError(self._over(str(error))) from error
+        refused = [each.why for each in errors.values() if isinstance(each, RefusedError)]
+        if len(refused) == len(calls):
+            raise AllRefusedError(refused[0])
         for error in errors.values():
-            raise error
+            raise error.why if isinstance(error, RefusedError) else error
         return answers
 
     def _lost(self, address: str, error: Exception) -> str:

@@ -134,6 +134,20 @@ class Release:
     coordinator: tuple[int, str]
 
 
+class RefusedError(ShardEmbError):
+    """A change was refused, and this owner's partitions are as before.
+
+    Attributes
+    ----------
+    why : Exception
+        What the store of a partition has raised.
+    """
+
+    def __init__(self, why: Exception) -> None:
+        super().__init__(why)
+        self.why = why
+
+
 class _Undecided(Exception):  # noqa: N818 -- no error: the call waits
     """Something is prepared, so nothing may change until that is decided (P2)."""
 
@@ -257,10 +271,16 @@ class Holding:
             raise EraEndedError(msg)
         if self._prepared is not None:
             raise _Undecided
-        parts = zip(_cut(asked, rows), _cut(asked, values), strict=True)
-        for (part, some), (_, their) in parts:
-            asked.what.change(self._partitions[part], part, some, their)
         self._applied[asked.trainer] = asked.sequence
+        parts = zip(_cut(asked, rows), _cut(asked, values), strict=True)
+        for number, ((part, some), (_, their)) in enumerate(parts):
+            try:
+                asked.what.change(self._partitions[part], part, some, their)
+            except Exception as error:
+                if not number:
+                    raise RefusedError(error) from error
+                self._era = None  # some partitions have changed, this one has not
+                raise
 
     def query(self, asked: Query) -> dict[int, Any]:
         """Ask partitions about themselves."""
@@ -269,17 +289,22 @@ class Holding:
 
     # ---- the end
 
-    def release(self, asked: Release) -> None:
-        """Close all partitions, if it is their coordinator that asks."""
-        if asked.coordinator == self._coordinator:
-            self.close()
+    def release(self, asked: Release) -> bool:
+        """Close all partitions, if it is their coordinator that asks; return whether changes were lost."""
+        return asked.coordinator == self._coordinator and self.close()
 
-    def close(self) -> None:
-        """Close all partitions; what is prepared stays in doubt."""
+    def close(self) -> bool:
+        """Close all partitions; what is prepared stays in doubt. Return whether changes were lost."""
+        lost = False
+        while self._partitions:
+            part, partition = self._partitions.popitem()
+            if part in self._opened and partition.status.prepared is None and partition.store.has_changes:
+                lost = True
+                partition.store.rollback()  # whoever opened the whole is told, and not each partition's standard error
+            partition.close()
         self._era = self._coordinator = None
         self._opened.clear()
-        while self._partitions:
-            self._partitions.popitem()[1].close()
+        return lost
 
     def _require(self, era: Era) -> None:
         if era != self._era:  # E1
@@ -307,18 +332,29 @@ class Owner(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
     def setup(self, worker: distributed.Worker) -> None:
         """Listen to calls."""
         self._stores: dict[str, Holding] = {}
-        worker.handlers[transport.OPERATION] = self.handle
+        self._under_way: set[str] = set()
+        worker.handlers[transport.CALL] = self.handle
+        worker.handlers[transport.IS_UNDER_WAY] = self.is_under_way
 
     async def teardown(self, worker: distributed.Worker) -> None:
         """Close what is open, as the worker ends."""
-        worker.handlers.pop(transport.OPERATION, None)
+        for name in (transport.CALL, transport.IS_UNDER_WAY):
+            worker.handlers.pop(name, None)
         for holding in self._stores.values():
             await asyncio.get_running_loop().run_in_executor(holding.thread, holding.close)
             holding.thread.shutdown()
 
-    async def handle(self, request: bytes, arrays: Sequence[NDArray[Any]]) -> dict[str, Any]:
+    async def handle(self, number: str, request: bytes, arrays: Sequence[NDArray[Any]]) -> dict[str, Any]:
         """Answer a call."""
-        return await transport.answered(self._answer, request, arrays)
+        self._under_way.add(number)
+        try:
+            return await transport.answered(self._answer, request, arrays)
+        finally:
+            self._under_way.discard(number)
+
+    def is_under_way(self, number: str) -> bool:
+        """Return whether a call of this number is being carried out; a sign of life."""
+        return number in self._under_way
 
     async def _answer(self, asked: Any, arrays: Sequence[NDArray[Any]]) -> tuple[Any, list[NDArray[Any]]]:  # noqa: ANN401
         holding = self._stores.setdefault(asked.head, Holding())

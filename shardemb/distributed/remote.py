@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -645,15 +646,16 @@ class DistributedStore(Mapping[str, DistributedTable]):
     # ---- the end
 
     def close(self) -> None:
-        """Close the store, with a last look at each partition. Uncommitted changes are lost. Again: no effect.
+        """Close the store, with a warning if changes are lost that no commit has. Again: no effect.
 
         A handle that was unpickled only forgets its connections.
         """
         if self._closed:
             return
         self._closed = True
-        if self._coordinator is not None:
-            self._coordinator.close()
+        if self._coordinator is not None and self._coordinator.close():
+            msg = f"the changes of {self.path} since its last commit are lost: close() never commits; call commit()"
+            warnings.warn(msg, RuntimeWarning, stacklevel=2)
 
     def __enter__(self) -> DistributedStore:
         return self

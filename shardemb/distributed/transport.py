@@ -1,13 +1,17 @@
 """Calls of owners, through the connections that dask.distributed has anyway.
 
 A call is a small pickled object and arrays; so is its answer. Arrays travel as they are, without a copy on either side,
-from process to process: the scheduler sees none of it. Every call has a deadline. What an owner raises is raised here.
+from process to process: the scheduler sees none of it. What an owner raises is raised here.
+
+Every call has a deadline. A commit or a verification of a large store may take longer than any; so whoever has waited
+for that long asks whether the call is still under way, and takes no answer within another deadline for a lost owner.
 """
 
 from __future__ import annotations
 
 import asyncio
 import pickle
+import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +26,14 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-OPERATION = "shardemb_call"
-"""The name of the handler on a worker."""
+CALL, IS_UNDER_WAY = "shardemb_call", "shardemb_is_under_way"
+"""The names of the handlers on a worker: for a call, and for the question whether that is being carried out."""
 
 WAIT_LIMIT_S = 60.0
 """How long a change waits for the decision about a commit."""
+
+PAUSE_S = 1.0
+"""How long an answer may be on its way."""
 
 PLUGIN = "shardemb-owner"
 """The name of the plugin that has the handler."""
@@ -113,21 +120,33 @@ class Wire:
         return list(await asyncio.gather(*waiting))
 
     async def _call_one(self, address: str, call: Call, deadline_s: float) -> Answer | Exception:
-        operation = getattr(self._pool(address), OPERATION)
-        arrays = [to_serialize(each) for each in call.arrays]
+        arrays, number = [to_serialize(each) for each in call.arrays], uuid.uuid4().hex
+        asked = getattr(self._pool(address), CALL)(number=number, request=pickle.dumps(call.request), arrays=arrays)
+        waiting = asyncio.ensure_future(asked)
         try:
-            reply = await asyncio.wait_for(
-                operation(request=pickle.dumps(call.request), arrays=arrays), deadline_s
-            )
+            while not (await asyncio.wait({waiting}, timeout=deadline_s))[0]:
+                await self._require_under_way(address, number, waiting, deadline_s)
+            reply = await waiting
         except TimeoutError:
             return UnreachableError(f"{address} did not answer within {deadline_s:g} s")
         except (OSError, AttributeError, KeyError, ValueError) as error:
             # A worker that ends closes its connections; one that has just begun has no such handler yet.
             return UnreachableError(f"{address} cannot be reached: {type(error).__name__}: {error}")
+        finally:
+            waiting.cancel()
         if "error" in reply:
             raised: Exception = pickle.loads(reply["error"])
             return raised
         return Answer(pickle.loads(reply["result"]), reply["arrays"])
+
+    async def _require_under_way(
+        self, address: str, number: str, waiting: asyncio.Future[Any], deadline_s: float
+    ) -> None:
+        asked = getattr(self._pool(address), IS_UNDER_WAY)(number=number)
+        if not await asyncio.wait_for(asked, deadline_s) and not waiting.done():
+            await asyncio.sleep(PAUSE_S)  # its answer may be on the way
+            if not waiting.done():
+                raise TimeoutError
 
 
 async def answered(

@@ -1,5 +1,7 @@
 """A cluster of processes on this machine for each module of tests, and a distributed store on it for each test."""
 
+import warnings
+
 import pytest
 from support.clusters import Cluster
 
@@ -23,5 +25,6 @@ def new_store(cluster, tmp_path):
         return opened[-1]
 
     yield new_store
-    for store in opened:
-        store.close()
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # what is lost is the point, or no matter
+        for store in opened:
+            store.close()

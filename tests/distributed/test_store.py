@@ -59,7 +59,8 @@ def test_what_is_committed_is_there_after_another_opening(new_store):
     commit = store.commit(step=7, metadata={"loss": 0.5})
     expected, moments = table.lookup(IDS), table.state("exp_avg", IDS)
     table.update(IDS, rows(3))
-    store.close()
+    with pytest.warns(RuntimeWarning, match="are lost"):
+        store.close()
     again = new_store()
     assert again.last_commit == commit == shardemb.Commit(1, 7, {"loss": 0.5})
     np.testing.assert_array_equal(again["t"].lookup(IDS), expected)
@@ -144,7 +145,8 @@ def test_a_handle_in_no_task_says_where_it_works(new_store):
         (lambda table: table.state("no", [1]), ValueError),
         (lambda table: table.set_optimizer(Adam()), ValueError),
         (lambda table: table.store.create_table("t", num_embeddings=1, embedding_dim=1), shardemb.TableExistsError),
-        (lambda table: table.store.create_table("u", num_embeddings=1, embedding_dim=1, initializer=rows(1)), TypeError),
+        (lambda table: table.store.create_table("u", num_embeddings=100, embedding_dim=4, initializer=rows(1)), TypeError),
+        (lambda table: table.store.create_table("u", num_embeddings=9, embedding_dim=1, rows_per_shard=-1), ValueError),
         (lambda table: table.store.create_table("u", num_embeddings=0, embedding_dim=1), ValueError),
         (lambda table: table.store.drop_table("u"), shardemb.TableNotFoundError),
         (lambda table: table.store.commit(step=-1), ValueError),
@@ -164,7 +166,8 @@ def test_what_is_refused_changes_nothing_and_the_era_goes_on(new_store, call, er
 def test_a_closed_store_says_so(new_store):
     store = new_store()
     table = filled(store)
-    store.close()
+    with pytest.warns(RuntimeWarning, match=r"since its last commit are lost: close\(\) never commits"):
+        store.close()
     store.close()
     for call in (lambda: table.lookup([1]), store.commit, store.rollback):
         with pytest.raises(shardemb.StoreClosedError, match="was closed"):
