@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING, Literal
 
 from shardemb.base import paths, validation
-from shardemb.distributed.head import Coordinator, Record
+from shardemb.distributed.head import Coordinator, Places, Record
 from shardemb.distributed.owner import Owner
 from shardemb.distributed.remote import DistributedStore, DistributedTable
 from shardemb.distributed.routing import MAX_PARTITIONS
@@ -104,36 +104,33 @@ def open(
         if head.last_commit is None:
             record = _first_record(head, given)
         else:
-            record = _known_record(head, owners, partitions)
+            record = _known_record(head, partitions)
+            given = None if owners is None else _places(owners, len(record.places))
         client.register_plugin(Owner())
-        coordinator = Coordinator(head, wire, record, deadline_s=seconds[0], recover_s=seconds[1])
+        coordinator = Coordinator(head, wire, record, given, deadline_s=seconds[0], recover_s=seconds[1])
     except BaseException:
         head.close()
         raise
     return DistributedStore(coordinator.link.members, coordinator.link.tables, coordinator)
 
 
-def _first_record(head: Store, places: tuple[tuple[str, str], ...] | None) -> Record:
+def _first_record(head: Store, places: Places | None) -> Record:
     if places is None:
         msg = f"there is no store at {head.path}; to create one, say where its partitions go: owners={{worker: folder}}"
         raise StoreNotFoundError(msg)
     return Record(places)
 
 
-def _known_record(
-    head: Store, owners: Mapping[str, str | os.PathLike[str]] | None, partitions: int | None
-) -> Record:
+def _known_record(head: Store, partitions: int | None) -> Record:
     record = Record.of(head)
     count = len(record.places)
     if partitions is not None and partitions != count:
         msg = f"the store {head.path} has {count} partitions, which is fixed; got partitions={partitions}"
         raise ValueError(msg)
-    if owners is None:
-        return record
-    return Record(**{**vars(record), "places": _places(owners, count)})
+    return record
 
 
-def _places(owners: Mapping[str, str | os.PathLike[str]], count: int) -> tuple[tuple[str, str], ...]:
+def _places(owners: Mapping[str, str | os.PathLike[str]], count: int) -> Places:
     """Deal partitions out to owners in turn; return the owner and the folder of each."""
     if not owners:
         msg = "owners must name at least one worker and its folder, got none"

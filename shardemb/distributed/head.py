@@ -13,7 +13,7 @@ import contextlib
 import time
 import uuid
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from shardemb.distributed import owner, work
 from shardemb.distributed.link import Link, Members
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from shardemb.store.partition import Decided, PartitionStatus
     from shardemb.store.store import Store
 
+Places: TypeAlias = tuple[tuple[str, str], ...]
+"""For each partition the owner, which is the name, address or host of a worker, and the folder there."""
+
 KEY = "shardemb.distributed"
 """Where the metadata of the head's commit has what this module knows."""
 
@@ -42,8 +45,7 @@ class Record:
 
     Attributes
     ----------
-    places : tuple of (str, str)
-        For each partition the owner, which is the name, address or host of a worker, and the folder there.
+    places : Places
     decided : Decided
         The last commit of all partitions.
     openings : int
@@ -57,7 +59,7 @@ class Record:
         As given to `DistributedStore.commit`.
     """
 
-    places: tuple[tuple[str, str], ...]
+    places: Places
     decided: Decided = (0, None)
     openings: int = 0
     complete: bool = False
@@ -102,23 +104,38 @@ class Coordinator:
         Open for writing.
     wire : Wire
     record : Record
-        As the head has it, or with other places.
+        As the head has it.
+    places : Places, optional
+        Where partitions are now. The head remembers it once all were found there.
     deadline_s, recover_s : float
         Seconds for one call, and for all owners to come back when an era begins.
     """
 
     def __init__(
-        self, head: Store, wire: Wire, record: Record, *, deadline_s: float, recover_s: float
+        self,
+        head: Store,
+        wire: Wire,
+        record: Record,
+        places: Places | None,
+        *,
+        deadline_s: float,
+        recover_s: float,
     ) -> None:
         self._head, self._wire = head, wire
         self._deadline_s, self._recover_s = deadline_s, recover_s
+        self._places = places or record.places
         self._record = replace(record, openings=record.openings + 1)
         # Never used again, also if an old copy of the head counts the same openings a second time.
         self._id = (self._record.openings, str(uuid.uuid4()))
         self._eras = self._attempts = 0
+        self._claimed: set[str] = set()
         self._tables: dict[str, Any] = dict(record.tables)
         self._write()
-        self.link = self.begin()
+        try:
+            self.link = self.begin()
+        except BaseException:
+            self._release()
+            raise
 
     # ---- what it knows
 
@@ -168,7 +185,7 @@ class Coordinator:
         self._eras += 1
         era = (*self._id, self._eras)
         begin = owner.Begin(self._head.uuid, era, decided)
-        self._call({address: Call(begin) for address in set(addresses)}, until - time.monotonic())
+        self._call({address: Call(begin) for address in set(addresses)}, self._deadline_s)
         last = "its creation" if decided[0] == 0 else f"commit {decided[0]} (step {self._record.step})"
         members = Members(
             self._head.uuid, str(self._head.path), era, addresses, self._deadline_s, last
@@ -185,13 +202,14 @@ class Coordinator:
             problem: Exception
             try:
                 addresses = self._addresses()
+                self._claimed |= set(addresses)
                 calls = {address: Call(self._hold(addresses, address)) for address in set(addresses)}
                 answers = self._call(calls, min(self._deadline_s, max(until - time.monotonic(), PAUSE_S)))
             except (OwnerLostError, StoreLockedError) as error:  # of a process that is ending
                 problem = error
             else:
                 found = {part: each for answer in answers.values() for part, each in answer.result.items()}
-                self._note_complete()
+                self._note_places()
                 return addresses, found
             if time.monotonic() > until:
                 raise problem
@@ -200,7 +218,7 @@ class Coordinator:
     def _hold(self, addresses: tuple[str, ...], address: str) -> owner.Hold:
         places = {
             part: folder
-            for part, (_, folder) in enumerate(self._record.places)
+            for part, (_, folder) in enumerate(self._places)
             if addresses[part] == address
         }
         return owner.Hold(
@@ -210,7 +228,7 @@ class Coordinator:
     def _addresses(self) -> tuple[str, ...]:
         """Return the address of the worker that owns each partition."""
         workers = self._wire.workers()
-        return tuple(self._address(name, part, workers) for part, (name, _) in enumerate(self._record.places))
+        return tuple(self._address(name, part, workers) for part, (name, _) in enumerate(self._places))
 
     def _address(self, name: str, part: int, workers: Mapping[str, Mapping[str, Any]]) -> str:
         named = [address for address, each in workers.items() if name in (str(each["name"]), address)]
@@ -223,7 +241,7 @@ class Coordinator:
             raise PartitionError(msg)
         last = self._record.decided[0]
         msg = (
-            f"no worker {name!r}, which owns partition {part} of {len(self._record.places)} of the store "
+            f"no worker {name!r}, which owns partition {part} of {len(self._places)} of the store "
             f"{self._head.path}, last commit {last} (step {self._record.step}); the workers are: {known}"
         )
         raise OwnerLostError(msg)
@@ -254,17 +272,18 @@ class Coordinator:
         """Refuse a partition that cannot be brought to the last commit (S1)."""
         if (status.commit, status.attempt) == decided or status.prepared == decided:
             return
-        name, folder = self._record.places[part]
+        name, folder = self._places[part]
         msg = (
-            f"partition {part} of {len(self._record.places)} of the store {self._head.path}, in {folder} of {name}, is "
+            f"partition {part} of {len(self._places)} of the store {self._head.path}, in {folder} of {name}, is "
             f"at commit {status.commit}, but the last commit of the store is {decided[0]}: bring back the folder, or a "
             f"copy of it at that commit"
         )
         raise PartitionError(msg)
 
-    def _note_complete(self) -> None:
-        if not self._record.complete:
-            self._record = replace(self._record, complete=True)
+    def _note_places(self) -> None:
+        found = replace(self._record, complete=True, places=self._places)
+        if self._record != found:
+            self._record = found
             self._write()
 
     # ---- commits
@@ -306,19 +325,22 @@ class Coordinator:
 
         An owner that does not answer closes its own as it ends.
         """
-        release = owner.Release(self._head.uuid, self._id)
-        addresses = set(self.link.members.addresses)
         try:
-            answers, _ = self._wire.call({address: Call(release) for address in addresses}, self._deadline_s)
+            return self._release()
         finally:
             self._head.close()
+
+    def _release(self) -> bool:
+        """Close all partitions that were claimed; return whether changes were lost."""
+        release = owner.Release(self._head.uuid, self._id)
+        answers, _ = self._wire.call({each: Call(release) for each in self._claimed}, self._deadline_s)
         return any(each.result for each in answers.values())
 
     def _write(self) -> None:
         self._head.commit(step=self._record.step, metadata=self._record.to_json())
 
     def _call(self, calls: Mapping[str, Call], deadline_s: float) -> dict[str, Answer]:
-        answers, errors = self._wire.call(calls, max(deadline_s, PAUSE_S))
+        answers, errors = self._wire.call(calls, deadline_s)
         for error in errors.values():
             if isinstance(error, UnreachableError):
                 msg = f"{error}: it has partitions of the store {self._head.path}"

@@ -17,7 +17,7 @@ import numpy as np
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from shardemb.distributed import transport
-from shardemb.errors import EraEndedError, PartitionError, ShardEmbError, StoreExistsError
+from shardemb.errors import EraEndedError, PartitionError, ShardEmbError, StoreExistsError, StoreNotFoundError
 from shardemb.format.manifest import PartitionIdentity
 from shardemb.store.partition import Partition
 
@@ -156,9 +156,16 @@ class _Undecided(Exception):  # noqa: N818 -- no error: the call waits
 
 
 class Holding:
-    """The partitions that this process has of one store, which share a coordinator and an era."""
+    """The partitions that this process has of one store, which share a coordinator and an era.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    worker : str
+        The address of this worker, for messages.
+    """
+
+    def __init__(self, worker: str) -> None:
+        self._worker = worker
         self.thread = ThreadPoolExecutor(1, "shardemb-owner")
         self._partitions: dict[int, Partition] = {}
         self._opened: set[int] = set()
@@ -184,16 +191,19 @@ class Holding:
                 self._partitions[part] = self._take(asked, part, path)
         return {part: each.status for part, each in self._partitions.items()}
 
-    @staticmethod
-    def _take(asked: Hold, part: int, path: str) -> Partition:
+    def _take(self, asked: Hold, part: int, path: str) -> Partition:
         identity = PartitionIdentity(asked.head, part, asked.count)
         if asked.may_create:
             with contextlib.suppress(StoreExistsError):
                 return Partition.create(path, identity)
-        held = Partition.hold(path)
+        try:
+            held = Partition.hold(path)
+        except StoreNotFoundError as error:
+            msg = f"{identity} is missing: there is none at {path} of the worker {self._worker}; bring the folder back"
+            raise PartitionError(msg) from error
         if held.identity != identity:  # S1
             held.close()
-            msg = f"{path} is {held.identity}, where {identity} should be"
+            msg = f"{path} of the worker {self._worker} is {held.identity}, where {identity} should be"
             raise PartitionError(msg)
         return held
 
@@ -333,6 +343,7 @@ class Owner(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         """Listen to calls."""
         self._stores: dict[str, Holding] = {}
         self._under_way: set[str] = set()
+        self._address = worker.address
         worker.handlers[transport.CALL] = self.handle
         worker.handlers[transport.IS_UNDER_WAY] = self.is_under_way
 
@@ -357,7 +368,7 @@ class Owner(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         return number in self._under_way
 
     async def _answer(self, asked: Any, arrays: Sequence[NDArray[Any]]) -> tuple[Any, list[NDArray[Any]]]:  # noqa: ANN401
-        holding = self._stores.setdefault(asked.head, Holding())
+        holding = self._stores.setdefault(asked.head, Holding(self._address))
         loop = asyncio.get_running_loop()
         until = time.monotonic() + transport.WAIT_LIMIT_S
         while True:
