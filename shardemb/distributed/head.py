@@ -326,7 +326,7 @@ class Coordinator:
         An owner that does not answer closes its own as it ends.
         """
         try:
-            return self._release()
+            return self._release() and self.link.ended is None  # else whoever uses the store knows
         finally:
             self._head.close()
 

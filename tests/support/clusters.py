@@ -16,7 +16,7 @@ import distributed
 import shardemb.distributed
 
 QUICK = {
-    "distributed.comm.timeouts.connect": "2s",
+    "distributed.comm.timeouts.connect": "10s",
     "distributed.admin.tick.limit": "60s",  # a slow machine is no news
 }
 
