@@ -17,6 +17,7 @@ import shardemb.distributed
 
 QUICK = {
     "distributed.comm.timeouts.connect": "10s",
+    "distributed.deploy.lost-worker-timeout": "1h",  # or the cluster ends the nanny of one that is killed twice
     "distributed.admin.tick.limit": "60s",  # a slow machine is no news
 }
 
