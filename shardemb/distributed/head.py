@@ -10,6 +10,7 @@ partition is, and what is known of the tables as a whole.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 import uuid
 from dataclasses import asdict, dataclass, field, replace
@@ -18,15 +19,23 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from shardemb.distributed import owner, work
 from shardemb.distributed.link import Link, Members
 from shardemb.distributed.transport import Call, UnreachableError
-from shardemb.errors import FormatError, OwnerLostError, PartitionError, StoreLockedError
-from shardemb.format.manifest import Commit, check_metadata, check_step
+from shardemb.errors import (
+    EraEndedError,
+    FormatError,
+    OwnerLostError,
+    PartitionError,
+    PoisonedError,
+    StoreLockedError,
+)
+from shardemb.format.manifest import Commit, PartitionIdentity, check_metadata, check_step
+from shardemb.protocol import coordination, messages
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from shardemb.distributed.transport import Answer, Wire
+    from shardemb.distributed.transport import Wire
     from shardemb.distributed.work import TableFacts
-    from shardemb.store.partition import Decided, PartitionStatus
+    from shardemb.protocol.messages import Decided
     from shardemb.store.store import Store
 
 Places: TypeAlias = tuple[tuple[str, str], ...]
@@ -96,7 +105,7 @@ def decided_of(found: Any) -> Decided:  # noqa: ANN401
 
 
 class Coordinator:
-    """The process that has the head open.
+    """The process that has the head open. What is decided, and when, says the machine `coordination.Coordinator`.
 
     Parameters
     ----------
@@ -108,7 +117,12 @@ class Coordinator:
     places : Places, optional
         Where partitions are now. The head remembers it once all were found there.
     deadline_s, recover_s : float
-        Seconds for one call, and for all owners to come back when an era begins.
+        Seconds for a sign of life, and for all owners to come back when an era begins.
+
+    Raises
+    ------
+    OwnerLostError, PartitionError, EraEndedError
+        As `begin`.
     """
 
     def __init__(
@@ -123,19 +137,24 @@ class Coordinator:
     ) -> None:
         self._head, self._wire = head, wire
         self._deadline_s, self._recover_s = deadline_s, recover_s
-        self._places = places or record.places
-        self._record = replace(record, openings=record.openings + 1)
-        # Never used again, also if an old copy of the head counts the same openings a second time.
-        self._id = (self._record.openings, str(uuid.uuid4()))
-        self._eras = self._attempts = 0
+        self._record, self._places = record, places or record.places
+        self._machine = coordination.Coordinator(
+            head.uuid, len(self._places), str(uuid.uuid4()), record.openings, record.decided
+        )
+        self._opening, self._lock = True, threading.RLock()
+        self._addresses: tuple[str, ...] = ()
         self._claimed: set[str] = set()
+        self._present: dict[int, messages.Present] = {}
         self._tables: dict[str, Any] = dict(record.tables)
-        self._write()
+        self._next: Record | None = None  # what the head says with the commit that is under way
+        self._broken: Exception | None = None
         try:
-            self.link = self.begin()
+            self._carry_out(self._machine.start())
+            self.link = self.begin("the store was opened")
         except BaseException:
             self._release()
             raise
+        self._opening = False
 
     # ---- what it knows
 
@@ -164,8 +183,8 @@ class Coordinator:
 
     # ---- eras
 
-    def begin(self) -> Link:
-        """Go to the last commit in all partitions, and begin an era there (C1 to C3, E2, S1).
+    def begin(self, why: str) -> Link:
+        """Go to the last commit in all partitions, and begin an era there.
 
         Raises
         ------
@@ -176,56 +195,83 @@ class Coordinator:
         EraEndedError
             Another process has opened the store.
         """
-        until = time.monotonic() + self._recover_s
-        addresses, statuses = self._claim(until)
-        self._decide_at_takeover(statuses)
-        decided = self._record.decided
-        for part, status in sorted(statuses.items()):
-            self._require_at(part, status, decided)
-        self._eras += 1
-        era = (*self._id, self._eras)
-        begin = owner.Begin(self._head.uuid, era, decided)
-        self._call({address: Call(begin) for address in set(addresses)}, self._deadline_s)
-        last = "its creation" if decided[0] == 0 else f"commit {decided[0]} (step {self._record.step})"
-        members = Members(
-            self._head.uuid, str(self._head.path), era, addresses, self._deadline_s, last
-        )
+        with self._lock:
+            self._require_whole()
+            with contextlib.suppress(OwnerLostError):  # it may come back
+                self._carry_out(self._machine.end(self._machine.era, why))
+            until = time.monotonic() + self._recover_s
+            while not self._machine.serving:
+                problem = self._seek_owners()
+                if problem is not None and time.monotonic() > until:
+                    raise problem
+                if problem is not None:
+                    time.sleep(PAUSE_S)
+            return self._serve()
+
+    def _seek_owners(self) -> Exception | None:
+        """Have all partitions held, and ask what is to be asked; return what is in the way."""
+        try:
+            self._addresses = self._find()
+            self._claimed |= set(self._addresses)
+            calls = {address: Call(self._hold(address)) for address in set(self._addresses)}
+            answers, errors = self._wire.call(calls, self._deadline_s)
+        except OwnerLostError as error:
+            return error
+        for address, error in errors.items():
+            if isinstance(error, UnreachableError):
+                return OwnerLostError(f"{error}: it has partitions of the store {self._head.path}")
+            if not isinstance(error, StoreLockedError):  # of a process that is ending
+                raise error
+            return error
+        effects: coordination.Effects = ()
+        for answer in answers.values():
+            for present in answer.result:
+                self._present[present.part] = present
+                effects += self._machine.handle(present)
+        try:
+            self._carry_out(effects or self._machine.again())
+        except OwnerLostError as error:
+            return error
+        if self._machine.serving:
+            return None
+        return OwnerLostError(f"owners of the store {self._head.path} come and go, so that no era begins")
+
+    def _serve(self) -> Link:
+        found = replace(self._record, complete=True, places=self._places)
+        if self._record != found:
+            self._write(found)
+        era, decided = self._machine.era, self._machine.decided
+        last = "its creation" if decided[0] == 0 else f"commit {decided[0]}"
+        members = Members(self._head.uuid, self._head.path, era, self._addresses, self._deadline_s, last)
         self.link = Link(members, self._wire, {})
         self._learn_decided()
         self._tables = dict(self._record.tables)
         self.link.tables = self.describe(self.link)
+        if decided[0]:
+            self.link.members = replace(members, last=f"{last} (step {self._record.step})")
         return self.link
 
-    def _claim(self, until: float) -> tuple[tuple[str, ...], dict[int, PartitionStatus]]:
-        """Claim all owners; wait for those that are being restarted. Their answers are of after the claim (C2)."""
-        while True:
-            problem: Exception
-            try:
-                addresses = self._addresses()
-                self._claimed |= set(addresses)
-                calls = {address: Call(self._hold(addresses, address)) for address in set(addresses)}
-                answers = self._call(calls, min(self._deadline_s, max(until - time.monotonic(), PAUSE_S)))
-            except (OwnerLostError, StoreLockedError) as error:  # of a process that is ending
-                problem = error
-            else:
-                found = {part: each for answer in answers.values() for part, each in answer.result.items()}
-                self._note_places()
-                return addresses, found
-            if time.monotonic() > until:
-                raise problem
-            time.sleep(PAUSE_S)
+    def _learn_decided(self) -> None:
+        """Learn step and metadata of a commit that was decided when its coordinator was gone."""
+        if self._record.decided[0] == 0:
+            return
+        (found,) = self.link.ask(work.LastCommit(), [0]).values()
+        known = {"tables": found.metadata["tables"], "step": found.step, "metadata": found.metadata["metadata"]}
+        record = replace(self._record, **known)
+        if record != self._record:
+            self._write(record)
 
-    def _hold(self, addresses: tuple[str, ...], address: str) -> owner.Hold:
+    def _hold(self, address: str) -> owner.Hold:
         places = {
             part: folder
             for part, (_, folder) in enumerate(self._places)
-            if addresses[part] == address
+            if self._addresses[part] == address
         }
         return owner.Hold(
-            self._head.uuid, self._id, places, len(addresses), may_create=not self._record.complete
+            self._head.uuid, places, len(self._addresses), may_create=not self._record.complete
         )
 
-    def _addresses(self) -> tuple[str, ...]:
+    def _find(self) -> tuple[str, ...]:
         """Return the address of the worker that owns each partition."""
         workers = self._wire.workers()
         return tuple(self._address(name, part, workers) for part, (name, _) in enumerate(self._places))
@@ -246,77 +292,137 @@ class Coordinator:
         )
         raise OwnerLostError(msg)
 
-    def _decide_at_takeover(self, statuses: Mapping[int, PartitionStatus]) -> None:
-        """Decide what all partitions together say is decided; write it to the head first (C3)."""
-        known = [self._record.decided, *((each.commit, each.attempt) for each in statuses.values())]
-        decided = max(known, key=lambda each: each[0])  # the head's, where it is as new as any
-        prepared = {each.prepared for each in statuses.values()}
-        if len(prepared) == 1 and (only := next(iter(prepared))) is not None and only[0] == decided[0] + 1:
-            decided = only
-        if decided != self._record.decided:
-            self._record = replace(self._record, decided=decided)
-            self._write()
-
-    def _learn_decided(self) -> None:
-        """Learn step and metadata of a commit that was decided when the head was taken over."""
-        if self._record.decided[0] == 0:
-            return
-        (found,) = self.link.ask(work.LastCommit(), [0]).values()
-        known = {"tables": found.metadata["tables"], "step": found.step, "metadata": found.metadata["metadata"]}
-        record = replace(self._record, **known)
-        if record != self._record:
-            self._record = record
-            self._write()
-
-    def _require_at(self, part: int, status: PartitionStatus, decided: Decided) -> None:
-        """Refuse a partition that cannot be brought to the last commit (S1)."""
-        if (status.commit, status.attempt) == decided or status.prepared == decided:
-            return
-        name, folder = self._places[part]
-        msg = (
-            f"partition {part} of {len(self._places)} of the store {self._head.path}, in {folder} of {name}, is "
-            f"at commit {status.commit}, but the last commit of the store is {decided[0]}: bring back the folder, or a "
-            f"copy of it at that commit"
-        )
-        raise PartitionError(msg)
-
-    def _note_places(self) -> None:
-        found = replace(self._record, complete=True, places=self._places)
-        if self._record != found:
-            self._record = found
-            self._write()
-
     # ---- commits
 
     def commit(self, link: Link, step: int | None, metadata: Mapping[str, Any] | None) -> Commit:
-        """Prepare everywhere, decide in the head, and let the owners follow (P1, P3, P4).
+        """Prepare everywhere, decide in the head, and let the owners follow.
 
         Raises
         ------
         OwnerLostError, EraEndedError
-            Nothing was committed. But if all owners have prepared, a new era begins with this commit.
+            Nothing was committed. But if all owners have prepared, the next era begins with this commit.
+        DiskFullError, OSError
+            An owner could not make its changes durable. Nothing was committed, and they are still there.
         """
         checked, given = check_step(step), check_metadata(metadata)
         step = self._record.step if checked is None else checked
-        self._attempts += 1
-        decided: Decided = (self._record.decided[0] + 1, (*self._id, self._attempts))
-        members = link.members
-        document = {"tables": self._tables, "metadata": given}
+        with self._lock:
+            self._require_whole()
+            era, before = link.members.era, self._record.decided
+            (cut,) = link.ask(None, [0]).values()
+            self._next = replace(self._record, tables=dict(self._tables), step=step, metadata=given)
+            document = {"tables": self._tables, "metadata": given}
+            try:
+                self._carry_out(self._machine.commit(era, cut, step, document))
+            except BaseException as error:
+                if not self._machine.serving or self._machine.preparing:
+                    link.ended = link.ended or f"a commit failed ({type(error).__name__}: {error})"
+                if self._record.decided == before or not isinstance(error, OwnerLostError):
+                    raise
+            finally:
+                self._next = None
+            if self._record.decided == before:
+                msg = "the owners have not made the same changes: one was made in some partitions only"
+                link.ended = link.ended or msg
+                raise EraEndedError(f"{msg}. Go on from the last commit of {self._head.path}")
+            number = self._record.decided[0]
+            link.members = replace(link.members, last=f"commit {number} (step {step})")
+            return Commit(number, step, check_metadata(given))
+
+    # ---- what the machine wants done
+
+    def _carry_out(self, effects: coordination.Effects) -> None:
+        """Do what the machine says, and tell it what owners answer, until it wants nothing more."""
+        problem: Exception | None = None
+        waiting = list(effects)
+        while waiting:
+            sends = [each for each in waiting if isinstance(each, messages.Send)]
+            for effect in waiting:
+                problem = self._do(effect) or problem
+            # Those of a request that was replaced since are answers to nothing.
+            current = [each.part for each in sends if each.request == self._machine.request]
+            waiting, error = self._send(current) if current else ([], None)
+            problem = error or problem
+        if problem is not None and not self._machine.serving or isinstance(problem, _VoteError):
+            raise problem.why if isinstance(problem, _VoteError) else problem
+
+    def _do(self, effect: messages.CoordinatorEffect) -> Exception | None:
+        match effect:
+            case messages.WriteHead(epoch, decided):
+                record = self._record if decided == self._record.decided else self._next or self._record
+                self._write(replace(record, openings=epoch, decided=decided))
+            case messages.RefusedPartition(part):
+                return PartitionError(self._unfit(part))
+            case messages.Overtaken(by) if self._opening:
+                self._carry_out(self._machine.outbid(by))
+            case messages.Overtaken():
+                self._broken = EraEndedError(
+                    f"another process has opened the store {self._head.path} since; this one can only close it"
+                )
+                return self._broken
+        return None
+
+    def _send(self, parts: Sequence[int]) -> tuple[list[messages.CoordinatorEffect], Exception | None]:
+        """Ask owners what the machine asks; return what it says to their answers, and what went wrong."""
+        request, owners = self._machine.request, self._machine.owners
+        assert request is not None
+        calls: dict[str, Call] = {}
+        for address in {self._addresses[part] for part in parts}:
+            theirs = tuple(part for part in parts if self._addresses[part] == address)
+            calls[address] = Call(owner.Tell(self._head.uuid, theirs, request))
+        answers, errors = self._wire.call(calls, self._deadline_s)
+        effects: list[messages.CoordinatorEffect] = []
+        problem: Exception | None = None
+        for address, error in errors.items():
+            theirs = calls[address].request.parts
+            problem = self._lost(address, error)
+            for part in theirs:
+                effects += self._machine.lose(part, owners[part], str(error))
+        for each in answers.values():
+            for answer, error in each.result:
+                problem = _VoteError(error) if error is not None else problem
+                effects += self._machine.handle(answer)
+        return effects, problem
+
+    def _lost(self, address: str, error: Exception) -> Exception:
+        if not isinstance(error, UnreachableError | EraEndedError):
+            return error
+        parts = ", ".join(str(part) for part, there in enumerate(self._addresses) if there == address)
+        last = f"commit {self._record.decided[0]} (step {self._record.step})"
+        msg = (
+            f"{error}: it has the partitions {parts} of the store {self._head.path}. Its last commit is {last}; go on "
+            f"from there, once the process is back"
+        )
+        return OwnerLostError(msg)
+
+    def _unfit(self, part: int) -> str:
+        """Say why a partition cannot be used (S1)."""
+        name, folder = self._places[part]
+        count, present = len(self._places), self._present[part]
+        wanted = PartitionIdentity(self._head.uuid, part, count)
+        if present.identity != (wanted.head, part, count):
+            there = PartitionIdentity(*present.identity) if present.identity is not None else "no partition"
+            return f"{folder} of {name} is {there}, where {wanted} should be"
+        return (
+            f"partition {part} of {count} of the store {self._head.path}, in {folder} of {name}, is at commit "
+            f"{present.status.last[0]}, but the last commit of the store is {self._machine.decided[0]}: bring back the "
+            f"folder, or a copy of it at that commit"
+        )
+
+    def _write(self, record: Record) -> None:
+        """Make it durable in the head. If that fails, nobody knows what the head says until it is opened again."""
         try:
-            cuts = link.ask_owners(owner.GetCut(members.head, members.era))
-            cut = next(iter(cuts.values()))
-            link.ask_owners(owner.Prepare(members.head, members.era, decided, cut, step, document))
-            self._record = replace(
-                self._record, decided=decided, tables=dict(self._tables), step=step, metadata=given
-            )
-            self._write()  # P3: with this sync, it is committed
+            self._head.commit(step=record.step, metadata=record.to_json())
         except BaseException as error:
-            link.ended = link.ended or f"a commit failed ({type(error).__name__}: {error})"
+            msg = f"the head {self._head.path} could not be written: close the store and open it again"
+            self._broken = PoisonedError(msg)
+            self._broken.__cause__ = error
             raise
-        with contextlib.suppress(OwnerLostError):  # it follows when it is back; the next call notices
-            link.ask_owners(owner.Decide(members.head, members.era, decided))
-        link.members = replace(members, last=f"commit {decided[0]} (step {step})")
-        return Commit(decided[0], step, check_metadata(given))
+        self._record = record
+
+    def _require_whole(self) -> None:
+        if self._broken is not None:
+            raise self._broken
 
     # ---- the end
 
@@ -325,27 +431,27 @@ class Coordinator:
 
         An owner that does not answer closes its own as it ends.
         """
-        try:
-            return self._release() and self.link.ended is None  # else whoever uses the store knows
-        finally:
-            self._head.close()
+        with self._lock:
+            try:
+                return self._release() and self.link.ended is None  # else whoever uses the store knows
+            finally:
+                self._head.close()
 
     def _release(self) -> bool:
         """Close all partitions that were claimed; return whether changes were lost."""
-        release = owner.Release(self._head.uuid, self._id)
+        release = owner.Release(self._head.uuid, self._machine.era[:2])
         answers, _ = self._wire.call({each: Call(release) for each in self._claimed}, self._deadline_s)
         return any(each.result for each in answers.values())
 
-    def _write(self) -> None:
-        self._head.commit(step=self._record.step, metadata=self._record.to_json())
 
-    def _call(self, calls: Mapping[str, Call], deadline_s: float) -> dict[str, Answer]:
-        answers, errors = self._wire.call(calls, deadline_s)
-        for error in errors.values():
-            if isinstance(error, UnreachableError):
-                msg = f"{error}: it has partitions of the store {self._head.path}"
-                raise OwnerLostError(msg) from error
-        for error in errors.values():
-            raise error
-        return answers
+class _VoteError(Exception):
+    """An owner could not prepare.
 
+    Attributes
+    ----------
+    why : Exception
+    """
+
+    def __init__(self, why: Exception) -> None:
+        super().__init__(why)
+        self.why = why

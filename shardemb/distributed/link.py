@@ -7,23 +7,21 @@ import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from shardemb.distributed.owner import Ask, Make, Query, RefusedError
 from shardemb.distributed.routing import Route
 from shardemb.distributed.transport import Call, UnreachableError, Wire
 from shardemb.errors import EraEndedError, OwnerLostError
+from shardemb.protocol.era import Trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
-    from shardemb.distributed.owner import Era
+    from shardemb.base.validation import Int64Array
     from shardemb.distributed.transport import Answer
     from shardemb.distributed.work import Change, Question, Read, TableFacts
-
-_NO_ROWS = np.empty(0, np.int64)
+    from shardemb.protocol.messages import Era
 
 
 class AllRefusedError(RefusedError):
@@ -44,9 +42,9 @@ class Members:
     addresses : tuple of str
         That of each partition's owner.
     deadline_s : float
-        Seconds that a call may take.
+        Seconds that a call may take without a sign of life.
     last : str
-        Which commit the era began at, for messages.
+        Which commit the era is at, for messages.
     """
 
     head: str
@@ -78,8 +76,8 @@ class Link:
     members : Members
     wire : Wire
     tables : dict of str to TableFacts
-    trainer : str
-        Names this process among those that make changes. It is never used in two eras.
+    name : str
+        Names whoever makes changes: a task, which has the same name if it runs again, or this process.
     ended : str or None
         Why nothing more can be done in this era, once that is known.
     """
@@ -87,14 +85,15 @@ class Link:
     members: Members
     wire: Wire
     tables: dict[str, TableFacts]
-    trainer: str = field(default_factory=lambda: str(uuid.uuid4()))
+    name: str = field(default_factory=lambda: str(uuid.uuid4()))
     ended: str | None = None
 
     def __post_init__(self) -> None:
-        self._lock, self._sequence = threading.Lock(), 0
+        self._lock = threading.Lock()
+        self._trainer = Trainer((self.name, str(uuid.uuid4())), self.members.era, self.members.parts)
 
-    def read(self, what: Read, ids: NDArray[np.int64]) -> NDArray[Any]:
-        """Return what a read gives for rows of a whole table, in their order.
+    def read(self, what: Read, ids: Sequence[Int64Array]) -> list[NDArray[Any]]:
+        """Return what a read gives for rows of whole tables, for each of them in their order.
 
         Raises
         ------
@@ -103,26 +102,26 @@ class Link:
         ShardEmbError, ValueError, OSError
             What an owner raises.
         """
-        route = Route.of(ids, self.members.parts)
+        members = self.members
+        routes = [Route.of(some, members.parts) for some in ids]
         asked = {
             address: parts
-            for address, parts in self.members.owned().items()
-            if sum(route.counts(parts)) or not ids.size
-        }
-        if not ids.size:  # one tells the shape and the dtype
-            asked = dict([next(iter(asked.items()))])
-        calls = {
-            address: Call(
-                Ask(self.members.head, self.members.era, parts, tuple(route.counts(parts)), what),
-                [route.rows[route.positions(parts)]],
-            )
-            for address, parts in asked.items()
-        }
+            for address, parts in members.owned().items()
+            if any(sum(route.counts(parts)) for route in routes)
+        } or dict([next(iter(members.owned().items()))])  # one tells shape and dtype
+        calls = {}
+        for address, parts in asked.items():
+            counts = tuple(tuple(route.counts(parts)) for route in routes)
+            rows = [route.rows[route.positions(parts)] for route in routes]
+            calls[address] = Call(Ask(members.head, members.era, parts, counts, what), rows)
         answers = self._call(calls)
-        return route.gathered({parts: answers[address].arrays[0] for address, parts in asked.items()})
+        return [
+            route.gathered({parts: answers[address].arrays[k] for address, parts in asked.items()})
+            for k, route in enumerate(routes)
+        ]
 
-    def change(self, what: Change, ids: NDArray[np.int64] = _NO_ROWS, values: NDArray[Any] | None = None) -> None:
-        """Make a change at all owners.
+    def change(self, what: Change, batches: Sequence[tuple[Int64Array, NDArray[Any]]] = ()) -> None:
+        """Make a change at all owners, of rows of whole tables with a value for each.
 
         Raises
         ------
@@ -131,27 +130,33 @@ class Link:
         """
         members = self.members
         with self._lock:
-            self._sequence += 1
-            route = Route.of(ids, members.parts)
+            if self.ended is not None:
+                raise EraEndedError(self._over(self.ended))
+            change = self._trainer.change(None)
+            routes = [Route.of(ids, members.parts) for ids, _ in batches]
             calls = {}
             for address, parts in members.owned().items():
-                places = route.positions(parts)
-                request = Make(
-                    members.head, members.era, self.trainer, self._sequence, parts, tuple(route.counts(parts)), what
-                )
-                arrays = [route.rows[places]]
-                if values is not None:
-                    arrays.append(values[route.order[places]])
-                calls[address] = Call(request, arrays)
-            try:
-                self._call(calls)
-            except AllRefusedError as refused:
-                raise refused.why from None
-            except BaseException as error:
-                self.ended = self.ended or f"a change was not made everywhere ({type(error).__name__}: {error})"
-                raise
+                arrays, counts = [], []
+                for route, (_, values) in zip(routes, batches, strict=True):
+                    places = route.positions(parts)
+                    arrays += [route.rows[places], values[route.order[places]]]
+                    counts += [tuple(route.counts(parts))] * 2
+                calls[address] = Call(Make(members.head, change, parts, tuple(counts), what), arrays)
+            self._make(calls)
 
-    def ask(self, what: Question, parts: Iterable[int] | None = None) -> dict[int, Any]:
+    def _make(self, calls: dict[str, Call]) -> None:
+        try:
+            for answer in self._call(calls).values():
+                for applied in answer.result:
+                    self._trainer.handle(applied)
+        except AllRefusedError as refused:
+            self._trainer.take_back()
+            raise refused.why from None
+        except BaseException as error:
+            self.ended = self.ended or f"a change was not made everywhere ({type(error).__name__}: {error})"
+            raise
+
+    def ask(self, what: Question | None, parts: Iterable[int] | None = None) -> dict[int, Any]:
         """Return what partitions, by default all, answer to a question."""
         wanted = set(range(self.members.parts) if parts is None else parts)
         calls = {}
@@ -164,11 +169,6 @@ class Link:
             found |= answer.result
         return dict(sorted(found.items()))
 
-    def ask_owners(self, request: Any) -> dict[str, Any]:  # noqa: ANN401
-        """Send one request of ``owner`` to all owners; return their results by address."""
-        calls = {address: Call(request) for address in self.members.owned()}
-        return {address: answer.result for address, answer in self._call(calls).items()}
-
     def _call(self, calls: dict[str, Call]) -> dict[str, Answer]:
         if self.ended is not None:
             raise EraEndedError(self._over(self.ended))
@@ -176,7 +176,7 @@ class Link:
         for address, error in errors.items():
             if isinstance(error, UnreachableError):
                 self.ended = f"the owner at {address} was lost"
-                raise OwnerLostError(self._lost(address, error)) from error
+                raise OwnerLostError(self.lost(address, error)) from error
         for error in errors.values():
             if isinstance(error, EraEndedError):
                 self.ended = str(error)
@@ -188,7 +188,8 @@ class Link:
             raise error.why if isinstance(error, RefusedError) else error
         return answers
 
-    def _lost(self, address: str, error: Exception) -> str:
+    def lost(self, address: str, error: object) -> str:
+        """Say that an owner is lost, and what follows."""
         parts = ", ".join(map(str, self.members.owned()[address]))
         return (
             f"{error}: it has the partitions {parts} of the store {self.members.path}. Nothing was committed since "

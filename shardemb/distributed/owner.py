@@ -1,7 +1,8 @@
 """An owner: the process that has partitions open, as a plugin of a worker of dask.distributed.
 
 Calls come in as messages of the worker's own server. They are carried out in a thread that each store has here, never
-in the event loop, one after the other. The rules (P1 and so on) are those of docs/explanation/partitions.md.
+in the event loop, one after the other. What is allowed says a machine for each partition, `protocol.era.Owner`; here is
+what it cannot do itself: files, threads and arrays.
 """
 
 from __future__ import annotations
@@ -9,32 +10,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from shardemb.distributed import transport
-from shardemb.errors import EraEndedError, PartitionError, ShardEmbError, StoreExistsError, StoreNotFoundError
+from shardemb.errors import EraEndedError, PartitionError, PoisonedError, ShardEmbError
+from shardemb.errors import StoreExistsError, StoreNotFoundError
 from shardemb.format.manifest import PartitionIdentity
+from shardemb.protocol import era, messages
 from shardemb.store.partition import Partition
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import distributed
     from numpy.typing import NDArray
 
     from shardemb.distributed.work import Change, Question, Read
-    from shardemb.store.partition import Decided, PartitionStatus
-
-Era: TypeAlias = tuple[int, str, int]
-"""Openings of the head before, the coordinator's id, and its count of eras."""
-
-Cut: TypeAlias = tuple[tuple[str, int], ...]
-"""The trainers of an era, and the number of the last change of each."""
 
 WAIT_S = 0.005
 """Pause of a change that waits for a decision."""
@@ -45,61 +42,31 @@ WAIT_S = 0.005
 
 @dataclass(frozen=True)
 class Hold:
-    """Hold partitions, and obey this coordinator from now on (C1). Those that are to be created may be missing."""
+    """Hold partitions, and say what they have. Those that are to be created may be missing."""
 
     head: str
-    coordinator: tuple[int, str]
     places: Mapping[int, str]
     count: int
     may_create: bool
 
 
 @dataclass(frozen=True)
-class Begin:
-    """Be at this decided attempt, and begin an era (E2)."""
+class Tell:
+    """Pass a request of the coordinator on to the machines of partitions."""
 
     head: str
-    era: Era
-    decided: Decided
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """Make everything durable that was changed, and vote (P1)."""
-
-    head: str
-    era: Era
-    decided: Decided
-    cut: Cut
-    step: int | None
-    metadata: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Decide:
-    """What was prepared as this attempt is committed (P4)."""
-
-    head: str
-    era: Era
-    decided: Decided
-
-
-@dataclass(frozen=True)
-class GetCut:
-    """Say which changes are part of the partitions."""
-
-    head: str
-    era: Era
+    parts: tuple[int, ...]
+    request: messages.Request
 
 
 @dataclass(frozen=True)
 class Ask:
-    """Read rows; `counts` says how many of them each partition has."""
+    """Read rows of one table or several; `counts` says for each how many of them each partition has."""
 
     head: str
-    era: Era
+    era: messages.Era
     parts: tuple[int, ...]
-    counts: tuple[int, ...]
+    counts: tuple[tuple[int, ...], ...]
     what: Read
 
 
@@ -108,27 +75,25 @@ class Make:
     """Make a change, once, however often it is sent (E4)."""
 
     head: str
-    era: Era
-    trainer: str
-    sequence: int
+    change: messages.Change
     parts: tuple[int, ...]
-    counts: tuple[int, ...]
+    counts: tuple[tuple[int, ...], ...]
     what: Change
 
 
 @dataclass(frozen=True)
 class Query:
-    """Ask partitions about themselves."""
+    """Ask partitions about themselves; with no question, which changes they have."""
 
     head: str
-    era: Era
+    era: messages.Era
     parts: tuple[int, ...]
-    what: Question
+    what: Question | None
 
 
 @dataclass(frozen=True)
 class Release:
-    """Close the partitions of a store, unless another coordinator has claimed them since."""
+    """Close the partitions of a store that obey this coordinator."""
 
     head: str
     coordinator: tuple[int, str]
@@ -155,8 +120,84 @@ class _Undecided(Exception):  # noqa: N818 -- no error: the call waits
 # ---- how an owner does it
 
 
+@dataclass
+class Held:
+    """One partition that is held here, and what its machine has promised.
+
+    Attributes
+    ----------
+    path : str
+    partition : Partition
+    machine : era.Owner
+    obeys : (int, str) or None
+        The coordinator that has claimed it.
+    error : Exception or None
+        Why the last preparation failed.
+    """
+
+    path: str
+    partition: Partition
+    machine: era.Owner
+    obeys: tuple[int, str] | None = None
+    error: Exception | None = field(default=None, repr=False)
+
+    @staticmethod
+    def of(path: str, part: int, partition: Partition) -> Held:
+        """Begin an incarnation of a partition."""
+        there, status = partition.identity, partition.status
+        identity = there.head, there.number, there.count
+        has = messages.Status(status.decided, status.prepared)
+        return Held(path, partition, era.Owner(part, str(uuid.uuid4()), identity, has))
+
+    def handle(self, request: messages.Request, act: Callable[[], None] | None = None) -> messages.Answer | None:
+        """Carry out what the machine says about a request, and return its answer; `act` changes or reads rows."""
+        for effect in self.machine.handle(request):
+            match effect:
+                case messages.Reply(answer):
+                    if isinstance(answer, messages.Claimed):
+                        self.obeys = answer.era[:2]
+                    return answer
+                case messages.Wait():
+                    raise _Undecided
+                case messages.Apply() | messages.Serve():
+                    assert act is not None
+                    act()
+                case messages.PrepareImages(attempt, step, metadata):
+                    try:
+                        self.partition.prepare(attempt, step, metadata)
+                    except Exception as error:  # the vote is no
+                        self.error = error
+                        (reply,) = self.machine.fail_to_prepare(f"{type(error).__name__}: {error}")
+                        assert isinstance(reply, messages.Reply)
+                        return reply.answer
+                case _:
+                    self._do(effect)
+        return None
+
+    def _do(self, effect: messages.OwnerEffect) -> None:
+        match effect:
+            case messages.Open(decided):
+                self.partition.open(decided)
+            case messages.Rollback():
+                self.partition.store.rollback()
+            case messages.DecideImages():
+                self.partition.decide()
+            case messages.AbandonImages():
+                self.partition.abandon()
+
+    def close(self) -> bool:
+        """Close the partition; what is prepared stays in doubt. Return whether changes were lost."""
+        lost = False
+        with contextlib.suppress(PartitionError):  # it was not opened
+            lost = self.partition.status.prepared is None and self.partition.store.has_changes
+        if lost:
+            self.partition.store.rollback()  # whoever opened the whole is told, and not each partition's standard error
+        self.partition.close()
+        return lost
+
+
 class Holding:
-    """The partitions that this process has of one store, which share a coordinator and an era.
+    """The partitions that this process has of one store.
 
     Parameters
     ----------
@@ -167,29 +208,19 @@ class Holding:
     def __init__(self, worker: str) -> None:
         self._worker = worker
         self.thread = ThreadPoolExecutor(1, "shardemb-owner")
-        self._partitions: dict[int, Partition] = {}
-        self._opened: set[int] = set()
-        self._coordinator: tuple[int, str] | None = None
-        self._era: Era | None = None
-        self._applied: dict[str, int] = {}
-        self._prepared: Decided | None = None
+        self._held: dict[int, Held] = {}
 
-    # ---- coordinators and eras
+    # ---- the coordinator
 
-    def hold(self, asked: Hold) -> dict[int, PartitionStatus]:
+    def hold(self, asked: Hold) -> list[messages.Present]:
         """Hold partitions, and return what they have."""
-        if self._coordinator is not None and asked.coordinator < self._coordinator:
-            msg = "another process has opened the store since; this one can only close it"
-            raise EraEndedError(msg)
-        if asked.coordinator != self._coordinator:
-            self._coordinator, self._era = asked.coordinator, None  # C1: it serves nothing of an older era
-        for part in set(self._partitions) - set(asked.places):
-            self._opened.discard(part)
-            self._partitions.pop(part).close()
         for part, path in asked.places.items():
-            if part not in self._partitions:
-                self._partitions[part] = self._take(asked, part, path)
-        return {part: each.status for part, each in self._partitions.items()}
+            if part in self._held and self._held[part].path != path:
+                self._held.pop(part).close()
+            if part not in self._held:
+                self._held[part] = Held.of(path, part, self._take(asked, part, path))
+        found = [self._held[part].handle(messages.Who()) for part in asked.places]
+        return [each for each in found if isinstance(each, messages.Present)]
 
     def _take(self, asked: Hold, part: int, path: str) -> Partition:
         identity = PartitionIdentity(asked.head, part, asked.count)
@@ -197,140 +228,124 @@ class Holding:
             with contextlib.suppress(StoreExistsError):
                 return Partition.create(path, identity)
         try:
-            held = Partition.hold(path)
+            return Partition.hold(path)
         except StoreNotFoundError as error:
             msg = f"{identity} is missing: there is none at {path} of the worker {self._worker}; bring the folder back"
             raise PartitionError(msg) from error
-        if held.identity != identity:  # S1
-            held.close()
-            msg = f"{path} of the worker {self._worker} is {held.identity}, where {identity} should be"
-            raise PartitionError(msg)
-        return held
 
-    def begin(self, asked: Begin) -> None:
-        """Go to a decided attempt in all partitions, and begin an era there; the same again does nothing (E2)."""
-        if asked.era[:2] != self._coordinator or (self._era is not None and asked.era < self._era):
-            self._refuse_era()
-        if asked.era == self._era:
-            return
-        self._era = None
-        for part in self._partitions:
-            self._resolve(part, asked.decided)
-        self._era, self._applied, self._prepared = asked.era, {}, None
+    def tell(self, asked: Tell) -> list[tuple[messages.Answer, Exception | None]]:
+        """Pass a request on to the machines of partitions; return their answers, and why they vote no."""
+        return [self._tell(part, asked.request) for part in asked.parts]
 
-    def _resolve(self, part: int, decided: Decided) -> None:
-        partition = self._partitions[part]
-        if part not in self._opened:
-            partition.open(decided)
-            self._opened.add(part)
-            return
-        if partition.status.prepared == decided:  # P5: it is this very attempt
-            partition.decide()
-        elif partition.status.prepared is not None:
-            partition.abandon()
-        partition.store.rollback()
-
-    # ---- commits
-
-    def cut(self, asked: GetCut) -> Cut:
-        """Return the changes that were made in this era."""
-        self._require(asked.era)
-        return tuple(sorted(self._applied.items()))
-
-    def prepare(self, asked: Prepare) -> None:
-        """Vote: return if all partitions have prepared what is asked, raise otherwise (P1)."""
-        self._require(asked.era)
-        if self._prepared == asked.decided:
-            return  # the same again: the same vote
-        if self._prepared is not None:
-            msg = f"attempt {self._prepared} is not decided yet"
-            raise ShardEmbError(msg)
-        if asked.cut != tuple(sorted(self._applied.items())):
-            msg = "the owners have not applied the same changes: one was made in some partitions only"
-            raise EraEndedError(msg)
-        self._prepared = asked.decided  # from here on nothing changes, even if this fails half way
-        for partition in self._partitions.values():
-            partition.prepare(asked.decided, asked.step, asked.metadata)
-
-    def decide(self, asked: Decide) -> None:
-        """Count what was prepared as committed."""
-        self._require(asked.era)
-        if self._prepared == asked.decided:
-            for partition in self._partitions.values():
-                partition.decide()
-            self._prepared = None
+    def _tell(self, part: int, request: messages.Request) -> tuple[messages.Answer, Exception | None]:
+        held = self._of(part)
+        held.error = None
+        try:
+            answer = held.handle(request)
+        except BaseException:  # what it has now is not known: the next opening is another incarnation
+            del self._held[part]
+            held.partition.close()
+            raise
+        assert answer is not None
+        return answer, held.error
 
     # ---- rows
 
-    def read(self, asked: Ask, rows: NDArray[np.int64]) -> NDArray[Any]:
+    def read(self, asked: Ask, rows: Sequence[NDArray[np.int64]]) -> list[NDArray[Any]]:
         """Return what a read gives, for the rows of one partition after the other."""
-        self._require(asked.era)
-        found = [asked.what.read(self._partitions[part], some) for part, some in _cut(asked, rows) if some.size]
-        if not found:
-            return asked.what.read(self._partitions[asked.parts[0]], rows)
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        found: list[list[NDArray[Any]]] = [[] for _ in rows]
+        for part, some in _cut(asked, rows):
+            if part != asked.parts[0] and not any(map(len, some)):
+                continue
+            held = self._of(part)
 
-    def make(self, asked: Make, rows: NDArray[np.int64], values: NDArray[Any] | None) -> None:
+            def act(held: Held = held, some: Sequence[Any] = some) -> None:
+                for blocks, block in zip(found, asked.what.read(held.partition, some), strict=True):
+                    blocks.append(block)
+
+            _require(held.handle(messages.Read(asked.era), act))
+        return [_joined(blocks) for blocks in found]
+
+    def make(self, asked: Make, arrays: Sequence[NDArray[Any]]) -> list[messages.Answer]:
         """Make a change in all partitions, unless it was made before."""
-        self._require(asked.era)
-        before = self._applied.get(asked.trainer, 0)
-        if asked.sequence <= before:
-            return
-        if asked.sequence != before + 1:
-            msg = f"change {asked.sequence} of a process came after {before}: one between them was lost"
-            raise EraEndedError(msg)
-        if self._prepared is not None:
-            raise _Undecided
-        self._applied[asked.trainer] = asked.sequence
-        parts = zip(_cut(asked, rows), _cut(asked, values), strict=True)
-        for number, ((part, some), (_, their)) in enumerate(parts):
-            try:
-                asked.what.change(self._partitions[part], part, some, their)
-            except Exception as error:
-                if not number:
-                    raise RefusedError(error) from error
-                self._era = None  # some partitions have changed, this one has not
-                raise
+        answers = []
+        for part, given in _cut(asked, arrays):
+            held = self._of(part)
+
+            def act(held: Held = held, part: int = part, given: Sequence[Any] = given) -> None:
+                try:
+                    asked.what.change(held.partition, part, given)
+                except PoisonedError:  # it is not as before
+                    raise
+                except Exception as error:
+                    held.machine.take_back(asked.change)
+                    if part == asked.parts[0]:
+                        raise RefusedError(error) from error
+                    raise
+
+            answers.append(_require(held.handle(asked.change, act)))
+        return [each for each in answers if each is not None]
 
     def query(self, asked: Query) -> dict[int, Any]:
         """Ask partitions about themselves."""
-        self._require(asked.era)
-        return {part: asked.what.answer(self._partitions[part]) for part in asked.parts}
+        found: dict[int, Any] = {}
+        for part in asked.parts:
+            held = self._of(part)
+
+            def act(held: Held = held, part: int = part) -> None:
+                what = asked.what
+                found[part] = held.machine.cut if what is None else what.answer(held.partition)
+
+            _require(held.handle(messages.Read(asked.era), act))
+        return found
 
     # ---- the end
 
     def release(self, asked: Release) -> bool:
-        """Close all partitions, if it is their coordinator that asks; return whether changes were lost."""
-        return asked.coordinator == self._coordinator and self.close()
+        """Close all partitions that obey the coordinator which asks, or nobody; return whether changes were lost."""
+        parts = [part for part, held in self._held.items() if held.obeys in (None, asked.coordinator)]
+        return any([self._held.pop(part).close() for part in parts])
 
-    def close(self) -> bool:
-        """Close all partitions; what is prepared stays in doubt. Return whether changes were lost."""
-        lost = False
-        while self._partitions:
-            part, partition = self._partitions.popitem()
-            if part in self._opened and partition.status.prepared is None and partition.store.has_changes:
-                lost = True
-                partition.store.rollback()  # whoever opened the whole is told, and not each partition's standard error
-            partition.close()
-        self._era = self._coordinator = None
-        self._opened.clear()
-        return lost
+    def close(self) -> None:
+        """Close all partitions."""
+        while self._held:
+            self._held.popitem()[1].close()
 
-    def _require(self, era: Era) -> None:
-        if era != self._era:  # E1
-            self._refuse_era()
-
-    def _refuse_era(self) -> None:
-        msg = "its owners went back to the last commit, or another process has opened it"
-        raise EraEndedError(msg)
+    def _of(self, part: int) -> Held:
+        held = self._held.get(part)
+        if held is None:
+            msg = f"partition {part} is not open in this process any more"
+            raise EraEndedError(msg)
+        return held
 
 
-def _cut(asked: Ask | Make, values: NDArray[Any] | None) -> Iterator[tuple[int, Any]]:
-    """Iterate over partitions, and what is theirs of an array that has it one after the other."""
-    start = 0
-    for part, count in zip(asked.parts, asked.counts, strict=True):
-        yield part, None if values is None else values[start : start + count]
-        start += count
+def _require(answer: messages.Answer | None) -> messages.Answer | None:
+    if isinstance(answer, messages.Refused):
+        raise EraEndedError(answer.why)
+    return answer
+
+
+def _joined(blocks: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Bring blocks of rows together, of which all may be empty."""
+    some = [block for block in blocks if len(block)] or blocks[:1]
+    return some[0] if len(some) == 1 else np.concatenate(some)
+
+
+def _cut(
+    asked: Ask | Make, arrays: Sequence[NDArray[Any]]
+) -> Iterator[tuple[int, list[NDArray[Any]]]]:
+    """Iterate over partitions, and what is theirs of arrays that have it one after the other."""
+    starts = [0] * len(arrays)
+    for number, part in enumerate(asked.parts):
+        given: list[NDArray[Any]] = []
+        for k, (array, counts) in enumerate(zip(arrays, asked.counts, strict=True)):
+            end = starts[k] + counts[number]
+            given.append(array[starts[k] : end])
+            starts[k] = end
+        yield part, given
+
+
+# ---- how it is asked
 
 
 class Owner(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
@@ -386,16 +401,13 @@ def carry_out(
 ) -> tuple[Any, list[NDArray[Any]]]:
     """Do what is asked; return an object and arrays."""
     if isinstance(asked, Ask):
-        return None, [holding.read(asked, arrays[0])]
+        return None, holding.read(asked, arrays)
     if isinstance(asked, Make):
-        return holding.make(asked, arrays[0], arrays[1] if len(arrays) > 1 else None), []
+        return holding.make(asked, arrays), []
     calls: dict[type, Any] = {
         Query: holding.query,
         Hold: holding.hold,
-        Begin: holding.begin,
-        GetCut: holding.cut,
-        Prepare: holding.prepare,
-        Decide: holding.decide,
+        Tell: holding.tell,
         Release: holding.release,
     }
     return calls[type(asked)](asked), []

@@ -172,7 +172,7 @@ class DistributedTable:
         Safe from any thread.
         """
         distinct, inverse, shape = self._distinct(ids)
-        rows = self._store.link.read(work.Lookup(self.facts.name, dtype), distinct)
+        (rows,) = self._store.link.read(work.Lookup((self.facts.name,), dtype), [distinct])
         return rows, distinct, inverse.reshape(shape)
 
     def state(self, column: str, ids: ArrayLike) -> NDArray[np.float32]:
@@ -188,7 +188,7 @@ class DistributedTable:
         Safe from any thread.
         """
         distinct, inverse, shape = self._distinct(ids)
-        found = self._store.link.read(work.State(self.facts.name, column), distinct)
+        (found,) = self._store.link.read(work.State(self.facts.name, column), [distinct])
         return found.take(inverse, axis=0).reshape(*shape, *found.shape[1:])
 
     def lookup_bag(
@@ -304,7 +304,7 @@ class DistributedTable:
             return
         summed = np.empty((grouped.rows.size, facts.embedding_dim), np.float32)
         self._sum_of_bags(bags, grouped, values, summed)
-        self._store.link.change(work.Update(facts.name), grouped.rows, summed)
+        self._store.link.change(work.Update((facts.name,)), [(grouped.rows, summed)])
 
     def write(self, ids: ArrayLike, rows: ArrayLike, *, check_finite: bool = True) -> None:
         """Overwrite weights; optimizer state stays. See `Table.write`.
@@ -324,7 +324,7 @@ class DistributedTable:
         checked = validation.row_ids(ids, facts.num_embeddings, facts.name)
         shape = (*checked.shape, facts.embedding_dim)
         values = validation.rows(rows, shape, what="rows", table=facts.name, check_finite=check_finite)
-        self._store.link.change(work.Write(facts.name), checked.flat, values)
+        self._store.link.change(work.Write(facts.name), [(checked.flat, values)])
 
     def set_optimizer(self, optimizer: Optimizer) -> None:
         """Change the optimizer's hyper-parameters for the following updates; see `Table.set_optimizer`.
@@ -372,7 +372,7 @@ class DistributedTable:
         if not facts.counters and ids.size:
             summed = Summed.of(plan.group(ids, facts.num_embeddings), values)
             ids, values = summed.ids, summed.gradients
-        self._store.link.change(work.Update(facts.name), ids, values)
+        self._store.link.change(work.Update((facts.name,)), [(ids, values)])
 
     def _bags(self, given: Bags) -> Pooling:
         facts = self.facts
@@ -457,7 +457,7 @@ class DistributedStore(Mapping[str, DistributedTable]):
         if self._link is None:  # unpickled
             self._link = Link(self._members, Wire(), self._facts)
         if self._link.ended is not None and self._coordinator is not None:
-            self._adopt(self._coordinator.begin())
+            self._adopt(self._coordinator.begin(self._link.ended))
         return self._link
 
     def _adopt(self, link: Link) -> None:
@@ -624,7 +624,7 @@ class DistributedStore(Mapping[str, DistributedTable]):
     def rollback(self) -> None:
         """Go back to the last commit, in all partitions; a new era begins. See `Store.rollback`."""
         coordinator = self._opened("rollback")
-        self._adopt(coordinator.begin())
+        self._adopt(coordinator.begin("it was rolled back"))
 
     # ---- looking at it
 

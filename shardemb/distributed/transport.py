@@ -10,12 +10,14 @@ for that long asks whether the call is still under way, and takes no answer with
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import pickle
 import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import distributed
+from distributed.comm import parse_host_port
 from distributed.protocol import to_serialize
 from distributed.utils import sync
 
@@ -31,6 +33,9 @@ CALL, IS_UNDER_WAY = "shardemb_call", "shardemb_is_under_way"
 
 WAIT_LIMIT_S = 60.0
 """How long a change waits for the decision about a commit."""
+
+PROBE_S = 0.5
+"""How long nothing comes before it is looked whether the other process is there at all."""
 
 PAUSE_S = 1.0
 """How long an answer may be on its way."""
@@ -124,6 +129,8 @@ class Wire:
         asked = getattr(self._pool(address), CALL)(number=number, request=pickle.dumps(call.request), arrays=arrays)
         waiting = asyncio.ensure_future(asked)
         try:
+            if not (await asyncio.wait({waiting}, timeout=min(PROBE_S, deadline_s)))[0]:
+                await _require_listening(address)
             while not (await asyncio.wait({waiting}, timeout=deadline_s))[0]:
                 await self._require_under_way(address, number, waiting, deadline_s)
             reply = await waiting
@@ -147,6 +154,14 @@ class Wire:
             await asyncio.sleep(PAUSE_S)  # its answer may be on the way
             if not waiting.done():
                 raise TimeoutError
+
+
+async def _require_listening(address: str) -> None:
+    """Raise `ConnectionRefusedError` if nobody listens there, which dask's own connecting would try again for long."""
+    host, port = parse_host_port(address)
+    with contextlib.suppress(TimeoutError):
+        _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), PAUSE_S)
+        writer.close()
 
 
 async def answered(

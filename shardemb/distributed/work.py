@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from shardemb.distributed import routing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from shardemb.commits.verify import Damage
@@ -56,17 +57,15 @@ class TableFacts:
 class Read(Protocol):
     """What changes nothing."""
 
-    def read(self, partition: Partition, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Return an array with one entry for each row."""
+    def read(self, partition: Partition, rows: Sequence[NDArray[np.int64]]) -> list[NDArray[Any]]:
+        """Return for each array of rows an array with one entry for each."""
 
 
 class Change(Protocol):
-    """What is made once in every partition."""
+    """What is made once in every partition, as a whole or not at all."""
 
-    def change(
-        self, partition: Partition, part: int, rows: NDArray[np.int64], values: NDArray[Any] | None
-    ) -> None:
-        """Make it in partition number `part`."""
+    def change(self, partition: Partition, part: int, arrays: Sequence[NDArray[Any]]) -> None:
+        """Make it in partition number `part`, of whose rows the arrays are."""
 
 
 class Question(Protocol):
@@ -81,15 +80,18 @@ class Question(Protocol):
 
 @dataclass(frozen=True)
 class Lookup:
-    """See `Table.lookup`."""
+    """See `Table.lookup`, for one table or several."""
 
-    table: str
+    tables: tuple[str, ...]
     dtype: str | None = None
 
-    def read(self, partition: Partition, rows: NDArray[np.int64]) -> NDArray[Any]:
+    def read(self, partition: Partition, rows: Sequence[NDArray[np.int64]]) -> list[NDArray[Any]]:
         """See `Read`."""
-        found: NDArray[Any] = partition.store[self.table].lookup(rows, dtype=self.dtype)
-        return found
+        if self.dtype is None and len(self.tables) > 1:
+            found = partition.store.lookup(dict(zip(self.tables, rows, strict=True)))
+            return [found[name] for name in self.tables]
+        each = zip(self.tables, rows, strict=True)
+        return [partition.store[name].lookup(some, dtype=self.dtype) for name, some in each]
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,23 @@ class State:
     table: str
     column: str
 
-    def read(self, partition: Partition, rows: NDArray[np.int64]) -> NDArray[Any]:
+    def read(self, partition: Partition, rows: Sequence[NDArray[np.int64]]) -> list[NDArray[Any]]:
         """See `Read`."""
-        found: NDArray[Any] = partition.store[self.table].state(self.column, rows)
-        return found
+        return [partition.store[self.table].state(self.column, some) for some in rows]
+
+
+@dataclass(frozen=True)
+class Prefetch:
+    """See `Table.prefetch`."""
+
+    table: str
+    for_update: bool
+
+    def read(self, partition: Partition, rows: Sequence[NDArray[np.int64]]) -> list[NDArray[Any]]:
+        """See `Read`; what is returned means nothing."""
+        for some in rows:
+            partition.store[self.table].prefetch(some, for_update=self.for_update)
+        return [np.zeros(some.size, np.bool_) for some in rows]
 
 
 # ---- changes
@@ -110,15 +125,20 @@ class State:
 
 @dataclass(frozen=True)
 class Update:
-    """See `Table.update`. The gradients were checked by whoever asks; without any, it is still a step."""
+    """See `Store.update`: rows and gradients of each table, which were checked by whoever asks.
 
-    table: str
+    Without any row, it is still a step.
+    """
 
-    def change(
-        self, partition: Partition, part: int, rows: NDArray[np.int64], values: NDArray[Any] | None
-    ) -> None:
+    tables: tuple[str, ...]
+
+    def change(self, partition: Partition, part: int, arrays: Sequence[NDArray[Any]]) -> None:
         """See `Change`."""
-        partition.store[self.table].update(rows, values, check_finite=False)
+        batches = {
+            name: (rows, gradients)
+            for name, rows, gradients in zip(self.tables, arrays[::2], arrays[1::2], strict=True)
+        }
+        partition.store.update(batches, check_finite=False)
 
 
 @dataclass(frozen=True)
@@ -127,10 +147,9 @@ class Write:
 
     table: str
 
-    def change(
-        self, partition: Partition, part: int, rows: NDArray[np.int64], values: NDArray[Any] | None
-    ) -> None:
+    def change(self, partition: Partition, part: int, arrays: Sequence[NDArray[Any]]) -> None:
         """See `Change`."""
+        rows, values = arrays
         if rows.size:
             partition.store[self.table].write(rows, values, check_finite=False)
 
@@ -142,9 +161,7 @@ class CreateTable:
     wanted: TableRequest
     parts: int
 
-    def change(
-        self, partition: Partition, part: int, rows: NDArray[np.int64], values: NDArray[Any] | None
-    ) -> None:
+    def change(self, partition: Partition, part: int, arrays: Sequence[NDArray[Any]]) -> None:
         """See `Change`. A table of fewer rows than partitions has one row that no id leads to in some of them."""
         wanted = self.wanted
         assert wanted.num_embeddings is not None
@@ -171,9 +188,7 @@ class DropTable:
 
     table: str
 
-    def change(
-        self, partition: Partition, part: int, rows: NDArray[np.int64], values: NDArray[Any] | None
-    ) -> None:
+    def change(self, partition: Partition, part: int, arrays: Sequence[NDArray[Any]]) -> None:
         """See `Change`."""
         partition.store.drop_table(self.table)
 
@@ -185,9 +200,7 @@ class SetOptimizer:
     table: str
     optimizer: Optimizer
 
-    def change(
-        self, partition: Partition, part: int, rows: NDArray[np.int64], values: NDArray[Any] | None
-    ) -> None:
+    def change(self, partition: Partition, part: int, arrays: Sequence[NDArray[Any]]) -> None:
         """See `Change`."""
         partition.store[self.table].set_optimizer(self.optimizer)
 

@@ -281,6 +281,19 @@ class Trainer:
         self._waiting = frozenset(range(self._parts))
         return Change(self.era, self.trainer, self._number, what)
 
+    def take_back(self) -> None:
+        """Forget the last change: all owners have refused it, and are as before (see `Owner.take_back`).
+
+        Raises
+        ------
+        RuntimeError
+            Some have made it.
+        """
+        if len(self._waiting) != self._parts:
+            msg = f"change {self._number} is made in some partitions"
+            raise RuntimeError(msg)
+        self._number, self._waiting = self._number - 1, frozenset()
+
     def handle(self, answer: Applied | Refused) -> None:
         """Take an owner's answer to a change or a read."""
         if isinstance(answer, Refused):
