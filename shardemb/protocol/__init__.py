@@ -1,1 +1,1 @@
-"""How the partitions of a distributed store commit together: what owners and a coordinator remember, as pure code."""
+"""The rules by which the partitions of one store commit together or not at all: machines without I/O."""

@@ -220,7 +220,8 @@ class Coordinator:
         if not unfit:
             return (*self._decide(decided), *self._ask(Begin(self.era, decided)))
         refused = tuple(
-            RefusedPartition(part, f"it has {self._statuses[part]}, the store is at {decided}") for part in unfit
+            RefusedPartition(part, f"it has {self._statuses[part]}, the store is at {decided}")
+            for part in unfit
         )
         for part in unfit:  # S1
             del self._owners[part]

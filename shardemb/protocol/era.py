@@ -70,7 +70,7 @@ class Owner:
         self.part, self.incarnation, self._identity = part, incarnation, identity
         self._last, self._prepared = status.last, status.prepared
         self._open = False
-        # Both are forgotten with the incarnation. They need not be durable: votes are those of an incarnation as well.
+        # C1: the claim is forgotten with the incarnation; votes and answers are those of an incarnation as well.
         self._claim: Era = (0, "", 0)
         self._era: Era | None = None
         self._tried: AttemptId = (0, "", 0)
@@ -124,10 +124,10 @@ class Owner:
         if self._applied[name] != (life, change.number):
             msg = f"change {change.number} of {change.trainer} is not the last one"
             raise ValueError(msg)
-        if change.number == 1:
+        if change.after == 0:
             del self._applied[name]
         else:
-            self._applied[name] = life, change.number - 1
+            self._applied[name] = life, change.after
 
     def fail_to_prepare(self, why: str) -> Effects:
         """Vote no: what was just to be prepared was not, and counts as changed."""
@@ -226,8 +226,9 @@ class Owner:
         applied = Reply(Applied(self.part, self.incarnation, change.era, change.trainer, change.number))
         if change.number <= before:  # E4: once, and acknowledged again
             return (applied,)
-        if change.number != before + 1:  # E4: in order
-            return self._refuse(change, f"change {change.number} of trainer {name} comes after {before}")
+        if change.after != before:  # E4: in order
+            why = f"change {change.number} of trainer {name} comes after {change.after}, and {before} was the last"
+            return self._refuse(change, why)
         if self._prepared is not None:  # P2
             return (Wait(change),)
         self._applied[name] = life, change.number
@@ -253,7 +254,8 @@ class Trainer:
 
     def __init__(self, trainer: TrainerId, era: Era, parts: int) -> None:
         self.trainer, self.era, self._parts = trainer, era, parts
-        self._number, self._waiting = 0, frozenset[int]()
+        self._number = self._made = 0
+        self._waiting = frozenset[int]()
         self.ended: str | None = None
 
     @property
@@ -263,8 +265,8 @@ class Trainer:
 
     @property
     def made(self) -> int:
-        """How many changes are made in all partitions."""
-        return self._number - bool(self._waiting)
+        """Number of the last change that was made in all partitions; 0 before the first. A cut names it."""
+        return self._made
 
     def change(self, what: object) -> Change:
         """Return the next change, for all partitions.
@@ -279,10 +281,12 @@ class Trainer:
             raise RuntimeError(msg)
         self._number += 1
         self._waiting = frozenset(range(self._parts))
-        return Change(self.era, self.trainer, self._number, what)
+        return Change(self.era, self.trainer, self._number, self._made, what)
 
     def take_back(self) -> None:
-        """Forget the last change: all owners have refused it, and are as before (see `Owner.take_back`).
+        """Go on without the last change: all owners have refused it, and are as before (see `Owner.take_back`).
+
+        Its number is not used again. If it still arrives somewhere and is made there, then the next one is refused.
 
         Raises
         ------
@@ -292,12 +296,17 @@ class Trainer:
         if len(self._waiting) != self._parts:
             msg = f"change {self._number} is made in some partitions"
             raise RuntimeError(msg)
-        self._number, self._waiting = self._number - 1, frozenset()
+        self._waiting = frozenset()
 
     def handle(self, answer: Applied | Refused) -> None:
         """Take an owner's answer to a change or a read."""
         if isinstance(answer, Refused):
             if isinstance(answer.request, Change | Read) and answer.request.era == self.era:
                 self.ended = answer.why
-        elif (answer.era, answer.trainer, answer.number) == (self.era, self.trainer, self._number):
+        elif self._waiting and (answer.era, answer.trainer, answer.number) == (
+            self.era,
+            self.trainer,
+            self._number,
+        ):
             self._waiting -= {answer.part}
+            self._made = self._made if self._waiting else self._number

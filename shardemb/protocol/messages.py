@@ -126,6 +126,8 @@ class Change:
     trainer : TrainerId
     number : int
         Counts the changes of this trainer in this era, from 1.
+    after : int
+        Number of its last change that was made, 0 before the first. One between them was refused by all owners.
     what : object
         The change itself; passed through.
     """
@@ -133,6 +135,7 @@ class Change:
     era: Era
     trainer: TrainerId
     number: int
+    after: int
     what: Any = None
 
 

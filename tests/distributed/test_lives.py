@@ -83,7 +83,7 @@ def lives(new_store, cluster, seed, count):
         else:
             store.rollback()
         model.require(store)
-    assert model.acknowledged > count  # most lives commit a few times
+    assert model.acknowledged > 2
 
 
 PROGRAM = """

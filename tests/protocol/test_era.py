@@ -46,8 +46,8 @@ def refused(effects, request):
     )
 
 
-def change(number, trainer=ANN, era=ERA):
-    return say.Change(era, trainer, number, "a change")
+def change(number, trainer=ANN, era=ERA, after=None):
+    return say.Change(era, trainer, number, number - 1 if after is None else after, "a change")
 
 
 def prepared_owner():
@@ -275,12 +275,28 @@ def test_a_change_that_the_store_refused_is_taken_back():
     assert it.cut == ()
 
 
+def test_a_change_that_was_taken_back_everywhere_leaves_its_number_free():
+    it = serving()
+    it.handle(change(1))
+    assert refused(it.handle(change(3, after=2)), change(3, after=2))
+    assert it.handle(change(3, after=1))[0] == say.Apply(change(3, after=1))
+    assert it.handle(change(2)) == (reply(say.Applied, ERA, ANN, 2),)  # late: it is not made
+    it.take_back(change(3, after=1))
+    assert it.cut == ((ANN, 1),)
+
+
+def test_a_change_that_was_taken_back_and_still_arrives_ends_the_era():
+    it = serving()
+    it.handle(change(1))
+    assert refused(it.handle(change(2, after=0)), change(2, after=0))
+
+
 # ---- trainers
 
 
 def test_a_trainer_makes_one_change_at_a_time():
     it = Trainer(ANN, ERA, 2)
-    assert it.change("x") == say.Change(ERA, ANN, 1, "x")
+    assert it.change("x") == say.Change(ERA, ANN, 1, 0, "x")
     it.handle(say.Applied(0, "i", ERA, ANN, 1))
     assert (it.waiting, it.made) == ({1}, 0)
     with pytest.raises(RuntimeError, match="not made"):
@@ -291,6 +307,20 @@ def test_a_trainer_makes_one_change_at_a_time():
     it.handle(say.Applied(1, "i", ERA, ANN, 1))
     assert it.made == 1
     assert it.change("y").number == 2
+
+
+def test_a_trainer_takes_back_what_all_have_refused():
+    it = Trainer(ANN, ERA, 2)
+    it.change("x")
+    it.take_back()
+    it.handle(say.Applied(0, "i", ERA, ANN, 1))  # of a message that came twice
+    assert it.made == 0
+    assert it.change("y") == say.Change(ERA, ANN, 2, 0, "y")
+    it.handle(say.Applied(0, "i", ERA, ANN, 2))
+    with pytest.raises(RuntimeError, match="some partitions"):
+        it.take_back()
+    it.handle(say.Applied(1, "i", ERA, ANN, 2))
+    assert it.made == 2
 
 
 def test_a_trainer_ends_with_its_era():

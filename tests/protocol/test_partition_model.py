@@ -19,7 +19,7 @@ CLEAREST = ("no cut", "one vote too few", "no rollback", "applied again", "commi
 HAPPENED = {
     "acknowledged commits", "openings in doubt", "commits decided at take-over", "partitions refused", "suspicions",
     "kills", "power losses", "pauses", "folds", "full disks", "copies of heads", "copies of partitions",
-    "openings without disk", "reads checked",
+    "openings without disk", "reads checked", "changes taken back",
 }  # fmt: skip
 
 
@@ -56,6 +56,6 @@ def test_many_histories():
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_rule_that_is_undone(name):
     mutant = MUTANTS[name]
-    found = tried(name, mutant.histories or int(4_000 * SOAK))
+    found = tried(name, mutant.histories)
     print(f"\nsoak: {name}: {mutant.rule}: {found}")
-    assert not mutant.histories or found.wrong + found.stuck
+    assert found.wrong + found.stuck or mutant.unless

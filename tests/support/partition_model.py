@@ -149,6 +149,14 @@ class NotCommitted:
 
 
 @dataclass(frozen=True)
+class StoreRefused:
+    """The store has refused a change, and is as before."""
+
+    part: int
+    change: say.Change
+
+
+@dataclass(frozen=True)
 class Rows:
     era: tuple
     part: int
@@ -160,6 +168,10 @@ class Rows:
 
 
 class DiskFullError(Exception):
+    pass
+
+
+class ChangeError(Exception):
     pass
 
 
@@ -198,6 +210,10 @@ class OwnerProcess:
             except DiskFullError:
                 self.images = None
                 effects = list(self.machine.fail_to_prepare("the disk is full"))
+            except ChangeError:
+                self.machine.take_back(effect.change)
+                self.w.send(self.id, sender, StoreRefused(self.part, effect.change))
+                return
 
     def carry_out(self, sender, effect):
         match effect:
@@ -215,6 +231,8 @@ class OwnerProcess:
             case say.AbandonImages():
                 self.images = None
             case say.Apply(change):
+                if "?" in change.what and self.w.r.random() < 0.8:
+                    raise ChangeError
                 self.now += (change.what,)
                 self.dirty += (change.what,)
             case say.Serve(read):
@@ -362,7 +380,8 @@ class TrainerProcess:
 
     def forget(self):
         """Start again, without what it knew."""
-        self.machine, self.owners, self.coordinator, self.flying = None, {}, None, None
+        self.machine, self.owners, self.coordinator = None, {}, None
+        self.flying, self.refused = None, set()
 
     @property
     def era(self):
@@ -380,7 +399,8 @@ class TrainerProcess:
             return
         x = r.random()
         if x < 0.45:
-            self.flying = self.machine.change(w.fresh("u"))
+            self.flying = self.machine.change(w.fresh("u?" if r.random() < 0.1 else "u"))
+            self.refused = set()
             self.send_change()
         elif x < 0.6:
             read = say.Read(self.era, (self.machine.trainer, self.machine.made))
@@ -418,20 +438,32 @@ class TrainerProcess:
                 pass
             case say.Applied() | say.Refused():
                 self.take(message)
+            case StoreRefused(part, change) if change == self.flying:
+                self.take_refusal(part)
             case Rows(era, part, rows, (trainer, made)) if trainer == self.machine.trainer:
                 base = self.w.state_of(self.w.bases[era], part)
-                own = self.w.acked.get((era, trainer), [])[:made]
+                own = self.w.acked_until(era, trainer, made)
                 self.w.reads.setdefault(era, []).append(rows[: len(base)] == base and set(own) <= set(rows))
             case Acknowledged(era, attempt, cut) if era == self.era:
                 self.w.acknowledge(era, attempt, cut)
             case NotCommitted(era) if era == self.era and self.w.r.random() < 0.3:
                 self.w.send(self.id, self.coordinator, EndEra(era))
 
+    def take_refusal(self, part):
+        """Take the change back if all have refused it; if some have made it, the era is over."""
+        self.refused.add(part)
+        if len(self.refused) == PARTS == len(self.machine.waiting):
+            self.machine.take_back()
+            self.w.seen["changes taken back"] += 1
+        elif self.machine.waiting and self.machine.waiting <= self.refused:
+            self.w.send(self.id, self.coordinator, EndEra(self.era))
+            self.forget()
+
     def take(self, answer):
         made, machine = self.machine.made, self.machine
         machine.handle(answer)
         if machine.made > made:
-            self.w.acked.setdefault((self.era, machine.trainer), []).append(self.flying.what)
+            self.w.acked.setdefault((self.era, machine.trainer), []).append((machine.made, self.flying.what))
         elif machine.ended is not None:
             self.w.send(self.id, self.coordinator, EndEra(self.era))
             self.forget()
@@ -548,11 +580,14 @@ class World:
         if len(self.proposed.get(decided, ())) < PARTS:
             raise WrongError(f"commit {decided} was decided without all owners")
 
+    def acked_until(self, era, trainer, made):
+        return [update for number, update in self.acked.get((era, trainer), ()) if number <= made]
+
     def acknowledge(self, era, attempt, cut):
         self.seen["acknowledged commits"] += 1
         states = [self.state_of(attempt, part) for part in range(PARTS)]
         for trainer, made in cut:
-            for update in self.acked[era, trainer][:made]:
+            for update in self.acked_until(era, trainer, made):
                 if any(state.count(update) != 1 for state in states):
                     raise WrongError(f"acknowledged commit {attempt} has {update} {states} times")
         if len({tuple(sorted(state)) for state in states}) > 1:
