@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Literal
 from shardemb.base import paths, validation
 from shardemb.distributed.head import Coordinator, Places, Record
 from shardemb.distributed.owner import Owner
-from shardemb.distributed.remote import DistributedStore, DistributedTable
+from shardemb.distributed.store import DistributedStore
+from shardemb.distributed.table import DistributedTable
 from shardemb.distributed.routing import MAX_PARTITIONS
 from shardemb.distributed.transport import Wire
 from shardemb.errors import StoreNotFoundError
@@ -96,7 +97,9 @@ def open(
         msg = f"mode must be 'a', 'r+' or 'w-', got {mode!r}"
         raise ValueError(msg)
     wire = Wire(client)
-    seconds = [validation.number(each, name) for each, name in ((deadline_s, "deadline_s"), (recover_s, "recover_s"))]
+    seconds = [
+        validation.number(each, name) for each, name in ((deadline_s, "deadline_s"), (recover_s, "recover_s"))
+    ]
     count = 16 if partitions is None else validation.count(partitions, "partitions", maximum=MAX_PARTITIONS)
     given = None if owners is None else _places(owners, count)
     head = opening.open(path, mode)

@@ -256,20 +256,20 @@ class Coordinator:
         if self._record.decided[0] == 0:
             return
         (found,) = self.link.ask(work.LastCommit(), [0]).values()
-        known = {"tables": found.metadata["tables"], "step": found.step, "metadata": found.metadata["metadata"]}
+        known = {
+            "tables": found.metadata["tables"],
+            "step": found.step,
+            "metadata": found.metadata["metadata"],
+        }
         record = replace(self._record, **known)
         if record != self._record:
             self._write(record)
 
     def _hold(self, address: str) -> owner.Hold:
         places = {
-            part: folder
-            for part, (_, folder) in enumerate(self._places)
-            if self._addresses[part] == address
+            part: folder for part, (_, folder) in enumerate(self._places) if self._addresses[part] == address
         }
-        return owner.Hold(
-            self._head.uuid, places, len(self._addresses), may_create=not self._record.complete
-        )
+        return owner.Hold(self._head.uuid, places, len(self._addresses), may_create=not self._record.complete)
 
     def _find(self) -> tuple[str, ...]:
         """Return the address of the worker that owns each partition."""

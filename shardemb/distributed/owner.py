@@ -149,7 +149,9 @@ class Held:
         has = messages.Status(status.decided, status.prepared)
         return Held(path, partition, era.Owner(part, str(uuid.uuid4()), identity, has))
 
-    def handle(self, request: messages.Request, act: Callable[[], None] | None = None) -> messages.Answer | None:
+    def handle(
+        self, request: messages.Request, act: Callable[[], None] | None = None
+    ) -> messages.Answer | None:
         """Carry out what the machine says about a request, and return its answer; `act` changes or reads rows."""
         for effect in self.machine.handle(request):
             match effect:
@@ -331,9 +333,7 @@ def _joined(blocks: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return some[0] if len(some) == 1 else np.concatenate(some)
 
 
-def _cut(
-    asked: Ask | Make, arrays: Sequence[NDArray[Any]]
-) -> Iterator[tuple[int, list[NDArray[Any]]]]:
+def _cut(asked: Ask | Make, arrays: Sequence[NDArray[Any]]) -> Iterator[tuple[int, list[NDArray[Any]]]]:
     """Iterate over partitions, and what is theirs of arrays that have it one after the other."""
     starts = [0] * len(arrays)
     for number, part in enumerate(asked.parts):
@@ -397,7 +397,9 @@ class Owner(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
 
 
 def carry_out(
-    holding: Holding, asked: Any, arrays: Sequence[NDArray[Any]]  # noqa: ANN401
+    holding: Holding,
+    asked: Any,
+    arrays: Sequence[NDArray[Any]],  # noqa: ANN401
 ) -> tuple[Any, list[NDArray[Any]]]:
     """Do what is asked; return an object and arrays."""
     if isinstance(asked, Ask):

@@ -126,7 +126,9 @@ class Wire:
 
     async def _call_one(self, address: str, call: Call, deadline_s: float) -> Answer | Exception:
         arrays, number = [to_serialize(each) for each in call.arrays], uuid.uuid4().hex
-        asked = getattr(self._pool(address), CALL)(number=number, request=pickle.dumps(call.request), arrays=arrays)
+        asked = getattr(self._pool(address), CALL)(
+            number=number, request=pickle.dumps(call.request), arrays=arrays
+        )
         waiting = asyncio.ensure_future(asked)
         try:
             if not (await asyncio.wait({waiting}, timeout=min(PROBE_S, deadline_s)))[0]:

@@ -25,6 +25,8 @@ def new_store(cluster, tmp_path):
         return opened[-1]
 
     yield new_store
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # what is lost is the point, or no matter
+    with warnings.catch_warnings(
+        action="ignore", category=RuntimeWarning
+    ):  # what is lost is the point, or no matter
         for store in opened:
             store.close()

@@ -34,7 +34,9 @@ def test_a_killed_owner_is_named_and_comes_back_to_the_last_commit(new_store, cl
     table = committed(store)
     handle = pickle.dumps(store)
     cluster.kill(0)
-    with pytest.raises(shardemb.OwnerLostError, match=r"tcp.* it has the partitions 0, 2 of .* commit 1 \(step 8\)"):
+    with pytest.raises(
+        shardemb.OwnerLostError, match=r"tcp.* it has the partitions 0, 2 of .* commit 1 \(step 8\)"
+    ):
         table.lookup(IDS)
     np.testing.assert_array_equal(table.lookup(IDS), -ONES)
     table.update(IDS, ONES)
@@ -134,7 +136,11 @@ def test_of_two_coordinators_the_older_one_is_refused(new_store, cluster, tmp_pa
     store = new_store()
     committed_table = store["t"]
     with cluster.open(tmp_path / "copy.zarr") as newer:
-        for call in (lambda: committed_table.update(IDS, ONES), store.commit, lambda: committed_table.lookup(0)):
+        for call in (
+            lambda: committed_table.update(IDS, ONES),
+            store.commit,
+            lambda: committed_table.lookup(0),
+        ):
             with pytest.raises(shardemb.EraEndedError):
                 call()
         newer["t"].update(IDS, ONES)
@@ -186,7 +192,9 @@ def test_an_older_copy_of_a_partition_is_refused(new_store, folders):
 
 def test_a_missing_partition_is_refused_and_not_made_anew(new_store, folders):
     shutil.move(folders[1], folders[1].with_name("elsewhere"))
-    refused(new_store, folders, r"partition 1 of 4 .* is missing: there is none at .*00001.zarr of the worker tcp")
+    refused(
+        new_store, folders, r"partition 1 of 4 .* is missing: there is none at .*00001.zarr of the worker tcp"
+    )
     assert not folders[1].exists()
 
 
@@ -196,9 +204,15 @@ def test_a_partition_of_another_number_is_refused(new_store, folders):
 
 
 def test_a_partition_of_another_store_is_refused(new_store, folders, cluster, tmp_path):
-    cluster.open(tmp_path / "other" / "head.zarr", owners=cluster.owners(tmp_path / "other"), partitions=4).close()
+    cluster.open(
+        tmp_path / "other" / "head.zarr", owners=cluster.owners(tmp_path / "other"), partitions=4
+    ).close()
     replaced(folders[0], tmp_path / "other" / "owner-0" / "00000.zarr")
-    refused(new_store, folders, r"is partition 0 of 4 of the store .*, where partition 0 of 4 of the store .* should")
+    refused(
+        new_store,
+        folders,
+        r"is partition 0 of 4 of the store .*, where partition 0 of 4 of the store .* should",
+    )
 
 
 def test_an_ordinary_store_in_the_place_of_a_partition_is_refused(new_store, folders):

@@ -68,12 +68,16 @@ def lives(new_store, cluster, seed, count):
     model.train(store, generator)
     for _ in range(count):
         worker, before = chance.randrange(2), []
-        killer = threading.Timer(chance.uniform(0, 0.3), lambda worker=worker: before.append(cluster.kill(worker)))
+        killer = threading.Timer(
+            chance.uniform(0, 0.3), lambda worker=worker: before.append(cluster.kill(worker))
+        )
         killer.start()
         try:
             while not before:
                 model.train(store, generator)
-            model.train(store, generator)  # fine if it was killed after it had voted: all are at that commit again
+            model.train(
+                store, generator
+            )  # fine if it was killed after it had voted: all are at that commit again
         except (shardemb.OwnerLostError, shardemb.EraEndedError):
             killer.join()
         cluster.wait_for(worker, before[0])
@@ -104,7 +108,13 @@ def test_coordinators_that_are_killed_at_any_time(new_store, cluster, tmp_path):
     store.close()
     chance, acknowledged = random.Random(1), 1
     for _ in range(3):
-        command = [sys.executable, "-c", PROGRAM, cluster.client.scheduler.address, str(tmp_path / "head.zarr")]
+        command = [
+            sys.executable,
+            "-c",
+            PROGRAM,
+            cluster.client.scheduler.address,
+            str(tmp_path / "head.zarr"),
+        ]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             acknowledged = int(process.stdout.readline())
             time.sleep(chance.uniform(0, 0.2))

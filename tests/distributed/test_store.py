@@ -144,9 +144,20 @@ def test_a_handle_in_no_task_says_where_it_works(new_store):
         (lambda table: table.write([1], np.full((1, 4), np.inf)), ValueError),
         (lambda table: table.state("no", [1]), ValueError),
         (lambda table: table.set_optimizer(Adam()), ValueError),
-        (lambda table: table.store.create_table("t", num_embeddings=1, embedding_dim=1), shardemb.TableExistsError),
-        (lambda table: table.store.create_table("u", num_embeddings=100, embedding_dim=4, initializer=rows(1)), TypeError),
-        (lambda table: table.store.create_table("u", num_embeddings=9, embedding_dim=1, rows_per_shard=-1), ValueError),
+        (
+            lambda table: table.store.create_table("t", num_embeddings=1, embedding_dim=1),
+            shardemb.TableExistsError,
+        ),
+        (
+            lambda table: table.store.create_table(
+                "u", num_embeddings=100, embedding_dim=4, initializer=rows(1)
+            ),
+            TypeError,
+        ),
+        (
+            lambda table: table.store.create_table("u", num_embeddings=9, embedding_dim=1, rows_per_shard=-1),
+            ValueError,
+        ),
         (lambda table: table.store.create_table("u", num_embeddings=0, embedding_dim=1), ValueError),
         (lambda table: table.store.drop_table("u"), shardemb.TableNotFoundError),
         (lambda table: table.store.commit(step=-1), ValueError),
