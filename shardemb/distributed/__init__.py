@@ -11,13 +11,15 @@ import os
 from typing import TYPE_CHECKING, Literal
 
 from shardemb.base import paths, validation
-from shardemb.distributed.head import Coordinator, Places, Record
+from shardemb.distributed.head import Coordinator
 from shardemb.distributed.owner import Owner
 from shardemb.distributed.store import DistributedStore
 from shardemb.distributed.table import DistributedTable
-from shardemb.distributed.routing import MAX_PARTITIONS
 from shardemb.distributed.transport import Wire
 from shardemb.errors import StoreNotFoundError
+from shardemb.format.manifest import MAX_PARTITIONS
+from shardemb.protocol.record import Places, Record, partition_name
+from shardemb.splitting import merge, split
 from shardemb.store import opening
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     from shardemb.store.store import Store
 
-__all__ = ["DistributedStore", "DistributedTable", "open"]
+__all__ = ["DistributedStore", "DistributedTable", "merge", "open", "split"]
 
 
 def open(
@@ -125,7 +127,7 @@ def _first_record(head: Store, places: Places | None) -> Record:
 
 
 def _known_record(head: Store, partitions: int | None) -> Record:
-    record = Record.of(head)
+    record = Record.of(head.last_commit, head.path)
     count = len(record.places)
     if partitions is not None and partitions != count:
         msg = f"the store {head.path} has {count} partitions, which is fixed; got partitions={partitions}"
@@ -140,6 +142,6 @@ def _places(owners: Mapping[str, str | os.PathLike[str]], count: int) -> Places:
         raise ValueError(msg)
     named = [(str(name), paths.local_path(folder, "an owner's folder")) for name, folder in owners.items()]
     return tuple(
-        (name, str(folder / f"{part:05}.zarr"))
+        (name, str(folder / partition_name(part)))
         for part, (name, folder) in ((part, named[part % len(named)]) for part in range(count))
     )

@@ -13,15 +13,14 @@ import contextlib
 import threading
 import time
 import uuid
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from shardemb.distributed import owner, work
 from shardemb.distributed.link import Link, Members
 from shardemb.distributed.transport import Call, UnreachableError
 from shardemb.errors import (
     EraEndedError,
-    FormatError,
     OwnerLostError,
     PartitionError,
     PoisonedError,
@@ -29,79 +28,18 @@ from shardemb.errors import (
 )
 from shardemb.format.manifest import Commit, PartitionIdentity, check_metadata, check_step
 from shardemb.protocol import coordination, messages
+from shardemb.protocol.record import Record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from shardemb.distributed.transport import Wire
     from shardemb.distributed.work import TableFacts
-    from shardemb.protocol.messages import Decided
+    from shardemb.protocol.record import Places
     from shardemb.store.store import Store
-
-Places: TypeAlias = tuple[tuple[str, str], ...]
-"""For each partition the owner, which is the name, address or host of a worker, and the folder there."""
-
-KEY = "shardemb.distributed"
-"""Where the metadata of the head's commit has what this module knows."""
 
 PAUSE_S = 0.1
 """Between two looks for owners that are not there yet."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """What the head's commit says.
-
-    Attributes
-    ----------
-    places : Places
-    decided : Decided
-        The last commit of all partitions.
-    openings : int
-        How often the head was opened to write.
-    complete : bool
-        Whether all partitions have been created. From then on, one that is missing is an error.
-    tables : dict of str to dict
-        For each table of the last commit ``num_embeddings``, ``padding_idx`` and ``counters``.
-    step : int
-    metadata : dict
-        As given to `DistributedStore.commit`.
-    """
-
-    places: Places
-    decided: Decided = (0, None)
-    openings: int = 0
-    complete: bool = False
-    tables: Mapping[str, Any] = field(default_factory=dict)
-    step: int = 0
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as metadata of a commit."""
-        return {KEY: asdict(self)}
-
-    @staticmethod
-    def of(head: Store) -> Record:
-        """Read that of a store's last commit.
-
-        Raises
-        ------
-        FormatError
-            The store is none that is distributed.
-        """
-        commit = head.last_commit
-        found = None if commit is None else commit.metadata.get(KEY)
-        if found is None:
-            msg = f"{head.path} is a store of one machine: open it with shardemb.open"
-            raise FormatError(msg)
-        places = tuple((name, folder) for name, folder in found.pop("places"))
-        return Record(places, decided_of(found.pop("decided")), **found)
-
-
-def decided_of(found: Any) -> Decided:  # noqa: ANN401
-    """Return a decided attempt, as it was before it became JSON."""
-    commit, attempt = found
-    return commit, None if attempt is None else tuple(attempt)
 
 
 class Coordinator:
@@ -343,7 +281,7 @@ class Coordinator:
             current = [each.part for each in sends if each.request == self._machine.request]
             waiting, error = self._send(current) if current else ([], None)
             problem = error or problem
-        if problem is not None and not self._machine.serving or isinstance(problem, _VoteError):
+        if (problem is not None and not self._machine.serving) or isinstance(problem, _VoteError):
             raise problem.why if isinstance(problem, _VoteError) else problem
 
     def _do(self, effect: messages.CoordinatorEffect) -> Exception | None:

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from shardemb.base.validation import Float32Array, Int64Array
     from shardemb.compute import plan
 
-MAX_PARTITIONS = 2**16
-"""Numbers of partitions are sorted as 16 bits, for which NumPy has a radix sort."""
-
 
 def local_rows(count: int, part: int, parts: int) -> int:
     """Return how many of the rows ``0:count`` are in a partition.

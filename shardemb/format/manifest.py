@@ -227,7 +227,8 @@ AttemptId: TypeAlias = tuple[int, str, int]
 Decided: TypeAlias = tuple[int, AttemptId | None]
 """What was decided for all partitions: number and attempt of the last commit; ``(0, None)`` before the first."""
 
-MAX_PARTITIONS = 2**20
+MAX_PARTITIONS = 2**16
+"""Numbers of partitions are sorted as 16 bits, for which NumPy has a radix sort."""
 
 
 def checked_attempt(attempt: object) -> AttemptId:

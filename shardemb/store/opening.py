@@ -161,19 +161,36 @@ def open(
         threads=threads,
         warm=warm,
     )
-    exists = files.size(store_paths.manifest(runtime.path)) is not None
-    if not exists:
-        require_creatable(runtime.path, mode)
-    elif mode == "w-":
-        msg = f'{runtime.path} is a store already; open it with mode "r+", or replace it with mode "w"'
-        raise StoreExistsError(msg)
+    _require(runtime.path, mode)
     if commit is not None:
         return Store(_open_tag(runtime, normalized(commit)))
     if mode == "r":
         return Store(_open_reader(runtime))
+    return Store(_open_writer(runtime, mode))
+
+
+def open_session(path: str | os.PathLike[str], mode: Literal["a", "r+", "w-"]) -> Session:
+    """Open a store for writing, and return what is behind a `Store`; see `open`."""
+    runtime = checked_runtime(
+        resolved(path), writable=True, memory_budget=None, log_bytes=None, threads=None, warm=True
+    )
+    _require(runtime.path, mode)
+    return _open_writer(runtime, mode)
+
+
+def _require(path: Path, mode: str) -> None:
+    """Raise if a mode asks for a store where there is none, or for none where there is one."""
+    if files.size(store_paths.manifest(path)) is None:
+        require_creatable(path, mode)
+    elif mode == "w-":
+        msg = f'{path} is a store already; open it with mode "r+", or replace it with mode "w"'
+        raise StoreExistsError(msg)
+
+
+def _open_writer(runtime: Runtime, mode: str) -> Session:
     with writer.Held.take(runtime) as held:
         held.create(anew=mode == "w")
-        return Store(held.session())
+        return held.session()
 
 
 def checked_runtime(
