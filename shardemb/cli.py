@@ -477,6 +477,55 @@ def copy(store: str, target: str, update: bool, as_json: bool, quiet: bool) -> N
     _answer(f"{facts.path}: {formatting.size(facts.bytes_on_disk)}", asdict(facts), as_json=as_json)
 
 
+@main.command()
+@store_argument
+@click.argument("head", type=click.Path())
+@click.option(
+    "--partitions", type=int, default=16, show_default=True, help="How many; it cannot be changed later."
+)
+@click.option("--folder", type=click.Path(), help="Where the partitions go; by default HEAD.partitions.")
+@json_option
+@quiet_option
+def split(store: str, head: str, partitions: int, folder: str | None, as_json: bool, quiet: bool) -> None:
+    """Make a distributed store with the tables of a store; interrupted, the same call goes on.
+
+    The partitions can then be moved to the machines of their owners.
+
+    \b
+    Example:
+      shardemb split words.zarr head.zarr --partitions 16
+    """
+    from shardemb import splitting
+
+    with _refusals():
+        commit = splitting.split(store, head, partitions=partitions, folder=folder, progress=not quiet)
+    _answer(
+        f"{head}: {partitions} partitions, commit {commit.id} at step {commit.step}",
+        asdict(commit),
+        as_json=as_json,
+    )
+
+
+@main.command()
+@click.argument("head", type=click.Path())
+@store_argument
+@click.option("--folder", type=click.Path(), help="Where all partitions are now, if not where the head says.")
+@json_option
+@quiet_option
+def merge(head: str, store: str, folder: str | None, as_json: bool, quiet: bool) -> None:
+    """Make a store of one machine with the tables of a distributed store: the reverse of split.
+
+    \b
+    Example:
+      shardemb merge head.zarr words.zarr
+    """
+    from shardemb import splitting
+
+    with _refusals():
+        commit = splitting.merge(head, store, folder=folder, progress=not quiet)
+    _answer(f"{store}: commit {commit.id} at step {commit.step}", asdict(commit), as_json=as_json)
+
+
 name_argument = click.argument("name")
 
 

@@ -183,7 +183,3 @@ class OwnerLostError(ShardEmbError, ConnectionError):
 
 class EraEndedError(ShardEmbError, RuntimeError):
     """All partitions of a distributed store went back to its last commit since; go on from that one."""
-
-
-class PartitionError(ShardEmbError, RuntimeError):
-    """A partition of a distributed store is missing, belongs elsewhere, or is at another commit than the rest."""

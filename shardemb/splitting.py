@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import uuid
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from shardemb.base import paths, validation
@@ -21,6 +22,7 @@ from shardemb.store.store import Store
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Sequence
     from pathlib import Path
 
     from shardemb.base.progress import Progress
@@ -92,11 +94,12 @@ def split(
         session = opening.open_session(store, "r+")
         source, whole = stack.enter_context(Store(session)), stack.enter_context(opening.open(head))
         record = _begun(whole, _places(_folder_of(whole, folder), count))
-        parts = []
+        parts: list[Partition] = []
         for number, (_, place) in enumerate(record.places):
             parts.append(
                 stack.enter_context(_new_partition(place, PartitionIdentity(whole.uuid, number, count)))
             )
+        stack.push(partial(_give_up, parts))
         spreading.spread(session, parts, progress)
         last = source.last_commit
         assert last is not None  # what has none was refused
@@ -114,6 +117,13 @@ def split(
         for part in parts:
             part.decide()
         return replace(last, id=1)
+
+
+def _give_up(parts: Sequence[Partition], kind: object, *_: object) -> None:
+    """Drop what partitions have got, after an error: what is not prepared would be lost with a warning for each."""
+    for part in parts if kind is not None else ():
+        with contextlib.suppress(PartitionError):  # it was not opened, or has prepared
+            part.store.rollback()
 
 
 def _folder_of(head: Store, given: str | os.PathLike[str] | None) -> Path:
@@ -211,7 +221,7 @@ def merge(
         places = record.places
         if folder is not None:
             places = _places(paths.local_path(folder, "the folder of partitions").absolute(), len(places))
-        parts = []
+        parts: list[Partition] = []
         for number, (_, place) in enumerate(places):
             parts.append(
                 stack.enter_context(_held(place, PartitionIdentity(whole.uuid, number, len(places))))
