@@ -7,12 +7,12 @@ dask cluster. The *head*, a small store at the path that the user names, says wh
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Literal
 
 from shardemb.base import paths, validation
 from shardemb.distributed.head import Coordinator
 from shardemb.distributed.owner import Owner
+from shardemb.distributed.routing import MAX_PARTITIONS
 from shardemb.distributed.store import DistributedStore
 from shardemb.distributed.table import DistributedTable
 from shardemb.distributed.transport import Wire
@@ -23,6 +23,7 @@ from shardemb.splitting import merge, split
 from shardemb.store import opening
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
 
     import distributed

@@ -79,7 +79,8 @@ def scaled(steps: Iterable[Step], scaling: Scaling) -> tuple[list[Step], float]:
     norm = scaling.norm(math.fsum(each.sum_of_squares() for each in steps))
     if not math.isfinite(norm):
         if scaling.scale is None:
-            msg = f"the norm of the gradients is {norm}, so they cannot be clipped (with scale=1.0, such a step is skipped)"
+            way_out = "with scale=1.0, such a step is skipped"
+            msg = f"the norm of the gradients is {norm}, so they cannot be clipped ({way_out})"
             raise ValueError(msg)
         return [], norm
     factor = scaling.factor(norm)
@@ -92,7 +93,7 @@ def require_step(facts: TableFacts, scaling: Scaling | None) -> None:
         msg = f"table {facts.name!r} has no optimizer: give create_table one, or set rows with write()"
         raise ValueError(msg)
     if facts.counters and scaling is not None:
-        msg = f"table {facts.name!r} has counters; the gradients of such a distributed table cannot be scaled or clipped"
+        msg = f"table {facts.name!r} has counters; gradients of such a distributed table are not scaled or clipped"
         raise ValueError(msg)
 
 

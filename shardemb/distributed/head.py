@@ -155,7 +155,7 @@ class Coordinator:
             answers, errors = self._wire.call(calls, self._deadline_s)
         except OwnerLostError as error:
             return error
-        for address, error in errors.items():
+        for error in errors.values():
             if isinstance(error, UnreachableError):
                 return OwnerLostError(f"{error}: it has partitions of the store {self._head.path}")
             if not isinstance(error, StoreLockedError):  # of a process that is ending
@@ -281,8 +281,10 @@ class Coordinator:
             current = [each.part for each in sends if each.request == self._machine.request]
             waiting, error = self._send(current) if current else ([], None)
             problem = error or problem
-        if (problem is not None and not self._machine.serving) or isinstance(problem, _VoteError):
-            raise problem.why if isinstance(problem, _VoteError) else problem
+        if isinstance(problem, _VoteError):
+            raise problem.why
+        if problem is not None and not self._machine.serving:
+            raise problem
 
     def _do(self, effect: messages.CoordinatorEffect) -> Exception | None:
         match effect:

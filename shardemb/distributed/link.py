@@ -6,6 +6,7 @@ import threading
 import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from shardemb.distributed.owner import Ask, Make, Query, RefusedError
 from shardemb.distributed.routing import Route
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from shardemb.distributed.transport import Answer
     from shardemb.distributed.work import Change, Question, Read, TableFacts
     from shardemb.protocol.messages import Era
+
+
+_of_tasks: WeakValueDictionary[tuple[Era, str, int], Link] = WeakValueDictionary()
+_of_tasks_lock = threading.Lock()
 
 
 class AllRefusedError(RefusedError):
@@ -67,7 +72,7 @@ class Members:
         return found
 
 
-@dataclass
+@dataclass(eq=False)
 class Link:
     """One process's side of an era. Changes are made one at a time, in the same order at all owners.
 
@@ -87,6 +92,22 @@ class Link:
     tables: dict[str, TableFacts]
     name: str = field(default_factory=lambda: str(uuid.uuid4()))
     ended: str | None = None
+
+    @staticmethod
+    def of_task(members: Members, wire: Wire, tables: dict[str, TableFacts]) -> Link:
+        """Return the link of the task that this thread runs: all handles that came to it share one.
+
+        If dask runs the task again, that is another life of the same name: its changes are refused in this era, or
+        those of the first run would be made twice (E5).
+        """
+        if wire.task is None:
+            return Link(members, wire, tables)
+        key = (members.era, *wire.task)
+        with _of_tasks_lock:
+            found = _of_tasks.get(key)
+            if found is None:
+                found = _of_tasks[key] = Link(members, wire, tables, name=f"task {wire.task[0]}")
+            return found
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -198,6 +219,6 @@ class Link:
 
     def _over(self, why: str) -> str:
         return (
-            f"the store {self.members.path} is no more as this handle knows it: {why}. Go on from its last commit, with "
-            f"a new handle"
+            f"the store {self.members.path} is no more as this handle knows it: {why}. Go on from its last commit, "
+            f"with a new handle"
         )

@@ -19,8 +19,14 @@ import numpy as np
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from shardemb.distributed import transport
-from shardemb.errors import EraEndedError, PartitionError, PoisonedError, ShardEmbError
-from shardemb.errors import StoreExistsError, StoreNotFoundError
+from shardemb.errors import (
+    EraEndedError,
+    PartitionError,
+    PoisonedError,
+    ShardEmbError,
+    StoreExistsError,
+    StoreNotFoundError,
+)
 from shardemb.format.manifest import PartitionIdentity
 from shardemb.protocol import era, messages
 from shardemb.store.partition import Partition
@@ -306,7 +312,8 @@ class Holding:
     def release(self, asked: Release) -> bool:
         """Close all partitions that obey the coordinator which asks, or nobody; return whether changes were lost."""
         parts = [part for part, held in self._held.items() if held.obeys in (None, asked.coordinator)]
-        return any([self._held.pop(part).close() for part in parts])
+        lost = [self._held.pop(part).close() for part in parts]
+        return any(lost)
 
     def close(self) -> None:
         """Close all partitions."""
@@ -398,8 +405,8 @@ class Owner(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
 
 def carry_out(
     holding: Holding,
-    asked: Any,
-    arrays: Sequence[NDArray[Any]],  # noqa: ANN401
+    asked: Any,  # noqa: ANN401
+    arrays: Sequence[NDArray[Any]],
 ) -> tuple[Any, list[NDArray[Any]]]:
     """Do what is asked; return an object and arrays."""
     if isinstance(asked, Ask):

@@ -49,6 +49,8 @@ class DistributedStore(Mapping[str, DistributedTable]):
     If an owner is lost, the first call that notices raises `OwnerLostError`, and the era is over: what was not
     committed is gone in all partitions. The next call of the process that opened the store begins a new era, as soon as
     the owners are back. Handles of the old era raise `EraEndedError`: pickle a new one.
+    So does a task that dask runs again in the same era, as its first run may have changed rows: `rollback` begins
+    another.
 
     Thread safety: as `Store`.
     """
@@ -69,7 +71,7 @@ class DistributedStore(Mapping[str, DistributedTable]):
             msg = f"the store {self._members.path} was closed; open it again"
             raise StoreClosedError(msg)
         if self._link is None:  # unpickled
-            self._link = Link(self._members, Wire(), self._facts)
+            self._link = Link.of_task(self._members, Wire(), self._facts)
         if self._link.ended is not None and self._coordinator is not None:
             self._adopt(self._coordinator.begin(self._link.ended))
         return self._link

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import numpy as np
-
 from shardemb.bags import Bags
 from shardemb.base import validation
 from shardemb.compute import plan
@@ -15,6 +13,7 @@ from shardemb.engine.training import Padding, Scaling, is_checked
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
     from shardemb import initializers

@@ -78,6 +78,11 @@ class Wire:
         The client is asynchronous, so that a call could not wait for its answer.
     ValueError
         There is no client, and this is no task.
+
+    Attributes
+    ----------
+    task : (str, int) or None
+        The key of the task that this thread runs, and which run of it it is.
     """
 
     def __init__(self, client: distributed.Client | None = None) -> None:
@@ -87,6 +92,7 @@ class Wire:
         node = client if client is not None else distributed.get_worker()
         self._loop, self._pool = node.loop, node.rpc
         self.client = client
+        self.task = None if client is not None else _task_of(node)
 
     def call(
         self, calls: Mapping[str, Call], deadline_s: float
@@ -156,6 +162,15 @@ class Wire:
             await asyncio.sleep(PAUSE_S)  # its answer may be on the way
             if not waiting.done():
                 raise TimeoutError
+
+
+def _task_of(worker: distributed.Worker) -> tuple[str, int] | None:
+    """Return the key of the task that this thread runs, and which run of it it is; None if it runs none."""
+    try:
+        key = worker.get_current_task()
+    except KeyError:
+        return None
+    return str(key), int(getattr(worker.state.tasks[key], "run_id", 0))
 
 
 async def _require_listening(address: str) -> None:

@@ -46,7 +46,9 @@ def batch(generator, size=40):
     return ids, generator.normal(size=(size, DIM)).astype(np.float32)
 
 
-@pytest.mark.parametrize("initializer", [Uniform(-1, 1, seed=3), TruncatedNormal(0, 1), GlorotUniform(seed=2), None])
+@pytest.mark.parametrize(
+    "initializer", [Uniform(-1, 1, seed=3), TruncatedNormal(0, 1), GlorotUniform(seed=2), None]
+)
 def test_rows_that_were_never_written(both, initializer):
     for name in ("t", "u"):
         assert_same(*create(both, name, initializer=initializer))
@@ -125,7 +127,10 @@ def test_a_step_whose_norm_is_not_finite_is_skipped_everywhere(both):
 def test_any_number_of_owners_and_partitions(new_store, cluster, tmp_path, owners, partitions):
     distributed = new_store(owners=cluster.owners(tmp_path, owners), partitions=partitions)
     with shardemb.open(tmp_path / "local.zarr") as local:
-        tables, generator = create((distributed, local), optimizer=optim.Adam(lr=0.1)), np.random.default_rng(4)
+        tables, generator = (
+            create((distributed, local), optimizer=optim.Adam(lr=0.1)),
+            np.random.default_rng(4),
+        )
         for step in range(3):
             given = batch(generator)
             for table in tables:

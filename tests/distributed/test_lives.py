@@ -1,4 +1,4 @@
-"""Processes that are killed at random times: what opens is exactly a commit, the last acknowledged one or a later one."""
+"""Processes that are killed at random times: what opens is a commit, the last acknowledged one or the next."""
 
 import random
 import subprocess
@@ -69,7 +69,7 @@ def lives(new_store, cluster, seed, count):
     for _ in range(count):
         worker, before = chance.randrange(2), []
         killer = threading.Timer(
-            chance.uniform(0, 0.3), lambda worker=worker: before.append(cluster.kill(worker))
+            chance.uniform(0, 0.3), lambda worker=worker, before=before: before.append(cluster.kill(worker))
         )
         killer.start()
         try:

@@ -118,6 +118,38 @@ def test_a_task_trains_by_a_handle(new_store, cluster):
     np.testing.assert_array_equal(store["t"].lookup(IDS), rows(1) - rows(2)[::-1])
 
 
+def test_a_task_that_runs_again_changes_nothing_a_second_time(new_store, cluster):
+    store = new_store()
+    filled(store)
+
+    def run(key):
+        done = cluster.client.submit(train, store, IDS, rows(2), key=key, workers=[0])
+        try:
+            return done.result()
+        finally:
+            done.cancel()
+
+    run("train-1")
+    with pytest.raises(shardemb.EraEndedError, match=r"task train-1 was started again"):
+        run("train-1")
+    run("train-2")
+    store.commit(step=1)
+    np.testing.assert_array_equal(store["t"].lookup(IDS), rows(1) - rows(2) - rows(2))
+
+
+def train_twice(store, table):
+    """Run in a task, with two handles."""
+    store["t"].update(IDS, rows(2))
+    table.update(IDS, rows(3))
+
+
+def test_handles_of_one_task_make_changes_in_turn(new_store, cluster):
+    store = new_store()
+    table = filled(store)
+    cluster.client.submit(train_twice, store, table, pure=False).result()
+    np.testing.assert_array_equal(table.lookup(IDS), rows(1) - rows(2) - rows(3))
+
+
 def test_only_the_process_that_opened_a_store_commits(new_store, cluster):
     store = new_store()
     for call in ("commit", "rollback"):
