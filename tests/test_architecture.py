@@ -79,6 +79,10 @@ ROOMS = {
     ],
     "text": [],
     "dynamicemb": [],
+    "protocol": ["messages", "era", "coordination"],
+    "distributed": [
+        "transport", "routing", "work", "batches", "owner", "link", "head", "table", "store",
+    ],
     "ranks": ["transport", "parts", "calls", "tables", "ranks"],
     "torch": [
         "tensors", "pending", "merging", "embedding", "embedding_bag", "collections", "optimizer", "lookahead",
@@ -90,10 +94,10 @@ ROOMS = {
 }  # fmt: skip
 
 LEVELS = [
-    {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission", "bags", "dtypes"}, {"format"},
+    {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission", "bags", "dtypes", "protocol"}, {"format"},
     {"precision"}, {"storage"}, {"commits", "memory"}, {"engine", "imports", "exports"},
     {"table_source", "references"}, {"vocabulary"},
-    {"keyed_bags"}, {"search"}, {"session"}, {"store", "ranks"}, {"text", "torch", "dynamicemb"},
+    {"keyed_bags"}, {"search"}, {"session"}, {"store", "ranks"}, {"text", "torch", "dynamicemb", "distributed"},
     {"quickstart", "warm_up"},
     {"cli"},
 ]  # fmt: skip
@@ -144,6 +148,7 @@ OUTSIDE = {
         "torch",
         *(f"torch.{name}" for name in ROOMS["torch"]),
     },
+    "distributed": {"distributed.transport", "distributed.owner"},
     "subprocess": set(),
     "socket": set(),
 }
