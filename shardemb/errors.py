@@ -25,7 +25,6 @@ and `ValueError`.
     |-- the table is not set up for this
     |   |-- FrozenRowError (ValueError)           an update of a frozen row
     |   `-- LearningRateError (ValueError)        a learning rate that has to be set again
-    |-- PartitionError (RuntimeError)             a partition cannot do this without the store that it is part of
     |-- SourceError (ValueError)                  a file to import is not what it claims to be
     |-- the store is not open for this
     |   |-- StoreLockedError (BlockingIOError)    it is already open for writing
@@ -142,7 +141,7 @@ class LearningRateError(ShardEmbError, ValueError):
 
 
 class PartitionError(ShardEmbError, RuntimeError):
-    """A partition cannot do this alone, or it is not the one that is meant, or not at that commit."""
+    """A partition cannot do this alone, or it is missing, not the one that is meant, or not at that commit."""
 
 
 class SourceError(ShardEmbError, ValueError):

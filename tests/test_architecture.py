@@ -361,6 +361,8 @@ EXCEPTIONS = {
         "search.graph",
         "save",
     ): "a file of the caller's, which usearch writes under the temporary name of an export",
+    ("distributed", "open"): "the head, through `store.opening`",
+    ("distributed.owner", "open"): "a partition, through `store.partition`",
     ("text", "open"): "text files of the caller's, to read; no part of a store",
     ("memory.output_pool", "remove"): "of a list",
     ("storage.address_space", "os.strerror"): "the text of an error",
@@ -506,11 +508,13 @@ def test_parameters_are_few():
         for module, node in FUNCTIONS
         if module not in HOT_LOOPS and len(parameters(node)) > MAX_PARAMETERS
     }
+    many.pop("distributed.store.create_table")  # as the next
     many.pop("store.store.create_table")  # all that is fixed about a table is said there once, by name
     for pooled in ("lookup_bag", "bag_weight_gradient", "update_bag"):  # names and order of torch's arguments
         many.pop(f"store.table.{pooled}", None)
         many.pop(f"store.keyed_table.{pooled}", None)
         many.pop(f"ranks.tables.{pooled}", None)
+        many.pop(f"distributed.table.{pooled}", None)
     many.pop("torch.embedding_bag.__init__")  # the same
     many.pop(
         "store.store.import_table"

@@ -155,12 +155,12 @@ class Coordinator:
             answers, errors = self._wire.call(calls, self._deadline_s)
         except OwnerLostError as error:
             return error
-        for error in errors.values():
-            if isinstance(error, UnreachableError):
-                return OwnerLostError(f"{error}: it has partitions of the store {self._head.path}")
-            if not isinstance(error, StoreLockedError):  # of a process that is ending
-                raise error
-            return error
+        for problem in errors.values():
+            if isinstance(problem, UnreachableError):
+                return OwnerLostError(f"{problem}: it has partitions of the store {self._head.path}")
+            if not isinstance(problem, StoreLockedError):  # of a process that is ending
+                raise problem
+            return problem
         effects: coordination.Effects = ()
         for answer in answers.values():
             for present in answer.result:
@@ -180,7 +180,7 @@ class Coordinator:
             self._write(found)
         era, decided = self._machine.era, self._machine.decided
         last = "its creation" if decided[0] == 0 else f"commit {decided[0]}"
-        members = Members(self._head.uuid, self._head.path, era, self._addresses, self._deadline_s, last)
+        members = Members(self._head.uuid, str(self._head.path), era, self._addresses, self._deadline_s, last)
         self.link = Link(members, self._wire, {})
         self._learn_decided()
         self._tables = dict(self._record.tables)

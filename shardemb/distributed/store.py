@@ -30,12 +30,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import ArrayLike, NDArray
 
-    from shardemb.base.validation import Int64Array
+    from shardemb.base.validation import Float32Array, Int64Array
     from shardemb.commits.verify import Damage
     from shardemb.distributed.head import Coordinator
     from shardemb.distributed.link import Members
     from shardemb.distributed.work import TableFacts
     from shardemb.dtypes import DtypeLike, RoundingLike
+    from shardemb.engine.bags import Pooling
     from shardemb.format.manifest import Commit
     from shardemb.optim import Optimizer
 
@@ -195,9 +196,8 @@ class DistributedStore(Mapping[str, DistributedTable]):
             optimizer=optimizer,
             rows_per_shard=rows_per_shard,
             padding_idx=padding,
-            precision=Wanted(dtype, state_dtype, rounding),
         )
-        self.link.change(work.CreateTable(wanted, self.partitions))
+        self.link.change(work.CreateTable(wanted, (dtype, state_dtype), self.partitions))
         coordinator.note_table(name, rows, padding, counters=counters)
         self.look_again()
         return self[name]
@@ -416,7 +416,8 @@ class DistributedStore(Mapping[str, DistributedTable]):
         scale_grad_by_freq: bool = False,
     ) -> list[Step]:
         """Check updates of several tables, all before the first row is looked up."""
-        pools, waiting = {}, []
+        pools: dict[str, tuple[TableFacts, Pooling, Float32Array]] = {}
+        waiting: list[str | Step] = []
         for name, (what, gradients) in given.items():
             facts = self.facts(name)
             batches.require_step(facts, scaling)

@@ -270,9 +270,7 @@ class DistributedTable:
         Safe from any thread.
         """
         facts = self.facts
-        if mode == "max":
-            msg = f'table {facts.name!r}: the mode "max" has no weights; choose "sum", "mean" or "sqrtn"'
-            raise ValueError(msg)
+        validation.choice(mode, ("sum", "mean", "sqrtn"), "mode", facts.name)
         bags = batches.checked_bags(
             facts, Bags(ids, offsets, mode, weights, padding_idx, include_last_offset)
         )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from shardemb.commits.verify import Damage
-    from shardemb.dtypes import Dtype
+    from shardemb.dtypes import Dtype, DtypeLike
     from shardemb.format.manifest import Commit
     from shardemb.initializers import Initializer
     from shardemb.optim import Optimizer
@@ -156,14 +156,15 @@ class Write:
 
 @dataclass(frozen=True)
 class CreateTable:
-    """See `Store.create_table`; the request is that of the whole table, checked."""
+    """See `Store.create_table`; the request is that of the whole table, with dtypes of weights and state."""
 
     wanted: TableRequest
+    precision: tuple[DtypeLike, str]
     parts: int
 
     def change(self, partition: Partition, part: int, arrays: Sequence[NDArray[Any]]) -> None:
         """See `Change`. A table of fewer rows than partitions has one row that no id leads to in some of them."""
-        wanted = self.wanted
+        wanted, precision = self.wanted, self.precision
         assert wanted.num_embeddings is not None
         padding = wanted.padding_idx
         mine = None if padding is None or padding % self.parts != part else padding // self.parts
@@ -177,8 +178,8 @@ class CreateTable:
             optimizer=wanted.optimizer,
             rows_per_shard=wanted.rows_per_shard,
             padding_idx=mine,
-            dtype=wanted.precision.dtype,
-            state_dtype=wanted.precision.state_dtype,
+            dtype=precision[0],
+            state_dtype=precision[1],
         )
 
 
