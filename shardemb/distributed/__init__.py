@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal
 from shardemb.base import paths, validation
 from shardemb.distributed.head import Coordinator
 from shardemb.distributed.owner import Owner
-from shardemb.distributed.routing import MAX_PARTITIONS
 from shardemb.distributed.store import DistributedStore
 from shardemb.distributed.table import DistributedTable
 from shardemb.distributed.transport import Wire

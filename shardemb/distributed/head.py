@@ -28,14 +28,13 @@ from shardemb.errors import (
 )
 from shardemb.format.manifest import Commit, PartitionIdentity, check_metadata, check_step
 from shardemb.protocol import coordination, messages
-from shardemb.protocol.record import Record
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from shardemb.distributed.transport import Wire
     from shardemb.distributed.work import TableFacts
-    from shardemb.protocol.record import Places
+    from shardemb.protocol.record import Places, Record
     from shardemb.store.store import Store
 
 PAUSE_S = 0.1

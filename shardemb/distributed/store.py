@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from shardemb.engine.bags import Pooling
     from shardemb.format.manifest import Commit
     from shardemb.optim import Optimizer
+    from shardemb.vocabulary.keyed_rows import Missing, MissingChange
 
 
 class DistributedStore(Mapping[str, DistributedTable]):
@@ -225,7 +226,11 @@ class DistributedStore(Mapping[str, DistributedTable]):
     # ---- rows of several tables
 
     def lookup(
-        self, ids: Mapping[str, ArrayLike], *, missing: str = "error", create: bool = False
+        self,
+        ids: Mapping[str, ArrayLike],
+        *,
+        missing: Missing = "error",
+        create: bool = False,
     ) -> dict[str, NDArray[np.float32]]:
         """Look up rows of several tables in one round trip; see `Store.lookup`.
 
@@ -234,7 +239,7 @@ class DistributedStore(Mapping[str, DistributedTable]):
         ids : mapping of str to array_like of int
             For each table, row ids of any shape.
         missing, create : optional
-            As for `Store.lookup`; they have a meaning for tables by key alone.
+            Taken as `Store.lookup` takes them; they say something about tables by key alone, and here are none.
 
         Returns
         -------
@@ -251,7 +256,6 @@ class DistributedStore(Mapping[str, DistributedTable]):
         -----
         Safe from any thread.
         """
-        _require_ids(missing, create=create)
         checked = {name: self._checked_ids(name, each) for name, each in ids.items()}
         found = self._rows({name: each.flat for name, each in checked.items()})
         return {
@@ -260,7 +264,11 @@ class DistributedStore(Mapping[str, DistributedTable]):
         }
 
     def lookup_bag(
-        self, bags: Mapping[str, Any], *, missing: str = "error", create: bool = False
+        self,
+        bags: Mapping[str, Any],
+        *,
+        missing: Missing = "error",
+        create: bool = False,
     ) -> dict[str, NDArray[np.float32]]:
         """Look up bags of rows of several tables in one round trip; see `Store.lookup_bag`.
 
@@ -286,7 +294,6 @@ class DistributedStore(Mapping[str, DistributedTable]):
         -----
         Safe from any thread.
         """
-        _require_ids(missing, create=create)
         checked = {name: batches.checked_bags(self.facts(name), as_bags(each)) for name, each in bags.items()}
         found = self._rows({name: each.ids for name, each in checked.items()})
         return {
@@ -298,7 +305,7 @@ class DistributedStore(Mapping[str, DistributedTable]):
         self,
         batches: Mapping[str, tuple[Any, ArrayLike]],
         *,
-        missing: str = "error",
+        missing: MissingChange | Mapping[str, MissingChange] = "error",
         create: bool = False,
         max_norm: float | None = None,
         extra_norm_sq: float = 0.0,
@@ -332,7 +339,6 @@ class DistributedStore(Mapping[str, DistributedTable]):
         -----
         Safe from any thread; waits for other changes of this process.
         """
-        _require_ids(missing, create=create)
         scaling = Scaling.of(scale, max_norm, extra_norm_sq)
         finite = is_checked(scaling, check_finite=check_finite)
         return self.take_steps(self._steps(batches, scaling, check_finite=finite), scaling)
@@ -341,7 +347,7 @@ class DistributedStore(Mapping[str, DistributedTable]):
         self,
         batches: Mapping[str, tuple[Any, ...]],
         *,
-        missing: str = "error",
+        missing: MissingChange = "error",
         create: bool = False,
         scale_grad_by_freq: bool = False,
         max_norm: float | None = None,
@@ -374,14 +380,18 @@ class DistributedStore(Mapping[str, DistributedTable]):
         -----
         Safe from any thread; waits for other changes of this process.
         """
-        _require_ids(missing, create=create)
         scaling = Scaling.of(scale, max_norm, extra_norm_sq)
         finite = is_checked(scaling, check_finite=check_finite)
         given = {name: with_gradients(each, name) for name, each in batches.items()}
         steps = self._steps(given, scaling, check_finite=finite, scale_grad_by_freq=scale_grad_by_freq)
         return self.take_steps(steps, scaling)
 
-    def gradient_norm(self, batches: Mapping[str, tuple[Any, ArrayLike]], *, missing: str = "error") -> float:
+    def gradient_norm(
+        self,
+        batches: Mapping[str, tuple[Any, ArrayLike]],
+        *,
+        missing: MissingChange | Mapping[str, MissingChange] = "error",
+    ) -> float:
         """Return the norm of gradients that `update` would take, and change nothing; see `Store.gradient_norm`.
 
         Raises
@@ -393,7 +403,6 @@ class DistributedStore(Mapping[str, DistributedTable]):
         -----
         Safe from any thread.
         """
-        _require_ids(missing, create=False)
         scaling = Scaling(scale=1.0)
         return scaled(self._steps(batches, scaling, check_finite=False), scaling)[1]
 
@@ -535,9 +544,3 @@ class DistributedStore(Mapping[str, DistributedTable]):
         if self._coordinator is not None:
             self._adopt(self.link)  # of a new era, if the last one is over
         return DistributedStore, (self._members, self._facts)
-
-
-def _require_ids(missing: str, *, create: bool) -> None:
-    if missing != "error" or create:
-        msg = f"distributed tables have row ids and no keys: got missing={missing!r}, create={create}"
-        raise ValueError(msg)
