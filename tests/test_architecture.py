@@ -81,7 +81,7 @@ ROOMS = {
     "dynamicemb": [],
     "protocol": ["messages", "era", "coordination"],
     "distributed": [
-        "transport", "routing", "work", "batches", "owner", "link", "head", "table", "store",
+        "clusters", "transport", "routing", "work", "batches", "owner", "link", "head", "table", "store",
     ],
     "ranks": ["transport", "parts", "calls", "tables", "ranks"],
     "torch": [
@@ -109,7 +109,7 @@ APPLICATIONS = {"quickstart.training", "warm_up", "cli"}
 OUTSIDE = {
     "zarr": {"format.zarr_metadata", "imports.containers"},
     "h5py": {"imports.containers"},
-    "dask": {"compute.scheduler"},
+    "dask": {"compute.scheduler", "distributed.clusters"},
     "numba": {"compute.intrinsics", "compute.compiler", "compute.residency"},
     "llvmlite": {"compute.intrinsics"},
     "pyarrow": {
@@ -148,7 +148,7 @@ OUTSIDE = {
         "torch",
         *(f"torch.{name}" for name in ROOMS["torch"]),
     },
-    "distributed": {"distributed.transport", "distributed.owner"},
+    "distributed": {"distributed.clusters", "distributed.transport", "distributed.owner"},
     "subprocess": set(),
     "socket": set(),
 }

@@ -7,9 +7,11 @@ dask cluster. The *head*, a small store at the path that the user names, says wh
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Literal
 
 from shardemb.base import paths, validation
+from shardemb.distributed.clusters import local_cluster
 from shardemb.distributed.head import Coordinator
 from shardemb.distributed.owner import Owner
 from shardemb.distributed.store import DistributedStore
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     from shardemb.store.store import Store
 
-__all__ = ["DistributedStore", "DistributedTable", "merge", "open", "split"]
+__all__ = ["DistributedStore", "DistributedTable", "local_cluster", "merge", "open", "split"]
 
 
 def open(
@@ -80,6 +82,11 @@ def open(
     PartitionError
         A partition is missing, belongs to another store, or is at another commit; the message says where.
 
+    Warns
+    -----
+    RuntimeWarning
+        Workers have a memory limit, or an allocator that makes lookups slow. The message has the line to set.
+
     Notes
     -----
     One process has the store open. Whoever can reach a port of the cluster can run programs on its machines, which is a
@@ -116,6 +123,8 @@ def open(
     except BaseException:
         head.close()
         raise
+    for complaint in coordinator.complaints():
+        warnings.warn(complaint, RuntimeWarning, stacklevel=2)
     return DistributedStore(coordinator.link.members, coordinator.link.tables, coordinator)
 
 

@@ -16,7 +16,7 @@ import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from shardemb.distributed import owner, work
+from shardemb.distributed import clusters, owner, work
 from shardemb.distributed.link import Link, Members
 from shardemb.distributed.transport import Call, UnreachableError
 from shardemb.errors import (
@@ -117,6 +117,13 @@ class Coordinator:
         """Ask one owner what the tables are, and return what is known of them as a whole."""
         (found,) = link.ask(work.DescribeTables(), [0]).values()
         return {name: replace(facts, **self._tables[name]) for name, facts in found.items()}
+
+    def complaints(self) -> list[str]:
+        """Return what is wrong with how the owners were started; nothing of it makes results wrong."""
+        calls = {address: Call(owner.Describe(self._head.uuid)) for address in set(self._addresses)}
+        answers, _ = self._wire.call(calls, self._deadline_s)
+        settings = {address: each.result for address, each in answers.items()}
+        return list(clusters.complaints(self._wire.workers(), settings))
 
     # ---- eras
 

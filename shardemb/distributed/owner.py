@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from distributed.diagnostics.plugin import WorkerPlugin
 
-from shardemb.distributed import transport
+from shardemb.distributed import clusters, transport
 from shardemb.errors import (
     EraEndedError,
     PartitionError,
@@ -95,6 +95,13 @@ class Query:
     era: messages.Era
     parts: tuple[int, ...]
     what: Question | None
+
+
+@dataclass(frozen=True)
+class Describe:
+    """Say how the allocator of this process was set up."""
+
+    head: str
 
 
 @dataclass(frozen=True)
@@ -413,6 +420,8 @@ def carry_out(
         return None, holding.read(asked, arrays)
     if isinstance(asked, Make):
         return holding.make(asked, arrays), []
+    if isinstance(asked, Describe):
+        return clusters.allocator(), []
     calls: dict[type, Any] = {
         Query: holding.query,
         Hold: holding.hold,

@@ -118,23 +118,23 @@ def test_a_task_trains_by_a_handle(new_store, cluster):
     np.testing.assert_array_equal(store["t"].lookup(IDS), rows(1) - rows(2)[::-1])
 
 
-def test_a_task_that_runs_again_changes_nothing_a_second_time(new_store, cluster):
+def fails_once(store, marker):
+    """Run in a task."""
+    store["t"].update(IDS, rows(2))
+    if not marker.exists():
+        marker.touch()
+        msg = "the first run fails"
+        raise OSError(msg)
+
+
+def test_a_task_that_runs_again_changes_nothing_a_second_time(new_store, cluster, tmp_path):
     store = new_store()
     filled(store)
-
-    def run(key):
-        done = cluster.client.submit(train, store, IDS, rows(2), key=key, workers=[0])
-        try:
-            return done.result()
-        finally:
-            done.cancel()
-
-    run("train-1")
-    with pytest.raises(shardemb.EraEndedError, match=r"task train-1 was started again"):
-        run("train-1")
-    run("train-2")
+    done = cluster.client.submit(fails_once, store, tmp_path / "marker", retries=1, pure=False)
+    with pytest.raises(shardemb.EraEndedError, match=r"task fails_once-.* was started again"):
+        done.result()
     store.commit(step=1)
-    np.testing.assert_array_equal(store["t"].lookup(IDS), rows(1) - rows(2) - rows(2))
+    np.testing.assert_array_equal(store["t"].lookup(IDS), rows(1) - rows(2))
 
 
 def train_twice(store, table):
@@ -215,3 +215,9 @@ def test_a_closed_store_says_so(new_store):
     for call in (lambda: table.lookup([1]), store.commit, store.rollback):
         with pytest.raises(shardemb.StoreClosedError, match="was closed"):
             call()
+
+
+def test_workers_that_are_no_good_owners_are_warned_of(new_store, monkeypatch):
+    monkeypatch.setattr("shardemb.distributed.clusters.complaints", lambda workers, settings: ["too little"])
+    with pytest.warns(RuntimeWarning, match="too little"):
+        new_store()

@@ -1,7 +1,6 @@
 """Clusters of dask.distributed on this machine, whose processes tests stop and kill."""
 
 import contextlib
-import logging
 import os
 import signal
 import time
@@ -28,14 +27,7 @@ class Cluster:
     def __init__(self, workers):
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(dask.config.set(QUICK))
-        local = distributed.LocalCluster(
-            n_workers=workers,
-            threads_per_worker=2,
-            processes=True,
-            memory_limit=0,
-            dashboard_address=None,
-            silence_logs=logging.CRITICAL,
-        )
+        local = shardemb.distributed.local_cluster(workers, threads_per_worker=2)
         self._local = self._stack.enter_context(local)
         self.client = self._stack.enter_context(distributed.Client(self._local))
 
