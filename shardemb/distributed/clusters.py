@@ -87,8 +87,8 @@ def complaints(workers: Mapping[str, Mapping[str, Any]], settings: Mapping[str, 
         lines = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
         yield (
             f"the workers {', '.join(returning)} give memory back to the system after each batch, which costs up to "
-            f"half of the time of a lookup. Configure dask where nannies run, in distributed.nanny.pre-spawn-environ, or "
-            f"without nannies start workers with {lines}"
+            f"half of the time of a lookup. Configure dask where nannies run, in "
+            f"distributed.nanny.pre-spawn-environ, or without nannies start workers with {lines}"
         )
 
 

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
+import numpy as np
+
+from shardemb import optim
 from shardemb.bags import Bags
-from shardemb.base import validation
-from shardemb.compute import plan
+from shardemb.base import serialization, validation
+from shardemb.compute import plan, scheduler
 from shardemb.distributed import batches, work
 from shardemb.engine.training import Padding, Scaling, is_checked
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    import os
+    import threading
+    from collections.abc import Callable, Mapping, Sequence
 
-    import numpy as np
+    import dask.array
+    import pyarrow as pa
     from numpy.typing import ArrayLike, NDArray
 
     from shardemb import initializers
     from shardemb.bags import Mode
+    from shardemb.base.progress import Progress
+    from shardemb.base.validation import Int64Array
     from shardemb.distributed.batches import Step
     from shardemb.distributed.link import Link
     from shardemb.distributed.work import TableFacts
     from shardemb.dtypes import Dtype
+    from shardemb.exports.parquet import Encoding
+    from shardemb.exports.selection import RowKeys
+    from shardemb.exports.targets import ExportReport
     from shardemb.optim import Optimizer
+
+
+T = TypeVar("T")
+
+CHUNK_BYTES = 2**24
+"""About the size of what is looked up at once of a whole table."""
 
 
 class Connected(Protocol):
@@ -383,8 +401,11 @@ class DistributedTable:
         """
         facts = self.facts
         checked = validation.row_ids(ids, facts.num_embeddings, facts.name)
-        shape = (*checked.shape, facts.embedding_dim)
-        values = validation.rows(rows, shape, what="rows", table=facts.name, check_finite=check_finite)
+        if facts.row_bytes and validation.is_raw(rows, raw=facts.dtype == "raw"):
+            values = validation.raw_rows(rows, (*checked.shape, facts.row_bytes), table=facts.name)
+        else:
+            shape = (*checked.shape, facts.embedding_dim)
+            values = validation.rows(rows, shape, what="rows", table=facts.name, check_finite=check_finite)
         self._store.link.change(work.Write(facts.name), [(checked.flat, values)])
 
     def set_optimizer(self, optimizer: Optimizer) -> None:
@@ -414,6 +435,96 @@ class DistributedTable:
         checked = validation.row_ids(ids, facts.num_embeddings, facts.name)
         return (*plan.distinct(checked.flat, facts.num_embeddings), checked.shape)
 
+    # ---- leaving
+
+    def to_dask_array(self) -> dask.array.Array:
+        """Make a dask array of the weights, in chunks of consecutive rows that are looked up when they are computed.
+
+        Returns
+        -------
+        dask.array.Array of float32, or uint8 if the table holds raw bytes, shape (num_embeddings, embedding_dim)
+            Shows the rows as they are when a chunk is computed, uncommitted changes included. It can be computed by the
+            cluster of the store, whose workers ask the owners directly, and in this process. Chunks that are computed
+            in another era raise `EraEndedError`.
+
+        Raises
+        ------
+        TableNotFoundError, StoreClosedError
+            The table was dropped; the store was closed.
+
+        Notes
+        -----
+        Safe from any thread.
+        """
+        facts = self.facts
+        form = "raw" if facts.dtype == "raw" else "float32"
+        rows = max(1, CHUNK_BYTES // (4 * facts.embedding_dim))
+        read = partial(_read_rows, self)
+        return scheduler.as_array(
+            read,
+            facts.num_embeddings,
+            facts.embedding_dim,
+            rows,
+            np.dtype("uint8" if form == "raw" else form),
+        )
+
+    def to_arrow_batches(
+        self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None
+    ) -> pa.RecordBatchReader:
+        """Stream the table as Arrow record batches, in bounded memory; see `Table.to_arrow_batches`.
+
+        Raises
+        ------
+        ValueError
+            There is no such column or no such range.
+        OwnerLostError, EraEndedError
+            See `DistributedStore`; also raised by the reader.
+
+        Notes
+        -----
+        Safe from any thread; one thread at a time may read from a reader.
+        """
+        from shardemb.exports import arrow
+
+        return arrow.to_arrow_batches(RemoteRows(self), columns=columns, rows=rows)
+
+    def export_parquet(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        columns: Sequence[str] = (),
+        rows: tuple[int, int] | None = None,
+        parts: int | None = None,
+        encoding: Encoding = "plain",
+        progress: Progress = None,
+    ) -> ExportReport:
+        """Write the table to a parquet file, or to a folder of them, on this machine; see `Table.export_parquet`.
+
+        The rows come from the owners, a batch at a time. With `rows`, tasks on several workers write a range each.
+
+        Raises
+        ------
+        TypeError, ValueError, FileNotFoundError, FileExistsError, DiskFullError
+            As `Table.export_parquet`.
+        OwnerLostError, EraEndedError
+            See `DistributedStore`. What was at `path` before is unchanged.
+
+        Notes
+        -----
+        Safe from any thread. Updates may run concurrently; rows are as they are when their row group is read.
+        """
+        from shardemb.exports import parquet
+
+        return parquet.export_parquet(
+            RemoteRows(self),
+            path,
+            columns=columns,
+            rows=rows,
+            parts=parts,
+            encoding=encoding,
+            progress=progress,
+        )
+
     def __repr__(self) -> str:
         rows, dim = self.shape
         return f"DistributedTable {self.name!r}: {rows:,} x {dim} {self.dtype}, {self.optimizer}"
@@ -423,3 +534,63 @@ class DistributedTable:
 
     def __getitem__(self, ids: ArrayLike) -> NDArray[Any]:
         return self.lookup(ids)
+
+
+class RemoteRows:
+    """A distributed table as exports see it (`shardemb.exports.selection.RowSource`)."""
+
+    keys: RowKeys | None = None
+
+    def __init__(self, table: DistributedTable) -> None:
+        facts = table.facts
+        self._table, self._facts = table, facts
+        self.name, self.num_embeddings, self.embedding_dim = facts.name, *table.shape
+        self.rows_per_shard = max(1, CHUNK_BYTES // (4 * facts.embedding_dim))
+        self.threads = 2  # one reads while another encodes
+        self.stored = facts.dtype if isinstance(facts.dtype, str) else "float32"
+        self.form = self.stored if self.stored in ("float16", "raw") else "float32"
+        columns = {} if facts.optimizer is None else facts.optimizer.state_columns(facts.embedding_dim)
+        self.columns = dict(columns)
+
+    @property
+    def commit(self) -> int | None:
+        """None: whether rows were changed since a commit is not looked at."""
+        return None
+
+    def read_rows(self, start: int, stop: int, columns: Sequence[str]) -> list[NDArray[Any]]:
+        """Read the weights of a range of rows, then each state column."""
+        return self.read_ids(np.arange(start, stop), columns)
+
+    def read_ids(self, ids: Int64Array, columns: Sequence[str] = ()) -> list[NDArray[Any]]:
+        """Read the weights of ascending rows, then each state column."""
+        return [self.read_vectors(ids, self.form), *(self._table.state(column, ids) for column in columns)]
+
+    def read_vectors(self, ids: Int64Array, form: str) -> NDArray[Any]:
+        """Read the weights of ascending rows in some form."""
+        return self._table.lookup(ids, dtype=form)
+
+    def read_column(self, column: str, ids: Int64Array) -> NDArray[np.float32]:
+        """Read a state column with one number a row."""
+        return self._table.state(column, ids)
+
+    def run(self, tasks: Sequence[Callable[[], T]], stop: threading.Event | None = None) -> list[T]:
+        """Run tasks, two at a time."""
+        return scheduler.run(tasks, self.threads, stop)
+
+    def release_pages(self, start: int, stop: int) -> None:
+        """Do nothing: the pages are the owners'."""
+
+    def describe(self) -> Mapping[str, object]:
+        """Return a few facts about the table, as JSON has them."""
+        optimizer = self._facts.optimizer
+        return {
+            "uuid": self._table.store.uuid,
+            "step": self._table.step,
+            "optimizer": None if optimizer is None else optim.to_json(optimizer),
+            "initializer": serialization.to_json(self._facts.initializer),
+        }
+
+
+def _read_rows(table: DistributedTable, start: int, stop: int) -> NDArray[Any]:
+    """Read a chunk of a dask array, in any process."""
+    return table.lookup(np.arange(start, stop))

@@ -40,6 +40,8 @@ class TableFacts:
         As it was when the table was created or last looked at.
     initializer : Initializer
     padding_idx : int or None
+    row_bytes : int
+        As how many bytes ``dtype="raw"`` has the weights of a row; 0 in a table of float32.
     counters : bool
         Whether rows count how often they were in a batch, so that equal ids must not be brought together before.
     """
@@ -50,6 +52,7 @@ class TableFacts:
     dtype: str | Dtype
     optimizer: Optimizer | None
     initializer: Initializer
+    row_bytes: int
     padding_idx: int | None = None
     counters: bool = False
 
@@ -226,6 +229,7 @@ def _facts(name: str, table: Any) -> TableFacts:  # noqa: ANN401
         dtype=table.dtype,
         optimizer=table.optimizer,
         initializer=table.initializer,
+        row_bytes=0 if table.dtype == "float32" else table.lookup([0], dtype="raw").shape[-1],
     )
 
 
