@@ -401,6 +401,7 @@ class DistributedTable:
         """
         facts = self.facts
         checked = validation.row_ids(ids, facts.num_embeddings, facts.name)
+        values: NDArray[Any]
         if facts.row_bytes and validation.is_raw(rows, raw=facts.dtype == "raw"):
             values = validation.raw_rows(rows, (*checked.shape, facts.row_bytes), table=facts.name)
         else:
