@@ -79,7 +79,8 @@ ROOMS = {
     ],
     "text": [],
     "dynamicemb": [],
-    "protocol": ["messages", "era", "coordination"],
+    "protocol": ["messages", "era", "coordination", "record"],
+    "splitting": [],
     "distributed": [
         "clusters", "transport", "routing", "work", "batches", "owner", "link", "head", "table", "store",
     ],
@@ -97,7 +98,7 @@ LEVELS = [
     {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission", "bags", "dtypes", "protocol"}, {"format"},
     {"precision"}, {"storage"}, {"commits", "memory"}, {"engine", "imports", "exports"},
     {"table_source", "references"}, {"vocabulary"},
-    {"keyed_bags"}, {"search"}, {"session"}, {"store", "ranks"}, {"text", "torch", "dynamicemb", "distributed"},
+    {"keyed_bags"}, {"search"}, {"session"}, {"store", "ranks"}, {"text", "torch", "dynamicemb", "splitting"}, {"distributed"},
     {"quickstart", "warm_up"},
     {"cli"},
 ]  # fmt: skip
