@@ -50,7 +50,8 @@ class PartitionJournal(Journal):
                 self._append_record(self._log.append_prepared, attempt.payload)
                 attempt.prepared = True
         except BaseException:
-            self._give_up(attempt)
+            if not attempt.prepared:  # it is also if Ctrl-C came just then
+                self._give_up(attempt)
             raise
 
     def decide(self) -> None:

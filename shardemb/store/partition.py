@@ -81,13 +81,13 @@ class Partition:
     """
 
     def __init__(self, held: writer.Held) -> None:
-        replay = held.read()
-        if replay.manifest.partition is None:
+        self._held = held
+        self._read = self._look()
+        partition = self._read[0].partition
+        if partition is None:
             msg = f"{held.runtime.path} is a store of its own and no partition; open it with shardemb.open"
             raise PartitionError(msg)
-        self.identity: PartitionIdentity = replay.manifest.partition
-        self._held = held
-        self._read: tuple[Manifest, Decided | None] = replay.manifest, replay.prepared
+        self.identity: PartitionIdentity = partition
         self._session: Session | None = None
         self._store: Store | None = None
 
@@ -224,7 +224,11 @@ class Partition:
                 warm=warm,
             )
         )
-        self._session = self._held.session(decided)
+        try:
+            self._session = self._held.session(decided)
+        except BaseException:
+            self._read = self._look()  # what was decided is on record, if it got so far
+            raise
         self._store = Store(self._session)
         return self._store
 
@@ -253,6 +257,10 @@ class Partition:
         session = self._opened()
         session.checkpoint()
         return {each.table.name: each for each in session.tables.committed.values()}
+
+    def _look(self) -> tuple[Manifest, Decided | None]:
+        replay = self._held.read()
+        return replay.manifest, replay.prepared
 
     def prepare(
         self, decided: Decided, step: int | None = None, metadata: Mapping[str, Any] | None = None

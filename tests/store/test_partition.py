@@ -1,5 +1,7 @@
 """A partition: its vote, the decision of others, and what an opening makes of one without the other."""
 
+import contextlib
+import errno
 import os
 import random
 import signal
@@ -10,13 +12,14 @@ import numpy as np
 import pytest
 
 import shardemb
-from shardemb.commits import log_writer
+from shardemb.commits import fold, log_writer
 from shardemb.engine import filling
 from shardemb.errors import DiskFullError
 from shardemb.format.manifest import Manifest, PartitionIdentity
 from shardemb.initializers import Uniform
 from shardemb.optim import Adam
 from shardemb.session import display
+from shardemb.storage import files
 from shardemb.store.partition import Partition
 
 IDENTITY = PartitionIdentity("0b5f4a2e-54b1-4a52-8f0c-0d2b8f3c1e11", number=3, count=16)
@@ -182,6 +185,61 @@ def test_a_full_disk_is_no_vote(part, monkeypatch):
     assert part.status.decided == SECOND
 
 
+def test_ctrl_c_just_after_a_vote_leaves_it_a_vote(part, monkeypatch):
+    real = log_writer.Log.append_prepared
+
+    def append(self, manifest):
+        real(self, manifest)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    write(part, 2)
+    monkeypatch.setattr(log_writer.Log, "append_prepared", append)
+    with pytest.raises(KeyboardInterrupt):
+        part.prepare(SECOND)
+    assert part.status.prepared == SECOND
+    part.decide()
+    assert (part.status.decided, value(part.store)) == (SECOND, 2)
+
+
+@pytest.mark.parametrize("decides", [True, False])
+@pytest.mark.parametrize("name", ["write", "sync_data"])
+@pytest.mark.parametrize("number", range(4))
+def test_a_disk_that_fails_ends_it_and_the_next_opening_follows_the_head(
+    path, monkeypatch, decides, name, number
+):
+    """At whichever write or sync of a vote, a decision or the giving up of one."""
+    head, left, real = (0, None), [number], getattr(files, name)
+
+    def fail(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.EIO, "the disk has failed")
+        return real(*arguments)
+
+    with Partition.create(path, IDENTITY) as part:
+        store = part.open(head)
+        store.create_table("t", num_embeddings=100, embedding_dim=4)
+        write(part, 1)
+        with monkeypatch.context() as patch, contextlib.suppress(OSError):
+            patch.setattr(files, name, fail)
+            part.prepare(FIRST)
+            head = FIRST if decides else head
+            part.decide() if decides else part.abandon()
+        if left[0] < 0:
+            following = part.status.commit + 1, (1, "head", 2)
+            with pytest.raises(shardemb.PoisonedError):
+                part.decide() if part.status.prepared else part.prepare(following)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of changes that are not committed
+            part.close()
+    with Partition.hold(path) as again:
+        assert head in (again.status.decided, again.status.prepared)
+        store = again.open(head)
+        assert ("t" in store) == (head == FIRST)
+        assert head == (0, None) or value(store) == 1
+        assert store.verify() == []
+
+
 # ---- in doubt ---------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +285,22 @@ def test_it_is_not_opened_at_anything_else(part, decided):
             _ = again.store
         assert again.status.prepared == SECOND
         assert value(again.open(SECOND)) == 2
+
+
+@pytest.mark.parametrize("decided", [FIRST, SECOND])
+def test_an_opening_that_fails_half_way_goes_on_with_the_same_decision(part, monkeypatch, decided):
+    def full(*arguments):
+        raise DiskFullError(errno.ENOSPC, "full")
+
+    path = in_doubt(part)
+    with Partition.hold(path) as again:
+        with monkeypatch.context() as patch, pytest.raises(DiskFullError):
+            patch.setattr(fold, "write", full)
+            again.open(decided)
+        assert (again.status.decided, again.status.prepared) == (decided, None)
+        with pytest.raises(shardemb.PartitionError, match="was decided"):
+            again.open(FIRST if decided == SECOND else SECOND)
+        assert value(again.open(decided)) == decided[0]
 
 
 def test_a_reader_takes_it_for_not_committed(part):
@@ -442,7 +516,7 @@ def decide_and_kill(path, life, decided, chance):
 def test_the_decision_of_a_head_is_honoured_after_every_kill(path, store):
     """Its parent has decided what a child that is killed has voted for, or not, and remembers."""
     chance, decided, straight, after = random.Random(5), (0, None), new_table(store), []
-    Partition.create(path.with_name("part"), IDENTITY).close()
+    Partition.create(path.with_name("part"), PartitionIdentity(IDENTITY.head, 0, 1)).close()
     for life in range(1, 11):
         last, decided = decide_and_kill(path.with_name("part"), life, decided, chance)
         if life % 3 == 1:  # it decides this one too, and cannot say so any more
