@@ -2,11 +2,12 @@
 
     python knowledge_graph.py ram ml-100k.kg           tables in memory: torch.nn.Embedding and torch.optim.Adagrad
     python knowledge_graph.py graph.zarr ml-100k.kg    tables on disk: shardemb.torch.Embedding, and Adagrad too
-    python knowledge_graph.py graph.zarr /usr/share/wordnet/data.noun --product complex
+    python knowledge_graph.py graph.zarr /usr/share/wordnet/data.noun --product complex --steps 2000
     python knowledge_graph.py graph.zarr --entities 86054151 --dim 100 --batch 50000 --negatives 1000 --steps 20
 
 The graph is a file of triples (head, relation and tail in columns), such as the part of Freebase about films that comes
-with RecBole, or `data.noun` of WordNet, whose nouns are kinds of others. To get them:
+with RecBole, or `data.noun` of WordNet: each noun with all that it is a kind of, directly or through others (as Nickel
+and Kiela, 2017, take it). To get them:
 
     pip download --no-deps recbole==1.2.1 && unzip -j recbole-*.whl '*ml-100k.kg'
     apt-get install wordnet-base
@@ -51,14 +52,24 @@ def read_triples(path):
 
 
 def hypernyms(lines):
-    """Yield what WordNet says of its nouns: what each is a kind (@) or an instance (@i) of."""
+    """Yield each noun of WordNet with all that it is a kind (@) or an instance (@i) of, directly or through others."""
+    above = {}
     for line in lines:
         if not line.startswith("  "):  # the licence
             fields = line.split(" | ")[0].split()
             pointers = fields[5 + 2 * int(fields[3], 16) :]
-            for symbol, target, kind in zip(pointers[0::4], pointers[1::4], pointers[2::4], strict=False):
-                if symbol in ("@", "@i") and kind == "n":
-                    yield fields[0], symbol, target
+            above[fields[0]] = [
+                target
+                for symbol, target, kind in zip(pointers[0::4], pointers[1::4], pointers[2::4], strict=False)
+                if symbol in ("@", "@i") and kind == "n"
+            ]
+    for noun, direct in above.items():
+        reached, ahead = set(), list(direct)
+        while ahead:
+            if (target := ahead.pop()) not in reached:
+                reached.add(target)
+                ahead += above[target]
+        yield from ((noun, "is a", target) for target in sorted(reached))
 
 
 def number(numbers, name):

@@ -113,19 +113,37 @@ def test_knowledge_graph(torch, tmp_path):
     assert math.isnan(graphs.train(tmp_path / "graph.zarr", entities=10**6, steps=2)[0])
 
 
-def test_hypernyms_of_wordnet(tmp_path):
+def test_hypernyms(tmp_path):
+    """In WordNet's format: two words for a noun, a pointer to a verb, an instance, and two ways to the same noun."""
     pytest.importorskip("torch")
     graphs = example("knowledge_graph")
     lines = [
         "  1 This software and database is being provided to you",
         "00001740 03 n 01 entity 0 001 ~ 00001930 n 0000 | all there is",
         "00001930 03 n 02 physical_entity 0 thing 1 002 @ 00001740 n 0000 + 00692347 v 0101 | it | exists",
-        "00001950 03 n 01 Paris 0 001 @i 00001930 n 0000 | a city",
+        "00001940 03 n 01 place 0 001 @ 00001740 n 0000 | somewhere",
+        "00001950 03 n 01 Paris 0 002 @i 00001930 n 0000 @i 00001940 n 0000 | a city",
     ]
-    assert list(graphs.hypernyms(lines)) == [("00001930", "@", "00001740"), ("00001950", "@i", "00001930")]
+    entity, thing, place, paris = (line[:8] for line in lines[1:])
+    above = [(thing, entity), (place, entity), (paris, entity), (paris, thing), (paris, place)]
+    assert list(graphs.hypernyms(lines)) == [(noun, "is a", kind) for noun, kind in above]
     (tmp_path / "data.noun").write_text("\n".join(lines))
     triples, entities, relations = graphs.read_triples(tmp_path / "data.noun")
-    assert (triples.tolist(), entities, relations) == ([[0, 0, 1], [2, 1, 0]], 3, 2)
+    assert (triples.tolist(), entities, relations) == (
+        [[0, 0, 1], [2, 0, 1], [3, 0, 0], [3, 0, 1], [3, 0, 2]],
+        4,
+        1,
+    )
+
+
+def test_hypernyms_of_wordnet():
+    """As many as Nickel and Kiela (2017) count in WordNet 3.0."""
+    pytest.importorskip("torch")
+    path = Path("/usr/share/wordnet/data.noun")
+    if not path.exists():
+        pytest.skip("needs WordNet: apt-get install wordnet-base")
+    triples, entities, relations = example("knowledge_graph").read_triples(path)
+    assert (len(triples), entities, relations) == (743_241, 82_115, 1)
 
 
 def test_filtered_ranks(torch):
