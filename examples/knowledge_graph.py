@@ -223,6 +223,8 @@ if __name__ == "__main__":
         parser.add_argument(f"--{option}", type=int, default=default)
     given = vars(parser.parse_args())
     graph = given.pop("graph")
+    if graph and not Path(graph).exists():
+        parser.error(f"no file {graph}; --help says how to get it")
     mrr, seconds, memory = train(given.pop("tables"), graph, **given)
     print(f"filtered MRR {mrr:.3f}, " if graph else "", end="")
     print(f"{1e3 * seconds:.1f} ms a step, {memory:,.0f} MB of memory")

@@ -10,6 +10,7 @@ model works on the batches before. The text is the prose of Python's standard li
 
 import argparse
 import os
+import re
 import time
 from pathlib import Path
 
@@ -133,8 +134,13 @@ def opened(name, rows, warm):
     return memory, shardemb.torch.Optimizer(memory), store
 
 
+def anonymous_memory():
+    """Return the memory of this process in MB, without pages of files, which the kernel may drop."""
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1000
+
+
 def train(name, steps=500, rows=ROWS, size=BATCH, *, cold=False):
-    """Train with a memory ("none", "ram" or the path of a store); return the held-out loss and seconds a step.
+    """Train with a memory ("none", "ram" or the path of a store); return held-out loss, seconds a step, memory.
 
     With `cold`, rows are read from the disk, as if there were no memory for them.
     """
@@ -148,7 +154,7 @@ def train(name, steps=500, rows=ROWS, size=BATCH, *, cold=False):
     first, rest = 1, f"{name}-rest"  # a folder for everything that is not in the store
     if store is not None and store.last_commit is not None:
         first += shardemb.torch.load(rest, model, [dense, sparse], store).step
-    loader, seconds = batches(first, steps), []
+    loader, seconds, used = batches(first, steps), [], 0.0
     if store is not None:
         loader = shardemb.torch.prefetching(loader, model, ids=lambda batch: {"memory": batch[1]})
     for step, batch in enumerate(loader, first):
@@ -159,6 +165,7 @@ def train(name, steps=500, rows=ROWS, size=BATCH, *, cold=False):
             each.step()
             each.zero_grad()
         seconds.append(time.perf_counter() - start)
+        used = max(used, anonymous_memory())
         if step % 50 == 0:
             print(f"step {step}: loss {loss.item():.3f}, {1e3 * np.median(seconds):.0f} ms a step")
     if store is not None:
@@ -166,7 +173,7 @@ def train(name, steps=500, rows=ROWS, size=BATCH, *, cold=False):
     reached = held_out_loss(model, batches)
     if store is not None:
         store.close()
-    return reached, float(np.median(seconds))
+    return reached, float(np.median(seconds)), used
 
 
 def drop_pages(folder):
@@ -187,5 +194,6 @@ if __name__ == "__main__":
         "--cold", action="store_true", help="read rows from the disk, as if memory were too small"
     )
     options = parser.parse_args()
-    reached, seconds = train(options.memory, options.steps, cold=options.cold)
-    print(f"loss on text that was held out: {reached:.4f}; {1e3 * seconds:.0f} ms a step")
+    reached, seconds, used = train(options.memory, options.steps, cold=options.cold)
+    print(f"loss on text that was held out: {reached:.4f}, ", end="")
+    print(f"{1e3 * seconds:.1f} ms a step, {used:,.0f} MB of memory")

@@ -8,7 +8,9 @@ the store changes both. The text is the prose of Python's standard library.
 """
 
 import argparse
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -63,14 +65,19 @@ def build(name, words):
     return *modules, shardemb.torch.Optimizer(modules), store
 
 
+def anonymous_memory():
+    """Return the memory of this process in MB, without pages of files, which the kernel may drop."""
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1000
+
+
 def train(name, steps=300):
-    """Train in memory ("ram") or in a new store; return the loss, seconds a step, words and their vectors."""
+    """Train in memory ("ram") or in a new store; return loss, seconds a step, memory, words, vectors."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     words, numbers = text()
     frequency = np.cumsum(np.bincount(numbers[numbers >= 0], minlength=len(words)) ** 0.75)
     rows, contexts, optimizer, store = build(name, len(words))
-    losses, seconds = [], []
+    losses, seconds, memory = [], [], 0.0
     for _, (word, neighbour) in zip(range(steps), pairs(numbers, rng), strict=False):
         noise = torch.from_numpy(np.searchsorted(frequency, frequency[-1] * rng.random(NEGATIVES)))
         start = time.perf_counter()
@@ -83,12 +90,13 @@ def train(name, steps=300):
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
         losses.append(loss.item())
+        memory = max(memory, anonymous_memory())
     with torch.no_grad():
         vectors = nn.functional.normalize(rows(torch.arange(len(words))))
     if store is not None:
         store.commit(step=steps)
         store.close()
-    return np.mean(losses[-50:]), float(np.median(seconds)), words, vectors
+    return np.mean(losses[-50:]), float(np.median(seconds)), memory, words, vectors
 
 
 def nearest(word, words, vectors, count=5):
@@ -104,7 +112,7 @@ if __name__ == "__main__":
     parser.add_argument("tables", help='"ram", or the path of a store, which is overwritten')
     parser.add_argument("--steps", type=int, default=300)
     options = parser.parse_args()
-    loss, seconds, words, vectors = train(options.tables, options.steps)
+    loss, seconds, memory, words, vectors = train(options.tables, options.steps)
     for word in ("file", "thread", "first", "returns", "integer"):
         print(f"{word}: {', '.join(nearest(word, words, vectors))}")
-    print(f"loss {loss:.4f}, {1e3 * seconds:.1f} ms a step")
+    print(f"loss {loss:.4f}, {1e3 * seconds:.1f} ms a step, {memory:,.0f} MB of memory")

@@ -183,7 +183,7 @@ def test_skip_gram(torch, tmp_path, monkeypatch):
     monkeypatch.setattr(skip_gram, "BATCH", 512)
     losses = []
     for name in ("ram", tmp_path / "vectors.zarr"):
-        loss, _, words, vectors = skip_gram.train(name, steps=150)
+        loss, *_, words, vectors = skip_gram.train(name, steps=150)
         assert set(skip_gram.nearest("a", words, vectors, 4)) == set("bcde")
         losses.append(loss)
     assert losses[0] == pytest.approx(losses[1], abs=0.05)
