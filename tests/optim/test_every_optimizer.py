@@ -56,17 +56,19 @@ PLAIN = [
     PartialRowWiseAdam(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True, rowwise_bias_correction=True),
     AMSGrad(lr=0.01, betas=(0.5, 0.5)),
     Adamax(lr=0.01),
+    Adamax(lr=0.01, eps=1e-2),
     Adamax(lr=0.01, eps=1e-2, eps_outside_maximum=True, rowwise_bias_correction=True),
     NAdam(lr=0.01),
     NAdam(lr=0.01, momentum_decay=1.0, rowwise_bias_correction=True),
     NAdam(lr=0.01, betas=(0.0, 0.9)),
     RMSprop(lr=0.01),
+    RMSprop(lr=0.01, eps=1e-2, eps_inside_root=True),
     RMSprop(lr=0.01, momentum=0.9, eps_inside_root=True),
     RMSprop(lr=schedules.CosineDecay(0.1, 5), momentum=0.9, lr_in_momentum=True),
     RMSprop(lr=0.01, alpha=0.5, centered=True, eps=1e-2),
     RMSprop(lr=0.01, alpha=0.5, centered=True, eps=1e-2, momentum=0.9),
     RowWiseRMSprop(lr=0.01),
-    RowWiseRMSprop(lr=0.01, eps_inside_root=True),
+    RowWiseRMSprop(lr=0.01, eps=1e-2, eps_inside_root=True),
     Adadelta(lr=0.5),
     LAMB(lr=0.01),
     LAMB(lr=0.01, weight_decay=0.1, rowwise_bias_correction=True),
@@ -100,7 +102,10 @@ def batches(steps=6, seed=0, dim=DIM):
 
 
 def start(dim=DIM):
-    return np.random.default_rng(dim).standard_normal((ROWS, dim)).astype(np.float32)
+    """Rows of random numbers, but one of zeros, which has no norm to be in proportion to."""
+    rows = np.random.default_rng(dim).standard_normal((ROWS, dim)).astype(np.float32)
+    rows[0] = 0
+    return rows
 
 
 def pair(store, optimizer, name="t", dim=DIM):
@@ -165,6 +170,26 @@ def test_the_plain_function_of_a_row_gives_the_bits_of_the_kernel(store, optimiz
                 patch.setattr("shardemb.optim.options._row_step", kind.row_step)
                 kind.take_step(weights[row], state[row], gradient, scalars, options, work)
     np.testing.assert_array_equal(table.lookup(range(ROWS)).view(np.uint32), weights.view(np.uint32))
+
+
+def test_a_gradient_that_never_changes_has_no_negative_variance(store):
+    """Its square and the square of its average are the same but for rounding, so there may be no root."""
+    optimizer = RMSprop(lr=0.01, alpha=0.5, centered=True, eps=1e-2)
+    table, _ = pair(store, optimizer)
+    gradient = np.random.default_rng(0).standard_normal((1, DIM)).astype(np.float32)
+    for _ in range(60):
+        table.update([1], gradient)
+    square, average = table.state("square_avg", [1]), table.state("grad_avg", [1])
+    assert (square < average * average).any()
+    assert np.isfinite(table.lookup([1])).all()
+
+
+def test_ftrl_leaves_a_row_at_zero_to_which_nothing_was_added(store):
+    """There is nothing to divide by."""
+    optimizer = FTRL(lr=0.1, initial_accumulator_value=0.0)
+    table, _ = pair(store, optimizer)
+    table.update([0, 1], np.zeros((2, DIM), np.float32))
+    np.testing.assert_array_equal(table.lookup([0, 1]), np.zeros((2, DIM), np.float32))
 
 
 OPTION_SETS = st.fixed_dictionaries(
