@@ -120,6 +120,29 @@ def test_a_long_rest_ends_in_a_closed_form(store):
     check(table, model)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "shrinks_by"),
+    [
+        (SGD(momentum=0.9), 0.9),
+        (LARS(momentum=0.5), 0.5),
+        (Adam(betas=(0.5, 0.3)), 0.5 / 0.3**0.5),
+        (AMSGrad(betas=(0.5, 0.3)), 0.5),
+        (Adamax(betas=(0.5, 0.6)), 0.5 / 0.6),
+        (RMSprop(momentum=0.5, alpha=0.25), 0.5),
+    ],
+    ids=str,
+)
+def test_steps_are_taken_one_by_one_until_what_is_left_of_them_is_nothing(optimizer, shrinks_by):
+    """All steps that follow are together less than 1e-7 of the first one, and one step earlier they were more."""
+    replayed = optimizer.after_rest().replayed
+    assert shrinks_by**replayed / (1 - shrinks_by) <= 1e-7 < shrinks_by ** (replayed - 1) / (1 - shrinks_by)
+
+
+@pytest.mark.parametrize("optimizer", [SGD(), Adagrad(), RMSprop(), RowWiseRMSprop(), Adadelta()], ids=str)
+def test_without_a_momentum_there_are_none(optimizer):
+    assert optimizer.after_rest().replayed == 0
+
+
 def test_against_dense_adamw_of_torch(store):
     torch = pytest.importorskip("torch")
     table, _ = pair(store, AdamW(lr=0.01, weight_decay=0.5))
@@ -248,6 +271,7 @@ def test_many_rows_have_the_same_bits_for_any_number_of_threads_and_shards(tmp_p
         (lambda: Adam(l1=0.1, dense_equivalent=True), "l1"),
         (lambda: Adam(lr=lambda step: 0.1, dense_equivalent=True), "optim.schedules"),
         (lambda: Adam(betas=(0.9, 0.5), dense_equivalent=True), "betas"),
+        (lambda: Adam(betas=(0.5, 0.25), dense_equivalent=True), "betas"),  # all steps as long as the first
         (lambda: Adam(rowwise_bias_correction=True, dense_equivalent=True), "rowwise_bias_correction"),
         (lambda: Adagrad(constraint="unit_norm", dense_equivalent=True), "unit norm"),
         (lambda: SGD(lr=1.0, weight_decay=1.0, dense_equivalent=True), "is 1 or more"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -248,6 +249,26 @@ def test_schedules_match_those_of_torch():
             assert ours(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
             optimizer.step()
             schedule.step()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "formula"),
+    [
+        (schedules.LinearWarmup(0.5, 4), lambda t: 0.5 * min(1, t / 4)),
+        (schedules.StepDecay(0.5, 3, 0.25, 4), lambda t: 0.5 * 0.25 ** ((t - 1) // 3) * min(1, t / 4)),
+        (
+            schedules.CosineDecay(0.5, 5, 0.125, 3),
+            lambda t: (
+                0.5 * t / 3 if t <= 3 else 0.125 + 0.375 * (1 + math.cos(math.pi * min(1, (t - 4) / 5))) / 2
+            ),
+        ),
+        (schedules.InverseSquareRoot(0.5, 4), lambda t: 0.5 * min(t / 4, (4 / t) ** 0.5)),
+        (schedules.InverseSquareRoot(0.5, 0), lambda t: 0.5 * (1 / t) ** 0.5),
+    ],
+    ids=str,
+)
+def test_schedules_are_their_formulas_also_after_their_end(schedule, formula):
+    assert [float(schedule(t)) for t in range(1, 16)] == pytest.approx([formula(t) for t in range(1, 16)])
 
 
 @pytest.mark.parametrize(
