@@ -75,7 +75,7 @@ ROOMS = {
     ],
     "store": [
         "vocabulary", "table", "keyed_table", "importing", "tagging", "store", "writer", "opening",
-        "partition",
+        "partition", "spreading",
     ],
     "text": [],
     "dynamicemb": [],
@@ -95,8 +95,8 @@ ROOMS = {
 }  # fmt: skip
 
 LEVELS = [
-    {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission", "bags", "dtypes", "protocol"}, {"format"},
-    {"precision"}, {"storage"}, {"commits", "memory"}, {"engine", "imports", "exports"},
+    {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission", "bags", "dtypes"}, {"format"},
+    {"precision", "protocol"}, {"storage"}, {"commits", "memory"}, {"engine", "imports", "exports"},
     {"table_source", "references"}, {"vocabulary"},
     {"keyed_bags"}, {"search"}, {"session"}, {"store", "ranks"}, {"text", "torch", "dynamicemb", "splitting"}, {"distributed"},
     {"quickstart", "warm_up"},
@@ -364,6 +364,8 @@ EXCEPTIONS = {
     ): "a file of the caller's, which usearch writes under the temporary name of an export",
     ("distributed", "open"): "the head, through `store.opening`",
     ("distributed.owner", "open"): "a partition, through `store.partition`",
+    ("splitting", "open"): "of stores and partitions, which files.py opens",
+    ("store.spreading", "open"): "of partitions, the same",
     ("text", "open"): "text files of the caller's, to read; no part of a store",
     ("memory.output_pool", "remove"): "of a list",
     ("storage.address_space", "os.strerror"): "the text of an error",

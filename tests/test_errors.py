@@ -32,6 +32,8 @@ TREE = {
     "DiskFullError": OSError,
     "PartitionError": RuntimeError,
     "PoisonedError": RuntimeError,
+    "OwnerLostError": ConnectionError,
+    "EraEndedError": RuntimeError,
 }
 
 every_error = pytest.mark.parametrize("name", TREE)

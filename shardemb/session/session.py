@@ -158,10 +158,8 @@ class Session:
             spec, rows = first_spec(bound, wanted, name, self.tables.unused_stream(name))
             if (partition := self.runtime.committed.partition) is not None:
                 spec = replace(spec, first=partition.number, stride=partition.count)
-            identity = None if bound is None else bound.entry.uuid
-            return self.tables.create(
-                name, spec, rows=rows, progress=progress, vocabulary=identity, origin=origin
-            )
+            uuid = None if bound is None else bound.entry.uuid
+            return self.tables.create(name, spec, rows=rows, progress=progress, vocabulary=uuid, origin=origin)
 
     def adopt_table(self, name: str, spec: TableSpec, training: Training) -> None:
         """Add a table whose files are complete, among those that are being rebuilt; see `TableCatalog.take_in`."""
@@ -208,9 +206,7 @@ class Session:
                 check_optimizer(optimizer, name)
             commit, path = self.runtime.committed.commit, self.runtime.path
             if self._differs() or commit is None:
-                msg = (
-                    f"the store {path} has changes that are not committed; call commit() or rollback() first"
-                )
+                msg = f"the store {path} has changes that are not committed; call commit() or rollback()"
                 raise ShardEmbError(msg)
             with table.reshaped(optimizer, rows_per_shard, dtype, progress):
                 return self.commit(commit.step, commit.metadata)
