@@ -30,6 +30,8 @@ TREE = {
     "LogDamagedError": None,
     "StaleReaderError": RuntimeError,
     "DiskFullError": OSError,
+    "OwnerLostError": ConnectionError,
+    "EraEndedError": RuntimeError,
     "PartitionError": RuntimeError,
     "PoisonedError": RuntimeError,
     "OwnerLostError": ConnectionError,

@@ -351,6 +351,81 @@ decode(self, ids: ArrayLike) -> list[list[str]]
 encode(self, sentences: Iterable[str], *, create: bool = False) -> NDArray[np.int64]
 """
 
+DISTRIBUTED = """
+local_cluster(workers: int = 2, *, threads_per_worker: int = 1) -> distributed.LocalCluster
+merge(head: str | os.PathLike[str], store: str | os.PathLike[str], *, folder: str | os.PathLike[str] | None = None, \
+progress: Progress = None) -> Commit
+open(client: distributed.Client, path: str | os.PathLike[str], *, owners: Mapping[str, str | os.PathLike[str]] | \
+None = None, partitions: int | None = None, mode: "Literal['a', 'r+', 'w-']" = 'a', deadline_s: float = 60.0, \
+recover_s: float = 60.0) -> DistributedStore
+split(store: str | os.PathLike[str], head: str | os.PathLike[str], *, partitions: int = 16, folder: str | \
+os.PathLike[str] | None = None, progress: Progress = None) -> Commit
+"""
+
+DISTRIBUTED_STORE = """
+close(self) -> None
+commit(self, step: int | None = None, metadata: Mapping[str, Any] | None = None) -> Commit
+create_table(self, name: str, *, num_embeddings: int, embedding_dim: int, counters: bool = False, initializer: \
+initializers.Initializer | initializers.VarianceScaling | None = None, optimizer: Optimizer | None = None, \
+rows_per_shard: int | None = None, padding_idx: int | None = None, dtype: DtypeLike = 'float32', state_dtype: str = \
+'float32', rounding: RoundingLike = 'nearest') -> DistributedTable
+drop_table(self, name: str) -> None
+gradient_norm(self, batches: Mapping[str, tuple[Any, ArrayLike]], *, missing: MissingChange | Mapping[str, \
+MissingChange] = 'error') -> float
+has_changes: bool
+last_commit: Commit | None
+lookup(self, ids: Mapping[str, ArrayLike], *, missing: Missing = 'error', create: bool = False) -> dict[str, \
+NDArray[np.float32]]
+lookup_bag(self, bags: Mapping[str, Any], *, missing: Missing = 'error', create: bool = False) -> dict[str, \
+NDArray[np.float32]]
+partitions: int
+path: str
+rollback(self) -> None
+stats(self) -> dict[int, Mapping[str, int]]
+update(self, batches: Mapping[str, tuple[Any, ArrayLike]], *, missing: MissingChange | Mapping[str, MissingChange] =\
+ 'error', create: bool = False, max_norm: float | None = None, extra_norm_sq: float = 0.0, scale: float | None = \
+None, check_finite: bool = True) -> float | None
+update_bag(self, batches: Mapping[str, tuple[Any, ...]], *, missing: MissingChange = 'error', create: bool = False, \
+scale_grad_by_freq: bool = False, max_norm: float | None = None, extra_norm_sq: float = 0.0, scale: float | None = \
+None, check_finite: bool = True) -> float | None
+uuid: str
+verify(self, tables: Sequence[str] | None = None) -> dict[int, list[Damage]]
+"""
+
+DISTRIBUTED_TABLE = """
+bag_weight_gradient(self, ids: ArrayLike, offsets: ArrayLike | None, grads: ArrayLike, *, mode: "Literal['sum', \
+'mean', 'sqrtn']" = 'sum', weights: ArrayLike | None = None, padding_idx: int | None = None, include_last_offset: \
+bool = False) -> NDArray[np.float32]
+dtype: str | Dtype
+embedding_dim: int
+export_parquet(self, path: str | os.PathLike[str], *, columns: Sequence[str] = (), rows: tuple[int, int] | None = \
+None, parts: int | None = None, encoding: Encoding = 'plain', progress: Progress = None) -> ExportReport
+initializer: initializers.Initializer
+lookup(self, ids: ArrayLike, *, dtype: str | None = None, out: NDArray[Any] | None = None) -> NDArray[Any]
+lookup_bag(self, ids: ArrayLike, offsets: ArrayLike | None = None, *, mode: Mode = 'sum', weights: ArrayLike | None \
+= None, padding_idx: int | None = None, include_last_offset: bool = False) -> NDArray[np.float32]
+lookup_unique(self, ids: ArrayLike, *, dtype: str | None = None) -> tuple[NDArray[Any], NDArray[np.int64], \
+NDArray[np.int64]]
+name: str
+num_embeddings: int
+optimizer: Optimizer | None
+padding_idx: int | None
+prefetch(self, ids: ArrayLike, *, for_update: bool = False) -> None
+set_optimizer(self, optimizer: Optimizer) -> None
+shape: tuple[int, int]
+state(self, column: str, ids: ArrayLike) -> NDArray[np.float32]
+step: int
+store: Any
+to_arrow_batches(self, *, columns: Sequence[str] = (), rows: tuple[int, int] | None = None) -> pa.RecordBatchReader
+to_dask_array(self) -> dask.array.Array
+update(self, ids: ArrayLike, grads: ArrayLike, *, padding_idx: int | None = None, scale_grad_by_freq: bool = False, \
+scale: float | None = None, check_finite: bool = True) -> float | None
+update_bag(self, ids: ArrayLike, offsets: ArrayLike | None, grads: ArrayLike, *, mode: Mode = 'sum', weights: \
+ArrayLike | None = None, padding_idx: int | None = None, include_last_offset: bool = False, scale_grad_by_freq: bool\
+ = False, scale: float | None = None, check_finite: bool = True) -> float | None
+write(self, ids: ArrayLike, rows: ArrayLike, *, check_finite: bool = True) -> None
+"""
+
 TORCH = """
 EmbeddingBagCollection(tables: Mapping[str, AnyTable] | Sequence[AnyTable], \
 features: Mapping[str, str] | None = None, *, mode: str | Mapping[str, str] = 'sum', is_weighted: bool = False, \
@@ -496,6 +571,21 @@ def test_signatures_for_torch_are_pinned(module, pinned):
     names = importlib.import_module(module)
     members = {name: getattr(names, name) for name in names.__all__}
     assert signatures(members) == sorted(pinned.strip().split("\n"))
+
+
+def test_signatures_for_several_machines_are_pinned():
+    """But for what a store offers to its tables."""
+    pytest.importorskip("distributed.client", reason="distributed is not installed")
+    names = importlib.import_module("shardemb.distributed")
+    classes = {"DistributedStore": DISTRIBUTED_STORE, "DistributedTable": DISTRIBUTED_TABLE}
+    assert set(classes) < set(names.__all__)
+    members = {name: getattr(names, name) for name in names.__all__ if name not in classes}
+    assert signatures(members) == sorted(DISTRIBUTED.strip().split("\n"))
+    inner = {"link", "facts", "look_again", "take_steps"}
+    for name, pinned in classes.items():
+        found = public_members(getattr(names, name))
+        members = {each: value for each, value in found.items() if each not in inner}
+        assert signatures(members) == sorted(pinned.strip().split("\n"))
 
 
 def test_a_store_is_a_context_manager_and_a_mapping_of_its_tables():
