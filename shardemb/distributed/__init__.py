@@ -2,7 +2,7 @@
 
 A table's rows are spread over *partitions*, each an ordinary store in a folder of an *owner*, which is a worker of a
 dask cluster. The *head*, a small store at the path that the user names, says which commit is the last one.
-[Partitions](../../docs/how-to/partitions.md) says how to set it up.
+[Several machines](../../docs/how-to/several-machines.md) says how to set it up.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def local_cluster(workers: int = 2, *, threads_per_worker: int = 1) -> distribut
             threads_per_worker=threads,
             processes=True,
             memory_limit=0,
-            dashboard_address=None,
+            dashboard_address=":0",
         )
 
 
