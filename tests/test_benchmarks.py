@@ -220,6 +220,9 @@ ARMS = {
     "T1": set(),
     "T3": set(),
     "T5": set(),
+    "D1": set(),
+    "D2": set(),
+    "D7": set(),
 }
 PEERS = {
     "W1": {"torch": "torch embedding in RAM", "lmdb": "lmdb", "rocksdict": "RocksDB", "lance": "Lance"},

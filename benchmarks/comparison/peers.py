@@ -17,6 +17,7 @@ from .data import batches, remove
 MODULES = {
     "torch": "torch",
     "FBGEMM": "fbgemm_gpu",
+    "dask.distributed": "distributed",
     "zarr": "zarr",
     "tensorstore": "tensorstore",
     "lmdb": "lmdb",

@@ -16,6 +16,7 @@ from . import (
     folding,
     nearest,
     optimizers,
+    partitions,
     peers,
     pooling,
     precision,
@@ -83,6 +84,10 @@ WORKLOADS = {
         Workload("I2", "tables into files", files.exports, ("gensim",), reading.LARGE),
         Workload("I3", "what has changed into a file", files.changes),
         Workload("B7", "clipping by the global norm", optimizers.clipping),
+        Workload("D1", "one owner of partitions", partitions.one_owner, ("dask.distributed",)),
+        Workload("D2", "two owners of partitions", partitions.two_owners, ("dask.distributed",)),
+        Workload("D7", "an owner of partitions is killed", partitions.recovery, ("dask.distributed",)),
+        Workload("D8", "more machines, computed", partitions.scaling, ("dask.distributed",)),
         Workload("W13", "the first seconds of a process", around.first_use),
     )
 }
