@@ -258,9 +258,10 @@ class Coordinator:
             document = {"tables": self._tables, "metadata": given}
             try:
                 self._carry_out(self._machine.commit(era, cut, step, document))
+            except _VoteError as vote:  # nothing has changed, and the era goes on
+                raise vote.why from None
             except BaseException as error:
-                if not self._machine.serving or self._machine.preparing:
-                    link.ended = link.ended or f"a commit failed ({type(error).__name__}: {error})"
+                link.ended = link.ended or f"a commit failed ({type(error).__name__}: {error})"
                 if self._record.decided == before or not isinstance(error, OwnerLostError):
                     raise
             finally:
@@ -287,9 +288,7 @@ class Coordinator:
             current = [each.part for each in sends if each.request == self._machine.request]
             waiting, error = self._send(current) if current else ([], None)
             problem = error or problem
-        if isinstance(problem, _VoteError):
-            raise problem.why
-        if problem is not None and not self._machine.serving:
+        if isinstance(problem, _VoteError) or (problem is not None and not self._machine.serving):
             raise problem
 
     def _do(self, effect: messages.CoordinatorEffect) -> Exception | None:
@@ -326,7 +325,8 @@ class Coordinator:
                 effects += self._machine.lose(part, owners[part], str(error))
         for each in answers.values():
             for answer, error in each.result:
-                problem = _VoteError(error) if error is not None else problem
+                if error is not None:
+                    problem = problem or _VoteError(error)  # what was lost weighs more
                 effects += self._machine.handle(answer)
         return effects, problem
 
