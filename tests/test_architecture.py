@@ -98,7 +98,8 @@ LEVELS = [
     {"errors"}, {"base"}, {"compute", "optim", "initializers", "admission", "bags", "dtypes"}, {"format"},
     {"precision", "protocol"}, {"storage"}, {"commits", "memory"}, {"engine", "imports", "exports"},
     {"table_source", "references"}, {"vocabulary"},
-    {"keyed_bags"}, {"search"}, {"session"}, {"store", "ranks"}, {"text", "torch", "dynamicemb", "splitting"}, {"distributed"},
+    {"keyed_bags"}, {"search"}, {"session"}, {"store", "ranks"}, {"text", "torch", "dynamicemb", "splitting"},
+    {"distributed"},
     {"quickstart", "warm_up"},
     {"cli"},
 ]  # fmt: skip

@@ -34,8 +34,6 @@ TREE = {
     "EraEndedError": RuntimeError,
     "PartitionError": RuntimeError,
     "PoisonedError": RuntimeError,
-    "OwnerLostError": ConnectionError,
-    "EraEndedError": RuntimeError,
 }
 
 every_error = pytest.mark.parametrize("name", TREE)

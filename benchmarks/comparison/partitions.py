@@ -1,7 +1,6 @@
 """A store over several processes of dask.distributed on this machine, against one local store (D1 to D8)."""
 
 import contextlib
-import logging
 import os
 import signal
 import statistics
@@ -24,13 +23,6 @@ from .results import Arm, Bar, Case, at_most
 ROWS, BATCH, CHANGED = 400_000, 65_536, 20_000
 PARTITIONS = 4
 LOCAL = "local store"
-
-ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": 1073741824,
-    "MALLOC_TRIM_THRESHOLD_": 2147483648,
-    "MALLOC_TOP_PAD_": 67108864,
-}
-"""What docs/how-to/partitions.md has people set for the processes of a cluster."""
 
 
 def one_owner(settings):
@@ -74,7 +66,6 @@ def _both(settings, owners):
     """Yield a table of a local store, the same in a store with as many owners, and their cluster."""
     if not peers.has("dask.distributed"):
         raise CannotRun("distributed is not installed")
-    import dask
     import distributed
 
     import shardemb.distributed
@@ -83,14 +74,7 @@ def _both(settings, owners):
     adam = common.optimizer("Adam")
     with contextlib.ExitStack() as stack:
         stack.callback(remove, folder)
-        # Before the processes start: their nannies set something else otherwise.
-        stack.enter_context(dask.config.set({"distributed.nanny.pre-spawn-environ": ALLOCATOR}))
-        cluster = stack.enter_context(
-            distributed.LocalCluster(
-                n_workers=owners, threads_per_worker=2, memory_limit=0, dashboard_address=None,
-                silence_logs=logging.CRITICAL, local_directory=settings.folder / "dask",
-            )
-        )  # fmt: skip
+        cluster = stack.enter_context(shardemb.distributed.local_cluster(owners, threads_per_worker=2))
         client = stack.enter_context(distributed.Client(cluster))
         store = stack.enter_context(shardemb.open(folder / "local.zarr", threads=1))
         whole = stack.enter_context(

@@ -48,8 +48,8 @@ class Coordinator:
     """The process that has the head open: it claims all owners, begins eras, and commits.
 
     All owners are asked the same thing at the same time: `request`, which `waiting` have not answered. Effects are
-    carried out in their order, before the machine is used again. If the head cannot be written, nobody knows what it says:
-    the machine is of no use any more, and the next opening of the head finds out.
+    carried out in their order, before the machine is used again. If the head cannot be written, nobody knows what it
+    says: the machine is of no use any more, and the next opening of the head finds out.
 
     Thread safety: one thread at a time, effects included.
 

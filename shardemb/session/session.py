@@ -159,7 +159,9 @@ class Session:
             if (partition := self.runtime.committed.partition) is not None:
                 spec = replace(spec, first=partition.number, stride=partition.count)
             uuid = None if bound is None else bound.entry.uuid
-            return self.tables.create(name, spec, rows=rows, progress=progress, vocabulary=uuid, origin=origin)
+            return self.tables.create(
+                name, spec, rows=rows, progress=progress, vocabulary=uuid, origin=origin
+            )
 
     def adopt_table(self, name: str, spec: TableSpec, training: Training) -> None:
         """Add a table whose files are complete, among those that are being rebuilt; see `TableCatalog.take_in`."""
