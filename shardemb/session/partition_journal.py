@@ -6,8 +6,9 @@
     decide    append the commit record, not synced -> remember
     drop      append a record of another attempt -> one sync -> the rows count as changed again
 
-In between no fold begins, and whatever would wait for the commit is refused instead: the decision may never come. A
-store that closes in between leaves the log to the next opening, which is told what was decided.
+In between no fold begins, and whatever would wait for the commit is refused instead: the decision may never come. Only
+where memory is short, rows are spilled, so that lookups go on. A store that closes in between leaves the log to the next
+opening, which is told what was decided.
 """
 
 from __future__ import annotations
@@ -115,6 +116,18 @@ class PartitionJournal(Journal):
                 )
                 raise PartitionError(msg)
             super().settle()
+
+    def wait(self) -> None:
+        """See `Folds`; but not for a decision: rows are spilled instead, and lookups go on."""
+        self._wait_for_fold()
+        self._runtime.check_open()
+
+    def try_to_drain(self) -> None:
+        """See `Folds`; but not beside what is prepared."""
+        self._wait_for_fold()
+        if self.prepared is None:
+            self._fold_once()
+        self._runtime.check_open()
 
     def abandon(self, lock: int | None) -> None:
         """See `Journal.abandon`."""

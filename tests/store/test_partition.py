@@ -10,6 +10,7 @@ import warnings
 
 import numpy as np
 import pytest
+from support import inside
 
 import shardemb
 from shardemb.commits import fold, log_writer
@@ -360,6 +361,29 @@ def test_a_fold_leaves_out_what_was_abandoned(part):
         assert value(reader) == 1
     part.store.rollback()
     assert value(part.store) == 1
+
+
+@pytest.mark.parametrize("end", ["decide", "abandon"])
+def test_lookups_go_on_while_it_waits_for_the_decision(path, end):
+    """Also of rows that are spilled, which wait for no fold then."""
+    rng, expected = np.random.default_rng(1), np.zeros((3000, 16), np.float32)
+    with Partition.create(path, PartitionIdentity(IDENTITY.head, 0, 1)) as part:
+        store = part.open((0, None), memory_budget=20_000, threads=1)
+        table = store.create_table("t", num_embeddings=3000, embedding_dim=16)
+        part.prepare((1, (1, "head", 0)))
+        part.decide()
+        for number in range(1, 5):
+            for ids in rng.integers(0, 3000, (4, 300)):
+                table.write(ids, np.full((300, 16), number, np.float32))
+                expected[ids] = number
+            assert inside.shards(table).overlay.spilled
+            part.prepare((part.status.commit + 1, (1, "head", number)))
+            assert np.array_equal(table.lookup(np.arange(3000)), expected)
+            getattr(part, end)()
+            assert store.has_changes == (end == "abandon")
+            assert np.array_equal(table.lookup(np.arange(3000)), expected)
+        store.rollback()
+        assert table.lookup(np.arange(3000)).any() == (end == "decide")
 
 
 def test_it_leaves_no_fold_and_no_eviction_to_what_is_prepared(path):
