@@ -7,8 +7,8 @@
     drop      append a record of another attempt -> one sync -> the rows count as changed again
 
 In between no fold begins, and whatever would wait for the commit is refused instead: the decision may never come. Only
-where memory is short, rows are spilled, so that lookups go on. A store that closes in between leaves the log to the next
-opening, which is told what was decided.
+where memory is short, rows are spilled, so that lookups go on. A store that closes in between leaves the log to the
+next opening, which is told what was decided.
 """
 
 from __future__ import annotations
