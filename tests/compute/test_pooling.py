@@ -119,3 +119,14 @@ def test_products_are_those_of_rows_and_gradients(dim):
     pooling.dot(records, places, bags, grads, out, 1)
     assert np.isnan(out[0])
     np.testing.assert_allclose(out[1:], (records[places] * grads[bags[1:]]).sum(axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_weights_that_add_up_to_nothing_have_no_gradient(squared):
+    """Their bag is zeros whatever its rows are; the bags beside it have theirs."""
+    weights = np.array([0, 0, 1, 1] if squared else [1, -1, 1, 1], np.float32)
+    bounds = np.array([0, 2, 4])
+    products = np.array([3, 5, 3, 5], np.float32)
+    pooling.weigh(products, weights, bounds, pooling.divisors(weights, bounds, squared), squared)
+    divisor = 2**0.5 if squared else 2
+    np.testing.assert_allclose(products, [0, 0, -1 / divisor, 1 / divisor], rtol=1e-6)
