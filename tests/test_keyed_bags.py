@@ -96,6 +96,18 @@ def test_gradients_of_keys_without_a_row_are_dropped(table, keys):
     assert (table.lookup(known) == -1).all()
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean", "max", "sqrtn"])
+def test_gradients_of_keys_without_a_row_reach_no_other_row(store, keys, mode):
+    """Not even the first one, whose key is not in the bag, in a table without a row of padding."""
+    store.create_vocabulary("v", key_type="string" if isinstance(keys[0], str) else "int64")
+    table = store.create_table("t", vocabulary="v", embedding_dim=DIM, optimizer=SGD(lr=1.0))
+    assert table.vocabulary.add(keys[:3]).tolist() == [0, 1, 2]
+    table.write(keys[:3], np.ones((3, DIM), np.float32))
+    table.update_bag(bag(keys, 3, 1, 3, 2), [0, 2], np.ones((2, DIM)), mode=mode, missing="skip")
+    changed = (table.lookup(keys[:3]) != 1).any(axis=1)
+    assert changed.tolist() == [False, True, True]
+
+
 def test_a_key_may_be_padding(table, keys):
     given = bag(keys, 0, 2, 1)
     found = table.lookup_bag(given, [0], mode="mean", padding_key=keys[2])

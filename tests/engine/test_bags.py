@@ -115,6 +115,18 @@ def test_lookups_and_updates_agree_with_a_plain_model(new_store):
         check()
 
 
+@pytest.mark.parametrize(("mode", "weights"), [("mean", [1, -1, 1]), ("sqrtn", [0, 0, 1])])
+def test_rows_whose_weights_add_up_to_nothing_take_no_gradients(store, mode, weights):
+    """Their bag is zeros whatever they are. Unchanged to the bit: a gradient of NaN or infinity would stay."""
+    table = new_table(store)
+    before = table.lookup([1, 2, 3])
+    named = {"mode": mode, "weights": np.float32(weights)}
+    np.testing.assert_array_equal(table.lookup_bag([1, 2, 3], [0, 2], **named)[0], np.zeros(DIM))
+    table.update_bag([1, 2, 3], [0, 2], np.ones((2, DIM), np.float32), **named)
+    assert_same_bits(table.lookup([1, 2]), before[:2])
+    np.testing.assert_allclose(table.lookup([3])[0], before[2] - 1, rtol=1e-6)
+
+
 @pytest.mark.parametrize("mode", ["sum", "mean", "sqrtn"])
 def test_gradients_of_weights_are_differences(store, mode):
     """Central differences in float64 of the formula of the lookup."""
