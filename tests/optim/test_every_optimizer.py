@@ -173,6 +173,26 @@ def test_the_plain_function_of_a_row_gives_the_bits_of_the_kernel(store, optimiz
     np.testing.assert_array_equal(table.lookup(range(ROWS)).view(np.uint32), weights.view(np.uint32))
 
 
+def test_a_row_counts_on_when_there_is_no_bias_left_to_correct(store):
+    """The corrections of some 60 counts are tabulated for these betas; the last one holds for all that follow."""
+    table, model = pair(store, Adam(lr=0.1, betas=(0.5, 0.75), rowwise_bias_correction=True))
+    rng = np.random.default_rng(0)
+    for _ in range(80):
+        gradient = rng.standard_normal((1, DIM)).astype(np.float32)
+        table.update([1], gradient)
+        model.update([1], gradient)
+    assert table.state("step", [1]).item() == 80 > len(table.optimizer.scalars_of(80))
+    check(table, model, rtol=1e-5)
+
+
+def test_a_row_of_zeros_cannot_get_the_norm_1(store):
+    """It has no direction, so it stays."""
+    table, _ = pair(store, SGD(constraint="unit_norm"))
+    table.update([0, 1], np.zeros((2, DIM), np.float32))
+    np.testing.assert_array_equal(table.lookup([0])[0], np.zeros(DIM))
+    assert np.linalg.norm(table.lookup([1])) == pytest.approx(1, rel=1e-6)
+
+
 def test_a_gradient_that_never_changes_has_no_negative_variance(store):
     """Its square and the square of its average are the same but for rounding, so there may be no root."""
     optimizer = RMSprop(lr=0.01, alpha=0.5, centered=True, eps=1e-2)
