@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from support import references
 
 import shardemb
+from shardemb.compute import row_kernels
 from shardemb.optim import (
     FTRL,
     LAMB,
@@ -141,6 +142,17 @@ def test_steps_are_taken_one_by_one_until_what_is_left_of_them_is_nothing(optimi
 @pytest.mark.parametrize("optimizer", [SGD(), Adagrad(), RMSprop(), RowWiseRMSprop(), Adadelta()], ids=str)
 def test_without_a_momentum_there_are_none(optimizer):
     assert optimizer.after_rest().replayed == 0
+
+
+def test_a_row_that_an_update_has_taken_further_is_left_alone():
+    """As when the update is in another thread, and faster than the lookup that wants the row as of an earlier step."""
+    decays = dense(SGD(lr=0.1, momentum=0.9)).decays_until(20, DIM)
+    records = np.ones((1, 2 * DIM + 1), np.float32)
+    records[0, -1] = 10
+    before = records.copy()
+    known = decays.scalars, decays.options, decays.kept, decays.log_kept, decays.log_state, decays.replayed
+    row_kernels.catch_up(SGD)(records, DIM, np.array([0]), *known, 5, 5, 0, 1)
+    np.testing.assert_array_equal(records, before)
 
 
 def test_against_dense_adamw_of_torch(store):
