@@ -285,7 +285,7 @@ def test_schedules_match_those_of_torch():
         (schedules.InverseSquareRoot(0.5, 4), lambda t: 0.5 * min(t / 4, (4 / t) ** 0.5)),
         (schedules.InverseSquareRoot(0.5, 0), lambda t: 0.5 * (1 / t) ** 0.5),
     ],
-    ids=str,
+    ids=lambda given: str(given) if isinstance(given, schedules.Schedule) else "formula",
 )
 def test_schedules_are_their_formulas_also_after_their_end(schedule, formula):
     assert [float(schedule(t)) for t in range(1, 16)] == pytest.approx([formula(t) for t in range(1, 16)])

@@ -7,9 +7,8 @@ import os
 from collections import Counter
 
 import pytest
-
-from tests.support.partition_model import World
-from tests.support.partition_mutants import MUTANTS, tried
+from support.partition_model import World
+from support.partition_mutants import MUTANTS, tried
 
 SOAK = float(os.environ.get("SHARDEMB_SOAK", "1"))
 """Size of the soak; 1.0 is all of it."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from shardemb.protocol import messages as say
 from shardemb.protocol.coordination import Coordinator
 from shardemb.protocol.era import Owner
-from tests.support.partition_model import START, Rules, StuckError, World, WrongError
+from support.partition_model import START, Rules, StuckError, World, WrongError
 
 # ---- owners
 
