@@ -13,6 +13,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 WAIT_S = 0.005
 """Pause of a change that waits for a decision."""
 
+VERSION = version("shardemb")
+"""Processes of one store say the same things only if they have the same version."""
+
 
 # ---- what an owner is asked
 
@@ -54,6 +58,7 @@ class Hold:
     places: Mapping[int, str]
     count: int
     may_create: bool
+    version: str = VERSION
 
 
 @dataclass(frozen=True)
@@ -228,7 +233,19 @@ class Holding:
     # ---- the coordinator
 
     def hold(self, asked: Hold) -> list[messages.Present]:
-        """Hold partitions, and return what they have."""
+        """Hold partitions, and return what they have.
+
+        Raises
+        ------
+        PartitionError
+            Who asks has another version of shardemb. Nothing was held.
+        """
+        if asked.version != VERSION:
+            msg = (
+                f"the worker {self._worker} has shardemb {VERSION}, and who opens the store has {asked.version}: "
+                f"install the same version on all machines"
+            )
+            raise PartitionError(msg)
         for part, path in asked.places.items():
             if part in self._held and self._held[part].path != path:
                 self._held.pop(part).close()

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -277,3 +279,18 @@ def test_a_store_of_one_machine_is_no_head(cluster, tmp_path):
         store.commit()
     with pytest.raises(shardemb.FormatError, match=r"a store of one machine: open it with shardemb\.open"):
         cluster.open(tmp_path / "head.zarr", owners=cluster.owners(tmp_path))
+
+
+def test_another_version_is_refused_by_name(tmp_path):
+    """Nothing is created, and nothing is held."""
+    from shardemb.distributed import owner
+
+    holding, path = owner.Holding("tcp://node-1:1234"), tmp_path / "00000.zarr"
+    asked = owner.Hold(str(uuid.uuid4()), {0: str(path)}, 1, may_create=True)
+    with pytest.raises(
+        shardemb.PartitionError, match=r"node-1:1234 has shardemb .*, and who opens .* has 0.0.1"
+    ):
+        holding.hold(replace(asked, version="0.0.1"))
+    assert not path.exists()
+    assert [each.part for each in holding.hold(asked)] == [0]
+    holding.close()
