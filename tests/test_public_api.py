@@ -373,6 +373,7 @@ drop_table(self, name: str) -> None
 gradient_norm(self, batches: Mapping[str, tuple[Any, ArrayLike]], *, missing: MissingChange | Mapping[str, \
 MissingChange] = 'error') -> float
 has_changes: bool
+info(self) -> dict[int, StoreInfo]
 last_commit: Commit | None
 lookup(self, ids: Mapping[str, ArrayLike], *, missing: Missing = 'error', create: bool = False) -> dict[str, \
 NDArray[np.float32]]

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from shardemb.engine.bags import Pooling
     from shardemb.format.manifest import Commit
     from shardemb.optim import Optimizer
+    from shardemb.session.display import StoreInfo
     from shardemb.vocabulary.keyed_rows import Missing, MissingChange
 
 
@@ -504,6 +505,20 @@ class DistributedStore(Mapping[str, DistributedTable]):
     def stats(self) -> dict[int, Mapping[str, int]]:
         """Return bytes and syncs of each partition since it was opened; see `Store.stats`."""
         return self.link.ask(work.Stats())
+
+    def info(self) -> dict[int, StoreInfo]:
+        """Return the facts about each partition, which its owner gathers: tables, bytes on disk; see `Store.info`.
+
+        Raises
+        ------
+        OwnerLostError, EraEndedError
+            See `DistributedStore`.
+
+        Notes
+        -----
+        Safe from any thread.
+        """
+        return self.link.ask(work.Info())
 
     # ---- the end
 

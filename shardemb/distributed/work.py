@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from shardemb.format.manifest import Commit
     from shardemb.initializers import Initializer
     from shardemb.optim import Optimizer
+    from shardemb.session.display import StoreInfo
     from shardemb.session.table_catalog import TableRequest
     from shardemb.store.partition import Partition
 
@@ -275,6 +276,15 @@ class Stats:
         """See `Question`."""
         found: Mapping[str, int] = partition.store.stats()
         return found
+
+
+@dataclass(frozen=True)
+class Info:
+    """See `Store.info`."""
+
+    def answer(self, partition: Partition) -> StoreInfo:
+        """See `Question`."""
+        return partition.store.info()
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,17 @@ def test_only_the_process_that_opened_a_store_commits(new_store, cluster):
             done.result()
 
 
+def test_facts_about_each_partition(new_store):
+    store = new_store()
+    store.create_table("t", num_embeddings=10, embedding_dim=2)
+    store.commit(step=3)
+    found = store.info()
+    assert list(found) == [0, 1, 2, 3]
+    for part, each in found.items():
+        assert (each.partition.number, each.partition.head, each.commit.step) == (part, store.uuid, 3)
+    assert [each.tables[0].num_embeddings for each in found.values()] == [3, 3, 2, 2]
+
+
 def test_a_handle_in_no_task_says_where_it_works(new_store):
     handle = pickle.loads(pickle.dumps(new_store()))
     with pytest.raises(ValueError, match="No worker"):
