@@ -53,6 +53,8 @@ def rows(initializer, num_rows, dim, *, key=None, first=0):
         np.uint64(key),
         np.array(initializer.parameters(), np.float64),
         0,
+        1,
+        0,
         num_rows,
     )
     return out

@@ -245,9 +245,8 @@ class Session:
         self, ids: Mapping[str, KeysLike], *, missing: Missing, create: bool
     ) -> dict[str, NDArray[Any]]:
         """Look up rows of several tables together; see `Store.lookup`."""
-        return keyed_rows.read_many(
-            self.runtime, self.batch_targets(ids), ids, missing=missing, create=create
-        )
+        targets = self.batch_targets(ids)
+        return keyed_rows.read_many(self.runtime, targets, ids, missing=missing, create=create)
 
     def batch_targets(self, names: Iterable[str]) -> dict[str, TableState | KeyedRows]:
         """Return what takes batches for tables: a table itself, or, if it is used by key, its `KeyedRows`."""

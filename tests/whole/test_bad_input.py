@@ -852,15 +852,15 @@ DAMAGE = {
     ),
     "table of a newer version": (
         lambda p: edit(p / "t/zarr.json", lambda d: attributes(d).update(format_version=99)),
-        r"'t'.*format version 99 is newer than 2.*upgrade shardemb",
+        r"'t'.*format version 99 is newer than 3.*upgrade shardemb",
     ),
     "manifest of a newer version": (
-        lambda p: set_manifest(p, lambda d: d.update(format_version=3)),
-        r"manifest\.json: format version 3 is newer than 2.*upgrade shardemb",
+        lambda p: set_manifest(p, lambda d: d.update(format_version=4)),
+        r"manifest\.json: format version 4 is newer than 3.*upgrade shardemb",
     ),
     "manifest of a newer version and layout": (
         lambda p: (p / ".shardemb/manifest.json").write_text('{"format_version": 7, "what": "ever"}'),
-        r"manifest\.json: format version 7 is newer than 2.*upgrade shardemb",
+        r"manifest\.json: format version 7 is newer than 3.*upgrade shardemb",
     ),
     "version is text": (
         lambda p: edit(p / "t/zarr.json", lambda d: attributes(d).update(format_version="1")),
