@@ -3,12 +3,14 @@
 import warnings
 
 import pytest
-from support.clusters import Cluster
 
 
 @pytest.fixture(scope="module")
 def cluster():
     """Two workers, each with a nanny."""
+    pytest.importorskip("distributed.client", reason="distributed is not installed")
+    from support.clusters import Cluster
+
     with Cluster(workers=2) as cluster:
         yield cluster
 

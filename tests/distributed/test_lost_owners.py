@@ -283,6 +283,7 @@ def test_a_store_of_one_machine_is_no_head(cluster, tmp_path):
 
 def test_another_version_is_refused_by_name(tmp_path):
     """Nothing is created, and nothing is held."""
+    pytest.importorskip("distributed.client", reason="distributed is not installed")
     from shardemb.distributed import owner
 
     holding, path = owner.Holding("tcp://node-1:1234"), tmp_path / "00000.zarr"

@@ -6,6 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardemb.compute import plan
+
+pytest.importorskip("distributed.client", reason="distributed is not installed")
+
 from shardemb.distributed.routing import Route, Summed, local_rows
 
 IDS = st.lists(st.integers(0, 999), max_size=50).map(lambda ids: np.array(ids, np.int64))

@@ -287,7 +287,7 @@ def test_a_lookup_that_found_an_empty_index_looks_again(store, monkeypatch):
         entered.set()
         go_on.wait()
         fill = row_kernels.gather_or_fill(Constant)
-        fill(mapped.records, *index, mapped.present, 0, ids, out, np.uint64(0), parameters, start, stop)
+        fill(mapped.records, *index, mapped.present, 0, ids, out, np.uint64(0), parameters, 0, 1, start, stop)
 
     monkeypatch.setattr(mapped, "gather", slow_gather)
     looker = threading.Thread(target=lambda: found.append(table.lookup([1, 2])))

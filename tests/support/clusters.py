@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import time
+from unittest import mock
 
 import pytest
 
@@ -26,6 +27,8 @@ class Cluster:
 
     def __init__(self, workers):
         self._stack = contextlib.ExitStack()
+        # Nannies set variables of this process, by which the next ones that it starts would be different.
+        self._stack.enter_context(mock.patch.dict(os.environ))
         self._stack.enter_context(dask.config.set(QUICK))
         local = shardemb.distributed.local_cluster(workers, threads_per_worker=2)
         self._local = self._stack.enter_context(local)
