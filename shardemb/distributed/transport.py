@@ -149,6 +149,8 @@ class Wire:
             return UnreachableError(f"{address} cannot be reached: {type(error).__name__}: {error}")
         finally:
             waiting.cancel()
+        if reply is None:  # of a worker that is ending
+            return UnreachableError(f"{address} gave no answer")
         if "error" in reply:
             raised: Exception = pickle.loads(reply["error"])
             return raised

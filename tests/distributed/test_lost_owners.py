@@ -281,6 +281,26 @@ def test_a_store_of_one_machine_is_no_head(cluster, tmp_path):
         cluster.open(tmp_path / "head.zarr", owners=cluster.owners(tmp_path))
 
 
+def test_a_worker_that_gives_no_answer_is_lost(new_store, cluster):
+    """As one does that is ending."""
+
+    def silence(dask_worker):
+        dask_worker.kept = dask_worker.handlers["shardemb_call"]
+        dask_worker.handlers["shardemb_call"] = lambda **given: None
+
+    def restore(dask_worker):
+        dask_worker.handlers["shardemb_call"] = dask_worker.kept
+
+    table = committed(new_store())
+    cluster.client.run(silence)
+    try:
+        with pytest.raises(shardemb.OwnerLostError, match="gave no answer"):
+            table.lookup(IDS)
+    finally:
+        cluster.client.run(restore)
+    np.testing.assert_array_equal(table.lookup(IDS), -ONES)
+
+
 def test_another_version_is_refused_by_name(tmp_path):
     """Nothing is created, and nothing is held."""
     pytest.importorskip("distributed.client", reason="distributed is not installed")
