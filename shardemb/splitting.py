@@ -144,14 +144,12 @@ def _begun(head: Store, places: Places) -> Record:
     StoreExistsError
         There is a commit, or it was begun with other places.
     """
-    if head.last_commit is None:
-        record = Record(places, openings=1)
-        head.commit(metadata=record.to_json())
-        return record
-    record = Record.of(head.last_commit, head.path)
-    if record.decided[0] or record.places != places:
-        msg = f"there is a store at {head.path}; choose a new folder for the head"
-        raise StoreExistsError(msg)
+    record = Record(places)
+    if head.last_commit is not None:
+        record = Record.of(head.last_commit, head.path)
+        if record.decided[0] or record.places != places:
+            msg = f"there is a store at {head.path}; choose a new folder for the head"
+            raise StoreExistsError(msg)
     record = replace(record, openings=record.openings + 1)
     head.commit(metadata=record.to_json())
     return record

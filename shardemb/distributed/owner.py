@@ -414,7 +414,9 @@ class Owner(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
         return number in self._under_way
 
     async def _answer(self, asked: Any, arrays: Sequence[NDArray[Any]]) -> tuple[Any, list[NDArray[Any]]]:  # noqa: ANN401
-        holding = self._stores.setdefault(asked.head, Holding(self._address))
+        holding = self._stores.get(asked.head)
+        if holding is None:  # of a store's first call alone: it has a thread
+            holding = self._stores[asked.head] = Holding(self._address)
         loop = asyncio.get_running_loop()
         until = time.monotonic() + transport.WAIT_LIMIT_S
         while True:
